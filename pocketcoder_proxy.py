@@ -1,0 +1,1661 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tornado>=6.2"]
+# ///
+"""pocketcoder-proxy: run an agent's commands in a tmux window of its sandbox.
+
+    POST /exec ──▶ Endpoint ──▶ PocketCoderDriver ──▶ Tmux (tmux -C) ──▶ pane's shell
+                      ▲                │  ▲                                   │
+                      │                │  └── RUN/status  "start" "exit" ◀────┤ . RUN/go
+                   answer ◀── Output ◀─┼───── RUN/out     its output     ◀────┘
+                                       └────▶ the pane's tty: a person watches
+
+Sections, top to bottom; each uses only what stands above it:
+  Settings          limits, timeouts, defaults, variables of the environment
+  Errors            one hierarchy, and what each error answers
+  Wire types        what callers send and get
+  Tmux              the control connection: commands, replies, notices
+  Execution Driver  terminals, runs, output, exit codes, cancel, timeouts
+  State and tools   what handlers share
+  Transports        HTTP: the gate, handlers, endpoints, ROUTES
+  Application       command line, start and stop
+
+Routes:     GET /health, POST /exec
+Read from the environment: POCKETCODER_HOST POCKETCODER_TOKEN POCKETCODER_WORKSPACE
+            TMUX_SESSION TMUX_SOCKET
+Set for a command: POCKETCODER_RUN_ID POCKETCODER_AGENT POCKETCODER_SESSION_ID
+            POCKETCODER_USAGE_ID, and QUIET_PROGRAMS
+tmux:       attach-session      the one long-lived control connection
+            new-session new-window split-window respawn-pane   make a terminal
+            set-option          keep the window's name; room for four panes
+            select-layout       make room for one more pane
+            list-panes          what there is, before each command
+            send-keys           the typed line, C-c; copy-mode -q before it
+            has-session         `session_exists`
+Run directory, SOCKET.d/DRIVER/RUN/:
+            go (sourced by the pane's shell)  in (stdin)  pid (claims the run; then the exit code)
+            FIFOs: status (to us)  done (from us)  out (output)
+
+Not done on purpose:
+  no reading of the screen    it wraps, scrolls and lies; FIFOs do not
+  no sourcing of the command  2 ms faster, but the pane's aliases would apply
+  no user or file isolation   the container is the sandbox, we are its hands
+
+To add a route: a coroutine `…_handler`, an `Endpoint`, a row in ROUTES, a line here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# ==========================================================================
+# Settings                                                       budget 50
+# ==========================================================================
+# S1  Every limit, time and default is here, with its unit.  Times in seconds.
+VERSION = "0.1.0"
+KIB, MIB = 1024, 1024 * 1024
+
+DEFAULT_PORT = 3001
+DEFAULT_SOCKET = "/tmp/tmux/pocketcoder"
+DEFAULT_SESSION = "pocketcoder"
+QUIET_PROGRAMS = {  # nobody may be there to page or to answer
+    "PAGER": "cat",
+    "GIT_PAGER": "cat",
+    "MANPAGER": "cat",
+    "GIT_TERMINAL_PROMPT": "0",
+    "DEBIAN_FRONTEND": "noninteractive",
+}
+
+MAX_BODY = 16 * MIB  # bytes of a request
+MAX_COMMAND = 8 * MIB  # bytes of `cmd`
+MAX_ARGUMENT = 128 * KIB  # MAX_ARG_STRLEN, execve(2): one argument with its NUL
+MAX_ENVIRONMENT = 512 * KIB  # of `env`; execve(2) takes a quarter of the stack for all
+MAX_OUTPUT, DEFAULT_OUTPUT = 64 * MIB, MIB  # `max_output`, bytes
+MAX_TIMEOUT, DEFAULT_TIMEOUT = 86400, 300  # `timeout`
+MAX_PANES, MAX_QUEUE = 4, 64  # of one agent
+MAX_VIEW = 256 * KIB  # bytes a run shows to a person
+MAX_VIEW_COMMAND = 4 * KIB  # characters of the command shown
+CHUNK = MIB  # bytes read at once; also the size wanted of a pipe
+
+TMUX_TIMEOUT = 5.0  # a reply of tmux
+START_TIMEOUT = 1.0  # from the typed line to the start report
+NEW_SHELL_TIMEOUT = 15.0  # the same while a new shell may read its start-up files
+PROMPT_TIMEOUT = 0.05  # a shell that has just ended a command shows its prompt
+QUEUE_CHECK = 0.5  # look again whether a person's program has ended
+QUEUE_TIMEOUT = 3600.0  # longest wait for a pane
+RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
+VIEW_TIMEOUT = 0.5  # the copy on the terminal may delay the prompt by that
+STOP_GRACE = 5.0  # SIGTERM: running commands may still end
+KEEP_ALIVE = 15.0  # between comments on a silent stream
+BODY_TIMEOUT = 60.0  # for a body to arrive
+IDLE_TIMEOUT = 300.0  # of a kept connection
+SLOW_READER_TIMEOUT = 60.0  # a reader gets that for the rest of an ended command
+
+
+def default_agent_name() -> str:
+    """The agent whose terminal is used when the caller names none."""
+    return "poco"
+
+
+import argparse
+import array
+import asyncio
+import codecs
+import contextlib
+import fcntl
+import hmac
+import ipaddress
+import json
+import logging
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+import termios
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import tornado.httpserver
+import tornado.netutil
+import tornado.web
+
+__all__ = [
+    "AppState",
+    "Cli",
+    "CommandResult",
+    "Commands",
+    "ExecRequest",
+    "ExecResponse",
+    "McpQuery",
+    "PocketCoderDriver",
+    "default_agent_name",
+    "exec_handler",
+    "health_handler",
+    "main",
+]
+log = logging.getLogger("pocketcoder")
+
+
+# ==========================================================================
+# Errors                                                         budget 60
+# ==========================================================================
+# E1  A command that fails is a result; a proxy that cannot do its job is an error.
+# E2  Each class carries its answers; nothing else maps errors to numbers.
+#     What is HTTP's alone (401, 404, 405, 413, 415) is Tornado's HTTPError.
+class ProxyError(Exception):
+    """Ours, and unexpected."""
+
+    http_status = 500
+    exit_code = 125  # as `timeout` of coreutils: the command could not be run
+
+
+class ProtocolError(ProxyError):
+    """The caller has to change something."""
+
+    http_status = 400
+
+
+class BadMessage(ProtocolError):
+    """The shape, type or size of what was sent."""
+
+    exit_code = 2
+
+
+class Forbidden(ProtocolError):
+    """`Origin` or `Host` is not one of ours."""
+
+    http_status = 403
+
+
+class SandboxError(ProxyError):
+    """The sandbox cannot run it now; nothing was run."""
+
+    http_status = 503
+
+
+class NoTerminal(SandboxError):
+    """tmux is missing or refuses, or the shell in its pane does not answer."""
+
+
+class Busy(SandboxError):
+    """The queue is full, or the proxy is stopping."""
+
+
+# ==========================================================================
+# Wire types                                                     budget 90
+# ==========================================================================
+# W1  What comes from outside is checked here, once; nobody checks it again.
+# W2  A complaint names the field, what was got and what was expected.
+Message = dict[str, Any]
+AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def complain(name: str, got: object, expected: str) -> BadMessage:
+    """A BadMessage that shows the start of what was got."""
+    shown = ascii(got[:80] if isinstance(got, str) else got)
+    shown = shown if len(shown) <= 90 else shown[:80] + "..."
+    return BadMessage(f"`{name}`: got {shown}, expected {expected}")
+
+
+def check_text(name: str, got: object, expected: str, limit: int, nul: bool = False) -> str:
+    """Return `got`, a string that a process can take; raise BadMessage."""
+    if not isinstance(got, str):
+        raise complain(name, got, expected)
+    if "\0" in got and not nul:
+        raise complain(name, got, f"{expected} without NUL")
+    try:
+        size = len(got.encode())
+    except UnicodeEncodeError:
+        raise complain(name, got, f"{expected} in Unicode, without lone surrogates") from None
+    if size > limit:
+        raise complain(name, got, f"{expected} of at most {limit} bytes (it has {size})")
+    return got
+
+
+@dataclass(frozen=True)
+class McpQuery:
+    """Query parameters for established sessions."""
+
+    session_id: str | None = None
+
+
+@dataclass(frozen=True)
+class ExecRequest:
+    """A command to run; the fields of `POST /exec`.  Raises BadMessage."""
+
+    cmd: str
+    cwd: str = ""  # a caller's: in the workspace; the driver's own: absolute, "" stays
+    usage_id: str | None = None
+    session_id: str | None = None
+    agent_name: str = field(default_factory=default_agent_name)
+    timeout: float = DEFAULT_TIMEOUT  # seconds from the start of the command
+    stdin: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    max_output: int = DEFAULT_OUTPUT  # bytes
+
+    def __post_init__(self) -> None:
+        if not check_text("cmd", self.cmd, "a bash command", MAX_COMMAND):
+            raise complain("cmd", self.cmd, "a bash command, not an empty string")
+        check_text("cwd", self.cwd, "a directory in the workspace", 4 * KIB)
+        for name in ("usage_id", "session_id", "stdin"):
+            if (value := getattr(self, name)) is not None:
+                limit = MAX_BODY if name == "stdin" else 4 * KIB
+                check_text(name, value, "a string or null", limit, nul=name == "stdin")
+        if not (isinstance(self.agent_name, str) and AGENT_NAME.fullmatch(self.agent_name)):
+            raise complain("agent_name", self.agent_name, f"a name like {AGENT_NAME.pattern}")
+        number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
+        if not (number and 0 < self.timeout <= MAX_TIMEOUT):
+            raise complain("timeout", self.timeout, f"seconds, 0 < timeout <= {MAX_TIMEOUT}")
+        if type(self.max_output) is not int or not 1 <= self.max_output <= MAX_OUTPUT:
+            raise complain("max_output", self.max_output, f"an integer, 1 to {MAX_OUTPUT} (bytes)")
+        if not isinstance(self.env, dict):
+            raise complain("env", self.env, "an object of strings")
+        for key, value in self.env.items():
+            if not key or "=" in check_text("env", key, "names of variables", 4 * KIB):
+                raise complain("env", key, "names of variables, not empty, without `=`")
+            check_text(f"env.{key}", value, "a string", MAX_ARGUMENT - 1 - 5 * KIB)
+        if (size := sum(len(k) + len(v) for k, v in self.env.items())) > MAX_ENVIRONMENT:
+            raise complain("env", f"{size} characters", f"at most {MAX_ENVIRONMENT}")
+
+    @classmethod
+    def from_wire(cls, body: bytes) -> ExecRequest:
+        """Read a JSON body; unknown fields are ignored."""
+        try:
+            got = json.loads(body.decode(), parse_constant=float)
+        except (ValueError, RecursionError) as wrong:
+            raise BadMessage(f"body: expected a JSON object in UTF-8, got: {wrong}") from None
+        if not isinstance(got, dict):
+            raise complain("body", got, "a JSON object")
+        if "cmd" not in got:
+            raise BadMessage("`cmd`: got nothing, expected a bash command")
+        return cls(**{name: got[name] for name in cls.__dataclass_fields__ if name in got})
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """How a run ended.  `exit_code` is the shell's; see ENDINGS for the others."""
+
+    output: str  # stdout and stderr combined
+    exit_code: int
+    ended: str = "exit"  # a key of ENDINGS
+    error: str | None = None
+    truncated: bool = False
+    output_bytes: int = 0
+    duration_ms: int = 0
+    run_id: str = ""
+
+
+@dataclass(frozen=True)
+class ExecResponse:
+    """The answer of `POST /exec`."""
+
+    stdout: str | None = None
+    exit_code: int | None = None
+    error: str | None = None
+    result: CommandResult | None = None
+
+    def to_wire(self) -> Message:
+        """A JSON object; fields that do not apply are left out."""
+        wire = {"stdout": self.stdout, "exit_code": self.exit_code, "error": self.error}
+        wire = {name: value for name, value in wire.items() if value is not None}
+        for name in ("ended", "truncated", "output_bytes", "duration_ms", "run_id"):
+            if self.result is not None:
+                wire[name] = getattr(self.result, name)
+        return wire
+
+
+# ==========================================================================
+# Tmux                                                          budget 130
+# ==========================================================================
+# The only section that talks to tmux.
+#
+# T1  Commands go down one control connection; replies come back in their order.
+# T2  Panes and windows are addressed by id; names are for finding.
+# T3  Nothing here reads a screen.
+PANE_FORMAT = (
+    "#{pane_id} #{window_id} #{pane_pid} #{pane_dead} #{pane_in_mode} #{cursor_x}"
+    " #{pane_width} #{pane_tty} #{window_name}"
+)
+
+
+class Pane(NamedTuple):
+    """A pane, as tmux described it when asked."""
+
+    pane_id: str
+    window_id: str
+    pid: int
+    dead: int
+    in_mode: int
+    column: int
+    width: int
+    tty: str
+    window_name: str
+
+    @classmethod
+    def parse(cls, line: str) -> Pane:
+        pane, window, *numbers, tty, name = line.split(" ", 8)
+        pid, dead, mode, column, width = (int(number or 0) for number in numbers)
+        return cls(pane, window, pid, dead, mode, column, width, tty, name)
+
+
+NOWHERE = Pane("", "", 0, 0, 0, 0, 0, "", "")
+
+
+def quote(word: str) -> str:
+    """One word of a tmux command line; as a shell's, but never a variable or a format."""
+    return "'" + word.replace("'", "'\\''") + "'"
+
+
+def find_shell() -> str:
+    """The path of bash, else of sh, that is not this very file under a shell's name."""
+    folders = [*os.environ.get("PATH", "").split(":"), "/bin", "/usr/bin", "/usr/local/bin"]
+    for shell in (f"{folder}/{name}" for name in ("bash", "sh") for folder in folders if folder):
+        if os.access(shell, os.X_OK) and not os.path.samefile(shell, __file__):
+            return shell
+    raise NoTerminal("no bash and no sh in PATH: install one")
+
+
+class Tmux(asyncio.SubprocessProtocol):
+    """A control connection (`tmux -C`) to our session.  Raises NoTerminal."""
+
+    def __init__(self, session: str, on_notice: Callable[[str], None]) -> None:
+        self.session, self.on_notice = session, on_notice
+        self.loop = asyncio.get_running_loop()
+        self.attached: asyncio.Future[list[str]] = self.loop.create_future()
+        self.replies: deque[asyncio.Future[list[str]]] = deque()
+        self.unread = b""
+        self.block = ""  # what stood behind `%begin`, and will behind `%end`
+        self.lines: list[str] = []
+        self.closed = False
+
+    @classmethod
+    async def connect(
+        cls, path: str, session: str, on_notice: Callable[[str], None], create: list[str] | None
+    ) -> Tmux:
+        """Attach to `session` at the socket `path`; `create`: words that make it if missing."""
+        hidden = ("POCKETCODER_TOKEN", "POCKETCODER_RUN_ID", "TMUX", "TMUX_PANE")
+        variables = {name: value for name, value in os.environ.items() if name not in hidden}
+        words = ["attach-session", "-t", f"={session}"]
+        if create is not None:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            words = ["new-session", "-A", "-s", session, "-x", "200", "-y", "50"]
+        command = ["tmux", "-S", path, "-C", *words, "-f", "no-output,ignore-size", *(create or [])]
+        try:  # default-shell is taken from SHELL, which may be this very file
+            _, self = await asyncio.get_running_loop().subprocess_exec(
+                lambda: cls(session, on_notice), *command, env=variables | {"SHELL": find_shell()}
+            )
+        except OSError as missing:
+            raise NoTerminal(f"cannot run tmux ({missing}): install tmux 3.2 or later") from None
+        try:
+            await self._wait(self.attached)
+        except BaseException:
+            self.close()
+            raise
+        self.send(["set-option", "-t", f"={session}:", "default-size", "200x50"])
+        return self
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.process: Any = transport
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        *lines, self.unread = (self.unread + data).split(b"\n")
+        for line in (raw.decode(errors="replace") for raw in lines):
+            word, _, rest = line.partition(" ")
+            if self.block and word in ("%end", "%error") and rest == self.block:
+                # The flags, last: 1 for the commands of this client, 0 for its own start.
+                ours = rest.endswith(" 1") and self.replies
+                future = self.replies.popleft() if ours else self.attached
+                if word == "%error":
+                    self._fail(future, " ".join(self.lines))
+                elif not future.done():
+                    future.set_result(self.lines)
+                self.block = ""
+            elif self.block:
+                self.lines.append(line)
+            elif word == "%begin":
+                self.block, self.lines = rest, []
+            elif fd == 2 or word == "%exit":
+                self._fail(self.attached, line)
+            else:
+                self.on_notice(word)
+
+    def _fail(self, future: asyncio.Future[list[str]], why: str) -> None:
+        if not future.done():
+            future.set_exception(NoTerminal(f"tmux: {why}"))
+            future.exception()  # not every reply is waited for
+
+    def process_exited(self) -> None:
+        self.close()
+        self.on_notice("%closed")
+
+    def close(self) -> None:
+        """End the connection, not the session."""
+        self.closed = True
+        self.process.close()
+        for future in (self.attached, *self.replies):
+            self._fail(future, "the connection has ended")
+
+    def send(self, *commands: list[str]) -> asyncio.Future[list[str]]:
+        """Write commands at once, so that nothing comes in between; the last one's reply."""
+        futures = [self.loop.create_future() for _ in commands]
+        self.replies.extend(futures)
+        if self.closed:
+            self._fail(futures[-1], "the connection has ended")
+        lines = (" ".join(map(quote, words)) + "\n" for words in commands)
+        self.process.get_pipe_transport(0).write("".join(lines).encode())
+        return futures[-1]
+
+    async def _wait(self, reply: asyncio.Future[list[str]]) -> list[str]:
+        try:
+            return await asyncio.wait_for(reply, TMUX_TIMEOUT)
+        except asyncio.TimeoutError:
+            self.close()
+            raise NoTerminal(f"tmux: no answer within {TMUX_TIMEOUT:g} s") from None
+
+    async def ask(self, *words: str) -> list[str]:
+        """Run one command; the lines of its reply."""
+        return await self._wait(self.send(list(words)))
+
+    async def panes(self, window_id: str = "") -> list[Pane]:
+        """All panes of a window, or of the session."""
+        where = ["-t", window_id] if window_id else ["-s", "-t", f"={self.session}:"]
+        return [Pane.parse(x) for x in await self.ask("list-panes", *where, "-F", PANE_FORMAT)]
+
+    def type_line(self, pane: Pane, line: str) -> None:
+        """Leave a mode, clear a half-typed line, type `line` and Enter."""
+        # C-u on an empty line rings the bell, so there is a blank to be cleared.
+        keys = ["send-keys", "-t", pane.pane_id, "C-e", "Space", "C-u", line, "Enter"]
+        self.send(["copy-mode", "-q", "-t", pane.pane_id], keys)
+
+
+# ==========================================================================
+# Execution Driver                                              budget 330
+# ==========================================================================
+# Runs commands in the window `<agent>:terminal`, one at a time per pane.
+#
+# D1  A run ends exactly once: by itself, timed out, cancelled or lost.
+# D2  The exit code is what the shell reported, never guessed from output.
+# D3  Only the run that holds a pane may type into it, and only at a prompt.
+# D4  A typed line that was given up can never start: `pid` is made once, by go or by us.
+#
+# To add a way to end a run: a row in ENDINGS and a test named after it.
+ENDINGS: dict[str, tuple[int | None, str | None]] = {  # exit code, error; None: as reported
+    "exit": (None, None),
+    "timeout": (124, "ended after {timeout:g} s: ask for a longer `timeout`, or run it behind `&`"),
+    "cancelled": (None, "cancelled before its end"),
+    "lost": (137, "lost: {why}; the next command starts a new terminal"),
+}
+ENDING_LADDER = (  # signal, seconds until the next step; a process may be born while we look
+    (signal.SIGTERM, 2.0),
+    (signal.SIGKILL, 0.1),
+    (signal.SIGKILL, 0.4),
+    (signal.SIGKILL, 0.5),
+)
+STOPPED = range(128 + signal.SIGCONT, 128 + signal.SIGTTOU + 1)  # the shell saw a stop, no end
+SHELLS = {"bash": True, "zsh": True, "sh": False, "dash": False, "ash": False, "busybox": False}
+#          True: edits its line, so that the tty is raw when it waits for one
+
+# Sourced by the pane's shell.  Backslashes are against aliases; `_pc` goes again.
+# An INT trap, or a command that dies of C-c would take go with it.  `read` has a
+# limit, or does not know one and fails: go never waits for a proxy that is gone.
+GO = r"""\exec 8<>{run}.done 9<>{run}.status
+\trap : INT
+(
+\unset -f cd chpwd; \unset chpwd_functions POCKETCODER_TOKEN
+\cd -- {cwd} || {{ \echo "nocwd 1" >&9; \exit; }}
+_pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
+set -C; \echo "$_pc" >{run}.pid || \exit
+set +C; \echo "start $_pc" >&9
+\export {variables}
+\exec {command} <{stdin} {outputs} 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
+) 2>/dev/null
+_pc=$?
+\echo "$_pc" >>{run}.pid
+\echo "exit $_pc" >&9
+\read -r -t 1 _pc <&8 2>/dev/null
+\echo "back 0" >&9
+\exec 8>&- 9>&-
+\trap - INT
+\unset _pc
+"""
+
+
+class Process(NamedTuple):
+    """A line of /proc, see proc(5)."""
+
+    pid: int
+    name: str
+    state: str
+    parent: int
+    group: int
+    foreground: int  # the process group that its terminal listens to
+    age: float  # seconds
+
+    @classmethod
+    def read(cls, pid: int) -> Process:
+        """Raises OSError when there is no such process."""
+        with open(f"/proc/{pid}/stat", encoding="latin-1") as file:
+            head, _, tail = file.read().rpartition(")")
+        state, parent, group, _, _, foreground, *more = tail.split()
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(more[13]) / os.sysconf("SC_CLK_TCK")
+        name = head.partition("(")[2]
+        return cls(pid, name, state, int(parent), int(group), int(foreground), age)
+
+
+def processes_of(run_id: str, leader: int) -> list[int]:
+    """The run's processes: its group, what descends from it, what carries its name."""
+    mark = f"POCKETCODER_RUN_ID={run_id}".encode()
+    found, rest = set[int](), list[Process]()
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            process = Process.read(pid)
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                ours = process.group == leader or mark in file.read().split(b"\0")
+            if process.state not in "ZX":
+                found.add(pid) if ours else rest.append(process)
+    while more := {process.pid for process in rest if process.parent in found} - found:
+        found |= more
+    return sorted(found - {os.getpid()})
+
+
+def prompt(pane: Pane, known: bool = False) -> str:
+    """Whether its shell waits for a command: ready, perhaps (it does not say), soon, busy.
+
+    known  it has shown a prompt before, so it runs no script
+    """
+    try:
+        shell = Process.read(pane.pid)
+        with open(f"/proc/{pane.pid}/cmdline", encoding="latin-1") as file:
+            words = "" if known else file.read()
+        options = [word for word in words.split("\0")[1:-1] if word not in SHELLS]
+        script = any(word[:1] not in "-+" for word in options) and "-i" not in options
+        script |= any("c" in word for word in options if word[:2] != "--")
+        if shell.foreground != shell.group or shell.name not in SHELLS or script:
+            return "busy"
+        if not SHELLS[shell.name]:
+            return "perhaps"
+        tty = os.open(pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        try:
+            return "soon" if termios.tcgetattr(tty)[3] & termios.ICANON else "ready"
+        finally:
+            os.close(tty)
+    except (OSError, termios.error):
+        return "busy"
+
+
+Take = Callable[[bytes], "Awaitable[None] | None"]
+
+
+class Capture:
+    """Keeps the first and the last half of `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.first, self.last = limit // 2, limit - limit // 2
+        self.head, self.tail = bytearray(), bytearray()
+
+    def add(self, chunk: bytes) -> None:
+        space = self.first - len(self.head)
+        if space > 0:
+            self.head += chunk[:space]
+            chunk = chunk[space:]
+        self.tail += chunk[-self.last :]
+        if len(self.tail) > 2 * self.last:
+            del self.tail[: -self.last]
+
+    def text(self, total: int) -> str:
+        """What was kept of `total` bytes, with a line in the gap; no half characters there."""
+        tail = self.tail[-self.last :]
+        if total <= self.first + self.last:
+            return (self.head + tail).decode(errors="replace")
+        head = codecs.getincrementaldecoder("utf-8")("replace").decode(bytes(self.head))
+        while tail and tail[0] & 0xC0 == 0x80 and len(tail) > self.last - 3:
+            del tail[0]
+        kept = len(head.encode(errors="replace")) + len(tail)
+        line = f"[pocketcoder: {total - kept} bytes left out]\n"
+        return f"{head}{'' if head.endswith(chr(10)) else chr(10)}{line}{tail.decode(errors='replace')}"
+
+
+class View:
+    """A run's output copied to the pane's tty for a person: best effort, never waited for."""
+
+    # What else a terminal does on request (titles, clipboard, modes) is not for a command.
+    UNSAFE = re.compile(rb"[\0-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[[0-9;:]*[A-HJKSTfm])")
+
+    def __init__(self, pane: Pane) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.pane = pane
+        self.space, self.hidden, self.unwritten = MAX_VIEW, 0, bytearray()
+        self.newline = True
+        self.done: Callable[[], None] | None = None
+        try:
+            self.fd = os.open(pane.tty, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        except OSError:
+            self.fd = -1
+
+    def begin(self, command: str, line: str) -> None:
+        """Show the command behind the prompt, in place of the typed line."""
+        rows = 1 + (self.pane.column + len(line)) // max(1, self.pane.width)
+        shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
+        safe = self.UNSAFE.sub(b"", shown.encode()).replace(b"\x1b", b"")
+        self._write(b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, self.pane.column + 1, safe))
+
+    def add(self, chunk: bytes) -> None:
+        shown = self.UNSAFE.sub(b"", chunk[: self.space])
+        self.hidden += max(0, len(chunk) - self.space)
+        self.space -= min(self.space, len(chunk))
+        if shown:
+            self.newline = shown.endswith(b"\n")
+            self._write(shown)
+
+    def _write(self, data: bytes = b"") -> None:
+        self.unwritten += data
+        try:
+            del self.unwritten[: os.write(self.fd, self.unwritten)]
+            self.loop.remove_writer(self.fd)
+        except BlockingIOError:
+            pass
+        except (OSError, ValueError):  # the terminal is gone
+            return self.close()
+        if self.unwritten:
+            self.loop.add_writer(self.fd, self._write)
+        elif self.done:
+            self.close()
+
+    def end(self, exit_code: int, done: Callable[[], None]) -> None:
+        """Mark the end; call `done` when it is on the terminal, or after VIEW_TIMEOUT."""
+        self.done = done
+        line = "" if self.newline else "\n"
+        if self.hidden:
+            line += f"[pocketcoder: {self.hidden} more bytes not shown here]\n"
+        if exit_code:
+            line += f"[exit {exit_code}]\n"
+        self.loop.call_later(VIEW_TIMEOUT, self.close)
+        self._write(line.encode())
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            self.loop.remove_writer(self.fd)
+            os.close(self.fd)
+        self.fd, done, self.done = -1, self.done, None
+        if done:
+            done()
+
+
+class Output:
+    """A FIFO that a run writes to, read until its last writer is gone.
+
+    take  gets each chunk; reading pauses until the awaitable it may return is done
+    """
+
+    def __init__(self, path: str, take: Take) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.take: Take | None = take
+        self.total = 0
+        self.taken: asyncio.Future[None] | None = None  # done when the reader has it all
+        self.on_close: Callable[[], None] = lambda: None
+        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self.loop.add_reader(self.fd, self._readable)
+
+    def _readable(self) -> None:
+        try:
+            chunk = os.read(self.fd, CHUNK)
+        except BlockingIOError:
+            return
+        if not chunk:
+            self.close()
+        elif self.take is None:  # what outlives a run may write, at no cost to others
+            self._pause()
+            self.loop.call_later(0.01, self._resume)
+        else:
+            if len(chunk) == 64 * KIB:  # a whole pipe: it may want a larger one
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(self.fd, 1031, CHUNK)  # F_SETPIPE_SZ
+            self._give(chunk)
+
+    def _give(self, chunk: bytes) -> None:
+        self.total += len(chunk)
+        wait = self.take(chunk) if self.take else None
+        if wait is not None:
+            self._pause()
+            self.taken = asyncio.ensure_future(self._wait(self.taken, wait))
+
+    async def _wait(self, before: Awaitable[None] | None, this: Awaitable[None]) -> None:
+        try:
+            if before is not None:
+                await before
+            await this
+        finally:
+            self._resume()
+
+    def _pause(self) -> None:
+        if self.fd >= 0:
+            self.loop.remove_reader(self.fd)
+
+    def _resume(self) -> None:
+        if self.fd >= 0:
+            self.loop.add_reader(self.fd, self._readable)
+
+    def finish(self) -> None:
+        """The command has ended: take what it left in the pipe, drain what others write."""
+        if self.fd >= 0:
+            size = array.array("i", [0])
+            fcntl.ioctl(self.fd, termios.FIONREAD, size)
+            if size[0]:
+                self._give(os.read(self.fd, size[0]))
+        self.take = None
+        self._resume()
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            self._pause()
+            os.close(self.fd)
+            self.fd = -1
+            self.on_close()
+
+
+class Job:
+    """One run of a command in a pane, from the typed line to the prompt after it."""
+
+    def __init__(self, request: ExecRequest, outputs: Mapping[str, Take], free: Callable[[Job], None]):
+        self.request, self.takes, self.on_free = request, outputs, free
+        self.loop = asyncio.get_running_loop()
+        self.run_id = secrets.token_hex(8)
+        self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it will not
+        self.exited: asyncio.Future[int] = self.loop.create_future()
+        self.ended, self.why = "exit", ""
+        self.run = self.line = ""  # the run directory, and what is typed to run it
+        self.names: list[str] = []  # of its files there
+        self.pane: Pane = NOWHERE
+        self.view = View(NOWHERE)
+        self.pid = 0  # of the command's bash, and of its process group
+        self.begun = self.duration = 0.0
+        self.status_fd = self.shell_fd = -1
+        self.unread = b""
+        self.outputs: list[Output] = []
+        self.timers: list[asyncio.TimerHandle] = []
+        self.ending: asyncio.Task[None] | None = None
+
+    # ---- before it runs
+
+    def prepare(self, folder: str, shell: str) -> None:
+        """Make the run directory, but for who else may enter it."""
+        self.run = f"{folder}/{self.run_id}"
+        self.line = f" . {shlex.quote(self.run)}.go"
+        for name in ("status", "done", *self.takes):
+            os.mkfifo(f"{self.run}.{name}", 0o600)
+        files = {"go": self._go(shell)}
+        if self.request.stdin is not None:
+            files["in"] = self.request.stdin
+        if self._long():
+            files["cmd"] = self.request.cmd
+        for name, text in files.items():
+            with open(f"{self.run}.{name}", "xb", buffering=0) as file:
+                file.write(text.encode())
+        self.names = ["status", "done", *self.takes, *files]
+        self.status_fd = os.open(f"{self.run}.status", os.O_RDONLY | os.O_NONBLOCK)
+        self.loop.add_reader(self.status_fd, self._on_status)
+        for name, take in self.takes.items():
+            self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, take)))
+
+    def enter(self, on_shell_end: Callable[[Job], None]) -> None:
+        """Take the pane: its owner may use the files, its end is noticed."""
+        pane, self.view = self.pane, View(self.pane)
+        owner = os.stat(pane.tty).st_uid
+        if owner != os.geteuid():  # as root, for the panes of a worker
+            folder = os.path.dirname(self.run)
+            os.chmod(os.path.dirname(folder), 0o711)
+            os.chown(folder, owner, -1)
+            for name in self.names:
+                os.chown(f"{self.run}.{name}", owner, -1)
+        with contextlib.suppress(OSError, AttributeError):  # else tmux tells, a little later
+            self.shell_fd = os.pidfd_open(pane.pid)
+            self.loop.add_reader(self.shell_fd, on_shell_end, self)
+
+    def _long(self) -> bool:
+        return len(self.request.cmd.encode()) >= MAX_ARGUMENT
+
+    def _go(self, shell: str) -> str:
+        request, run = self.request, shlex.quote(self.run)
+        code = f'eval "$(cat {run}.cmd)"' if self._long() else request.cmd
+        variables = QUIET_PROGRAMS | {
+            "POCKETCODER_RUN_ID": self.run_id,
+            "POCKETCODER_AGENT": request.agent_name,
+            "POCKETCODER_SESSION_ID": request.session_id or "",
+            "POCKETCODER_USAGE_ID": request.usage_id or "",
+        }
+        command = [shell, "-c", code, os.path.basename(shell)]
+        if request.env:  # by env(1): it takes names that are none for a shell
+            command = ["env", "--", *(f"{k}={v}" for k, v in request.env.items()), *command]
+        targets = [f"{fd}<>{run}.{name}" for fd, name in enumerate(self.takes, 1)]
+        return GO.format(
+            run=run,
+            cwd=shlex.quote(request.cwd or "."),
+            variables=" ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
+            command=shlex.join(command),
+            stdin="/dev/null" if request.stdin is None else f"{run}.in",
+            outputs=" ".join(targets if len(targets) == 2 else [*targets, "2>&1"]),
+        )
+
+    def _take(self, take: Take, chunk: bytes) -> Awaitable[None] | None:
+        self.view.add(chunk)
+        return take(chunk)
+
+    def void(self) -> bool:
+        """Make sure that it never starts; False: it already has."""
+        if self.pid:
+            return False
+        try:
+            os.close(os.open(f"{self.run}.pid", os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            return False
+        except OSError:  # wiped: go cannot make it either
+            pass
+        if not self.started.done():
+            self.started.set_result(False)
+        self.release()
+        return True
+
+    # ---- what go reports
+
+    def _on_status(self) -> None:
+        data = os.read(self.status_fd, 4 * KIB)
+        if not data:  # the pane's shell is gone; shell_fd or tmux will tell
+            self.loop.remove_reader(self.status_fd)
+        *lines, self.unread = (self.unread + data).split(b"\n")
+        for line in lines:
+            word, _, number = line.partition(b" ")
+            if number.isdigit():
+                self._on_report(word, int(number))
+
+    def _on_report(self, word: bytes, number: int) -> None:
+        if word == b"start" and not self.pid:
+            self.pid, self.begun = number, time.monotonic()
+            self.view.begin(self.request.cmd, self.line)
+            self.timers.append(self.loop.call_later(self.request.timeout, self.end, "timeout"))
+            if not self.started.done():
+                self.started.set_result(True)
+        elif word == b"nocwd" and not self.started.done():
+            wrong = complain("cwd", self.request.cwd, "a directory that the terminal may enter")
+            self.started.set_exception(wrong)
+        elif word == b"exit" and not self.exited.done():
+            if self.pid:
+                self._finish(number & 255)
+        elif word == b"back":
+            self.release()
+
+    def _finish(self, exit_code: int) -> None:
+        """The command has ended: D1, all its output is in the pipes, the pane comes back soon."""
+        self.duration = time.monotonic() - self.begun
+        for output in self.outputs:
+            output.finish()
+        if exit_code in STOPPED:  # nobody can continue it
+            self.ending = asyncio.ensure_future(self._climb(ENDING_LADDER[1:]))
+        self.exited.set_result(exit_code)
+        self.timers.append(self.loop.call_later(RETURN_TIMEOUT, self.release))
+        self.view.end(exit_code, self._let_go_return)
+
+    def _let_go_return(self) -> None:
+        with contextlib.suppress(OSError):
+            done = os.open(f"{self.run}.done", os.O_WRONLY | os.O_NONBLOCK)
+            os.write(done, b"\n")
+            os.close(done)
+
+    # ---- how it may be ended
+
+    def end(self, ended: str) -> None:
+        """Begin to end it; `exited` tells when that is done.  The first reason counts."""
+        if self.ended == "exit" and not self.exited.done():
+            self.ended = ended
+            self.ending = asyncio.ensure_future(self._climb(ENDING_LADDER))
+
+    def lost(self, why: str) -> None:
+        """Its terminal died: answer with what there is, leave nothing running."""
+        if self.exited.done() or (not self.pid and self.void()):
+            return self.release()
+        if self.ended == "exit":
+            self.ended, self.why = "lost", why
+        self._finish(128 + signal.SIGKILL)
+        self.release()
+        self.ending = asyncio.ensure_future(self._climb(ENDING_LADDER[1:]))
+
+    async def _climb(self, ladder: tuple[tuple[int, float], ...]) -> None:
+        for number, patience in ladder:
+            next_step = time.monotonic() + patience
+            await self.kill(number)
+            await asyncio.wait({self.exited}, timeout=patience)
+            if not await self.kill(0):
+                break
+            await asyncio.sleep(next_step - time.monotonic())  # for what escaped
+        await asyncio.wait({self.exited}, timeout=RETURN_TIMEOUT)
+        if not self.exited.done():
+            self.lost("its shell did not report the end")
+
+    def signal_group(self, number: int) -> None:
+        """Signal the command's process group.  Without job control there is none of its own."""
+        with contextlib.suppress(OSError):
+            if self.pid and not self.exited.done() and Process.read(self.pid).group == self.pid:
+                os.killpg(self.pid, number)
+
+    async def kill(self, number: int) -> int:
+        """Signal all its processes, wherever they are; how many there were."""
+        self.signal_group(number)
+        found = await asyncio.to_thread(processes_of, self.run_id, self.pid or -1)
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+        return len(found)
+
+    def release(self) -> None:
+        """Give the pane back; the directory goes when nobody writes to it any more."""
+        if self.status_fd < 0:
+            return
+        for timer in self.timers:
+            timer.cancel()
+        for fd in filter(lambda fd: fd >= 0, (self.status_fd, self.shell_fd)):
+            self.loop.remove_reader(fd)
+            os.close(fd)
+        self.status_fd = self.shell_fd = -1
+        self.view.close()
+        for output in self.outputs:
+            output.take, output.on_close = None, self._tidy
+        self._tidy()
+        self.on_free(self)
+
+    def _tidy(self) -> None:
+        if all(output.fd < 0 or not self.pid for output in self.outputs):
+            for output in self.outputs:
+                output.on_close = lambda: None
+                output.close()
+            for name in (*self.names, "pid"):
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{self.run}.{name}")
+
+    async def result(self) -> CommandResult:
+        """How it ended; `output` is with who took it.  Cancelling this cancels the command."""
+        try:
+            reported = await asyncio.shield(self.exited)
+            for output in self.outputs:
+                if output.taken is not None:
+                    await output.taken
+        except asyncio.CancelledError:
+            self.end("cancelled")
+            raise
+        exit_code, error = ENDINGS[self.ended]
+        return CommandResult(
+            "",
+            reported if exit_code is None else exit_code,
+            ended=self.ended,
+            error=error and error.format(timeout=self.request.timeout, why=self.why),
+            output_bytes=sum(output.total for output in self.outputs),
+            duration_ms=round(self.duration * 1000),
+            run_id=self.run_id,
+        )
+
+
+@dataclass
+class Terminal:
+    """An agent's window and who waits for it.  Made and changed by the driver only."""
+
+    name: str
+    window_id: str = ""
+    jobs: dict[str, Job] = field(default_factory=dict)  # by pane_id
+    waiting: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # first come, first served
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class PocketCoderDriver:
+    """Runs commands in the tmux session `session_name` at the socket `socket_path`.
+
+    Needs no running tmux; the first command makes what is missing.
+    """
+
+    def __init__(self, socket_path: str, session_name: str, directory: str | None = None) -> None:
+        if not re.fullmatch(r"[^\x00-\x1f:.#=]{1,64}", session_name):
+            raise complain("session_name", session_name, "a tmux name without `:`, `.`, `#`, `=`")
+        self.socket_path, self.session_name = os.path.abspath(socket_path), session_name
+        self.stopping = False
+        self.shell = find_shell()
+        # What tmux runs in a new pane.  Not one word: default-shell, maybe us, would run that.
+        self.new_shell = ["-c", directory.replace("#", "##")] if directory else []
+        self.new_shell += [
+            "-e",
+            f"SHELL={self.shell}",
+            "-e",
+            "HISTCONTROL=ignoreboth",
+            "--",
+            self.shell,
+            "-i",
+        ]
+        self.folder, self.folder_fd = "", -1  # ours beside the socket, with a lock: we live
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def _bind(self) -> None:
+        """Take the running loop; what belonged to another one is forgotten."""
+        self.loop = asyncio.get_running_loop()
+        self.tmux: Tmux | None = None
+        self.connecting = asyncio.Lock()
+        self.terminals: dict[str, Terminal] = {}
+        self.seen: set[int] = set()  # shells that have shown a prompt: start-up is over
+        self.doubts: dict[int, int] = {}  # shells, and how often they did not start a run
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def session_exists(self, session: str) -> bool:
+        """Whether tmux has a session of exactly this name."""
+        command = ["tmux", "-S", self.socket_path, "has-session", "-t", f"={session}"]
+        return subprocess.run(command, capture_output=True, timeout=TMUX_TIMEOUT).returncode == 0
+
+    async def exec(self, cmd: str, cwd: str | None, agent_name: str) -> CommandResult:
+        """Run `cmd` in the agent's terminal and wait for its end.
+
+        cwd  absolute; None: wherever the terminal is now
+        See ExecRequest for the limits.  Raises BadMessage, NoTerminal, Busy.
+        """
+        return await self.run(ExecRequest(cmd, cwd or "", agent_name=agent_name))
+
+    async def run(self, request: ExecRequest) -> CommandResult:
+        """The same for a request.  Cancelling this cancels the command."""
+        capture = Capture(request.max_output)
+        result = await (await self.start(request, {"out": capture.add})).result()
+        truncated = result.output_bytes > request.max_output
+        return replace(result, output=capture.text(result.output_bytes), truncated=truncated)
+
+    async def start(self, request: ExecRequest, outputs: Mapping[str, Take]) -> Job:
+        """Start a command and return when it runs.  One output is for both, two are apart."""
+        if self.loop is not asyncio.get_running_loop():
+            self._bind()
+        terminal = self.terminals.setdefault(request.agent_name, Terminal(f"{request.agent_name}:terminal"))
+        for _ in range(2 * MAX_PANES):
+            job = Job(request, outputs, partial(self._free, terminal))
+            try:
+                tmux = await self._take_pane(terminal, job)
+                job.enter(self._on_shell_end)
+                tmux.type_line(job.pane, job.line)
+                if await self._starts(job, tmux):
+                    return job
+            except BadMessage:  # it could not enter `cwd`; the pane comes back by itself
+                raise
+            except OSError as wrong:  # no space, no descriptors
+                job.void()
+                raise NoTerminal(f"cannot prepare a run: {wrong}") from None
+            except BaseException:
+                if not job.void():
+                    job.end("cancelled")
+                raise
+        raise NoTerminal(f"no shell in the window {terminal.name} answers")
+
+    async def _starts(self, job: Job, tmux: Tmux) -> bool:
+        shell = job.pane.pid
+        await asyncio.wait({job.started}, timeout=self._patience(shell, START_TIMEOUT))
+        if not job.started.done() and job.void():
+            self.doubts[shell] = self.doubts.get(shell, 0) + 1
+            if prompt(job.pane) != "busy":  # a continuation prompt, or some mode of the shell
+                tmux.send(["send-keys", "-t", job.pane.pane_id, "C-c"])
+        if started := await asyncio.wait_for(asyncio.shield(job.started), TMUX_TIMEOUT):
+            self.seen.add(shell)
+            self.doubts.pop(shell, None)
+        return started
+
+    def _patience(self, shell: int, usual: float) -> float:
+        return usual if shell in self.seen else NEW_SHELL_TIMEOUT
+
+    def _free(self, terminal: Terminal, job: Job) -> None:
+        terminal.jobs.pop(job.pane.pane_id, None)
+        terminal.freed.set()
+
+    async def _take_pane(self, terminal: Terminal, job: Job) -> Tmux:
+        """Wait in the queue, then give the job a pane where nobody runs anything."""
+        if len(terminal.jobs) + terminal.waiting >= MAX_PANES + MAX_QUEUE:
+            raise Busy(f"{MAX_QUEUE} commands wait for this terminal already: try again later")
+        terminal.waiting += 1
+        deadline = time.monotonic() + QUEUE_TIMEOUT
+        try:
+            async with terminal.lock:
+                while time.monotonic() < deadline and not self.stopping:
+                    terminal.freed.clear()
+                    tmux, panes = await self._panes(terminal, job)
+                    if pane := await self._choose(terminal, tmux, panes):
+                        job.pane = pane
+                        terminal.jobs[pane.pane_id] = job
+                        return tmux
+                    # tmux does not tell when a person's program ends, so look now and then.
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(terminal.freed.wait(), QUEUE_CHECK)
+        finally:
+            terminal.waiting -= 1
+        raise Busy("the proxy is stopping" if self.stopping else "no pane of the terminal got free")
+
+    async def _choose(self, terminal: Terminal, tmux: Tmux, panes: list[Pane]) -> Pane | None:
+        """A pane at its prompt; else a new one; else one in copy mode; else None."""
+        free = [pane for pane in panes if pane.pane_id not in terminal.jobs]
+        sound = [pane for pane in free if self.doubts.get(pane.pid, 0) < 2]
+        for pane in sound:
+            if not pane.in_mode and (ready := await self._at_prompt(tmux, pane)):
+                return ready
+        returning = any(job.exited.done() for job in terminal.jobs.values())
+        if len(panes) < MAX_PANES and not returning:
+            made = await self._split(tmux, panes[-1])
+            if made is not None:
+                return await self._at_prompt(tmux, made)
+        for pane in sound:  # rather than let a command wait for a person who reads
+            if pane.in_mode and (ready := await self._at_prompt(tmux, pane)):
+                return ready
+        if free == panes and not sound:
+            self.doubts.clear()
+            raise NoTerminal(f"no shell in the window {terminal.name} answers")
+        return None
+
+    async def _at_prompt(self, tmux: Tmux, pane: Pane) -> Pane | None:
+        """The pane, when its shell waits for a command or will in a moment."""
+        known = pane.pid in self.seen
+        deadline = time.monotonic() + self._patience(pane.pid, PROMPT_TIMEOUT)
+        state = prompt(pane, known)
+        if waited := state == "soon":
+            while (state := prompt(pane, known)) == "soon" and time.monotonic() < deadline:
+                await asyncio.sleep(0.001)  # a shell announces its prompt to nobody
+        if state not in ("ready", "perhaps"):
+            return None
+        if state == "ready":
+            self.seen.add(pane.pid)
+        if waited:  # the cursor has moved
+            return next((now for now in await tmux.panes(pane.window_id) if now.pid == pane.pid), None)
+        return pane
+
+    async def _split(self, tmux: Tmux, beside: Pane) -> Pane | None:
+        words = ["split-window", "-d", "-Z", "-t", beside.pane_id, "-P", "-F", PANE_FORMAT]
+        for _ in range(2):
+            with contextlib.suppress(NoTerminal):
+                return Pane.parse((await tmux.ask(*words, *self.new_shell))[0])
+            tmux.send(["select-layout", "-t", beside.window_id, "tiled"])  # no space: make some
+        return None
+
+    async def _panes(self, terminal: Terminal, job: Job) -> tuple[Tmux, list[Pane]]:
+        """The panes of the agent's window; made, with all around it, if missing."""
+        for last_try in (False, True):
+            tmux = await self._connect(["-n", terminal.name, *self.new_shell])
+            try:
+                panes = []
+                asked = asyncio.ensure_future(tmux.panes(terminal.window_id or "@"))
+                await asyncio.sleep(0)
+                if not job.line:
+                    job.prepare(self._run_folder(), self.shell)  # while tmux answers
+                with contextlib.suppress(NoTerminal):
+                    panes = await asked
+                if not panes or panes[0].window_name != terminal.name:
+                    panes = await self._find_window(terminal, tmux)
+                for pane in panes:
+                    if pane.dead:  # remain-on-exit
+                        await tmux.ask("respawn-pane", "-t", pane.pane_id, *self.new_shell)
+                if any(pane.dead for pane in panes):
+                    panes = await tmux.panes(terminal.window_id)
+                return tmux, panes
+            except NoTerminal:
+                tmux.close()  # the session may be gone, and we be attached to another
+                if last_try:
+                    raise
+        raise AssertionError
+
+    async def _find_window(self, terminal: Terminal, tmux: Tmux) -> list[Pane]:
+        panes = await tmux.panes()
+        self.seen &= {pane.pid for pane in panes}
+        found = [pane for pane in panes if pane.window_name == terminal.name]
+        if not found:
+            words = ["new-window", "-d", "-t", f"={self.session_name}:", "-n", terminal.name]
+            line = await tmux.ask(*words, "-P", "-F", PANE_FORMAT, *self.new_shell)
+            found = [Pane.parse(line[0])]
+        terminal.window_id = found[0].window_id
+        if not self.seen & {pane.pid for pane in found}:
+            rename = ["set-option", "-w", "-t", terminal.window_id]
+            tmux.send([*rename, "automatic-rename", "off"], [*rename, "allow-rename", "off"])
+        return [pane for pane in found if pane.window_id == terminal.window_id]
+
+    async def _connect(self, create: list[str] | None) -> Tmux:
+        async with self.connecting:
+            if self.tmux is None or self.tmux.closed:
+                path, session = self.socket_path, self.session_name
+                self.tmux = await Tmux.connect(path, session, self._on_notice, create)
+            return self.tmux
+
+    # ---- what died
+
+    def _on_shell_end(self, job: Job) -> None:
+        job.loop.remove_reader(job.shell_fd)
+        self._on_notice("shell ended")
+
+    def _on_notice(self, notice: str) -> None:
+        """tmux or the kernel says that something changed: look whether a run has lost its pane."""
+        if any(terminal.jobs for terminal in self.terminals.values()):
+            task = asyncio.ensure_future(self._check())
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    async def _check(self) -> None:
+        panes: dict[str, Pane] = {}
+        why = ""
+        try:
+            panes = {pane.pane_id: pane for pane in await (await self._connect(None)).panes()}
+        except NoTerminal as gone:
+            why = str(gone)
+        windows = {pane.window_id for pane in panes.values()}
+        for job in [job for terminal in self.terminals.values() for job in terminal.jobs.values()]:
+            pane = panes.get(job.pane.pane_id)
+            if pane is None or pane.pid != job.pane.pid:
+                window = "" if job.pane.window_id in windows else f"window {job.pane.window_name}, "
+                job.lost(why or f"{window}pane {job.pane.pane_id} was closed")
+            elif pane.dead or not os.path.exists(f"/proc/{pane.pid}"):
+                job.lost(f"the shell in pane {pane.pane_id} died")
+
+    # ---- the run directory
+
+    def _run_folder(self) -> str:
+        """Ours; made again if someone wiped it."""
+        if os.path.isdir(self.folder):
+            return self.folder
+        base = f"{self.socket_path}.d"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(base, 0o700)
+        found = os.lstat(base)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise NoTerminal(f"{base}: expected a directory of our own, got another's or no directory")
+        self._close_folder()
+        self._adopt(base)
+        self.folder = tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=base)
+        self.folder_fd = os.open(self.folder, os.O_RDONLY)
+        fcntl.flock(self.folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return self.folder
+
+    def _adopt(self, base: str) -> None:
+        """Drain and remove what a killed proxy left; its commands run to their end."""
+        for folder in os.scandir(base):
+            fd = os.open(folder.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # its proxy lives
+                os.close(fd)
+                continue
+            left = {run.path for run in os.scandir(folder.path)}
+            for run in list(left):
+                self._adopt_run(run, partial(self._adopted, folder.path, fd, left, run))
+
+    def _adopt_run(self, run: str, done: Callable[[], None]) -> None:
+        waiting = {f"{run}/{name}" for name in ("out", "err") if os.path.exists(f"{run}/{name}")}
+        with contextlib.suppress(OSError):
+            os.close(os.open(f"{run}.pid", os.O_CREAT | os.O_EXCL, 0o600))  # typed, never started
+
+        def drained(path: str) -> None:
+            waiting.discard(path)
+            if not waiting:
+                done()
+
+        for path in list(waiting):
+            output = Output(path, lambda chunk: None)
+            output.on_close = partial(drained, path)
+            output.finish()
+        if not waiting:
+            done()
+
+    def _adopted(self, folder: str, fd: int, left: set[str], run: str) -> None:
+        shutil.rmtree(run, ignore_errors=True)
+        left.discard(run)
+        if not left:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(fd)
+
+    def _close_folder(self) -> None:
+        if self.folder_fd >= 0:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.folder)
+            os.close(self.folder_fd)
+        self.folder, self.folder_fd = "", -1
+
+    async def close(self, grace: float = 0.0) -> None:
+        """Take no more commands, give the running ones `grace` seconds, cancel the rest."""
+        self.stopping = True
+        if self.loop is None:
+            return
+        jobs = [job for terminal in self.terminals.values() for job in terminal.jobs.values()]
+        exits = [job.exited for job in jobs]
+        if exits:
+            await asyncio.wait(exits, timeout=grace)
+            for job in jobs:
+                job.end("cancelled")
+            await asyncio.wait(exits, timeout=sum(step[1] for step in ENDING_LADDER) + RETURN_TIMEOUT)
+            await asyncio.gather(*(job.ending for job in jobs if job.ending), return_exceptions=True)
+        for job in jobs:
+            job.release()
+        if self.tmux is not None:
+            self.tmux.on_notice = lambda notice: None
+            self.tmux.close()
+        self._close_folder()
+
+
+# ==========================================================================
+# State and tools                                               budget 130
+# ==========================================================================
+# What handlers share.  Built once in `serve`, handed down; no globals.
+SessionMap = dict[str, "asyncio.Queue[Message]"]
+
+
+@dataclass
+class AppState:
+    """`sessions`: who listens, by session id; `driver`: runs commands; `workspace`: its root."""
+
+    sessions: SessionMap
+    driver: PocketCoderDriver
+    workspace: str = "."
+
+    def inside(self, cwd: str) -> str:
+        """The absolute path of a directory in the workspace.  Raises BadMessage."""
+        root = os.path.realpath(self.workspace)
+        path = os.path.realpath(os.path.join(root, cwd))
+        if os.path.commonpath([root, path]) != root:
+            raise complain("cwd", cwd, f"a directory inside the workspace {root}")
+        if not os.path.isdir(path):
+            raise complain("cwd", cwd, f"a directory (there is none at {path})")
+        return path
+
+
+# ==========================================================================
+# Transports                                                    budget 280
+# ==========================================================================
+# H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
+# H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
+# H3  Whoever waits for a caller that left is cancelled.
+async def health_handler() -> str:
+    """Answers while commands run."""
+    return "ok"
+
+
+async def exec_handler(state: AppState, request: ExecRequest) -> ExecResponse:
+    """Run a command to its end.  Cancelling this cancels the command."""
+    result = await state.driver.run(replace(request, cwd=state.inside(request.cwd)))
+    return ExecResponse(result.output, result.exit_code, result.error, result)
+
+
+async def exec_stream_handler(
+    state: AppState, request: ExecRequest, send: Callable[[str, Message], Awaitable[None]]
+) -> None:
+    """The same with the output sent as it comes: `send(event, data)`."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    async def output(chunk: bytes, final: bool = False) -> None:
+        if text := decoder.decode(chunk, final):  # never half a character
+            await send("output", {"stdout": text})
+
+    job = await state.driver.start(replace(request, cwd=state.inside(request.cwd)), {"out": output})
+    await send("", {})
+    result = await job.result()
+    await output(b"", final=True)
+    await send("exit", ExecResponse(None, result.exit_code, result.error, result).to_wire())
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Who may call: the token, and the browser origins that were allowed."""
+
+    token: str = ""
+    origins: frozenset[str] = frozenset()
+
+    def check(self, host: str, origin: str | None, authorization: str, open_to_all: bool) -> None:
+        """Raises Forbidden, or HTTPError 401."""
+        name = urlsplit(f"//{host}").hostname or ""
+        if not self.token and not is_loopback(name):  # else a name could be bound to us anew
+            raise Forbidden(f"`Host`: got {host[:80]!r}, expected localhost or a loopback address")
+        own = f"http://{host}" if is_loopback(name) else None
+        if origin is not None and origin != own and origin not in self.origins:
+            raise Forbidden(f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin")
+        expected = f"Bearer {self.token}".encode()
+        if self.token and not open_to_all:
+            if not hmac.compare_digest(authorization.encode("latin-1", "replace"), expected):
+                raise tornado.web.HTTPError(401, "expected `Authorization: Bearer TOKEN`")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can be reached by, or listens to, `host`."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host.lower() == "localhost"
+
+
+class Endpoint(tornado.web.RequestHandler):
+    """The gate, the body, errors as JSON; children add handlers."""
+
+    _stream_request_body = True  # so that the gate comes before the body, and 413 is ours
+    open_to_all = False  # needs no token
+    task: asyncio.Future[None] | None = None
+
+    def initialize(self, state: AppState, gate: Gate) -> None:
+        self.state, self.gate = state, gate
+        self.body, self.received = bytearray(), 0
+
+    def set_default_headers(self) -> None:
+        self.set_header("Server", f"pocketcoder-proxy/{VERSION}")
+        self.set_header("Cache-Control", "no-store")
+        self.set_header("X-Content-Type-Options", "nosniff")
+
+    def compute_etag(self) -> None:
+        """Answers are not cached."""
+
+    def prepare(self) -> None:
+        headers, origin = self.request.headers, self.request.headers.get("Origin")
+        authorization = headers.get("Authorization", "")
+        preflight = self.request.method == "OPTIONS"
+        self.gate.check(self.request.host, origin, authorization, self.open_to_all or preflight)
+        if origin in self.gate.origins:
+            self.set_header("Access-Control-Allow-Origin", str(origin))
+            self.set_header("Access-Control-Allow-Headers", "Authorization, Content-Type, Accept")
+            self.set_header("Vary", "Origin")
+        if self.request.method == "POST":
+            kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise tornado.web.HTTPError(415, f"`Content-Type`: got {kind!r}, expected application/json")
+
+    def data_received(self, chunk: bytes) -> None:
+        self.received += len(chunk)
+        if self.received <= MAX_BODY:
+            self.body += chunk
+
+    def options(self) -> None:
+        if self.request.headers.get("Origin") not in self.gate.origins:
+            raise tornado.web.HTTPError(405)
+        self.set_header("Access-Control-Allow-Methods", ", ".join(self._allowed()))
+        self.set_status(204)
+
+    def _allowed(self) -> list[str]:
+        names = {name: getattr(type(self), name.lower(), None) for name in self.SUPPORTED_METHODS}
+        return [name for name, method in names.items() if method is not self._unimplemented_method]
+
+    async def perform(self, work: Coroutine[Any, Any, None]) -> None:
+        """Await `work`; cancel it when the caller leaves."""
+        self.task = asyncio.ensure_future(work)
+        await asyncio.wait({self.task})
+        if not self.task.cancelled():
+            self.task.result()
+
+    def on_connection_close(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        error = kwargs.get("exc_info", (None, None))[1]
+        text = getattr(error, "log_message", None) or f"{status_code} {self._reason}"
+        exit_code = ProxyError.exit_code
+        if isinstance(error, ProxyError):
+            text, exit_code = str(error), error.exit_code
+            self.set_status(error.http_status)
+        if status_code == 401:
+            self.set_header("WWW-Authenticate", "Bearer")
+        if status_code == 405:
+            self.set_header("Allow", ", ".join(self._allowed()))
+        self.set_header("Content-Type", "application/json")
+        self.finish(json.dumps({"error": text, "exit_code": exit_code}))
+
+    def log_exception(self, *exc_info: Any) -> None:
+        if not isinstance(exc_info[1], (ProxyError, tornado.web.HTTPError)):
+            log.error("request failed path=%s", self.request.path, exc_info=exc_info)
+
+
+class HealthEndpoint(Endpoint):
+    open_to_all = True
+
+    async def get(self) -> None:
+        self.set_header("Content-Type", "text/plain")
+        self.finish(await health_handler())
+
+    head = get
+
+
+class ExecEndpoint(Endpoint):
+    async def post(self) -> None:
+        if self.received > MAX_BODY:
+            raise tornado.web.HTTPError(413, f"body: got {self.received} bytes, expected at most {MAX_BODY}")
+        request = ExecRequest.from_wire(bytes(self.body))
+        streamed = "text/event-stream" in self.request.headers.get("Accept", "")
+        await self.perform(self.stream(request) if streamed else self.answer(request))
+
+    async def answer(self, request: ExecRequest) -> None:
+        response = await exec_handler(self.state, request)
+        self.set_header("Content-Type", "application/json")
+        self.finish(json.dumps(response.to_wire(), ensure_ascii=False, separators=(",", ":")))
+
+    async def stream(self, request: ExecRequest) -> None:
+        work = asyncio.ensure_future(exec_stream_handler(self.state, request, self.send_event))
+        try:
+            while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
+                if self._headers_written:
+                    self.write(": keep-alive\n\n")
+                    await self.flush()
+        finally:
+            work.cancel()
+        await work
+
+    async def send_event(self, event: str, data: Message) -> None:
+        if not self._headers_written:
+            self.set_header("Content-Type", "text/event-stream")
+            self.set_header("X-Accel-Buffering", "no")
+            self.request.connection.stream.set_nodelay(True)
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        self.write(f"event: {event}\ndata: {text}\n\n" if event else ": started\n\n")
+        await self.flush()
+
+
+class UnknownEndpoint(Endpoint):
+    def prepare(self) -> None:
+        super().prepare()
+        raise tornado.web.HTTPError(404, f"no such path: {self.request.path[:80]}")
+
+
+ROUTES: list[tuple[str, type[Endpoint]]] = [
+    (r"/health", HealthEndpoint),
+    (r"/exec", ExecEndpoint),
+]
+
+
+# ==========================================================================
+# Application                                                   budget 120
+# ==========================================================================
+@dataclass(frozen=True)
+class Commands:
+    """What the command line asks for."""
+
+
+@dataclass(frozen=True)
+class Server(Commands):
+    """Start the proxy server."""
+
+    port: str
+    host: str
+    workspace: str
+    origins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cli:
+    """The command line."""
+
+    command: Commands
+
+    @classmethod
+    def parse(cls, arguments: list[str]) -> Cli:
+        """Exits with 2 and a message when the words are wrong."""
+        parser = argparse.ArgumentParser(prog="pocketcoder", description=__doc__.split("\n")[0])
+        parser.add_argument("--version", action="version", version=f"pocketcoder-proxy {VERSION}")
+        commands = parser.add_subparsers(required=True, metavar="server")
+        server = commands.add_parser("server", help="start the proxy server")
+        workspace = "/workspace" if os.path.isdir("/workspace") else os.getcwd()
+        environ = os.environ.get
+        add = server.add_argument
+        add("--version", action="version", version=f"pocketcoder-proxy {VERSION}")
+        add("-p", "--port", default=str(DEFAULT_PORT), help="default %(default)s; 0: any free port")
+        add("--host", default=environ("POCKETCODER_HOST") or "127.0.0.1", metavar="ADDR")
+        add("--workspace", default=environ("POCKETCODER_WORKSPACE") or workspace, metavar="DIR")
+        add("--allow-origin", action="append", default=[], metavar="ORIGIN")
+        got = parser.parse_args(arguments)
+        if not (got.port.isdecimal() and int(got.port) < 65536):
+            server.error(f"--port: got {got.port!r}, expected a number from 0 to 65535")
+        if not os.path.isdir(got.workspace):
+            server.error(f"--workspace: got {got.workspace!r}, expected a directory")
+        return cls(Server(got.port, got.host, os.path.abspath(got.workspace), tuple(got.allow_origin)))
+
+
+async def serve(options: Server, token: str) -> None:
+    """Listen until SIGTERM or SIGINT."""
+    socket_path = os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET
+    session = os.environ.get("TMUX_SESSION") or DEFAULT_SESSION
+    driver = PocketCoderDriver(socket_path, session, options.workspace)
+    state = AppState({}, driver, options.workspace)
+    shared = {"state": state, "gate": Gate(token, frozenset(options.origins))}
+    application = tornado.web.Application(
+        [(path, endpoint, shared) for path, endpoint in ROUTES],
+        default_handler_class=UnknownEndpoint,
+        default_handler_args=shared,
+        log_function=lambda handler: None,
+    )
+    server = tornado.httpserver.HTTPServer(
+        application,
+        max_body_size=4 * MAX_BODY,
+        idle_connection_timeout=IDLE_TIMEOUT,
+        body_timeout=BODY_TIMEOUT,
+    )
+    sockets = tornado.netutil.bind_sockets(int(options.port), options.host)
+    server.add_sockets(sockets)
+    host, port = sockets[0].getsockname()[:2]
+    print(f"pocketcoder: listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    attach = shlex.join(["tmux", "-S", driver.socket_path, "attach", "-t", session])
+    print(f"pocketcoder: watch with: {attach}", file=sys.stderr, flush=True)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await stop.wait()
+    server.stop()
+    await driver.close(STOP_GRACE)
+    await server.close_all_connections()
+
+
+def main() -> int:
+    """The command line; its exit status."""
+    options = Cli.parse(sys.argv[1:]).command
+    assert isinstance(options, Server)
+    token = os.environ.pop("POCKETCODER_TOKEN", "")
+    if not token and not is_loopback(options.host):
+        print("pocketcoder: refusing", file=sys.stderr)
+        return 2
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    asyncio.run(serve(options, token))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
