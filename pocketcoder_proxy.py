@@ -87,6 +87,7 @@ PROMPT_TIMEOUT = 0.05  # a shell that has just ended a command shows its prompt
 QUEUE_CHECK = 0.5  # look again whether a person's program has ended
 QUEUE_TIMEOUT = 3600.0  # longest wait for a pane
 RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
+DRAIN_PAUSE = 0.01  # between reads of what outlives its run: 100 MB/s
 VIEW_TIMEOUT = 0.5  # the copy on the terminal may delay the prompt by that
 STOP_GRACE = 5.0  # SIGTERM: running commands may still end
 KEEP_ALIVE = 15.0  # between comments on a silent stream
@@ -381,9 +382,7 @@ class Tmux(asyncio.SubprocessProtocol):
         self.closed = False
 
     @classmethod
-    async def connect(
-        cls, path: str, session: str, on_notice: Callable[[str], None], create: list[str] | None
-    ) -> Tmux:
+    async def connect(cls, path: str, session: str, on_notice: Callable[[str], None], create: list[str] | None) -> Tmux:
         """Attach to `session` at the socket `path`; `create`: words that make it if missing."""
         hidden = ("POCKETCODER_TOKEN", "POCKETCODER_RUN_ID", "TMUX", "TMUX_PANE")
         variables = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -399,7 +398,7 @@ class Tmux(asyncio.SubprocessProtocol):
         except OSError as missing:
             raise NoTerminal(f"cannot run tmux ({missing}): install tmux 3.2 or later") from None
         try:
-            await self._wait(self.attached)
+            await self.reply(self.attached)
         except BaseException:
             self.close()
             raise
@@ -440,12 +439,12 @@ class Tmux(asyncio.SubprocessProtocol):
         self.close()
         self.on_notice("%closed")
 
-    def close(self) -> None:
+    def close(self, why: str = "the connection has ended") -> None:
         """End the connection, not the session."""
         self.closed = True
         self.process.close()
         for future in (self.attached, *self.replies):
-            self._fail(future, "the connection has ended")
+            self._fail(future, why)
 
     def send(self, *commands: list[str]) -> asyncio.Future[list[str]]:
         """Write commands at once, so that nothing comes in between; the last one's reply."""
@@ -457,16 +456,17 @@ class Tmux(asyncio.SubprocessProtocol):
         self.process.get_pipe_transport(0).write("".join(lines).encode())
         return futures[-1]
 
-    async def _wait(self, reply: asyncio.Future[list[str]]) -> list[str]:
+    async def reply(self, future: asyncio.Future[list[str]]) -> list[str]:
+        """Wait for a reply, TMUX_TIMEOUT seconds at most."""
+        timer = self.loop.call_later(TMUX_TIMEOUT, self.close, f"no answer within {TMUX_TIMEOUT:g} s")
         try:
-            return await asyncio.wait_for(reply, TMUX_TIMEOUT)
-        except asyncio.TimeoutError:
-            self.close()
-            raise NoTerminal(f"tmux: no answer within {TMUX_TIMEOUT:g} s") from None
+            return await future
+        finally:
+            timer.cancel()
 
     async def ask(self, *words: str) -> list[str]:
         """Run one command; the lines of its reply."""
-        return await self._wait(self.send(list(words)))
+        return await self.reply(self.send(list(words)))
 
     async def panes(self, window_id: str = "") -> list[Pane]:
         """All panes of a window, or of the session."""
@@ -488,28 +488,22 @@ class Tmux(asyncio.SubprocessProtocol):
 # D1  A run ends exactly once: by itself, timed out, cancelled or lost.
 # D2  The exit code is what the shell reported, never guessed from output.
 # D3  Only the run that holds a pane may type into it, and only at a prompt.
-# D4  A typed line that was given up can never start: `pid` is made once, by go or by us.
+# D4  A line that was given up never starts: RUN.pid is made once, by go or by us.
 #
 # To add a way to end a run: a row in ENDINGS and a test named after it.
-ENDINGS: dict[str, tuple[int | None, str | None]] = {  # exit code, error; None: as reported
+ENDINGS: dict[str, tuple[int | None, str | None]] = {  # exit code and error; None: as reported
     "exit": (None, None),
-    "timeout": (124, "ended after {timeout:g} s: ask for a longer `timeout`, or run it behind `&`"),
+    "timeout": (124, "ended after {timeout:g} s: ask for a longer `timeout`, or start it in the background"),
     "cancelled": (None, "cancelled before its end"),
     "lost": (137, "lost: {why}; the next command starts a new terminal"),
 }
-ENDING_LADDER = (  # signal, seconds until the next step; a process may be born while we look
-    (signal.SIGTERM, 2.0),
-    (signal.SIGKILL, 0.1),
-    (signal.SIGKILL, 0.4),
-    (signal.SIGKILL, 0.5),
-)
-STOPPED = range(128 + signal.SIGCONT, 128 + signal.SIGTTOU + 1)  # the shell saw a stop, no end
-SHELLS = {"bash": True, "zsh": True, "sh": False, "dash": False, "ash": False, "busybox": False}
-#          True: edits its line, so that the tty is raw when it waits for one
+ENDING_LADDER = ((signal.SIGTERM, 2.0), (signal.SIGKILL, 0.2), (signal.SIGKILL, 0.8))  # seconds to the next step
+STOPPED = range(128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1)  # exit codes of a job that only stopped
+SHELLS = {"bash": True, "zsh": True, "sh": False, "dash": False, "ash": False, "busybox": False}  # edits its line?
 
-# Sourced by the pane's shell.  Backslashes are against aliases; `_pc` goes again.
-# An INT trap, or a command that dies of C-c would take go with it.  `read` has a
-# limit, or does not know one and fails: go never waits for a proxy that is gone.
+# Sourced by the pane's shell.  Backslashes are against aliases.  INT is trapped, since a
+# command that dies of C-c would take go along.  `read` has a limit, or does not know one
+# and fails: go waits for nobody who may be gone.
 GO = r"""\exec 8<>{run}.done 9<>{run}.status
 \trap : INT
 (
@@ -533,7 +527,7 @@ _pc=$?
 
 
 class Process(NamedTuple):
-    """A line of /proc, see proc(5)."""
+    """What /proc/PID/stat says, see proc(5)."""
 
     pid: int
     name: str
@@ -541,21 +535,26 @@ class Process(NamedTuple):
     parent: int
     group: int
     foreground: int  # the process group that its terminal listens to
-    age: float  # seconds
 
     @classmethod
     def read(cls, pid: int) -> Process:
         """Raises OSError when there is no such process."""
         with open(f"/proc/{pid}/stat", encoding="latin-1") as file:
             head, _, tail = file.read().rpartition(")")
-        state, parent, group, _, _, foreground, *more = tail.split()
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(more[13]) / os.sysconf("SC_CLK_TCK")
-        name = head.partition("(")[2]
-        return cls(pid, name, state, int(parent), int(group), int(foreground), age)
+        state, parent, group, _, _, foreground, *_ = tail.split()
+        return cls(pid, head.partition("(")[2], state, int(parent), int(group), int(foreground))
+
+    @classmethod
+    def ended(cls, pid: int) -> bool:
+        """Whether it is gone, or only waits to be reaped."""
+        try:
+            return cls.read(pid).state in "ZX"
+        except OSError:
+            return True
 
 
 def processes_of(run_id: str, leader: int) -> list[int]:
-    """The run's processes: its group, what descends from it, what carries its name."""
+    """The run's processes: its group, what carries its name, and what descends from these."""
     mark = f"POCKETCODER_RUN_ID={run_id}".encode()
     found, rest = set[int](), list[Process]()
     for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
@@ -571,17 +570,16 @@ def processes_of(run_id: str, leader: int) -> list[int]:
 
 
 def prompt(pane: Pane, known: bool = False) -> str:
-    """Whether its shell waits for a command: ready, perhaps (it does not say), soon, busy.
+    """Whether its shell waits for a command: "ready", "perhaps" (it does not say), "soon", "busy".
 
     known  it has shown a prompt before, so it runs no script
     """
     try:
         shell = Process.read(pane.pid)
         with open(f"/proc/{pane.pid}/cmdline", encoding="latin-1") as file:
-            words = "" if known else file.read()
-        options = [word for word in words.split("\0")[1:-1] if word not in SHELLS]
-        script = any(word[:1] not in "-+" for word in options) and "-i" not in options
-        script |= any("c" in word for word in options if word[:2] != "--")
+            words = [] if known else [word for word in file.read().split("\0")[1:-1] if word not in SHELLS]
+        script = any(word[0] not in "-+" for word in words if word) and "-i" not in words
+        script |= any("c" in word for word in words if word[:2] != "--")
         if shell.foreground != shell.group or shell.name not in SHELLS or script:
             return "busy"
         if not SHELLS[shell.name]:
@@ -607,37 +605,33 @@ class Capture:
 
     def add(self, chunk: bytes) -> None:
         space = self.first - len(self.head)
-        if space > 0:
-            self.head += chunk[:space]
-            chunk = chunk[space:]
-        self.tail += chunk[-self.last :]
+        self.head += chunk[:space]
+        self.tail += chunk[max(space, len(chunk) - self.last) :]
         if len(self.tail) > 2 * self.last:
             del self.tail[: -self.last]
 
     def text(self, total: int) -> str:
-        """What was kept of `total` bytes, with a line in the gap; no half characters there."""
-        tail = self.tail[-self.last :]
+        """What was kept of `total` bytes; a line tells of the gap, which halves no character."""
+        head, tail = bytes(self.head), bytes(self.tail[-self.last :])
         if total <= self.first + self.last:
-            return (self.head + tail).decode(errors="replace")
-        head = codecs.getincrementaldecoder("utf-8")("replace").decode(bytes(self.head))
-        while tail and tail[0] & 0xC0 == 0x80 and len(tail) > self.last - 3:
-            del tail[0]
-        kept = len(head.encode(errors="replace")) + len(tail)
-        line = f"[pocketcoder: {total - kept} bytes left out]\n"
-        return f"{head}{'' if head.endswith(chr(10)) else chr(10)}{line}{tail.decode(errors='replace')}"
+            return (head + tail).decode(errors="replace")
+        begin = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
+        tail = re.sub(rb"\A[\x80-\xbf]{1,3}", b"", tail)
+        missing = total - len(tail) - len(begin.encode() if "\ufffd" not in begin else head)
+        newline = "" if begin.endswith("\n") else "\n"
+        return f"{begin}{newline}[pocketcoder: {missing} bytes left out]\n{tail.decode(errors='replace')}"
 
 
 class View:
-    """A run's output copied to the pane's tty for a person: best effort, never waited for."""
+    """A run's output copied to the pane's tty for a person: best effort, nobody waits for it."""
 
-    # What else a terminal does on request (titles, clipboard, modes) is not for a command.
+    # Colours and movements pass; what else a terminal does on request is not for a command.
     UNSAFE = re.compile(rb"[\0-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[[0-9;:]*[A-HJKSTfm])")
 
     def __init__(self, pane: Pane) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.pane = pane
-        self.space, self.hidden, self.unwritten = MAX_VIEW, 0, bytearray()
-        self.newline = True
+        self.loop, self.pane = asyncio.get_running_loop(), pane
+        self.space, self.hidden, self.newline = MAX_VIEW, 0, True
+        self.unwritten = bytearray()
         self.done: Callable[[], None] | None = None
         try:
             self.fd = os.open(pane.tty, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
@@ -652,37 +646,34 @@ class View:
         self._write(b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, self.pane.column + 1, safe))
 
     def add(self, chunk: bytes) -> None:
-        shown = self.UNSAFE.sub(b"", chunk[: self.space])
         self.hidden += max(0, len(chunk) - self.space)
-        self.space -= min(self.space, len(chunk))
+        shown, self.space = self.UNSAFE.sub(b"", chunk[: self.space]), max(0, self.space - len(chunk))
         if shown:
             self.newline = shown.endswith(b"\n")
             self._write(shown)
+
+    def end(self, exit_code: int, done: Callable[[], None]) -> None:
+        """Mark the end; call `done` when all is on the terminal, or after VIEW_TIMEOUT."""
+        line = "" if self.newline else "\n"
+        line += f"[pocketcoder: {self.hidden} more bytes not shown here]\n" if self.hidden else ""
+        self.done = done
+        self.loop.call_later(VIEW_TIMEOUT, self.close)
+        self._write(f"{line}[exit {exit_code}]\n".encode() if exit_code else line.encode())
 
     def _write(self, data: bytes = b"") -> None:
         self.unwritten += data
         try:
             del self.unwritten[: os.write(self.fd, self.unwritten)]
-            self.loop.remove_writer(self.fd)
         except BlockingIOError:
             pass
-        except (OSError, ValueError):  # the terminal is gone
+        except OSError:  # the terminal is gone
             return self.close()
         if self.unwritten:
             self.loop.add_writer(self.fd, self._write)
-        elif self.done:
-            self.close()
-
-    def end(self, exit_code: int, done: Callable[[], None]) -> None:
-        """Mark the end; call `done` when it is on the terminal, or after VIEW_TIMEOUT."""
-        self.done = done
-        line = "" if self.newline else "\n"
-        if self.hidden:
-            line += f"[pocketcoder: {self.hidden} more bytes not shown here]\n"
-        if exit_code:
-            line += f"[exit {exit_code}]\n"
-        self.loop.call_later(VIEW_TIMEOUT, self.close)
-        self._write(line.encode())
+        else:
+            self.loop.remove_writer(self.fd)
+            if self.done:
+                self.close()
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -694,41 +685,40 @@ class View:
 
 
 class Output:
-    """A FIFO that a run writes to, read until its last writer is gone.
+    """A FIFO that a run writes to: handed to `take` while the run lasts, then drained.
 
-    take  gets each chunk; reading pauses until the awaitable it may return is done
+    An awaitable that `take` returns stops the reading until it is done: back-pressure.
     """
 
-    def __init__(self, path: str, take: Take) -> None:
+    def __init__(self, path: str, take: Take | None) -> None:
         self.loop = asyncio.get_running_loop()
-        self.take: Take | None = take
-        self.total = 0
-        self.taken: asyncio.Future[None] | None = None  # done when the reader has it all
-        self.on_close: Callable[[], None] = lambda: None
+        self.take, self.total = take, 0
+        self.taken: asyncio.Future[None] | None = None
+        self.closed: asyncio.Future[None] = self.loop.create_future()
         self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        self.loop.add_reader(self.fd, self._readable)
+        self._resume()
 
-    def _readable(self) -> None:
+    def _resume(self) -> None:
+        if self.fd >= 0:
+            self.loop.add_reader(self.fd, self._read)
+
+    def _read(self, size: int = CHUNK) -> None:
         try:
-            chunk = os.read(self.fd, CHUNK)
+            chunk = os.read(self.fd, size)
         except BlockingIOError:
             return
         if not chunk:
-            self.close()
-        elif self.take is None:  # what outlives a run may write, at no cost to others
-            self._pause()
-            self.loop.call_later(0.01, self._resume)
-        else:
-            if len(chunk) == 64 * KIB:  # a whole pipe: it may want a larger one
-                with contextlib.suppress(OSError):
-                    fcntl.fcntl(self.fd, 1031, CHUNK)  # F_SETPIPE_SZ
-            self._give(chunk)
-
-    def _give(self, chunk: bytes) -> None:
+            return self.close()
+        if self.take is None:  # what outlives its run may write on, at no cost to others
+            self.loop.remove_reader(self.fd)
+            self.loop.call_later(DRAIN_PAUSE, self._resume)
+            return
         self.total += len(chunk)
-        wait = self.take(chunk) if self.take else None
-        if wait is not None:
-            self._pause()
+        if len(chunk) == 64 * KIB:  # a pipe of the usual size, full
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self.fd, 1031, CHUNK)  # F_SETPIPE_SZ
+        if (wait := self.take(chunk)) is not None:
+            self.loop.remove_reader(self.fd)
             self.taken = asyncio.ensure_future(self._wait(self.taken, wait))
 
     async def _wait(self, before: Awaitable[None] | None, this: Awaitable[None]) -> None:
@@ -739,47 +729,40 @@ class Output:
         finally:
             self._resume()
 
-    def _pause(self) -> None:
-        if self.fd >= 0:
-            self.loop.remove_reader(self.fd)
-
-    def _resume(self) -> None:
-        if self.fd >= 0:
-            self.loop.add_reader(self.fd, self._readable)
-
     def finish(self) -> None:
         """The command has ended: take what it left in the pipe, drain what others write."""
-        if self.fd >= 0:
-            size = array.array("i", [0])
-            fcntl.ioctl(self.fd, termios.FIONREAD, size)
-            if size[0]:
-                self._give(os.read(self.fd, size[0]))
+        if self.fd >= 0 and self.take:
+            left = array.array("i", [0])
+            fcntl.ioctl(self.fd, termios.FIONREAD, left)
+            if left[0]:
+                self._read(left[0])
         self.take = None
-        self._resume()
+        if self.fd >= 0:
+            self._resume()
+            self._read()  # or find that nobody else writes
 
     def close(self) -> None:
         if self.fd >= 0:
-            self._pause()
+            self.loop.remove_reader(self.fd)
             os.close(self.fd)
             self.fd = -1
-            self.on_close()
+            self.closed.set_result(None)
 
 
 class Job:
-    """One run of a command in a pane, from the typed line to the prompt after it."""
+    """One run of a command, from its files to the prompt after it.  Changed by its reports and its end only."""
 
-    def __init__(self, request: ExecRequest, outputs: Mapping[str, Take], free: Callable[[Job], None]):
-        self.request, self.takes, self.on_free = request, outputs, free
+    def __init__(self, request: ExecRequest, outputs: Mapping[str, Take], on_free: Callable[[Job], None]) -> None:
+        self.request, self.takes, self.on_free = request, outputs, on_free
         self.loop = asyncio.get_running_loop()
         self.run_id = secrets.token_hex(8)
-        self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it will not
-        self.exited: asyncio.Future[int] = self.loop.create_future()
-        self.ended, self.why = "exit", ""
-        self.run = self.line = ""  # the run directory, and what is typed to run it
-        self.names: list[str] = []  # of its files there
-        self.pane: Pane = NOWHERE
-        self.view = View(NOWHERE)
-        self.pid = 0  # of the command's bash, and of its process group
+        self.run = self.line = ""  # its files are RUN.*; what is typed to start it
+        self.names: list[str] = []  # of the files
+        self.pane, self.view = NOWHERE, View(NOWHERE)
+        self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
+        self.over = asyncio.Event()  # exit_code, duration and all output are known
+        self.ended, self.why, self.exit_code = "exit", "", 0
+        self.pid = 0  # of the command's bash, and its process group
         self.begun = self.duration = 0.0
         self.status_fd = self.shell_fd = -1
         self.unread = b""
@@ -787,57 +770,39 @@ class Job:
         self.timers: list[asyncio.TimerHandle] = []
         self.ending: asyncio.Task[None] | None = None
 
-    # ---- before it runs
-
     def prepare(self, folder: str, shell: str) -> None:
-        """Make the run directory, but for who else may enter it."""
+        """Make the files, all but their owner; no pane is needed yet."""
         self.run = f"{folder}/{self.run_id}"
         self.line = f" . {shlex.quote(self.run)}.go"
+        files = {"go": self._go(shell), "in": self.request.stdin, "cmd": self.request.cmd if self._long() else None}
         for name in ("status", "done", *self.takes):
             os.mkfifo(f"{self.run}.{name}", 0o600)
-        files = {"go": self._go(shell)}
-        if self.request.stdin is not None:
-            files["in"] = self.request.stdin
-        if self._long():
-            files["cmd"] = self.request.cmd
+            self.names.append(name)
         for name, text in files.items():
-            with open(f"{self.run}.{name}", "xb", buffering=0) as file:
-                file.write(text.encode())
-        self.names = ["status", "done", *self.takes, *files]
+            if text is not None:
+                with open(f"{self.run}.{name}", "xb", buffering=0) as file:
+                    file.write(text.encode())
+                self.names.append(name)
         self.status_fd = os.open(f"{self.run}.status", os.O_RDONLY | os.O_NONBLOCK)
         self.loop.add_reader(self.status_fd, self._on_status)
         for name, take in self.takes.items():
             self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, take)))
 
-    def enter(self, on_shell_end: Callable[[Job], None]) -> None:
-        """Take the pane: its owner may use the files, its end is noticed."""
-        pane, self.view = self.pane, View(self.pane)
-        owner = os.stat(pane.tty).st_uid
-        if owner != os.geteuid():  # as root, for the panes of a worker
-            folder = os.path.dirname(self.run)
-            os.chmod(os.path.dirname(folder), 0o711)
-            os.chown(folder, owner, -1)
-            for name in self.names:
-                os.chown(f"{self.run}.{name}", owner, -1)
-        with contextlib.suppress(OSError, AttributeError):  # else tmux tells, a little later
-            self.shell_fd = os.pidfd_open(pane.pid)
-            self.loop.add_reader(self.shell_fd, on_shell_end, self)
-
     def _long(self) -> bool:
-        return len(self.request.cmd.encode()) >= MAX_ARGUMENT
+        return len(self.request.cmd) > MAX_ARGUMENT // 4  # characters of up to four bytes
 
     def _go(self, shell: str) -> str:
         request, run = self.request, shlex.quote(self.run)
-        code = f'eval "$(cat {run}.cmd)"' if self._long() else request.cmd
         variables = QUIET_PROGRAMS | {
             "POCKETCODER_RUN_ID": self.run_id,
             "POCKETCODER_AGENT": request.agent_name,
             "POCKETCODER_SESSION_ID": request.session_id or "",
             "POCKETCODER_USAGE_ID": request.usage_id or "",
         }
+        code = f'eval "$(cat {run}.cmd)"' if self._long() else request.cmd
         command = [shell, "-c", code, os.path.basename(shell)]
-        if request.env:  # by env(1): it takes names that are none for a shell
-            command = ["env", "--", *(f"{k}={v}" for k, v in request.env.items()), *command]
+        if request.env:  # by env(1), which takes names that are none for a shell
+            command = ["env", "--", *(f"{name}={value}" for name, value in request.env.items()), *command]
         targets = [f"{fd}<>{run}.{name}" for fd, name in enumerate(self.takes, 1)]
         return GO.format(
             run=run,
@@ -851,6 +816,19 @@ class Job:
     def _take(self, take: Take, chunk: bytes) -> Awaitable[None] | None:
         self.view.add(chunk)
         return take(chunk)
+
+    def enter(self, on_shell_end: Callable[[Job], None]) -> None:
+        """The pane is ours: its owner may use the files, its end is noticed."""
+        owner = os.stat(self.pane.tty).st_uid
+        if owner != os.geteuid():  # root, for the panes of a worker
+            folder = os.path.dirname(self.run)
+            os.chmod(os.path.dirname(folder), 0o711)
+            for path in (folder, *(f"{self.run}.{name}" for name in self.names)):
+                os.chown(path, owner, -1)
+        with contextlib.suppress(OSError, AttributeError):  # else tmux tells, a little later
+            self.shell_fd = os.pidfd_open(self.pane.pid)
+            self.loop.add_reader(self.shell_fd, on_shell_end, self)
+        self.view = View(self.pane)
 
     def void(self) -> bool:
         """Make sure that it never starts; False: it already has."""
@@ -867,11 +845,9 @@ class Job:
         self.release()
         return True
 
-    # ---- what go reports
-
     def _on_status(self) -> None:
         data = os.read(self.status_fd, 4 * KIB)
-        if not data:  # the pane's shell is gone; shell_fd or tmux will tell
+        if not data:  # the pane's shell is gone, as shell_fd or tmux will tell
             self.loop.remove_reader(self.status_fd)
         *lines, self.unread = (self.unread + data).split(b"\n")
         for line in lines:
@@ -882,70 +858,72 @@ class Job:
     def _on_report(self, word: bytes, number: int) -> None:
         if word == b"start" and not self.pid:
             self.pid, self.begun = number, time.monotonic()
-            self.view.begin(self.request.cmd, self.line)
             self.timers.append(self.loop.call_later(self.request.timeout, self.end, "timeout"))
+            self.view.begin(self.request.cmd, self.line)
             if not self.started.done():
                 self.started.set_result(True)
         elif word == b"nocwd" and not self.started.done():
-            wrong = complain("cwd", self.request.cwd, "a directory that the terminal may enter")
-            self.started.set_exception(wrong)
-        elif word == b"exit" and not self.exited.done():
-            if self.pid:
-                self._finish(number & 255)
+            self.started.set_exception(complain("cwd", self.request.cwd, "a directory that the terminal may enter"))
+        elif word == b"exit" and self.pid:
+            self._finish(number & 255)
+        elif word == b"exit":
+            self._let_return()
         elif word == b"back":
             self.release()
 
     def _finish(self, exit_code: int) -> None:
-        """The command has ended: D1, all its output is in the pipes, the pane comes back soon."""
-        self.duration = time.monotonic() - self.begun
+        if self.over.is_set():
+            return
+        self.exit_code, self.duration = exit_code, time.monotonic() - self.begun
         for output in self.outputs:
             output.finish()
-        if exit_code in STOPPED:  # nobody can continue it
+        if exit_code in STOPPED and self.ending is None:  # nobody will continue it
             self.ending = asyncio.ensure_future(self._climb(ENDING_LADDER[1:]))
-        self.exited.set_result(exit_code)
+        self.over.set()
         self.timers.append(self.loop.call_later(RETURN_TIMEOUT, self.release))
-        self.view.end(exit_code, self._let_go_return)
+        self.view.end(exit_code, self._let_return)
 
-    def _let_go_return(self) -> None:
+    def _let_return(self) -> None:
         with contextlib.suppress(OSError):
             done = os.open(f"{self.run}.done", os.O_WRONLY | os.O_NONBLOCK)
             os.write(done, b"\n")
             os.close(done)
 
-    # ---- how it may be ended
-
     def end(self, ended: str) -> None:
-        """Begin to end it; `exited` tells when that is done.  The first reason counts."""
-        if self.ended == "exit" and not self.exited.done():
+        """Begin to end it; `over` tells when that is done.  The first reason counts."""
+        if self.ended == "exit" and not self.over.is_set():
             self.ended = ended
             self.ending = asyncio.ensure_future(self._climb(ENDING_LADDER))
 
     def lost(self, why: str) -> None:
         """Its terminal died: answer with what there is, leave nothing running."""
-        if self.exited.done() or (not self.pid and self.void()):
-            return self.release()
-        if self.ended == "exit":
-            self.ended, self.why = "lost", why
-        self._finish(128 + signal.SIGKILL)
+        if not self.over.is_set() and (self.pid or not self.void()):
+            if self.ended == "exit":
+                self.ended, self.why = "lost", why
+            self._finish(128 + signal.SIGKILL)
+            self.ending = asyncio.ensure_future(self._climb(ENDING_LADDER[1:]))
         self.release()
-        self.ending = asyncio.ensure_future(self._climb(ENDING_LADDER[1:]))
 
     async def _climb(self, ladder: tuple[tuple[int, float], ...]) -> None:
         for number, patience in ladder:
             next_step = time.monotonic() + patience
             await self.kill(number)
-            await asyncio.wait({self.exited}, timeout=patience)
+            await self._over_within(patience)
             if not await self.kill(0):
                 break
-            await asyncio.sleep(next_step - time.monotonic())  # for what escaped
-        await asyncio.wait({self.exited}, timeout=RETURN_TIMEOUT)
-        if not self.exited.done():
-            self.lost("its shell did not report the end")
+            await asyncio.sleep(next_step - time.monotonic())  # the same for what escaped
+        if not await self._over_within(RETURN_TIMEOUT):
+            self.lost("its shell does not report the end")
+
+    async def _over_within(self, seconds: float) -> bool:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.over.wait(), seconds)
+        return self.over.is_set()
 
     def signal_group(self, number: int) -> None:
-        """Signal the command's process group.  Without job control there is none of its own."""
+        """Signal the command's process group.  In a shell without job control it has none."""
         with contextlib.suppress(OSError):
-            if self.pid and not self.exited.done() and Process.read(self.pid).group == self.pid:
+            if self.pid and not self.over.is_set() and Process.read(self.pid).group == self.pid:
                 os.killpg(self.pid, number)
 
     async def kill(self, number: int) -> int:
@@ -958,46 +936,46 @@ class Job:
         return len(found)
 
     def release(self) -> None:
-        """Give the pane back; the directory goes when nobody writes to it any more."""
-        if self.status_fd < 0:
-            return
+        """Give the pane back; the files go when nobody writes any more.  More than once is fine."""
+        on_free, self.on_free = self.on_free, lambda job: None
         for timer in self.timers:
             timer.cancel()
-        for fd in filter(lambda fd: fd >= 0, (self.status_fd, self.shell_fd)):
-            self.loop.remove_reader(fd)
-            os.close(fd)
+        for fd in (self.status_fd, self.shell_fd):
+            if fd >= 0:
+                self.loop.remove_reader(fd)
+                os.close(fd)
         self.status_fd = self.shell_fd = -1
         self.view.close()
         for output in self.outputs:
-            output.take, output.on_close = None, self._tidy
+            if not self.pid:
+                output.close()  # nobody has opened it to write
+            output.finish()
+            output.closed.add_done_callback(self._tidy)
         self._tidy()
-        self.on_free(self)
+        on_free(self)
 
-    def _tidy(self) -> None:
-        if all(output.fd < 0 or not self.pid for output in self.outputs):
-            for output in self.outputs:
-                output.on_close = lambda: None
-                output.close()
+    def _tidy(self, _: object = None) -> None:
+        if all(output.closed.done() for output in self.outputs):
             for name in (*self.names, "pid"):
                 with contextlib.suppress(OSError):
                     os.unlink(f"{self.run}.{name}")
+            self.names = []
 
     async def result(self) -> CommandResult:
-        """How it ended; `output` is with who took it.  Cancelling this cancels the command."""
+        """How it ended; its output is with who took it.  Cancelling this cancels the command."""
         try:
-            reported = await asyncio.shield(self.exited)
+            await self.over.wait()
             for output in self.outputs:
-                if output.taken is not None:
-                    await output.taken
+                await (output.taken or asyncio.sleep(0))
         except asyncio.CancelledError:
             self.end("cancelled")
             raise
         exit_code, error = ENDINGS[self.ended]
         return CommandResult(
             "",
-            reported if exit_code is None else exit_code,
-            ended=self.ended,
-            error=error and error.format(timeout=self.request.timeout, why=self.why),
+            self.exit_code if exit_code is None else exit_code,
+            self.ended,
+            error and error.format(timeout=self.request.timeout, why=self.why),
             output_bytes=sum(output.total for output in self.outputs),
             duration_ms=round(self.duration * 1000),
             run_id=self.run_id,
@@ -1009,7 +987,7 @@ class Terminal:
     """An agent's window and who waits for it.  Made and changed by the driver only."""
 
     name: str
-    window_id: str = ""
+    window_id: str = "@"
     jobs: dict[str, Job] = field(default_factory=dict)  # by pane_id
     waiting: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # first come, first served
@@ -1019,27 +997,20 @@ class Terminal:
 class PocketCoderDriver:
     """Runs commands in the tmux session `session_name` at the socket `socket_path`.
 
-    Needs no running tmux; the first command makes what is missing.
+    Needs no running tmux: the first command makes what is missing.
+    directory  where new terminals start; None: where tmux does
     """
 
     def __init__(self, socket_path: str, session_name: str, directory: str | None = None) -> None:
         if not re.fullmatch(r"[^\x00-\x1f:.#=]{1,64}", session_name):
             raise complain("session_name", session_name, "a tmux name without `:`, `.`, `#`, `=`")
         self.socket_path, self.session_name = os.path.abspath(socket_path), session_name
-        self.stopping = False
         self.shell = find_shell()
         # What tmux runs in a new pane.  Not one word: default-shell, maybe us, would run that.
         self.new_shell = ["-c", directory.replace("#", "##")] if directory else []
-        self.new_shell += [
-            "-e",
-            f"SHELL={self.shell}",
-            "-e",
-            "HISTCONTROL=ignoreboth",
-            "--",
-            self.shell,
-            "-i",
-        ]
-        self.folder, self.folder_fd = "", -1  # ours beside the socket, with a lock: we live
+        self.new_shell += ["-e", f"SHELL={self.shell}", "-e", "HISTCONTROL=ignoreboth", "--", self.shell, "-i"]
+        self.stopping = False
+        self.folder, self.folder_fd = "", -1  # ours beside the socket, locked: we live
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def _bind(self) -> None:
@@ -1048,8 +1019,8 @@ class PocketCoderDriver:
         self.tmux: Tmux | None = None
         self.connecting = asyncio.Lock()
         self.terminals: dict[str, Terminal] = {}
-        self.seen: set[int] = set()  # shells that have shown a prompt: start-up is over
-        self.doubts: dict[int, int] = {}  # shells, and how often they did not start a run
+        self.seen: set[int] = set()  # shells that have shown a prompt: their start-up is over
+        self.doubts: dict[int, int] = {}  # shells, and how many typed lines in a row did not start
         self.tasks: set[asyncio.Task[None]] = set()
 
     def session_exists(self, session: str) -> bool:
@@ -1073,7 +1044,7 @@ class PocketCoderDriver:
         return replace(result, output=capture.text(result.output_bytes), truncated=truncated)
 
     async def start(self, request: ExecRequest, outputs: Mapping[str, Take]) -> Job:
-        """Start a command and return when it runs.  One output is for both, two are apart."""
+        """Start a command; return when it runs.  One output is for both, two are apart."""
         if self.loop is not asyncio.get_running_loop():
             self._bind()
         terminal = self.terminals.setdefault(request.agent_name, Terminal(f"{request.agent_name}:terminal"))
@@ -1085,28 +1056,35 @@ class PocketCoderDriver:
                 tmux.type_line(job.pane, job.line)
                 if await self._starts(job, tmux):
                     return job
-            except BadMessage:  # it could not enter `cwd`; the pane comes back by itself
+            except BadMessage:  # it cannot enter `cwd`; the pane comes back by itself
                 raise
-            except OSError as wrong:  # no space, no descriptors
-                job.void()
-                raise NoTerminal(f"cannot prepare a run: {wrong}") from None
-            except BaseException:
+            except BaseException as failure:  # cancelled, Busy, NoTerminal, no space, no descriptors
                 if not job.void():
                     job.end("cancelled")
+                if isinstance(failure, OSError):
+                    raise NoTerminal(f"cannot prepare a run: {failure}") from None
                 raise
         raise NoTerminal(f"no shell in the window {terminal.name} answers")
 
     async def _starts(self, job: Job, tmux: Tmux) -> bool:
         shell = job.pane.pid
-        await asyncio.wait({job.started}, timeout=self._patience(shell, START_TIMEOUT))
-        if not job.started.done() and job.void():
-            self.doubts[shell] = self.doubts.get(shell, 0) + 1
-            if prompt(job.pane) != "busy":  # a continuation prompt, or some mode of the shell
-                tmux.send(["send-keys", "-t", job.pane.pane_id, "C-c"])
-        if started := await asyncio.wait_for(asyncio.shield(job.started), TMUX_TIMEOUT):
+        timer = job.loop.call_later(self._patience(shell, START_TIMEOUT), self._doubt, job, tmux)
+        ceiling = job.loop.call_later(NEW_SHELL_TIMEOUT + TMUX_TIMEOUT, job.lost, "it never reported its start")
+        try:
+            started = await job.started
+        finally:
+            timer.cancel()
+            ceiling.cancel()
+        if started:
             self.seen.add(shell)
             self.doubts.pop(shell, None)
         return started
+
+    def _doubt(self, job: Job, tmux: Tmux) -> None:
+        if job.void():
+            self.doubts[job.pane.pid] = self.doubts.get(job.pane.pid, 0) + 1
+            if prompt(job.pane) != "busy":  # a continuation prompt, or some mode of the shell
+                tmux.send(["send-keys", "-t", job.pane.pane_id, "C-c"])
 
     def _patience(self, shell: int, usual: float) -> float:
         return usual if shell in self.seen else NEW_SHELL_TIMEOUT
@@ -1144,11 +1122,9 @@ class PocketCoderDriver:
         for pane in sound:
             if not pane.in_mode and (ready := await self._at_prompt(tmux, pane)):
                 return ready
-        returning = any(job.exited.done() for job in terminal.jobs.values())
-        if len(panes) < MAX_PANES and not returning:
-            made = await self._split(tmux, panes[-1])
-            if made is not None:
-                return await self._at_prompt(tmux, made)
+        returning = any(job.over.is_set() for job in terminal.jobs.values())
+        if len(panes) < MAX_PANES and not returning and (made := await self._split(tmux, panes[-1])):
+            return await self._at_prompt(tmux, made)
         for pane in sound:  # rather than let a command wait for a person who reads
             if pane.in_mode and (ready := await self._at_prompt(tmux, pane)):
                 return ready
@@ -1159,19 +1135,16 @@ class PocketCoderDriver:
 
     async def _at_prompt(self, tmux: Tmux, pane: Pane) -> Pane | None:
         """The pane, when its shell waits for a command or will in a moment."""
-        known = pane.pid in self.seen
         deadline = time.monotonic() + self._patience(pane.pid, PROMPT_TIMEOUT)
-        state = prompt(pane, known)
-        if waited := state == "soon":
-            while (state := prompt(pane, known)) == "soon" and time.monotonic() < deadline:
-                await asyncio.sleep(0.001)  # a shell announces its prompt to nobody
-        if state not in ("ready", "perhaps"):
-            return None
+        waited = False
+        while (state := prompt(pane, pane.pid in self.seen)) == "soon" and time.monotonic() < deadline:
+            await asyncio.sleep(0.001)  # a shell announces its prompt to nobody
+            waited = True
         if state == "ready":
             self.seen.add(pane.pid)
         if waited:  # the cursor has moved
-            return next((now for now in await tmux.panes(pane.window_id) if now.pid == pane.pid), None)
-        return pane
+            pane = next((now for now in await tmux.panes(pane.window_id) if now.pid == pane.pid), NOWHERE)
+        return pane if state in ("ready", "perhaps") and pane.pid else None
 
     async def _split(self, tmux: Tmux, beside: Pane) -> Pane | None:
         words = ["split-window", "-d", "-Z", "-t", beside.pane_id, "-P", "-F", PANE_FORMAT]
@@ -1186,21 +1159,19 @@ class PocketCoderDriver:
         for last_try in (False, True):
             tmux = await self._connect(["-n", terminal.name, *self.new_shell])
             try:
-                panes = []
-                asked = asyncio.ensure_future(tmux.panes(terminal.window_id or "@"))
-                await asyncio.sleep(0)
-                if not job.line:
+                asked = tmux.send(["list-panes", "-t", terminal.window_id, "-F", PANE_FORMAT])
+                if not job.run:
                     job.prepare(self._run_folder(), self.shell)  # while tmux answers
-                with contextlib.suppress(NoTerminal):
-                    panes = await asked
+                try:
+                    panes = [Pane.parse(line) for line in await tmux.reply(asked)]
+                except NoTerminal:  # there is no such window, or no longer
+                    panes = []
                 if not panes or panes[0].window_name != terminal.name:
                     panes = await self._find_window(terminal, tmux)
                 for pane in panes:
                     if pane.dead:  # remain-on-exit
                         await tmux.ask("respawn-pane", "-t", pane.pane_id, *self.new_shell)
-                if any(pane.dead for pane in panes):
-                    panes = await tmux.panes(terminal.window_id)
-                return tmux, panes
+                return tmux, await tmux.panes(terminal.window_id) if any(pane.dead for pane in panes) else panes
             except NoTerminal:
                 tmux.close()  # the session may be gone, and we be attached to another
                 if last_try:
@@ -1213,8 +1184,7 @@ class PocketCoderDriver:
         found = [pane for pane in panes if pane.window_name == terminal.name]
         if not found:
             words = ["new-window", "-d", "-t", f"={self.session_name}:", "-n", terminal.name]
-            line = await tmux.ask(*words, "-P", "-F", PANE_FORMAT, *self.new_shell)
-            found = [Pane.parse(line[0])]
+            found = [Pane.parse(line) for line in await tmux.ask(*words, "-P", "-F", PANE_FORMAT, *self.new_shell)]
         terminal.window_id = found[0].window_id
         if not self.seen & {pane.pid for pane in found}:
             rename = ["set-option", "-w", "-t", terminal.window_id]
@@ -1228,22 +1198,21 @@ class PocketCoderDriver:
                 self.tmux = await Tmux.connect(path, session, self._on_notice, create)
             return self.tmux
 
-    # ---- what died
-
     def _on_shell_end(self, job: Job) -> None:
         job.loop.remove_reader(job.shell_fd)
         self._on_notice("shell ended")
 
     def _on_notice(self, notice: str) -> None:
-        """tmux or the kernel says that something changed: look whether a run has lost its pane."""
+        """tmux or the kernel tells of a change: look whether a run has lost its pane."""
         if any(terminal.jobs for terminal in self.terminals.values()):
-            task = asyncio.ensure_future(self._check())
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            self._keep(asyncio.ensure_future(self._check()))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     async def _check(self) -> None:
-        panes: dict[str, Pane] = {}
-        why = ""
+        panes, why = dict[str, Pane](), ""
         try:
             panes = {pane.pane_id: pane for pane in await (await self._connect(None)).panes()}
         except NoTerminal as gone:
@@ -1254,13 +1223,11 @@ class PocketCoderDriver:
             if pane is None or pane.pid != job.pane.pid:
                 window = "" if job.pane.window_id in windows else f"window {job.pane.window_name}, "
                 job.lost(why or f"{window}pane {job.pane.pane_id} was closed")
-            elif pane.dead or not os.path.exists(f"/proc/{pane.pid}"):
-                job.lost(f"the shell in pane {pane.pane_id} died")
-
-    # ---- the run directory
+            elif pane.dead or Process.ended(pane.pid):
+                job.lost(f"the shell in pane {pane.pane_id} ended")
 
     def _run_folder(self) -> str:
-        """Ours; made again if someone wiped it."""
+        """Ours; made again if someone wiped it.  Raises NoTerminal, OSError."""
         if os.path.isdir(self.folder):
             return self.folder
         base = f"{self.socket_path}.d"
@@ -1268,52 +1235,40 @@ class PocketCoderDriver:
             os.mkdir(base, 0o700)
         found = os.lstat(base)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            raise NoTerminal(f"{base}: expected a directory of our own, got another's or no directory")
-        self._close_folder()
-        self._adopt(base)
-        self.folder = tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=base)
+            raise NoTerminal(f"{base}: expected a directory of our own; remove what is there")
+        self._leave_folder()
+        for name in os.listdir(base):
+            self._adopt(f"{base}/{name}")
+        self.folder = tempfile.mkdtemp(prefix="", dir=base)
         self.folder_fd = os.open(self.folder, os.O_RDONLY)
         fcntl.flock(self.folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return self.folder
 
-    def _adopt(self, base: str) -> None:
+    def _adopt(self, folder: str) -> None:
         """Drain and remove what a killed proxy left; its commands run to their end."""
-        for folder in os.scandir(base):
-            fd = os.open(folder.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # its proxy lives
-                os.close(fd)
-                continue
-            left = {run.path for run in os.scandir(folder.path)}
-            for run in list(left):
-                self._adopt_run(run, partial(self._adopted, folder.path, fd, left, run))
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # its proxy lives
+            return os.close(fd)
+        outputs = []
+        for name in os.listdir(folder):
+            run, _, kind = name.rpartition(".")
+            with contextlib.suppress(OSError):
+                if kind == "go":  # typed and not started: nobody would know of it
+                    os.close(os.open(f"{folder}/{run}.pid", os.O_CREAT | os.O_EXCL))
+                elif kind in ("out", "err"):
+                    outputs.append(Output(f"{folder}/{name}", None))
+        self._keep(asyncio.ensure_future(self._remove_drained(folder, fd, outputs)))
 
-    def _adopt_run(self, run: str, done: Callable[[], None]) -> None:
-        waiting = {f"{run}/{name}" for name in ("out", "err") if os.path.exists(f"{run}/{name}")}
-        with contextlib.suppress(OSError):
-            os.close(os.open(f"{run}.pid", os.O_CREAT | os.O_EXCL, 0o600))  # typed, never started
-
-        def drained(path: str) -> None:
-            waiting.discard(path)
-            if not waiting:
-                done()
-
-        for path in list(waiting):
-            output = Output(path, lambda chunk: None)
-            output.on_close = partial(drained, path)
+    async def _remove_drained(self, folder: str, fd: int, outputs: list[Output]) -> None:
+        for output in outputs:
             output.finish()
-        if not waiting:
-            done()
+            await output.closed
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(fd)
 
-    def _adopted(self, folder: str, fd: int, left: set[str], run: str) -> None:
-        shutil.rmtree(run, ignore_errors=True)
-        left.discard(run)
-        if not left:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(fd)
-
-    def _close_folder(self) -> None:
+    def _leave_folder(self) -> None:
         if self.folder_fd >= 0:
             with contextlib.suppress(OSError):
                 os.rmdir(self.folder)
@@ -1326,19 +1281,18 @@ class PocketCoderDriver:
         if self.loop is None:
             return
         jobs = [job for terminal in self.terminals.values() for job in terminal.jobs.values()]
-        exits = [job.exited for job in jobs]
-        if exits:
-            await asyncio.wait(exits, timeout=grace)
-            for job in jobs:
-                job.end("cancelled")
-            await asyncio.wait(exits, timeout=sum(step[1] for step in ENDING_LADDER) + RETURN_TIMEOUT)
-            await asyncio.gather(*(job.ending for job in jobs if job.ending), return_exceptions=True)
+        await asyncio.gather(*(job._over_within(grace) for job in jobs))
+        for job in jobs:
+            job.end("cancelled")
+        await asyncio.gather(*(job.ending for job in jobs if job.ending is not None))
         for job in jobs:
             job.release()
         if self.tmux is not None:
             self.tmux.on_notice = lambda notice: None
             self.tmux.close()
-        self._close_folder()
+        for task in self.tasks:
+            task.cancel()
+        self._leave_folder()
 
 
 # ==========================================================================
