@@ -88,6 +88,7 @@ QUEUE_CHECK = 0.5  # look again whether a person's program has ended
 QUEUE_TIMEOUT = 3600.0  # longest wait for a pane
 RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
 DRAIN_PAUSE = 0.01  # between reads of what outlives its run: 100 MB/s
+VIEW_DELAY = 0.005  # a command that ends sooner is shown at its end
 VIEW_TIMEOUT = 0.5  # the copy on the terminal may delay the prompt by that
 STOP_GRACE = 5.0  # SIGTERM: running commands may still end
 KEEP_ALIVE = 15.0  # between comments on a silent stream
@@ -326,8 +327,7 @@ class ExecResponse:
 # T2  Panes and windows are addressed by id; names are for finding.
 # T3  Nothing here reads a screen.
 PANE_FORMAT = (
-    "#{pane_id} #{window_id} #{pane_pid} #{pane_dead} #{pane_in_mode} #{cursor_x}"
-    " #{pane_width} #{pane_tty} #{window_name}"
+    "#{pane_id} #{window_id} #{pane_pid} #{pane_dead} #{pane_in_mode} #{pane_width} #{pane_tty} #{window_name}"
 )
 
 
@@ -339,19 +339,18 @@ class Pane(NamedTuple):
     pid: int
     dead: int
     in_mode: int
-    column: int
     width: int
     tty: str
     window_name: str
 
     @classmethod
     def parse(cls, line: str) -> Pane:
-        pane, window, *numbers, tty, name = line.split(" ", 8)
-        pid, dead, mode, column, width = (int(number or 0) for number in numbers)
-        return cls(pane, window, pid, dead, mode, column, width, tty, name)
+        pane, window, *numbers, tty, name = line.split(" ", 7)
+        pid, dead, mode, width = (int(number or 0) for number in numbers)
+        return cls(pane, window, pid, dead, mode, width, tty, name)
 
 
-NOWHERE = Pane("", "", 0, 0, 0, 0, 0, "", "")
+NOWHERE = Pane("", "", 0, 0, 0, 0, "", "")
 
 
 def quote(word: str) -> str:
@@ -380,6 +379,7 @@ class Tmux(asyncio.SubprocessProtocol):
         self.block = ""  # what stood behind `%begin`, and will behind `%end`
         self.lines: list[str] = []
         self.closed = False
+        self.notices = 0  # how many there were: what was asked before may be old
 
     @classmethod
     async def connect(cls, path: str, session: str, on_notice: Callable[[str], None], create: list[str] | None) -> Tmux:
@@ -428,6 +428,7 @@ class Tmux(asyncio.SubprocessProtocol):
             elif fd == 2 or word == "%exit":
                 self._fail(self.attached, line)
             else:
+                self.notices += 1
                 self.on_notice(word)
 
     def _fail(self, future: asyncio.Future[list[str]], why: str) -> None:
@@ -473,11 +474,13 @@ class Tmux(asyncio.SubprocessProtocol):
         where = ["-t", window_id] if window_id else ["-s", "-t", f"={self.session}:"]
         return [Pane.parse(x) for x in await self.ask("list-panes", *where, "-F", PANE_FORMAT)]
 
-    def type_line(self, pane: Pane, line: str) -> None:
-        """Leave a mode, clear a half-typed line, type `line` and Enter."""
+    def type_line(self, pane: Pane, line: str) -> asyncio.Future[list[str]]:
+        """Leave a mode, clear a half-typed line, type `line` and Enter.  The reply: where the cursor was."""
         # C-u on an empty line rings the bell, so there is a blank to be cleared.
-        keys = ["send-keys", "-t", pane.pane_id, "C-e", "Space", "C-u", line, "Enter"]
-        self.send(["copy-mode", "-q", "-t", pane.pane_id], keys)
+        to = ["-t", pane.pane_id]
+        where = self.send(["copy-mode", "-q", *to], ["display-message", "-p", *to, "#{cursor_x}"])
+        self.send(["send-keys", *to, "C-e", "Space", "C-u", line, "Enter"])
+        return where
 
 
 # ==========================================================================
@@ -630,7 +633,7 @@ class View:
 
     def __init__(self, pane: Pane) -> None:
         self.loop, self.pane = asyncio.get_running_loop(), pane
-        self.space, self.hidden, self.newline = MAX_VIEW, 0, True
+        self.space, self.hidden, self.newline, self.begun = MAX_VIEW, 0, True, False
         self.unwritten = bytearray()
         self.done: Callable[[], None] | None = None
         try:
@@ -638,19 +641,23 @@ class View:
         except OSError:
             self.fd = -1
 
-    def begin(self, command: str, line: str) -> None:
-        """Show the command behind the prompt, in place of the typed line."""
-        rows = 1 + (self.pane.column + len(line)) // max(1, self.pane.width)
+    def begin(self, command: str, line: str, column: int) -> None:
+        """Show the command behind the prompt, which ends at `column`, in place of the typed line."""
+        rows = 1 + (column + len(line)) // max(1, self.pane.width)
         shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
         safe = self.UNSAFE.sub(b"", shown.encode()).replace(b"\x1b", b"")
-        self._write(b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, self.pane.column + 1, safe))
+        self.unwritten[:0] = b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, safe)
+        self.begun = True
+        self._write()
 
     def add(self, chunk: bytes) -> None:
         self.hidden += max(0, len(chunk) - self.space)
         shown, self.space = self.UNSAFE.sub(b"", chunk[: self.space]), max(0, self.space - len(chunk))
         if shown:
             self.newline = shown.endswith(b"\n")
-            self._write(shown)
+            self.unwritten += shown
+            if self.begun:
+                self._write()
 
     def end(self, exit_code: int, done: Callable[[], None]) -> None:
         """Mark the end; call `done` when all is on the terminal, or after VIEW_TIMEOUT."""
@@ -658,10 +665,10 @@ class View:
         line += f"[pocketcoder: {self.hidden} more bytes not shown here]\n" if self.hidden else ""
         self.done = done
         self.loop.call_later(VIEW_TIMEOUT, self.close)
-        self._write(f"{line}[exit {exit_code}]\n".encode() if exit_code else line.encode())
+        self.unwritten += f"{line}[exit {exit_code}]\n".encode() if exit_code else line.encode()
+        self._write()
 
-    def _write(self, data: bytes = b"") -> None:
-        self.unwritten += data
+    def _write(self) -> None:
         try:
             del self.unwritten[: os.write(self.fd, self.unwritten)]
         except BlockingIOError:
@@ -758,6 +765,7 @@ class Job:
         self.run_id = secrets.token_hex(8)
         self.run = self.line = ""  # its files are RUN.*; what is typed to start it
         self.names: list[str] = []  # of the files
+        self.cursor: asyncio.Future[list[str]] = self.loop.create_future()  # its column, when the line was typed
         self.pane, self.view = NOWHERE, View(NOWHERE)
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
         self.over = asyncio.Event()  # exit_code, duration and all output are known
@@ -859,7 +867,7 @@ class Job:
         if word == b"start" and not self.pid:
             self.pid, self.begun = number, time.monotonic()
             self.timers.append(self.loop.call_later(self.request.timeout, self.end, "timeout"))
-            self.view.begin(self.request.cmd, self.line)
+            self.timers.append(self.loop.call_later(VIEW_DELAY, self._show))
             if not self.started.done():
                 self.started.set_result(True)
         elif word == b"nocwd" and not self.started.done():
@@ -881,7 +889,16 @@ class Job:
             self.ending = asyncio.ensure_future(self._climb(ENDING_LADDER[1:]))
         self.over.set()
         self.timers.append(self.loop.call_later(RETURN_TIMEOUT, self.release))
-        self.view.end(exit_code, self._let_return)
+        self.loop.call_soon(self._show_end)  # who waits for the answer comes first
+
+    def _show(self) -> None:
+        if not self.view.begun:
+            known = self.cursor.done() and not self.cursor.cancelled() and not self.cursor.exception()
+            self.view.begin(self.request.cmd, self.line, int(self.cursor.result()[0]) if known else 0)
+
+    def _show_end(self) -> None:
+        self._show()
+        self.view.end(self.exit_code, self._let_return)
 
     def _let_return(self) -> None:
         with contextlib.suppress(OSError):
@@ -988,6 +1005,8 @@ class Terminal:
 
     name: str
     window_id: str = "@"
+    panes: list[Pane] = field(default_factory=list)  # as of `notices` of the connection
+    notices: int = -1
     jobs: dict[str, Job] = field(default_factory=dict)  # by pane_id
     waiting: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # first come, first served
@@ -1052,8 +1071,9 @@ class PocketCoderDriver:
             job = Job(request, outputs, partial(self._free, terminal))
             try:
                 tmux = await self._take_pane(terminal, job)
+                job.prepare(self._run_folder(), self.shell)
                 job.enter(self._on_shell_end)
-                tmux.type_line(job.pane, job.line)
+                job.cursor = tmux.type_line(job.pane, job.line)
                 if await self._starts(job, tmux):
                     return job
             except BadMessage:  # it cannot enter `cwd`; the pane comes back by itself
@@ -1103,7 +1123,7 @@ class PocketCoderDriver:
             async with terminal.lock:
                 while time.monotonic() < deadline and not self.stopping:
                     terminal.freed.clear()
-                    tmux, panes = await self._panes(terminal, job)
+                    tmux, panes = await self._panes(terminal)
                     if pane := await self._choose(terminal, tmux, panes):
                         job.pane = pane
                         terminal.jobs[pane.pane_id] = job
@@ -1120,31 +1140,27 @@ class PocketCoderDriver:
         free = [pane for pane in panes if pane.pane_id not in terminal.jobs]
         sound = [pane for pane in free if self.doubts.get(pane.pid, 0) < 2]
         for pane in sound:
-            if not pane.in_mode and (ready := await self._at_prompt(tmux, pane)):
-                return ready
+            if not pane.in_mode and await self._at_prompt(pane):
+                return pane
         returning = any(job.over.is_set() for job in terminal.jobs.values())
         if len(panes) < MAX_PANES and not returning and (made := await self._split(tmux, panes[-1])):
-            return await self._at_prompt(tmux, made)
+            return made if await self._at_prompt(made) else None
         for pane in sound:  # rather than let a command wait for a person who reads
-            if pane.in_mode and (ready := await self._at_prompt(tmux, pane)):
-                return ready
+            if pane.in_mode and await self._at_prompt(pane):
+                return pane
         if free == panes and not sound:
             self.doubts.clear()
             raise NoTerminal(f"no shell in the window {terminal.name} answers")
         return None
 
-    async def _at_prompt(self, tmux: Tmux, pane: Pane) -> Pane | None:
-        """The pane, when its shell waits for a command or will in a moment."""
+    async def _at_prompt(self, pane: Pane) -> bool:
+        """Whether its shell waits for a command, or will in a moment."""
         deadline = time.monotonic() + self._patience(pane.pid, PROMPT_TIMEOUT)
-        waited = False
         while (state := prompt(pane, pane.pid in self.seen)) == "soon" and time.monotonic() < deadline:
             await asyncio.sleep(0.001)  # a shell announces its prompt to nobody
-            waited = True
         if state == "ready":
             self.seen.add(pane.pid)
-        if waited:  # the cursor has moved
-            pane = next((now for now in await tmux.panes(pane.window_id) if now.pid == pane.pid), NOWHERE)
-        return pane if state in ("ready", "perhaps") and pane.pid else None
+        return state in ("ready", "perhaps")
 
     async def _split(self, tmux: Tmux, beside: Pane) -> Pane | None:
         words = ["split-window", "-d", "-Z", "-t", beside.pane_id, "-P", "-F", PANE_FORMAT]
@@ -1154,24 +1170,26 @@ class PocketCoderDriver:
             tmux.send(["select-layout", "-t", beside.window_id, "tiled"])  # no space: make some
         return None
 
-    async def _panes(self, terminal: Terminal, job: Job) -> tuple[Tmux, list[Pane]]:
+    async def _panes(self, terminal: Terminal) -> tuple[Tmux, list[Pane]]:
         """The panes of the agent's window; made, with all around it, if missing."""
         for last_try in (False, True):
             tmux = await self._connect(["-n", terminal.name, *self.new_shell])
+            if terminal.notices == tmux.notices and self.seen.issuperset(pane.pid for pane in terminal.panes):
+                return tmux, terminal.panes
+            notices = tmux.notices
             try:
-                asked = tmux.send(["list-panes", "-t", terminal.window_id, "-F", PANE_FORMAT])
-                if not job.run:
-                    job.prepare(self._run_folder(), self.shell)  # while tmux answers
-                try:
-                    panes = [Pane.parse(line) for line in await tmux.reply(asked)]
-                except NoTerminal:  # there is no such window, or no longer
-                    panes = []
+                panes = []
+                with contextlib.suppress(NoTerminal):  # there is no such window, or no longer
+                    panes = await tmux.panes(terminal.window_id)
                 if not panes or panes[0].window_name != terminal.name:
                     panes = await self._find_window(terminal, tmux)
                 for pane in panes:
                     if pane.dead:  # remain-on-exit
                         await tmux.ask("respawn-pane", "-t", pane.pane_id, *self.new_shell)
-                return tmux, await tmux.panes(terminal.window_id) if any(pane.dead for pane in panes) else panes
+                if any(pane.dead for pane in panes):
+                    panes = await tmux.panes(terminal.window_id)
+                terminal.panes, terminal.notices = panes, notices
+                return tmux, panes
             except NoTerminal:
                 tmux.close()  # the session may be gone, and we be attached to another
                 if last_try:
@@ -1388,7 +1406,7 @@ class Endpoint(tornado.web.RequestHandler):
 
     _stream_request_body = True  # so that the gate comes before the body, and 413 is ours
     open_to_all = False  # needs no token
-    task: asyncio.Future[None] | None = None
+    task: asyncio.Task[Any] | None = None
 
     def initialize(self, state: AppState, gate: Gate) -> None:
         self.state, self.gate = state, gate
@@ -1433,14 +1451,19 @@ class Endpoint(tornado.web.RequestHandler):
 
     async def perform(self, work: Coroutine[Any, Any, None]) -> None:
         """Await `work`; cancel it when the caller leaves."""
-        self.task = asyncio.ensure_future(work)
-        await asyncio.wait({self.task})
-        if not self.task.cancelled():
-            self.task.result()
+        self.task = asyncio.current_task()
+        try:
+            await work
+        except asyncio.CancelledError:
+            if self.task is not None:
+                raise
+        finally:
+            self.task = None
 
     def on_connection_close(self) -> None:
         if self.task is not None:
             self.task.cancel()
+            self.task = None
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None))[1]
