@@ -108,8 +108,10 @@ import asyncio
 import codecs
 import contextlib
 import fcntl
+import glob
 import hmac
 import ipaddress
+import itertools
 import json
 import logging
 import re
@@ -119,13 +121,12 @@ import shutil
 import signal
 import stat
 import subprocess
-import tempfile
 import termios
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -226,6 +227,16 @@ def check_text(name: str, got: object, expected: str, limit: int, nul: bool = Fa
     return got
 
 
+def inside(workspace: str, cwd: str) -> str:
+    """The real path of a directory in `workspace`, itself a real path.  Raises BadMessage."""
+    path = os.path.realpath(os.path.join(workspace, cwd)) if cwd else workspace
+    if os.path.commonpath([workspace, path]) != workspace:
+        raise complain("cwd", cwd, f"a directory inside the workspace {workspace}")
+    if not os.path.isdir(path):
+        raise complain("cwd", cwd, f"a directory (there is none at {path})")
+    return path
+
+
 @dataclass(frozen=True)
 class McpQuery:
     """Query parameters for established sessions."""
@@ -272,8 +283,8 @@ class ExecRequest:
             raise complain("env", f"{size} characters", f"at most {MAX_ENVIRONMENT}")
 
     @classmethod
-    def from_wire(cls, body: bytes) -> ExecRequest:
-        """Read a JSON body; unknown fields are ignored."""
+    def from_wire(cls, body: bytes, workspace: str) -> ExecRequest:
+        """Read a JSON body: unknown fields are ignored, `cwd` is made absolute."""
         try:
             got = json.loads(body.decode(), parse_constant=float)
         except (ValueError, RecursionError) as wrong:
@@ -282,6 +293,7 @@ class ExecRequest:
             raise complain("body", got, "a JSON object")
         if "cmd" not in got:
             raise BadMessage("`cmd`: got nothing, expected a bash command")
+        got["cwd"] = inside(workspace, check_text("cwd", got.get("cwd", ""), "a directory", 4 * KIB))
         return cls(**{name: got[name] for name in cls.__dataclass_fields__ if name in got})
 
 
@@ -529,6 +541,15 @@ _pc=$?
 """
 
 
+def read_file(path: str, size: int = 4 * KIB) -> bytes:
+    """A file of /proc, at once: it may change in between.  Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(fd, size)
+    finally:
+        os.close(fd)
+
+
 class Process(NamedTuple):
     """What /proc/PID/stat says, see proc(5)."""
 
@@ -542,8 +563,7 @@ class Process(NamedTuple):
     @classmethod
     def read(cls, pid: int) -> Process:
         """Raises OSError when there is no such process."""
-        with open(f"/proc/{pid}/stat", encoding="latin-1") as file:
-            head, _, tail = file.read().rpartition(")")
+        head, _, tail = read_file(f"/proc/{pid}/stat").decode("latin-1").rpartition(")")
         state, parent, group, _, _, foreground, *_ = tail.split()
         return cls(pid, head.partition("(")[2], state, int(parent), int(group), int(foreground))
 
@@ -563,8 +583,7 @@ def processes_of(run_id: str, leader: int) -> list[int]:
     for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             process = Process.read(pid)
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                ours = process.group == leader or mark in file.read().split(b"\0")
+            ours = process.group == leader or mark in read_file(f"/proc/{pid}/environ", 4 * MIB).split(b"\0")
             if process.state not in "ZX":
                 found.add(pid) if ours else rest.append(process)
     while more := {process.pid for process in rest if process.parent in found} - found:
@@ -579,8 +598,8 @@ def prompt(pane: Pane, known: bool = False) -> str:
     """
     try:
         shell = Process.read(pane.pid)
-        with open(f"/proc/{pane.pid}/cmdline", encoding="latin-1") as file:
-            words = [] if known else [word for word in file.read().split("\0")[1:-1] if word not in SHELLS]
+        line = "" if known else read_file(f"/proc/{pane.pid}/cmdline").decode("latin-1")
+        words = [word for word in line.split("\0")[1:-1] if word not in SHELLS]
         script = any(word[0] not in "-+" for word in words if word) and "-i" not in words
         script |= any("c" in word for word in words if word[:2] != "--")
         if shell.foreground != shell.group or shell.name not in SHELLS or script:
@@ -756,15 +775,20 @@ class Output:
             self.closed.set_result(None)
 
 
+OnJob = Callable[["Job"], None]
+
+
 class Job:
     """One run of a command, from its files to the prompt after it.  Changed by its reports and its end only."""
 
-    def __init__(self, request: ExecRequest, outputs: Mapping[str, Take], on_free: Callable[[Job], None]) -> None:
-        self.request, self.takes, self.on_free = request, outputs, on_free
+    def __init__(self, request: ExecRequest, outputs: Mapping[str, Take], on_free: OnJob, on_tidy: OnJob) -> None:
+        self.request, self.takes = request, outputs
+        self.on_free, self.on_tidy = on_free, on_tidy  # the pane is free; the files are
         self.loop = asyncio.get_running_loop()
         self.run_id = secrets.token_hex(8)
         self.run = self.line = ""  # its files are RUN.*; what is typed to start it
-        self.names: list[str] = []  # of the files
+        self.extra = ["pid"]  # files that are this run's alone
+        self.returned = False  # go is done with its files
         self.cursor: asyncio.Future[list[str]] = self.loop.create_future()  # its column, when the line was typed
         self.pane, self.view = NOWHERE, View(NOWHERE)
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
@@ -778,23 +802,25 @@ class Job:
         self.timers: list[asyncio.TimerHandle] = []
         self.ending: asyncio.Task[None] | None = None
 
-    def prepare(self, folder: str, shell: str) -> None:
-        """Make the files, all but their owner; no pane is needed yet."""
-        self.run = f"{folder}/{self.run_id}"
-        self.line = f" . {shlex.quote(self.run)}.go"
-        files = {"go": self._go(shell), "in": self.request.stdin, "cmd": self.request.cmd if self._long() else None}
+    def prepare(self, run: str, shell: str) -> None:
+        """Make the files RUN.*, or use again what an earlier run left there."""
+        self.run, self.line = run, f" . {shlex.quote(run)}.go"
         for name in ("status", "done", *self.takes):
-            os.mkfifo(f"{self.run}.{name}", 0o600)
-            self.names.append(name)
-        for name, text in files.items():
+            with contextlib.suppress(FileExistsError):
+                os.mkfifo(f"{run}.{name}", 0o600)
+        self._write("go", self._go(shell))
+        for name, text in {"in": self.request.stdin, "cmd": self.request.cmd if self._long() else None}.items():
             if text is not None:
-                with open(f"{self.run}.{name}", "xb", buffering=0) as file:
-                    file.write(text.encode())
-                self.names.append(name)
-        self.status_fd = os.open(f"{self.run}.status", os.O_RDONLY | os.O_NONBLOCK)
+                self.extra.append(name)
+                self._write(name, text)
+        self.status_fd = os.open(f"{run}.status", os.O_RDONLY | os.O_NONBLOCK)
         self.loop.add_reader(self.status_fd, self._on_status)
         for name, take in self.takes.items():
-            self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, take)))
+            self.outputs.append(Output(f"{run}.{name}", partial(self._take, take)))
+
+    def _write(self, name: str, text: str) -> None:
+        with open(os.open(f"{self.run}.{name}", os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
+            file.truncate(file.write(text.encode()))  # O_TRUNC: some file systems write to the disk then
 
     def _long(self) -> bool:
         return len(self.request.cmd) > MAX_ARGUMENT // 4  # characters of up to four bytes
@@ -825,13 +851,13 @@ class Job:
         self.view.add(chunk)
         return take(chunk)
 
-    def enter(self, on_shell_end: Callable[[Job], None]) -> None:
+    def enter(self, on_shell_end: OnJob) -> None:
         """The pane is ours: its owner may use the files, its end is noticed."""
         owner = os.stat(self.pane.tty).st_uid
         if owner != os.geteuid():  # root, for the panes of a worker
             folder = os.path.dirname(self.run)
             os.chmod(os.path.dirname(folder), 0o711)
-            for path in (folder, *(f"{self.run}.{name}" for name in self.names)):
+            for path in (folder, *glob.glob(f"{glob.escape(self.run)}.*")):
                 os.chown(path, owner, -1)
         with contextlib.suppress(OSError, AttributeError):  # else tmux tells, a little later
             self.shell_fd = os.pidfd_open(self.pane.pid)
@@ -877,6 +903,7 @@ class Job:
         elif word == b"exit":
             self._let_return()
         elif word == b"back":
+            self.returned = True
             self.release()
 
     def _finish(self, exit_code: int) -> None:
@@ -973,10 +1000,8 @@ class Job:
 
     def _tidy(self, _: object = None) -> None:
         if all(output.closed.done() for output in self.outputs):
-            for name in (*self.names, "pid"):
-                with contextlib.suppress(OSError):
-                    os.unlink(f"{self.run}.{name}")
-            self.names = []
+            on_tidy, self.on_tidy = self.on_tidy, lambda job: None
+            on_tidy(self)
 
     async def result(self) -> CommandResult:
         """How it ended; its output is with who took it.  Cancelling this cancels the command."""
@@ -1030,6 +1055,8 @@ class PocketCoderDriver:
         self.new_shell += ["-e", f"SHELL={self.shell}", "-e", "HISTCONTROL=ignoreboth", "--", self.shell, "-i"]
         self.stopping = False
         self.folder, self.folder_fd = "", -1  # ours beside the socket, locked: we live
+        self.runs: list[str] = []  # names there that can be used again
+        self.run_count = 0
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def _bind(self) -> None:
@@ -1068,10 +1095,10 @@ class PocketCoderDriver:
             self._bind()
         terminal = self.terminals.setdefault(request.agent_name, Terminal(f"{request.agent_name}:terminal"))
         for _ in range(2 * MAX_PANES):
-            job = Job(request, outputs, partial(self._free, terminal))
+            job = Job(request, outputs, partial(self._free, terminal), self._recycle)
             try:
                 tmux = await self._take_pane(terminal, job)
-                job.prepare(self._run_folder(), self.shell)
+                job.prepare(self._run_name(), self.shell)
                 job.enter(self._on_shell_end)
                 job.cursor = tmux.type_line(job.pane, job.line)
                 if await self._starts(job, tmux):
@@ -1244,10 +1271,26 @@ class PocketCoderDriver:
             elif pane.dead or Process.ended(pane.pid):
                 job.lost(f"the shell in pane {pane.pane_id} ended")
 
-    def _run_folder(self) -> str:
-        """Ours; made again if someone wiped it.  Raises NoTerminal, OSError."""
-        if os.path.isdir(self.folder):
-            return self.folder
+    def _run_name(self) -> str:
+        """Where a run has its files: `RUN.*`.  Short, since it is typed."""
+        if not os.path.isdir(self.folder):
+            self._make_folder()
+        if self.runs:
+            return self.runs.pop()
+        self.run_count += 1
+        return f"{self.folder}/{self.run_count:x}"
+
+    def _recycle(self, job: Job) -> None:
+        """A line that was given up may still be read one day; its name is not used again."""
+        again = job.returned and job.run.startswith(self.folder)
+        for name in job.extra if again else (*job.extra, "status", "done", "go", *job.takes):
+            with contextlib.suppress(OSError):
+                os.unlink(f"{job.run}.{name}")
+        if again:
+            self.runs.append(job.run)
+
+    def _make_folder(self) -> None:
+        """Ours, made again if someone wiped it.  Raises NoTerminal, OSError."""
         base = f"{self.socket_path}.d"
         with contextlib.suppress(FileExistsError):
             os.mkdir(base, 0o700)
@@ -1257,10 +1300,13 @@ class PocketCoderDriver:
         self._leave_folder()
         for name in os.listdir(base):
             self._adopt(f"{base}/{name}")
-        self.folder = tempfile.mkdtemp(prefix="", dir=base)
+        number = itertools.count()
+        while not self.folder:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder := f"{base}/{next(number):x}", 0o700)
+                self.folder, self.runs = folder, []
         self.folder_fd = os.open(self.folder, os.O_RDONLY)
         fcntl.flock(self.folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return self.folder
 
     def _adopt(self, folder: str) -> None:
         """Drain and remove what a killed proxy left; its commands run to their end."""
@@ -1288,8 +1334,7 @@ class PocketCoderDriver:
 
     def _leave_folder(self) -> None:
         if self.folder_fd >= 0:
-            with contextlib.suppress(OSError):
-                os.rmdir(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self.folder_fd)
         self.folder, self.folder_fd = "", -1
 
@@ -1322,21 +1367,11 @@ SessionMap = dict[str, "asyncio.Queue[Message]"]
 
 @dataclass
 class AppState:
-    """`sessions`: who listens, by session id; `driver`: runs commands; `workspace`: its root."""
+    """`sessions`: who listens, by session id; `driver`: runs commands; `workspace`: a real path."""
 
     sessions: SessionMap
     driver: PocketCoderDriver
-    workspace: str = "."
-
-    def inside(self, cwd: str) -> str:
-        """The absolute path of a directory in the workspace.  Raises BadMessage."""
-        root = os.path.realpath(self.workspace)
-        path = os.path.realpath(os.path.join(root, cwd))
-        if os.path.commonpath([root, path]) != root:
-            raise complain("cwd", cwd, f"a directory inside the workspace {root}")
-        if not os.path.isdir(path):
-            raise complain("cwd", cwd, f"a directory (there is none at {path})")
-        return path
+    workspace: str = "/"
 
 
 # ==========================================================================
@@ -1352,7 +1387,7 @@ async def health_handler() -> str:
 
 async def exec_handler(state: AppState, request: ExecRequest) -> ExecResponse:
     """Run a command to its end.  Cancelling this cancels the command."""
-    result = await state.driver.run(replace(request, cwd=state.inside(request.cwd)))
+    result = await state.driver.run(request)
     return ExecResponse(result.output, result.exit_code, result.error, result)
 
 
@@ -1366,7 +1401,7 @@ async def exec_stream_handler(
         if text := decoder.decode(chunk, final):  # never half a character
             await send("output", {"stdout": text})
 
-    job = await state.driver.start(replace(request, cwd=state.inside(request.cwd)), {"out": output})
+    job = await state.driver.start(request, {"out": output})
     await send("", {})
     result = await job.result()
     await output(b"", final=True)
@@ -1382,23 +1417,24 @@ class Gate:
 
     def check(self, host: str, origin: str | None, authorization: str, open_to_all: bool) -> None:
         """Raises Forbidden, or HTTPError 401."""
-        name = urlsplit(f"//{host}").hostname or ""
-        if not self.token and not is_loopback(name):  # else a name could be bound to us anew
+        local = is_loopback(host)
+        if not self.token and not local:  # else a name could be bound to us anew
             raise Forbidden(f"`Host`: got {host[:80]!r}, expected localhost or a loopback address")
-        own = f"http://{host}" if is_loopback(name) else None
+        own = f"http://{host}" if local else None
         if origin is not None and origin != own and origin not in self.origins:
             raise Forbidden(f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin")
-        expected = f"Bearer {self.token}".encode()
-        if self.token and not open_to_all:
-            if not hmac.compare_digest(authorization.encode("latin-1", "replace"), expected):
-                raise tornado.web.HTTPError(401, "expected `Authorization: Bearer TOKEN`")
+        given, expected = authorization.encode("latin-1", "replace"), f"Bearer {self.token}".encode()
+        if self.token and not open_to_all and not hmac.compare_digest(given, expected):
+            raise tornado.web.HTTPError(401, "expected `Authorization: Bearer TOKEN`")
 
 
+@lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can be reached by, or listens to, `host`."""
+    """Whether `host`, maybe with a port, is a name or address of this machine for itself."""
     with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host.lower() == "localhost"
+        name = host if host.count(":") > 1 and "[" not in host else urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    return False
 
 
 class Endpoint(tornado.web.RequestHandler):
@@ -1420,6 +1456,11 @@ class Endpoint(tornado.web.RequestHandler):
     def compute_etag(self) -> None:
         """Answers are not cached."""
 
+    @property
+    def stream(self) -> Any:
+        """The connection below HTTP."""
+        return getattr(self.request.connection, "stream", None)
+
     def prepare(self) -> None:
         headers, origin = self.request.headers, self.request.headers.get("Origin")
         authorization = headers.get("Authorization", "")
@@ -1430,6 +1471,7 @@ class Endpoint(tornado.web.RequestHandler):
             self.set_header("Access-Control-Allow-Headers", "Authorization, Content-Type, Accept")
             self.set_header("Vary", "Origin")
         if self.request.method == "POST":
+            self.slow = asyncio.get_running_loop().call_later(BODY_TIMEOUT, self.stream.close)
             kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise tornado.web.HTTPError(415, f"`Content-Type`: got {kind!r}, expected application/json")
@@ -1496,18 +1538,19 @@ class HealthEndpoint(Endpoint):
 
 class ExecEndpoint(Endpoint):
     async def post(self) -> None:
+        self.slow.cancel()
         if self.received > MAX_BODY:
             raise tornado.web.HTTPError(413, f"body: got {self.received} bytes, expected at most {MAX_BODY}")
-        request = ExecRequest.from_wire(bytes(self.body))
+        request = ExecRequest.from_wire(bytes(self.body), self.state.workspace)
         streamed = "text/event-stream" in self.request.headers.get("Accept", "")
-        await self.perform(self.stream(request) if streamed else self.answer(request))
+        await self.perform(self.answer_stream(request) if streamed else self.answer(request))
 
     async def answer(self, request: ExecRequest) -> None:
         response = await exec_handler(self.state, request)
         self.set_header("Content-Type", "application/json")
         self.finish(json.dumps(response.to_wire(), ensure_ascii=False, separators=(",", ":")))
 
-    async def stream(self, request: ExecRequest) -> None:
+    async def answer_stream(self, request: ExecRequest) -> None:
         work = asyncio.ensure_future(exec_stream_handler(self.state, request, self.send_event))
         try:
             while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
@@ -1522,7 +1565,7 @@ class ExecEndpoint(Endpoint):
         if not self._headers_written:
             self.set_header("Content-Type", "text/event-stream")
             self.set_header("X-Accel-Buffering", "no")
-            self.request.connection.stream.set_nodelay(True)
+            self.stream.set_nodelay(True)
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
         self.write(f"event: {event}\ndata: {text}\n\n" if event else ": started\n\n")
         await self.flush()
@@ -1584,7 +1627,7 @@ class Cli:
             server.error(f"--port: got {got.port!r}, expected a number from 0 to 65535")
         if not os.path.isdir(got.workspace):
             server.error(f"--workspace: got {got.workspace!r}, expected a directory")
-        return cls(Server(got.port, got.host, os.path.abspath(got.workspace), tuple(got.allow_origin)))
+        return cls(Server(got.port, got.host, os.path.realpath(got.workspace), tuple(got.allow_origin)))
 
 
 async def serve(options: Server, token: str) -> None:
@@ -1600,12 +1643,8 @@ async def serve(options: Server, token: str) -> None:
         default_handler_args=shared,
         log_function=lambda handler: None,
     )
-    server = tornado.httpserver.HTTPServer(
-        application,
-        max_body_size=4 * MAX_BODY,
-        idle_connection_timeout=IDLE_TIMEOUT,
-        body_timeout=BODY_TIMEOUT,
-    )
+    limits = {"max_body_size": 4 * MAX_BODY, "idle_connection_timeout": IDLE_TIMEOUT}  # ours answers 413
+    server = tornado.httpserver.HTTPServer(application, **limits)
     sockets = tornado.netutil.bind_sockets(int(options.port), options.host)
     server.add_sockets(sockets)
     host, port = sockets[0].getsockname()[:2]
