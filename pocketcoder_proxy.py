@@ -108,6 +108,7 @@ import asyncio
 import codecs
 import contextlib
 import fcntl
+import gc
 import glob
 import hmac
 import ipaddress
@@ -796,7 +797,7 @@ class Job:
         self.ended, self.why, self.exit_code = "exit", "", 0
         self.pid = 0  # of the command's bash, and its process group
         self.begun = self.duration = 0.0
-        self.status_fd = self.shell_fd = -1
+        self.status_fd = -1
         self.unread = b""
         self.outputs: list[Output] = []
         self.timers: list[asyncio.TimerHandle] = []
@@ -851,17 +852,14 @@ class Job:
         self.view.add(chunk)
         return take(chunk)
 
-    def enter(self, on_shell_end: OnJob) -> None:
-        """The pane is ours: its owner may use the files, its end is noticed."""
+    def enter(self) -> None:
+        """The pane is ours, and its owner may use the files."""
         owner = os.stat(self.pane.tty).st_uid
         if owner != os.geteuid():  # root, for the panes of a worker
             folder = os.path.dirname(self.run)
             os.chmod(os.path.dirname(folder), 0o711)
             for path in (folder, *glob.glob(f"{glob.escape(self.run)}.*")):
                 os.chown(path, owner, -1)
-        with contextlib.suppress(OSError, AttributeError):  # else tmux tells, a little later
-            self.shell_fd = os.pidfd_open(self.pane.pid)
-            self.loop.add_reader(self.shell_fd, on_shell_end, self)
         self.view = View(self.pane)
 
     def void(self) -> bool:
@@ -881,7 +879,7 @@ class Job:
 
     def _on_status(self) -> None:
         data = os.read(self.status_fd, 4 * KIB)
-        if not data:  # the pane's shell is gone, as shell_fd or tmux will tell
+        if not data:  # the pane's shell is gone, as the kernel or tmux will tell
             self.loop.remove_reader(self.status_fd)
         *lines, self.unread = (self.unread + data).split(b"\n")
         for line in lines:
@@ -984,11 +982,10 @@ class Job:
         on_free, self.on_free = self.on_free, lambda job: None
         for timer in self.timers:
             timer.cancel()
-        for fd in (self.status_fd, self.shell_fd):
-            if fd >= 0:
-                self.loop.remove_reader(fd)
-                os.close(fd)
-        self.status_fd = self.shell_fd = -1
+        if self.status_fd >= 0:
+            self.loop.remove_reader(self.status_fd)
+            os.close(self.status_fd)
+        self.status_fd = -1
         self.view.close()
         for output in self.outputs:
             if not self.pid:
@@ -1067,6 +1064,7 @@ class PocketCoderDriver:
         self.terminals: dict[str, Terminal] = {}
         self.seen: set[int] = set()  # shells that have shown a prompt: their start-up is over
         self.doubts: dict[int, int] = {}  # shells, and how many typed lines in a row did not start
+        self.shells: dict[int, int] = {}  # of panes that were used, each with a pidfd
         self.tasks: set[asyncio.Task[None]] = set()
 
     def session_exists(self, session: str) -> bool:
@@ -1099,7 +1097,8 @@ class PocketCoderDriver:
             try:
                 tmux = await self._take_pane(terminal, job)
                 job.prepare(self._run_name(), self.shell)
-                job.enter(self._on_shell_end)
+                job.enter()
+                self._watch(job.pane.pid)
                 job.cursor = tmux.type_line(job.pane, job.line)
                 if await self._starts(job, tmux):
                     return job
@@ -1243,8 +1242,16 @@ class PocketCoderDriver:
                 self.tmux = await Tmux.connect(path, session, self._on_notice, create)
             return self.tmux
 
-    def _on_shell_end(self, job: Job) -> None:
-        job.loop.remove_reader(job.shell_fd)
+    def _watch(self, shell: int) -> None:
+        """Be told when a pane's shell ends: sooner than by tmux, or at all if it was only killed."""
+        with contextlib.suppress(OSError, AttributeError):  # too old a kernel or Python: tmux tells
+            if shell not in self.shells:
+                self.shells[shell] = os.pidfd_open(shell)
+                asyncio.get_running_loop().add_reader(self.shells[shell], self._on_shell_end, shell)
+
+    def _on_shell_end(self, shell: int) -> None:
+        asyncio.get_running_loop().remove_reader(self.shells[shell])
+        os.close(self.shells.pop(shell))
         self._on_notice("shell ended")
 
     def _on_notice(self, notice: str) -> None:
@@ -1355,6 +1362,8 @@ class PocketCoderDriver:
             self.tmux.close()
         for task in self.tasks:
             task.cancel()
+        for shell in list(self.shells):
+            self._on_shell_end(shell)
         self._leave_folder()
 
 
@@ -1654,6 +1663,7 @@ async def serve(options: Server, token: str) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    gc.freeze()  # what is here now stays: nothing of it has to be looked at again
     await stop.wait()
     server.stop()
     await driver.close(STOP_GRACE)
