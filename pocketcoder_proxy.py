@@ -391,7 +391,7 @@ class Tmux(asyncio.SubprocessProtocol):
         self.unread = b""
         self.block = ""  # what stood behind `%begin`, and will behind `%end`
         self.lines: list[str] = []
-        self.closed = False
+        self.closed, self.ended = False, asyncio.Event()  # of no use any more; its process is gone
         self.notices = 0  # how many there were: what was asked before may be old
 
     @classmethod
@@ -401,10 +401,10 @@ class Tmux(asyncio.SubprocessProtocol):
         variables = {name: value for name, value in os.environ.items() if name not in hidden}
         words = ["attach-session", "-t", f"={session}"]
         if create is not None:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             words = ["new-session", "-A", "-s", session, "-x", "200", "-y", "50"]
         command = ["tmux", "-S", path, "-C", *words, "-f", "no-output,ignore-size", *(create or [])]
         try:  # default-shell is taken from SHELL, which may be this very file
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             _, self = await asyncio.get_running_loop().subprocess_exec(
                 lambda: cls(session, on_notice), *command, env=variables | {"SHELL": find_shell()}
             )
@@ -452,6 +452,9 @@ class Tmux(asyncio.SubprocessProtocol):
     def process_exited(self) -> None:
         self.close()
         self.on_notice("%closed")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set()
 
     def close(self, why: str = "the connection has ended") -> None:
         """End the connection, not the session."""
@@ -749,12 +752,11 @@ class Output:
             self.taken = asyncio.ensure_future(self._wait(self.taken, wait))
 
     async def _wait(self, before: Awaitable[None] | None, this: Awaitable[None]) -> None:
-        try:
+        with contextlib.suppress(OSError):  # the reader has left
             if before is not None:
                 await before
             await this
-        finally:
-            self._resume()
+        self._resume()
 
     def finish(self) -> None:
         """The command has ended: take what it left in the pipe, drain what others write."""
@@ -864,14 +866,14 @@ class Job:
 
     def void(self) -> bool:
         """Make sure that it never starts; False: it already has."""
-        if self.pid:
-            return False
         try:
-            os.close(os.open(f"{self.run}.pid", os.O_CREAT | os.O_EXCL, 0o600))
+            if self.run:
+                os.close(os.open(f"{self.run}.pid", os.O_CREAT | os.O_EXCL, 0o600))
         except FileExistsError:
             return False
         except OSError:  # wiped: go cannot make it either
             pass
+        self.extra.clear()  # the claim stays: go may be read already
         if not self.started.done():
             self.started.set_result(False)
         self.release()
@@ -896,6 +898,7 @@ class Job:
                 self.started.set_result(True)
         elif word == b"nocwd" and not self.started.done():
             self.started.set_exception(complain("cwd", self.request.cwd, "a directory that the terminal may enter"))
+            self.timers.append(self.loop.call_later(RETURN_TIMEOUT, self.release))
         elif word == b"exit" and self.pid:
             self._finish(number & 255)
         elif word == b"exit":
@@ -922,6 +925,8 @@ class Job:
             self.view.begin(self.request.cmd, self.line, int(self.cursor.result()[0]) if known else 0)
 
     def _show_end(self) -> None:
+        facts = (self.request.agent_name, self.run_id, self.ended, self.exit_code, round(self.duration * 1000))
+        log.info("exec end agent=%s run=%s ended=%s exit=%d ms=%d", *facts)
         self._show()
         self.view.end(self.exit_code, self._let_return)
 
@@ -1005,7 +1010,8 @@ class Job:
         try:
             await self.over.wait()
             for output in self.outputs:
-                await (output.taken or asyncio.sleep(0))
+                if output.taken is not None:
+                    await asyncio.wait_for(output.taken, SLOW_READER_TIMEOUT)
         except asyncio.CancelledError:
             self.end("cancelled")
             raise
@@ -1111,6 +1117,14 @@ class PocketCoderDriver:
                     raise NoTerminal(f"cannot prepare a run: {failure}") from None
                 raise
         raise NoTerminal(f"no shell in the window {terminal.name} answers")
+
+    async def open_terminal(self, agent_name: str) -> None:
+        """Make the agent's window, if it is missing, so that a person can attach."""
+        if self.loop is not asyncio.get_running_loop():
+            self._bind()
+        terminal = self.terminals.setdefault(agent_name, Terminal(f"{agent_name}:terminal"))
+        async with terminal.lock:
+            await self._panes(terminal)
 
     async def _starts(self, job: Job, tmux: Tmux) -> bool:
         shell = job.pane.pid
@@ -1360,6 +1374,7 @@ class PocketCoderDriver:
         if self.tmux is not None:
             self.tmux.on_notice = lambda notice: None
             self.tmux.close()
+            await self.tmux.ended.wait()
         for task in self.tasks:
             task.cancel()
         for shell in list(self.shells):
@@ -1381,6 +1396,7 @@ class AppState:
     sessions: SessionMap
     driver: PocketCoderDriver
     workspace: str = "/"
+    calls: set[asyncio.Task[Any]] = field(default_factory=set)  # handlers at work; each adds and removes itself
 
 
 # ==========================================================================
@@ -1502,7 +1518,9 @@ class Endpoint(tornado.web.RequestHandler):
 
     async def perform(self, work: Coroutine[Any, Any, None]) -> None:
         """Await `work`; cancel it when the caller leaves."""
-        self.task = asyncio.current_task()
+        task = self.task = asyncio.current_task()
+        assert task is not None
+        self.state.calls.add(task)
         try:
             await work
         except asyncio.CancelledError:
@@ -1510,6 +1528,7 @@ class Endpoint(tornado.web.RequestHandler):
                 raise
         finally:
             self.task = None
+            self.state.calls.discard(task)
 
     def on_connection_close(self) -> None:
         if self.task is not None:
@@ -1566,9 +1585,12 @@ class ExecEndpoint(Endpoint):
                 if self._headers_written:
                     self.write(": keep-alive\n\n")
                     await self.flush()
+            await work
+        except asyncio.TimeoutError:
+            log.warning("stream ended: its reader did not read for %g s", SLOW_READER_TIMEOUT)
+            self.stream.close()
         finally:
             work.cancel()
-        await work
 
     async def send_event(self, event: str, data: Message) -> None:
         if not self._headers_written:
@@ -1640,7 +1662,7 @@ class Cli:
 
 
 async def serve(options: Server, token: str) -> None:
-    """Listen until SIGTERM or SIGINT."""
+    """Listen until SIGTERM or SIGINT.  Raises OSError when it cannot."""
     socket_path = os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET
     session = os.environ.get("TMUX_SESSION") or DEFAULT_SESSION
     driver = PocketCoderDriver(socket_path, session, options.workspace)
@@ -1663,11 +1685,32 @@ async def serve(options: Server, token: str) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        await driver.open_terminal(default_agent_name())
+    except (SandboxError, OSError) as refused:
+        log.warning("no terminal yet: %s", refused)
     gc.freeze()  # what is here now stays: nothing of it has to be looked at again
     await stop.wait()
     server.stop()
     await driver.close(STOP_GRACE)
+    if state.calls:  # they have their results, and send them now
+        await asyncio.wait(state.calls, timeout=STOP_GRACE)
     await server.close_all_connections()
+
+
+def why_not(options: Server, token: str) -> str | None:
+    """What is wrong with this machine or these settings, in a sentence."""
+    if not token and not is_loopback(options.host):
+        return f"--host {options.host} can be reached from elsewhere: set POCKETCODER_TOKEN to a secret, or listen on 127.0.0.1"
+    if not re.fullmatch(r"[!-~]*", token):
+        return "POCKETCODER_TOKEN: expected visible ASCII characters without blanks"
+    version = ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        version = subprocess.run(["tmux", "-V"], capture_output=True, text=True, timeout=TMUX_TIMEOUT).stdout.strip()
+    number = re.search(r"(\d+)\.(\d+)", version)
+    if not version or (number and (int(number[1]), int(number[2])) < (3, 2)):
+        return f"tmux 3.2 or later is needed, got {version or 'none'}: install it, with `apt-get install tmux` for instance"
+    return None
 
 
 def main() -> int:
@@ -1675,12 +1718,15 @@ def main() -> int:
     options = Cli.parse(sys.argv[1:]).command
     assert isinstance(options, Server)
     token = os.environ.pop("POCKETCODER_TOKEN", "")
-    if not token and not is_loopback(options.host):
-        print("pocketcoder: refusing", file=sys.stderr)
-        return 2
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    asyncio.run(serve(options, token))
-    return 0
+    try:
+        if not (wrong := why_not(options, token)):
+            asyncio.run(serve(options, token))
+    except (ProxyError, OSError) as failure:
+        wrong = f"cannot serve on {options.host}:{options.port}: {failure}"
+    if wrong:
+        print(f"pocketcoder: {wrong}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
