@@ -602,6 +602,8 @@ def prompt(pane: Pane, known: bool = False) -> str:
     """
     try:
         shell = Process.read(pane.pid)
+        if shell.name == "tmux: server":  # forked, and about to become the shell
+            return "soon"
         line = "" if known else read_file(f"/proc/{pane.pid}/cmdline").decode("latin-1")
         words = [word for word in line.split("\0")[1:-1] if word not in SHELLS]
         script = any(word[0] not in "-+" for word in words if word) and "-i" not in words
@@ -1223,10 +1225,10 @@ class PocketCoderDriver:
                     panes = await tmux.panes(terminal.window_id)
                 if not panes or panes[0].window_name != terminal.name:
                     panes = await self._find_window(terminal, tmux)
-                for pane in panes:
-                    if pane.dead:  # remain-on-exit
-                        await tmux.ask("respawn-pane", "-t", pane.pane_id, *self.new_shell)
-                if any(pane.dead for pane in panes):
+                dead = [pane.pane_id for pane in panes if pane.dead or Process.ended(pane.pid)]
+                for pane_id in dead:  # remain-on-exit, or tmux has not noticed yet
+                    await tmux.ask("respawn-pane", "-k", "-t", pane_id, *self.new_shell)
+                if dead:
                     panes = await tmux.panes(terminal.window_id)
                 terminal.panes, terminal.notices = panes, notices
                 return tmux, panes
@@ -1266,6 +1268,7 @@ class PocketCoderDriver:
     def _on_shell_end(self, shell: int) -> None:
         asyncio.get_running_loop().remove_reader(self.shells[shell])
         os.close(self.shells.pop(shell))
+        self.seen.discard(shell)  # so that the panes are looked at again
         self._on_notice("shell ended")
 
     def _on_notice(self, notice: str) -> None:
