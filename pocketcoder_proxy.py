@@ -83,7 +83,7 @@ CHUNK = MIB  # bytes read at once; also the size wanted of a pipe
 TMUX_TIMEOUT = 5.0  # a reply of tmux
 START_TIMEOUT = 1.0  # from the typed line to the start report
 NEW_SHELL_TIMEOUT = 15.0  # the same while a new shell may read its start-up files
-PROMPT_TIMEOUT = 0.05  # a shell that has just ended a command shows its prompt
+PROMPT_TIMEOUT = 0.5  # a shell that has just ended a command shows its prompt
 QUEUE_CHECK = 0.5  # look again whether a person's program has ended
 QUEUE_TIMEOUT = 3600.0  # longest wait for a pane
 RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
@@ -103,16 +103,13 @@ def default_agent_name() -> str:
 
 
 import argparse
-import array
 import asyncio
 import codecs
 import contextlib
 import fcntl
 import gc
-import glob
 import hmac
 import ipaddress
-import itertools
 import json
 import logging
 import re
@@ -500,7 +497,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                              budget 330
+# Execution Driver                                              budget 560
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -519,6 +516,7 @@ ENDINGS: dict[str, tuple[int | None, str | None]] = {  # exit code and error; No
 ENDING_LADDER = ((signal.SIGTERM, 2.0), (signal.SIGKILL, 0.2), (signal.SIGKILL, 0.8))  # seconds to the next step
 STOPPED = range(128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1)  # exit codes of a job that only stopped
 SHELLS = {"bash": True, "zsh": True, "sh": False, "dash": False, "ash": False, "busybox": False}  # edits its line?
+Take = Callable[[bytes], "Awaitable[None] | None"]
 
 # Sourced by the pane's shell.  Backslashes are against aliases.  INT is trapped, since a
 # command that dies of C-c would take go along.  `read` has a limit, or does not know one
@@ -545,9 +543,9 @@ _pc=$?
 """
 
 
-def read_file(path: str, size: int = 4 * KIB) -> bytes:
-    """A file of /proc, at once: it may change in between.  Raises OSError."""
-    fd = os.open(path, os.O_RDONLY)
+def read_proc(pid: int, name: str, size: int = 4 * KIB) -> bytes:
+    """A file of /proc, in one read: it may change in between.  Raises OSError."""
+    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
     try:
         return os.read(fd, size)
     finally:
@@ -555,9 +553,8 @@ def read_file(path: str, size: int = 4 * KIB) -> bytes:
 
 
 class Process(NamedTuple):
-    """What /proc/PID/stat says, see proc(5)."""
+    """Of /proc/PID/stat, see proc(5)."""
 
-    pid: int
     name: str
     state: str
     parent: int
@@ -567,32 +564,32 @@ class Process(NamedTuple):
     @classmethod
     def read(cls, pid: int) -> Process:
         """Raises OSError when there is no such process."""
-        head, _, tail = read_file(f"/proc/{pid}/stat").decode("latin-1").rpartition(")")
+        head, _, tail = read_proc(pid, "stat").decode("latin-1").rpartition(")")
         state, parent, group, _, _, foreground, *_ = tail.split()
-        return cls(pid, head.partition("(")[2], state, int(parent), int(group), int(foreground))
+        if state in "ZX":
+            raise ProcessLookupError(pid)
+        return cls(head.partition("(")[2], state, int(parent), int(group), int(foreground))
 
     @classmethod
     def ended(cls, pid: int) -> bool:
-        """Whether it is gone, or only waits to be reaped."""
         try:
-            return cls.read(pid).state in "ZX"
+            return not cls.read(pid)
         except OSError:
             return True
 
 
-def processes_of(run_id: str, leader: int) -> list[int]:
+def processes_of(run_id: str, leader: int) -> set[int]:
     """The run's processes: its group, what carries its name, and what descends from these."""
-    mark = f"POCKETCODER_RUN_ID={run_id}".encode()
-    found, rest = set[int](), list[Process]()
+    mark, found, parents = f"POCKETCODER_RUN_ID={run_id}".encode(), set[int](), dict[int, int]()
     for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             process = Process.read(pid)
-            ours = process.group == leader or mark in read_file(f"/proc/{pid}/environ", 4 * MIB).split(b"\0")
-            if process.state not in "ZX":
-                found.add(pid) if ours else rest.append(process)
-    while more := {process.pid for process in rest if process.parent in found} - found:
+            parents[pid] = process.parent
+            if process.group == leader or mark in read_proc(pid, "environ", 4 * MIB).split(b"\0"):
+                found.add(pid)
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
-    return sorted(found - {os.getpid()})
+    return found - {os.getpid()}
 
 
 def prompt(pane: Pane, known: bool = False) -> str:
@@ -604,9 +601,9 @@ def prompt(pane: Pane, known: bool = False) -> str:
         shell = Process.read(pane.pid)
         if shell.name == "tmux: server":  # forked, and about to become the shell
             return "soon"
-        line = "" if known else read_file(f"/proc/{pane.pid}/cmdline").decode("latin-1")
+        line = "" if known else read_proc(pane.pid, "cmdline").decode("latin-1")
         words = [word for word in line.split("\0")[1:-1] if word not in SHELLS]
-        script = any(word[0] not in "-+" for word in words if word) and "-i" not in words
+        script = any(word[:1] not in "-+" for word in words) and "-i" not in words
         script |= any("c" in word for word in words if word[:2] != "--")
         if shell.foreground != shell.group or shell.name not in SHELLS or script:
             return "busy"
@@ -619,9 +616,6 @@ def prompt(pane: Pane, known: bool = False) -> str:
             os.close(tty)
     except (OSError, termios.error):
         return "busy"
-
-
-Take = Callable[[bytes], "Awaitable[None] | None"]
 
 
 class Capture:
@@ -661,23 +655,22 @@ class View:
         self.space, self.hidden, self.newline, self.begun = MAX_VIEW, 0, True, False
         self.unwritten = bytearray()
         self.done: Callable[[], None] | None = None
-        try:
-            self.fd = os.open(pane.tty, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-        except OSError:
-            self.fd = -1
+        self.fd = os.open(pane.tty, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
 
     def begin(self, command: str, line: str, column: int) -> None:
         """Show the command behind the prompt, which ends at `column`, in place of the typed line."""
-        rows = 1 + (column + len(line)) // max(1, self.pane.width)
-        shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
-        safe = self.UNSAFE.sub(b"", shown.encode()).replace(b"\x1b", b"")
-        self.unwritten[:0] = b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, safe)
-        self.begun = True
-        self._write()
+        if not self.begun:
+            rows = 1 + (column + len(line)) // max(1, self.pane.width)
+            shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
+            safe = self.UNSAFE.sub(b"", shown.encode()).replace(b"\x1b", b"")
+            self.unwritten[:0] = b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, safe)
+            self.begun = True
+            self._write()
 
     def add(self, chunk: bytes) -> None:
-        self.hidden += max(0, len(chunk) - self.space)
-        shown, self.space = self.UNSAFE.sub(b"", chunk[: self.space]), max(0, self.space - len(chunk))
+        shown, self.space = self.UNSAFE.sub(b"", chunk[: self.space]), self.space - len(chunk)
+        if self.space < 0:
+            self.hidden, self.space = self.hidden - self.space, 0
         if shown:
             self.newline = shown.endswith(b"\n")
             self.unwritten += shown
@@ -686,11 +679,11 @@ class View:
 
     def end(self, exit_code: int, done: Callable[[], None]) -> None:
         """Mark the end; call `done` when all is on the terminal, or after VIEW_TIMEOUT."""
-        line = "" if self.newline else "\n"
-        line += f"[pocketcoder: {self.hidden} more bytes not shown here]\n" if self.hidden else ""
+        hidden = f"[pocketcoder: {self.hidden} more bytes not shown here]\n" if self.hidden else ""
+        mark = f"[exit {exit_code}]\n" if exit_code else ""
+        self.unwritten += f"{'' if self.newline else chr(10)}{hidden}{mark}".encode()
         self.done = done
         self.loop.call_later(VIEW_TIMEOUT, self.close)
-        self.unwritten += f"{line}[exit {exit_code}]\n".encode() if exit_code else line.encode()
         self._write()
 
     def _write(self) -> None:
@@ -702,10 +695,10 @@ class View:
             return self.close()
         if self.unwritten:
             self.loop.add_writer(self.fd, self._write)
+        elif self.done:
+            self.close()
         else:
             self.loop.remove_writer(self.fd)
-            if self.done:
-                self.close()
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -763,10 +756,9 @@ class Output:
     def finish(self) -> None:
         """The command has ended: take what it left in the pipe, drain what others write."""
         if self.fd >= 0 and self.take:
-            left = array.array("i", [0])
-            fcntl.ioctl(self.fd, termios.FIONREAD, left)
-            if left[0]:
-                self._read(left[0])
+            left = int.from_bytes(fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+            if left:
+                self._read(left)
         self.take = None
         if self.fd >= 0:
             self._resume()
@@ -780,57 +772,144 @@ class Output:
             self.closed.set_result(None)
 
 
-OnJob = Callable[["Job"], None]
+class RunFiles:
+    """The directory for runs beside the socket, `SOCKET.d/N`.  Each driver has its own, locked: it lives.
+
+    A run has the files `SOCKET.d/N/RUN.*`.  Names are short, since they are typed, and used
+    again by later runs: making files costs more than all the rest.
+    """
+
+    KEPT = ("status", "done", "out", "err", "go")
+
+    def __init__(self, base: str) -> None:
+        self.base, self.folder, self.lock = base, "", -1
+        self.count = 0
+        self.free: list[str] = []
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def take(self) -> str:
+        """A run's path, but for the suffixes.  Raises NoTerminal, OSError."""
+        if not os.path.isdir(self.folder):
+            self._make()
+        if self.free:
+            return self.free.pop()
+        self.count += 1
+        return f"{self.folder}/{self.count:x}"
+
+    def give_back(self, run: str, returned: bool, names: tuple[str, ...]) -> None:
+        """`names`: the run's own files; all go if its line may be read again one day."""
+        for name in names if returned else (*names, *self.KEPT):
+            with contextlib.suppress(OSError):
+                os.unlink(f"{run}.{name}")
+        if returned and self.folder and run.startswith(self.folder):
+            self.free.append(run)
+
+    def hand_over(self, run: str, names: tuple[str, ...], owner: int) -> None:
+        """Let another user, whose the panes are, get at a run's files."""
+        os.chmod(self.base, 0o711)
+        for path in (self.folder, *(f"{run}.{name}" for name in (*self.KEPT, *names))):
+            with contextlib.suppress(FileNotFoundError):
+                os.chown(path, owner, -1)
+
+    def _make(self) -> None:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.base, 0o700)
+        found = os.lstat(self.base)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise NoTerminal(f"{self.base}: expected a directory of our own; remove what is there")
+        self.close()
+        there = os.listdir(self.base)
+        for name in there:
+            self._adopt(f"{self.base}/{name}")
+        self.folder = next(f"{self.base}/{n:x}" for n in range(len(there) + 1) if f"{n:x}" not in there)
+        os.mkdir(self.folder, 0o700)
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _adopt(self, folder: str) -> None:
+        """Drain and remove what a killed proxy left; its commands run to their end."""
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # its proxy lives
+            return os.close(lock)
+        outputs = []
+        for name in os.listdir(folder):
+            run, _, kind = name.rpartition(".")
+            with contextlib.suppress(OSError):
+                if kind == "go":  # if it was typed and has not started, nobody would know of it
+                    os.close(os.open(f"{folder}/{run}.pid", os.O_CREAT | os.O_EXCL))
+                elif kind in ("out", "err"):
+                    outputs.append(Output(f"{folder}/{name}", None))
+        task = asyncio.ensure_future(self._remove(folder, lock, outputs))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _remove(self, folder: str, lock: int, outputs: list[Output]) -> None:
+        for output in outputs:
+            output.finish()
+            await output.closed
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+    def close(self) -> None:
+        if self.lock >= 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self.lock)
+        self.folder, self.lock, self.free = "", -1, []
 
 
 class Job:
-    """One run of a command, from its files to the prompt after it.  Changed by its reports and its end only."""
+    """One run of a command, from its files to the prompt after it.
 
-    def __init__(self, request: ExecRequest, outputs: Mapping[str, Take], on_free: OnJob, on_tidy: OnJob) -> None:
-        self.request, self.takes = request, outputs
-        self.on_free, self.on_tidy = on_free, on_tidy  # the pane is free; the files are
+    run    the path of its files, but for their suffixes
+    takes  who gets the output: one for both streams, or two
+    """
+
+    def __init__(
+        self, request: ExecRequest, takes: Mapping[str, Take], pane: Pane, on_release: Callable[[Job], None]
+    ) -> None:
+        self.request, self.takes, self.pane, self.on_release = request, takes, pane, on_release
         self.loop = asyncio.get_running_loop()
-        self.run_id = secrets.token_hex(8)
-        self.run = self.line = ""  # its files are RUN.*; what is typed to start it
-        self.extra = ["pid"]  # files that are this run's alone
-        self.returned = False  # go is done with its files
-        self.cursor: asyncio.Future[list[str]] = self.loop.create_future()  # its column, when the line was typed
-        self.pane, self.view = NOWHERE, View(NOWHERE)
+        self.run_id, self.run = secrets.token_hex(8), ""
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
         self.over = asyncio.Event()  # exit_code, duration and all output are known
+        self.released = False  # the pane is free again
         self.ended, self.why, self.exit_code = "exit", "", 0
         self.pid = 0  # of the command's bash, and its process group
         self.begun = self.duration = 0.0
-        self.status_fd = -1
-        self.unread = b""
+        self.status, self.unread = -1, b""
+        self.view: View | None = None
         self.outputs: list[Output] = []
+        self.returned = False  # go has done with the files
+        self.own: tuple[str, ...] = ("pid",)  # files that no later run can use
         self.timers: list[asyncio.TimerHandle] = []
         self.ending: asyncio.Task[None] | None = None
 
-    def prepare(self, run: str, shell: str) -> None:
-        """Make the files RUN.*, or use again what an earlier run left there."""
-        self.run, self.line = run, f" . {shlex.quote(run)}.go"
+    def prepare(self, files: RunFiles, shell: str) -> str:
+        """Make the files; return the line that runs them.  Raises NoTerminal, OSError."""
+        self.files, self.run = files, files.take()
         for name in ("status", "done", *self.takes):
             with contextlib.suppress(FileExistsError):
-                os.mkfifo(f"{run}.{name}", 0o600)
-        self._write("go", self._go(shell))
-        for name, text in {"in": self.request.stdin, "cmd": self.request.cmd if self._long() else None}.items():
+                os.mkfifo(f"{self.run}.{name}", 0o600)
+        long = len(self.request.cmd) > MAX_ARGUMENT // 4  # characters of up to four bytes
+        texts = {"go": self._go(shell, long), "in": self.request.stdin, "cmd": self.request.cmd if long else None}
+        for name, text in texts.items():
             if text is not None:
-                self.extra.append(name)
-                self._write(name, text)
-        self.status_fd = os.open(f"{run}.status", os.O_RDONLY | os.O_NONBLOCK)
-        self.loop.add_reader(self.status_fd, self._on_status)
+                fd = os.open(f"{self.run}.{name}", os.O_WRONLY | os.O_CREAT, 0o600)
+                with open(fd, "wb", buffering=0) as file:
+                    file.truncate(file.write(text.encode()))  # O_TRUNC: some file systems go to the disk then
+                self.own = self.own if name == "go" else (*self.own, name)
+        if (owner := os.stat(self.pane.tty).st_uid) != os.geteuid():  # we are root, the panes are a worker's
+            files.hand_over(self.run, self.own, owner)
+        self.view = View(self.pane)
         for name, take in self.takes.items():
-            self.outputs.append(Output(f"{run}.{name}", partial(self._take, take)))
+            self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, self.view, take)))
+        self.status = os.open(f"{self.run}.status", os.O_RDONLY | os.O_NONBLOCK)
+        self.loop.add_reader(self.status, self._on_status)
+        return f" . {shlex.quote(self.run)}.go"
 
-    def _write(self, name: str, text: str) -> None:
-        with open(os.open(f"{self.run}.{name}", os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
-            file.truncate(file.write(text.encode()))  # O_TRUNC: some file systems write to the disk then
-
-    def _long(self) -> bool:
-        return len(self.request.cmd) > MAX_ARGUMENT // 4  # characters of up to four bytes
-
-    def _go(self, shell: str) -> str:
+    def _go(self, shell: str, long: bool) -> str:
         request, run = self.request, shlex.quote(self.run)
         variables = QUIET_PROGRAMS | {
             "POCKETCODER_RUN_ID": self.run_id,
@@ -838,33 +917,26 @@ class Job:
             "POCKETCODER_SESSION_ID": request.session_id or "",
             "POCKETCODER_USAGE_ID": request.usage_id or "",
         }
-        code = f'eval "$(cat {run}.cmd)"' if self._long() else request.cmd
-        command = [shell, "-c", code, os.path.basename(shell)]
+        command = [shell, "-c", f'eval "$(cat {run}.cmd)"' if long else request.cmd, os.path.basename(shell)]
         if request.env:  # by env(1), which takes names that are none for a shell
             command = ["env", "--", *(f"{name}={value}" for name, value in request.env.items()), *command]
-        targets = [f"{fd}<>{run}.{name}" for fd, name in enumerate(self.takes, 1)]
+        outputs = [f"{fd}<>{run}.{name}" for fd, name in enumerate(self.takes, 1)]
         return GO.format(
             run=run,
             cwd=shlex.quote(request.cwd or "."),
             variables=" ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
             command=shlex.join(command),
             stdin="/dev/null" if request.stdin is None else f"{run}.in",
-            outputs=" ".join(targets if len(targets) == 2 else [*targets, "2>&1"]),
+            outputs=" ".join(outputs if len(outputs) == 2 else [*outputs, "2>&1"]),
         )
 
-    def _take(self, take: Take, chunk: bytes) -> Awaitable[None] | None:
-        self.view.add(chunk)
-        return take(chunk)
+    def type(self, tmux: Tmux, line: str) -> None:
+        self.line, self.cursor = line, tmux.type_line(self.pane, line)
 
-    def enter(self) -> None:
-        """The pane is ours, and its owner may use the files."""
-        owner = os.stat(self.pane.tty).st_uid
-        if owner != os.geteuid():  # root, for the panes of a worker
-            folder = os.path.dirname(self.run)
-            os.chmod(os.path.dirname(folder), 0o711)
-            for path in (folder, *glob.glob(f"{glob.escape(self.run)}.*")):
-                os.chown(path, owner, -1)
-        self.view = View(self.pane)
+    @staticmethod
+    def _take(view: View, take: Take, chunk: bytes) -> Awaitable[None] | None:
+        view.add(chunk)
+        return take(chunk)
 
     def void(self) -> bool:
         """Make sure that it never starts; False: it already has."""
@@ -875,32 +947,31 @@ class Job:
             return False
         except OSError:  # wiped: go cannot make it either
             pass
-        self.extra.clear()  # the claim stays: go may be read already
+        self.own = self.own[1:]  # the claim stays: go may have been read already
         if not self.started.done():
             self.started.set_result(False)
         self.release()
         return True
 
     def _on_status(self) -> None:
-        data = os.read(self.status_fd, 4 * KIB)
+        data = os.read(self.status, 4 * KIB)
         if not data:  # the pane's shell is gone, as the kernel or tmux will tell
-            self.loop.remove_reader(self.status_fd)
+            self.loop.remove_reader(self.status)
         *lines, self.unread = (self.unread + data).split(b"\n")
-        for line in lines:
-            word, _, number = line.partition(b" ")
+        for word, _, number in (line.partition(b" ") for line in lines):
             if number.isdigit():
                 self._on_report(word, int(number))
 
     def _on_report(self, word: bytes, number: int) -> None:
         if word == b"start" and not self.pid:
             self.pid, self.begun = number, time.monotonic()
-            self.timers.append(self.loop.call_later(self.request.timeout, self.end, "timeout"))
-            self.timers.append(self.loop.call_later(VIEW_DELAY, self._show))
+            self._later(self.request.timeout, self.end, "timeout")
+            self._later(VIEW_DELAY, self._show)
             if not self.started.done():
                 self.started.set_result(True)
         elif word == b"nocwd" and not self.started.done():
             self.started.set_exception(complain("cwd", self.request.cwd, "a directory that the terminal may enter"))
-            self.timers.append(self.loop.call_later(RETURN_TIMEOUT, self.release))
+            self._later(RETURN_TIMEOUT, self.release)
         elif word == b"exit" and self.pid:
             self._finish(number & 255)
         elif word == b"exit":
@@ -908,6 +979,9 @@ class Job:
         elif word == b"back":
             self.returned = True
             self.release()
+
+    def _later(self, seconds: float, call: Callable[..., None], *arguments: str) -> None:
+        self.timers.append(self.loop.call_later(seconds, call, *arguments))
 
     def _finish(self, exit_code: int) -> None:
         if self.over.is_set():
@@ -918,19 +992,20 @@ class Job:
         if exit_code in STOPPED and self.ending is None:  # nobody will continue it
             self.ending = asyncio.ensure_future(self._climb(ENDING_LADDER[1:]))
         self.over.set()
-        self.timers.append(self.loop.call_later(RETURN_TIMEOUT, self.release))
+        self._later(RETURN_TIMEOUT, self.release)
         self.loop.call_soon(self._show_end)  # who waits for the answer comes first
 
     def _show(self) -> None:
-        if not self.view.begun:
-            known = self.cursor.done() and not self.cursor.cancelled() and not self.cursor.exception()
+        known = self.cursor.done() and not self.cursor.exception()
+        if self.view:
             self.view.begin(self.request.cmd, self.line, int(self.cursor.result()[0]) if known else 0)
 
     def _show_end(self) -> None:
         facts = (self.request.agent_name, self.run_id, self.ended, self.exit_code, round(self.duration * 1000))
         log.info("exec end agent=%s run=%s ended=%s exit=%d ms=%d", *facts)
         self._show()
-        self.view.end(self.exit_code, self._let_return)
+        if self.view:
+            self.view.end(self.exit_code, self._let_return)
 
     def _let_return(self) -> None:
         with contextlib.suppress(OSError):
@@ -957,14 +1032,15 @@ class Job:
         for number, patience in ladder:
             next_step = time.monotonic() + patience
             await self.kill(number)
-            await self._over_within(patience)
+            await self.over_within(patience)
             if not await self.kill(0):
                 break
             await asyncio.sleep(next_step - time.monotonic())  # the same for what escaped
-        if not await self._over_within(RETURN_TIMEOUT):
+        if not await self.over_within(RETURN_TIMEOUT):
             self.lost("its shell does not report the end")
 
-    async def _over_within(self, seconds: float) -> bool:
+    async def over_within(self, seconds: float) -> bool:
+        """Wait for its end, `seconds` at most."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.over.wait(), seconds)
         return self.over.is_set()
@@ -985,27 +1061,27 @@ class Job:
         return len(found)
 
     def release(self) -> None:
-        """Give the pane back; the files go when nobody writes any more.  More than once is fine."""
-        on_free, self.on_free = self.on_free, lambda job: None
+        """Give the pane back; the files go when nobody writes any more."""
+        if self.released:
+            return
+        self.released = True
         for timer in self.timers:
             timer.cancel()
-        if self.status_fd >= 0:
-            self.loop.remove_reader(self.status_fd)
-            os.close(self.status_fd)
-        self.status_fd = -1
-        self.view.close()
+        if self.status >= 0:
+            self.loop.remove_reader(self.status)
+            os.close(self.status)
+        if self.view:
+            self.view.close()
         for output in self.outputs:
             if not self.pid:
                 output.close()  # nobody has opened it to write
             output.finish()
             output.closed.add_done_callback(self._tidy)
-        self._tidy()
-        on_free(self)
+        self.on_release(self)
 
-    def _tidy(self, _: object = None) -> None:
+    def _tidy(self, _: object) -> None:
         if all(output.closed.done() for output in self.outputs):
-            on_tidy, self.on_tidy = self.on_tidy, lambda job: None
-            on_tidy(self)
+            self.files.give_back(self.run, self.returned, self.own)
 
     async def result(self) -> CommandResult:
         """How it ended; its output is with who took it.  Cancelling this cancels the command."""
@@ -1018,29 +1094,119 @@ class Job:
             self.end("cancelled")
             raise
         exit_code, error = ENDINGS[self.ended]
-        return CommandResult(
-            "",
-            self.exit_code if exit_code is None else exit_code,
-            self.ended,
-            error and error.format(timeout=self.request.timeout, why=self.why),
-            output_bytes=sum(output.total for output in self.outputs),
-            duration_ms=round(self.duration * 1000),
-            run_id=self.run_id,
-        )
+        code = self.exit_code if exit_code is None else exit_code
+        total, ms = sum(output.total for output in self.outputs), round(self.duration * 1000)
+        error = error and error.format(timeout=self.request.timeout, why=self.why)
+        return CommandResult("", code, self.ended, error, False, total, ms, self.run_id)
 
 
-@dataclass
 class Terminal:
-    """An agent's window and who waits for it.  Made and changed by the driver only."""
+    """An agent's window, `name`: its panes, the runs in them, and who waits.
 
-    name: str
-    window_id: str = "@"
-    panes: list[Pane] = field(default_factory=list)  # as of `notices` of the connection
-    notices: int = -1
-    jobs: dict[str, Job] = field(default_factory=dict)  # by pane_id
-    waiting: int = 0
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # first come, first served
-    freed: asyncio.Event = field(default_factory=asyncio.Event)
+    driver  whose tmux, shells and files it uses
+    """
+
+    def __init__(self, driver: PocketCoderDriver, name: str) -> None:
+        self.driver, self.name, self.window_id = driver, name, "@"
+        self.panes: list[Pane] = []
+        self.looked_at: tuple[Tmux | None, int] = (None, 0)  # the connection, and its notices by then
+        self.jobs: dict[str, Job] = {}  # by pane_id
+        self.waiting = 0
+        self.lock, self.freed = asyncio.Lock(), asyncio.Event()  # first come, first served
+
+    async def take(self) -> tuple[Tmux, Pane]:
+        """Wait in the queue for a pane where nobody runs anything.  Raises Busy, NoTerminal."""
+        if len(self.jobs) + self.waiting >= MAX_PANES + MAX_QUEUE:
+            raise Busy(f"{MAX_QUEUE} commands wait for this terminal already: try again later")
+        self.waiting += 1
+        deadline = time.monotonic() + QUEUE_TIMEOUT
+        try:
+            async with self.lock:
+                while time.monotonic() < deadline and not self.driver.stopping:
+                    self.freed.clear()
+                    tmux = await self._look()
+                    if pane := await self._choose(tmux):
+                        return tmux, pane
+                    # tmux does not tell when a person's program ends, so look now and then.
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(self.freed.wait(), QUEUE_CHECK)
+        finally:
+            self.waiting -= 1
+        raise Busy("the proxy is stopping" if self.driver.stopping else "no pane of the terminal got free")
+
+    def release(self, job: Job) -> None:
+        """The job's pane is free again."""
+        self.jobs.pop(job.pane.pane_id, None)
+        self.freed.set()
+
+    async def open(self) -> None:
+        """Make the window if it is missing."""
+        async with self.lock:
+            await self._look()
+
+    async def _look(self) -> Tmux:
+        """Know the panes; make the window, with all around it, if it is missing.  Needs the lock."""
+        for last_try in (False, True):
+            tmux = await self.driver.connect(["-n", self.name, *self.driver.new_shell])
+            known = all(pane.pid in self.driver.seen for pane in self.panes)
+            now = (tmux, tmux.notices)
+            if self.panes and known and self.looked_at == now:
+                return tmux
+            try:
+                self.panes = []
+                with contextlib.suppress(NoTerminal):  # there is no such window, or no longer
+                    self.panes = await tmux.panes(self.window_id)
+                if not self.panes or self.panes[0].window_name != self.name:
+                    await self._find_window(tmux)
+                for pane in self.panes:
+                    if pane.dead or Process.ended(pane.pid):  # remain-on-exit, or tmux does not know yet
+                        await tmux.ask("respawn-pane", "-k", "-t", pane.pane_id, *self.driver.new_shell)
+                        self.panes = await tmux.panes(self.window_id)
+                self.looked_at = now
+                return tmux
+            except NoTerminal:
+                tmux.close()  # the session may be gone, and we be attached to another
+                if last_try:
+                    raise
+        raise AssertionError
+
+    async def _find_window(self, tmux: Tmux) -> None:
+        everywhere = await tmux.panes()
+        self.driver.forget({pane.pid for pane in everywhere})
+        found = [pane for pane in everywhere if pane.window_name == self.name]
+        if not found:
+            words = ["new-window", "-d", "-t", f"={tmux.session}:", "-n", self.name, "-P", "-F", PANE_FORMAT]
+            found = [Pane.parse(line) for line in await tmux.ask(*words, *self.driver.new_shell)]
+        self.window_id = found[0].window_id
+        self.panes = [pane for pane in found if pane.window_id == self.window_id]
+        rename = ["set-option", "-w", "-t", self.window_id]  # by nobody but a person
+        tmux.send([*rename, "automatic-rename", "off"], [*rename, "allow-rename", "off"])
+
+    async def _choose(self, tmux: Tmux) -> Pane | None:
+        """A pane at its prompt; else a new one; else one in copy mode; else None."""
+        free = [pane for pane in self.panes if pane.pane_id not in self.jobs]
+        sound = [pane for pane in free if self.driver.doubts.get(pane.pid, 0) < 2]
+        for pane in sound:
+            if not pane.in_mode and await self.driver.at_prompt(pane):
+                return pane
+        returning = any(job.over.is_set() for job in self.jobs.values())
+        if len(self.panes) < MAX_PANES and not returning and (made := await self._split(tmux)):
+            return made if await self.driver.at_prompt(made) else None
+        for pane in sound:  # rather than let a command wait for a person who reads
+            if pane.in_mode and await self.driver.at_prompt(pane):
+                return pane
+        if free == self.panes and not sound:
+            self.driver.doubts.clear()
+            raise NoTerminal(f"no shell in the window {self.name} answers")
+        return None
+
+    async def _split(self, tmux: Tmux) -> Pane | None:
+        words = ["split-window", "-d", "-Z", "-t", self.panes[-1].pane_id, "-P", "-F", PANE_FORMAT]
+        for _ in range(2):
+            with contextlib.suppress(NoTerminal):
+                return Pane.parse((await tmux.ask(*words, *self.driver.new_shell))[0])
+            tmux.send(["select-layout", "-t", self.window_id, "tiled"])  # no space: make some
+        return None
 
 
 class PocketCoderDriver:
@@ -1058,22 +1224,19 @@ class PocketCoderDriver:
         # What tmux runs in a new pane.  Not one word: default-shell, maybe us, would run that.
         self.new_shell = ["-c", directory.replace("#", "##")] if directory else []
         self.new_shell += ["-e", f"SHELL={self.shell}", "-e", "HISTCONTROL=ignoreboth", "--", self.shell, "-i"]
-        self.stopping = False
-        self.folder, self.folder_fd = "", -1  # ours beside the socket, locked: we live
-        self.runs: list[str] = []  # names there that can be used again
-        self.run_count = 0
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def _bind(self) -> None:
         """Take the running loop; what belonged to another one is forgotten."""
-        self.loop = asyncio.get_running_loop()
+        self.loop, self.stopping = asyncio.get_running_loop(), False
         self.tmux: Tmux | None = None
         self.connecting = asyncio.Lock()
         self.terminals: dict[str, Terminal] = {}
+        self.files = RunFiles(f"{self.socket_path}.d")
         self.seen: set[int] = set()  # shells that have shown a prompt: their start-up is over
         self.doubts: dict[int, int] = {}  # shells, and how many typed lines in a row did not start
-        self.shells: dict[int, int] = {}  # of panes that were used, each with a pidfd
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.watched: dict[int, int] = {}  # shells, each with a pidfd
+        self.checking: asyncio.Task[None] | None = None
 
     def session_exists(self, session: str) -> bool:
         """Whether tmux has a session of exactly this name."""
@@ -1095,43 +1258,38 @@ class PocketCoderDriver:
         truncated = result.output_bytes > request.max_output
         return replace(result, output=capture.text(result.output_bytes), truncated=truncated)
 
-    async def start(self, request: ExecRequest, outputs: Mapping[str, Take]) -> Job:
-        """Start a command; return when it runs.  One output is for both, two are apart."""
-        if self.loop is not asyncio.get_running_loop():
-            self._bind()
-        terminal = self.terminals.setdefault(request.agent_name, Terminal(f"{request.agent_name}:terminal"))
+    async def start(self, request: ExecRequest, takes: Mapping[str, Take]) -> Job:
+        """Start a command; return when it runs.  `takes`: {"out"} for both streams, or {"out", "err"}."""
+        terminal = self.terminal(request.agent_name)
         for _ in range(2 * MAX_PANES):
-            job = Job(request, outputs, partial(self._free, terminal), self._recycle)
+            tmux, pane = await terminal.take()
+            job = terminal.jobs[pane.pane_id] = Job(request, takes, pane, terminal.release)
             try:
-                tmux = await self._take_pane(terminal, job)
-                job.prepare(self._run_name(), self.shell)
-                job.enter()
-                self._watch(job.pane.pid)
-                job.cursor = tmux.type_line(job.pane, job.line)
+                line = job.prepare(self.files, self.shell)
+                self._watch(pane.pid)
+                job.type(tmux, line)
                 if await self._starts(job, tmux):
                     return job
-            except BadMessage:  # it cannot enter `cwd`; the pane comes back by itself
-                raise
-            except BaseException as failure:  # cancelled, Busy, NoTerminal, no space, no descriptors
+            except asyncio.CancelledError:
                 if not job.void():
                     job.end("cancelled")
-                if isinstance(failure, OSError):
-                    raise NoTerminal(f"cannot prepare a run: {failure}") from None
                 raise
+            except (NoTerminal, OSError) as failure:  # no space, no descriptors, no such tty
+                job.void()
+                raise NoTerminal(f"cannot prepare a run: {failure}") from None
         raise NoTerminal(f"no shell in the window {terminal.name} answers")
 
-    async def open_terminal(self, agent_name: str) -> None:
-        """Make the agent's window, if it is missing, so that a person can attach."""
+    def terminal(self, agent_name: str) -> Terminal:
+        """The agent's."""
         if self.loop is not asyncio.get_running_loop():
             self._bind()
-        terminal = self.terminals.setdefault(agent_name, Terminal(f"{agent_name}:terminal"))
-        async with terminal.lock:
-            await self._panes(terminal)
+        return self.terminals.setdefault(agent_name, Terminal(self, f"{agent_name}:terminal"))
 
     async def _starts(self, job: Job, tmux: Tmux) -> bool:
         shell = job.pane.pid
-        timer = job.loop.call_later(self._patience(shell, START_TIMEOUT), self._doubt, job, tmux)
-        ceiling = job.loop.call_later(NEW_SHELL_TIMEOUT + TMUX_TIMEOUT, job.lost, "it never reported its start")
+        patience = START_TIMEOUT if shell in self.seen else NEW_SHELL_TIMEOUT
+        timer = job.loop.call_later(patience, self._doubt, job, tmux)
+        ceiling = job.loop.call_later(patience + TMUX_TIMEOUT, job.lost, "it never reported its start")
         try:
             started = await job.started
         finally:
@@ -1148,110 +1306,23 @@ class PocketCoderDriver:
             if prompt(job.pane) != "busy":  # a continuation prompt, or some mode of the shell
                 tmux.send(["send-keys", "-t", job.pane.pane_id, "C-c"])
 
-    def _patience(self, shell: int, usual: float) -> float:
-        return usual if shell in self.seen else NEW_SHELL_TIMEOUT
-
-    def _free(self, terminal: Terminal, job: Job) -> None:
-        terminal.jobs.pop(job.pane.pane_id, None)
-        terminal.freed.set()
-
-    async def _take_pane(self, terminal: Terminal, job: Job) -> Tmux:
-        """Wait in the queue, then give the job a pane where nobody runs anything."""
-        if len(terminal.jobs) + terminal.waiting >= MAX_PANES + MAX_QUEUE:
-            raise Busy(f"{MAX_QUEUE} commands wait for this terminal already: try again later")
-        terminal.waiting += 1
-        deadline = time.monotonic() + QUEUE_TIMEOUT
-        try:
-            async with terminal.lock:
-                while time.monotonic() < deadline and not self.stopping:
-                    terminal.freed.clear()
-                    tmux, panes = await self._panes(terminal)
-                    if pane := await self._choose(terminal, tmux, panes):
-                        job.pane = pane
-                        terminal.jobs[pane.pane_id] = job
-                        return tmux
-                    # tmux does not tell when a person's program ends, so look now and then.
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(terminal.freed.wait(), QUEUE_CHECK)
-        finally:
-            terminal.waiting -= 1
-        raise Busy("the proxy is stopping" if self.stopping else "no pane of the terminal got free")
-
-    async def _choose(self, terminal: Terminal, tmux: Tmux, panes: list[Pane]) -> Pane | None:
-        """A pane at its prompt; else a new one; else one in copy mode; else None."""
-        free = [pane for pane in panes if pane.pane_id not in terminal.jobs]
-        sound = [pane for pane in free if self.doubts.get(pane.pid, 0) < 2]
-        for pane in sound:
-            if not pane.in_mode and await self._at_prompt(pane):
-                return pane
-        returning = any(job.over.is_set() for job in terminal.jobs.values())
-        if len(panes) < MAX_PANES and not returning and (made := await self._split(tmux, panes[-1])):
-            return made if await self._at_prompt(made) else None
-        for pane in sound:  # rather than let a command wait for a person who reads
-            if pane.in_mode and await self._at_prompt(pane):
-                return pane
-        if free == panes and not sound:
-            self.doubts.clear()
-            raise NoTerminal(f"no shell in the window {terminal.name} answers")
-        return None
-
-    async def _at_prompt(self, pane: Pane) -> bool:
-        """Whether its shell waits for a command, or will in a moment."""
-        deadline = time.monotonic() + self._patience(pane.pid, PROMPT_TIMEOUT)
-        while (state := prompt(pane, pane.pid in self.seen)) == "soon" and time.monotonic() < deadline:
+    async def at_prompt(self, pane: Pane) -> bool:
+        """Whether the pane's shell waits for a command, or will in a moment."""
+        known = pane.pid in self.seen
+        deadline = time.monotonic() + (PROMPT_TIMEOUT if known else NEW_SHELL_TIMEOUT)
+        while (state := prompt(pane, known)) == "soon" and time.monotonic() < deadline:
             await asyncio.sleep(0.001)  # a shell announces its prompt to nobody
         if state == "ready":
             self.seen.add(pane.pid)
         return state in ("ready", "perhaps")
 
-    async def _split(self, tmux: Tmux, beside: Pane) -> Pane | None:
-        words = ["split-window", "-d", "-Z", "-t", beside.pane_id, "-P", "-F", PANE_FORMAT]
-        for _ in range(2):
-            with contextlib.suppress(NoTerminal):
-                return Pane.parse((await tmux.ask(*words, *self.new_shell))[0])
-            tmux.send(["select-layout", "-t", beside.window_id, "tiled"])  # no space: make some
-        return None
+    def forget(self, shells: set[int]) -> None:
+        """Keep what is known of these shells only."""
+        self.seen &= shells
+        self.doubts = {shell: count for shell, count in self.doubts.items() if shell in shells}
 
-    async def _panes(self, terminal: Terminal) -> tuple[Tmux, list[Pane]]:
-        """The panes of the agent's window; made, with all around it, if missing."""
-        for last_try in (False, True):
-            tmux = await self._connect(["-n", terminal.name, *self.new_shell])
-            if terminal.notices == tmux.notices and self.seen.issuperset(pane.pid for pane in terminal.panes):
-                return tmux, terminal.panes
-            notices = tmux.notices
-            try:
-                panes = []
-                with contextlib.suppress(NoTerminal):  # there is no such window, or no longer
-                    panes = await tmux.panes(terminal.window_id)
-                if not panes or panes[0].window_name != terminal.name:
-                    panes = await self._find_window(terminal, tmux)
-                dead = [pane.pane_id for pane in panes if pane.dead or Process.ended(pane.pid)]
-                for pane_id in dead:  # remain-on-exit, or tmux has not noticed yet
-                    await tmux.ask("respawn-pane", "-k", "-t", pane_id, *self.new_shell)
-                if dead:
-                    panes = await tmux.panes(terminal.window_id)
-                terminal.panes, terminal.notices = panes, notices
-                return tmux, panes
-            except NoTerminal:
-                tmux.close()  # the session may be gone, and we be attached to another
-                if last_try:
-                    raise
-        raise AssertionError
-
-    async def _find_window(self, terminal: Terminal, tmux: Tmux) -> list[Pane]:
-        panes = await tmux.panes()
-        self.seen &= {pane.pid for pane in panes}
-        found = [pane for pane in panes if pane.window_name == terminal.name]
-        if not found:
-            words = ["new-window", "-d", "-t", f"={self.session_name}:", "-n", terminal.name]
-            found = [Pane.parse(line) for line in await tmux.ask(*words, "-P", "-F", PANE_FORMAT, *self.new_shell)]
-        terminal.window_id = found[0].window_id
-        if not self.seen & {pane.pid for pane in found}:
-            rename = ["set-option", "-w", "-t", terminal.window_id]
-            tmux.send([*rename, "automatic-rename", "off"], [*rename, "allow-rename", "off"])
-        return [pane for pane in found if pane.window_id == terminal.window_id]
-
-    async def _connect(self, create: list[str] | None) -> Tmux:
+    async def connect(self, create: list[str] | None) -> Tmux:
+        """The connection to tmux; `create`: see Tmux.connect."""
         async with self.connecting:
             if self.tmux is None or self.tmux.closed:
                 path, session = self.socket_path, self.session_name
@@ -1259,31 +1330,31 @@ class PocketCoderDriver:
             return self.tmux
 
     def _watch(self, shell: int) -> None:
-        """Be told when a pane's shell ends: sooner than by tmux, or at all if it was only killed."""
-        with contextlib.suppress(OSError, AttributeError):  # too old a kernel or Python: tmux tells
-            if shell not in self.shells:
-                self.shells[shell] = os.pidfd_open(shell)
-                asyncio.get_running_loop().add_reader(self.shells[shell], self._on_shell_end, shell)
+        """Be told when it ends: sooner than by tmux, which may keep the pane."""
+        with contextlib.suppress(OSError, AttributeError):  # an old kernel: tmux tells, mostly
+            if shell not in self.watched:
+                self.watched[shell] = os.pidfd_open(shell)
+                asyncio.get_running_loop().add_reader(self.watched[shell], self._on_shell_end, shell)
 
     def _on_shell_end(self, shell: int) -> None:
-        asyncio.get_running_loop().remove_reader(self.shells[shell])
-        os.close(self.shells.pop(shell))
+        asyncio.get_running_loop().remove_reader(self.watched[shell])
+        os.close(self.watched.pop(shell))
         self.seen.discard(shell)  # so that the panes are looked at again
         self._on_notice("shell ended")
 
     def _on_notice(self, notice: str) -> None:
         """tmux or the kernel tells of a change: look whether a run has lost its pane."""
-        if any(terminal.jobs for terminal in self.terminals.values()):
-            self._keep(asyncio.ensure_future(self._check()))
+        jobs = [job for terminal in self.terminals.values() for job in terminal.jobs.values()]
+        if jobs:
+            before = self.checking
+            self.checking = asyncio.ensure_future(self._check(before))
 
-    def _keep(self, task: asyncio.Task[None]) -> None:
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def _check(self) -> None:
+    async def _check(self, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait({before})
         panes, why = dict[str, Pane](), ""
         try:
-            panes = {pane.pane_id: pane for pane in await (await self._connect(None)).panes()}
+            panes = {pane.pane_id: pane for pane in await (await self.connect(None)).panes()}
         except NoTerminal as gone:
             why = str(gone)
         windows = {pane.window_id for pane in panes.values()}
@@ -1295,94 +1366,25 @@ class PocketCoderDriver:
             elif pane.dead or Process.ended(pane.pid):
                 job.lost(f"the shell in pane {pane.pane_id} ended")
 
-    def _run_name(self) -> str:
-        """Where a run has its files: `RUN.*`.  Short, since it is typed."""
-        if not os.path.isdir(self.folder):
-            self._make_folder()
-        if self.runs:
-            return self.runs.pop()
-        self.run_count += 1
-        return f"{self.folder}/{self.run_count:x}"
-
-    def _recycle(self, job: Job) -> None:
-        """A line that was given up may still be read one day; its name is not used again."""
-        again = job.returned and job.run.startswith(self.folder)
-        for name in job.extra if again else (*job.extra, "status", "done", "go", *job.takes):
-            with contextlib.suppress(OSError):
-                os.unlink(f"{job.run}.{name}")
-        if again:
-            self.runs.append(job.run)
-
-    def _make_folder(self) -> None:
-        """Ours, made again if someone wiped it.  Raises NoTerminal, OSError."""
-        base = f"{self.socket_path}.d"
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(base, 0o700)
-        found = os.lstat(base)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            raise NoTerminal(f"{base}: expected a directory of our own; remove what is there")
-        self._leave_folder()
-        for name in os.listdir(base):
-            self._adopt(f"{base}/{name}")
-        number = itertools.count()
-        while not self.folder:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(folder := f"{base}/{next(number):x}", 0o700)
-                self.folder, self.runs = folder, []
-        self.folder_fd = os.open(self.folder, os.O_RDONLY)
-        fcntl.flock(self.folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def _adopt(self, folder: str) -> None:
-        """Drain and remove what a killed proxy left; its commands run to their end."""
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # its proxy lives
-            return os.close(fd)
-        outputs = []
-        for name in os.listdir(folder):
-            run, _, kind = name.rpartition(".")
-            with contextlib.suppress(OSError):
-                if kind == "go":  # typed and not started: nobody would know of it
-                    os.close(os.open(f"{folder}/{run}.pid", os.O_CREAT | os.O_EXCL))
-                elif kind in ("out", "err"):
-                    outputs.append(Output(f"{folder}/{name}", None))
-        self._keep(asyncio.ensure_future(self._remove_drained(folder, fd, outputs)))
-
-    async def _remove_drained(self, folder: str, fd: int, outputs: list[Output]) -> None:
-        for output in outputs:
-            output.finish()
-            await output.closed
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(fd)
-
-    def _leave_folder(self) -> None:
-        if self.folder_fd >= 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self.folder_fd)
-        self.folder, self.folder_fd = "", -1
-
     async def close(self, grace: float = 0.0) -> None:
         """Take no more commands, give the running ones `grace` seconds, cancel the rest."""
-        self.stopping = True
-        if self.loop is None:
+        if self.loop is not asyncio.get_running_loop():
             return
+        self.stopping = True
         jobs = [job for terminal in self.terminals.values() for job in terminal.jobs.values()]
-        await asyncio.gather(*(job._over_within(grace) for job in jobs))
+        await asyncio.gather(*(job.over_within(grace) for job in jobs))
         for job in jobs:
             job.end("cancelled")
         await asyncio.gather(*(job.ending for job in jobs if job.ending is not None))
         for job in jobs:
             job.release()
+        self._on_notice = lambda notice: None  # type: ignore[method-assign]
+        for shell in list(self.watched):
+            self._on_shell_end(shell)
         if self.tmux is not None:
-            self.tmux.on_notice = lambda notice: None
             self.tmux.close()
             await self.tmux.ended.wait()
-        for task in self.tasks:
-            task.cancel()
-        for shell in list(self.shells):
-            self._on_shell_end(shell)
-        self._leave_folder()
+        self.files.close()
 
 
 # ==========================================================================
@@ -1689,7 +1691,7 @@ async def serve(options: Server, token: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        await driver.open_terminal(default_agent_name())
+        await driver.terminal(default_agent_name()).open()
     except (SandboxError, OSError) as refused:
         log.warning("no terminal yet: %s", refused)
     gc.freeze()  # what is here now stays: nothing of it has to be looked at again
