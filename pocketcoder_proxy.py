@@ -76,7 +76,7 @@ MAX_ENVIRONMENT = 512 * KIB  # of `env`; execve(2) takes a quarter of the stack 
 MAX_OUTPUT, DEFAULT_OUTPUT = 64 * MIB, MIB  # `max_output`, bytes
 MAX_TIMEOUT, DEFAULT_TIMEOUT = 86400, 300  # `timeout`
 MAX_PANES, MAX_QUEUE = 4, 64  # of one agent
-MAX_VIEW = 256 * KIB  # bytes a run shows to a person
+MAX_VIEW = 64 * KIB  # bytes a run shows to a person: about what tmux keeps, at a few ms of its time
 MAX_VIEW_COMMAND = 4 * KIB  # characters of the command shown
 CHUNK = MIB  # bytes read at once; also the size wanted of a pipe
 
@@ -89,7 +89,7 @@ QUEUE_TIMEOUT = 3600.0  # longest wait for a pane
 RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
 DRAIN_PAUSE = 0.01  # between reads of what outlives its run: 100 MB/s
 VIEW_DELAY = 0.005  # a command that ends sooner is shown at its end
-VIEW_TIMEOUT = 0.5  # the copy on the terminal may delay the prompt by that
+VIEW_TIMEOUT = 0.2  # the copy on the terminal may delay the prompt by that
 STOP_GRACE = 5.0  # SIGTERM: running commands may still end
 KEEP_ALIVE = 15.0  # between comments on a silent stream
 BODY_TIMEOUT = 60.0  # for a body to arrive

@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -1464,3 +1465,127 @@ def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(own: Callable[..
     assert server.request("GET", "/health")[0] == 200
     os.unlink(f"{server.folder}/tmux")
     assert server.exec("echo back")["stdout"] == "back\n"
+
+
+# ==========================================================================
+# Benchmarks: python -m pytest -m bench -s
+# ==========================================================================
+def local(cmd: str = "true") -> float:
+    """Seconds that bash -c takes from here: the floor."""
+    started = time.perf_counter()
+    subprocess.run(["bash", "-c", cmd], check=True)
+    return time.perf_counter() - started
+
+
+def kept(proxy: Proxy) -> Callable[..., dict[str, Any]]:
+    """`exec` on a connection that is kept."""
+    connection = proxy.connect()
+
+    def call(cmd: str = "true", **fields: Any) -> dict[str, Any]:
+        connection.request("POST", "/exec", json.dumps({"cmd": cmd, **fields}), JSON_TYPE)
+        return json.loads(connection.getresponse().read())  # type: ignore[no-any-return]
+
+    call.close = connection.close  # type: ignore[attr-defined]
+    return call
+
+
+def timed(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+@pytest.mark.bench
+def test_bench_a_small_command(own: Callable[..., Proxy]) -> None:
+    call = kept(own())
+    call()
+    pairs = [(local(), timed(call)) for _ in range(1000)]  # in turn: both see the same machine
+    floor, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
+    p95 = sorted(pair[1] for pair in pairs)[950] * 1000
+    print(f"\nPOST /exec true: {ours:.2f} ms, bash -c true: {floor:.2f} ms, ratio {ours / floor:.2f} (bound 2.5)")
+    print(f"p95 {p95:.2f} ms, {p95 / ours:.2f} x its median (bound 3)")
+    call.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.bench
+def test_bench_twenty_agents_at_once(own: Callable[..., Proxy]) -> None:
+    server = own()
+    calls = [kept(server) for _ in range(20)]
+    for number, call in enumerate(calls):
+        call(agent_name=f"a{number}")
+    ratios = []
+    for _ in range(3):
+        with ThreadPoolExecutor(4) as pool:
+            floor = 400 / timed(lambda: list(pool.map(lambda _: local(), range(400))))  # noqa: B023
+        with ThreadPoolExecutor(20) as pool:
+
+            def work(number: int) -> None:
+                for _ in range(20):
+                    assert calls[number](agent_name=f"a{number}")["exit_code"] == 0
+
+            ours = 400 / timed(lambda: list(pool.map(work, range(20))))  # noqa: B023
+        ratios.append(ours / floor)
+        print(f"\n20 agents: {ours:.0f}/s, 4 threads of bash -c: {floor:.0f}/s, ratio {ours / floor:.2f} (bound 0.33)")
+    print(f"median ratio {statistics.median(ratios):.2f}")
+    for call in calls:
+        call.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.bench
+def test_bench_a_hundred_megabytes(own: Callable[..., Proxy]) -> None:
+    server = own()
+    server.exec("true")
+    idle = server.memory()
+    cmd = "head -c 100000000 /dev/zero | tr '\\0' x"
+    pairs = [(local(f"{cmd} | cat >/dev/null"), timed(lambda: server.exec(cmd))) for _ in range(7)]
+    floor, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
+    print(f"\n100 MB: {ours:.0f} ms, into cat: {floor:.0f} ms, ratio {ours / floor:.2f} (bound 4)")
+    cmd = "head -c 100000000 /dev/zero"
+    pairs = [(local(f"{cmd} | cat >/dev/null"), timed(lambda: server.exec(cmd))) for _ in range(7)]
+    floor, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
+    print(f"100 MB from /dev/zero itself: {ours:.0f} ms, into cat: {floor:.0f} ms, ratio {ours / floor:.2f}")
+    print(f"peak {server.peak() / 1e6:.0f} MB, idle {idle / 1e6:.0f} MB (bound idle + 84 MB)")
+
+
+@pytest.mark.bench
+def test_bench_start_and_size(own: Callable[..., Proxy]) -> None:
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        server = own()
+        server.exec("true")
+        times.append(time.perf_counter() - started)
+    print(f"\nstart to the first answer: {statistics.median(times):.2f} s (bound 1)")
+    print(f"idle: {server.memory() / 2**20:.1f} MiB resident (bound 45)")
+
+
+@pytest.mark.bench
+def test_bench_twenty_thousand_mixed_commands(own: Callable[..., Proxy]) -> None:
+    server = own()
+    calls = [kept(server) for _ in range(16)]
+    sizes = [0, 1, 10, 1000, 4096, 65536, 70000, 300000]
+
+    def work(worker: int, first: int, count: int) -> int:
+        wrong = 0
+        for number in range(first, first + count):
+            code, size = number % 256, sizes[number * 7 % len(sizes)]
+            cmd = f"printf %s {number}; head -c {size} /dev/zero | tr '\\0' {number % 10}; exit {code}"
+            answer = calls[worker](cmd, agent_name=f"m{number % 5}")
+            expected = f"{number}{str(number % 10) * size}"
+            wrong += (answer.get("stdout"), answer["exit_code"]) != (expected, code)
+        return wrong
+
+    def rounds(start: int, total: int) -> int:
+        each = total // 16
+        with ThreadPoolExecutor(16) as pool:
+            return sum(pool.map(lambda worker: work(worker, start + worker * each, each), range(16)))
+
+    wrong = rounds(0, 2000)
+    time.sleep(1)
+    before, files = server.memory(), server.descriptors()
+    taken = timed(lambda: print(f"\nwrong answers: {wrong + rounds(2000, 18000)} of 20,000 (bound 0)"))
+    time.sleep(1)
+    grown, more = (server.memory() - before) / 2**20, server.descriptors() - files
+    print(f"after the first 2,000: {grown:+.1f} MiB (bound 5), {more:+d} descriptors, {18000 / taken:.0f} commands/s")
+    for call in calls:
+        call.close()  # type: ignore[attr-defined]
