@@ -102,6 +102,7 @@ def default_agent_name() -> str:
     return "poco"
 
 
+# ------------------------------- the line ---------------------------------
 import argparse
 import asyncio
 import codecs
@@ -132,20 +133,8 @@ import tornado.httpserver
 import tornado.netutil
 import tornado.web
 
-__all__ = [
-    "AppState",
-    "Cli",
-    "CommandResult",
-    "Commands",
-    "ExecRequest",
-    "ExecResponse",
-    "McpQuery",
-    "PocketCoderDriver",
-    "default_agent_name",
-    "exec_handler",
-    "health_handler",
-    "main",
-]
+__all__ = ["AppState", "Cli", "CommandResult", "Commands", "ExecRequest", "ExecResponse", "McpQuery"]
+__all__ += ["PocketCoderDriver", "default_agent_name", "exec_handler", "health_handler", "main"]
 log = logging.getLogger("pocketcoder")
 
 
@@ -260,14 +249,12 @@ class ExecRequest:
         if not check_text("cmd", self.cmd, "a bash command", MAX_COMMAND):
             raise complain("cmd", self.cmd, "a bash command, not an empty string")
         check_text("cwd", self.cwd, "a directory in the workspace", 4 * KIB)
-        for name in ("usage_id", "session_id", "stdin"):
+        for name, limit in (("usage_id", 4 * KIB), ("session_id", 4 * KIB), ("stdin", MAX_BODY)):
             if (value := getattr(self, name)) is not None:
-                limit = MAX_BODY if name == "stdin" else 4 * KIB
                 check_text(name, value, "a string or null", limit, nul=name == "stdin")
         if not (isinstance(self.agent_name, str) and AGENT_NAME.fullmatch(self.agent_name)):
             raise complain("agent_name", self.agent_name, f"a name like {AGENT_NAME.pattern}")
-        number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
-        if not (number and 0 < self.timeout <= MAX_TIMEOUT):
+        if type(self.timeout) not in (int, float) or not 0 < self.timeout <= MAX_TIMEOUT:
             raise complain("timeout", self.timeout, f"seconds, 0 < timeout <= {MAX_TIMEOUT}")
         if type(self.max_output) is not int or not 1 <= self.max_output <= MAX_OUTPUT:
             raise complain("max_output", self.max_output, f"an integer, 1 to {MAX_OUTPUT} (bytes)")
@@ -276,9 +263,9 @@ class ExecRequest:
         for key, value in self.env.items():
             if not key or "=" in check_text("env", key, "names of variables", 4 * KIB):
                 raise complain("env", key, "names of variables, not empty, without `=`")
-            check_text(f"env.{key}", value, "a string", MAX_ARGUMENT - 1 - 5 * KIB)
-        if (size := sum(len(k) + len(v) for k, v in self.env.items())) > MAX_ENVIRONMENT:
-            raise complain("env", f"{size} characters", f"at most {MAX_ENVIRONMENT}")
+            check_text(f"env.{key[:40]}", value, "a string", MAX_ARGUMENT - 5 * KIB)
+        if (size := sum(len(f"{key}{value}".encode()) for key, value in self.env.items())) > MAX_ENVIRONMENT:
+            raise complain("env", f"{size} bytes", f"at most {MAX_ENVIRONMENT}")
 
     @classmethod
     def from_wire(cls, body: bytes, workspace: str) -> ExecRequest:
@@ -311,21 +298,23 @@ class CommandResult:
 
 @dataclass(frozen=True)
 class ExecResponse:
-    """The answer of `POST /exec`."""
+    """The answer of `POST /exec`; what does not apply is None."""
 
     stdout: str | None = None
     exit_code: int | None = None
     error: str | None = None
-    result: CommandResult | None = None
+    ended: str | None = None
+    truncated: bool | None = None
+    output_bytes: int | None = None
+    duration_ms: int | None = None
+    run_id: str | None = None
+
+    @classmethod
+    def of(cls, result: CommandResult, stdout: str | None) -> ExecResponse:
+        return cls(stdout, *(getattr(result, name) for name in cls.__dataclass_fields__ if name != "stdout"))
 
     def to_wire(self) -> Message:
-        """A JSON object; fields that do not apply are left out."""
-        wire = {"stdout": self.stdout, "exit_code": self.exit_code, "error": self.error}
-        wire = {name: value for name, value in wire.items() if value is not None}
-        for name in ("ended", "truncated", "output_bytes", "duration_ms", "run_id"):
-            if self.result is not None:
-                wire[name] = getattr(self.result, name)
-        return wire
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 # ==========================================================================
@@ -360,9 +349,6 @@ class Pane(NamedTuple):
         return cls(pane, window, pid, dead, mode, width, tty, name)
 
 
-NOWHERE = Pane("", "", 0, 0, 0, 0, "", "")
-
-
 def quote(word: str) -> str:
     """One word of a tmux command line; as a shell's, but never a variable or a format."""
     return "'" + word.replace("'", "'\\''") + "'"
@@ -380,8 +366,8 @@ def find_shell() -> str:
 class Tmux(asyncio.SubprocessProtocol):
     """A control connection (`tmux -C`) to our session.  Raises NoTerminal."""
 
-    def __init__(self, session: str, on_notice: Callable[[str], None]) -> None:
-        self.session, self.on_notice = session, on_notice
+    def __init__(self, session: str) -> None:
+        self.session = session
         self.loop = asyncio.get_running_loop()
         self.attached: asyncio.Future[list[str]] = self.loop.create_future()
         self.replies: deque[asyncio.Future[list[str]]] = deque()
@@ -392,7 +378,7 @@ class Tmux(asyncio.SubprocessProtocol):
         self.notices = 0  # how many there were: what was asked before may be old
 
     @classmethod
-    async def connect(cls, path: str, session: str, on_notice: Callable[[str], None], create: list[str] | None) -> Tmux:
+    async def connect(cls, path: str, session: str, create: list[str] | None) -> Tmux:
         """Attach to `session` at the socket `path`; `create`: words that make it if missing."""
         hidden = ("POCKETCODER_TOKEN", "POCKETCODER_RUN_ID", "TMUX", "TMUX_PANE")
         variables = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -403,7 +389,7 @@ class Tmux(asyncio.SubprocessProtocol):
         try:  # default-shell is taken from SHELL, which may be this very file
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             _, self = await asyncio.get_running_loop().subprocess_exec(
-                lambda: cls(session, on_notice), *command, env=variables | {"SHELL": find_shell()}
+                lambda: cls(session), *command, env=variables | {"SHELL": find_shell()}
             )
         except OSError as missing:
             raise NoTerminal(f"cannot run tmux ({missing}): install tmux 3.2 or later") from None
@@ -439,7 +425,6 @@ class Tmux(asyncio.SubprocessProtocol):
                 self._fail(self.attached, line)
             else:
                 self.notices += 1
-                self.on_notice(word)
 
     def _fail(self, future: asyncio.Future[list[str]], why: str) -> None:
         if not future.done():
@@ -448,7 +433,6 @@ class Tmux(asyncio.SubprocessProtocol):
 
     def process_exited(self) -> None:
         self.close()
-        self.on_notice("%closed")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended.set()
@@ -520,26 +504,25 @@ Take = Callable[[bytes], "Awaitable[None] | None"]
 
 # Sourced by the pane's shell.  Backslashes are against aliases.  INT is trapped, since a
 # command that dies of C-c would take go along.  `read` has a limit, or does not know one
-# and fails: go waits for nobody who may be gone.
+# and fails: go waits for nobody who may be gone.  The last line is read before the next
+# run may write this file anew.
 GO = r"""\exec 8<>{run}.done 9<>{run}.status
 \trap : INT
 (
-\unset -f cd chpwd; \unset chpwd_functions POCKETCODER_TOKEN
-\cd -- {cwd} || {{ \echo "nocwd 1" >&9; \exit; }}
 _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 set -C; \echo "$_pc" >{run}.pid || \exit
 set +C; \echo "start $_pc" >&9
+\exec <{stdin} {outputs} 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
+\unset -f cd chpwd 2>/dev/null; \unset chpwd_functions POCKETCODER_TOKEN
+\cd -- {cwd} || \exit
 \export {variables}
-\exec {command} <{stdin} {outputs} 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
-) 2>/dev/null
+\exec {command}
+)
 _pc=$?
 \echo "$_pc" >>{run}.pid
 \echo "exit $_pc" >&9
 \read -r -t 1 _pc <&8 2>/dev/null
-\echo "back 0" >&9
-\exec 8>&- 9>&-
-\trap - INT
-\unset _pc
+{{ \echo "back 0" >&9; \exec 8>&- 9>&-; \trap - INT; \unset _pc; \return 0; }}
 """
 
 
@@ -720,7 +703,7 @@ class Output:
         self.take, self.total = take, 0
         self.taken: asyncio.Future[None] | None = None
         self.closed: asyncio.Future[None] = self.loop.create_future()
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         self._resume()
 
     def _resume(self) -> None:
@@ -783,7 +766,7 @@ class RunFiles:
 
     def __init__(self, base: str) -> None:
         self.base, self.folder, self.lock = base, "", -1
-        self.count = 0
+        self.count, self.used = 0, 0  # names there were; names in use
         self.free: list[str] = []
         self.tasks: set[asyncio.Task[None]] = set()
 
@@ -791,25 +774,25 @@ class RunFiles:
         """A run's path, but for the suffixes.  Raises NoTerminal, OSError."""
         if not os.path.isdir(self.folder):
             self._make()
-        if self.free:
-            return self.free.pop()
-        self.count += 1
-        return f"{self.folder}/{self.count:x}"
+        self.used += 1
+        self.count += not self.free
+        return self.free.pop() if self.free else f"{self.folder}/{self.count:x}"
 
     def give_back(self, run: str, returned: bool, names: tuple[str, ...]) -> None:
         """`names`: the run's own files; all go if its line may be read again one day."""
         for name in names if returned else (*names, *self.KEPT):
             with contextlib.suppress(OSError):
                 os.unlink(f"{run}.{name}")
-        if returned and self.folder and run.startswith(self.folder):
-            self.free.append(run)
+        if os.path.dirname(run) == self.folder:
+            self.used -= 1
+            self.free += [run] if returned else []
 
     def hand_over(self, run: str, names: tuple[str, ...], owner: int) -> None:
         """Let another user, whose the panes are, get at a run's files."""
         os.chmod(self.base, 0o711)
         for path in (self.folder, *(f"{run}.{name}" for name in (*self.KEPT, *names))):
             with contextlib.suppress(FileNotFoundError):
-                os.chown(path, owner, -1)
+                os.chown(path, owner, -1, follow_symlinks=False)
 
     def _make(self) -> None:
         with contextlib.suppress(FileExistsError):
@@ -818,45 +801,47 @@ class RunFiles:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             raise NoTerminal(f"{self.base}: expected a directory of our own; remove what is there")
         self.close()
-        there = os.listdir(self.base)
-        for name in there:
-            self._adopt(f"{self.base}/{name}")
-        self.folder = next(f"{self.base}/{n:x}" for n in range(len(there) + 1) if f"{n:x}" not in there)
-        os.mkdir(self.folder, 0o700)
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in os.listdir(self.base):
+            task = asyncio.ensure_future(self._adopt(f"{self.base}/{name}"))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        for number in range(KIB):  # drivers may start together
+            with contextlib.suppress(FileExistsError, BlockingIOError):
+                os.mkdir(folder := f"{self.base}/{number:x}", 0o700)
+                lock = os.open(folder, os.O_RDONLY)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.folder, self.lock = folder, lock
+                return
+        raise NoTerminal(f"{self.base}: full of what cannot be removed")
 
-    def _adopt(self, folder: str) -> None:
+    async def _adopt(self, folder: str) -> None:
         """Drain and remove what a killed proxy left; its commands run to their end."""
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # its proxy lives
-            return os.close(lock)
-        outputs = []
-        for name in os.listdir(folder):
-            run, _, kind = name.rpartition(".")
-            with contextlib.suppress(OSError):
-                if kind == "go":  # if it was typed and has not started, nobody would know of it
-                    os.close(os.open(f"{folder}/{run}.pid", os.O_CREAT | os.O_EXCL))
-                elif kind in ("out", "err"):
-                    outputs.append(Output(f"{folder}/{name}", None))
-        task = asyncio.ensure_future(self._remove(folder, lock, outputs))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def _remove(self, folder: str, lock: int, outputs: list[Output]) -> None:
-        for output in outputs:
-            output.finish()
-            await output.closed
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        with contextlib.suppress(OSError):  # its proxy lives, or it is no directory of ours
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                names = os.listdir(folder)
+                for run in (name[:-3] for name in names if name.endswith(".go")):
+                    with contextlib.suppress(FileExistsError):  # typed and not started: nobody would know of it
+                        os.close(os.open(f"{folder}/{run}.pid", os.O_CREAT | os.O_EXCL))
+                outputs = [Output(f"{folder}/{name}", None) for name in names if name.endswith((".out", ".err"))]
+                for output in outputs:
+                    output.finish()
+                await asyncio.gather(*(output.closed for output in outputs))
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
     def close(self) -> None:
+        """Leave what is still written to: the next driver here drains it."""
         if self.lock >= 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.used:
+                shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self.lock)
-        self.folder, self.lock, self.free = "", -1, []
+        self.folder, self.lock, self.free, self.used = "", -1, [], 0
+
+
+OnJob = Callable[["Job"], None]
 
 
 class Job:
@@ -867,9 +852,10 @@ class Job:
     """
 
     def __init__(
-        self, request: ExecRequest, takes: Mapping[str, Take], pane: Pane, on_release: Callable[[Job], None]
+        self, request: ExecRequest, takes: Mapping[str, Take], pane: Pane, on_release: OnJob, on_death: OnJob
     ) -> None:
-        self.request, self.takes, self.pane, self.on_release = request, takes, pane, on_release
+        self.request, self.takes, self.pane = request, takes, pane
+        self.on_release, self.on_death = on_release, on_death  # the pane is free; its shell has died
         self.loop = asyncio.get_running_loop()
         self.run_id, self.run = secrets.token_hex(8), ""
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
@@ -890,22 +876,23 @@ class Job:
         """Make the files; return the line that runs them.  Raises NoTerminal, OSError."""
         self.files, self.run = files, files.take()
         for name in ("status", "done", *self.takes):
-            with contextlib.suppress(FileExistsError):
+            if not os.path.exists(f"{self.run}.{name}"):
                 os.mkfifo(f"{self.run}.{name}", 0o600)
         long = len(self.request.cmd) > MAX_ARGUMENT // 4  # characters of up to four bytes
         texts = {"go": self._go(shell, long), "in": self.request.stdin, "cmd": self.request.cmd if long else None}
         for name, text in texts.items():
             if text is not None:
-                fd = os.open(f"{self.run}.{name}", os.O_WRONLY | os.O_CREAT, 0o600)
-                with open(fd, "wb", buffering=0) as file:
-                    file.truncate(file.write(text.encode()))  # O_TRUNC: some file systems go to the disk then
+                fd = os.open(f"{self.run}.{name}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+                with open(fd, "wb") as file:
+                    file.write(text.encode())
+                    file.truncate()  # only now: with O_TRUNC some file systems go to the disk
                 self.own = self.own if name == "go" else (*self.own, name)
         if (owner := os.stat(self.pane.tty).st_uid) != os.geteuid():  # we are root, the panes are a worker's
             files.hand_over(self.run, self.own, owner)
         self.view = View(self.pane)
         for name, take in self.takes.items():
             self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, self.view, take)))
-        self.status = os.open(f"{self.run}.status", os.O_RDONLY | os.O_NONBLOCK)
+        self.status = os.open(f"{self.run}.status", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         self.loop.add_reader(self.status, self._on_status)
         return f" . {shlex.quote(self.run)}.go"
 
@@ -940,6 +927,8 @@ class Job:
 
     def void(self) -> bool:
         """Make sure that it never starts; False: it already has."""
+        if self.released:
+            return True
         try:
             if self.run:
                 os.close(os.open(f"{self.run}.pid", os.O_CREAT | os.O_EXCL, 0o600))
@@ -955,8 +944,9 @@ class Job:
 
     def _on_status(self) -> None:
         data = os.read(self.status, 4 * KIB)
-        if not data:  # the pane's shell is gone, as the kernel or tmux will tell
+        if not data:  # nobody but the pane's shell has it open
             self.loop.remove_reader(self.status)
+            self.on_death(self)
         *lines, self.unread = (self.unread + data).split(b"\n")
         for word, _, number in (line.partition(b" ") for line in lines):
             if number.isdigit():
@@ -969,13 +959,8 @@ class Job:
             self._later(VIEW_DELAY, self._show)
             if not self.started.done():
                 self.started.set_result(True)
-        elif word == b"nocwd" and not self.started.done():
-            self.started.set_exception(complain("cwd", self.request.cwd, "a directory that the terminal may enter"))
-            self._later(RETURN_TIMEOUT, self.release)
         elif word == b"exit" and self.pid:
             self._finish(number & 255)
-        elif word == b"exit":
-            self._let_return()
         elif word == b"back":
             self.returned = True
             self.release()
@@ -989,7 +974,7 @@ class Job:
         self.exit_code, self.duration = exit_code, time.monotonic() - self.begun
         for output in self.outputs:
             output.finish()
-        if exit_code in STOPPED and self.ending is None:  # nobody will continue it
+        if exit_code in STOPPED and not Process.ended(self.pid) and self.ending is None:  # nobody will continue it
             self.ending = asyncio.ensure_future(self._climb(ENDING_LADDER[1:]))
         self.over.set()
         self._later(RETURN_TIMEOUT, self.release)
@@ -1024,6 +1009,8 @@ class Job:
         if not self.over.is_set() and (self.pid or not self.void()):
             if self.ended == "exit":
                 self.ended, self.why = "lost", why
+            if not self.started.done():
+                self.started.set_result(True)
             self._finish(128 + signal.SIGKILL)
             self.ending = asyncio.ensure_future(self._climb(ENDING_LADDER[1:]))
         self.release()
@@ -1057,7 +1044,8 @@ class Job:
         found = await asyncio.to_thread(processes_of, self.run_id, self.pid or -1)
         for pid in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, number)
+                if os.getpgid(pid) != self.pid or self.over.is_set():  # some take a second signal amiss
+                    os.kill(pid, number)
         return len(found)
 
     def release(self) -> None:
@@ -1070,17 +1058,19 @@ class Job:
         if self.status >= 0:
             self.loop.remove_reader(self.status)
             os.close(self.status)
-        if self.view:
+        if self.view and not self.over.is_set():  # else it closes itself
             self.view.close()
         for output in self.outputs:
             if not self.pid:
                 output.close()  # nobody has opened it to write
             output.finish()
             output.closed.add_done_callback(self._tidy)
+        if not self.outputs:
+            self._tidy()
         self.on_release(self)
 
-    def _tidy(self, _: object) -> None:
-        if all(output.closed.done() for output in self.outputs):
+    def _tidy(self, _: object = None) -> None:
+        if self.run and all(output.closed.done() for output in self.outputs):
             self.files.give_back(self.run, self.returned, self.own)
 
     async def result(self) -> CommandResult:
@@ -1125,11 +1115,12 @@ class Terminal:
                 while time.monotonic() < deadline and not self.driver.stopping:
                     self.freed.clear()
                     tmux = await self._look()
-                    if pane := await self._choose(tmux):
+                    if (pane := await self._choose(tmux)) and not self.driver.stopping:
                         return tmux, pane
                     # tmux does not tell when a person's program ends, so look now and then.
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(self.freed.wait(), QUEUE_CHECK)
+                    timer = tmux.loop.call_later(QUEUE_CHECK, self.freed.set)
+                    await self.freed.wait()
+                    timer.cancel()
         finally:
             self.waiting -= 1
         raise Busy("the proxy is stopping" if self.driver.stopping else "no pane of the terminal got free")
@@ -1148,9 +1139,8 @@ class Terminal:
         """Know the panes; make the window, with all around it, if it is missing.  Needs the lock."""
         for last_try in (False, True):
             tmux = await self.driver.connect(["-n", self.name, *self.driver.new_shell])
-            known = all(pane.pid in self.driver.seen for pane in self.panes)
             now = (tmux, tmux.notices)
-            if self.panes and known and self.looked_at == now:
+            if self.panes and self.looked_at == now and not any(Process.ended(pane.pid) for pane in self.panes):
                 return tmux
             try:
                 self.panes = []
@@ -1172,7 +1162,8 @@ class Terminal:
 
     async def _find_window(self, tmux: Tmux) -> None:
         everywhere = await tmux.panes()
-        self.driver.forget({pane.pid for pane in everywhere})
+        shells = {pane.pid for pane in everywhere}
+        self.driver.seen = {pid: shows for pid, shows in self.driver.seen.items() if pid in shells}
         found = [pane for pane in everywhere if pane.window_name == self.name]
         if not found:
             words = ["new-window", "-d", "-t", f"={tmux.session}:", "-n", self.name, "-P", "-F", PANE_FORMAT]
@@ -1185,7 +1176,7 @@ class Terminal:
     async def _choose(self, tmux: Tmux) -> Pane | None:
         """A pane at its prompt; else a new one; else one in copy mode; else None."""
         free = [pane for pane in self.panes if pane.pane_id not in self.jobs]
-        sound = [pane for pane in free if self.driver.doubts.get(pane.pid, 0) < 2]
+        sound = [pane for pane in free if pane.pid not in self.driver.deaf]
         for pane in sound:
             if not pane.in_mode and await self.driver.at_prompt(pane):
                 return pane
@@ -1196,13 +1187,14 @@ class Terminal:
             if pane.in_mode and await self.driver.at_prompt(pane):
                 return pane
         if free == self.panes and not sound:
-            self.driver.doubts.clear()
+            self.driver.deaf.clear()
             raise NoTerminal(f"no shell in the window {self.name} answers")
         return None
 
     async def _split(self, tmux: Tmux) -> Pane | None:
         words = ["split-window", "-d", "-Z", "-t", self.panes[-1].pane_id, "-P", "-F", PANE_FORMAT]
         for _ in range(2):
+            self.looked_at = (None, 0)
             with contextlib.suppress(NoTerminal):
                 return Pane.parse((await tmux.ask(*words, *self.driver.new_shell))[0])
             tmux.send(["select-layout", "-t", self.window_id, "tiled"])  # no space: make some
@@ -1224,19 +1216,17 @@ class PocketCoderDriver:
         # What tmux runs in a new pane.  Not one word: default-shell, maybe us, would run that.
         self.new_shell = ["-c", directory.replace("#", "##")] if directory else []
         self.new_shell += ["-e", f"SHELL={self.shell}", "-e", "HISTCONTROL=ignoreboth", "--", self.shell, "-i"]
-        self.loop: asyncio.AbstractEventLoop | None = None
+        self.files = RunFiles(f"{self.socket_path}.d")
+        self._reset()
 
-    def _bind(self) -> None:
-        """Take the running loop; what belonged to another one is forgotten."""
-        self.loop, self.stopping = asyncio.get_running_loop(), False
+    def _reset(self) -> None:
+        self.stopping = False
         self.tmux: Tmux | None = None
         self.connecting = asyncio.Lock()
         self.terminals: dict[str, Terminal] = {}
-        self.files = RunFiles(f"{self.socket_path}.d")
-        self.seen: set[int] = set()  # shells that have shown a prompt: their start-up is over
-        self.doubts: dict[int, int] = {}  # shells, and how many typed lines in a row did not start
-        self.watched: dict[int, int] = {}  # shells, each with a pidfd
-        self.checking: asyncio.Task[None] | None = None
+        self.seen: dict[int, bool] = {}  # shells that are through with their start-up; True: their prompt shows
+        self.deaf: set[int] = set()  # shells that did not run two lines in a row
+        self.tasks: set[asyncio.Task[None]] = set()
 
     def session_exists(self, session: str) -> bool:
         """Whether tmux has a session of exactly this name."""
@@ -1260,131 +1250,114 @@ class PocketCoderDriver:
 
     async def start(self, request: ExecRequest, takes: Mapping[str, Take]) -> Job:
         """Start a command; return when it runs.  `takes`: {"out"} for both streams, or {"out", "err"}."""
-        terminal = self.terminal(request.agent_name)
+        terminal, before = self.terminal(request.agent_name), 0
         for _ in range(2 * MAX_PANES):
             tmux, pane = await terminal.take()
-            job = terminal.jobs[pane.pane_id] = Job(request, takes, pane, terminal.release)
+            job = terminal.jobs[pane.pane_id] = Job(request, takes, pane, terminal.release, self._on_death)
             try:
-                line = job.prepare(self.files, self.shell)
-                self._watch(pane.pid)
-                job.type(tmux, line)
-                if await self._starts(job, tmux):
+                job.type(tmux, job.prepare(self.files, self.shell))
+                if await self._starts(job):
                     return job
             except asyncio.CancelledError:
                 if not job.void():
                     job.end("cancelled")
                 raise
-            except (NoTerminal, OSError) as failure:  # no space, no descriptors, no such tty
+            except (NoTerminal, OSError) as failure:  # no space, no descriptors
                 job.void()
                 raise NoTerminal(f"cannot prepare a run: {failure}") from None
+            if prompt(pane) != "busy":  # a continuation prompt, or some mode of the shell
+                tmux.send(["send-keys", "-t", pane.pane_id, "C-c"])
+            if pane.pid == before:
+                self.deaf.add(pane.pid)
+            before = pane.pid
         raise NoTerminal(f"no shell in the window {terminal.name} answers")
 
     def terminal(self, agent_name: str) -> Terminal:
         """The agent's."""
-        if self.loop is not asyncio.get_running_loop():
-            self._bind()
         return self.terminals.setdefault(agent_name, Terminal(self, f"{agent_name}:terminal"))
 
-    async def _starts(self, job: Job, tmux: Tmux) -> bool:
+    async def _starts(self, job: Job) -> bool:
         shell = job.pane.pid
-        patience = START_TIMEOUT if shell in self.seen else NEW_SHELL_TIMEOUT
-        timer = job.loop.call_later(patience, self._doubt, job, tmux)
-        ceiling = job.loop.call_later(patience + TMUX_TIMEOUT, job.lost, "it never reported its start")
-        try:
-            started = await job.started
-        finally:
-            timer.cancel()
-            ceiling.cancel()
-        if started:
-            self.seen.add(shell)
-            self.doubts.pop(shell, None)
+        deadline = time.monotonic() + (START_TIMEOUT if shell in self.seen else NEW_SHELL_TIMEOUT)
+        while not job.started.done():
+            patience = min(START_TIMEOUT, max(0.01, deadline - time.monotonic()))
+            await asyncio.wait({job.started}, timeout=patience)
+            late = time.monotonic() - deadline
+            if (
+                not job.started.done()
+                and (late >= 0 or Process.ended(shell))
+                and not job.void()
+                and late > TMUX_TIMEOUT
+            ):
+                job.lost("it never reported its start")
+        if started := job.started.result():
+            self.seen.setdefault(shell, False)
         return started
-
-    def _doubt(self, job: Job, tmux: Tmux) -> None:
-        if job.void():
-            self.doubts[job.pane.pid] = self.doubts.get(job.pane.pid, 0) + 1
-            if prompt(job.pane) != "busy":  # a continuation prompt, or some mode of the shell
-                tmux.send(["send-keys", "-t", job.pane.pane_id, "C-c"])
 
     async def at_prompt(self, pane: Pane) -> bool:
         """Whether the pane's shell waits for a command, or will in a moment."""
         known = pane.pid in self.seen
         deadline = time.monotonic() + (PROMPT_TIMEOUT if known else NEW_SHELL_TIMEOUT)
         while (state := prompt(pane, known)) == "soon" and time.monotonic() < deadline:
+            if known and not self.seen[pane.pid]:  # it has run a line, and never showed a prompt
+                break
             await asyncio.sleep(0.001)  # a shell announces its prompt to nobody
         if state == "ready":
-            self.seen.add(pane.pid)
-        return state in ("ready", "perhaps")
-
-    def forget(self, shells: set[int]) -> None:
-        """Keep what is known of these shells only."""
-        self.seen &= shells
-        self.doubts = {shell: count for shell, count in self.doubts.items() if shell in shells}
+            self.seen[pane.pid] = True
+        return state in ("ready", "perhaps") or (state == "soon" and not self.seen.get(pane.pid))
 
     async def connect(self, create: list[str] | None) -> Tmux:
         """The connection to tmux; `create`: see Tmux.connect."""
         async with self.connecting:
-            if self.tmux is None or self.tmux.closed:
-                path, session = self.socket_path, self.session_name
-                self.tmux = await Tmux.connect(path, session, self._on_notice, create)
+            for last_try in (create is None, False, True):  # a tmux that is just ending fails once
+                if self.tmux is not None and not self.tmux.closed and self.tmux.loop is asyncio.get_running_loop():
+                    break
+                try:
+                    self.tmux = await Tmux.connect(self.socket_path, self.session_name, create)
+                except NoTerminal:
+                    if last_try:
+                        raise
+                    await asyncio.sleep(0.05)
+            assert self.tmux is not None
             return self.tmux
 
-    def _watch(self, shell: int) -> None:
-        """Be told when it ends: sooner than by tmux, which may keep the pane."""
-        with contextlib.suppress(OSError, AttributeError):  # an old kernel: tmux tells, mostly
-            if shell not in self.watched:
-                self.watched[shell] = os.pidfd_open(shell)
-                asyncio.get_running_loop().add_reader(self.watched[shell], self._on_shell_end, shell)
+    def _on_death(self, job: Job) -> None:
+        task = asyncio.ensure_future(self._mourn(job))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
-    def _on_shell_end(self, shell: int) -> None:
-        asyncio.get_running_loop().remove_reader(self.watched[shell])
-        os.close(self.watched.pop(shell))
-        self.seen.discard(shell)  # so that the panes are looked at again
-        self._on_notice("shell ended")
-
-    def _on_notice(self, notice: str) -> None:
-        """tmux or the kernel tells of a change: look whether a run has lost its pane."""
-        jobs = [job for terminal in self.terminals.values() for job in terminal.jobs.values()]
-        if jobs:
-            before = self.checking
-            self.checking = asyncio.ensure_future(self._check(before))
-
-    async def _check(self, before: asyncio.Task[None] | None) -> None:
-        if before is not None:
-            await asyncio.wait({before})
-        panes, why = dict[str, Pane](), ""
+    async def _mourn(self, job: Job) -> None:
+        """End a job whose shell has died, and say what else died."""
+        pane = job.pane
         try:
-            panes = {pane.pane_id: pane for pane in await (await self.connect(None)).panes()}
+            there = await (await self.connect(None)).panes()
+            why = f"window {pane.window_name} was closed"
+            if any(one.window_id == pane.window_id for one in there):
+                why = f"pane {pane.pane_id} of {pane.window_name} was closed"
+            if any(one.pane_id == pane.pane_id for one in there):
+                why = f"the shell in pane {pane.pane_id} of {pane.window_name} died"
         except NoTerminal as gone:
             why = str(gone)
-        windows = {pane.window_id for pane in panes.values()}
-        for job in [job for terminal in self.terminals.values() for job in terminal.jobs.values()]:
-            pane = panes.get(job.pane.pane_id)
-            if pane is None or pane.pid != job.pane.pid:
-                window = "" if job.pane.window_id in windows else f"window {job.pane.window_name}, "
-                job.lost(why or f"{window}pane {job.pane.pane_id} was closed")
-            elif pane.dead or Process.ended(pane.pid):
-                job.lost(f"the shell in pane {pane.pane_id} ended")
+        job.lost(why)
 
     async def close(self, grace: float = 0.0) -> None:
         """Take no more commands, give the running ones `grace` seconds, cancel the rest."""
-        if self.loop is not asyncio.get_running_loop():
-            return
         self.stopping = True
-        jobs = [job for terminal in self.terminals.values() for job in terminal.jobs.values()]
-        await asyncio.gather(*(job.over_within(grace) for job in jobs))
-        for job in jobs:
+        await asyncio.gather(*(job.over_within(grace) for job in self.jobs()))
+        for job in (jobs := self.jobs()):
             job.end("cancelled")
         await asyncio.gather(*(job.ending for job in jobs if job.ending is not None))
         for job in jobs:
             job.release()
-        self._on_notice = lambda notice: None  # type: ignore[method-assign]
-        for shell in list(self.watched):
-            self._on_shell_end(shell)
         if self.tmux is not None:
             self.tmux.close()
             await self.tmux.ended.wait()
         self.files.close()
+        self._reset()
+
+    def jobs(self) -> list[Job]:
+        """All that hold a pane."""
+        return [job for terminal in self.terminals.values() for job in terminal.jobs.values()]
 
 
 # ==========================================================================
@@ -1418,7 +1391,7 @@ async def health_handler() -> str:
 async def exec_handler(state: AppState, request: ExecRequest) -> ExecResponse:
     """Run a command to its end.  Cancelling this cancels the command."""
     result = await state.driver.run(request)
-    return ExecResponse(result.output, result.exit_code, result.error, result)
+    return ExecResponse.of(result, result.output)
 
 
 async def exec_stream_handler(
@@ -1432,10 +1405,13 @@ async def exec_stream_handler(
             await send("output", {"stdout": text})
 
     job = await state.driver.start(request, {"out": output})
-    await send("", {})
-    result = await job.result()
-    await output(b"", final=True)
-    await send("exit", ExecResponse(None, result.exit_code, result.error, result).to_wire())
+    try:
+        await send("", {})
+        result = await job.result()
+        await output(b"", final=True)
+        await send("exit", ExecResponse.of(result, None).to_wire())
+    finally:
+        job.end("cancelled")  # if it has not ended yet, nobody is left to read it
 
 
 @dataclass(frozen=True)
@@ -1473,6 +1449,7 @@ class Endpoint(tornado.web.RequestHandler):
     _stream_request_body = True  # so that the gate comes before the body, and 413 is ours
     open_to_all = False  # needs no token
     task: asyncio.Task[Any] | None = None
+    slow: asyncio.TimerHandle | None = None  # closes the connection of a body that does not come
 
     def initialize(self, state: AppState, gate: Gate) -> None:
         self.state, self.gate = state, gate
@@ -1482,6 +1459,10 @@ class Endpoint(tornado.web.RequestHandler):
         self.set_header("Server", f"pocketcoder-proxy/{VERSION}")
         self.set_header("Cache-Control", "no-store")
         self.set_header("X-Content-Type-Options", "nosniff")
+        if (origin := self.request.headers.get("Origin")) in self.settings["origins"]:
+            self.set_header("Access-Control-Allow-Origin", str(origin))
+            self.set_header("Access-Control-Allow-Headers", "Authorization, Content-Type, Accept")
+            self.set_header("Vary", "Origin")
 
     def compute_etag(self) -> None:
         """Answers are not cached."""
@@ -1496,10 +1477,8 @@ class Endpoint(tornado.web.RequestHandler):
         authorization = headers.get("Authorization", "")
         preflight = self.request.method == "OPTIONS"
         self.gate.check(self.request.host, origin, authorization, self.open_to_all or preflight)
-        if origin in self.gate.origins:
-            self.set_header("Access-Control-Allow-Origin", str(origin))
-            self.set_header("Access-Control-Allow-Headers", "Authorization, Content-Type, Accept")
-            self.set_header("Vary", "Origin")
+        if int(headers.get("Content-Length") or 0) > 4 * MAX_BODY:
+            raise tornado.web.HTTPError(413, f"body: expected at most {MAX_BODY} bytes")
         if self.request.method == "POST":
             self.slow = asyncio.get_running_loop().call_later(BODY_TIMEOUT, self.stream.close)
             kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
@@ -1510,6 +1489,8 @@ class Endpoint(tornado.web.RequestHandler):
         self.received += len(chunk)
         if self.received <= MAX_BODY:
             self.body += chunk
+        elif self.received > 4 * MAX_BODY:  # read so far that the caller may see the 413
+            self.stream.close()
 
     def options(self) -> None:
         if self.request.headers.get("Origin") not in self.gate.origins:
@@ -1535,14 +1516,19 @@ class Endpoint(tornado.web.RequestHandler):
             self.task = None
             self.state.calls.discard(task)
 
+    def on_finish(self) -> None:
+        if self.slow is not None:
+            self.slow.cancel()
+
     def on_connection_close(self) -> None:
+        self.on_finish()
         if self.task is not None:
             self.task.cancel()
             self.task = None
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None))[1]
-        text = getattr(error, "log_message", None) or f"{status_code} {self._reason}"
+        text = (getattr(error, "log_message", None) or f"{status_code} {self._reason}").replace("%%", "%")
         exit_code = ProxyError.exit_code
         if isinstance(error, ProxyError):
             text, exit_code = str(error), error.exit_code
@@ -1570,8 +1556,11 @@ class HealthEndpoint(Endpoint):
 
 
 class ExecEndpoint(Endpoint):
+    sending = False
+
     async def post(self) -> None:
-        self.slow.cancel()
+        if self.slow is not None:
+            self.slow.cancel()
         if self.received > MAX_BODY:
             raise tornado.web.HTTPError(413, f"body: got {self.received} bytes, expected at most {MAX_BODY}")
         request = ExecRequest.from_wire(bytes(self.body), self.state.workspace)
@@ -1587,9 +1576,9 @@ class ExecEndpoint(Endpoint):
         work = asyncio.ensure_future(exec_stream_handler(self.state, request, self.send_event))
         try:
             while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
-                if self._headers_written:
+                if self._headers_written and not self.sending:  # Tornado knows one flush at a time
                     self.write(": keep-alive\n\n")
-                    await self.flush()
+                    self.flush()
             await work
         except asyncio.TimeoutError:
             log.warning("stream ended: its reader did not read for %g s", SLOW_READER_TIMEOUT)
@@ -1603,8 +1592,10 @@ class ExecEndpoint(Endpoint):
             self.set_header("X-Accel-Buffering", "no")
             self.stream.set_nodelay(True)
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        self.sending = True
         self.write(f"event: {event}\ndata: {text}\n\n" if event else ": started\n\n")
         await self.flush()
+        self.sending = False
 
 
 class UnknownEndpoint(Endpoint):
@@ -1672,14 +1663,15 @@ async def serve(options: Server, token: str) -> None:
     session = os.environ.get("TMUX_SESSION") or DEFAULT_SESSION
     driver = PocketCoderDriver(socket_path, session, options.workspace)
     state = AppState({}, driver, options.workspace)
-    shared = {"state": state, "gate": Gate(token, frozenset(options.origins))}
+    shared: dict[str, Any] = {"state": state, "gate": Gate(token, frozenset(options.origins))}
     application = tornado.web.Application(
         [(path, endpoint, shared) for path, endpoint in ROUTES],
         default_handler_class=UnknownEndpoint,
         default_handler_args=shared,
         log_function=lambda handler: None,
+        origins=shared["gate"].origins,
     )
-    limits = {"max_body_size": 4 * MAX_BODY, "idle_connection_timeout": IDLE_TIMEOUT}  # ours answers 413
+    limits = {"max_body_size": 1 << 40, "idle_connection_timeout": IDLE_TIMEOUT}  # Endpoint answers 413
     server = tornado.httpserver.HTTPServer(application, **limits)
     sockets = tornado.netutil.bind_sockets(int(options.port), options.host)
     server.add_sockets(sockets)
@@ -1706,7 +1698,7 @@ async def serve(options: Server, token: str) -> None:
 def why_not(options: Server, token: str) -> str | None:
     """What is wrong with this machine or these settings, in a sentence."""
     if not token and not is_loopback(options.host):
-        return f"--host {options.host} can be reached from elsewhere: set POCKETCODER_TOKEN to a secret, or listen on 127.0.0.1"
+        return f"--host {options.host} is reached from elsewhere: set POCKETCODER_TOKEN, or listen on 127.0.0.1"
     if not re.fullmatch(r"[!-~]*", token):
         return "POCKETCODER_TOKEN: expected visible ASCII characters without blanks"
     version = ""
@@ -1714,7 +1706,7 @@ def why_not(options: Server, token: str) -> str | None:
         version = subprocess.run(["tmux", "-V"], capture_output=True, text=True, timeout=TMUX_TIMEOUT).stdout.strip()
     number = re.search(r"(\d+)\.(\d+)", version)
     if not version or (number and (int(number[1]), int(number[2])) < (3, 2)):
-        return f"tmux 3.2 or later is needed, got {version or 'none'}: install it, with `apt-get install tmux` for instance"
+        return f"needs tmux 3.2 or later, got {version or 'none'}: install it, for instance `apt-get install tmux`"
     return None
 
 

@@ -390,7 +390,7 @@ def test_the_seed_names_can_be_used_as_before() -> None:
 # ==========================================================================
 def test_words_reach_tmux_as_they_are(proxy: Proxy) -> None:
     async def there_and_back(word: str) -> list[str]:
-        tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", lambda notice: None, None)
+        tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", None)
         try:
             await tmux.ask("set-option", "-g", "@word", word)
             return await tmux.ask("show-options", "-gv", "@word")
@@ -404,7 +404,7 @@ def test_words_reach_tmux_as_they_are(proxy: Proxy) -> None:
 
 def test_a_refused_command_is_an_error_with_what_tmux_said(proxy: Proxy) -> None:
     async def ask() -> None:
-        tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", lambda notice: None, None)
+        tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", None)
         try:
             with pytest.raises(pp.NoTerminal, match="unknown command: nosuch"):
                 await tmux.ask("nosuch")
@@ -418,11 +418,9 @@ def test_a_refused_command_is_an_error_with_what_tmux_said(proxy: Proxy) -> None
 
 def test_a_lost_connection_fails_every_question_at_once(proxy: Proxy) -> None:
     async def ask() -> None:
-        notices: list[str] = []
-        tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", notices.append, None)
+        tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", None)
         os.kill(tmux.process.get_pid(), signal.SIGKILL)
         await asyncio.wait_for(tmux.ended.wait(), 3)
-        assert "%closed" in notices
         with pytest.raises(pp.NoTerminal):
             await tmux.ask("display-message", "-p", "x")
 
