@@ -87,6 +87,7 @@ PROMPT_TIMEOUT = 0.5  # a shell that has just ended a command shows its prompt
 QUEUE_CHECK = 0.5  # look again whether a person's program has ended
 QUEUE_TIMEOUT = 3600.0  # longest wait for a pane
 RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
+CLEAR_PAUSE = 0.05  # for a shell to take a key; shorter than anybody types a line
 DRAIN_PAUSE = 0.01  # between reads of what outlives its run: 100 MB/s
 VIEW_DELAY = 0.005  # a command that ends sooner is shown at its end
 VIEW_TIMEOUT = 0.2  # the copy on the terminal may delay the prompt by that
@@ -328,6 +329,8 @@ class ExecResponse:
 PANE_FORMAT = (
     "#{pane_id} #{window_id} #{pane_pid} #{pane_dead} #{pane_in_mode} #{pane_width} #{pane_tty} #{window_name}"
 )
+# Changes when somebody types, or anything is shown; not a person's last look at it.
+PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
 
 
 class Pane(NamedTuple):
@@ -445,12 +448,15 @@ class Tmux(asyncio.SubprocessProtocol):
             self._fail(future, why)
 
     def send(self, *commands: list[str]) -> asyncio.Future[list[str]]:
-        """Write commands at once, so that nothing comes in between; the last one's reply."""
+        """Write commands at once, so that nothing comes in between; the last one's reply.
+
+        An empty command stands for the reply of what an `if-shell` before it runs.
+        """
         futures = [self.loop.create_future() for _ in commands]
         self.replies.extend(futures)
         if self.closed:
             self._fail(futures[-1], "the connection has ended")
-        lines = (" ".join(map(quote, words)) + "\n" for words in commands)
+        lines = (" ".join(map(quote, words)) + "\n" for words in commands if words)
         self.process.get_pipe_transport(0).write("".join(lines).encode())
         return futures[-1]
 
@@ -471,13 +477,18 @@ class Tmux(asyncio.SubprocessProtocol):
         where = ["-t", window_id] if window_id else ["-s", "-t", f"={self.session}:"]
         return [Pane.parse(x) for x in await self.ask("list-panes", *where, "-F", PANE_FORMAT)]
 
-    def type_line(self, pane: Pane, line: str) -> asyncio.Future[list[str]]:
-        """Leave a mode, clear a half-typed line, type `line` and Enter.  The reply: where the cursor was."""
-        # C-u on an empty line rings the bell, so there is a blank to be cleared.
-        to = ["-t", pane.pane_id]
-        where = self.send(["copy-mode", "-q", *to], ["display-message", "-p", *to, "#{cursor_x}"])
-        self.send(["send-keys", *to, "C-e", "Space", "C-u", line, "Enter"])
-        return where
+    def send_keys(self, pane: Pane, state: str, *keys: str) -> asyncio.Future[list[str]]:
+        """Press keys if the pane is in this state still; "": if only no mode would take them.
+
+        The reply is empty if they were pressed.
+        """
+        words = " ".join(map(quote, ["send-keys", "-t", pane.pane_id, *keys]))
+        same = f"#{{==:{PANE_STATE},{state}}}" if state else "#{==:#{pane_in_mode}#{pane_synchronized},00}"
+        return self.send(["if-shell", "-F", "-t", pane.pane_id, same, words, "display-message -p no"], [])
+
+    async def state(self, pane: Pane) -> str:
+        """The pane's PANE_STATE."""
+        return (await self.ask("display-message", "-p", "-t", pane.pane_id, PANE_STATE))[0]
 
 
 # ==========================================================================
@@ -561,14 +572,15 @@ class Process(NamedTuple):
             return True
 
 
-def processes_of(run_id: str, leader: int) -> set[int]:
-    """The run's processes: its group, what carries its name, and what descends from these."""
+def processes_of(run_id: str, run: str, leader: int) -> set[int]:
+    """The run's processes: its group, what carries its name or its output, and what descends from these."""
     mark, found, parents = f"POCKETCODER_RUN_ID={run_id}".encode(), set[int](), dict[int, int]()
     for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             process = Process.read(pid)
             parents[pid] = process.parent
-            if process.group == leader or mark in read_proc(pid, "environ", 4 * MIB).split(b"\0"):
+            ours = process.group == leader or mark in read_proc(pid, "environ", 4 * MIB).split(b"\0")
+            if ours or any(os.readlink(f"/proc/{pid}/fd/{fd}").startswith(f"{run}.") for fd in (1, 2)):
                 found.add(pid)
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
@@ -770,10 +782,14 @@ class RunFiles:
         self.free: list[str] = []
         self.tasks: set[asyncio.Task[None]] = set()
 
-    def take(self) -> str:
-        """A run's path, but for the suffixes.  Raises NoTerminal, OSError."""
+    def open(self) -> None:
+        """Make the directory, again if someone wiped it.  Raises NoTerminal, OSError."""
         if not os.path.isdir(self.folder):
             self._make()
+
+    def take(self) -> str:
+        """A run's path, but for the suffixes.  Raises as `open`."""
+        self.open()
         self.used += 1
         self.count += not self.free
         return self.free.pop() if self.free else f"{self.folder}/{self.count:x}"
@@ -795,6 +811,7 @@ class RunFiles:
                 os.chown(path, owner, -1, follow_symlinks=False)
 
     def _make(self) -> None:
+        os.makedirs(os.path.dirname(self.base), 0o700, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.base, 0o700)
         found = os.lstat(self.base)
@@ -852,10 +869,11 @@ class Job:
     """
 
     def __init__(
-        self, request: ExecRequest, takes: Mapping[str, Take], pane: Pane, on_release: OnJob, on_death: OnJob
+        self, request: ExecRequest, takes: Mapping[str, Take], pane: Pane, release: OnJob, back: OnJob, death: OnJob
     ) -> None:
         self.request, self.takes, self.pane = request, takes, pane
-        self.on_release, self.on_death = on_release, on_death  # the pane is free; its shell has died
+        # The pane is free; its shell goes back to the prompt; its shell has died.
+        self.on_release, self.on_return, self.on_death = release, back, death
         self.loop = asyncio.get_running_loop()
         self.run_id, self.run = secrets.token_hex(8), ""
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
@@ -917,8 +935,18 @@ class Job:
             outputs=" ".join(outputs if len(outputs) == 2 else [*outputs, "2>&1"]),
         )
 
-    def type(self, tmux: Tmux, line: str) -> None:
-        self.line, self.cursor = line, tmux.type_line(self.pane, line)
+    def type(self, tmux: Tmux, line: str, state: str, column: int) -> None:
+        """Type the line, unless somebody else has typed since the pane was in `state`."""
+        self.line, self.column = line, column
+        tmux.send_keys(self.pane, state, line, "Enter").add_done_callback(self._on_typed)
+
+    def _on_typed(self, reply: asyncio.Future[list[str]]) -> None:
+        if reply.cancelled() or reply.exception():
+            self.void()
+        elif reply.result():  # it was not typed
+            self.returned = True
+            self.started.set_result(False)
+            self.release()
 
     @staticmethod
     def _take(view: View, take: Take, chunk: bytes) -> Awaitable[None] | None:
@@ -964,6 +992,7 @@ class Job:
         elif word == b"back":
             self.returned = True
             self.release()
+            self.on_return(self)
 
     def _later(self, seconds: float, call: Callable[..., None], *arguments: str) -> None:
         self.timers.append(self.loop.call_later(seconds, call, *arguments))
@@ -981,9 +1010,8 @@ class Job:
         self.loop.call_soon(self._show_end)  # who waits for the answer comes first
 
     def _show(self) -> None:
-        known = self.cursor.done() and not self.cursor.exception()
         if self.view:
-            self.view.begin(self.request.cmd, self.line, int(self.cursor.result()[0]) if known else 0)
+            self.view.begin(self.request.cmd, self.line, self.column)
 
     def _show_end(self) -> None:
         facts = (self.request.agent_name, self.run_id, self.ended, self.exit_code, round(self.duration * 1000))
@@ -1041,7 +1069,7 @@ class Job:
     async def kill(self, number: int) -> int:
         """Signal all its processes, wherever they are; how many there were."""
         self.signal_group(number)
-        found = await asyncio.to_thread(processes_of, self.run_id, self.pid or -1)
+        found = await asyncio.to_thread(processes_of, self.run_id, self.run, self.pid or -1)
         for pid in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if os.getpgid(pid) != self.pid or self.over.is_set():  # some take a second signal amiss
@@ -1132,6 +1160,7 @@ class Terminal:
 
     async def open(self) -> None:
         """Make the window if it is missing."""
+        self.driver.files.open()
         async with self.lock:
             await self._look()
 
@@ -1140,7 +1169,7 @@ class Terminal:
         for last_try in (False, True):
             tmux = await self.driver.connect(["-n", self.name, *self.driver.new_shell])
             now = (tmux, tmux.notices)
-            if self.panes and self.looked_at == now and not any(Process.ended(pane.pid) for pane in self.panes):
+            if self.panes and self.looked_at == now:
                 return tmux
             try:
                 self.panes = []
@@ -1152,6 +1181,7 @@ class Terminal:
                     if pane.dead or Process.ended(pane.pid):  # remain-on-exit, or tmux does not know yet
                         await tmux.ask("respawn-pane", "-k", "-t", pane.pane_id, *self.driver.new_shell)
                         self.panes = await tmux.panes(self.window_id)
+                        self.driver.trust(next((now.pid for now in self.panes if now.pane_id == pane.pane_id), 0))
                 self.looked_at = now
                 return tmux
             except NoTerminal:
@@ -1163,11 +1193,14 @@ class Terminal:
     async def _find_window(self, tmux: Tmux) -> None:
         everywhere = await tmux.panes()
         shells = {pane.pid for pane in everywhere}
-        self.driver.seen = {pid: shows for pid, shows in self.driver.seen.items() if pid in shells}
+        for known in (self.driver.seen, self.driver.last, self.driver.prompts, self.driver.notes):
+            for pid in set(known) - shells:
+                del known[pid]
         found = [pane for pane in everywhere if pane.window_name == self.name]
         if not found:
             words = ["new-window", "-d", "-t", f"={tmux.session}:", "-n", self.name, "-P", "-F", PANE_FORMAT]
             found = [Pane.parse(line) for line in await tmux.ask(*words, *self.driver.new_shell)]
+            self.driver.trust(found[0].pid)
         self.window_id = found[0].window_id
         self.panes = [pane for pane in found if pane.window_id == self.window_id]
         rename = ["set-option", "-w", "-t", self.window_id]  # by nobody but a person
@@ -1180,6 +1213,10 @@ class Terminal:
         for pane in sound:
             if not pane.in_mode and await self.driver.at_prompt(pane):
                 return pane
+        if any(Process.ended(pane.pid) for pane in free):  # look again, at once
+            self.looked_at = (None, 0)
+            self.freed.set()
+            return None
         returning = any(job.over.is_set() for job in self.jobs.values())
         if len(self.panes) < MAX_PANES and not returning and (made := await self._split(tmux)):
             return made if await self.driver.at_prompt(made) else None
@@ -1196,7 +1233,9 @@ class Terminal:
         for _ in range(2):
             self.looked_at = (None, 0)
             with contextlib.suppress(NoTerminal):
-                return Pane.parse((await tmux.ask(*words, *self.driver.new_shell))[0])
+                made = Pane.parse((await tmux.ask(*words, *self.driver.new_shell))[0])
+                self.driver.trust(made.pid)
+                return made
             tmux.send(["select-layout", "-t", self.window_id, "tiled"])  # no space: make some
         return None
 
@@ -1226,6 +1265,9 @@ class PocketCoderDriver:
         self.terminals: dict[str, Terminal] = {}
         self.seen: dict[int, bool] = {}  # shells that are through with their start-up; True: their prompt shows
         self.deaf: set[int] = set()  # shells that did not run two lines in a row
+        self.prompts: dict[int, tuple[float, str]] = {}  # shells: until when, or in what state, nobody has typed
+        self.last: dict[int, str] = {}  # shells, and that state when it was last known
+        self.notes: dict[int, asyncio.TimerHandle] = {}  # shells whose prompt will be looked at
         self.tasks: set[asyncio.Task[None]] = set()
 
     def session_exists(self, session: str) -> bool:
@@ -1253,9 +1295,11 @@ class PocketCoderDriver:
         terminal, before = self.terminal(request.agent_name), 0
         for _ in range(2 * MAX_PANES):
             tmux, pane = await terminal.take()
-            job = terminal.jobs[pane.pane_id] = Job(request, takes, pane, terminal.release, self._on_death)
+            job = Job(request, takes, pane, terminal.release, self._on_return, self._on_death)
+            terminal.jobs[pane.pane_id] = job
             try:
-                job.type(tmux, job.prepare(self.files, self.shell))
+                line = job.prepare(self.files, self.shell)
+                job.type(tmux, line, *await self._clear(tmux, pane))
                 if await self._starts(job):
                     return job
             except asyncio.CancelledError:
@@ -1265,12 +1309,56 @@ class PocketCoderDriver:
             except (NoTerminal, OSError) as failure:  # no space, no descriptors
                 job.void()
                 raise NoTerminal(f"cannot prepare a run: {failure}") from None
-            if prompt(pane) != "busy":  # a continuation prompt, or some mode of the shell
-                tmux.send(["send-keys", "-t", pane.pane_id, "C-c"])
+            if not job.returned:  # it was typed, into what we do not know
+                self.last.pop(pane.pid, None)
             if pane.pid == before:
                 self.deaf.add(pane.pid)
             before = pane.pid
         raise NoTerminal(f"no shell in the window {terminal.name} answers")
+
+    async def _clear(self, tmux: Tmux, pane: Pane) -> tuple[str, int]:
+        """Make sure that nothing is typed at the prompt: the pane's state then, and the column of its cursor."""
+        until, state = self.prompts.pop(pane.pid, (0.0, ""))
+        last, trusted = self.last.get(pane.pid, ""), time.monotonic() < until
+        if state or (last and trusted):  # in the moment after a run nobody has typed a line
+            return state, int(last.split()[0])
+        if trusted:
+            await asyncio.sleep(CLEAR_PAUSE)  # a new shell draws its prompt
+        now = await tmux.state(pane)
+        if now != last and not trusted:
+            switch = ["set-option", "-w", "-t", pane.window_id, "synchronize-panes", "off"]
+            tmux.send(switch, ["copy-mode", "-q", "-t", pane.pane_id])
+            now = await tmux.state(pane)
+            # Behind a prompt that we know, C-u clears the line and C-y brings it back; a blank before,
+            # since on an empty line it rings the bell.  Elsewhere it may be a continuation line.
+            same = last and now.split()[1:] == last.split()[1:] and int(now.split()[0]) > int(last.split()[0])
+            if now != last and prompt(pane) != "busy":
+                tmux.send_keys(pane, now, *(["C-e", "Space", "C-u"] if same else ["C-c"]))
+                await asyncio.sleep(CLEAR_PAUSE)
+                await self.at_prompt(pane)
+                now = await tmux.state(pane)
+        self.last[pane.pid] = now
+        return now, int(now.split()[0])
+
+    def trust(self, shell: int) -> None:
+        """It is new and ours: what is at its prompt, nobody has typed."""
+        self.prompts[shell] = (time.monotonic() + NEW_SHELL_TIMEOUT, "")
+
+    def _on_return(self, job: Job) -> None:
+        """Note in what state the prompt is when a run has ended: who types, changes that."""
+        shell = job.pane.pid
+        self.prompts[shell] = (time.monotonic() + 2 * CLEAR_PAUSE, "")
+        if shell in self.notes:
+            self.notes[shell].cancel()
+        self.notes[shell] = job.loop.call_later(CLEAR_PAUSE, lambda: self._keep(self._note(job.pane, job.column)))
+
+    async def _note(self, pane: Pane, column: int) -> None:
+        with contextlib.suppress(NoTerminal):
+            if self.tmux is not None and pane.pid in self.prompts:
+                state = await self.tmux.state(pane)
+                idle = pane.pid in self.prompts and prompt(pane) in ("ready", "perhaps")
+                if idle and int(state.split()[0]) == column:  # else something was typed in the meantime
+                    self.prompts[pane.pid], self.last[pane.pid] = (0.0, state), state
 
     def terminal(self, agent_name: str) -> Terminal:
         """The agent's."""
@@ -1280,15 +1368,10 @@ class PocketCoderDriver:
         shell = job.pane.pid
         deadline = time.monotonic() + (START_TIMEOUT if shell in self.seen else NEW_SHELL_TIMEOUT)
         while not job.started.done():
-            patience = min(START_TIMEOUT, max(0.01, deadline - time.monotonic()))
-            await asyncio.wait({job.started}, timeout=patience)
+            await asyncio.wait({job.started}, timeout=min(START_TIMEOUT, max(0.1, deadline - time.monotonic())))
             late = time.monotonic() - deadline
-            if (
-                not job.started.done()
-                and (late >= 0 or Process.ended(shell))
-                and not job.void()
-                and late > TMUX_TIMEOUT
-            ):
+            gone = not job.started.done() and (late >= 0 or Process.ended(shell))
+            if gone and not job.void() and late > START_TIMEOUT:
                 job.lost("it never reported its start")
         if started := job.started.result():
             self.seen.setdefault(shell, False)
@@ -1309,22 +1392,29 @@ class PocketCoderDriver:
     async def connect(self, create: list[str] | None) -> Tmux:
         """The connection to tmux; `create`: see Tmux.connect."""
         async with self.connecting:
-            for last_try in (create is None, False, True):  # a tmux that is just ending fails once
+            for attempt in range(1 if create is None else 4):
                 if self.tmux is not None and not self.tmux.closed and self.tmux.loop is asyncio.get_running_loop():
                     break
                 try:
-                    self.tmux = await Tmux.connect(self.socket_path, self.session_name, create)
+                    words = create if attempt else None  # None: only if it is there
+                    self.tmux = await Tmux.connect(self.socket_path, self.session_name, words)
+                    if words:
+                        for pane in await self.tmux.panes():
+                            self.trust(pane.pid)
                 except NoTerminal:
-                    if last_try:
+                    if create is None or attempt == 3:
                         raise
-                    await asyncio.sleep(0.05)
+                    await asyncio.sleep(CLEAR_PAUSE * (attempt > 0))  # a tmux that is just ending fails once
             assert self.tmux is not None
             return self.tmux
 
-    def _on_death(self, job: Job) -> None:
-        task = asyncio.ensure_future(self._mourn(job))
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+
+    def _on_death(self, job: Job) -> None:
+        self._keep(self._mourn(job))
 
     async def _mourn(self, job: Job) -> None:
         """End a job whose shell has died, and say what else died."""
@@ -1429,8 +1519,9 @@ class Gate:
         own = f"http://{host}" if local else None
         if origin is not None and origin != own and origin not in self.origins:
             raise Forbidden(f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin")
-        given, expected = authorization.encode("latin-1", "replace"), f"Bearer {self.token}".encode()
-        if self.token and not open_to_all and not hmac.compare_digest(given, expected):
+        scheme, _, given = authorization.partition(" ")
+        right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self.token.encode())
+        if self.token and not open_to_all and not (right and scheme.lower() == "bearer"):
             raise tornado.web.HTTPError(401, "expected `Authorization: Bearer TOKEN`")
 
 
@@ -1479,6 +1570,8 @@ class Endpoint(tornado.web.RequestHandler):
         self.gate.check(self.request.host, origin, authorization, self.open_to_all or preflight)
         if int(headers.get("Content-Length") or 0) > 4 * MAX_BODY:
             raise tornado.web.HTTPError(413, f"body: expected at most {MAX_BODY} bytes")
+        if self.request.method not in self._allowed() or (preflight and origin is None):
+            raise tornado.web.HTTPError(405)
         if self.request.method == "POST":
             self.slow = asyncio.get_running_loop().call_later(BODY_TIMEOUT, self.stream.close)
             kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
@@ -1493,14 +1586,12 @@ class Endpoint(tornado.web.RequestHandler):
             self.stream.close()
 
     def options(self) -> None:
-        if self.request.headers.get("Origin") not in self.gate.origins:
-            raise tornado.web.HTTPError(405)
         self.set_header("Access-Control-Allow-Methods", ", ".join(self._allowed()))
         self.set_status(204)
 
     def _allowed(self) -> list[str]:
-        names = {name: getattr(type(self), name.lower(), None) for name in self.SUPPORTED_METHODS}
-        return [name for name, method in names.items() if method is not self._unimplemented_method]
+        missing = tornado.web.RequestHandler._unimplemented_method
+        return [name for name in self.SUPPORTED_METHODS if getattr(type(self), name.lower()) is not missing]
 
     async def perform(self, work: Coroutine[Any, Any, None]) -> None:
         """Await `work`; cancel it when the caller leaves."""
@@ -1564,7 +1655,8 @@ class ExecEndpoint(Endpoint):
         if self.received > MAX_BODY:
             raise tornado.web.HTTPError(413, f"body: got {self.received} bytes, expected at most {MAX_BODY}")
         request = ExecRequest.from_wire(bytes(self.body), self.state.workspace)
-        streamed = "text/event-stream" in self.request.headers.get("Accept", "")
+        accept = self.request.headers.get("Accept", "").lower().replace(" ", "")
+        streamed = re.search(r"(^|,)text/event-stream(?!;q=0(\.0*)?(,|$))", accept)
         await self.perform(self.answer_stream(request) if streamed else self.answer(request))
 
     async def answer(self, request: ExecRequest) -> None:
@@ -1599,6 +1691,9 @@ class ExecEndpoint(Endpoint):
 
 
 class UnknownEndpoint(Endpoint):
+    def _allowed(self) -> list[str]:
+        return list(self.SUPPORTED_METHODS)
+
     def prepare(self) -> None:
         super().prepare()
         raise tornado.web.HTTPError(404, f"no such path: {self.request.path[:80]}")

@@ -765,6 +765,7 @@ def test_copy_mode_in_every_pane_is_left_rather_than_waited_for(proxy: Proxy, ag
 
 def test_a_half_typed_line_is_cleared_and_can_be_brought_back(proxy: Proxy, agent: str) -> None:
     proxy.exec("true", agent_name=agent)
+    time.sleep(0.3)  # no person is quicker
     proxy.type(agent, "-l", "echo half 'typed")
     eventually(lambda: "half" in proxy.screen(agent))
     assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
@@ -772,15 +773,52 @@ def test_a_half_typed_line_is_cleared_and_can_be_brought_back(proxy: Proxy, agen
     eventually(lambda: proxy.screen(agent).rstrip().endswith("echo half 'typed"))
 
 
-@pytest.mark.parametrize("typed", ["echo 'open", "cat <<X", "for x in 1 2; do", "echo \\"])
-def test_a_continuation_prompt_is_left(proxy: Proxy, agent: str, typed: str) -> None:
+PENDING = [
+    "echo 'open",
+    "cat <<X",
+    "for x in 1 2; do",
+    "echo \\",
+    "touch {f} &&",
+    "touch {f} ||",
+    "touch {f} |",
+    "touch {f} \\",
+]
+
+
+@pytest.mark.parametrize("typed", PENDING)
+@pytest.mark.parametrize("wait", [0, 0.3])
+def test_a_continuation_prompt_is_left_and_nothing_of_it_runs(
+    proxy: Proxy, agent: str, typed: str, wait: float
+) -> None:
     proxy.exec("true", agent_name=agent)
-    proxy.type(agent, typed, "Enter")
+    time.sleep(0.2 + wait)
+    proxy.type(agent, typed.format(f=f"{proxy.folder}/{agent}"), "Enter")
     eventually(lambda: proxy.screen(agent).rstrip().endswith(">"))
+    time.sleep(wait)
     started = time.monotonic()
     assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
     assert time.monotonic() - started < 3
     assert len(proxy.panes(agent)) == 1
+    assert not os.path.exists(f"{proxy.folder}/{agent}")
+
+
+def test_a_program_in_a_synchronized_pane_gets_nothing(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    proxy.tmux("split-window", "-d", "-t", proxy.pane(agent), f"cat > {proxy.folder}/{agent}")
+    eventually(lambda: os.path.exists(f"{proxy.folder}/{agent}"))
+    proxy.tmux("set-option", "-w", "-t", proxy.pane(agent), "synchronize-panes", "on")
+    for number in range(3):
+        answer = proxy.exec(f"echo {number}", agent_name=agent, timeout=2)
+        assert (answer["stdout"], answer["exit_code"]) == (f"{number}\n", 0)
+    assert pathlib.Path(proxy.folder, agent).read_text() == ""
+
+
+def test_a_shell_whose_exec_is_a_function_ends_in_an_error(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    proxy.type(agent, "exec() { echo fn; }", "Enter")
+    started = time.monotonic()
+    proxy.post({"cmd": "echo ok", "agent_name": agent})
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(
@@ -824,6 +862,7 @@ def test_a_slow_start_up_file_is_waited_for(own: Callable[..., Proxy]) -> None:
         "setsid sleep 60; sleep 60",
         "(setsid sleep 60 &) ; (trap '' TERM HUP; exec setsid sleep 60) & sleep 60",
         "env -i sleep 60",
+        "(env -i setsid -f sleep 60); sleep 60",
     ],
 )
 def test_a_timeout_ends_the_whole_tree(proxy: Proxy, agent: str, cmd: str) -> None:
@@ -1046,6 +1085,32 @@ def test_a_killed_server_leaves_its_commands_alone_and_the_next_drains_them(own:
     eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
 
 
+def test_a_clean_stop_leaves_background_writers_to_the_next_server(own: Callable[..., Proxy]) -> None:
+    server = own()
+    done = f"{server.folder}/done"
+    server.exec(f"(sleep 1; seq 100000; touch {done}) & true")
+    assert server.stop() == 0
+    server.start()
+    eventually(lambda: os.path.exists(done))
+    eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
+
+
+def test_a_stray_file_or_a_missing_folder_stops_nothing(own: Callable[..., Proxy]) -> None:
+    server = own()
+    server.exec("true")
+    server.stop()
+    pathlib.Path(f"{server.socket}.d/stray").touch()
+    server.start()
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+    shutil.rmtree(f"{server.folder}/tmux")
+    assert server.exec("echo still")["stdout"] == "still\n"
+    (pid,) = {
+        pid for pid in processes_with(server.folder) if b"tmux" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()[:5]
+    } - {int(pathlib.Path(f"/proc/{pid}/stat").read_text().split()[3]) and pid for pid in processes_with("-C\0")} or {0}
+    if pid:
+        os.kill(pid, signal.SIGKILL)  # its socket is gone: nobody else can end it
+
+
 def test_two_servers_on_one_socket_share_it(own: Callable[..., Proxy]) -> None:
     first = own()
     second = Proxy(folder=first.folder)
@@ -1178,6 +1243,7 @@ REFUSED: list[tuple[str, str, dict[str, str], int]] = [
     ("GET", "/exec", {}, 405),
     ("PUT", "/exec", {}, 405),
     ("DELETE", "/health", {}, 405),
+    ("POST", "/health", {}, 405),
     ("OPTIONS", "/exec", {"Origin": "http://evil.example"}, 403),
     ("OPTIONS", "/exec", {}, 405),
     ("GET", "/", {}, 404),
@@ -1196,7 +1262,8 @@ def test_the_gate_refuses_with_a_json_error(
     assert json.loads(answer)["error"]
     assert "access-control-allow-origin" not in answer_headers
     if status == 405:
-        assert "POST" in answer_headers["allow"] or "GET" in answer_headers["allow"]
+        assert ("POST" if path == "/exec" else "GET") in answer_headers["allow"]
+        assert method == "OPTIONS" or method not in answer_headers["allow"]
     assert not os.path.exists(f"{proxy.workspace}/pwned")
 
 
