@@ -52,7 +52,7 @@ import os
 import sys
 
 # ==========================================================================
-# Settings                                                       budget 50
+# Settings                                                        budget 90
 # ==========================================================================
 # S1  Every limit, time and default is here, with its unit.  Times in seconds.
 VERSION = "0.1.0"
@@ -140,7 +140,7 @@ log = logging.getLogger("pocketcoder")
 
 
 # ==========================================================================
-# Errors                                                         budget 60
+# Errors                                                          budget 50
 # ==========================================================================
 # E1  A command that fails is a result; a proxy that cannot do its job is an error.
 # E2  Each class carries its answers; nothing else maps errors to numbers.
@@ -185,7 +185,7 @@ class Busy(SandboxError):
 
 
 # ==========================================================================
-# Wire types                                                     budget 90
+# Wire types                                                     budget 135
 # ==========================================================================
 # W1  What comes from outside is checked here, once; nobody checks it again.
 # W2  A complaint names the field, what was got and what was expected.
@@ -218,7 +218,7 @@ def check_text(name: str, got: object, expected: str, limit: int, nul: bool = Fa
 def inside(workspace: str, cwd: str) -> str:
     """The real path of a directory in `workspace`, itself a real path.  Raises BadMessage."""
     path = os.path.realpath(os.path.join(workspace, cwd)) if cwd else workspace
-    if os.path.commonpath([workspace, path]) != workspace:
+    if cwd and os.path.commonpath([workspace, path]) != workspace:
         raise complain("cwd", cwd, f"a directory inside the workspace {workspace}")
     if not os.path.isdir(path):
         raise complain("cwd", cwd, f"a directory (there is none at {path})")
@@ -319,7 +319,7 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                          budget 130
+# Tmux                                                           budget 175
 # ==========================================================================
 # The only section that talks to tmux.
 #
@@ -492,7 +492,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                              budget 560
+# Execution Driver                                               budget 975
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -535,6 +535,35 @@ _pc=$?
 \read -r -t 1 _pc <&8 2>/dev/null
 {{ \echo "back 0" >&9; \exec 8>&- 9>&-; \trap - INT; \unset _pc; \return 0; }}
 """
+
+
+def go_script(request: ExecRequest, run: str, run_id: str, shell: str, outputs: list[str]) -> dict[str, str]:
+    """The files of a run: `go`; `in`, its stdin; `cmd`, where it is too long for an argument."""
+    files, path = {}, shlex.quote(run)
+    if request.stdin is not None:
+        files["in"] = request.stdin
+    command = [shell, "-c", request.cmd, os.path.basename(shell)]
+    if len(request.cmd) > MAX_ARGUMENT // 4:  # characters of up to four bytes
+        files["cmd"], command[2] = request.cmd, f'eval "$(cat {path}.cmd)"'
+    if request.env:  # by env(1), which takes names that are none for a shell
+        command = ["env", "--", *(f"{name}={value}" for name, value in request.env.items()), *command]
+    variables = QUIET_PROGRAMS | {
+        "POCKETCODER_RUN_ID": run_id,
+        "POCKETCODER_AGENT": request.agent_name,
+        "POCKETCODER_SESSION_ID": request.session_id or "",
+        "POCKETCODER_USAGE_ID": request.usage_id or "",
+    }
+    targets = [f"{fd}<>{path}.{name}" for fd, name in enumerate(outputs, 1)]
+    return files | {
+        "go": GO.format(
+            run=path,
+            cwd=shlex.quote(request.cwd or "."),
+            variables=" ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
+            command=shlex.join(command),
+            stdin=f"{path}.in" if "in" in files else "/dev/null",
+            outputs=" ".join(targets if len(targets) == 2 else [*targets, "2>&1"]),
+        )
+    }
 
 
 def read_proc(pid: int, name: str, size: int = 4 * KIB) -> bytes:
@@ -896,15 +925,11 @@ class Job:
         for name in ("status", "done", *self.takes):
             if not os.path.exists(f"{self.run}.{name}"):
                 os.mkfifo(f"{self.run}.{name}", 0o600)
-        long = len(self.request.cmd) > MAX_ARGUMENT // 4  # characters of up to four bytes
-        texts = {"go": self._go(shell, long), "in": self.request.stdin, "cmd": self.request.cmd if long else None}
-        for name, text in texts.items():
-            if text is not None:
-                fd = os.open(f"{self.run}.{name}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-                with open(fd, "wb") as file:
-                    file.write(text.encode())
-                    file.truncate()  # only now: with O_TRUNC some file systems go to the disk
-                self.own = self.own if name == "go" else (*self.own, name)
+        for name, text in go_script(self.request, self.run, self.run_id, shell, list(self.takes)).items():
+            with open(os.open(f"{self.run}.{name}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
+                file.write(text.encode())
+                file.truncate()  # only now: with O_TRUNC some file systems go to the disk
+            self.own = self.own if name == "go" else (*self.own, name)
         if (owner := os.stat(self.pane.tty).st_uid) != os.geteuid():  # we are root, the panes are a worker's
             files.hand_over(self.run, self.own, owner)
         self.view = View(self.pane)
@@ -913,27 +938,6 @@ class Job:
         self.status = os.open(f"{self.run}.status", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         self.loop.add_reader(self.status, self._on_status)
         return f" . {shlex.quote(self.run)}.go"
-
-    def _go(self, shell: str, long: bool) -> str:
-        request, run = self.request, shlex.quote(self.run)
-        variables = QUIET_PROGRAMS | {
-            "POCKETCODER_RUN_ID": self.run_id,
-            "POCKETCODER_AGENT": request.agent_name,
-            "POCKETCODER_SESSION_ID": request.session_id or "",
-            "POCKETCODER_USAGE_ID": request.usage_id or "",
-        }
-        command = [shell, "-c", f'eval "$(cat {run}.cmd)"' if long else request.cmd, os.path.basename(shell)]
-        if request.env:  # by env(1), which takes names that are none for a shell
-            command = ["env", "--", *(f"{name}={value}" for name, value in request.env.items()), *command]
-        outputs = [f"{fd}<>{run}.{name}" for fd, name in enumerate(self.takes, 1)]
-        return GO.format(
-            run=run,
-            cwd=shlex.quote(request.cwd or "."),
-            variables=" ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
-            command=shlex.join(command),
-            stdin="/dev/null" if request.stdin is None else f"{run}.in",
-            outputs=" ".join(outputs if len(outputs) == 2 else [*outputs, "2>&1"]),
-        )
 
     def type(self, tmux: Tmux, line: str, state: str, column: int) -> None:
         """Type the line, unless somebody else has typed since the pane was in `state`."""
@@ -945,7 +949,8 @@ class Job:
             self.void()
         elif reply.result():  # it was not typed
             self.returned = True
-            self.started.set_result(False)
+            if not self.started.done():
+                self.started.set_result(False)
             self.release()
 
     @staticmethod
@@ -983,8 +988,8 @@ class Job:
     def _on_report(self, word: bytes, number: int) -> None:
         if word == b"start" and not self.pid:
             self.pid, self.begun = number, time.monotonic()
-            self._later(self.request.timeout, self.end, "timeout")
-            self._later(VIEW_DELAY, self._show)
+            self.later(self.request.timeout, self.end, "timeout")
+            self.later(VIEW_DELAY, self._show)
             if not self.started.done():
                 self.started.set_result(True)
         elif word == b"exit" and self.pid:
@@ -994,7 +999,10 @@ class Job:
             self.release()
             self.on_return(self)
 
-    def _later(self, seconds: float, call: Callable[..., None], *arguments: str) -> None:
+    def later(self, seconds: float, call: Callable[..., None], *arguments: str) -> None:
+        """Call it then, unless the job is released before."""
+        if self.released:
+            return
         self.timers.append(self.loop.call_later(seconds, call, *arguments))
 
     def _finish(self, exit_code: int) -> None:
@@ -1004,9 +1012,9 @@ class Job:
         for output in self.outputs:
             output.finish()
         if exit_code in STOPPED and not Process.ended(self.pid) and self.ending is None:  # nobody will continue it
-            self.ending = asyncio.ensure_future(self._climb(ENDING_LADDER[1:]))
+            self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[1:]))
         self.over.set()
-        self._later(RETURN_TIMEOUT, self.release)
+        self.later(RETURN_TIMEOUT, self.release)
         self.loop.call_soon(self._show_end)  # who waits for the answer comes first
 
     def _show(self) -> None:
@@ -1030,7 +1038,7 @@ class Job:
         """Begin to end it; `over` tells when that is done.  The first reason counts."""
         if self.ended == "exit" and not self.over.is_set():
             self.ended = ended
-            self.ending = asyncio.ensure_future(self._climb(ENDING_LADDER))
+            self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER))
 
     def lost(self, why: str) -> None:
         """Its terminal died: answer with what there is, leave nothing running."""
@@ -1040,19 +1048,8 @@ class Job:
             if not self.started.done():
                 self.started.set_result(True)
             self._finish(128 + signal.SIGKILL)
-            self.ending = asyncio.ensure_future(self._climb(ENDING_LADDER[1:]))
+            self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[1:]))
         self.release()
-
-    async def _climb(self, ladder: tuple[tuple[int, float], ...]) -> None:
-        for number, patience in ladder:
-            next_step = time.monotonic() + patience
-            await self.kill(number)
-            await self.over_within(patience)
-            if not await self.kill(0):
-                break
-            await asyncio.sleep(next_step - time.monotonic())  # the same for what escaped
-        if not await self.over_within(RETURN_TIMEOUT):
-            self.lost("its shell does not report the end")
 
     async def over_within(self, seconds: float) -> bool:
         """Wait for its end, `seconds` at most."""
@@ -1065,16 +1062,6 @@ class Job:
         with contextlib.suppress(OSError):
             if self.pid and not self.over.is_set() and Process.read(self.pid).group == self.pid:
                 os.killpg(self.pid, number)
-
-    async def kill(self, number: int) -> int:
-        """Signal all its processes, wherever they are; how many there were."""
-        self.signal_group(number)
-        found = await asyncio.to_thread(processes_of, self.run_id, self.run, self.pid or -1)
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                if os.getpgid(pid) != self.pid or self.over.is_set():  # some take a second signal amiss
-                    os.kill(pid, number)
-        return len(found)
 
     def release(self) -> None:
         """Give the pane back; the files go when nobody writes any more."""
@@ -1116,6 +1103,30 @@ class Job:
         total, ms = sum(output.total for output in self.outputs), round(self.duration * 1000)
         error = error and error.format(timeout=self.request.timeout, why=self.why)
         return CommandResult("", code, self.ended, error, False, total, ms, self.run_id)
+
+
+async def kill(job: Job, number: int) -> int:
+    """Signal all its processes, wherever they are; how many there were."""
+    job.signal_group(number)
+    found = await asyncio.to_thread(processes_of, job.run_id, job.run, job.pid or -1)
+    for pid in found:
+        with contextlib.suppress(OSError):
+            if os.getpgid(pid) != job.pid or job.over.is_set():  # some take a second signal amiss
+                os.kill(pid, number)
+    return len(found)
+
+
+async def climb(job: Job, ladder: tuple[tuple[int, float], ...]) -> None:
+    """End a run, and what escaped from it."""
+    for number, patience in ladder:
+        next_step = time.monotonic() + patience
+        await kill(job, number)
+        await job.over_within(patience)
+        if not await kill(job, 0):
+            break
+        await asyncio.sleep(next_step - time.monotonic())  # the same for what escaped
+    if not await job.over_within(RETURN_TIMEOUT):
+        job.lost("its shell does not report the end")
 
 
 class Terminal:
@@ -1311,9 +1322,9 @@ class PocketCoderDriver:
                 raise NoTerminal(f"cannot prepare a run: {failure}") from None
             if not job.returned:  # it was typed, into what we do not know
                 self.last.pop(pane.pid, None)
-            if pane.pid == before:
-                self.deaf.add(pane.pid)
-            before = pane.pid
+                if pane.pid == before:
+                    self.deaf.add(pane.pid)
+                before = pane.pid
         raise NoTerminal(f"no shell in the window {terminal.name} answers")
 
     async def _clear(self, tmux: Tmux, pane: Pane) -> tuple[str, int]:
@@ -1367,13 +1378,16 @@ class PocketCoderDriver:
     async def _starts(self, job: Job) -> bool:
         shell = job.pane.pid
         deadline = time.monotonic() + (START_TIMEOUT if shell in self.seen else NEW_SHELL_TIMEOUT)
-        while not job.started.done():
-            await asyncio.wait({job.started}, timeout=min(START_TIMEOUT, max(0.1, deadline - time.monotonic())))
+
+        def look() -> None:
             late = time.monotonic() - deadline
-            gone = not job.started.done() and (late >= 0 or Process.ended(shell))
-            if gone and not job.void() and late > START_TIMEOUT:
-                job.lost("it never reported its start")
-        if started := job.started.result():
+            if not job.started.done():
+                if (late >= 0 or Process.ended(shell)) and not job.void() and late > START_TIMEOUT:
+                    job.lost("it never reported its start")
+                job.later(START_TIMEOUT / 2, look)
+
+        job.later(START_TIMEOUT, look)
+        if started := await job.started:
             self.seen.setdefault(shell, False)
         return started
 
@@ -1451,7 +1465,7 @@ class PocketCoderDriver:
 
 
 # ==========================================================================
-# State and tools                                               budget 130
+# State and tools                                                 budget 20
 # ==========================================================================
 # What handlers share.  Built once in `serve`, handed down; no globals.
 SessionMap = dict[str, "asyncio.Queue[Message]"]
@@ -1468,7 +1482,7 @@ class AppState:
 
 
 # ==========================================================================
-# Transports                                                    budget 280
+# Transports                                                     budget 240
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -1706,7 +1720,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                   budget 120
+# Application                                                    budget 120
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -1781,7 +1795,8 @@ async def serve(options: Server, token: str) -> None:
         await driver.terminal(default_agent_name()).open()
     except (SandboxError, OSError) as refused:
         log.warning("no terminal yet: %s", refused)
-    gc.freeze()  # what is here now stays: nothing of it has to be looked at again
+    gc.freeze()  # what is here now stays; and a request makes no rubbish that has to go at once
+    gc.set_threshold(10_000)
     await stop.wait()
     server.stop()
     await driver.close(STOP_GRACE)

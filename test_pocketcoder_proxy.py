@@ -20,9 +20,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -79,15 +78,13 @@ class Proxy:
         }
         self.token = variables.get("POCKETCODER_TOKEN", "")
         self.words = [sys.executable, str(MODULE), "server", "-p", port, "--workspace", self.workspace, *words]
-        self.connections = threading.local()
+        self.log = open(f"{self.folder}/log", "a+")  # noqa: SIM115
         self.start()
 
     def start(self) -> None:
         """Also again, after `stop`."""
-        if hasattr(self, "process") and self.process.stdout:
-            self.process.stdout.close()
-            self.log.close()
-        self.log = open(f"{self.folder}/log", "a+")  # noqa: SIM115
+        if self.log.closed:
+            self.log = open(f"{self.folder}/log", "a+")  # noqa: SIM115
         self.process = subprocess.Popen(
             self.words, stdout=subprocess.PIPE, stderr=self.log, env=self.env, cwd=self.folder, text=True
         )
@@ -127,7 +124,7 @@ class Proxy:
         """The same in a thread."""
         return Background(lambda: self.exec(cmd, **fields))
 
-    def stream(self, cmd: str, **fields: Any) -> Iterator[tuple[str, dict[str, Any], float]]:
+    def stream(self, cmd: str, **fields: Any) -> Generator[tuple[str, dict[str, Any], float], None, None]:
         """Events with the time of their arrival."""
         connection = self.connect()
         accept = {"Content-Type": "application/json", "Accept": "text/event-stream"}
@@ -198,7 +195,14 @@ class Proxy:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(20)
+        status = self.process.wait(20)
+        self.close_files()
+        return status
+
+    def close_files(self) -> None:
+        assert self.process.stdout
+        self.process.stdout.close()
+        self.log.close()
 
     def remove(self) -> None:
         """Leave nothing behind.  Never raises: it would hide a failure."""
@@ -206,9 +210,7 @@ class Proxy:
             if self.process.poll() is None:
                 self.stop()
         with contextlib.suppress(Exception):
-            assert self.process.stdout
-            self.process.stdout.close()
-            self.log.close()
+            self.close_files()
             subprocess.run(["tmux", "-S", self.socket, "kill-server"], capture_output=True, timeout=10)
             for pid in processes_with(self.folder):
                 os.kill(pid, signal.SIGKILL)
@@ -272,9 +274,9 @@ def test_the_file_keeps_its_size_and_every_section_its_budget() -> None:
     assert SOURCE.count("\n") <= 2000
     ends = [start for _, _, start in SECTIONS[1:]] + [len(SOURCE)]
     sizes = {name: SOURCE.count("\n", start, end) for (name, _, start), end in zip(SECTIONS, ends, strict=True)}
-    assert {name: size for name, size in sizes.items() if size > dict((n, b) for n, b, _ in SECTIONS)[name]} == {}
-    assert SOURCE[: SECTIONS[0][2]].count("\n") <= 75
-    assert sum(budget for _, budget, _ in SECTIONS) <= 1930
+    assert [name for name, budget, _ in SECTIONS if sizes[name] > budget] == []
+    assert SOURCE[: SECTIONS[0][2]].count("\n") <= 70
+    assert sum(budget for _, budget, _ in SECTIONS) + 70 <= 2000
 
 
 def test_functions_and_classes_stay_small() -> None:
@@ -485,13 +487,11 @@ ALIKE = [  # what bash -c does, the sandbox does
 
 @pytest.mark.parametrize("cmd", ALIKE, ids=range(len(ALIKE)))
 def test_a_command_behaves_as_with_bash_c(proxy: Proxy, agent: str, cmd: str) -> None:
-    with tempfile.TemporaryFile() as nothing:
-        here = subprocess.run(
-            ["bash", "-c", cmd, "bash"], stdin=nothing, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=proxy.workspace
-        ) if len(cmd) < 100_000 else subprocess.run(
-            ["bash", "-c", 'eval "$(cat "$1")"', "bash", write(proxy, cmd)],
-            stdin=nothing, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=proxy.workspace,
-        )  # fmt: skip
+    words = ["bash", "-c", cmd, "bash"]
+    if len(cmd) > 100_000:  # too long for an argument
+        words[2:] = ['eval "$(cat "$1")"', "bash", write(proxy, cmd)]
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    here = subprocess.run(words, stdin=subprocess.DEVNULL, cwd=proxy.workspace, check=False, **both)  # type: ignore[call-overload]
     there = proxy.exec(cmd, agent_name="alike")
     assert there["stdout"] == here.stdout.decode(errors="replace")
     assert there["exit_code"] == (here.returncode if here.returncode >= 0 else 128 - here.returncode)
@@ -1003,7 +1003,9 @@ def test_a_terminal_that_died_idle_is_made_anew(own: Callable[..., Proxy], death
 def test_a_command_that_kills_its_parent_is_lost(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec("echo before; kill -9 $PPID; sleep 60", agent_name=agent)
     assert (answer["ended"], answer["stdout"]) == ("lost", "before\n")
-    assert "shell" in answer["error"] or "pane" in answer["error"]
+    assert re.match(
+        r"lost: (the shell in pane|pane|window) .*; the next command starts a new terminal", answer["error"]
+    )
     assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
 
 
@@ -1102,13 +1104,10 @@ def test_a_stray_file_or_a_missing_folder_stops_nothing(own: Callable[..., Proxy
     pathlib.Path(f"{server.socket}.d/stray").touch()
     server.start()
     assert server.exec("echo ok")["stdout"] == "ok\n"
+    tmux = int(server.tmux("display-message", "-p", "#{pid}"))
     shutil.rmtree(f"{server.folder}/tmux")
     assert server.exec("echo still")["stdout"] == "still\n"
-    (pid,) = {
-        pid for pid in processes_with(server.folder) if b"tmux" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()[:5]
-    } - {int(pathlib.Path(f"/proc/{pid}/stat").read_text().split()[3]) and pid for pid in processes_with("-C\0")} or {0}
-    if pid:
-        os.kill(pid, signal.SIGKILL)  # its socket is gone: nobody else can end it
+    os.kill(tmux, signal.SIGKILL)  # its socket is gone: nobody else can end it
 
 
 def test_two_servers_on_one_socket_share_it(own: Callable[..., Proxy]) -> None:
@@ -1124,9 +1123,6 @@ def test_two_servers_on_one_socket_share_it(own: Callable[..., Proxy]) -> None:
         assert got == [f"{name} {n}\n" for n in range(8) for name in "ab"]
     finally:
         second.stop()
-        second.log.close()
-        assert second.process.stdout
-        second.process.stdout.close()
 
 
 def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
@@ -1197,7 +1193,9 @@ def test_a_person_is_not_flooded_nor_attacked_by_output(proxy: Proxy, agent: str
         "printf '\\033]2;evil\\007\\033[?1049h\\016\\033[31mred\\033[0m'; head -c 1000000 /dev/zero | tr '\\0' x",
         agent_name=agent,
     )
-    assert "more bytes not shown here]" in eventually(lambda: "shown" in proxy.screen(agent) and proxy.screen(agent))
+    assert "more bytes not shown here]" in eventually(
+        lambda: proxy.screen(agent) if "shown" in proxy.screen(agent) else ""
+    )
     assert (
         proxy.tmux("display-message", "-p", "-t", proxy.pane(agent), "#{alternate_on} #{pane_title}").split()[0] == "0"
     )
@@ -1362,7 +1360,7 @@ def test_garbage_ends_only_its_connection(proxy: Proxy, garbage: bytes) -> None:
 
 def test_a_stream_brings_output_as_it_is_written_and_the_result_at_its_end(proxy: Proxy, agent: str) -> None:
     gate = f"{proxy.folder}/{agent}"
-    got = []
+    got: list[tuple[str, dict[str, Any]]] = []
     for event, data, _ in proxy.stream(
         f"echo one; until [ -e {gate} ]; do sleep 0.01; done; printf two; exit 3", agent_name=agent
     ):
@@ -1581,14 +1579,14 @@ def test_bench_twenty_agents_at_once(own: Callable[..., Proxy]) -> None:
     ratios = []
     for _ in range(3):
         with ThreadPoolExecutor(4) as pool:
-            floor = 400 / timed(lambda: list(pool.map(lambda _: local(), range(400))))  # noqa: B023
+            floor = 400 / timed(lambda: list(pool.map(lambda _: local(), range(400))))
         with ThreadPoolExecutor(20) as pool:
 
             def work(number: int) -> None:
                 for _ in range(20):
                     assert calls[number](agent_name=f"a{number}")["exit_code"] == 0
 
-            ours = 400 / timed(lambda: list(pool.map(work, range(20))))  # noqa: B023
+            ours = 400 / timed(lambda: list(pool.map(work, range(20))))
         ratios.append(ours / floor)
         print(f"\n20 agents: {ours:.0f}/s, 4 threads of bash -c: {floor:.0f}/s, ratio {ours / floor:.2f} (bound 0.33)")
     print(f"median ratio {statistics.median(ratios):.2f}")
