@@ -1317,8 +1317,11 @@ class PocketCoderDriver:
                 if not job.void():
                     job.end("cancelled")
                 raise
-            except (NoTerminal, OSError) as failure:  # no space, no descriptors
+            except (NoTerminal, OSError) as failure:  # no space, no descriptors; or the terminal has just died
                 job.void()
+                terminal.looked_at = (None, 0)
+                if tmux.closed or Process.ended(pane.pid):
+                    continue
                 raise NoTerminal(f"cannot prepare a run: {failure}") from None
             if not job.returned:  # it was typed, into what we do not know
                 self.last.pop(pane.pid, None)
