@@ -8,8 +8,8 @@
 
     POST /exec ──▶ Endpoint ──▶ PocketCoderDriver ──▶ Tmux (tmux -C) ──▶ pane's shell
                       ▲                │  ▲                                   │
-                      │                │  └── RUN/status  "start" "exit" ◀────┤ . RUN/go
-                   answer ◀── Output ◀─┼───── RUN/out     its output     ◀────┘
+                      │                │  └── RUN.status  "start" "exit" ◀────┤ . RUN/go
+                   answer ◀── Output ◀─┼───── RUN.out     its output     ◀────┘
                                        └────▶ the pane's tty: a person watches
 
 Sections, top to bottom; each uses only what stands above it:
@@ -29,14 +29,16 @@ Set for a command: POCKETCODER_RUN_ID POCKETCODER_AGENT POCKETCODER_SESSION_ID
             POCKETCODER_USAGE_ID, and QUIET_PROGRAMS
 tmux:       attach-session      the one long-lived control connection
             new-session new-window split-window respawn-pane   make a terminal
-            set-option          keep the window's name; room for four panes
+            set-option          keep a window's name; no synchronized panes; room for four
             select-layout       make room for one more pane
-            list-panes          what there is, before each command
-            send-keys           the typed line, C-c; copy-mode -q before it
+            list-panes          what there is
+            display-message     a pane's cursor and history: they tell whether somebody typed
+            if-shell send-keys  type the line, but only if nobody did; C-c; copy-mode -q
             has-session         `session_exists`
-Run directory, SOCKET.d/DRIVER/RUN/:
-            go (sourced by the pane's shell)  in (stdin)  pid (claims the run; then the exit code)
-            FIFOs: status (to us)  done (from us)  out (output)
+Files of a run, SOCKET.d/DRIVER/RUN.*:
+            go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
+            pid (claims the run; then the exit code)
+            FIFOs: status (to us)  done (from us)  out, err (output)
 
 Not done on purpose:
   no reading of the screen    it wraps, scrolls and lies; FIFOs do not
