@@ -494,7 +494,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 975
+# Execution Driver                                               budget 990
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1172,10 +1172,12 @@ class Terminal:
         self.freed.set()
 
     async def open(self) -> None:
-        """Make the window if it is missing."""
+        """Make the window if it is missing, and know its prompt before anybody types."""
         self.driver.files.open()
         async with self.lock:
-            await self._look()
+            tmux = await self._look()
+            if self.panes[0].pid in self.driver.prompts and await self.driver.at_prompt(self.panes[0]):
+                await self.driver.clear(tmux, self.panes[0])
 
     async def _look(self) -> Tmux:
         """Know the panes; make the window, with all around it, if it is missing.  Needs the lock."""
@@ -1209,6 +1211,7 @@ class Terminal:
         for known in (self.driver.seen, self.driver.last, self.driver.prompts, self.driver.notes):
             for pid in set(known) - shells:
                 del known[pid]
+        self.driver.deaf &= shells
         found = [pane for pane in everywhere if pane.window_name == self.name]
         if not found:
             words = ["new-window", "-d", "-t", f"={tmux.session}:", "-n", self.name, "-P", "-F", PANE_FORMAT]
@@ -1269,10 +1272,10 @@ class PocketCoderDriver:
         self.new_shell = ["-c", directory.replace("#", "##")] if directory else []
         self.new_shell += ["-e", f"SHELL={self.shell}", "-e", "HISTCONTROL=ignoreboth", "--", self.shell, "-i"]
         self.files = RunFiles(f"{self.socket_path}.d")
+        self.stopping = False
         self._reset()
 
     def _reset(self) -> None:
-        self.stopping = False
         self.tmux: Tmux | None = None
         self.connecting = asyncio.Lock()
         self.terminals: dict[str, Terminal] = {}
@@ -1312,7 +1315,7 @@ class PocketCoderDriver:
             terminal.jobs[pane.pane_id] = job
             try:
                 line = job.prepare(self.files, self.shell)
-                job.type(tmux, line, *await self._clear(tmux, pane))
+                job.type(tmux, line, *await self.clear(tmux, pane))
                 if await self._starts(job):
                     return job
             except asyncio.CancelledError:
@@ -1332,7 +1335,7 @@ class PocketCoderDriver:
                 before = pane.pid
         raise NoTerminal(f"no shell in the window {terminal.name} answers")
 
-    async def _clear(self, tmux: Tmux, pane: Pane) -> tuple[str, int]:
+    async def clear(self, tmux: Tmux, pane: Pane) -> tuple[str, int]:
         """Make sure that nothing is typed at the prompt: the pane's state then, and the column of its cursor."""
         until, state = self.prompts.pop(pane.pid, (0.0, ""))
         last, trusted = self.last.get(pane.pid, ""), time.monotonic() < until
@@ -1353,7 +1356,7 @@ class PocketCoderDriver:
                 await asyncio.sleep(CLEAR_PAUSE)
                 await self.at_prompt(pane)
                 now = await tmux.state(pane)
-        self.last[pane.pid] = now
+        self.last[pane.pid] = now  # if nobody uses it now, it is known later
         return now, int(now.split()[0])
 
     def trust(self, shell: int) -> None:
@@ -1452,6 +1455,8 @@ class PocketCoderDriver:
     async def close(self, grace: float = 0.0) -> None:
         """Take no more commands, give the running ones `grace` seconds, cancel the rest."""
         self.stopping = True
+        for terminal in self.terminals.values():
+            terminal.freed.set()
         await asyncio.gather(*(job.over_within(grace) for job in self.jobs()))
         for job in (jobs := self.jobs()):
             job.end("cancelled")
