@@ -876,7 +876,9 @@ class RunFiles:
                 for output in outputs:
                     output.finish()
                 await asyncio.gather(*(output.closed for output in outputs))
-                shutil.rmtree(folder, ignore_errors=True)
+                while os.path.isdir(folder):  # go may just be noting the exit code there
+                    shutil.rmtree(folder, ignore_errors=True)
+                    await asyncio.sleep(RETURN_TIMEOUT / 10)
             finally:
                 os.close(lock)
 
@@ -937,9 +939,12 @@ class Job:
         self.view = View(self.pane)
         for name, take in self.takes.items():
             self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, self.view, take)))
+        self._open_status()
+        return f" . {shlex.quote(self.run)}.go"
+
+    def _open_status(self) -> None:
         self.status = os.open(f"{self.run}.status", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         self.loop.add_reader(self.status, self._on_status)
-        return f" . {shlex.quote(self.run)}.go"
 
     def type(self, tmux: Tmux, line: str, state: str, column: int) -> None:
         """Type the line, unless somebody else has typed since the pane was in `state`."""
@@ -981,7 +986,10 @@ class Job:
         data = os.read(self.status, 4 * KIB)
         if not data:  # nobody but the pane's shell has it open
             self.loop.remove_reader(self.status)
-            self.on_death(self)
+            if self.pid:
+                return self.on_death(self)
+            os.close(self.status)  # it was the run before, which had the same file
+            self._open_status()
         *lines, self.unread = (self.unread + data).split(b"\n")
         for word, _, number in (line.partition(b" ") for line in lines):
             if number.isdigit():
