@@ -876,7 +876,7 @@ class RunFiles:
                 for output in outputs:
                     output.finish()
                 await asyncio.gather(*(output.closed for output in outputs))
-                while os.path.isdir(folder):  # go may just be noting the exit code there
+                for _ in range(3):  # go may just be noting the exit code there
                     shutil.rmtree(folder, ignore_errors=True)
                     await asyncio.sleep(RETURN_TIMEOUT / 10)
             finally:
