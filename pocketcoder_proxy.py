@@ -1317,6 +1317,7 @@ class PocketCoderDriver:
     async def start(self, request: ExecRequest, takes: Mapping[str, Take]) -> Job:
         """Start a command; return when it runs.  `takes`: {"out"} for both streams, or {"out", "err"}."""
         terminal, before = self.terminal(request.agent_name), 0
+        why = f"no shell in the window {terminal.name} answers"
         for _ in range(2 * MAX_PANES):
             tmux, pane = await terminal.take()
             job = Job(request, takes, pane, terminal.release, self._on_return, self._on_death)
@@ -1332,16 +1333,17 @@ class PocketCoderDriver:
                 raise
             except (NoTerminal, OSError) as failure:  # no space, no descriptors; or the terminal has just died
                 job.void()
-                terminal.looked_at = (None, 0)
-                if tmux.closed or Process.ended(pane.pid):
+                terminal.looked_at, why = (None, 0), f"cannot prepare a run: {failure}"
+                if isinstance(failure, OSError) or tmux.closed or Process.ended(pane.pid):
+                    await asyncio.sleep(CLEAR_PAUSE)
                     continue
-                raise NoTerminal(f"cannot prepare a run: {failure}") from None
+                raise NoTerminal(why) from None
             if not job.returned:  # it was typed, into what we do not know
                 self.last.pop(pane.pid, None)
                 if pane.pid == before:
                     self.deaf.add(pane.pid)
                 before = pane.pid
-        raise NoTerminal(f"no shell in the window {terminal.name} answers")
+        raise NoTerminal(why)
 
     async def clear(self, tmux: Tmux, pane: Pane) -> tuple[str, int]:
         """Make sure that nothing is typed at the prompt: the pane's state then, and the column of its cursor."""
