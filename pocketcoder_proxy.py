@@ -494,7 +494,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 990
+# Execution Driver                                              budget 1000
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
