@@ -8,7 +8,7 @@
 
     POST /exec ──▶ Endpoint ──▶ PocketCoderDriver ──▶ Tmux (tmux -C) ──▶ pane's shell
                       ▲                │  ▲                                   │
-                      │                │  └── RUN.status  "start" "exit" ◀────┤ . RUN/go
+                      │                │  └── status  RUN "start" "exit" ◀────┤ . RUN/go
                    answer ◀── Output ◀─┼───── RUN.out     its output     ◀────┘
                                        └────▶ the pane's tty: a person watches
 
@@ -38,7 +38,7 @@ tmux:       attach-session      the one long-lived control connection
 Files of a run, SOCKET.d/DRIVER/RUN.*:
             go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
             pid (claims the run; then the exit code)
-            FIFOs: status (to us)  done (from us)  out, err (output)
+            FIFOs: done (from us)  out, err (output)  and one `status` (to us) for all runs
 
 Not done on purpose:
   no reading of the screen    it wraps, scrolls and lies; FIFOs do not
@@ -87,6 +87,7 @@ START_TIMEOUT = 1.0  # from the typed line to the start report
 NEW_SHELL_TIMEOUT = 15.0  # the same while a new shell may read its start-up files
 PROMPT_TIMEOUT = 0.5  # a shell that has just ended a command shows its prompt
 QUEUE_CHECK = 0.5  # look again whether a person's program has ended
+WATCH_PAUSE = 0.5  # look again whether the shell of a run lives: tmux may not tell
 QUEUE_TIMEOUT = 3600.0  # longest wait for a pane
 RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
 CLEAR_PAUSE = 0.05  # for a shell to take a key; shorter than anybody types a line
@@ -126,8 +127,8 @@ import subprocess
 import termios
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -321,7 +322,7 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                           budget 175
+# Tmux                                                           budget 180
 # ==========================================================================
 # The only section that talks to tmux.
 #
@@ -381,6 +382,7 @@ class Tmux(asyncio.SubprocessProtocol):
         self.lines: list[str] = []
         self.closed, self.ended = False, asyncio.Event()  # of no use any more; its process is gone
         self.notices = 0  # how many there were: what was asked before may be old
+        self.on_notice: Callable[[], None] = lambda: None  # after some, and at the end
 
     @classmethod
     async def connect(cls, path: str, session: str, create: list[str] | None) -> Tmux:
@@ -411,6 +413,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         *lines, self.unread = (self.unread + data).split(b"\n")
+        before = self.notices
         for line in (raw.decode(errors="replace") for raw in lines):
             word, _, rest = line.partition(" ")
             if self.block and word in ("%end", "%error") and rest == self.block:
@@ -430,6 +433,8 @@ class Tmux(asyncio.SubprocessProtocol):
                 self._fail(self.attached, line)
             else:
                 self.notices += 1
+        if self.notices > before:
+            self.on_notice()
 
     def _fail(self, future: asyncio.Future[list[str]], why: str) -> None:
         if not future.done():
@@ -438,6 +443,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
     def process_exited(self) -> None:
         self.close()
+        self.on_notice()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended.set()
@@ -519,12 +525,12 @@ Take = Callable[[bytes], "Awaitable[None] | None"]
 # command that dies of C-c would take go along.  `read` has a limit, or does not know one
 # and fails: go waits for nobody who may be gone.  The last line is read before the next
 # run may write this file anew.
-GO = r"""\exec 8<>{run}.done 9<>{run}.status
+GO = r"""\exec 8<>{run}.done 9<>{status}
 \trap : INT
 (
 _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 set -C; \echo "$_pc" >{run}.pid || \exit
-set +C; \echo "start $_pc" >&9
+set +C; \echo "{run_id} start $_pc" >&9
 \exec <{stdin} {outputs} 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
 \unset -f cd chpwd 2>/dev/null; \unset chpwd_functions POCKETCODER_TOKEN
 \cd -- {cwd} || \exit
@@ -533,13 +539,13 @@ set +C; \echo "start $_pc" >&9
 )
 _pc=$?
 \echo "$_pc" >>{run}.pid
-\echo "exit $_pc" >&9
+\echo "{run_id} exit $_pc" >&9
 \read -r -t 1 _pc <&8 2>/dev/null
-{{ \echo "back 0" >&9; \exec 8>&- 9>&-; \trap - INT; \unset _pc; \return 0; }}
+{{ \echo "{run_id} back 0" >&9; \exec 8>&- 9>&-; \trap - INT; \unset _pc; \return 0; }}
 """
 
 
-def go_script(request: ExecRequest, run: str, run_id: str, shell: str, outputs: list[str]) -> dict[str, str]:
+def go_script(request: ExecRequest, run: str, run_id: str, shell: str, outputs: Iterable[str]) -> dict[str, str]:
     """The files of a run: `go`; `in`, its stdin; `cmd`, where it is too long for an argument."""
     files, path = {}, shlex.quote(run)
     if request.stdin is not None:
@@ -559,6 +565,8 @@ def go_script(request: ExecRequest, run: str, run_id: str, shell: str, outputs: 
     return files | {
         "go": GO.format(
             run=path,
+            run_id=run_id,
+            status=shlex.quote(f"{os.path.dirname(run)}/status"),
             cwd=shlex.quote(request.cwd or "."),
             variables=" ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
             command=shlex.join(command),
@@ -618,30 +626,96 @@ def processes_of(run_id: str, run: str, leader: int) -> set[int]:
     return found - {os.getpid()}
 
 
-def prompt(pane: Pane, known: bool = False) -> str:
-    """Whether its shell waits for a command: "ready", "perhaps" (it does not say), "soon", "busy".
+class Shell:
+    """The shell in a pane: whether it waits for a command, and whether somebody has typed there."""
 
-    known  it has shown a prompt before, so it runs no script
-    """
-    try:
-        shell = Process.read(pane.pid)
-        if shell.name == "tmux: server":  # forked, and about to become the shell
-            return "soon"
-        line = "" if known else read_proc(pane.pid, "cmdline").decode("latin-1")
-        words = [word for word in line.split("\0")[1:-1] if word not in SHELLS]
-        script = any(word[:1] not in "-+" for word in words) and "-i" not in words
-        script |= any("c" in word for word in words if word[:2] != "--")
-        if shell.foreground != shell.group or shell.name not in SHELLS or script:
-            return "busy"
-        if not SHELLS[shell.name]:
-            return "perhaps"
-        tty = os.open(pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    def __init__(self, pane: Pane, new: bool) -> None:
+        self.pane, self.loop = pane, asyncio.get_running_loop()
+        self.owner = os.stat(pane.tty).st_uid
+        self.ran = False  # a line of ours: it is through with its start-up files, and no script
+        self.shown = False  # its prompt, in a way that can be told
+        self.missed = 0  # lines in a row that it did not run
+        # Nobody has typed: until then, for a new shell and just after a run; while the pane is in that state.
+        self.quiet, self.state = NEW_SHELL_TIMEOUT * new and time.monotonic() + NEW_SHELL_TIMEOUT, ""
+        self.last = ""  # its state at the prompt, when that was last known
+        self.timer: asyncio.TimerHandle | None = None
+
+    def look(self) -> str:
+        """Whether it waits for a command: "ready", "perhaps" (it does not say), "soon", "busy"."""
         try:
-            return "soon" if termios.tcgetattr(tty)[3] & termios.ICANON else "ready"
-        finally:
-            os.close(tty)
-    except (OSError, termios.error):
-        return "busy"
+            shell = Process.read(self.pane.pid)
+            if shell.name == "tmux: server":  # forked, and about to become the shell
+                return "soon"
+            if shell.foreground != shell.group or shell.name not in SHELLS or not (self.ran or self._interactive()):
+                return "busy"
+            if not SHELLS[shell.name]:
+                return "perhaps"
+            tty = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            try:
+                return "soon" if termios.tcgetattr(tty)[3] & termios.ICANON else "ready"
+            finally:
+                os.close(tty)
+        except (OSError, termios.error):
+            return "busy"
+
+    def _interactive(self) -> bool:
+        """It was not started with a script or with -c."""
+        words = read_proc(self.pane.pid, "cmdline").decode("latin-1").split("\0")[1:-1]
+        words = [word for word in words if word not in SHELLS]
+        script = any(word[:1] not in "-+" for word in words) and "-i" not in words
+        return not script and not any("c" in word for word in words if word[:2] != "--")
+
+    async def at_prompt(self) -> bool:
+        """Whether it waits for a command, or will in a moment."""
+        deadline = time.monotonic() + (PROMPT_TIMEOUT if self.ran else NEW_SHELL_TIMEOUT)
+        while (state := self.look()) == "soon" and time.monotonic() < deadline:
+            if self.ran and not self.shown:
+                break
+            await asyncio.sleep(0.001)  # a shell announces its prompt to nobody
+        self.shown |= state == "ready"
+        return state in ("ready", "perhaps") or (state == "soon" and not self.shown)
+
+    async def clear(self, tmux: Tmux) -> tuple[str, int]:
+        """Make sure that nothing is typed at the prompt: the pane's state then, and the column of its cursor."""
+        quiet, state = time.monotonic() < self.quiet, self.state
+        self.quiet, self.state = 0.0, ""
+        if state or (self.last and quiet):  # in the moment after a run nobody has typed a line
+            return state, int(self.last.split()[0])
+        if quiet:
+            await asyncio.sleep(CLEAR_PAUSE)  # a new shell draws its prompt
+        now = await tmux.state(self.pane)
+        if now != self.last and not quiet:
+            switch = ["set-option", "-w", "-t", self.pane.window_id, "synchronize-panes", "off"]
+            tmux.send(switch, ["copy-mode", "-q", "-t", self.pane.pane_id])
+            now = await tmux.state(self.pane)
+            # Behind a prompt that we know, C-u clears the line and C-y brings it back; a blank before,
+            # since on an empty line it rings the bell.  Elsewhere it may be a continuation line.
+            (column, *place), (before, *known) = now.split(), self.last.split() or [""]
+            same = place == known and int(column) > int(before)
+            if now != self.last and self.look() != "busy":
+                tmux.send_keys(self.pane, now, *(["C-e", "Space", "C-u"] if same else ["C-c"]))
+                await asyncio.sleep(CLEAR_PAUSE)
+                await self.at_prompt()
+                now = await tmux.state(self.pane)
+        self.last = now  # if nobody uses it now, it is known later
+        return now, int(now.split()[0])
+
+    def back(self, tmux: Tmux, column: int) -> None:
+        """A run has ended: note in what state the prompt is then.  Who types, changes that."""
+        self.quiet, self.state = time.monotonic() + 2 * CLEAR_PAUSE, ""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = self.loop.call_later(CLEAR_PAUSE, self._ask, tmux, column)
+
+    def _ask(self, tmux: Tmux, column: int) -> None:
+        def note(reply: asyncio.Future[list[str]]) -> None:
+            unused = self.quiet and not (reply.cancelled() or reply.exception())
+            if unused and self.look() in ("ready", "perhaps") and reply.result()[0].split()[0] == str(column):
+                self.quiet, self.state = 0.0, reply.result()[0]  # in another column, something was typed meanwhile
+                self.last = self.state
+
+        if self.quiet and not tmux.closed:
+            tmux.send(["display-message", "-p", "-t", self.pane.pane_id, PANE_STATE]).add_done_callback(note)
 
 
 class Capture:
@@ -676,22 +750,21 @@ class View:
     # Colours and movements pass; what else a terminal does on request is not for a command.
     UNSAFE = re.compile(rb"[\0-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[[0-9;:]*[A-HJKSTfm])")
 
-    def __init__(self, pane: Pane) -> None:
-        self.loop, self.pane = asyncio.get_running_loop(), pane
+    def __init__(self, pane: Pane, command: str, line: str, column: int) -> None:
+        """The typed `line` is to be replaced by `command`, behind the prompt that ends at `column`."""
+        self.loop = asyncio.get_running_loop()
         self.space, self.hidden, self.newline, self.begun = MAX_VIEW, 0, True, False
-        self.unwritten = bytearray()
+        rows = 1 + (column + len(line)) // max(1, pane.width)
+        shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
+        safe = self.UNSAFE.sub(b"", shown.encode()).replace(b"\x1b", b"")
+        self.unwritten = bytearray(b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, safe))
         self.done: Callable[[], None] | None = None
         self.fd = os.open(pane.tty, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
 
-    def begin(self, command: str, line: str, column: int) -> None:
-        """Show the command behind the prompt, which ends at `column`, in place of the typed line."""
-        if not self.begun:
-            rows = 1 + (column + len(line)) // max(1, self.pane.width)
-            shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
-            safe = self.UNSAFE.sub(b"", shown.encode()).replace(b"\x1b", b"")
-            self.unwritten[:0] = b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, safe)
-            self.begun = True
-            self._write()
+    def begin(self) -> None:
+        """Show what there is, and from now on what comes."""
+        self.begun = True
+        self._write()
 
     def add(self, chunk: bytes) -> None:
         shown, self.space = self.UNSAFE.sub(b"", chunk[: self.space]), self.space - len(chunk)
@@ -799,68 +872,77 @@ class Output:
 
 
 class RunFiles:
-    """The directory for runs beside the socket, `SOCKET.d/N`.  Each driver has its own, locked: it lives.
+    """A directory for runs beside the socket, `SOCKET.d/N`.  Each driver has its own, locked: it lives.
 
-    A run has the files `SOCKET.d/N/RUN.*`.  Names are short, since they are typed, and used
-    again by later runs: making files costs more than all the rest.
+    `status` is a FIFO for the reports of all runs, lines of run, word, number.  A run has the
+    files `SOCKET.d/N/RUN.*`.  Names are short, since they are typed, and used again by later
+    runs: making files costs more than all the rest.  Raises NoTerminal, OSError.
     """
 
-    KEPT = ("status", "done", "out", "err", "go")
+    KEPT = ("done", "out", "err", "go")
 
     def __init__(self, base: str) -> None:
         self.base, self.folder, self.lock = base, "", -1
-        self.count, self.used = 0, 0  # names there were; names in use
-        self.free: list[str] = []
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.count, self.free = 0, list[str]()  # names there were; those to use again
+        self.used: dict[str, Callable[[str, int], None]] = {}  # run_id: who gets its reports
+        self.unread, self.wiped = b"", False
+        os.makedirs(os.path.dirname(base), 0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(base, 0o700)
+        found = os.lstat(base)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise NoTerminal(f"{base}: expected a directory of our own; remove what is there")
+        self.adoptions = [asyncio.ensure_future(self._adopt(f"{base}/{name}")) for name in os.listdir(base)]
+        for number in range(KIB):  # drivers may start together
+            with contextlib.suppress(FileExistsError, BlockingIOError):
+                os.mkdir(folder := f"{base}/{number:x}", 0o700)
+                self.lock = os.open(folder, os.O_RDONLY)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.folder = folder
+                break
+        else:
+            raise NoTerminal(f"{base}: full of what cannot be removed")
+        os.mkfifo(f"{folder}/status", 0o600)
+        self.status = os.open(f"{folder}/status", os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+        asyncio.get_running_loop().add_reader(self.status, self._on_status)
 
-    def open(self) -> None:
-        """Make the directory, again if someone wiped it.  Raises NoTerminal, OSError."""
-        if not os.path.isdir(self.folder):
-            self._make()
+    def _on_status(self) -> None:
+        *lines, unread = (self.unread + os.read(self.status, 64 * KIB)).split(b"\n")
+        self.unread = unread[-KIB:]
+        for run_id, word, number in (line.decode("latin-1").split(" ") for line in lines if line.count(b" ") == 2):
+            if run_id in self.used and number.isdecimal():
+                self.used[run_id](word, int(number[:9]))
 
-    def take(self) -> str:
-        """A run's path, but for the suffixes.  Raises as `open`."""
-        self.open()
-        self.used += 1
+    def there(self) -> bool:
+        """False if someone wiped it; then it closes after its last run."""
+        self.wiped = not os.path.exists(f"{self.folder}/status")
+        if self.wiped and not self.used:
+            self.close()
+        return not self.wiped
+
+    def take(self, run_id: str, on_report: Callable[[str, int], None]) -> str:
+        """A run's path, but for the suffixes."""
+        self.used[run_id] = on_report
         self.count += not self.free
         return self.free.pop() if self.free else f"{self.folder}/{self.count:x}"
 
-    def give_back(self, run: str, returned: bool, names: tuple[str, ...]) -> None:
+    def give_back(self, run_id: str, run: str, returned: bool, names: tuple[str, ...]) -> None:
         """`names`: the run's own files; all go if its line may be read again one day."""
         for name in names if returned else (*names, *self.KEPT):
             with contextlib.suppress(OSError):
                 os.unlink(f"{run}.{name}")
-        if os.path.dirname(run) == self.folder:
-            self.used -= 1
-            self.free += [run] if returned else []
+        self.free += [run] if returned and run_id in self.used else []
+        self.used.pop(run_id, None)
+        if self.wiped and not self.used:
+            self.close()
 
     def hand_over(self, run: str, names: tuple[str, ...], owner: int) -> None:
         """Let another user, whose the panes are, get at a run's files."""
         os.chmod(self.base, 0o711)
-        for path in (self.folder, *(f"{run}.{name}" for name in (*self.KEPT, *names))):
+        paths = (self.folder, f"{self.folder}/status", *(f"{run}.{name}" for name in (*self.KEPT, *names)))
+        for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 os.chown(path, owner, -1, follow_symlinks=False)
-
-    def _make(self) -> None:
-        os.makedirs(os.path.dirname(self.base), 0o700, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(self.base, 0o700)
-        found = os.lstat(self.base)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            raise NoTerminal(f"{self.base}: expected a directory of our own; remove what is there")
-        self.close()
-        for name in os.listdir(self.base):
-            task = asyncio.ensure_future(self._adopt(f"{self.base}/{name}"))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
-        for number in range(KIB):  # drivers may start together
-            with contextlib.suppress(FileExistsError, BlockingIOError):
-                os.mkdir(folder := f"{self.base}/{number:x}", 0o700)
-                lock = os.open(folder, os.O_RDONLY)
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.folder, self.lock = folder, lock
-                return
-        raise NoTerminal(f"{self.base}: full of what cannot be removed")
 
     async def _adopt(self, folder: str) -> None:
         """Drain and remove what a killed proxy left; its commands run to their end."""
@@ -887,35 +969,31 @@ class RunFiles:
         if self.lock >= 0:
             if not self.used:
                 shutil.rmtree(self.folder, ignore_errors=True)
+            asyncio.get_running_loop().remove_reader(self.status)
+            os.close(self.status)
             os.close(self.lock)
-        self.folder, self.lock, self.free, self.used = "", -1, [], 0
-
-
-OnJob = Callable[["Job"], None]
+            self.lock, self.wiped = -1, False
 
 
 class Job:
     """One run of a command, from its files to the prompt after it.
 
-    run    the path of its files, but for their suffixes
-    takes  who gets the output: one for both streams, or two
+    takes       who gets the output: one for both streams, or two
+    on_release  called when the pane is free again
     """
 
     def __init__(
-        self, request: ExecRequest, takes: Mapping[str, Take], pane: Pane, release: OnJob, back: OnJob, death: OnJob
+        self, request: ExecRequest, takes: Mapping[str, Take], shell: Shell, on_release: Callable[[Job], None]
     ) -> None:
-        self.request, self.takes, self.pane = request, takes, pane
-        # The pane is free; its shell goes back to the prompt; its shell has died.
-        self.on_release, self.on_return, self.on_death = release, back, death
+        self.request, self.takes, self.shell, self.on_release = request, takes, shell, on_release
         self.loop = asyncio.get_running_loop()
-        self.run_id, self.run = secrets.token_hex(8), ""
+        self.run_id, self.run = secrets.token_hex(8), ""  # the path of its files, but for their suffixes
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
         self.over = asyncio.Event()  # exit_code, duration and all output are known
         self.released = False  # the pane is free again
         self.ended, self.why, self.exit_code = "exit", "", 0
         self.pid = 0  # of the command's bash, and its process group
         self.begun = self.duration = 0.0
-        self.status, self.unread = -1, b""
         self.view: View | None = None
         self.outputs: list[Output] = []
         self.returned = False  # go has done with the files
@@ -924,45 +1002,42 @@ class Job:
         self.ending: asyncio.Task[None] | None = None
 
     def prepare(self, files: RunFiles, shell: str) -> str:
-        """Make the files; return the line that runs them.  Raises NoTerminal, OSError."""
-        self.files, self.run = files, files.take()
-        for name in ("status", "done", *self.takes):
+        """Make the files; return the line that runs them.  Raises OSError."""
+        self.files, self.run = files, files.take(self.run_id, self._on_report)
+        for name in ("done", *self.takes):
             if not os.path.exists(f"{self.run}.{name}"):
                 os.mkfifo(f"{self.run}.{name}", 0o600)
-        for name, text in go_script(self.request, self.run, self.run_id, shell, list(self.takes)).items():
+        for name, text in go_script(self.request, self.run, self.run_id, shell, self.takes).items():
             with open(os.open(f"{self.run}.{name}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
-                file.write(text.encode())
-                file.truncate()  # only now: with O_TRUNC some file systems go to the disk
-            self.own = self.own if name == "go" else (*self.own, name)
-        if (owner := os.stat(self.pane.tty).st_uid) != os.geteuid():  # we are root, the panes are a worker's
-            files.hand_over(self.run, self.own, owner)
-        self.view = View(self.pane)
-        for name, take in self.takes.items():
-            self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, self.view, take)))
-        self._open_status()
+                file.write(text.encode())  # not truncated, which goes to the disk: `go` returns at its end
+            self.own = self.own if name == "go" and len(text) < 16 * KIB else (*self.own, name)
+        if self.shell.owner != os.geteuid():  # we are root, the panes are a worker's
+            files.hand_over(self.run, self.own, self.shell.owner)
         return f" . {shlex.quote(self.run)}.go"
 
-    def _open_status(self) -> None:
-        self.status = os.open(f"{self.run}.status", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-        self.loop.add_reader(self.status, self._on_status)
-
     def type(self, tmux: Tmux, line: str, state: str, column: int) -> None:
-        """Type the line, unless somebody else has typed since the pane was in `state`."""
-        self.line, self.column = line, column
-        tmux.send_keys(self.pane, state, line, "Enter").add_done_callback(self._on_typed)
+        """Type the line, unless somebody else has typed since the pane was in `state`.  Raises OSError."""
+        self.tmux, self.column = tmux, column
+        for name, take in self.takes.items():  # first, since a FIFO forgets what nobody has open
+            self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, take)))
+        tmux.send_keys(self.shell.pane, state, line, "Enter").add_done_callback(self._on_typed)
+        self.view = View(self.shell.pane, self.request.cmd, line, column)
 
     def _on_typed(self, reply: asyncio.Future[list[str]]) -> None:
         if reply.cancelled() or reply.exception():
             self.void()
         elif reply.result():  # it was not typed
             self.returned = True
-            if not self.started.done():
-                self.started.set_result(False)
-            self.release()
+            self._never()
 
-    @staticmethod
-    def _take(view: View, take: Take, chunk: bytes) -> Awaitable[None] | None:
-        view.add(chunk)
+    def _never(self) -> None:
+        if not self.started.done():
+            self.started.set_result(False)
+        self.release()
+
+    def _take(self, take: Take, chunk: bytes) -> Awaitable[None] | None:
+        if self.view:
+            self.view.add(chunk)
         return take(chunk)
 
     def void(self) -> bool:
@@ -977,43 +1052,39 @@ class Job:
         except OSError:  # wiped: go cannot make it either
             pass
         self.own = self.own[1:]  # the claim stays: go may have been read already
-        if not self.started.done():
-            self.started.set_result(False)
-        self.release()
+        self._never()
         return True
 
-    def _on_status(self) -> None:
-        data = os.read(self.status, 4 * KIB)
-        if not data:  # nobody but the pane's shell has it open
-            self.loop.remove_reader(self.status)
-            if self.pid:
-                return self.on_death(self)
-            os.close(self.status)  # it was the run before, which had the same file
-            self._open_status()
-        *lines, self.unread = (self.unread + data).split(b"\n")
-        for word, _, number in (line.partition(b" ") for line in lines):
-            if number.isdigit():
-                self._on_report(word, int(number))
-
-    def _on_report(self, word: bytes, number: int) -> None:
-        if word == b"start" and not self.pid:
-            self.pid, self.begun = number, time.monotonic()
+    def _on_report(self, word: str, number: int) -> None:
+        if word == "start" and not self.pid:
+            self.pid, self.begun, self.shell.ran = number, time.monotonic(), True
             self.later(self.request.timeout, self.end, "timeout")
-            self.later(VIEW_DELAY, self._show)
+            if self.view:
+                self.later(VIEW_DELAY, self.view.begin)
+            self.later(WATCH_PAUSE, self.watch)
             if not self.started.done():
                 self.started.set_result(True)
-        elif word == b"exit" and self.pid:
+        elif word == "exit" and self.pid:
             self._finish(number & 255)
-        elif word == b"back":
+        elif word == "back" and not self.released:
             self.returned = True
             self.release()
-            self.on_return(self)
+            self.shell.back(self.tmux, self.column)
 
     def later(self, seconds: float, call: Callable[..., None], *arguments: str) -> None:
         """Call it then, unless the job is released before."""
-        if self.released:
-            return
-        self.timers.append(self.loop.call_later(seconds, call, *arguments))
+        if not self.released:
+            self.timers.append(self.loop.call_later(seconds, call, *arguments))
+
+    def watch(self, again: bool = True) -> None:
+        """Look whether its shell still lives: now, and now and then."""
+        if self.pid and not self.over.is_set():
+            pane = self.shell.pane
+            if Process.ended(pane.pid):
+                self.lost("tmux has ended" if self.tmux.closed else f"{pane.window_name}, pane {pane.pane_id}, died")
+            elif again:
+                del self.timers[2:]
+                self.later(WATCH_PAUSE, self.watch)
 
     def _finish(self, exit_code: int) -> None:
         if self.over.is_set():
@@ -1027,14 +1098,10 @@ class Job:
         self.later(RETURN_TIMEOUT, self.release)
         self.loop.call_soon(self._show_end)  # who waits for the answer comes first
 
-    def _show(self) -> None:
-        if self.view:
-            self.view.begin(self.request.cmd, self.line, self.column)
-
     def _show_end(self) -> None:
+        os.sched_yield()  # who got the answer often waits for this very CPU
         facts = (self.request.agent_name, self.run_id, self.ended, self.exit_code, round(self.duration * 1000))
         log.info("exec end agent=%s run=%s ended=%s exit=%d ms=%d", *facts)
-        self._show()
         if self.view:
             self.view.end(self.exit_code, self._let_return)
 
@@ -1080,9 +1147,6 @@ class Job:
         self.released = True
         for timer in self.timers:
             timer.cancel()
-        if self.status >= 0:
-            self.loop.remove_reader(self.status)
-            os.close(self.status)
         if self.view and not self.over.is_set():  # else it closes itself
             self.view.close()
         for output in self.outputs:
@@ -1096,10 +1160,10 @@ class Job:
 
     def _tidy(self, _: object = None) -> None:
         if self.run and all(output.closed.done() for output in self.outputs):
-            self.files.give_back(self.run, self.returned, self.own)
+            self.files.give_back(self.run_id, self.run, self.returned, self.own)
 
-    async def result(self) -> CommandResult:
-        """How it ended; its output is with who took it.  Cancelling this cancels the command."""
+    async def result(self, capture: Capture | None = None) -> CommandResult:
+        """How it ended; its output is in `capture` or with who took it.  Cancelling this cancels the command."""
         try:
             await self.over.wait()
             for output in self.outputs:
@@ -1112,7 +1176,8 @@ class Job:
         code = self.exit_code if exit_code is None else exit_code
         total, ms = sum(output.total for output in self.outputs), round(self.duration * 1000)
         error = error and error.format(timeout=self.request.timeout, why=self.why)
-        return CommandResult("", code, self.ended, error, False, total, ms, self.run_id)
+        text, cut = (capture.text(total), total > self.request.max_output) if capture else ("", False)
+        return CommandResult(text, code, self.ended, error, cut, total, ms, self.run_id)
 
 
 async def kill(job: Job, number: int) -> int:
@@ -1142,18 +1207,18 @@ async def climb(job: Job, ladder: tuple[tuple[int, float], ...]) -> None:
 class Terminal:
     """An agent's window, `name`: its panes, the runs in them, and who waits.
 
-    driver  whose tmux, shells and files it uses
+    driver  whose tmux and settings it uses
     """
 
     def __init__(self, driver: PocketCoderDriver, name: str) -> None:
         self.driver, self.name, self.window_id = driver, name, "@"
-        self.panes: list[Pane] = []
+        self.shells: list[Shell] = []  # one a pane
         self.looked_at: tuple[Tmux | None, int] = (None, 0)  # the connection, and its notices by then
         self.jobs: dict[str, Job] = {}  # by pane_id
         self.waiting = 0
         self.lock, self.freed = asyncio.Lock(), asyncio.Event()  # first come, first served
 
-    async def take(self) -> tuple[Tmux, Pane]:
+    async def take(self) -> tuple[Tmux, Shell]:
         """Wait in the queue for a pane where nobody runs anything.  Raises Busy, NoTerminal."""
         if len(self.jobs) + self.waiting >= MAX_PANES + MAX_QUEUE:
             raise Busy(f"{MAX_QUEUE} commands wait for this terminal already: try again later")
@@ -1164,8 +1229,8 @@ class Terminal:
                 while time.monotonic() < deadline and not self.driver.stopping:
                     self.freed.clear()
                     tmux = await self._look()
-                    if (pane := await self._choose(tmux)) and not self.driver.stopping:
-                        return tmux, pane
+                    if (shell := await self._choose(tmux)) and not self.driver.stopping:
+                        return tmux, shell
                     # tmux does not tell when a person's program ends, so look now and then.
                     timer = tmux.loop.call_later(QUEUE_CHECK, self.freed.set)
                     await self.freed.wait()
@@ -1176,35 +1241,40 @@ class Terminal:
 
     def release(self, job: Job) -> None:
         """The job's pane is free again."""
-        self.jobs.pop(job.pane.pane_id, None)
+        self.jobs.pop(job.shell.pane.pane_id, None)
         self.freed.set()
 
     async def open(self) -> None:
         """Make the window if it is missing, and know its prompt before anybody types."""
-        self.driver.files.open()
+        self.driver.open_files()
         async with self.lock:
             tmux = await self._look()
-            if self.panes[0].pid in self.driver.prompts and await self.driver.at_prompt(self.panes[0]):
-                await self.driver.clear(tmux, self.panes[0])
+            if self.shells[0].quiet and await self.shells[0].at_prompt():
+                await self.shells[0].clear(tmux)
 
     async def _look(self) -> Tmux:
         """Know the panes; make the window, with all around it, if it is missing.  Needs the lock."""
         for last_try in (False, True):
             tmux = await self.driver.connect(["-n", self.name, *self.driver.new_shell])
             now = (tmux, tmux.notices)
-            if self.panes and self.looked_at == now:
+            if self.shells and self.looked_at == now:
                 return tmux
             try:
-                self.panes = []
+                panes: list[Pane] = []
                 with contextlib.suppress(NoTerminal):  # there is no such window, or no longer
-                    self.panes = await tmux.panes(self.window_id)
-                if not self.panes or self.panes[0].window_name != self.name:
-                    await self._find_window(tmux)
-                for pane in self.panes:
+                    panes = await tmux.panes(self.window_id)
+                if not panes or panes[0].window_name != self.name:
+                    panes = await self._find_window(tmux)
+                for pane in panes:
                     if pane.dead or Process.ended(pane.pid):  # remain-on-exit, or tmux does not know yet
                         await tmux.ask("respawn-pane", "-k", "-t", pane.pane_id, *self.driver.new_shell)
-                        self.panes = await tmux.panes(self.window_id)
-                        self.driver.trust(next((now.pid for now in self.panes if now.pane_id == pane.pane_id), 0))
+                        panes = await tmux.panes(self.window_id)
+                        self.driver.new |= {now.pid for now in panes if now.pane_id == pane.pane_id}
+                known = {shell.pane.pid: shell for shell in self.shells}
+                self.shells = [known.get(pane.pid) or Shell(pane, pane.pid in self.driver.new) for pane in panes]
+                self.driver.new -= {pane.pid for pane in panes}
+                for pane, shell in zip(panes, self.shells, strict=True):
+                    shell.pane = pane
                 self.looked_at = now
                 return tmux
             except NoTerminal:
@@ -1213,53 +1283,47 @@ class Terminal:
                     raise
         raise AssertionError
 
-    async def _find_window(self, tmux: Tmux) -> None:
-        everywhere = await tmux.panes()
-        shells = {pane.pid for pane in everywhere}
-        for known in (self.driver.seen, self.driver.last, self.driver.prompts, self.driver.notes):
-            for pid in set(known) - shells:
-                del known[pid]
-        self.driver.deaf &= shells
-        found = [pane for pane in everywhere if pane.window_name == self.name]
+    async def _find_window(self, tmux: Tmux) -> list[Pane]:
+        found = [pane for pane in await tmux.panes() if pane.window_name == self.name]
         if not found:
             words = ["new-window", "-d", "-t", f"={tmux.session}:", "-n", self.name, "-P", "-F", PANE_FORMAT]
             found = [Pane.parse(line) for line in await tmux.ask(*words, *self.driver.new_shell)]
-            self.driver.trust(found[0].pid)
+            self.driver.new.add(found[0].pid)
         self.window_id = found[0].window_id
-        self.panes = [pane for pane in found if pane.window_id == self.window_id]
         rename = ["set-option", "-w", "-t", self.window_id]  # by nobody but a person
         tmux.send([*rename, "automatic-rename", "off"], [*rename, "allow-rename", "off"])
+        return [pane for pane in found if pane.window_id == self.window_id]
 
-    async def _choose(self, tmux: Tmux) -> Pane | None:
-        """A pane at its prompt; else a new one; else one in copy mode; else None."""
-        free = [pane for pane in self.panes if pane.pane_id not in self.jobs]
-        sound = [pane for pane in free if pane.pid not in self.driver.deaf]
-        for pane in sound:
-            if not pane.in_mode and await self.driver.at_prompt(pane):
-                return pane
-        if any(Process.ended(pane.pid) for pane in free):  # look again, at once
+    async def _choose(self, tmux: Tmux) -> Shell | None:
+        """A shell at its prompt; else a new one; else one in copy mode; else None."""
+        free = [shell for shell in self.shells if shell.pane.pane_id not in self.jobs]
+        sound = [shell for shell in free if shell.missed < 2]
+        for shell in sound:
+            if not shell.pane.in_mode and await shell.at_prompt():
+                return shell
+        if any(Process.ended(shell.pane.pid) for shell in free):  # look again, at once
             self.looked_at = (None, 0)
             self.freed.set()
             return None
         returning = any(job.over.is_set() for job in self.jobs.values())
-        if len(self.panes) < MAX_PANES and not returning and (made := await self._split(tmux)):
-            return made if await self.driver.at_prompt(made) else None
-        for pane in sound:  # rather than let a command wait for a person who reads
-            if pane.in_mode and await self.driver.at_prompt(pane):
-                return pane
-        if free == self.panes and not sound:
-            self.driver.deaf.clear()
+        if len(self.shells) < MAX_PANES and not returning and (made := await self._split(tmux)):
+            return made if await made.at_prompt() else None
+        for shell in sound:  # rather than let a command wait for a person who reads
+            if shell.pane.in_mode and await shell.at_prompt():
+                return shell
+        if free == self.shells and not sound:
+            for shell in free:
+                shell.missed = 0
             raise NoTerminal(f"no shell in the window {self.name} answers")
         return None
 
-    async def _split(self, tmux: Tmux) -> Pane | None:
-        words = ["split-window", "-d", "-Z", "-t", self.panes[-1].pane_id, "-P", "-F", PANE_FORMAT]
+    async def _split(self, tmux: Tmux) -> Shell | None:
+        words = ["split-window", "-d", "-Z", "-t", self.shells[-1].pane.pane_id, "-P", "-F", PANE_FORMAT]
         for _ in range(2):
             self.looked_at = (None, 0)
             with contextlib.suppress(NoTerminal):
-                made = Pane.parse((await tmux.ask(*words, *self.driver.new_shell))[0])
-                self.driver.trust(made.pid)
-                return made
+                self.shells.append(Shell(Pane.parse((await tmux.ask(*words, *self.driver.new_shell))[0]), True))
+                return self.shells[-1]
             tmux.send(["select-layout", "-t", self.window_id, "tiled"])  # no space: make some
         return None
 
@@ -1279,7 +1343,6 @@ class PocketCoderDriver:
         # What tmux runs in a new pane.  Not one word: default-shell, maybe us, would run that.
         self.new_shell = ["-c", directory.replace("#", "##")] if directory else []
         self.new_shell += ["-e", f"SHELL={self.shell}", "-e", "HISTCONTROL=ignoreboth", "--", self.shell, "-i"]
-        self.files = RunFiles(f"{self.socket_path}.d")
         self.stopping = False
         self._reset()
 
@@ -1287,17 +1350,17 @@ class PocketCoderDriver:
         self.tmux: Tmux | None = None
         self.connecting = asyncio.Lock()
         self.terminals: dict[str, Terminal] = {}
-        self.seen: dict[int, bool] = {}  # shells that are through with their start-up; True: their prompt shows
-        self.deaf: set[int] = set()  # shells that did not run two lines in a row
-        self.prompts: dict[int, tuple[float, str]] = {}  # shells: until when, or in what state, nobody has typed
-        self.last: dict[int, str] = {}  # shells, and that state when it was last known
-        self.notes: dict[int, asyncio.TimerHandle] = {}  # shells whose prompt will be looked at
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.files: RunFiles | None = None
+        self.new: set[int] = set()  # shells that we made, until a Terminal sees them
 
     def session_exists(self, session: str) -> bool:
         """Whether tmux has a session of exactly this name."""
         command = ["tmux", "-S", self.socket_path, "has-session", "-t", f"={session}"]
         return subprocess.run(command, capture_output=True, timeout=TMUX_TIMEOUT).returncode == 0
+
+    def terminal(self, agent_name: str) -> Terminal:
+        """The agent's."""
+        return self.terminals.setdefault(agent_name, Terminal(self, f"{agent_name}:terminal"))
 
     async def exec(self, cmd: str, cwd: str | None, agent_name: str) -> CommandResult:
         """Run `cmd` in the agent's terminal and wait for its end.
@@ -1310,21 +1373,19 @@ class PocketCoderDriver:
     async def run(self, request: ExecRequest) -> CommandResult:
         """The same for a request.  Cancelling this cancels the command."""
         capture = Capture(request.max_output)
-        result = await (await self.start(request, {"out": capture.add})).result()
-        truncated = result.output_bytes > request.max_output
-        return replace(result, output=capture.text(result.output_bytes), truncated=truncated)
+        return await (await self.start(request, {"out": capture.add})).result(capture)
 
     async def start(self, request: ExecRequest, takes: Mapping[str, Take]) -> Job:
         """Start a command; return when it runs.  `takes`: {"out"} for both streams, or {"out", "err"}."""
-        terminal, before = self.terminal(request.agent_name), 0
+        terminal = self.terminal(request.agent_name)
         why = f"no shell in the window {terminal.name} answers"
         for _ in range(2 * MAX_PANES):
-            tmux, pane = await terminal.take()
-            job = Job(request, takes, pane, terminal.release, self._on_return, self._on_death)
-            terminal.jobs[pane.pane_id] = job
+            tmux, shell = await terminal.take()
+            job = Job(request, takes, shell, terminal.release)
+            terminal.jobs[shell.pane.pane_id] = job
             try:
-                line = job.prepare(self.files, self.shell)
-                job.type(tmux, line, *await self.clear(tmux, pane))
+                line = job.prepare(self.open_files(), self.shell)
+                job.type(tmux, line, *await shell.clear(tmux))
                 if await self._starts(job):
                     return job
             except asyncio.CancelledError:
@@ -1332,94 +1393,39 @@ class PocketCoderDriver:
                     job.end("cancelled")
                 raise
             except (NoTerminal, OSError) as failure:  # no space, no descriptors; or the terminal has just died
-                job.void()
                 terminal.looked_at, why = (None, 0), f"cannot prepare a run: {failure}"
-                if isinstance(failure, OSError) or tmux.closed or Process.ended(pane.pid):
+                if not job.void():
+                    job.lost(why)
+                    return job
+                if isinstance(failure, OSError) or tmux.closed or Process.ended(shell.pane.pid):
                     await asyncio.sleep(CLEAR_PAUSE)
                     continue
                 raise NoTerminal(why) from None
             if not job.returned:  # it was typed, into what we do not know
-                self.last.pop(pane.pid, None)
-                if pane.pid == before:
-                    self.deaf.add(pane.pid)
-                before = pane.pid
+                shell.last = ""
+                shell.missed += 1
         raise NoTerminal(why)
 
-    async def clear(self, tmux: Tmux, pane: Pane) -> tuple[str, int]:
-        """Make sure that nothing is typed at the prompt: the pane's state then, and the column of its cursor."""
-        until, state = self.prompts.pop(pane.pid, (0.0, ""))
-        last, trusted = self.last.get(pane.pid, ""), time.monotonic() < until
-        if state or (last and trusted):  # in the moment after a run nobody has typed a line
-            return state, int(last.split()[0])
-        if trusted:
-            await asyncio.sleep(CLEAR_PAUSE)  # a new shell draws its prompt
-        now = await tmux.state(pane)
-        if now != last and not trusted:
-            switch = ["set-option", "-w", "-t", pane.window_id, "synchronize-panes", "off"]
-            tmux.send(switch, ["copy-mode", "-q", "-t", pane.pane_id])
-            now = await tmux.state(pane)
-            # Behind a prompt that we know, C-u clears the line and C-y brings it back; a blank before,
-            # since on an empty line it rings the bell.  Elsewhere it may be a continuation line.
-            same = last and now.split()[1:] == last.split()[1:] and int(now.split()[0]) > int(last.split()[0])
-            if now != last and prompt(pane) != "busy":
-                tmux.send_keys(pane, now, *(["C-e", "Space", "C-u"] if same else ["C-c"]))
-                await asyncio.sleep(CLEAR_PAUSE)
-                await self.at_prompt(pane)
-                now = await tmux.state(pane)
-        self.last[pane.pid] = now  # if nobody uses it now, it is known later
-        return now, int(now.split()[0])
-
-    def trust(self, shell: int) -> None:
-        """It is new and ours: what is at its prompt, nobody has typed."""
-        self.prompts[shell] = (time.monotonic() + NEW_SHELL_TIMEOUT, "")
-
-    def _on_return(self, job: Job) -> None:
-        """Note in what state the prompt is when a run has ended: who types, changes that."""
-        shell = job.pane.pid
-        self.prompts[shell] = (time.monotonic() + 2 * CLEAR_PAUSE, "")
-        if shell in self.notes:
-            self.notes[shell].cancel()
-        self.notes[shell] = job.loop.call_later(CLEAR_PAUSE, lambda: self._keep(self._note(job.pane, job.column)))
-
-    async def _note(self, pane: Pane, column: int) -> None:
-        with contextlib.suppress(NoTerminal):
-            if self.tmux is not None and pane.pid in self.prompts:
-                state = await self.tmux.state(pane)
-                idle = pane.pid in self.prompts and prompt(pane) in ("ready", "perhaps")
-                if idle and int(state.split()[0]) == column:  # else something was typed in the meantime
-                    self.prompts[pane.pid], self.last[pane.pid] = (0.0, state), state
-
-    def terminal(self, agent_name: str) -> Terminal:
-        """The agent's."""
-        return self.terminals.setdefault(agent_name, Terminal(self, f"{agent_name}:terminal"))
+    def open_files(self) -> RunFiles:
+        """The directory for runs, a new one if someone wiped it.  Raises NoTerminal, OSError."""
+        if self.files is None or not self.files.there():
+            self.files = RunFiles(f"{self.socket_path}.d")
+        return self.files
 
     async def _starts(self, job: Job) -> bool:
-        shell = job.pane.pid
-        deadline = time.monotonic() + (START_TIMEOUT if shell in self.seen else NEW_SHELL_TIMEOUT)
+        deadline = time.monotonic() + (START_TIMEOUT if job.shell.ran else NEW_SHELL_TIMEOUT)
 
         def look() -> None:
             late = time.monotonic() - deadline
             if not job.started.done():
-                if (late >= 0 or Process.ended(shell)) and not job.void() and late > START_TIMEOUT:
+                if (late >= 0 or Process.ended(job.shell.pane.pid)) and not job.void() and late > START_TIMEOUT:
                     job.lost("it never reported its start")
                 job.later(START_TIMEOUT / 2, look)
 
         job.later(START_TIMEOUT, look)
         if started := await job.started:
-            self.seen.setdefault(shell, False)
+            job.shell.missed = 0
         return started
-
-    async def at_prompt(self, pane: Pane) -> bool:
-        """Whether the pane's shell waits for a command, or will in a moment."""
-        known = pane.pid in self.seen
-        deadline = time.monotonic() + (PROMPT_TIMEOUT if known else NEW_SHELL_TIMEOUT)
-        while (state := prompt(pane, known)) == "soon" and time.monotonic() < deadline:
-            if known and not self.seen[pane.pid]:  # it has run a line, and never showed a prompt
-                break
-            await asyncio.sleep(0.001)  # a shell announces its prompt to nobody
-        if state == "ready":
-            self.seen[pane.pid] = True
-        return state in ("ready", "perhaps") or (state == "soon" and not self.seen.get(pane.pid))
 
     async def connect(self, create: list[str] | None) -> Tmux:
         """The connection to tmux; `create`: see Tmux.connect."""
@@ -1430,9 +1436,9 @@ class PocketCoderDriver:
                 try:
                     words = create if attempt else None  # None: only if it is there
                     self.tmux = await Tmux.connect(self.socket_path, self.session_name, words)
+                    self.tmux.on_notice = self._on_notice
                     if words:
-                        for pane in await self.tmux.panes():
-                            self.trust(pane.pid)
+                        self.new |= {pane.pid for pane in await self.tmux.panes()}
                 except NoTerminal:
                     if create is None or attempt == 3:
                         raise
@@ -1440,27 +1446,12 @@ class PocketCoderDriver:
             assert self.tmux is not None
             return self.tmux
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    def _on_death(self, job: Job) -> None:
-        self._keep(self._mourn(job))
-
-    async def _mourn(self, job: Job) -> None:
-        """End a job whose shell has died, and say what else died."""
-        pane = job.pane
-        try:
-            there = await (await self.connect(None)).panes()
-            why = f"window {pane.window_name} was closed"
-            if any(one.window_id == pane.window_id for one in there):
-                why = f"pane {pane.pane_id} of {pane.window_name} was closed"
-            if any(one.pane_id == pane.pane_id for one in there):
-                why = f"the shell in pane {pane.pane_id} of {pane.window_name} died"
-        except NoTerminal as gone:
-            why = str(gone)
-        job.lost(why)
+    def _on_notice(self) -> None:
+        """Something may have died."""
+        for terminal in self.terminals.values():
+            terminal.freed.set()
+        for job in self.jobs():
+            job.watch(again=False)
 
     async def close(self, grace: float = 0.0) -> None:
         """Take no more commands, give the running ones `grace` seconds, cancel the rest."""
@@ -1476,7 +1467,8 @@ class PocketCoderDriver:
         if self.tmux is not None:
             self.tmux.close()
             await self.tmux.ended.wait()
-        self.files.close()
+        if self.files is not None:
+            self.files.close()
         self._reset()
 
     def jobs(self) -> list[Job]:
