@@ -6,14 +6,16 @@
 # ///
 """pocketcoder-proxy: run an agent's commands in a tmux window of its sandbox.
 
-    POST /exec ──▶ Endpoint ──▶ PocketCoderDriver ──▶ Tmux (tmux -C) ──▶ pane's shell
-                      ▲                │  ▲                                   │
-                      │                │  └── status  RUN "start" "exit" ◀────┤ . RUN/go
-                   answer ◀── Output ◀─┼───── RUN.out     its output     ◀────┘
-                                       └────▶ the pane's tty: a person watches
+    shell ──▶ GET /exec/ws ┐
+              POST /exec ──┴▶ Endpoint ─▶ PocketCoderDriver ─▶ Tmux (tmux -C) ─▶ pane's shell
+                                 ▲               │  ▲                                │
+                                 │               │  └── status   "start" "exit"  ◀───┤ . RUN.go
+                              answer ◀─ Output ◀─┼───── RUN.out  its output      ◀───┘
+                                                 └────▶ the pane's tty: a person watches
 
 Sections, top to bottom; each uses only what stands above it:
   Settings          limits, timeouts, defaults, variables of the environment
+  Shell Bridge      `pocketcoder shell`: arguments in; streams, signals, exit code through
   Errors            one hierarchy, and what each error answers
   Wire types        what callers send and get
   Tmux              the control connection: commands, replies, notices
@@ -22,9 +24,10 @@ Sections, top to bottom; each uses only what stands above it:
   Transports        HTTP: the gate, handlers, endpoints, ROUTES
   Application       command line, start and stop
 
-Routes:     GET /health, POST /exec
+Routes:     GET /health, POST /exec, GET /exec/ws
 Read from the environment: POCKETCODER_HOST POCKETCODER_TOKEN POCKETCODER_WORKSPACE
-            TMUX_SESSION TMUX_SOCKET
+            TMUX_SESSION TMUX_SOCKET; by the shell OPENCODE_AGENT OPENCODE_SESSION_ID
+            POCKETCODER_FORWARD_ENV POCKETCODER_TOKEN POCKETCODER_USAGE_ID PROXY_URL
 Set for a command: POCKETCODER_RUN_ID POCKETCODER_AGENT POCKETCODER_SESSION_ID
             POCKETCODER_USAGE_ID, and QUIET_PROGRAMS
 tmux:       attach-session      the one long-lived control connection
@@ -38,7 +41,7 @@ tmux:       attach-session      the one long-lived control connection
 Files of a run, SOCKET.d/DRIVER/RUN.*:
             go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
             pid (claims the run; then the exit code)
-            FIFOs: done (from us)  out, err (output)  and one `status` (to us) for all runs
+            FIFOs: done (from us)  out, err  in (of a channel); one `status` for all runs
 
 Not done on purpose:
   no reading of the screen    it wraps, scrolls and lies; FIFOs do not
@@ -54,7 +57,7 @@ import os
 import sys
 
 # ==========================================================================
-# Settings                                                        budget 90
+# Settings                                                       budget 58
 # ==========================================================================
 # S1  Every limit, time and default is here, with its unit.  Times in seconds.
 VERSION = "0.1.0"
@@ -93,17 +96,329 @@ RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
 CLEAR_PAUSE = 0.05  # for a shell to take a key; shorter than anybody types a line
 DRAIN_PAUSE = 0.01  # between reads of what outlives its run: 100 MB/s
 VIEW_DELAY = 0.005  # a command that ends sooner is shown at its end
-VIEW_TIMEOUT = 0.2  # the copy on the terminal may delay the prompt by that
+VIEW_PAUSE, VIEW_TRIES = 0.01, 20  # a full terminal is written to again, and may delay the prompt by that
 STOP_GRACE = 5.0  # SIGTERM: running commands may still end
 KEEP_ALIVE = 15.0  # between comments on a silent stream
 BODY_TIMEOUT = 60.0  # for a body to arrive
 IDLE_TIMEOUT = 300.0  # of a kept connection
 SLOW_READER_TIMEOUT = 60.0  # a reader gets that for the rest of an ended command
+CONNECT_TIMEOUT = 10.0  # of the shell
+SIGNAL_PATIENCE = 0.15  # of the shell after a signal: its callers kill it after 0.2
+BRIDGE_CHUNK = 256 * KIB  # bytes that the shell reads at once
 
 
 def default_agent_name() -> str:
     """The agent whose terminal is used when the caller names none."""
     return "poco"
+
+
+# ==========================================================================
+# Shell Bridge                                                  budget 360
+# ==========================================================================
+# `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
+#
+# B1  Nothing is ever run here: what the proxy cannot run fails, with 125.
+# B2  It ends with an exit code, never by a signal: some callers hang on that.
+# B3  stdout and stderr are the command's; ours is one line there, when the proxy fails.
+SHELL_NAMES = ("sh", "bash", "dash", "ash", "zsh", "ksh")
+SIGNALS = {1: "HUP", 2: "INT", 3: "QUIT", 10: "USR1", 12: "USR2", 15: "TERM"}
+OPTIONS = "-+abefhiklmnoprstuvxBCDEHPTO"  # of bash, with which it would read commands from stdin
+LONG_OPTIONS = ("--init-file", "--login", "--noediting", "--noprofile", "--norc", "--posix", "--rcfile", "--verbose")
+BLOCKED = "[Firewall Blocked] Interactive or raw shell invocation is restricted for security. "
+BLOCKED += "Always execute commands via 'bash -c \"command\"'."
+CHANNELS = "v5.channel.k8s.io"  # the framing of `kubectl exec`
+WS_KEY, WS_ACCEPT = "dGhlIHNhbXBsZSBub25jZQ==", b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455, 1.3: one pair will do
+ESCAPES = {number: f"\\u{number:04x}" for number in (*range(32), 34, 92)}  # of JSON
+
+
+class Failed(Exception):
+    """What to say on stderr, and the exit status."""
+
+
+def quote(word: str) -> str:
+    """A word for bash, whatever is in it: bytes that are not UTF-8 by their number."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return "$'" + "".join(f"\\{byte:03o}" for byte in os.fsencode(word)) + "'"
+    return "'" + word.replace("'", "'\\''") + "'"
+
+
+def shell_arguments(argv: list[str]) -> list[str] | None:
+    """What in `argv` is for the shell, as arguments of bash; None: it is not called."""
+    name, words = os.path.basename(argv[0]), argv[1:]
+    if name in SHELL_NAMES or name.endswith("-shell") or not words:
+        return words
+    called = words[0] == "shell"
+    words = words[called:]
+    if words[:1] in (["--version"], ["--help"], ["-h"]):
+        return None
+    if not called:
+        return words if words[0][:1] in ("-", "+") else None
+    option, equals, value = "".join(words[:1]).partition("=")
+    if option == "--command":
+        return ["-c", "--", *[value][: len(equals)], *words[1:]]
+    if words and (option == "--" or words[0][:1] not in ("-", "+")):  # plain words are one command
+        return ["-c", " ".join(map(quote, words[option == "--" :]))]
+    return words
+
+
+def same_file(one: int, other: int) -> bool:
+    try:
+        return os.path.sameopenfile(one, other)
+    except OSError:  # closed
+        return False
+
+
+def command_of(words: list[str]) -> tuple[str, bytes]:
+    """The text for the sandbox's bash that does what `bash WORDS` does here, and what was read of stdin."""
+    literal = words[:2] == ["-c", "--"]
+    streams = " 2>&1" if same_file(1, 2) else ""  # else their order would be lost
+    if (
+        not streams
+        and words[:1] == ["-c"]
+        and len(words) == 2 + literal
+        and (literal or words[1][:1] not in ("-", "+"))
+    ):
+        text = words[-1] if words[-1].strip() else ":"
+        return (text if quote(text)[0] == "'" else f"eval {quote(text)}"), b""
+    options, long, rest, letters, first = list[str](), list[str](), list(words), "", b""
+    while rest and rest[0] not in ("-", "--") and rest[0][:1] in ("-", "+"):
+        options.append(word := rest.pop(0))
+        if word[:2] == "--":
+            long, takes = [*long, word], int(word in ("--rcfile", "--init-file"))
+        else:
+            letters, takes = letters + word, word.count("o") + word.count("O")
+        options, rest = options + rest[:takes], rest[takes:]
+    rest = rest[rest[:1] in (["-"], ["--"]) :]
+    if "c" not in letters and "s" not in letters and rest:  # a script file, which is here, not there
+        try:
+            with open(rest[0], "rb") as file:
+                script = os.fsdecode(file.read())
+        except OSError as wrong:
+            raise Failed(f"{rest[0]}: {wrong.strerror}", 126 + (wrong.errno == 2)) from None
+        if "\0" in script:
+            raise Failed(f"{rest[0]}: cannot execute binary file", 126)
+        if len(script) > 30_000:  # maybe more than an argument can be
+            setting = [word for word in options if word[:2] != "--" and word[1:] not in ("l", "i")]
+            arguments = " ".join(map(quote, [*setting, "--", *rest[1:]]))
+            return f"BASH_ARGV0={quote(rest[0])}; set {arguments}; {f'exec{streams}; ' * bool(streams)}{script}", b""
+        options, rest = [*options, "-c"], [script, *rest]
+    elif "c" not in letters and {*letters} <= {*OPTIONS} and all(word in LONG_OPTIONS for word in long):
+        try:
+            first = b"" if os.isatty(0) else os.read(0, BRIDGE_CHUNK)
+        except OSError:  # closed
+            first = b""
+        if not first:
+            raise Failed(BLOCKED, 1)
+    return 'exec ${BASH:+-a "$0"} "${BASH:-sh}" ' + " ".join(map(quote, [*options, "--", *rest])) + streams, first
+
+
+def request_of(command: str) -> bytes:
+    """The first message, see ExecRequest.  Raises Failed."""
+    get = os.environ.get
+    wanted = [name.strip() for name in get("POCKETCODER_FORWARD_ENV", "").split(",")]
+    prefixes = tuple(name[:-1] for name in wanted if name[-1:] == "*")
+    env = {n: v for n, v in os.environ.items() if (n in wanted or n.startswith(prefixes)) and n != "POCKETCODER_TOKEN"}
+    try:
+        fields = {"cmd": command, "cwd": os.getcwd(), "agent_name": get("OPENCODE_AGENT") or default_agent_name()}
+        fields |= {"session_id": get("OPENCODE_SESSION_ID", ""), "usage_id": get("POCKETCODER_USAGE_ID", "")}
+        texts = [
+            ",".join(
+                f'"{n.translate(ESCAPES)}":"{v.translate(ESCAPES)}"' for n, v in table.items() if v or table is env
+            )
+            for table in (fields, env)
+        ]
+        return f'{{{texts[0]},"timeout":{MAX_TIMEOUT},"env":{{{texts[1]}}}}}'.encode()
+    except OSError as wrong:
+        raise Failed(f"the current directory {get('PWD', '')!r}: {wrong.strerror}", 125) from None
+    except UnicodeEncodeError as wrong:
+        raise Failed(f"expected UTF-8, got {wrong.object[max(0, wrong.start - 60) : wrong.end]!a}", 125) from None
+
+
+class Bridge:
+    """One connection to `GET /exec/ws`, for stdin, stdout, stderr and signals of this process.  Raises Failed."""
+
+    def __init__(self, url: str) -> None:
+        import _thread
+
+        self.url, self.unread, self.sending = url, b"", _thread.allocate_lock()
+        self.sock: Any = None  # once the channel is open
+        self.status = 0  # how to end, once a signal has come
+
+    def on_signal(self, number: int, _: object) -> None:
+        """Pass it on, and end soon, whatever the command does."""
+        import _signal  # type: ignore[import-not-found]
+
+        if number == _signal.SIGALRM and self.sock is None and not self.status:
+            raise Failed(f"{self.url}: no answer within {CONNECT_TIMEOUT:g} s", 125)
+        again, self.status = self.status, self.status or 128 + number
+        if again or self.sock is None or number == _signal.SIGALRM:
+            raise Failed("", self.status)
+        _signal.setitimer(_signal.ITIMER_REAL, SIGNAL_PATIENCE)
+        self.send(1, b'{"signal":"%s","end":true}' % SIGNALS[number].encode(), wait=False)
+
+    def send(self, opcode: int, data: bytes, wait: bool = True) -> None:
+        """A frame.  Its mask is zero: masks are for browsers, and cost a step a byte."""
+        size = len(data)
+        length = bytes([128 | size]) if size < 126 else b"\xff" + size.to_bytes(8, "big")
+        if self.sending.acquire(wait):
+            try:
+                self.sock.sendall(b"".join((bytes([128 | opcode]), length, bytes(4), data)))
+            except OSError:  # the proxy has left; what it said before comes first
+                pass
+            finally:
+                self.sending.release()
+
+    def feed(self, data: bytes) -> None:
+        """Send `data` and all of stdin.  In a thread of its own, which nobody waits for."""
+        try:
+            ours = os.tcgetpgrp(0) == os.getpgrp()  # else reading would stop us
+        except OSError:  # no terminal
+            ours = True
+        try:
+            while ours and (data or (data := os.read(0, BRIDGE_CHUNK))):
+                self.send(2, b"\0" + data)
+                data = b""
+        except OSError:  # there is none
+            pass
+        self.send(2, b"\xff\0")
+
+    def connect(self) -> None:
+        """Open the channel.  Raises OSError too."""
+        import _socket
+
+        scheme, _, address = self.url.rstrip("/").partition("://")
+        host, _, port = (address if ":" in address else f"{address}:80").rpartition(":")
+        if scheme != "http" or not host or not port.isdecimal():
+            raise Failed(f"PROXY_URL: got {self.url!r}, expected http://HOST:PORT", 125)
+        token, failure, head = os.environ.get("POCKETCODER_TOKEN"), OSError("no such host"), b""
+        lines = ["GET /exec/ws HTTP/1.1", f"Host: {address}", "Connection: Upgrade", "Upgrade: websocket"]
+        lines += ["Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {WS_KEY}", f"Sec-WebSocket-Protocol: {CHANNELS}"]
+        lines += [f"Authorization: Bearer {token}"] if token else []
+        for family, kind, protocol, _, place in _socket.getaddrinfo(host.strip("[]").encode(), int(port), 0, 1):
+            sock = _socket.socket(family, kind, protocol)
+            try:
+                sock.connect(place)
+                break
+            except OSError as refused:
+                failure = refused
+        else:
+            raise failure
+        sock.sendall("\r\n".join([*lines, "", ""]).encode())
+        while b"\r\n\r\n" not in head and len(head) < BRIDGE_CHUNK and (more := sock.recv(BRIDGE_CHUNK)):
+            head += more
+        head, _, self.unread = head.partition(b"\r\n\r\n")
+        if head[:13] != b"HTTP/1.1 101 " or WS_ACCEPT not in head:
+            said = ascii(head[:80].partition(b"\r")[0].decode("latin-1"))
+            raise Failed(f"{self.url} refused: {said}; see PROXY_URL, POCKETCODER_TOKEN", 125)
+        sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # who reads no stdin hears our end
+        self.sock = sock
+
+    def read(self, size: int, all_of_it: bool = True) -> bytes:
+        """So many bytes from the proxy, or what there is of them."""
+        while len(self.unread) < (size if all_of_it else 1):
+            try:
+                more = self.sock.recv(BRIDGE_CHUNK)
+            except OSError:
+                more = b""
+            if not more:
+                raise Failed(f"{self.url} closed the connection before the end of the command", 125)
+            self.unread = self.unread + more if self.unread else more
+        data, self.unread = self.unread[:size], self.unread[size:]
+        return data
+
+    def run(self, request: bytes, first: bytes) -> int:
+        """Carry everything both ways; the exit status.  `first`: read from stdin already."""
+        import _signal
+        import _thread
+
+        _signal.setitimer(_signal.ITIMER_REAL, CONNECT_TIMEOUT)
+        try:
+            self.connect()
+        except (OSError, UnicodeError, OverflowError) as wrong:
+            raise Failed(f"cannot reach the proxy at {self.url}: {wrong}; is it running?", 125) from None
+        _signal.setitimer(_signal.ITIMER_REAL, 0)
+        self.send(1, request)
+        _thread.start_new_thread(self.feed, (first,))
+        while True:
+            kind, size = self.read(2)
+            if size in (126, 127):
+                size = int.from_bytes(self.read(2 if size == 126 else 8), "big")
+            channel, left = self.read(1)[0], size - 1
+            if kind != 0x82 or channel not in (1, 2, 3) or left < 0 or (channel == 3 and left > MIB):
+                raise Failed(f"{self.url} closed the channel, or does not speak {CHANNELS}", 125)
+            if channel == 3:
+                return self.end(self.read(left))
+            while left:
+                piece = self.read(left, False)
+                left -= len(piece)
+                self.write(channel, piece)
+
+    def write(self, fd: int, data: bytes) -> None:
+        while data:
+            try:
+                data = data[os.write(fd, data) :]
+            except BlockingIOError:  # whoever shares it has made it so
+                os.set_blocking(fd, True)
+            except OSError as wrong:
+                gone = wrong.errno == 32  # EPIPE
+                raise Failed("" if gone else f"cannot write: {wrong.strerror}", 141 if gone else 125) from None
+
+    def end(self, final: bytes) -> int:
+        """The exit status that the last message tells, see ExecResponse."""
+        code = final.partition(b'"exit_code":')[2].partition(b",")[0].strip()
+        if code.isdigit() and b'"error"' not in final:
+            return int(code)
+        import json
+
+        try:
+            answer = json.loads(final)
+            text, status = answer["error"], answer["exit_code"] if "ended" in answer else 125
+        except (ValueError, TypeError, KeyError):
+            text, status = f"{self.url} ended with {final[:80]!r}", 125
+        raise Failed(text, status)
+
+
+def run_shell(words: list[str]) -> int:
+    """Do as `bash WORDS`, in the sandbox; see `run`."""
+    import _signal
+
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:  # so that no socket gets to be stdout
+        pass
+    os.close(fd)
+    bridge = Bridge(os.environ.get("PROXY_URL") or f"http://localhost:{DEFAULT_PORT}")
+    heeded = [number for number in (*SIGNALS, _signal.SIGALRM) if _signal.getsignal(number) != _signal.SIG_IGN]
+    before = [(number, _signal.signal(number, bridge.on_signal)) for number in heeded]
+    try:
+        text, first = command_of(words)
+        status = bridge.run(request_of(text), first)
+    except Failed as failure:
+        text, status = failure.args
+        try:
+            os.write(2, f"pocketcoder: {text}\n".encode(errors="replace") if text else b"")
+        except OSError:  # nobody listens
+            status = status or 125
+    _signal.setitimer(_signal.ITIMER_REAL, 0)
+    for number, handler in before:
+        _signal.signal(number, handler)
+    return bridge.status or status
+
+
+def run(command: str | None, args: list[str]) -> int:
+    """Run `command` with `args` as its $0, $1 ..., or without one what `pocketcoder shell ARGS` would.
+
+    The exit status: the command's; 125 if the proxy failed, 141 if nobody reads, 128+n after signal n.
+    """
+    return run_shell(
+        ["-c", "--", command, *args] if command is not None else shell_arguments(["", "shell", *args]) or []
+    )
+
+
+if __name__ == "__main__" and (_words := shell_arguments(sys.argv)) is not None:
+    os._exit(run_shell(_words))  # all is written, and there is nothing to tear down
 
 
 # ------------------------------- the line ---------------------------------
@@ -122,28 +437,39 @@ import secrets
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import termios
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-import tornado.httpserver
-import tornado.netutil
-import tornado.web
+try:
+    import tornado.httpserver
+    import tornado.netutil
+    import tornado.web
+    import tornado.websocket
+except ModuleNotFoundError:  # the shell and the driver do without; `why_not` tells who wants a server
+    tornado = SimpleNamespace(  # type: ignore[assignment]
+        web=SimpleNamespace(RequestHandler=object),
+        websocket=SimpleNamespace(WebSocketHandler=type("WebSocketHandler", (), {})),
+    )
 
 __all__ = ["AppState", "Cli", "CommandResult", "Commands", "ExecRequest", "ExecResponse", "McpQuery"]
 __all__ += ["PocketCoderDriver", "default_agent_name", "exec_handler", "health_handler", "main"]
 log = logging.getLogger("pocketcoder")
+T = TypeVar("T")
+SIGNAL_NUMBERS = {name: signal.Signals[f"SIG{name}"] for name in ("INT", "TERM", "HUP", "QUIT", "KILL", "USR1", "USR2")}
 
 
 # ==========================================================================
-# Errors                                                          budget 50
+# Errors                                                         budget 32
 # ==========================================================================
 # E1  A command that fails is a result; a proxy that cannot do its job is an error.
 # E2  Each class carries its answers; nothing else maps errors to numbers.
@@ -151,44 +477,29 @@ log = logging.getLogger("pocketcoder")
 class ProxyError(Exception):
     """Ours, and unexpected."""
 
-    http_status = 500
-    exit_code = 125  # as `timeout` of coreutils: the command could not be run
+    http_status, exit_code = 500, 125  # as `timeout` of coreutils: the command could not be run
 
 
-class ProtocolError(ProxyError):
-    """The caller has to change something."""
-
-    http_status = 400
-
-
-class BadMessage(ProtocolError):
+class BadMessage(ProxyError):
     """The shape, type or size of what was sent."""
 
-    exit_code = 2
+    http_status, exit_code = 400, 2
 
 
-class Forbidden(ProtocolError):
+class Forbidden(ProxyError):
     """`Origin` or `Host` is not one of ours."""
 
     http_status = 403
 
 
-class SandboxError(ProxyError):
-    """The sandbox cannot run it now; nothing was run."""
+class NoTerminal(ProxyError):
+    """The sandbox cannot run it now, nothing was run: tmux refuses, no shell answers, the queue is full."""
 
     http_status = 503
 
 
-class NoTerminal(SandboxError):
-    """tmux is missing or refuses, or the shell in its pane does not answer."""
-
-
-class Busy(SandboxError):
-    """The queue is full, or the proxy is stopping."""
-
-
 # ==========================================================================
-# Wire types                                                     budget 135
+# Wire types                                                    budget 135
 # ==========================================================================
 # W1  What comes from outside is checked here, once; nobody checks it again.
 # W2  A complaint names the field, what was got and what was expected.
@@ -199,8 +510,7 @@ AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 def complain(name: str, got: object, expected: str) -> BadMessage:
     """A BadMessage that shows the start of what was got."""
     shown = ascii(got[:80] if isinstance(got, str) else got)
-    shown = shown if len(shown) <= 90 else shown[:80] + "..."
-    return BadMessage(f"`{name}`: got {shown}, expected {expected}")
+    return BadMessage(f"`{name}`: got {shown if len(shown) <= 90 else shown[:80] + '...'}, expected {expected}")
 
 
 def check_text(name: str, got: object, expected: str, limit: int, nul: bool = False) -> str:
@@ -317,21 +627,20 @@ class ExecResponse:
     def of(cls, result: CommandResult, stdout: str | None) -> ExecResponse:
         return cls(stdout, *(getattr(result, name) for name in cls.__dataclass_fields__ if name != "stdout"))
 
-    def to_wire(self) -> Message:
-        return {name: value for name, value in vars(self).items() if value is not None}
+    def to_wire(self) -> str:
+        shown = {name: value for name, value in vars(self).items() if value is not None}
+        return json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
 
 
 # ==========================================================================
-# Tmux                                                           budget 180
+# Tmux                                                          budget 172
 # ==========================================================================
 # The only section that talks to tmux.
 #
 # T1  Commands go down one control connection; replies come back in their order.
 # T2  Panes and windows are addressed by id; names are for finding.
 # T3  Nothing here reads a screen.
-PANE_FORMAT = (
-    "#{pane_id} #{window_id} #{pane_pid} #{pane_dead} #{pane_in_mode} #{pane_width} #{pane_tty} #{window_name}"
-)
+PANE_FORMAT = "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_tty} #{window_name}"
 # Changes when somebody types, or anything is shown; not a person's last look at it.
 PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
 
@@ -342,22 +651,15 @@ class Pane(NamedTuple):
     pane_id: str
     window_id: str
     pid: int
-    dead: int
-    in_mode: int
+    in_mode: bool
     width: int
     tty: str
     window_name: str
 
     @classmethod
     def parse(cls, line: str) -> Pane:
-        pane, window, *numbers, tty, name = line.split(" ", 7)
-        pid, dead, mode, width = (int(number or 0) for number in numbers)
-        return cls(pane, window, pid, dead, mode, width, tty, name)
-
-
-def quote(word: str) -> str:
-    """One word of a tmux command line; as a shell's, but never a variable or a format."""
-    return "'" + word.replace("'", "'\\''") + "'"
+        pane, window, pid, mode, width, tty, name = line.split(" ", 6)
+        return cls(pane, window, int(pid), mode != "0", int(width), tty, name)
 
 
 def find_shell() -> str:
@@ -370,33 +672,36 @@ def find_shell() -> str:
 
 
 class Tmux(asyncio.SubprocessProtocol):
-    """A control connection (`tmux -C`) to our session.  Raises NoTerminal."""
+    """A control connection (`tmux -C`) to our session.  Raises NoTerminal.
 
-    def __init__(self, session: str) -> None:
-        self.session = session
+    on_notice  called after tmux told of changes, and at the end
+    """
+
+    def __init__(self, session: str, on_notice: Callable[[], object]) -> None:
+        self.session, self.on_notice = session, on_notice
         self.loop = asyncio.get_running_loop()
         self.attached: asyncio.Future[list[str]] = self.loop.create_future()
         self.replies: deque[asyncio.Future[list[str]]] = deque()
-        self.unread = b""
+        self.unread, self.lines = b"", list[str]()
         self.block = ""  # what stood behind `%begin`, and will behind `%end`
-        self.lines: list[str] = []
         self.closed, self.ended = False, asyncio.Event()  # of no use any more; its process is gone
         self.notices = 0  # how many there were: what was asked before may be old
-        self.on_notice: Callable[[], None] = lambda: None  # after some, and at the end
 
     @classmethod
-    async def connect(cls, path: str, session: str, create: list[str] | None) -> Tmux:
+    async def connect(
+        cls, path: str, session: str, create: list[str] | None, on_notice: Callable[[], object] = int
+    ) -> Tmux:
         """Attach to `session` at the socket `path`; `create`: words that make it if missing."""
         hidden = ("POCKETCODER_TOKEN", "POCKETCODER_RUN_ID", "TMUX", "TMUX_PANE")
         variables = {name: value for name, value in os.environ.items() if name not in hidden}
         words = ["attach-session", "-t", f"={session}"]
         if create is not None:
             words = ["new-session", "-A", "-s", session, "-x", "200", "-y", "50"]
-        command = ["tmux", "-S", path, "-C", *words, "-f", "no-output,ignore-size", *(create or [])]
+        words = ["tmux", "-S", path, "-C", *words, "-f", "no-output,ignore-size", *(create or [])]
         try:  # default-shell is taken from SHELL, which may be this very file
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             _, self = await asyncio.get_running_loop().subprocess_exec(
-                lambda: cls(session), *command, env=variables | {"SHELL": find_shell()}
+                lambda: cls(session, on_notice), *words, env=variables | {"SHELL": find_shell()}
             )
         except OSError as missing:
             raise NoTerminal(f"cannot run tmux ({missing}): install tmux 3.2 or later") from None
@@ -419,27 +724,26 @@ class Tmux(asyncio.SubprocessProtocol):
             if self.block and word in ("%end", "%error") and rest == self.block:
                 # The flags, last: 1 for the commands of this client, 0 for its own start.
                 ours = rest.endswith(" 1") and self.replies
-                future = self.replies.popleft() if ours else self.attached
-                if word == "%error":
-                    self._fail(future, " ".join(self.lines))
-                elif not future.done():
-                    future.set_result(self.lines)
+                self._answer(self.replies.popleft() if ours else self.attached, word == "%error", self.lines)
                 self.block = ""
             elif self.block:
                 self.lines.append(line)
             elif word == "%begin":
                 self.block, self.lines = rest, []
             elif fd == 2 or word == "%exit":
-                self._fail(self.attached, line)
+                self._answer(self.attached, True, [line])
             else:
                 self.notices += 1
         if self.notices > before:
             self.on_notice()
 
-    def _fail(self, future: asyncio.Future[list[str]], why: str) -> None:
-        if not future.done():
-            future.set_exception(NoTerminal(f"tmux: {why}"))
+    @staticmethod
+    def _answer(future: asyncio.Future[list[str]], failed: bool, lines: list[str]) -> None:
+        if failed and not future.done():
+            future.set_exception(NoTerminal(f"tmux: {' '.join(lines)}"))
             future.exception()  # not every reply is waited for
+        elif not future.done():
+            future.set_result(lines)
 
     def process_exited(self) -> None:
         self.close()
@@ -453,7 +757,7 @@ class Tmux(asyncio.SubprocessProtocol):
         self.closed = True
         self.process.close()
         for future in (self.attached, *self.replies):
-            self._fail(future, why)
+            self._answer(future, True, [why])
 
     def send(self, *commands: list[str]) -> asyncio.Future[list[str]]:
         """Write commands at once, so that nothing comes in between; the last one's reply.
@@ -463,7 +767,7 @@ class Tmux(asyncio.SubprocessProtocol):
         futures = [self.loop.create_future() for _ in commands]
         self.replies.extend(futures)
         if self.closed:
-            self._fail(futures[-1], "the connection has ended")
+            self._answer(futures[-1], True, ["the connection has ended"])
         lines = (" ".join(map(quote, words)) + "\n" for words in commands if words)
         self.process.get_pipe_transport(0).write("".join(lines).encode())
         return futures[-1]
@@ -480,10 +784,13 @@ class Tmux(asyncio.SubprocessProtocol):
         """Run one command; the lines of its reply."""
         return await self.reply(self.send(list(words)))
 
-    async def panes(self, window_id: str = "") -> list[Pane]:
-        """All panes of a window, or of the session."""
-        where = ["-t", window_id] if window_id else ["-s", "-t", f"={self.session}:"]
-        return [Pane.parse(x) for x in await self.ask("list-panes", *where, "-F", PANE_FORMAT)]
+    async def panes(self) -> list[Pane]:
+        """All panes of the session."""
+        return [Pane.parse(x) for x in await self.ask("list-panes", "-s", "-t", f"={self.session}:", "-F", PANE_FORMAT)]
+
+    async def state(self, pane: Pane) -> str:
+        """The pane's PANE_STATE."""
+        return (await self.ask("display-message", "-p", "-t", pane.pane_id, PANE_STATE))[0]
 
     def send_keys(self, pane: Pane, state: str, *keys: str) -> asyncio.Future[list[str]]:
         """Press keys if the pane is in this state still; "": if only no mode would take them.
@@ -494,13 +801,9 @@ class Tmux(asyncio.SubprocessProtocol):
         same = f"#{{==:{PANE_STATE},{state}}}" if state else "#{==:#{pane_in_mode}#{pane_synchronized},00}"
         return self.send(["if-shell", "-F", "-t", pane.pane_id, same, words, "display-message -p no"], [])
 
-    async def state(self, pane: Pane) -> str:
-        """The pane's PANE_STATE."""
-        return (await self.ask("display-message", "-p", "-t", pane.pane_id, PANE_STATE))[0]
-
 
 # ==========================================================================
-# Execution Driver                                              budget 1000
+# Execution Driver                                             budget 1010
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -519,19 +822,21 @@ ENDINGS: dict[str, tuple[int | None, str | None]] = {  # exit code and error; No
 ENDING_LADDER = ((signal.SIGTERM, 2.0), (signal.SIGKILL, 0.2), (signal.SIGKILL, 0.8))  # seconds to the next step
 STOPPED = range(128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1)  # exit codes of a job that only stopped
 SHELLS = {"bash": True, "zsh": True, "sh": False, "dash": False, "ash": False, "busybox": False}  # edits its line?
+QUIET = " ".join(f"{name}={value}" for name, value in QUIET_PROGRAMS.items())
 Take = Callable[[bytes], "Awaitable[None] | None"]
 
 # Sourced by the pane's shell.  Backslashes are against aliases.  INT is trapped, since a
 # command that dies of C-c would take go along.  `read` has a limit, or does not know one
 # and fails: go waits for nobody who may be gone.  The last line is read before the next
-# run may write this file anew.
+# run may write this file anew; what an older run wrote behind it is never read.
 GO = r"""\exec 8<>{run}.done 9<>{status}
 \trap : INT
 (
 _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 set -C; \echo "$_pc" >{run}.pid || \exit
-set +C; \echo "{run_id} start $_pc" >&9
-\exec <{stdin} {outputs} 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
+set +C; \exec <{stdin} || \exit
+\echo "{run_id} start $_pc" >&9
+\exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
 \unset -f cd chpwd 2>/dev/null; \unset chpwd_functions POCKETCODER_TOKEN
 \cd -- {cwd} || \exit
 \export {variables}
@@ -545,35 +850,29 @@ _pc=$?
 """
 
 
-def go_script(request: ExecRequest, run: str, run_id: str, shell: str, outputs: Iterable[str]) -> dict[str, str]:
+def go_script(job: Job, shell: str) -> dict[str, str]:
     """The files of a run: `go`; `in`, its stdin; `cmd`, where it is too long for an argument."""
-    files, path = {}, shlex.quote(run)
-    if request.stdin is not None:
-        files["in"] = request.stdin
+    request, path = job.request, shlex.quote(job.run)
+    files = {} if request.stdin is None else {"in": request.stdin}
     command = [shell, "-c", request.cmd, os.path.basename(shell)]
     if len(request.cmd) > MAX_ARGUMENT // 4:  # characters of up to four bytes
         files["cmd"], command[2] = request.cmd, f'eval "$(cat {path}.cmd)"'
     if request.env:  # by env(1), which takes names that are none for a shell
         command = ["env", "--", *(f"{name}={value}" for name, value in request.env.items()), *command]
-    variables = QUIET_PROGRAMS | {
-        "POCKETCODER_RUN_ID": run_id,
-        "POCKETCODER_AGENT": request.agent_name,
-        "POCKETCODER_SESSION_ID": request.session_id or "",
-        "POCKETCODER_USAGE_ID": request.usage_id or "",
-    }
-    targets = [f"{fd}<>{path}.{name}" for fd, name in enumerate(outputs, 1)]
-    return files | {
-        "go": GO.format(
-            run=path,
-            run_id=run_id,
-            status=shlex.quote(f"{os.path.dirname(run)}/status"),
-            cwd=shlex.quote(request.cwd or "."),
-            variables=" ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
-            command=shlex.join(command),
-            stdin=f"{path}.in" if "in" in files else "/dev/null",
-            outputs=" ".join(targets if len(targets) == 2 else [*targets, "2>&1"]),
-        )
-    }
+    ids = {"RUN_ID": job.run_id, "AGENT": request.agent_name}
+    ids |= {"SESSION_ID": request.session_id or "", "USAGE_ID": request.usage_id or ""}
+    outputs = [f"{fd}<>{path}.{name}" for fd, name in enumerate(job.takes, 1)]
+    files["go"] = GO.format(
+        run=path,
+        run_id=job.run_id,
+        status=shlex.quote(f"{job.files.folder}/status"),
+        cwd=shlex.quote(request.cwd or "."),
+        variables=" ".join([QUIET, *(f"POCKETCODER_{name}={shlex.quote(value)}" for name, value in ids.items())]),
+        command=shlex.join(command),
+        stdin=f"{path}.in" if job.feed or "in" in files else "/dev/null",
+        outputs=" ".join([*outputs, "2>&1"][:2]),
+    )
+    return files
 
 
 def read_proc(pid: int, name: str, size: int = 4 * KIB) -> bytes:
@@ -589,48 +888,42 @@ class Process(NamedTuple):
     """Of /proc/PID/stat, see proc(5)."""
 
     name: str
-    state: str
     parent: int
     group: int
     foreground: int  # the process group that its terminal listens to
 
-    @classmethod
-    def read(cls, pid: int) -> Process:
-        """Raises OSError when there is no such process."""
+
+def process(pid: int) -> Process | None:
+    """None: there is none, or it has ended."""
+    with contextlib.suppress(OSError):
         head, _, tail = read_proc(pid, "stat").decode("latin-1").rpartition(")")
         state, parent, group, _, _, foreground, *_ = tail.split()
-        if state in "ZX":
-            raise ProcessLookupError(pid)
-        return cls(head.partition("(")[2], state, int(parent), int(group), int(foreground))
-
-    @classmethod
-    def ended(cls, pid: int) -> bool:
-        try:
-            return not cls.read(pid)
-        except OSError:
-            return True
+        if state not in "ZX":
+            return Process(head.partition("(")[2], int(parent), int(group), int(foreground))
+    return None
 
 
-def processes_of(run_id: str, run: str, leader: int) -> set[int]:
+def processes_of(job: Job) -> set[int]:
     """The run's processes: its group, what carries its name or its output, and what descends from these."""
-    mark, found, parents = f"POCKETCODER_RUN_ID={run_id}".encode(), set[int](), dict[int, int]()
+    mark, found, parents = f"POCKETCODER_RUN_ID={job.run_id}".encode(), set[int](), dict[int, int]()
     for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
-            process = Process.read(pid)
-            parents[pid] = process.parent
-            ours = process.group == leader or mark in read_proc(pid, "environ", 4 * MIB).split(b"\0")
-            if ours or any(os.readlink(f"/proc/{pid}/fd/{fd}").startswith(f"{run}.") for fd in (1, 2)):
+            if (it := process(pid)) is None:
+                continue
+            parents[pid] = it.parent
+            ours = it.group == (job.pid or -1) or mark in read_proc(pid, "environ", 4 * MIB).split(b"\0")
+            if ours or any(os.readlink(f"/proc/{pid}/fd/{fd}").startswith(f"{job.run}.") for fd in (1, 2)):
                 found.add(pid)
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
     return found - {os.getpid()}
 
 
-class Shell:
+class PaneShell:
     """The shell in a pane: whether it waits for a command, and whether somebody has typed there."""
 
     def __init__(self, pane: Pane, new: bool) -> None:
-        self.pane, self.loop = pane, asyncio.get_running_loop()
+        self.pane = pane
         self.owner = os.stat(pane.tty).st_uid
         self.ran = False  # a line of ours: it is through with its start-up files, and no script
         self.shown = False  # its prompt, in a way that can be told
@@ -638,15 +931,20 @@ class Shell:
         # Nobody has typed: until then, for a new shell and just after a run; while the pane is in that state.
         self.quiet, self.state = NEW_SHELL_TIMEOUT * new and time.monotonic() + NEW_SHELL_TIMEOUT, ""
         self.last = ""  # its state at the prompt, when that was last known
-        self.timer: asyncio.TimerHandle | None = None
+        self.noting: asyncio.Task[None] | None = None
 
     def look(self) -> str:
         """Whether it waits for a command: "ready", "perhaps" (it does not say), "soon", "busy"."""
         try:
-            shell = Process.read(self.pane.pid)
-            if shell.name == "tmux: server":  # forked, and about to become the shell
+            shell = process(self.pane.pid)
+            if shell and shell.name == "tmux: server":  # forked, and about to become the shell
                 return "soon"
-            if shell.foreground != shell.group or shell.name not in SHELLS or not (self.ran or self._interactive()):
+            if (
+                not shell
+                or shell.foreground != shell.group
+                or shell.name not in SHELLS
+                or not (self.ran or self._interactive())
+            ):
                 return "busy"
             if not SHELLS[shell.name]:
                 return "perhaps"
@@ -703,19 +1001,17 @@ class Shell:
     def back(self, tmux: Tmux, column: int) -> None:
         """A run has ended: note in what state the prompt is then.  Who types, changes that."""
         self.quiet, self.state = time.monotonic() + 2 * CLEAR_PAUSE, ""
-        if self.timer is not None:
-            self.timer.cancel()
-        self.timer = self.loop.call_later(CLEAR_PAUSE, self._ask, tmux, column)
+        if self.noting is not None:
+            self.noting.cancel()
+        self.noting = asyncio.ensure_future(self._note(tmux, column))
 
-    def _ask(self, tmux: Tmux, column: int) -> None:
-        def note(reply: asyncio.Future[list[str]]) -> None:
-            unused = self.quiet and not (reply.cancelled() or reply.exception())
-            if unused and self.look() in ("ready", "perhaps") and reply.result()[0].split()[0] == str(column):
-                self.quiet, self.state = 0.0, reply.result()[0]  # in another column, something was typed meanwhile
-                self.last = self.state
-
-        if self.quiet and not tmux.closed:
-            tmux.send(["display-message", "-p", "-t", self.pane.pane_id, PANE_STATE]).add_done_callback(note)
+    async def _note(self, tmux: Tmux, column: int) -> None:
+        with contextlib.suppress(NoTerminal):
+            await asyncio.sleep(CLEAR_PAUSE)
+            now = await tmux.state(self.pane) if self.quiet and not tmux.closed else ""
+            # In another column, something was typed meanwhile; not quiet: it is used again.
+            if self.quiet and now.partition(" ")[0] == str(column) and self.look() in ("ready", "perhaps"):
+                self.quiet, self.state, self.last = 0.0, now, now
 
 
 class Capture:
@@ -752,60 +1048,52 @@ class View:
 
     def __init__(self, pane: Pane, command: str, line: str, column: int) -> None:
         """The typed `line` is to be replaced by `command`, behind the prompt that ends at `column`."""
-        self.loop = asyncio.get_running_loop()
         self.space, self.hidden, self.newline, self.begun = MAX_VIEW, 0, True, False
         rows = 1 + (column + len(line)) // max(1, pane.width)
         shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
         safe = self.UNSAFE.sub(b"", shown.encode()).replace(b"\x1b", b"")
         self.unwritten = bytearray(b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, safe))
-        self.done: Callable[[], None] | None = None
         self.fd = os.open(pane.tty, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
 
-    def begin(self) -> None:
-        """Show what there is, and from now on what comes."""
+    def write(self) -> None:
+        """Show what there is, and from now on what comes, as far as the terminal takes it."""
         self.begun = True
-        self._write()
+        with contextlib.suppress(OSError):  # it is full, or gone
+            del self.unwritten[: os.write(self.fd, self.unwritten)]
+        if self.unwritten and self.fd >= 0:
+            asyncio.get_running_loop().call_later(VIEW_PAUSE, self.write)
 
     def add(self, chunk: bytes) -> None:
         shown, self.space = self.UNSAFE.sub(b"", chunk[: self.space]), self.space - len(chunk)
         if self.space < 0:
             self.hidden, self.space = self.hidden - self.space, 0
         if shown:
-            self.newline = shown.endswith(b"\n")
+            self.newline, waiting = shown.endswith(b"\n"), len(self.unwritten)
             self.unwritten += shown
-            if self.begun:
-                self._write()
+            if self.begun and not waiting:
+                self.write()
 
-    def end(self, exit_code: int, done: Callable[[], None]) -> None:
-        """Mark the end; call `done` when all is on the terminal, or after VIEW_TIMEOUT."""
+    async def end(self, exit_code: int) -> None:
+        """Mark the end, and wait a moment until all is on the terminal."""
         hidden = f"[pocketcoder: {self.hidden} more bytes not shown here]\n" if self.hidden else ""
         mark = f"[exit {exit_code}]\n" if exit_code else ""
         self.unwritten += f"{'' if self.newline else chr(10)}{hidden}{mark}".encode()
-        self.done = done
-        self.loop.call_later(VIEW_TIMEOUT, self.close)
-        self._write()
-
-    def _write(self) -> None:
-        try:
-            del self.unwritten[: os.write(self.fd, self.unwritten)]
-        except BlockingIOError:
-            pass
-        except OSError:  # the terminal is gone
-            return self.close()
-        if self.unwritten:
-            self.loop.add_writer(self.fd, self._write)
-        elif self.done:
-            self.close()
-        else:
-            self.loop.remove_writer(self.fd)
+        self.write()
+        for _ in range(VIEW_TRIES):
+            if self.unwritten and self.fd >= 0:
+                await asyncio.sleep(VIEW_PAUSE)
+        self.close()
 
     def close(self) -> None:
         if self.fd >= 0:
-            self.loop.remove_writer(self.fd)
             os.close(self.fd)
-        self.fd, done, self.done = -1, self.done, None
-        if done:
-            done()
+            self.fd = -1
+
+
+def widen(pipe: int) -> None:
+    """Let it hold more, as far as the system allows."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(pipe, 1031, CHUNK)  # F_SETPIPE_SZ
 
 
 class Output:
@@ -839,8 +1127,7 @@ class Output:
             return
         self.total += len(chunk)
         if len(chunk) == 64 * KIB:  # a pipe of the usual size, full
-            with contextlib.suppress(OSError):
-                fcntl.fcntl(self.fd, 1031, CHUNK)  # F_SETPIPE_SZ
+            widen(self.fd)
         if (wait := self.take(chunk)) is not None:
             self.loop.remove_reader(self.fd)
             self.taken = asyncio.ensure_future(self._wait(self.taken, wait))
@@ -871,10 +1158,43 @@ class Output:
             self.closed.set_result(None)
 
 
+class Input:
+    """The write end of a FIFO that a run reads: its stdin, as it comes."""
+
+    def __init__(self, path: str) -> None:
+        os.mkfifo(path, 0o600)
+        self.loop = asyncio.get_running_loop()
+        self.space: asyncio.Future[None] = self.loop.create_future()
+        self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)  # go need not wait for a writer
+
+    async def write(self, data: bytes) -> None:
+        """Wait until all is in the pipe, or it is closed."""
+        left = memoryview(data)
+        while left and self.fd >= 0:
+            try:
+                left = left[os.write(self.fd, left) :]
+            except BlockingIOError:
+                widen(self.fd)
+                self.space = self.loop.create_future()
+                self.loop.add_writer(self.fd, self._wake)
+                await self.space
+
+    def _wake(self) -> None:
+        self.loop.remove_writer(self.fd)
+        if not self.space.done():
+            self.space.set_result(None)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            self._wake()
+            os.close(self.fd)
+            self.fd = -1
+
+
 class RunFiles:
     """A directory for runs beside the socket, `SOCKET.d/N`.  Each driver has its own, locked: it lives.
 
-    `status` is a FIFO for the reports of all runs, lines of run, word, number.  A run has the
+    `status` is a FIFO for the reports of all runs, lines of run_id, word, number.  A run has the
     files `SOCKET.d/N/RUN.*`.  Names are short, since they are typed, and used again by later
     runs: making files costs more than all the rest.  Raises NoTerminal, OSError.
     """
@@ -882,7 +1202,7 @@ class RunFiles:
     KEPT = ("done", "out", "err", "go")
 
     def __init__(self, base: str) -> None:
-        self.base, self.folder, self.lock = base, "", -1
+        self.base, self.loop = base, asyncio.get_running_loop()
         self.count, self.free = 0, list[str]()  # names there were; those to use again
         self.used: dict[str, Callable[[str, int], None]] = {}  # run_id: who gets its reports
         self.unread, self.wiped = b"", False
@@ -895,16 +1215,16 @@ class RunFiles:
         self.adoptions = [asyncio.ensure_future(self._adopt(f"{base}/{name}")) for name in os.listdir(base)]
         for number in range(KIB):  # drivers may start together
             with contextlib.suppress(FileExistsError, BlockingIOError):
-                os.mkdir(folder := f"{base}/{number:x}", 0o700)
-                self.lock = os.open(folder, os.O_RDONLY)
+                self.folder = f"{base}/{number:x}"
+                os.mkdir(self.folder, 0o700)
+                self.lock = os.open(self.folder, os.O_RDONLY)
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.folder = folder
                 break
         else:
             raise NoTerminal(f"{base}: full of what cannot be removed")
-        os.mkfifo(f"{folder}/status", 0o600)
-        self.status = os.open(f"{folder}/status", os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
-        asyncio.get_running_loop().add_reader(self.status, self._on_status)
+        os.mkfifo(f"{self.folder}/status", 0o600)
+        self.status = os.open(f"{self.folder}/status", os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+        self.loop.add_reader(self.status, self._on_status)
 
     def _on_status(self) -> None:
         *lines, unread = (self.unread + os.read(self.status, 64 * KIB)).split(b"\n")
@@ -928,19 +1248,18 @@ class RunFiles:
 
     def give_back(self, run_id: str, run: str, returned: bool, names: tuple[str, ...]) -> None:
         """`names`: the run's own files; all go if its line may be read again one day."""
-        for name in names if returned else (*names, *self.KEPT):
-            with contextlib.suppress(OSError):
-                os.unlink(f"{run}.{name}")
-        self.free += [run] if returned and run_id in self.used else []
-        self.used.pop(run_id, None)
+        if self.used.pop(run_id, None) is not None:
+            for name in names if returned else (*names, *self.KEPT):
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{run}.{name}")
+            self.free += [run] if returned else []
         if self.wiped and not self.used:
             self.close()
 
     def hand_over(self, run: str, names: tuple[str, ...], owner: int) -> None:
         """Let another user, whose the panes are, get at a run's files."""
         os.chmod(self.base, 0o711)
-        paths = (self.folder, f"{self.folder}/status", *(f"{run}.{name}" for name in (*self.KEPT, *names)))
-        for path in paths:
+        for path in (self.folder, f"{self.folder}/status", *(f"{run}.{name}" for name in (*self.KEPT, *names))):
             with contextlib.suppress(FileNotFoundError):
                 os.chown(path, owner, -1, follow_symlinks=False)
 
@@ -966,40 +1285,45 @@ class RunFiles:
 
     def close(self) -> None:
         """Leave what is still written to: the next driver here drains it."""
-        if self.lock >= 0:
+        if self.status >= 0:
             if not self.used:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            asyncio.get_running_loop().remove_reader(self.status)
+            self.loop.remove_reader(self.status)
             os.close(self.status)
             os.close(self.lock)
-            self.lock, self.wiped = -1, False
+            self.status = -1
 
 
 class Job:
     """One run of a command, from its files to the prompt after it.
 
     takes       who gets the output: one for both streams, or two
+    fed         whether its stdin comes through `feed`
     on_release  called when the pane is free again
     """
 
-    def __init__(
-        self, request: ExecRequest, takes: Mapping[str, Take], shell: Shell, on_release: Callable[[Job], None]
-    ) -> None:
-        self.request, self.takes, self.shell, self.on_release = request, takes, shell, on_release
+    def __init__(self, request: ExecRequest, takes: Mapping[str, Take], fed: bool) -> None:
+        self.request, self.takes, self.fed = request, takes, fed
         self.loop = asyncio.get_running_loop()
         self.run_id, self.run = secrets.token_hex(8), ""  # the path of its files, but for their suffixes
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
         self.over = asyncio.Event()  # exit_code, duration and all output are known
         self.released = False  # the pane is free again
+        self.returned = False  # go has done with the files
+        self.leaves_nothing = False  # what is left of it at its end is ended too
         self.ended, self.why, self.exit_code = "exit", "", 0
         self.pid = 0  # of the command's bash, and its process group
         self.begun = self.duration = 0.0
         self.view: View | None = None
+        self.feed: Input | None = None
         self.outputs: list[Output] = []
-        self.returned = False  # go has done with the files
         self.own: tuple[str, ...] = ("pid",)  # files that no later run can use
-        self.timers: list[asyncio.TimerHandle] = []
+        self.timers: dict[str, asyncio.TimerHandle] = {}
         self.ending: asyncio.Task[None] | None = None
+
+    def hold(self, shell: PaneShell, on_release: Callable[[Job], None]) -> None:
+        """Have the pane of `shell` until `on_release` is called."""
+        self.shell, self.on_release = shell, on_release
 
     def prepare(self, files: RunFiles, shell: str) -> str:
         """Make the files; return the line that runs them.  Raises OSError."""
@@ -1007,9 +1331,11 @@ class Job:
         for name in ("done", *self.takes):
             if not os.path.exists(f"{self.run}.{name}"):
                 os.mkfifo(f"{self.run}.{name}", 0o600)
-        for name, text in go_script(self.request, self.run, self.run_id, shell, self.takes).items():
+        if self.fed:
+            self.feed, self.own = Input(f"{self.run}.in"), (*self.own, "in")
+        for name, text in go_script(self, shell).items():
             with open(os.open(f"{self.run}.{name}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
-                file.write(text.encode())  # not truncated, which goes to the disk: `go` returns at its end
+                file.write(text.encode())  # not truncated, which goes to the disk: see GO
             self.own = self.own if name == "go" and len(text) < 16 * KIB else (*self.own, name)
         if self.shell.owner != os.geteuid():  # we are root, the panes are a worker's
             files.hand_over(self.run, self.own, self.shell.owner)
@@ -1028,12 +1354,7 @@ class Job:
             self.void()
         elif reply.result():  # it was not typed
             self.returned = True
-            self._never()
-
-    def _never(self) -> None:
-        if not self.started.done():
-            self.started.set_result(False)
-        self.release()
+            self.release()
 
     def _take(self, take: Take, chunk: bytes) -> Awaitable[None] | None:
         if self.view:
@@ -1042,27 +1363,25 @@ class Job:
 
     def void(self) -> bool:
         """Make sure that it never starts; False: it already has."""
-        if self.released:
-            return True
-        try:
-            if self.run:
-                os.close(os.open(f"{self.run}.pid", os.O_CREAT | os.O_EXCL, 0o600))
-        except FileExistsError:
-            return False
-        except OSError:  # wiped: go cannot make it either
-            pass
-        self.own = self.own[1:]  # the claim stays: go may have been read already
-        self._never()
+        if not self.released:
+            try:
+                if self.run:
+                    os.close(os.open(f"{self.run}.pid", os.O_CREAT | os.O_EXCL, 0o600))
+            except FileExistsError:
+                return False
+            except OSError:  # wiped: go cannot make it either
+                pass
+            self.own = self.own[1:]  # the claim stays: go may have been read already
+            self.release()
         return True
 
     def _on_report(self, word: str, number: int) -> None:
-        if word == "start" and not self.pid:
+        if word == "start" and not self.pid and not self.released:
             self.pid, self.begun, self.shell.ran = number, time.monotonic(), True
             self.later(self.request.timeout, self.end, "timeout")
-            if self.view:
-                self.later(VIEW_DELAY, self.view.begin)
+            self.later(VIEW_DELAY, self.view.write if self.view else self.watch)
             self.later(WATCH_PAUSE, self.watch)
-            if not self.started.done():
+            if not self.started.done():  # it may have been cancelled
                 self.started.set_result(True)
         elif word == "exit" and self.pid:
             self._finish(number & 255)
@@ -1074,39 +1393,40 @@ class Job:
     def later(self, seconds: float, call: Callable[..., None], *arguments: str) -> None:
         """Call it then, unless the job is released before."""
         if not self.released:
-            self.timers.append(self.loop.call_later(seconds, call, *arguments))
+            self.timers[call.__name__] = self.loop.call_later(seconds, call, *arguments)
 
-    def watch(self, again: bool = True) -> None:
+    def watch(self) -> None:
         """Look whether its shell still lives: now, and now and then."""
+        pane = self.shell.pane
         if self.pid and not self.over.is_set():
-            pane = self.shell.pane
-            if Process.ended(pane.pid):
+            if process(pane.pid) is None:
                 self.lost("tmux has ended" if self.tmux.closed else f"{pane.window_name}, pane {pane.pane_id}, died")
-            elif again:
-                del self.timers[2:]
+            else:
+                self.timers["watch"].cancel()
                 self.later(WATCH_PAUSE, self.watch)
 
     def _finish(self, exit_code: int) -> None:
         if self.over.is_set():
             return
         self.exit_code, self.duration = exit_code, time.monotonic() - self.begun
+        if self.feed:
+            self.feed.close()
         for output in self.outputs:
             output.finish()
-        if exit_code in STOPPED and not Process.ended(self.pid) and self.ending is None:  # nobody will continue it
-            self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[1:]))
+        stopped = exit_code in STOPPED and process(self.pid)  # nobody will continue it
+        if (stopped or self.leaves_nothing) and self.ending is None:
+            self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[bool(stopped) :]))
         self.over.set()
         self.later(RETURN_TIMEOUT, self.release)
-        self.loop.call_soon(self._show_end)  # who waits for the answer comes first
+        self.showing = asyncio.ensure_future(self._show_end())  # who waits for the answer comes first
 
-    def _show_end(self) -> None:
+    async def _show_end(self) -> None:
         os.sched_yield()  # who got the answer often waits for this very CPU
         facts = (self.request.agent_name, self.run_id, self.ended, self.exit_code, round(self.duration * 1000))
         log.info("exec end agent=%s run=%s ended=%s exit=%d ms=%d", *facts)
         if self.view:
-            self.view.end(self.exit_code, self._let_return)
-
-    def _let_return(self) -> None:
-        with contextlib.suppress(OSError):
+            await self.view.end(self.exit_code)
+        with contextlib.suppress(OSError):  # now the prompt may come
             done = os.open(f"{self.run}.done", os.O_WRONLY | os.O_NONBLOCK)
             os.write(done, b"\n")
             os.close(done)
@@ -1122,8 +1442,6 @@ class Job:
         if not self.over.is_set() and (self.pid or not self.void()):
             if self.ended == "exit":
                 self.ended, self.why = "lost", why
-            if not self.started.done():
-                self.started.set_result(True)
             self._finish(128 + signal.SIGKILL)
             self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[1:]))
         self.release()
@@ -1137,7 +1455,7 @@ class Job:
     def signal_group(self, number: int) -> None:
         """Signal the command's process group.  In a shell without job control it has none."""
         with contextlib.suppress(OSError):
-            if self.pid and not self.over.is_set() and Process.read(self.pid).group == self.pid:
+            if self.pid and not self.over.is_set() and os.getpgid(self.pid) == self.pid:
                 os.killpg(self.pid, number)
 
     def release(self) -> None:
@@ -1145,9 +1463,13 @@ class Job:
         if self.released:
             return
         self.released = True
-        for timer in self.timers:
+        if not self.started.done():
+            self.started.set_result(self.over.is_set())
+        for timer in self.timers.values():
             timer.cancel()
-        if self.view and not self.over.is_set():  # else it closes itself
+        if self.feed:
+            self.feed.close()
+        if self.view and not self.over.is_set():  # else it ends in a moment
             self.view.close()
         for output in self.outputs:
             if not self.pid:
@@ -1160,15 +1482,19 @@ class Job:
 
     def _tidy(self, _: object = None) -> None:
         if self.run and all(output.closed.done() for output in self.outputs):
-            self.files.give_back(self.run_id, self.run, self.returned, self.own)
+            again = self.returned and self.ending is None  # else `processes_of` would find the next run too
+            self.files.give_back(self.run_id, self.run, again, self.own)
 
-    async def result(self, capture: Capture | None = None) -> CommandResult:
-        """How it ended; its output is in `capture` or with who took it.  Cancelling this cancels the command."""
+    async def result(self, capture: Capture | None = None, patience: float | None = None) -> CommandResult:
+        """How it ended; its output is in `capture` or with who took it.  Cancelling this cancels the command.
+
+        patience  seconds, at most, until what is left of it is taken
+        """
         try:
             await self.over.wait()
             for output in self.outputs:
                 if output.taken is not None:
-                    await asyncio.wait_for(output.taken, SLOW_READER_TIMEOUT)
+                    await asyncio.wait_for(output.taken, patience)
         except asyncio.CancelledError:
             self.end("cancelled")
             raise
@@ -1183,7 +1509,7 @@ class Job:
 async def kill(job: Job, number: int) -> int:
     """Signal all its processes, wherever they are; how many there were."""
     job.signal_group(number)
-    found = await asyncio.to_thread(processes_of, job.run_id, job.run, job.pid or -1)
+    found = await asyncio.to_thread(processes_of, job)
     for pid in found:
         with contextlib.suppress(OSError):
             if os.getpgid(pid) != job.pid or job.over.is_set():  # some take a second signal amiss
@@ -1205,23 +1531,20 @@ async def climb(job: Job, ladder: tuple[tuple[int, float], ...]) -> None:
 
 
 class Terminal:
-    """An agent's window, `name`: its panes, the runs in them, and who waits.
-
-    driver  whose tmux and settings it uses
-    """
+    """An agent's window, `name`: its panes, the runs in them, and who waits."""
 
     def __init__(self, driver: PocketCoderDriver, name: str) -> None:
-        self.driver, self.name, self.window_id = driver, name, "@"
-        self.shells: list[Shell] = []  # one a pane
+        self.driver, self.name = driver, name  # whose tmux and settings it uses
+        self.shells: list[PaneShell] = []  # one a pane
         self.looked_at: tuple[Tmux | None, int] = (None, 0)  # the connection, and its notices by then
         self.jobs: dict[str, Job] = {}  # by pane_id
         self.waiting = 0
         self.lock, self.freed = asyncio.Lock(), asyncio.Event()  # first come, first served
 
-    async def take(self) -> tuple[Tmux, Shell]:
-        """Wait in the queue for a pane where nobody runs anything.  Raises Busy, NoTerminal."""
+    async def take(self, job: Job) -> Tmux:
+        """Give it a pane where nobody runs anything; wait in the queue for one.  Raises NoTerminal."""
         if len(self.jobs) + self.waiting >= MAX_PANES + MAX_QUEUE:
-            raise Busy(f"{MAX_QUEUE} commands wait for this terminal already: try again later")
+            raise NoTerminal(f"{MAX_QUEUE} commands wait for this terminal already: try again later")
         self.waiting += 1
         deadline = time.monotonic() + QUEUE_TIMEOUT
         try:
@@ -1230,18 +1553,19 @@ class Terminal:
                     self.freed.clear()
                     tmux = await self._look()
                     if (shell := await self._choose(tmux)) and not self.driver.stopping:
-                        return tmux, shell
+                        job.hold(shell, self._release)
+                        self.jobs[shell.pane.pane_id] = job
+                        return tmux
                     # tmux does not tell when a person's program ends, so look now and then.
                     timer = tmux.loop.call_later(QUEUE_CHECK, self.freed.set)
                     await self.freed.wait()
                     timer.cancel()
         finally:
             self.waiting -= 1
-        raise Busy("the proxy is stopping" if self.driver.stopping else "no pane of the terminal got free")
+        raise NoTerminal("the proxy is stopping" if self.driver.stopping else "no pane of the terminal got free")
 
-    def release(self, job: Job) -> None:
-        """The job's pane is free again."""
-        self.jobs.pop(job.shell.pane.pane_id, None)
+    def _release(self, job: Job) -> None:
+        del self.jobs[job.shell.pane.pane_id]
         self.freed.set()
 
     async def open(self) -> None:
@@ -1256,26 +1580,21 @@ class Terminal:
         """Know the panes; make the window, with all around it, if it is missing.  Needs the lock."""
         for last_try in (False, True):
             tmux = await self.driver.connect(["-n", self.name, *self.driver.new_shell])
-            now = (tmux, tmux.notices)
-            if self.shells and self.looked_at == now:
+            if self.shells and self.looked_at == (tmux, tmux.notices):
                 return tmux
             try:
-                panes: list[Pane] = []
-                with contextlib.suppress(NoTerminal):  # there is no such window, or no longer
-                    panes = await tmux.panes(self.window_id)
-                if not panes or panes[0].window_name != self.name:
-                    panes = await self._find_window(tmux)
+                self.looked_at = (tmux, tmux.notices)
+                panes = await self._find(tmux) or await self._make(tmux)
                 for pane in panes:
-                    if pane.dead or Process.ended(pane.pid):  # remain-on-exit, or tmux does not know yet
+                    if process(pane.pid) is None:  # remain-on-exit, or tmux does not know yet
                         await tmux.ask("respawn-pane", "-k", "-t", pane.pane_id, *self.driver.new_shell)
-                        panes = await tmux.panes(self.window_id)
+                        panes = await self._find(tmux)
                         self.driver.new |= {now.pid for now in panes if now.pane_id == pane.pane_id}
                 known = {shell.pane.pid: shell for shell in self.shells}
-                self.shells = [known.get(pane.pid) or Shell(pane, pane.pid in self.driver.new) for pane in panes]
+                self.shells = [known.get(pane.pid) or PaneShell(pane, pane.pid in self.driver.new) for pane in panes]
                 self.driver.new -= {pane.pid for pane in panes}
                 for pane, shell in zip(panes, self.shells, strict=True):
                     shell.pane = pane
-                self.looked_at = now
                 return tmux
             except NoTerminal:
                 tmux.close()  # the session may be gone, and we be attached to another
@@ -1283,25 +1602,26 @@ class Terminal:
                     raise
         raise AssertionError
 
-    async def _find_window(self, tmux: Tmux) -> list[Pane]:
+    async def _find(self, tmux: Tmux) -> list[Pane]:
+        """The panes of the first window of this name."""
         found = [pane for pane in await tmux.panes() if pane.window_name == self.name]
-        if not found:
-            words = ["new-window", "-d", "-t", f"={tmux.session}:", "-n", self.name, "-P", "-F", PANE_FORMAT]
-            found = [Pane.parse(line) for line in await tmux.ask(*words, *self.driver.new_shell)]
-            self.driver.new.add(found[0].pid)
-        self.window_id = found[0].window_id
-        rename = ["set-option", "-w", "-t", self.window_id]  # by nobody but a person
-        tmux.send([*rename, "automatic-rename", "off"], [*rename, "allow-rename", "off"])
-        return [pane for pane in found if pane.window_id == self.window_id]
+        return [pane for pane in found if pane.window_id == found[0].window_id]
 
-    async def _choose(self, tmux: Tmux) -> Shell | None:
+    async def _make(self, tmux: Tmux) -> list[Pane]:
+        words = ["new-window", "-d", "-t", f"={tmux.session}:", "-n", self.name, "-P", "-F", PANE_FORMAT]
+        made = Pane.parse((await tmux.ask(*words, *self.driver.new_shell))[0])
+        self.driver.new.add(made.pid)
+        keep_name(tmux, made)
+        return [made]
+
+    async def _choose(self, tmux: Tmux) -> PaneShell | None:
         """A shell at its prompt; else a new one; else one in copy mode; else None."""
         free = [shell for shell in self.shells if shell.pane.pane_id not in self.jobs]
         sound = [shell for shell in free if shell.missed < 2]
         for shell in sound:
             if not shell.pane.in_mode and await shell.at_prompt():
                 return shell
-        if any(Process.ended(shell.pane.pid) for shell in free):  # look again, at once
+        if any(process(shell.pane.pid) is None for shell in free):  # look again, at once
             self.looked_at = (None, 0)
             self.freed.set()
             return None
@@ -1317,15 +1637,22 @@ class Terminal:
             raise NoTerminal(f"no shell in the window {self.name} answers")
         return None
 
-    async def _split(self, tmux: Tmux) -> Shell | None:
-        words = ["split-window", "-d", "-Z", "-t", self.shells[-1].pane.pane_id, "-P", "-F", PANE_FORMAT]
+    async def _split(self, tmux: Tmux) -> PaneShell | None:
+        pane = self.shells[-1].pane
+        words = ["split-window", "-d", "-Z", "-t", pane.pane_id, "-P", "-F", PANE_FORMAT, *self.driver.new_shell]
         for _ in range(2):
             self.looked_at = (None, 0)
             with contextlib.suppress(NoTerminal):
-                self.shells.append(Shell(Pane.parse((await tmux.ask(*words, *self.driver.new_shell))[0]), True))
+                self.shells.append(PaneShell(Pane.parse((await tmux.ask(*words))[0]), True))
                 return self.shells[-1]
-            tmux.send(["select-layout", "-t", self.window_id, "tiled"])  # no space: make some
+            tmux.send(["select-layout", "-t", pane.window_id, "tiled"])  # no space: make some
         return None
+
+
+def keep_name(tmux: Tmux, pane: Pane) -> None:
+    """Let nobody but a person rename the window of `pane`."""
+    rename = ["set-option", "-w", "-t", pane.window_id]
+    tmux.send([*rename, "automatic-rename", "off"], [*rename, "allow-rename", "off"])
 
 
 class PocketCoderDriver:
@@ -1359,14 +1686,13 @@ class PocketCoderDriver:
         return subprocess.run(command, capture_output=True, timeout=TMUX_TIMEOUT).returncode == 0
 
     def terminal(self, agent_name: str) -> Terminal:
-        """The agent's."""
         return self.terminals.setdefault(agent_name, Terminal(self, f"{agent_name}:terminal"))
 
     async def exec(self, cmd: str, cwd: str | None, agent_name: str) -> CommandResult:
         """Run `cmd` in the agent's terminal and wait for its end.
 
         cwd  absolute; None: wherever the terminal is now
-        See ExecRequest for the limits.  Raises BadMessage, NoTerminal, Busy.
+        See ExecRequest for the limits.  Raises BadMessage, NoTerminal.
         """
         return await self.run(ExecRequest(cmd, cwd or "", agent_name=agent_name))
 
@@ -1375,17 +1701,20 @@ class PocketCoderDriver:
         capture = Capture(request.max_output)
         return await (await self.start(request, {"out": capture.add})).result(capture)
 
-    async def start(self, request: ExecRequest, takes: Mapping[str, Take]) -> Job:
-        """Start a command; return when it runs.  `takes`: {"out"} for both streams, or {"out", "err"}."""
+    async def start(self, request: ExecRequest, takes: Mapping[str, Take], fed: bool = False) -> Job:
+        """Start a command; return when it runs.
+
+        takes  {"out"} for both streams, or {"out", "err"}
+        fed    its stdin is what the job's `feed` gets
+        """
         terminal = self.terminal(request.agent_name)
         why = f"no shell in the window {terminal.name} answers"
         for _ in range(2 * MAX_PANES):
-            tmux, shell = await terminal.take()
-            job = Job(request, takes, shell, terminal.release)
-            terminal.jobs[shell.pane.pane_id] = job
+            job = Job(request, takes, fed)
+            tmux = await terminal.take(job)
             try:
                 line = job.prepare(self.open_files(), self.shell)
-                job.type(tmux, line, *await shell.clear(tmux))
+                job.type(tmux, line, *await job.shell.clear(tmux))
                 if await self._starts(job):
                     return job
             except asyncio.CancelledError:
@@ -1397,13 +1726,13 @@ class PocketCoderDriver:
                 if not job.void():
                     job.lost(why)
                     return job
-                if isinstance(failure, OSError) or tmux.closed or Process.ended(shell.pane.pid):
+                if isinstance(failure, OSError) or tmux.closed or process(job.shell.pane.pid) is None:
                     await asyncio.sleep(CLEAR_PAUSE)
                     continue
                 raise NoTerminal(why) from None
             if not job.returned:  # it was typed, into what we do not know
-                shell.last = ""
-                shell.missed += 1
+                job.shell.last = ""
+                job.shell.missed += 1
         raise NoTerminal(why)
 
     def open_files(self) -> RunFiles:
@@ -1418,7 +1747,7 @@ class PocketCoderDriver:
         def look() -> None:
             late = time.monotonic() - deadline
             if not job.started.done():
-                if (late >= 0 or Process.ended(job.shell.pane.pid)) and not job.void() and late > START_TIMEOUT:
+                if (late >= 0 or process(job.shell.pane.pid) is None) and not job.void() and late > START_TIMEOUT:
                     job.lost("it never reported its start")
                 job.later(START_TIMEOUT / 2, look)
 
@@ -1427,20 +1756,21 @@ class PocketCoderDriver:
             job.shell.missed = 0
         return started
 
-    async def connect(self, create: list[str] | None) -> Tmux:
+    async def connect(self, create: list[str]) -> Tmux:
         """The connection to tmux; `create`: see Tmux.connect."""
         async with self.connecting:
-            for attempt in range(1 if create is None else 4):
+            for attempt in range(4):
                 if self.tmux is not None and not self.tmux.closed and self.tmux.loop is asyncio.get_running_loop():
                     break
+                words, before = create if attempt else None, int(time.time())  # None: only if it is there
                 try:
-                    words = create if attempt else None  # None: only if it is there
-                    self.tmux = await Tmux.connect(self.socket_path, self.session_name, words)
-                    self.tmux.on_notice = self._on_notice
-                    if words:
-                        self.new |= {pane.pid for pane in await self.tmux.panes()}
+                    self.tmux = await Tmux.connect(self.socket_path, self.session_name, words, self._on_notice)
+                    if words and int((await self.tmux.ask("display-message", "-p", "#{session_created}"))[0]) >= before:
+                        panes = await self.tmux.panes()
+                        self.new |= {pane.pid for pane in panes}
+                        keep_name(self.tmux, panes[0])
                 except NoTerminal:
-                    if create is None or attempt == 3:
+                    if attempt == 3:
                         raise
                     await asyncio.sleep(CLEAR_PAUSE * (attempt > 0))  # a tmux that is just ending fails once
             assert self.tmux is not None
@@ -1451,7 +1781,7 @@ class PocketCoderDriver:
         for terminal in self.terminals.values():
             terminal.freed.set()
         for job in self.jobs():
-            job.watch(again=False)
+            job.watch()
 
     async def close(self, grace: float = 0.0) -> None:
         """Take no more commands, give the running ones `grace` seconds, cancel the rest."""
@@ -1477,7 +1807,7 @@ class PocketCoderDriver:
 
 
 # ==========================================================================
-# State and tools                                                 budget 20
+# State and tools                                                budget 18
 # ==========================================================================
 # What handlers share.  Built once in `serve`, handed down; no globals.
 SessionMap = dict[str, "asyncio.Queue[Message]"]
@@ -1494,7 +1824,7 @@ class AppState:
 
 
 # ==========================================================================
-# Transports                                                     budget 240
+# Transports                                                    budget 320
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -1511,23 +1841,35 @@ async def exec_handler(state: AppState, request: ExecRequest) -> ExecResponse:
 
 
 async def exec_stream_handler(
-    state: AppState, request: ExecRequest, send: Callable[[str, Message], Awaitable[None]]
-) -> None:
-    """The same with the output sent as it comes: `send(event, data)`."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    async def output(chunk: bytes, final: bool = False) -> None:
-        if text := decoder.decode(chunk, final):  # never half a character
-            await send("output", {"stdout": text})
-
-    job = await state.driver.start(request, {"out": output})
+    state: AppState,
+    request: ExecRequest,
+    takes: Mapping[str, Take],
+    started: Callable[[Job], Awaitable[None]],
+    fed: bool = False,
+    patience: float | None = None,
+) -> ExecResponse:
+    """The same with the output handed on as it comes; see `PocketCoderDriver.start` and `Job.result`."""
+    job = await state.driver.start(request, takes, fed)
     try:
-        await send("", {})
-        result = await job.result()
-        await output(b"", final=True)
-        await send("exit", ExecResponse.of(result, None).to_wire())
+        await started(job)
+        return ExecResponse.of(await job.result(None, patience), None)
     finally:
         job.end("cancelled")  # if it has not ended yet, nobody is left to read it
+
+
+async def channel_handler(job: Job, message: str | bytes) -> None:
+    """Take what a caller sends to its command; return when there is room for more.  Raises BadMessage."""
+    if isinstance(message, str):
+        try:
+            got = json.loads(message)
+            job.leaves_nothing |= got.get("end") is True  # a shell that ends: nobody is left to care for the rest
+            job.signal_group(SIGNAL_NUMBERS[got["signal"]])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise complain("signal", message, f"one of {', '.join(SIGNAL_NUMBERS)}, in an object") from None
+    elif message[:1] != b"\0" and message != b"\xff\0":
+        raise complain("channel", message[:2], "0 for stdin, or 255 and 0 for its end")
+    elif job.feed is not None:
+        await job.feed.write(message[1:]) if message[0] == 0 else job.feed.close()
 
 
 @dataclass(frozen=True)
@@ -1566,11 +1908,11 @@ class Endpoint(tornado.web.RequestHandler):
     _stream_request_body = True  # so that the gate comes before the body, and 413 is ours
     open_to_all = False  # needs no token
     task: asyncio.Task[Any] | None = None
-    slow: asyncio.TimerHandle | None = None  # closes the connection of a body that does not come
 
     def initialize(self, state: AppState, gate: Gate) -> None:
         self.state, self.gate = state, gate
         self.body, self.received = bytearray(), 0
+        self.peer: Any = getattr(self.request.connection, "stream", None)  # below HTTP
 
     def set_default_headers(self) -> None:
         self.set_header("Server", f"pocketcoder-proxy/{VERSION}")
@@ -1581,35 +1923,24 @@ class Endpoint(tornado.web.RequestHandler):
             self.set_header("Access-Control-Allow-Headers", "Authorization, Content-Type, Accept")
             self.set_header("Vary", "Origin")
 
-    def compute_etag(self) -> None:
-        """Answers are not cached."""
-
-    @property
-    def stream(self) -> Any:
-        """The connection below HTTP."""
-        return getattr(self.request.connection, "stream", None)
-
     def prepare(self) -> None:
         headers, origin = self.request.headers, self.request.headers.get("Origin")
-        authorization = headers.get("Authorization", "")
         preflight = self.request.method == "OPTIONS"
-        self.gate.check(self.request.host, origin, authorization, self.open_to_all or preflight)
+        self.gate.check(self.request.host, origin, headers.get("Authorization", ""), self.open_to_all or preflight)
         if int(headers.get("Content-Length") or 0) > 4 * MAX_BODY:
             raise tornado.web.HTTPError(413, f"body: expected at most {MAX_BODY} bytes")
         if self.request.method not in self._allowed() or (preflight and origin is None):
             raise tornado.web.HTTPError(405)
-        if self.request.method == "POST":
-            self.slow = asyncio.get_running_loop().call_later(BODY_TIMEOUT, self.stream.close)
-            kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                raise tornado.web.HTTPError(415, f"`Content-Type`: got {kind!r}, expected application/json")
+        kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if self.request.method == "POST" and kind != "application/json":
+            raise tornado.web.HTTPError(415, f"`Content-Type`: got {kind!r}, expected application/json")
 
     def data_received(self, chunk: bytes) -> None:
         self.received += len(chunk)
         if self.received <= MAX_BODY:
             self.body += chunk
         elif self.received > 4 * MAX_BODY:  # read so far that the caller may see the 413
-            self.stream.close()
+            self.peer.close()
 
     def options(self) -> None:
         self.set_header("Access-Control-Allow-Methods", ", ".join(self._allowed()))
@@ -1633,12 +1964,7 @@ class Endpoint(tornado.web.RequestHandler):
             self.task = None
             self.state.calls.discard(task)
 
-    def on_finish(self) -> None:
-        if self.slow is not None:
-            self.slow.cancel()
-
     def on_connection_close(self) -> None:
-        self.on_finish()
         if self.task is not None:
             self.task.cancel()
             self.task = None
@@ -1646,16 +1972,16 @@ class Endpoint(tornado.web.RequestHandler):
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None))[1]
         text = (getattr(error, "log_message", None) or f"{status_code} {self._reason}").replace("%%", "%")
-        exit_code = ProxyError.exit_code
+        answer = {"error": text, "exit_code": ProxyError.exit_code}
         if isinstance(error, ProxyError):
-            text, exit_code = str(error), error.exit_code
+            answer = {"error": str(error), "exit_code": error.exit_code}
             self.set_status(error.http_status)
         if status_code == 401:
             self.set_header("WWW-Authenticate", "Bearer")
         if status_code == 405:
             self.set_header("Allow", ", ".join(self._allowed()))
         self.set_header("Content-Type", "application/json")
-        self.finish(json.dumps({"error": text, "exit_code": exit_code}))
+        self.finish(json.dumps(answer))
 
     def log_exception(self, *exc_info: Any) -> None:
         if not isinstance(exc_info[1], (ProxyError, tornado.web.HTTPError)):
@@ -1673,11 +1999,7 @@ class HealthEndpoint(Endpoint):
 
 
 class ExecEndpoint(Endpoint):
-    sending = False
-
     async def post(self) -> None:
-        if self.slow is not None:
-            self.slow.cancel()
         if self.received > MAX_BODY:
             raise tornado.web.HTTPError(413, f"body: got {self.received} bytes, expected at most {MAX_BODY}")
         request = ExecRequest.from_wire(bytes(self.body), self.state.workspace)
@@ -1688,32 +2010,117 @@ class ExecEndpoint(Endpoint):
     async def answer(self, request: ExecRequest) -> None:
         response = await exec_handler(self.state, request)
         self.set_header("Content-Type", "application/json")
-        self.finish(json.dumps(response.to_wire(), ensure_ascii=False, separators=(",", ":")))
+        self.finish(response.to_wire())
 
     async def answer_stream(self, request: ExecRequest) -> None:
-        work = asyncio.ensure_future(exec_stream_handler(self.state, request, self.send_event))
+        decoder, self.sending = codecs.getincrementaldecoder("utf-8")("replace"), asyncio.Lock()
+
+        async def output(chunk: bytes, final: bool = False) -> None:
+            if text := decoder.decode(chunk, final):  # never half a character
+                await self.send(f"event: output\ndata: {ExecResponse(text).to_wire()}\n\n")
+
+        async def started(_: Job) -> None:
+            await self.send(": started\n\n")
+
+        patience = SLOW_READER_TIMEOUT
+        work = asyncio.ensure_future(
+            exec_stream_handler(self.state, request, {"out": output}, started, patience=patience)
+        )
         try:
             while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
-                if self._headers_written and not self.sending:  # Tornado knows one flush at a time
-                    self.write(": keep-alive\n\n")
-                    self.flush()
-            await work
+                if self._headers_written and not self.sending.locked():
+                    await self.send(": keep-alive\n\n")
+            response = await work
+            await output(b"", final=True)
+            await self.send(f"event: exit\ndata: {response.to_wire()}\n\n")
         except asyncio.TimeoutError:
             log.warning("stream ended: its reader did not read for %g s", SLOW_READER_TIMEOUT)
-            self.stream.close()
+            self.peer.close()
         finally:
             work.cancel()
 
-    async def send_event(self, event: str, data: Message) -> None:
+    async def send(self, text: str) -> None:
         if not self._headers_written:
             self.set_header("Content-Type", "text/event-stream")
             self.set_header("X-Accel-Buffering", "no")
-            self.stream.set_nodelay(True)
-        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-        self.sending = True
-        self.write(f"event: {event}\ndata: {text}\n\n" if event else ": started\n\n")
-        await self.flush()
-        self.sending = False
+            self.peer.set_nodelay(True)
+        async with self.sending:  # Tornado knows one flush at a time
+            self.write(text)
+            await self.flush()
+
+
+class ChannelEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
+    """`GET /exec/ws`: a command with stdin, stdout, stderr and signals apart."""
+
+    _stream_request_body = False
+    work: asyncio.Task[None] | None = None
+
+    def check_origin(self, origin: str) -> bool:
+        return True  # the gate has
+
+    def select_subprotocol(self, offered: list[str]) -> str | None:
+        return CHANNELS if CHANNELS in offered else None
+
+    async def get(self) -> None:
+        if self.request.headers.get("Upgrade", "").lower() != "websocket":
+            raise tornado.web.HTTPError(400, "expected a WebSocket")
+        self.job: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
+        await super().get()
+
+    def open(self) -> None:
+        self.set_nodelay(True)
+        self.peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.slow = asyncio.get_running_loop().call_later(BODY_TIMEOUT, self.close)
+
+    async def on_message(self, message: str | bytes) -> None:
+        """The first is the request.  Tornado reads the next one after this, which slows a caller."""
+        if self.work is None:
+            self.slow.cancel()
+            self.work = asyncio.ensure_future(self.perform(self.answer(message)))
+        elif job := await self.unless_gone(self.job):
+            try:
+                await self.unless_gone(asyncio.ensure_future(channel_handler(job, message)))
+            except BadMessage as wrong:
+                await self.end(json.dumps({"error": str(wrong), "exit_code": wrong.exit_code}))
+
+    async def answer(self, message: str | bytes) -> None:
+        async def started(job: Job) -> None:
+            self.job.set_result(job)
+
+        takes = {"out": partial(self.send, 1), "err": partial(self.send, 2)}
+        try:
+            body = message.encode() if isinstance(message, str) else message
+            request = ExecRequest.from_wire(body, self.state.workspace)
+            response = await exec_stream_handler(self.state, request, takes, started, request.stdin is None)
+            await self.end(response.to_wire())
+        except ProxyError as failure:
+            await self.end(json.dumps({"error": str(failure), "exit_code": failure.exit_code}))
+
+    async def end(self, final: str) -> None:
+        """Tell the end, and close."""
+        with contextlib.suppress(OSError):
+            await self.send(3, final.encode())
+        self.close()
+
+    async def send(self, channel: int, data: bytes) -> None:
+        """Raises OSError when the caller has left."""
+        try:
+            await self.write_message(bytes([channel]) + data, binary=True)
+        except tornado.websocket.WebSocketClosedError:
+            raise BrokenPipeError from None
+
+    async def unless_gone(self, work: asyncio.Future[T]) -> T | None:
+        """Wait for it.  Nobody reads the socket meanwhile, so look whether the caller has left."""
+        while not (await asyncio.wait({work}, timeout=QUEUE_CHECK))[0]:
+            if self.peer.closed() or self.peer.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != 1:
+                self.peer.close()
+                return None
+        return work.result()
+
+    def on_close(self) -> None:
+        Endpoint.on_connection_close(self)
+        if not self.job.done():
+            self.job.set_result(None)
 
 
 class UnknownEndpoint(Endpoint):
@@ -1728,24 +2135,22 @@ class UnknownEndpoint(Endpoint):
 ROUTES: list[tuple[str, type[Endpoint]]] = [
     (r"/health", HealthEndpoint),
     (r"/exec", ExecEndpoint),
+    (r"/exec/ws", ChannelEndpoint),
 ]
 
 
 # ==========================================================================
-# Application                                                    budget 120
+# Application                                                   budget 124
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
-    """What the command line asks for."""
+    """What the command line asks for: `server` or `shell`, and its options."""
 
-
-@dataclass(frozen=True)
-class Server(Commands):
-    """Start the proxy server."""
-
-    port: str
-    host: str
-    workspace: str
+    name: str
+    arguments: tuple[str, ...] = ()  # of the shell
+    port: str = str(DEFAULT_PORT)
+    host: str = "127.0.0.1"
+    workspace: str = "/"
     origins: tuple[str, ...] = ()
 
 
@@ -1756,44 +2161,47 @@ class Cli:
     command: Commands
 
     @classmethod
-    def parse(cls, arguments: list[str]) -> Cli:
+    def parse(cls, argv: list[str]) -> Cli:
         """Exits with 2 and a message when the words are wrong."""
+        if (words := shell_arguments(argv)) is not None:
+            return cls(Commands("shell", tuple(words)))
         parser = argparse.ArgumentParser(prog="pocketcoder", description=__doc__.split("\n")[0])
-        parser.add_argument("--version", action="version", version=f"pocketcoder-proxy {VERSION}")
-        commands = parser.add_subparsers(required=True, metavar="server")
+        commands = parser.add_subparsers(required=True, metavar="{server,shell}")
         server = commands.add_parser("server", help="start the proxy server")
+        shell = commands.add_parser("shell", help="run a command in the sandbox: shell -c CMD [ARG...]")
+        for level in (parser, server, shell):
+            level.add_argument("--version", action="version", version=f"pocketcoder-proxy {VERSION}")
         workspace = "/workspace" if os.path.isdir("/workspace") else os.getcwd()
-        environ = os.environ.get
-        add = server.add_argument
-        add("--version", action="version", version=f"pocketcoder-proxy {VERSION}")
+        environ, add = os.environ.get, server.add_argument
         add("-p", "--port", default=str(DEFAULT_PORT), help="default %(default)s; 0: any free port")
         add("--host", default=environ("POCKETCODER_HOST") or "127.0.0.1", metavar="ADDR")
         add("--workspace", default=environ("POCKETCODER_WORKSPACE") or workspace, metavar="DIR")
         add("--allow-origin", action="append", default=[], metavar="ORIGIN")
-        got = parser.parse_args(arguments)
+        got = parser.parse_args(argv[1:])
         if not (got.port.isdecimal() and int(got.port) < 65536):
             server.error(f"--port: got {got.port!r}, expected a number from 0 to 65535")
         if not os.path.isdir(got.workspace):
             server.error(f"--workspace: got {got.workspace!r}, expected a directory")
-        return cls(Server(got.port, got.host, os.path.realpath(got.workspace), tuple(got.allow_origin)))
+        return cls(Commands("server", (), got.port, got.host, os.path.realpath(got.workspace), tuple(got.allow_origin)))
 
 
-async def serve(options: Server, token: str) -> None:
+async def serve(options: Commands, token: str) -> None:
     """Listen until SIGTERM or SIGINT.  Raises OSError when it cannot."""
     socket_path = os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET
     session = os.environ.get("TMUX_SESSION") or DEFAULT_SESSION
     driver = PocketCoderDriver(socket_path, session, options.workspace)
-    state = AppState({}, driver, options.workspace)
-    shared: dict[str, Any] = {"state": state, "gate": Gate(token, frozenset(options.origins))}
+    state, gate = AppState({}, driver, options.workspace), Gate(token, frozenset(options.origins))
+    shared: dict[str, Any] = {"state": state, "gate": gate}
     application = tornado.web.Application(
         [(path, endpoint, shared) for path, endpoint in ROUTES],
         default_handler_class=UnknownEndpoint,
         default_handler_args=shared,
         log_function=lambda handler: None,
-        origins=shared["gate"].origins,
+        origins=gate.origins,
+        websocket_max_message_size=MAX_BODY,
     )
-    limits = {"max_body_size": 1 << 40, "idle_connection_timeout": IDLE_TIMEOUT}  # Endpoint answers 413
-    server = tornado.httpserver.HTTPServer(application, **limits)
+    limits = {"max_body_size": 1 << 40, "idle_connection_timeout": IDLE_TIMEOUT, "body_timeout": BODY_TIMEOUT}
+    server = tornado.httpserver.HTTPServer(application, **limits)  # Endpoint answers 413
     sockets = tornado.netutil.bind_sockets(int(options.port), options.host)
     server.add_sockets(sockets)
     host, port = sockets[0].getsockname()[:2]
@@ -1805,7 +2213,7 @@ async def serve(options: Server, token: str) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
         await driver.terminal(default_agent_name()).open()
-    except (SandboxError, OSError) as refused:
+    except (NoTerminal, OSError) as refused:
         log.warning("no terminal yet: %s", refused)
     gc.freeze()  # what is here now stays; and a request makes no rubbish that has to go at once
     gc.set_threshold(10_000)
@@ -1817,8 +2225,10 @@ async def serve(options: Server, token: str) -> None:
     await server.close_all_connections()
 
 
-def why_not(options: Server, token: str) -> str | None:
+def why_not(options: Commands, token: str) -> str | None:
     """What is wrong with this machine or these settings, in a sentence."""
+    if isinstance(tornado, SimpleNamespace):
+        return "needs the Python package tornado: `pip install tornado`"
     if not token and not is_loopback(options.host):
         return f"--host {options.host} is reached from elsewhere: set POCKETCODER_TOKEN, or listen on 127.0.0.1"
     if not re.fullmatch(r"[!-~]*", token):
@@ -1834,8 +2244,9 @@ def why_not(options: Server, token: str) -> str | None:
 
 def main() -> int:
     """The command line; its exit status."""
-    options = Cli.parse(sys.argv[1:]).command
-    assert isinstance(options, Server)
+    options = Cli.parse(sys.argv).command
+    if options.name == "shell":
+        return run_shell([*options.arguments])
     token = os.environ.pop("POCKETCODER_TOKEN", "")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
