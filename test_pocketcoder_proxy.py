@@ -863,7 +863,7 @@ def test_programs_use_it_as_their_shell(engine: Caller) -> None:
     assert pipe.stdout == b"y\n141\n"
 
 
-def test_a_hundred_shells_at_once_do_not_mix(engine: Caller) -> None:
+def test_many_shells_at_once_do_not_mix(engine: Caller) -> None:
     def one(number: int) -> bool:
         agent = {"OPENCODE_AGENT": f"crowd{number % 10}"}
         return engine.run("-c", f"cat; echo {number} >&2; exit {number}", input=b"%d" % number, env=agent) == (
@@ -873,7 +873,7 @@ def test_a_hundred_shells_at_once_do_not_mix(engine: Caller) -> None:
         )
 
     with ThreadPoolExecutor(20) as pool:
-        assert all(pool.map(one, range(100)))
+        assert all(pool.map(one, range(50)))
 
 
 # ==========================================================================
@@ -1420,25 +1420,28 @@ def test_a_slow_start_up_file_is_waited_for(own: Callable[..., Proxy]) -> None:
     assert server.screen("slow").count("go") == 0
 
 
-@pytest.mark.parametrize(
-    "cmd",
-    [
-        "sleep 60",
-        "trap '' TERM; sleep 60 & sleep 60; sleep 60",
-        "setsid sleep 60; sleep 60",
-        "(setsid sleep 60 &) ; (trap '' TERM HUP; exec setsid sleep 60) & sleep 60",
-        "env -i sleep 60",
-        "(env -i setsid -f sleep 60); sleep 60",
-    ],
-)
-def test_a_timeout_ends_the_whole_tree(proxy: Proxy, agent: str, cmd: str) -> None:
-    started = time.monotonic()
-    answer = proxy.exec(f"echo before; {cmd}", agent_name=agent, timeout=0.3)
-    assert (answer["ended"], answer["exit_code"], answer["stdout"][:7]) == ("timeout", 124, "before\n")
-    assert "0.3 s" in answer["error"]
-    assert 0.3 <= time.monotonic() - started < 4
-    eventually(lambda: not processes_with(f"POCKETCODER_RUN_ID={answer['run_id']}"))
-    assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
+TREES = [
+    "sleep 60",
+    "trap '' TERM; sleep 60 & sleep 60; sleep 60",
+    "setsid sleep 60; sleep 60",
+    "(setsid sleep 60 &) ; (trap '' TERM HUP; exec setsid sleep 60) & sleep 60",
+    "env -i sleep 60",
+    "(env -i setsid -f sleep 60); sleep 60",
+]
+
+
+def test_a_timeout_ends_the_whole_tree(proxy: Proxy, agent: str) -> None:
+    def end(number: int) -> None:
+        name, started = f"{agent}-{number}", time.monotonic()
+        answer = proxy.exec(f"echo before; {TREES[number]}", agent_name=name, timeout=0.3)
+        assert (answer["ended"], answer["exit_code"], answer["stdout"][:7]) == ("timeout", 124, "before\n")
+        assert "0.3 s" in answer["error"]
+        assert 0.3 <= time.monotonic() - started < 4
+        eventually(lambda: not processes_with(f"POCKETCODER_RUN_ID={answer['run_id']}"))
+        assert proxy.exec("echo next", agent_name=name)["stdout"] == "next\n"
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(end, range(len(TREES))))
 
 
 def test_ending_one_run_does_no_harm_to_the_next_ones(proxy: Proxy, agent: str) -> None:
