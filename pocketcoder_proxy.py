@@ -93,6 +93,7 @@ QUEUE_CHECK = 0.5  # look again whether a person's program has ended
 WATCH_PAUSE = 0.5  # look again whether the shell of a run lives: tmux may not tell
 QUEUE_TIMEOUT = 3600.0  # longest wait for a pane
 RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
+PROMPT_TRIES = 5  # after a run its prompt is looked for so often, a CLEAR_PAUSE apart
 CLEAR_PAUSE = 0.05  # for a shell to take a key; shorter than anybody types a line
 DRAIN_PAUSE = 0.01  # between reads of what outlives its run: 100 MB/s
 VIEW_DELAY = 0.005  # a command that ends sooner is shown at its end
@@ -1007,7 +1008,11 @@ class PaneShell:
 
     async def _note(self, tmux: Tmux, column: int) -> None:
         with contextlib.suppress(NoTerminal):
-            await asyncio.sleep(CLEAR_PAUSE)
+            for _ in range(PROMPT_TRIES):
+                await asyncio.sleep(CLEAR_PAUSE)
+                if not self.quiet or self.look() in ("ready", "perhaps"):
+                    break
+                self.quiet += CLEAR_PAUSE  # a slow machine: nobody sees a prompt to type at
             now = await tmux.state(self.pane) if self.quiet and not tmux.closed else ""
             # In another column, something was typed meanwhile; not quiet: it is used again.
             if self.quiet and now.partition(" ")[0] == str(column) and self.look() in ("ready", "perhaps"):

@@ -37,7 +37,8 @@ MODULE = pathlib.Path(pp.__file__)
 SOURCE = MODULE.read_text()
 T = TypeVar("T")
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # else what we start in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # else what we start under nohup ignores them
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if shutil.which("tmux") is None:
     pytest.exit("tmux is needed: install it, with `apt-get install tmux` for instance", returncode=2)
 
