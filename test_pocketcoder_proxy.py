@@ -851,6 +851,13 @@ def test_programs_use_it_as_their_shell(engine: Caller) -> None:
             "null n engine\n\n",
         ),
     }
+    git = (
+        f"rm -rf repo; git init -q repo; cd repo; printf '#!{engine.names}/sh\\necho hook $POCKETCODER_AGENT\\n' "
+        "> .git/hooks/pre-commit; chmod +x .git/hooks/pre-commit; "
+        "git -c user.name=a -c user.email=b commit -q --allow-empty -m x 2>&1; "
+        "git -c alias.x='!sh -c '\\''echo alias $POCKETCODER_AGENT \"$@\"'\\'' --' x argument"
+    )
+    programs["git"] = (["/bin/bash", "-c", git], "hook engine\nalias engine argument\n")
     for program, (words, said) in programs.items():
         if program == "python" or shutil.which(program):
             done = subprocess.run(words, cwd=here, env=engine.env | path, capture_output=True, text=True, timeout=30)
