@@ -38,7 +38,8 @@ SOURCE = MODULE.read_text()
 T = TypeVar("T")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # else what we start under nohup ignores them
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+for ignored in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(ignored, signal.SIG_DFL)
 if shutil.which("tmux") is None:
     pytest.exit("tmux is needed: install it, with `apt-get install tmux` for instance", returncode=2)
 
@@ -2024,6 +2025,9 @@ class Channel:
 
     async def __aexit__(self, *_: object) -> None:
         self.socket.close()
+        with contextlib.suppress(asyncio.TimeoutError):  # until the other side has closed it too
+            while await asyncio.wait_for(self.socket.read_message(), 1) is not None:
+                pass
 
     async def send(self, message: bytes | dict[str, Any]) -> None:
         binary = isinstance(message, bytes)
