@@ -804,7 +804,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                             budget 1010
+# Execution Driver                                             budget 1016
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -826,27 +826,26 @@ SHELLS = {"bash": True, "zsh": True, "sh": False, "dash": False, "ash": False, "
 QUIET = " ".join(f"{name}={value}" for name, value in QUIET_PROGRAMS.items())
 Take = Callable[[bytes], "Awaitable[None] | None"]
 
-# Sourced by the pane's shell.  Backslashes are against aliases.  INT is trapped, since a
-# command that dies of C-c would take go along.  `read` has a limit, or does not know one
-# and fails: go waits for nobody who may be gone.  The last line is read before the next
+# Sourced by the pane's shell.  Backslashes are against aliases, `&&` is against `set -e`.  INT is
+# trapped, since a command that dies of C-c would take go along.  `read` has a limit, or does not
+# know one and fails: go waits for nobody who may be gone.  The last line is read before the next
 # run may write this file anew; what an older run wrote behind it is never read.
 GO = r"""\exec 8<>{run}.done 9<>{status}
 \trap : INT
 (
+\unset -f cd chpwd echo exec exit export read set 2>/dev/null; \unset chpwd_functions POCKETCODER_TOKEN
 _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
-set -C; \echo "$_pc" >{run}.pid || \exit
-set +C; \exec <{stdin} || \exit
+\set +xv -C; \echo "$_pc" >{run}.pid || \exit
+\set +C; \exec <{stdin} || \exit
 \echo "{run_id} start $_pc" >&9
 \exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
-\unset -f cd chpwd 2>/dev/null; \unset chpwd_functions POCKETCODER_TOKEN
 \cd -- {cwd} || \exit
 \export {variables}
 \exec {command}
-)
-_pc=$?
+) && _pc=0 || _pc=$?
 \echo "$_pc" >>{run}.pid
 \echo "{run_id} exit $_pc" >&9
-\read -r -t 1 _pc <&8 2>/dev/null
+\read -r -t 1 _pc <&8 2>/dev/null || :
 {{ \echo "{run_id} back 0" >&9; \exec 8>&- 9>&-; \trap - INT; \unset _pc; \return 0; }}
 """
 
@@ -1218,9 +1217,9 @@ class RunFiles:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             raise NoTerminal(f"{base}: expected a directory of our own; remove what is there")
         self.adoptions = [asyncio.ensure_future(self._adopt(f"{base}/{name}")) for name in os.listdir(base)]
-        for number in range(KIB):  # drivers may start together
+        for _ in range(KIB):  # drivers may start together; a line typed for a folder that was wiped finds no other
             with contextlib.suppress(FileExistsError, BlockingIOError):
-                self.folder = f"{base}/{number:x}"
+                self.folder = f"{base}/{secrets.token_hex(2)}"
                 os.mkdir(self.folder, 0o700)
                 self.lock = os.open(self.folder, os.O_RDONLY)
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1254,12 +1253,15 @@ class RunFiles:
     def give_back(self, run_id: str, run: str, returned: bool, names: tuple[str, ...]) -> None:
         """`names`: the run's own files; all go if its line may be read again one day."""
         if self.used.pop(run_id, None) is not None:
-            for name in names if returned else (*names, *self.KEPT):
-                with contextlib.suppress(OSError):
-                    os.unlink(f"{run}.{name}")
+            self.remove(run, names if returned else (*names, *self.KEPT))
             self.free += [run] if returned else []
         if self.wiped and not self.used:
             self.close()
+
+    def remove(self, run: str, names: tuple[str, ...]) -> None:
+        for name in names:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{run}.{name}")
 
     def hand_over(self, run: str, names: tuple[str, ...], owner: int) -> None:
         """Let another user, whose the panes are, get at a run's files."""
@@ -1376,7 +1378,9 @@ class Job:
                 return False
             except OSError:  # wiped: go cannot make it either
                 pass
-            self.own = self.own[1:]  # the claim stays: go may have been read already
+            self.own = self.own[1:]  # the claim stays a while: go may have been read already
+            if self.run:
+                self.loop.call_later(NEW_SHELL_TIMEOUT, self.files.remove, self.run, ("pid",))
             self.release()
         return True
 
@@ -1413,7 +1417,7 @@ class Job:
     def _finish(self, exit_code: int) -> None:
         if self.over.is_set():
             return
-        self.exit_code, self.duration = exit_code, time.monotonic() - self.begun
+        self.exit_code, self.duration = exit_code, time.monotonic() - self.begun if self.pid else 0.0
         if self.feed:
             self.feed.close()
         for output in self.outputs:
