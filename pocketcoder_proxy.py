@@ -634,7 +634,7 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                          budget 172
+# Tmux                                                          budget 174
 # ==========================================================================
 # The only section that talks to tmux.
 #
@@ -791,7 +791,10 @@ class Tmux(asyncio.SubprocessProtocol):
 
     async def state(self, pane: Pane) -> str:
         """The pane's PANE_STATE."""
-        return (await self.ask("display-message", "-p", "-t", pane.pane_id, PANE_STATE))[0]
+        state = " ".join(await self.ask("display-message", "-p", "-t", pane.pane_id, PANE_STATE))
+        if not state[:1].isdigit():
+            raise NoTerminal(f"pane {pane.pane_id} is gone")
+        return state
 
     def send_keys(self, pane: Pane, state: str, *keys: str) -> asyncio.Future[list[str]]:
         """Press keys if the pane is in this state still; "": if only no mode would take them.
@@ -924,7 +927,6 @@ class PaneShell:
 
     def __init__(self, pane: Pane, new: bool) -> None:
         self.pane = pane
-        self.owner = os.stat(pane.tty).st_uid
         self.ran = False  # a line of ours: it is through with its start-up files, and no script
         self.shown = False  # its prompt, in a way that can be told
         self.missed = 0  # lines in a row that it did not run
@@ -1344,8 +1346,8 @@ class Job:
             with open(os.open(f"{self.run}.{name}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
                 file.write(text.encode())  # not truncated, which goes to the disk: see GO
             self.own = self.own if name == "go" and len(text) < 16 * KIB else (*self.own, name)
-        if self.shell.owner != os.geteuid():  # we are root, the panes are a worker's
-            files.hand_over(self.run, self.own, self.shell.owner)
+        if (owner := os.stat(self.shell.pane.tty).st_uid) != os.geteuid():  # we are root, the panes are a worker's
+            files.hand_over(self.run, self.own, owner)
         return f" . {shlex.quote(self.run)}.go"
 
     def type(self, tmux: Tmux, line: str, state: str, column: int) -> None:
