@@ -557,7 +557,8 @@ def test_both_parsers_see_the_same_arguments_and_importers_can_run(engine: Calle
 
 
 def test_the_way_to_a_command_imports_next_to_nothing(engine: Caller) -> None:
-    words = [sys.executable, "-X", "importtime", f"{engine.names}/pocketcoder", "shell", "-c", "true"]
+    # -S: what an environment's .pth files import is not ours.
+    words = [sys.executable, "-S", "-X", "importtime", f"{engine.names}/pocketcoder", "shell", "-c", "true"]
     done = subprocess.run(
         words, env=engine.env, cwd=engine.cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
