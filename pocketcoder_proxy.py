@@ -1473,7 +1473,7 @@ class Job:
         """Give the pane back; the files go when nobody writes any more."""
         if self.released:
             return
-        self.released = True
+        self.released, self.takes = True, {}  # who took the output is not kept
         if not self.started.done():
             self.started.set_result(self.over.is_set())
         for timer in self.timers.values():
