@@ -20,11 +20,15 @@ Sections, top to bottom; each uses only what stands above it:
   Wire types        what callers send and get
   Tmux              the control connection: commands, replies, notices
   Execution Driver  terminals, runs, output, exit codes, cancel, timeouts
-  State and tools   what handlers share
+  MCP core          JSON-RPC, both eras: messages in, decisions out
+  State and tools   what handlers share, sessions, the tools of MCP
   Transports        HTTP: the gate, handlers, endpoints, ROUTES
   Application       command line, start and stop
 
-Routes:     GET /health, POST /exec, GET /exec/ws
+Routes:     GET /health, POST /exec, GET /exec/ws; of MCP POST GET DELETE /mcp, GET /mcp/ws,
+            GET /sse, POST /messages
+MCP:        initialize, ping, logging/setLevel (legacy); server/discover (modern); tools/list,
+            tools/call, notifications/cancelled; to the client notifications/progress, …/message
 Read from the environment: POCKETCODER_HOST POCKETCODER_TOKEN POCKETCODER_WORKSPACE
             TMUX_SESSION TMUX_SOCKET; by the shell OPENCODE_AGENT OPENCODE_SESSION_ID
             POCKETCODER_FORWARD_ENV POCKETCODER_TOKEN POCKETCODER_USAGE_ID PROXY_URL
@@ -38,17 +42,19 @@ tmux:       attach-session      the one long-lived control connection
             display-message     a pane's cursor and history: they tell whether somebody typed
             if-shell send-keys  type the line, but only if nobody did; C-c; copy-mode -q
             has-session         `session_exists`
+            capture-pane        `read_terminal`, in a process of its own
 Files of a run, SOCKET.d/DRIVER/RUN.*:
             go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
             pid (claims the run; then the exit code)
             FIFOs: done (from us)  out, err  in (of a channel); one `status` for all runs
 
 Not done on purpose:
-  no reading of the screen    it wraps, scrolls and lies; FIFOs do not
+  no reading of the screen    to learn of a run: it wraps, scrolls and lies; FIFOs do not
   no sourcing of the command  2 ms faster, but the pane's aliases would apply
   no user or file isolation   the container is the sandbox, we are its hands
 
 To add a route: a coroutine `…_handler`, an `Endpoint`, a row in ROUTES, a line here.
+To add a tool: a function NAME_tool under @tool; its docstring is what models read.
 """
 
 from __future__ import annotations
@@ -57,7 +63,7 @@ import os
 import sys
 
 # ==========================================================================
-# Settings                                                       budget 58
+# Settings                                                         budget 67
 # ==========================================================================
 # S1  Every limit, time and default is here, with its unit.  Times in seconds.
 VERSION = "0.1.0"
@@ -79,6 +85,7 @@ MAX_COMMAND = 8 * MIB  # bytes of `cmd`
 MAX_ARGUMENT = 128 * KIB  # MAX_ARG_STRLEN, execve(2): one argument with its NUL
 MAX_ENVIRONMENT = 512 * KIB  # of `env`; execve(2) takes a quarter of the stack for all
 MAX_OUTPUT, DEFAULT_OUTPUT = 64 * MIB, MIB  # `max_output`, bytes
+TOOL_OUTPUT = 384 * KIB  # the same of the MCP tool, which sends it twice: SDKs take messages of 1 MiB
 MAX_TIMEOUT, DEFAULT_TIMEOUT = 86400, 300  # `timeout`
 MAX_PANES, MAX_QUEUE = 4, 64  # of one agent
 MAX_VIEW = 64 * KIB  # bytes a run shows to a person: about what tmux keeps, at a few ms of its time
@@ -105,6 +112,15 @@ IDLE_TIMEOUT = 300.0  # of a kept connection
 SLOW_READER_TIMEOUT = 60.0  # a reader gets that for the rest of an ended command
 CONNECT_TIMEOUT = 10.0  # of the shell
 SIGNAL_PATIENCE = 0.15  # of the shell after a signal: its callers kill it after 0.2
+MAX_INBOX = 100  # messages that wait for a client
+MAX_SESSIONS, MAX_CALLS = 4096, 100  # of MCP; calls of one session at once
+SESSION_KEPT = 60.0  # a session that its client named outlives its stream
+SESSION_IDLE = 3600.0  # one of Streamable HTTP its last message
+PROGRESS_EVERY, PROGRESS_PAUSE = 1.0, 0.1  # between progress notifications, at most and at least
+MAX_LINE = KIB  # bytes of a line told as progress
+MAX_LINES, MAX_KEYS = 2000, 4 * KIB  # `lines` read; bytes typed at once: a terminal's line buffer
+CORS_HEADERS = "Authorization, Content-Type, Accept, MCP-Protocol-Version, Mcp-Session-Id, Mcp-Method, Mcp-Name, "
+CORS_HEADERS += "Last-Event-ID"
 BRIDGE_CHUNK = 256 * KIB  # bytes that the shell reads at once
 
 
@@ -114,7 +130,7 @@ def default_agent_name() -> str:
 
 
 # ==========================================================================
-# Shell Bridge                                                  budget 360
+# Shell Bridge                                                    budget 358
 # ==========================================================================
 # `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
 #
@@ -425,6 +441,7 @@ if __name__ == "__main__" and (_words := shell_arguments(sys.argv)) is not None:
 # ------------------------------- the line ---------------------------------
 import argparse
 import asyncio
+import base64
 import codecs
 import contextlib
 import fcntl
@@ -444,12 +461,12 @@ import subprocess
 import termios
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple, TypeGuard, TypeVar
+from urllib.parse import quote_plus, urlsplit
 
 try:
     import tornado.httpserver
@@ -463,14 +480,15 @@ except ModuleNotFoundError:  # the shell and the driver do without; `why_not` te
     )
 
 __all__ = ["AppState", "Cli", "CommandResult", "Commands", "ExecRequest", "ExecResponse", "McpQuery"]
-__all__ += ["PocketCoderDriver", "default_agent_name", "exec_handler", "health_handler", "main"]
+__all__ += ["PocketCoderDriver", "SessionMap", "default_agent_name", "exec_handler", "health_handler", "main"]
+__all__ += ["sse_handler"]
 log = logging.getLogger("pocketcoder")
 T = TypeVar("T")
 SIGNAL_NUMBERS = {name: signal.Signals[f"SIG{name}"] for name in ("INT", "TERM", "HUP", "QUIT", "KILL", "USR1", "USR2")}
 
 
 # ==========================================================================
-# Errors                                                         budget 32
+# Errors                                                           budget 70
 # ==========================================================================
 # E1  A command that fails is a result; a proxy that cannot do its job is an error.
 # E2  Each class carries its answers; nothing else maps errors to numbers.
@@ -478,13 +496,53 @@ SIGNAL_NUMBERS = {name: signal.Signals[f"SIG{name}"] for name in ("INT", "TERM",
 class ProxyError(Exception):
     """Ours, and unexpected."""
 
-    http_status, exit_code = 500, 125  # as `timeout` of coreutils: the command could not be run
+    http_status, rpc_code, exit_code = 500, -32603, 125  # as `timeout` of coreutils: the command could not be run
+
+    def __init__(self, text: str, data: object = None, request_id: str | int | None = None) -> None:
+        super().__init__(text)
+        self.data, self.request_id = data, request_id  # of JSON-RPC
 
 
 class BadMessage(ProxyError):
     """The shape, type or size of what was sent."""
 
-    http_status, exit_code = 400, 2
+    http_status, rpc_code, exit_code = 400, -32602, 2
+
+
+class NotJson(BadMessage):
+    """What should be JSON."""
+
+    rpc_code = -32700
+
+
+class NotAMessage(BadMessage):
+    """JSON, but no message that can be taken here."""
+
+    rpc_code = -32600
+
+
+class HeaderMismatch(BadMessage):
+    """Headers that say something else than the body, MCP 2026-07-28."""
+
+    rpc_code = -32020
+
+
+class UnsupportedVersion(BadMessage):
+    """A revision of MCP that is not served."""
+
+    rpc_code = -32022
+
+
+class UnknownMethod(BadMessage):
+    """JSON-RPC has it, this server has not."""
+
+    http_status, rpc_code = 404, -32601
+
+
+class UnknownSession(ProxyError):
+    """It has ended, or another credential opened it."""
+
+    http_status, rpc_code = 404, -32600
 
 
 class Forbidden(ProxyError):
@@ -500,7 +558,7 @@ class NoTerminal(ProxyError):
 
 
 # ==========================================================================
-# Wire types                                                    budget 135
+# Wire types                                                      budget 149
 # ==========================================================================
 # W1  What comes from outside is checked here, once; nobody checks it again.
 # W2  A complaint names the field, what was got and what was expected.
@@ -529,6 +587,13 @@ def check_text(name: str, got: object, expected: str, limit: int, nul: bool = Fa
     return got
 
 
+def check_agent(got: object) -> str:
+    """Return `got`, the name of an agent; raise BadMessage."""
+    if not (isinstance(got, str) and AGENT_NAME.fullmatch(got)):
+        raise complain("agent_name", got, f"a name like {AGENT_NAME.pattern}")
+    return got
+
+
 def inside(workspace: str, cwd: str) -> str:
     """The real path of a directory in `workspace`, itself a real path.  Raises BadMessage."""
     path = os.path.realpath(os.path.join(workspace, cwd)) if cwd else workspace
@@ -541,9 +606,13 @@ def inside(workspace: str, cwd: str) -> str:
 
 @dataclass(frozen=True)
 class McpQuery:
-    """Query parameters for established sessions."""
+    """Query parameters for established sessions.  Raises BadMessage."""
 
     session_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.session_id is not None and not re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", self.session_id):
+            raise complain("session_id", self.session_id, "1 to 128 of A-Z a-z 0-9 _ . -")
 
 
 @dataclass(frozen=True)
@@ -567,8 +636,7 @@ class ExecRequest:
         for name, limit in (("usage_id", 4 * KIB), ("session_id", 4 * KIB), ("stdin", MAX_BODY)):
             if (value := getattr(self, name)) is not None:
                 check_text(name, value, "a string or null", limit, nul=name == "stdin")
-        if not (isinstance(self.agent_name, str) and AGENT_NAME.fullmatch(self.agent_name)):
-            raise complain("agent_name", self.agent_name, f"a name like {AGENT_NAME.pattern}")
+        check_agent(self.agent_name)
         if type(self.timeout) not in (int, float) or not 0 < self.timeout <= MAX_TIMEOUT:
             raise complain("timeout", self.timeout, f"seconds, 0 < timeout <= {MAX_TIMEOUT}")
         if type(self.max_output) is not int or not 1 <= self.max_output <= MAX_OUTPUT:
@@ -591,6 +659,11 @@ class ExecRequest:
             raise BadMessage(f"body: expected a JSON object in UTF-8, got: {wrong}") from None
         if not isinstance(got, dict):
             raise complain("body", got, "a JSON object")
+        return cls.from_fields(got, workspace)
+
+    @classmethod
+    def from_fields(cls, got: Message, workspace: str) -> ExecRequest:
+        """The same from fields that a caller sent."""
         if "cmd" not in got:
             raise BadMessage("`cmd`: got nothing, expected a bash command")
         got["cwd"] = inside(workspace, check_text("cwd", got.get("cwd", ""), "a directory", 4 * KIB))
@@ -634,16 +707,22 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                          budget 174
+# Tmux                                                            budget 180
 # ==========================================================================
 # The only section that talks to tmux.
 #
 # T1  Commands go down one control connection; replies come back in their order.
 # T2  Panes and windows are addressed by id; names are for finding.
 # T3  Nothing here reads a screen.
-PANE_FORMAT = "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_tty} #{window_name}"
+PANE_FORMAT = "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_height} #{pane_tty} "
+PANE_FORMAT += "#{window_name}"
 # Changes when somebody types, or anything is shown; not a person's last look at it.
 PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
+
+KEY = re.compile(
+    r"(?:[CMS]-)*(?:[!-~]|Enter|Escape|B?Tab|Space|BSpace|Up|Down|Left|Right|Home|End|Insert|Delete|IC|DC"
+    r"|[PN]Page|Page(?:Up|Down)|Pg(?:Up|Dn)|F(?:[1-9]|1[0-2]))"
+)
 
 
 class Pane(NamedTuple):
@@ -654,13 +733,14 @@ class Pane(NamedTuple):
     pid: int
     in_mode: bool
     width: int
+    height: int
     tty: str
     window_name: str
 
     @classmethod
     def parse(cls, line: str) -> Pane:
-        pane, window, pid, mode, width, tty, name = line.split(" ", 6)
-        return cls(pane, window, int(pid), mode != "0", int(width), tty, name)
+        pane, window, pid, mode, width, height, tty, name = line.split(" ", 7)
+        return cls(pane, window, int(pid), mode != "0", int(width), int(height), tty, name)
 
 
 def find_shell() -> str:
@@ -807,7 +887,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                             budget 1016
+# Execution Driver                                               budget 1065
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1787,6 +1867,60 @@ class PocketCoderDriver:
             assert self.tmux is not None
             return self.tmux
 
+    async def panes(self) -> dict[str, Pane]:
+        """By agent, where its newest command runs, else the first of its window.  Raises NoTerminal."""
+        tmux = await self.connect(["-n", f"{default_agent_name()}:terminal", *self.new_shell])
+        found: dict[str, Pane] = {}
+        for pane in await tmux.panes():
+            agent_name, colon, rest = pane.window_name.partition(":")
+            if colon and rest == "terminal" and AGENT_NAME.fullmatch(agent_name):
+                busy = self.terminals[agent_name].jobs if agent_name in self.terminals else {}
+                if agent_name not in found or pane.pane_id == next(reversed(busy), ""):
+                    found[agent_name] = pane
+        return found
+
+    async def pane(self, agent_name: str) -> Pane:
+        if agent_name not in (panes := await self.panes()):
+            raise NoTerminal(f"`agent_name`: got {agent_name}, which has no terminal yet: run a command there first")
+        return panes[agent_name]
+
+    async def list_terminals(self) -> list[Message]:
+        """Who has one, and what runs in it.  Raises NoTerminal."""
+        found = []
+        for agent_name, pane in sorted((await self.panes()).items()):
+            shell = process(pane.pid)
+            front = process(shell.foreground) if shell and shell.foreground > 0 else None
+            terminal = self.terminals.get(agent_name)
+            busy = bool(terminal and terminal.jobs) or bool(shell and shell.foreground != shell.group)
+            facts = {"agent_name": agent_name, "busy": busy, "command": front.name if front else ""}
+            found.append({**facts, "columns": pane.width, "lines": pane.height})
+        return found
+
+    async def read_terminal(self, agent_name: str, lines: int) -> str:
+        """The last lines of text there, wrapped ones joined.  Raises NoTerminal."""
+        # A process: in the control connection, what a command prints could pass for a reply of tmux.
+        command = ["tmux", "-S", self.socket_path, "capture-pane", "-p", "-J", "-S", f"-{lines}"]
+        command += ["-t", (await self.pane(agent_name)).pane_id]
+        try:
+            done = await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=TMUX_TIMEOUT)
+        except (OSError, subprocess.TimeoutExpired) as wrong:
+            raise NoTerminal(f"tmux: {wrong}") from None
+        if done.returncode:
+            raise NoTerminal(f"tmux: {done.stderr.decode(errors='replace').strip()}")
+        text = [line.rstrip() for line in done.stdout.decode(errors="replace").rstrip().split("\n")]
+        return "\n".join(text[-lines:])
+
+    async def send_keys(self, agent_name: str, text: str, keys: list[str]) -> None:
+        """Type `text`, then press `keys`, see KEY, whatever runs there.  Raises NoTerminal."""
+        await self.terminal(agent_name).open()
+        pane = await self.pane(agent_name)
+        assert self.tmux is not None
+        target, typed = ["-t", pane.pane_id], [f"{byte:02x}" for byte in text.encode()]
+        commands = [["send-keys", *target, "-H", *typed]] * bool(typed) + [["send-keys", *target, "--", *keys]] * bool(
+            keys
+        )
+        await self.tmux.reply(self.tmux.send(["copy-mode", "-q", *target], *commands))
+
     def _on_notice(self) -> None:
         """Something may have died."""
         for terminal in self.terminals.values():
@@ -1818,10 +1952,430 @@ class PocketCoderDriver:
 
 
 # ==========================================================================
-# State and tools                                                budget 18
+# MCP core                                                        budget 228
 # ==========================================================================
-# What handlers share.  Built once in `serve`, handed down; no globals.
-SessionMap = dict[str, "asyncio.Queue[Message]"]
+# JSON-RPC in, decisions out: no await, no clock, no tmux, no Tornado.
+#
+# M1  The era is a property of each message, read from its body; headers only cross-check it.
+# M2  A request is answered once, with its own id, type kept; a cancelled one never.
+# M3  A legacy result has no modern field; a modern one has them all.
+#
+# To add a revision: a row in LEGACY or MODERN, rows in SINCE, its cases in `step`.
+LEGACY = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # with a handshake
+MODERN = "2026-07-28"  # without
+NAMESPACE = "io.modelcontextprotocol/"
+CLAIM, CAPABILITIES = f"{NAMESPACE}protocolVersion", f"{NAMESPACE}clientCapabilities"
+ROUTED = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}  # what `Mcp-Name` repeats
+# Their modern results say for how long they hold.
+CACHED = {"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list"}
+CACHED |= {"resources/read"}
+NOT_RAW = re.compile("[\ud800-\udfff\x85\u2028\u2029]")  # no UTF-8, or ends of lines for some clients of SSE
+LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
+SINCE = {  # the revision that a field came with
+    "annotations": LEGACY[1],
+    "title": LEGACY[2],
+    "outputSchema": LEGACY[2],
+    "structuredContent": LEGACY[2],
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a server says of itself."""
+
+    name: str
+    version: str
+    instructions: str
+    tools: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send this to the client."""
+
+    message: Message
+
+
+@dataclass(frozen=True)
+class CallTool:
+    """Run a tool, then answer request `id` with its result."""
+
+    id: str | int
+    name: str
+    arguments: Message
+    token: str | int | None  # of progress, if the client wants any
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """End the request `id`, without an answer."""
+
+    id: str | int
+
+
+@dataclass(frozen=True)
+class Remember:
+    """Set `name` (`version` or `level`) of the session."""
+
+    name: str
+    value: str
+
+
+Decision = Send | CallTool | Cancel | Remember
+
+
+def is_id(value: object) -> TypeGuard[str | int]:
+    return type(value) in (str, int)
+
+
+def refuse_constant(name: str) -> None:
+    raise NotJson(f"message: got {name}, expected JSON, which has no such number")
+
+
+def read_message(raw: bytes | str) -> Message:
+    """One JSON-RPC message.  Raises NotJson, NotAMessage."""
+    try:
+        got = json.loads(raw if isinstance(raw, str) else raw.decode(), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as wrong:
+        raise NotJson(f"message: expected JSON in UTF-8, got: {wrong}") from None
+    if not isinstance(got, dict):
+        raise NotAMessage(f"message: got {type(got).__name__}, expected an object: batches are not served")
+    id_, method = got.get("id"), got.get("method")
+    fault = ""
+    if got.get("jsonrpc") != "2.0":
+        fault = "`jsonrpc`: expected the string 2.0"
+    elif "id" in got and not is_id(id_):
+        fault = "`id`: expected a string or an integer"
+    elif "method" not in got and ("id" not in got or ("result" in got) == ("error" in got)):
+        fault = "`method`: got nothing, expected one, or an `id` with either `result` or `error`"
+    elif "method" in got and not isinstance(method, str):
+        fault = "`method`: expected a string"
+    elif not isinstance(got.get("params", {}), dict):
+        fault = "`params`: expected an object"
+    if fault:
+        raise NotAMessage(fault, request_id=id_ if is_id(id_) else None)
+    return got
+
+
+def is_request(message: Message) -> bool:
+    return "method" in message and "id" in message
+
+
+def is_modern(message: Message, header: str | None = None) -> bool:
+    """The era of a message; `header`: MCP-Protocol-Version, where there are headers.  Raises BadMessage."""
+    meta = message.get("params", {}).get("_meta")
+    if isinstance(meta, dict) and CLAIM in meta:
+        return True
+    modern = header is not None and header not in LEGACY
+    if "method" not in message:
+        if modern:
+            raise NotAMessage(f"got a response, expected none in revision {ascii(header)[:40]}")
+    elif "id" in message and (modern or message["method"] == "server/discover"):
+        raise BadMessage(f"`params._meta`: got no `{CLAIM}`, expected it and `{CAPABILITIES}`")
+    return modern
+
+
+def check_envelope(message: Message, headers: Callable[[str], list[str]] | None) -> None:
+    """A modern request's `_meta`, and what its headers repeat (None: a transport without).  Raises BadMessage."""
+    params, method = message["params"], message["method"]
+    version = params["_meta"][CLAIM]
+    if not isinstance(version, str) or not isinstance(params["_meta"].get(CAPABILITIES), dict):
+        raise BadMessage(f"`params._meta`: expected a string as `{CLAIM}` and an object as `{CAPABILITIES}`")
+    expected = {"MCP-Protocol-Version": version, "Mcp-Method": method}
+    if (key := ROUTED.get(method, "taskId" * method.startswith("tasks/"))) and isinstance(params.get(key), str):
+        expected["Mcp-Name"] = params[key]
+    for name, value in expected.items() if headers else ():
+        got = [header_value(name, text) for text in headers(name)] if headers else []
+        if got != [value]:
+            raise HeaderMismatch(f"`{name}`: got {ascii(got)[:80]}, expected {ascii(value)[:80]} as in the body")
+    if version != MODERN:
+        data = {"supported": [MODERN], "requested": version}
+        raise UnsupportedVersion(f"`{CLAIM}`: got {ascii(version)[:40]}, expected {MODERN}", data=data)
+
+
+def header_value(name: str, text: str) -> str:
+    """A header's text, which may be wrapped as `=?base64?...?=`.  Raises HeaderMismatch."""
+    text = text.strip()
+    if not (text.startswith("=?base64?") and text.endswith("?=")):
+        return text
+    try:
+        return base64.b64decode(text[9:-2], validate=True).decode()
+    except ValueError:
+        raise HeaderMismatch(f"`{name}`: got {ascii(text)[:80]}, expected base64 of UTF-8") from None
+
+
+def success(id_: str | int, fields: Message, method: str, version: str, facts: Facts) -> Message:
+    """The response to request `id_`, in the words of its revision."""
+    if version == MODERN:
+        cached = {"ttlMs": 60_000, "cacheScope": "private"} if method in CACHED else {}
+        server = {"name": facts.name, "version": facts.version}
+        fields = {"resultType": "complete", **fields, **cached, "_meta": {f"{NAMESPACE}serverInfo": server}}
+    return {"jsonrpc": "2.0", "id": id_, "result": only_known(fields, version)}
+
+
+def only_known(fields: Message, version: str) -> Message:
+    """Without what `version` does not know."""
+    return {name: value for name, value in fields.items() if SINCE.get(name, "") <= version}
+
+
+def refusal(id_: str | int | None, failure: ProxyError) -> Message:
+    """The response that tells of a failure."""
+    told: Message = {"code": failure.rpc_code, "message": str(failure)}
+    if failure.data is not None:
+        told["data"] = failure.data
+    return {"jsonrpc": "2.0", "id": id_, "error": told}
+
+
+def notification(method: str, params: Message) -> Message:
+    return {"jsonrpc": "2.0", "method": method, "params": params}
+
+
+def step(message: Message, version: str, facts: Facts) -> list[Decision]:
+    """Decide what one message asks for.  Raises BadMessage, UnknownMethod."""
+    method, params = str(message.get("method")), message.get("params", {})
+    if method == "notifications/cancelled":
+        return [Cancel(params["requestId"])] if is_id(params.get("requestId")) else []
+    if not is_request(message):
+        return []  # a notification that we do not know, or an answer to what nobody asked
+    id_, modern = message["id"], version == MODERN
+    answer = partial(success, id_, method=method, version=version, facts=facts)
+    match method:
+        case "initialize" if not modern:
+            if not isinstance(asked := params.get("protocolVersion"), str):
+                raise complain("params.protocolVersion", asked, "a revision of MCP")
+            version = asked if asked in LEGACY else LEGACY[-1]
+            server = {"name": facts.name, "title": facts.name, "version": facts.version}
+            hello = {"protocolVersion": version, "capabilities": {"tools": {}, "logging": {}}}
+            hello |= {"serverInfo": only_known(server, version), "instructions": facts.instructions}
+            return [Remember("version", version), Send({"jsonrpc": "2.0", "id": id_, "result": hello})]
+        case "server/discover" if modern:
+            found = {"supportedVersions": [MODERN], "capabilities": {"tools": {}}, "instructions": facts.instructions}
+            return [Send(answer(found))]
+        case "ping" if not modern:
+            return [Send(answer({}))]
+        case "logging/setLevel" if not modern:
+            if (level := params.get("level")) not in LEVELS:
+                raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
+            return [Remember("level", level), Send(answer({}))]
+        case "tools/list":
+            if "cursor" in params:
+                raise complain("params.cursor", params["cursor"], "none: there is one page")
+            return [Send(answer({"tools": [only_known(each, version) for each in facts.tools]}))]
+        case "tools/call":
+            return [call_tool(id_, params, facts)]
+    raise UnknownMethod(f"`method`: got {ascii(method)[:80]}, which revision {version} of this server does not have")
+
+
+def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
+    """Raises BadMessage."""
+    name, arguments, meta = params.get("name"), params.get("arguments", {}), params.get("_meta", {})
+    if name not in (names := [each["name"] for each in facts.tools]):
+        raise complain("params.name", name, f"one of {', '.join(names)}")
+    if not isinstance(arguments, dict):
+        raise complain("params.arguments", arguments, "an object")
+    token = meta.get("progressToken") if isinstance(meta, dict) else None
+    if token is not None and not is_id(token):
+        raise complain("params._meta.progressToken", token, "a string or an integer")
+    return CallTool(id_, str(name), arguments, token)
+
+
+# ==========================================================================
+# State and tools                                                 budget 382
+# ==========================================================================
+# What handlers share, built once in `serve` and handed down; sessions; the tools.
+#
+# A1  Every queue has a bound; a session whose client does not keep up ends, aloud.
+# A2  A call belongs to its session and ends with it, not with the stream it came by.
+# A3  `execute` is the only way to the driver, whatever the door.
+class Outbox:
+    """Messages for one client, in order.  One reader at a time: a new one takes over."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Message] = deque()
+        self.news, self.reader, self.closed = asyncio.Event(), object(), False
+
+    def put(self, message: Message) -> bool:
+        """False: MAX_INBOX wait already."""
+        if self.closed:
+            return True
+        if len(self.waiting) >= MAX_INBOX:
+            return False
+        self.waiting.append(message)
+        self.news.set()
+        return True
+
+    def close(self) -> None:
+        """Its reader ends when it has all that waits."""
+        self.closed = True
+        self.news.set()
+
+    async def messages(self) -> AsyncGenerator[Message | None, None]:
+        """Each as it comes; None after KEEP_ALIVE seconds without.  What was not delivered stays."""
+        mine = self.reader = object()
+        self.news.set()  # a reader before this one ends
+        while self.reader is mine and (self.waiting or not self.closed):
+            if self.waiting:
+                yield self.waiting[0]
+                if self.reader is mine:
+                    self.waiting.popleft()
+                continue
+            self.news.clear()
+            timer = asyncio.get_running_loop().call_later(KEEP_ALIVE, self.news.set)
+            try:
+                await self.news.wait()
+            finally:
+                timer.cancel()
+            if self.reader is mine and not self.waiting and not self.closed:
+                yield None
+
+
+class Session:
+    """A client of a server's tools: its calls, and what it has not got yet.
+
+    kind      its transport: `http`, `sse` or `ws`; `once` for a single modern request
+    owner     the credential that opened it
+    kept      seconds that it outlives its last stream or message; 0: it ends with its stream
+    """
+
+    def __init__(self, state: AppState, kind: str, session_id: str | None, owner: str, kept: float) -> None:
+        self.state, self.kind, self.owner, self.kept = state, kind, owner, kept
+        self.session_id = session_id or secrets.token_hex(16)
+        self.outbox = Outbox()
+        self.listens = kind != "http"  # or once its GET stream was opened
+        self.streams, self.used = 0, time.monotonic()
+        self.calls: dict[str | int, asyncio.Task[None]] = {}
+        self.modern = False  # its last request was
+        self.remembered = {"version": LEGACY[-1], "level": "debug"}  # see Remember
+        self.expiry: asyncio.TimerHandle | None = None
+
+    def receive(self, message: Message, modern: bool, outbox: Outbox | None = None) -> None:
+        """Do what a message asks for.  Raises BadMessage.
+
+        outbox  gets the answer, and is closed behind it; None: the session's own
+        """
+        self.used, self.modern = time.monotonic(), modern
+        version = MODERN if modern else self.remembered["version"]
+        for decision in step(message, version, FACTS):
+            match decision:
+                case Send(answer):
+                    self.send(answer, outbox)
+                case CallTool(id_):
+                    if id_ in self.calls or len(self.calls) >= MAX_CALLS:
+                        raise NotAMessage(f"`id`: got {ascii(id_)[:40]}, expected a new one, of {MAX_CALLS} at once")
+                    self.calls[id_] = asyncio.ensure_future(self._call(decision, version, outbox))
+                    return
+                case Cancel(id_):
+                    if id_ in self.calls:
+                        self.calls[id_].cancel()
+                case Remember(name, value):
+                    self.remembered[name] = value
+        if outbox:
+            outbox.close()
+
+    def send(self, message: Message, outbox: Outbox | None = None) -> None:
+        if not (outbox or self.outbox).put(message):
+            log.error("session end id=%s why=%d messages wait for its client", self.session_id, MAX_INBOX)
+            self.end()
+
+    async def _call(self, call: CallTool, version: str, outbox: Outbox | None) -> None:
+        def tell(seconds: float, newest: str) -> None:
+            params = {"progressToken": call.token, "progress": round(seconds, 3)} | (
+                {"message": newest} if newest else {}
+            )
+            if len((outbox or self.outbox).waiting) < MAX_INBOX // 2:  # a client that is away gets the answer at least
+                self.send(notification("notifications/progress", params), outbox)
+
+        try:
+            try:
+                fields = await TOOLS[call.name].run(
+                    self.state, call.arguments, tell if call.token is not None else None
+                )
+            except ProxyError as wrong:  # a model can mend it
+                fields = {"content": [{"type": "text", "text": str(wrong)}], "isError": True}
+            self.send(success(call.id, fields, "tools/call", version, FACTS), outbox)
+        except Exception as wrong:
+            log.exception("tool failed name=%s", call.name)
+            self.send(refusal(call.id, ProxyError(f"{type(wrong).__name__} in tool {call.name}")), outbox)
+        finally:
+            del self.calls[call.id]
+            if outbox:
+                outbox.close()
+
+    def answer(self, message: Message) -> None:
+        """The same on a transport without headers; errors are answers too."""
+        try:
+            if (modern := is_modern(message)) and is_request(message):
+                check_envelope(message, None)
+            self.receive(message, modern)
+        except ProxyError as wrong:
+            if is_request(message):
+                self.send(refusal(message["id"], wrong))
+
+    def end(self) -> None:
+        """Cancel its calls, end its streams, forget it."""
+        for task in self.calls.values():
+            task.cancel()
+        if self.expiry:
+            self.expiry.cancel()
+        self.outbox.close()
+        if self.state.sessions.get(self.session_id) is self:
+            del self.state.sessions[self.session_id]
+
+    @contextlib.asynccontextmanager
+    async def stream(self) -> AsyncIterator[AsyncIterator[Message | None]]:
+        """What comes for its client, as long as this stream is the newest."""
+        self.streams, self.listens = self.streams + 1, True
+        try:
+            async with contextlib.aclosing(self.outbox.messages()) as messages:
+                yield messages
+        finally:
+            self.streams, self.used = self.streams - 1, time.monotonic()
+            self.expire()
+
+    def expire(self) -> None:
+        """End it, if nobody needs it any more; else look again."""
+        left = self.used + self.kept - time.monotonic()
+        if self.expiry:
+            self.expiry.cancel()
+        if left <= 0 and not self.streams and not (self.calls and self.kind == "http"):
+            self.end()
+        elif not self.streams:
+            self.expiry = asyncio.get_running_loop().call_later(max(left, KEEP_ALIVE), self.expire)
+
+
+class SessionMap(dict[str, Session]):
+    """The sessions that are open, by their id."""
+
+    def open(self, session: Session) -> Session:
+        """Raises NoTerminal when there are too many."""
+        if len(self) >= MAX_SESSIONS:
+            idle = [other for other in self.values() if not (other.streams or other.calls)]
+            if not idle:
+                raise NoTerminal(f"{MAX_SESSIONS} sessions are open already: close some")
+            min(idle, key=lambda other: other.used).end()
+        self[session.session_id] = session
+        return session
+
+    async def close(self) -> None:
+        """End all of them, when their calls have been answered."""
+        calls = [task for session in self.values() for task in session.calls.values()]
+        await asyncio.wait([*calls, asyncio.ensure_future(asyncio.sleep(0))], timeout=STOP_GRACE)
+        for session in [*self.values()]:
+            session.end()
+
+    def find(self, kind: str, session_id: str | None, owner: str) -> Session:
+        """Raises UnknownSession, also for one that another credential opened."""
+        session = self.get(session_id or "")
+        if session is None or session.kind != kind or not hmac.compare_digest(session.owner.encode(), owner.encode()):
+            raise UnknownSession(f"no session {ascii(session_id)[:140]} here: it has ended, or never began; start anew")
+        return session
+
+    def report(self, session_id: str | None, **data: object) -> None:
+        """Tell the session, if it is open, of a command that was run with its id."""
+        session = self.get(session_id or "")
+        wanted = session and session.listens and not session.modern
+        if session and wanted and session.remembered["level"] in LEVELS[:2]:  # debug, info
+            session.send(notification("notifications/message", {"level": "info", "logger": "exec", "data": data}))
 
 
 @dataclass
@@ -1833,9 +2387,182 @@ class AppState:
     workspace: str = "/"
     calls: set[asyncio.Task[Any]] = field(default_factory=set)  # handlers at work; each adds and removes itself
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.sessions, SessionMap):  # a plain dict will do
+            self.sessions = SessionMap(self.sessions)
+
+
+async def execute(
+    state: AppState,
+    request: ExecRequest,
+    takes: Mapping[str, Take],
+    capture: Capture | None = None,
+    started: Callable[[Job], Awaitable[None]] | None = None,
+    patience: float | None = None,
+    fed: bool = False,
+) -> CommandResult:
+    """Run a command to its end; see `PocketCoderDriver.start` and `Job.result`.  Cancelling this cancels it."""
+    job = await state.driver.start(request, takes, fed)
+    report = partial(state.sessions.report, request.session_id, run_id=job.run_id, agent_name=request.agent_name)
+    report(event="start", cmd=request.cmd[:MAX_VIEW_COMMAND], cwd=request.cwd)
+    ended = CommandResult("", 125, "cancelled")
+    try:
+        if started:
+            await started(job)
+        ended = await job.result(capture, patience)
+        return ended
+    finally:
+        job.end("cancelled")  # if it has not ended yet, nobody is left to read it
+        report(event="end", exit_code=ended.exit_code, ended=ended.ended, duration_ms=ended.duration_ms)
+
+
+Tell = Callable[[float, str], None]  # progress: seconds, the newest line of output
+Run = Callable[["AppState", Message, "Tell | None"], Awaitable[Message]]
+PARAMETERS: dict[str, Message] = {
+    "cmd": {"type": "string", "minLength": 1, "description": "A bash command; pipes, loops and newlines are fine."},
+    "cwd": {"type": "string", "description": "A directory in the workspace; by default the workspace itself."},
+    "agent_name": {"type": "string", "pattern": f"^{AGENT_NAME.pattern}$", "default": default_agent_name()},
+    "timeout": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT, "default": DEFAULT_TIMEOUT},
+    "stdin": {"type": ["string", "null"], "description": "Fed to the command; by default it reads nothing."},
+    "max_output": {"type": "integer", "minimum": 1, "maximum": MAX_OUTPUT, "default": TOOL_OUTPUT},
+    "lines": {"type": "integer", "minimum": 1, "maximum": MAX_LINES, "default": 100, "description": "At most."},
+    "text": {"type": "string", "description": "Typed as it is; no Enter is added."},
+    "keys": {"type": "array", "items": {"type": "string", "pattern": f"^{KEY.pattern}$"}},
+}
+PARAMETERS["agent_name"]["description"] = "Whose terminal."
+PARAMETERS["timeout"]["description"] = "Seconds until the command is ended."
+PARAMETERS["max_output"]["description"] = "Bytes kept of the output: the first and the last half."
+PARAMETERS["keys"]["description"] = (
+    "Pressed after the text; tmux names such as Enter, C-c, Up, Escape, Tab, BSpace, F1."
+)
+STRING, FLAG, COUNT = {"type": "string"}, {"type": "boolean"}, {"type": "integer", "minimum": 0}
+TERMINAL = {"agent_name": STRING, "busy": FLAG, "command": STRING, "columns": COUNT, "lines": COUNT}
+ENDED = {"output": STRING, "exit_code": COUNT, "ended": STRING, "truncated": FLAG, "output_bytes": COUNT}
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What clients see of a tool, and what it does."""
+
+    shown: Message
+    run: Run
+
+
+TOOLS: dict[str, Tool] = {}
+
+
+def tool(title: str, hints: str, takes: str, needs: list[str], gives: Message | None = None) -> Callable[[Run], Run]:
+    """Register NAME_tool; its docstring is the description that a model reads.
+
+    hints  those that are true of readOnly, destructive, idempotent, openWorld
+    """
+
+    def register(run: Run) -> Run:
+        flags = {
+            f"{hint}Hint": hint in hints.split() for hint in ("readOnly", "destructive", "idempotent", "openWorld")
+        }
+        shown: Message = {"name": run.__name__.removesuffix("_tool"), "title": title}
+        shown |= {"description": " ".join((run.__doc__ or "").split()), "annotations": {"title": title, **flags}}
+        properties = {name: PARAMETERS[name] for name in takes.split()}
+        shown["inputSchema"] = {"type": "object", "properties": properties, "required": needs}
+        if gives:
+            shown["outputSchema"] = {"type": "object", "properties": gives, "required": list(gives)}
+        TOOLS[shown["name"]] = Tool(shown, run)
+        return run
+
+    return register
+
+
+def content(text: str, structured: Message | None = None, failed: bool = False) -> Message:
+    """A tool's result, for a model and for a program."""
+    fields: Message = {"content": [{"type": "text", "text": text}], "isError": failed}
+    return fields if structured is None else {**fields, "structuredContent": structured}
+
+
+@tool("Run a command", "destructive openWorld", "cmd cwd agent_name timeout stdin max_output", ["cmd"], ENDED)
+async def exec_tool(state: AppState, arguments: Message, tell: Tell | None) -> Message:
+    """Run a bash command in the sandbox and wait for its end. Answers with stdout and stderr as one text, in the
+    order written, and with the exit code. Every command starts in a fresh shell: `cd` and variables do not last.
+    Start servers in the background (`cmd &`), or they end with the timeout. A person may be watching, and can answer
+    what a command asks on its terminal; programs that ask are better driven with send_keys and read_terminal."""
+    taken = TOOLS["exec"].shown["inputSchema"]["properties"]
+    fields = {name: value for name, value in arguments.items() if name in taken}
+    request = ExecRequest.from_fields({"max_output": TOOL_OUTPUT, **fields}, state.workspace)
+    capture, newest, begun, news = Capture(request.max_output), bytearray(), time.monotonic(), asyncio.Event()
+
+    def take(chunk: bytes) -> None:
+        capture.add(chunk)
+        if tell:
+            newest.extend(chunk[-MAX_LINE:])
+            del newest[:-MAX_LINE]
+            news.set()
+
+    async def keep_telling(tell: Tell) -> None:
+        while True:
+            news.clear()
+            timer = asyncio.get_running_loop().call_later(PROGRESS_EVERY - PROGRESS_PAUSE, news.set)
+            await news.wait()
+            timer.cancel()
+            lines = newest.decode(errors="replace").split("\n")
+            tell(time.monotonic() - begun, next((line.strip() for line in reversed(lines) if line.strip()), ""))
+            await asyncio.sleep(PROGRESS_PAUSE)
+
+    telling = asyncio.ensure_future(keep_telling(tell)) if tell else None
+    try:
+        ended = await execute(state, request, {"out": take}, capture)
+    finally:
+        if telling:
+            telling.cancel()
+    notes = [f"[exit code {ended.exit_code}]"] * bool(ended.exit_code) + [f"[{ended.error}]"] * bool(ended.error)
+    newline = "\n" * bool(notes and ended.output and not ended.output.endswith("\n"))
+    facts = {name: getattr(ended, name) for name in ENDED}
+    return content(ended.output + newline + "\n".join(notes), facts, ended.ended != "exit")
+
+
+@tool("Read the terminal", "readOnly idempotent", "agent_name lines", [])
+async def read_terminal_tool(state: AppState, arguments: Message, tell: Tell | None) -> Message:
+    """Read the last lines of an agent's terminal, as a person would see them there: prompts, commands, output, and
+    what programs draw. Use it to see where an interactive program is, after send_keys."""
+    if type(lines := arguments.get("lines", 100)) is not int or not 1 <= lines <= MAX_LINES:
+        raise complain("lines", lines, f"an integer, 1 to {MAX_LINES}")
+    return content(
+        await state.driver.read_terminal(check_agent(arguments.get("agent_name", default_agent_name())), lines)
+    )
+
+
+@tool("Type into the terminal", "destructive openWorld", "agent_name text keys", [])
+async def send_keys_tool(state: AppState, arguments: Message, tell: Tell | None) -> Message:
+    """Type text and press keys in an agent's terminal, as a person would: to answer a program that waits for input,
+    or to end one (`keys` of `C-c`). To run a command, use exec instead. See the effect with read_terminal."""
+    text, keys = check_text("text", arguments.get("text", ""), "a string", MAX_KEYS), arguments.get("keys", [])
+    if not isinstance(keys, list) or len(keys) > MAX_KEYS:
+        raise complain("keys", keys, f"a list of names of keys, {MAX_KEYS} at most")
+    for key in keys:
+        if not isinstance(key, str) or not KEY.fullmatch(key):
+            raise complain("keys", key, "tmux names of keys such as Enter, C-c, Up; words to type go in `text`")
+    if not text and not keys:
+        raise BadMessage("`text`, `keys`: got neither, expected one of them")
+    await state.driver.send_keys(check_agent(arguments.get("agent_name", default_agent_name())), text, keys)
+    return {"content": [], "isError": False}
+
+
+LISTED = {"terminals": {"type": "array", "items": {"type": "object", "properties": TERMINAL, "required": [*TERMINAL]}}}
+
+
+@tool("List the terminals", "readOnly idempotent", "", [], LISTED)
+async def list_terminals_tool(state: AppState, arguments: Message, tell: Tell | None) -> Message:
+    """List the agents that have a terminal: whether it is busy, the command in its foreground, and its size."""
+    found = {"terminals": await state.driver.list_terminals()}
+    return content(json.dumps(found), found)
+
+
+INSTRUCTIONS = "Terminals of a sandbox. `exec` runs a bash command and answers with its output and exit code; the "
+INSTRUCTIONS += "other tools are for programs that talk to a person."
+FACTS = Facts("pocketcoder", VERSION, INSTRUCTIONS, tuple(each.shown for each in TOOLS.values()))
+
 
 # ==========================================================================
-# Transports                                                    budget 320
+# Transports                                                      budget 494
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -1847,25 +2574,9 @@ async def health_handler() -> str:
 
 async def exec_handler(state: AppState, request: ExecRequest) -> ExecResponse:
     """Run a command to its end.  Cancelling this cancels the command."""
-    result = await state.driver.run(request)
+    capture = Capture(request.max_output)
+    result = await execute(state, request, {"out": capture.add}, capture)
     return ExecResponse.of(result, result.output)
-
-
-async def exec_stream_handler(
-    state: AppState,
-    request: ExecRequest,
-    takes: Mapping[str, Take],
-    started: Callable[[Job], Awaitable[None]],
-    fed: bool = False,
-    patience: float | None = None,
-) -> ExecResponse:
-    """The same with the output handed on as it comes; see `PocketCoderDriver.start` and `Job.result`."""
-    job = await state.driver.start(request, takes, fed)
-    try:
-        await started(job)
-        return ExecResponse.of(await job.result(None, patience), None)
-    finally:
-        job.end("cancelled")  # if it has not ended yet, nobody is left to read it
 
 
 async def channel_handler(job: Job, message: str | bytes) -> None:
@@ -1883,25 +2594,32 @@ async def channel_handler(job: Job, message: str | bytes) -> None:
         await job.feed.write(message[1:]) if message[0] == 0 else job.feed.close()
 
 
-@dataclass(frozen=True)
-class Gate:
-    """Who may call: the token, and the browser origins that were allowed."""
+async def sse_handler(state: AppState, query: McpQuery, owner: str = "", suffix: str = "") -> AsyncGenerator[str, None]:
+    """Yield a session's events until its client leaves, or comes back by another stream.  Raises UnknownSession.
 
-    token: str = ""
-    origins: frozenset[str] = frozenset()
+    owner   the credential that the session belongs to
+    suffix  of the address to post to
+    """
+    if query.session_id in state.sessions:
+        session = state.sessions.find("sse", query.session_id, owner)
+    else:
+        kept = SESSION_KEPT if query.session_id else 0.0
+        session = state.sessions.open(Session(state, "sse", query.session_id, owner, kept))
+    async with session.stream() as messages:
+        yield f"event: endpoint\ndata: /messages?session_id={session.session_id}{suffix}\n\n"
+        async for message in messages:
+            yield sse_event(message)
 
-    def check(self, host: str, origin: str | None, authorization: str, open_to_all: bool) -> None:
-        """Raises Forbidden, or HTTPError 401."""
-        local = is_loopback(host)
-        if not self.token and not local:  # else a name could be bound to us anew
-            raise Forbidden(f"`Host`: got {host[:80]!r}, expected localhost or a loopback address")
-        own = f"http://{host}" if local else None
-        if origin is not None and origin != own and origin not in self.origins:
-            raise Forbidden(f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin")
-        scheme, _, given = authorization.partition(" ")
-        right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self.token.encode())
-        if self.token and not open_to_all and not (right and scheme.lower() == "bearer"):
-            raise tornado.web.HTTPError(401, "expected `Authorization: Bearer TOKEN`")
+
+def to_json(message: Message) -> str:
+    """Short where that is safe."""
+    text = json.dumps(message, ensure_ascii=False, separators=(",", ":"))
+    return text if NOT_RAW.search(text) is None else json.dumps(message)
+
+
+def sse_event(message: Message | None) -> str:
+    """As Server-Sent Events have it; None: a comment, which keeps the connection."""
+    return ":\n\n" if message is None else f"event: message\ndata: {to_json(message)}\n\n"
 
 
 @lru_cache(maxsize=64)
@@ -1918,11 +2636,13 @@ class Endpoint(tornado.web.RequestHandler):
 
     _stream_request_body = True  # so that the gate comes before the body, and 413 is ours
     open_to_all = False  # needs no token
+    token_in_query = False  # for clients that cannot set headers
     task: asyncio.Task[Any] | None = None
 
-    def initialize(self, state: AppState, gate: Gate) -> None:
-        self.state, self.gate = state, gate
+    def initialize(self, state: AppState) -> None:
+        self.state = state
         self.body, self.received = bytearray(), 0
+        self.sending = asyncio.Lock()  # Tornado knows one flush at a time
         self.peer: Any = getattr(self.request.connection, "stream", None)  # below HTTP
 
     def set_default_headers(self) -> None:
@@ -1931,20 +2651,44 @@ class Endpoint(tornado.web.RequestHandler):
         self.set_header("X-Content-Type-Options", "nosniff")
         if (origin := self.request.headers.get("Origin")) in self.settings["origins"]:
             self.set_header("Access-Control-Allow-Origin", str(origin))
-            self.set_header("Access-Control-Allow-Headers", "Authorization, Content-Type, Accept")
+            self.set_header("Access-Control-Allow-Headers", CORS_HEADERS)
+            self.set_header("Access-Control-Expose-Headers", "Mcp-Session-Id")
             self.set_header("Vary", "Origin")
 
     def prepare(self) -> None:
-        headers, origin = self.request.headers, self.request.headers.get("Origin")
+        headers = self.request.headers
         preflight = self.request.method == "OPTIONS"
-        self.gate.check(self.request.host, origin, headers.get("Authorization", ""), self.open_to_all or preflight)
+        self.admit(headers.get("Origin"), self.open_to_all or preflight)
         if int(headers.get("Content-Length") or 0) > 4 * MAX_BODY:
             raise tornado.web.HTTPError(413, f"body: expected at most {MAX_BODY} bytes")
-        if self.request.method not in self._allowed() or (preflight and origin is None):
+        if self.request.method not in self._allowed() or (preflight and "Origin" not in headers):
             raise tornado.web.HTTPError(405)
         kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if self.request.method == "POST" and kind != "application/json":
             raise tornado.web.HTTPError(415, f"`Content-Type`: got {kind!r}, expected application/json")
+
+    def admit(self, origin: str | None, open_to_all: bool) -> None:
+        """Who may call.  Raises Forbidden, or HTTPError 401."""
+        token, host = self.settings["token"], self.request.host
+        local = is_loopback(host)
+        if not token and not local:  # else a name could be bound to us anew
+            raise Forbidden(f"`Host`: got {host[:80]!r}, expected localhost or a loopback address")
+        own = f"http://{host}" if local else None
+        if origin is not None and origin != own and origin not in self.settings["origins"]:
+            raise Forbidden(f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin")
+        scheme, _, self.owner = self.request.headers.get("Authorization", "").partition(" ")
+        if self.token_in_query and not scheme:
+            scheme, self.owner = "bearer", self.get_query_argument("token", "")
+        right = hmac.compare_digest(self.owner.strip().encode("utf-8", "replace"), token.encode())
+        if token and not open_to_all and not (right and scheme.lower() == "bearer"):
+            raise tornado.web.HTTPError(401, "expected `Authorization: Bearer TOKEN`")
+
+    def accepts(self, kind: str, missing: bool) -> bool:
+        """Whether the caller takes this media type; `missing`: what no header at all means."""
+        accept = self.request.headers.get("Accept", "").lower().replace(" ", "")
+        family = re.escape(kind.partition("/")[0])
+        named = rf"{re.escape(kind)}" + (rf"|{family}/\*|\*/\*" if missing else "")
+        return bool(re.search(rf"(^|,)({named})(?!;q=0(\.0*)?(,|$))(?=[,;]|$)", accept)) if accept else missing
 
     def data_received(self, chunk: bytes) -> None:
         self.received += len(chunk)
@@ -1952,6 +2696,11 @@ class Endpoint(tornado.web.RequestHandler):
             self.body += chunk
         elif self.received > 4 * MAX_BODY:  # read so far that the caller may see the 413
             self.peer.close()
+
+    def whole_body(self) -> bytes:
+        if self.received > MAX_BODY:
+            raise tornado.web.HTTPError(413, f"body: got {self.received} bytes, expected at most {MAX_BODY}")
+        return bytes(self.body)
 
     def options(self) -> None:
         self.set_header("Access-Control-Allow-Methods", ", ".join(self._allowed()))
@@ -1980,19 +2729,39 @@ class Endpoint(tornado.web.RequestHandler):
             self.task.cancel()
             self.task = None
 
+    async def send_event(self, text: str) -> None:
+        """Write to an event stream, which begins with the first."""
+        if not self._headers_written:
+            self.set_header("Content-Type", "text/event-stream")
+            self.set_header("Cache-Control", "no-cache, no-store, no-transform")
+            self.set_header("X-Accel-Buffering", "no")
+            self.peer.set_nodelay(True)
+        async with self.sending:
+            self.write(text)
+            await self.flush()
+
+    async def send_events(self, events: AsyncIterator[str]) -> None:
+        """All of them.  A peer that has died without a word is noticed, and let go."""
+        self.peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER_TIMEOUT * 1000))
+        async for text in events:
+            await self.send_event(text)
+
+    def finish_json(self, answer: Message, status: int = 200) -> None:
+        self.set_status(status)
+        self.set_header("Content-Type", "application/json")
+        self.finish(to_json(answer))
+
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None))[1]
         text = (getattr(error, "log_message", None) or f"{status_code} {self._reason}").replace("%%", "%")
         answer = {"error": text, "exit_code": ProxyError.exit_code}
         if isinstance(error, ProxyError):
-            answer = {"error": str(error), "exit_code": error.exit_code}
-            self.set_status(error.http_status)
+            answer, status_code = {"error": str(error), "exit_code": error.exit_code}, error.http_status
         if status_code == 401:
             self.set_header("WWW-Authenticate", "Bearer")
         if status_code == 405:
             self.set_header("Allow", ", ".join(self._allowed()))
-        self.set_header("Content-Type", "application/json")
-        self.finish(json.dumps(answer))
+        self.finish_json(answer, status_code)
 
     def log_exception(self, *exc_info: Any) -> None:
         if not isinstance(exc_info[1], (ProxyError, tornado.web.HTTPError)):
@@ -2011,11 +2780,8 @@ class HealthEndpoint(Endpoint):
 
 class ExecEndpoint(Endpoint):
     async def post(self) -> None:
-        if self.received > MAX_BODY:
-            raise tornado.web.HTTPError(413, f"body: got {self.received} bytes, expected at most {MAX_BODY}")
-        request = ExecRequest.from_wire(bytes(self.body), self.state.workspace)
-        accept = self.request.headers.get("Accept", "").lower().replace(" ", "")
-        streamed = re.search(r"(^|,)text/event-stream(?!;q=0(\.0*)?(,|$))", accept)
+        request = ExecRequest.from_wire(self.whole_body(), self.state.workspace)
+        streamed = self.accepts("text/event-stream", missing=False)
         await self.perform(self.answer_stream(request) if streamed else self.answer(request))
 
     async def answer(self, request: ExecRequest) -> None:
@@ -2024,57 +2790,57 @@ class ExecEndpoint(Endpoint):
         self.finish(response.to_wire())
 
     async def answer_stream(self, request: ExecRequest) -> None:
-        decoder, self.sending = codecs.getincrementaldecoder("utf-8")("replace"), asyncio.Lock()
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
         async def output(chunk: bytes, final: bool = False) -> None:
             if text := decoder.decode(chunk, final):  # never half a character
-                await self.send(f"event: output\ndata: {ExecResponse(text).to_wire()}\n\n")
+                await self.send_event(f"event: output\ndata: {ExecResponse(text).to_wire()}\n\n")
 
         async def started(_: Job) -> None:
-            await self.send(": started\n\n")
+            await self.send_event(": started\n\n")
 
-        patience = SLOW_READER_TIMEOUT
         work = asyncio.ensure_future(
-            exec_stream_handler(self.state, request, {"out": output}, started, patience=patience)
+            execute(self.state, request, {"out": output}, started=started, patience=SLOW_READER_TIMEOUT)
         )
         try:
             while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
                 if self._headers_written and not self.sending.locked():
-                    await self.send(": keep-alive\n\n")
-            response = await work
+                    await self.send_event(": keep-alive\n\n")
+            response = ExecResponse.of(await work, None)
             await output(b"", final=True)
-            await self.send(f"event: exit\ndata: {response.to_wire()}\n\n")
+            await self.send_event(f"event: exit\ndata: {response.to_wire()}\n\n")
         except asyncio.TimeoutError:
             log.warning("stream ended: its reader did not read for %g s", SLOW_READER_TIMEOUT)
             self.peer.close()
         finally:
             work.cancel()
 
-    async def send(self, text: str) -> None:
-        if not self._headers_written:
-            self.set_header("Content-Type", "text/event-stream")
-            self.set_header("X-Accel-Buffering", "no")
-            self.peer.set_nodelay(True)
-        async with self.sending:  # Tornado knows one flush at a time
-            self.write(text)
-            await self.flush()
 
-
-class ChannelEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
-    """`GET /exec/ws`: a command with stdin, stdout, stderr and signals apart."""
+class SocketEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
+    """A WebSocket, behind the same gate."""
 
     _stream_request_body = False
-    work: asyncio.Task[None] | None = None
+    subprotocol = ""
 
     def check_origin(self, origin: str) -> bool:
         return True  # the gate has
 
     def select_subprotocol(self, offered: list[str]) -> str | None:
-        return CHANNELS if CHANNELS in offered else None
+        return self.subprotocol if self.subprotocol in offered else None
 
     async def get(self) -> None:
         if self.request.headers.get("Upgrade", "").lower() != "websocket":
             raise tornado.web.HTTPError(400, "expected a WebSocket")
+        await super().get()
+
+
+class ChannelEndpoint(SocketEndpoint):
+    """`GET /exec/ws`: a command with stdin, stdout, stderr and signals apart."""
+
+    subprotocol = CHANNELS
+    work: asyncio.Task[None] | None = None
+
+    async def get(self) -> None:
         self.job: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
         await super().get()
 
@@ -2102,8 +2868,8 @@ class ChannelEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
         try:
             body = message.encode() if isinstance(message, str) else message
             request = ExecRequest.from_wire(body, self.state.workspace)
-            response = await exec_stream_handler(self.state, request, takes, started, request.stdin is None)
-            await self.end(response.to_wire())
+            result = await execute(self.state, request, takes, started=started, fed=request.stdin is None)
+            await self.end(ExecResponse.of(result, None).to_wire())
         except ProxyError as failure:
             await self.end(json.dumps({"error": str(failure), "exit_code": failure.exit_code}))
 
@@ -2134,6 +2900,141 @@ class ChannelEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
             self.job.set_result(None)
 
 
+class McpEndpoint(Endpoint):
+    """`/mcp`: Streamable HTTP.  A modern request stands for itself, a legacy one has a session."""
+
+    async def post(self) -> None:
+        if not (self.accepts("application/json", True) and self.accepts("text/event-stream", True)):
+            raise tornado.web.HTTPError(406, "`Accept`: expected application/json and text/event-stream")
+        await self.perform(self.answer(self.whole_body()))
+
+    async def answer(self, body: bytes) -> None:
+        headers, outbox, sessions = self.request.headers, Outbox(), self.state.sessions
+        message: Message = {}
+        session: Session | None = None
+        try:
+            message = read_message(body)
+            modern = is_modern(message, headers.get("MCP-Protocol-Version"))
+            if modern and not is_request(message):
+                return self.set_status(202)
+            if modern:
+                check_envelope(message, headers.get_list)
+                session = Session(self.state, "once", None, self.owner, 0.0)
+            elif message.get("method") == "initialize" and is_request(message):
+                session = Session(self.state, "http", None, self.owner, SESSION_IDLE)
+            else:
+                session = self.session()
+            session.receive(message, modern, outbox)
+            if message.get("method") == "initialize":
+                sessions.open(session).expire()
+                self.set_header("Mcp-Session-Id", session.session_id)
+        except ProxyError as wrong:
+            status = 200 if session and session.session_id in sessions else wrong.http_status
+            return self.finish_json(refusal(message.get("id", wrong.request_id), wrong), status)
+        if not is_request(message):
+            return self.set_status(202)
+        try:
+            await self.deliver(outbox)
+        finally:
+            if modern:  # who leaves, cancels; not so with a session
+                session.end()
+
+    async def deliver(self, outbox: Outbox) -> None:
+        """The answer as JSON; as a stream, if anything comes before it."""
+        async with contextlib.aclosing(outbox.messages()) as messages:
+            async for message in messages:
+                if message and "method" not in message and not self._headers_written:
+                    return self.finish_json(message)
+                await self.send_event(sse_event(message))
+        if not self._headers_written:  # cancelled: no answer, but an end
+            self.set_header("Content-Type", "text/event-stream")
+
+    def session(self) -> Session:
+        if not (session_id := self.request.headers.get("Mcp-Session-Id")):
+            raise NotAMessage("`Mcp-Session-Id`: got none, expected the one that `initialize` was answered with")
+        return self.state.sessions.find("http", session_id, self.owner)
+
+    async def get(self) -> None:
+        if "Mcp-Session-Id" not in self.request.headers:
+            raise tornado.web.HTTPError(405)
+        await self.perform(self.listen(self.session()))
+
+    async def listen(self, session: Session) -> None:
+        async with session.stream() as messages:
+            await self.send_event(sse_event(None))
+            await self.send_events(sse_event(message) async for message in messages)
+
+    async def delete(self) -> None:
+        self.session().end()
+        self.set_status(204)
+
+
+class SseEndpoint(Endpoint):
+    """`GET /sse`: what the server says; the client posts to `/messages`."""
+
+    token_in_query = True
+
+    def query(self) -> McpQuery:
+        given = self.get_query_argument
+        return McpQuery(given("session_id", None) or given("sessionId", None))
+
+    async def get(self) -> None:
+        given = "" if "Authorization" in self.request.headers else self.owner
+        suffix = given and f"&token={quote_plus(given)}"  # who cannot set a header here, cannot there
+        async with contextlib.aclosing(sse_handler(self.state, self.query(), self.owner, suffix)) as events:
+            await self.perform(self.send_events(events))
+
+
+class MessagesEndpoint(SseEndpoint):
+    async def get(self) -> None:
+        raise tornado.web.HTTPError(405)
+
+    async def post(self) -> None:
+        session = self.state.sessions.find("sse", self.query().session_id, self.owner)
+        message = read_message(self.whole_body())
+        self.set_status(202)
+        self.finish("Accepted")
+        session.answer(message)
+
+    def _allowed(self) -> list[str]:
+        return ["POST", "OPTIONS"]
+
+
+class McpSocket(SocketEndpoint):
+    """`GET /mcp/ws`: a session that lasts as long as the socket."""
+
+    token_in_query = True
+    subprotocol = "mcp"
+    ping_interval = ping_timeout = KEEP_ALIVE
+    session: Session | None = None
+
+    def open(self) -> None:
+        try:
+            self.session = self.state.sessions.open(Session(self.state, "ws", None, self.owner, 0.0))
+        except NoTerminal as full:
+            self.close(1013, str(full)[:100])
+        else:
+            self.pump = asyncio.ensure_future(self.perform(self.listen(self.session)))
+
+    async def listen(self, session: Session) -> None:
+        async with session.stream() as messages:
+            with contextlib.suppress(tornado.websocket.WebSocketClosedError):
+                async for message in messages:
+                    if message is not None:
+                        await self.write_message(to_json(message))
+        self.close()
+
+    def on_message(self, message: str | bytes) -> None:
+        if self.session is not None:
+            try:
+                self.session.answer(read_message(message))
+            except ProxyError as wrong:
+                self.session.send(refusal(wrong.request_id, wrong))
+
+    def on_close(self) -> None:
+        Endpoint.on_connection_close(self)
+
+
 class UnknownEndpoint(Endpoint):
     def _allowed(self) -> list[str]:
         return list(self.SUPPORTED_METHODS)
@@ -2147,11 +3048,15 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
     (r"/health", HealthEndpoint),
     (r"/exec", ExecEndpoint),
     (r"/exec/ws", ChannelEndpoint),
+    (r"/mcp", McpEndpoint),
+    (r"/mcp/ws", McpSocket),
+    (r"/sse", SseEndpoint),
+    (r"/messages", MessagesEndpoint),
 ]
 
 
 # ==========================================================================
-# Application                                                   budget 124
+# Application                                                     budget 124
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -2201,14 +3106,15 @@ async def serve(options: Commands, token: str) -> None:
     socket_path = os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET
     session = os.environ.get("TMUX_SESSION") or DEFAULT_SESSION
     driver = PocketCoderDriver(socket_path, session, options.workspace)
-    state, gate = AppState({}, driver, options.workspace), Gate(token, frozenset(options.origins))
-    shared: dict[str, Any] = {"state": state, "gate": gate}
+    state = AppState(SessionMap(), driver, options.workspace)
+    shared: dict[str, Any] = {"state": state}
     application = tornado.web.Application(
         [(path, endpoint, shared) for path, endpoint in ROUTES],
         default_handler_class=UnknownEndpoint,
         default_handler_args=shared,
         log_function=lambda handler: None,
-        origins=gate.origins,
+        token=token,
+        origins=frozenset(options.origins),
         websocket_max_message_size=MAX_BODY,
     )
     limits = {"max_body_size": 1 << 40, "idle_connection_timeout": IDLE_TIMEOUT, "body_timeout": BODY_TIMEOUT}
@@ -2231,6 +3137,7 @@ async def serve(options: Commands, token: str) -> None:
     await stop.wait()
     server.stop()
     await driver.close(STOP_GRACE)
+    await state.sessions.close()
     if state.calls:  # they have their results, and send them now
         await asyncio.wait(state.calls, timeout=STOP_GRACE)
     await server.close_all_connections()
