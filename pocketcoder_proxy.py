@@ -21,14 +21,16 @@ Sections, top to bottom; each uses only what stands above it:
   Tmux              the control connection: commands, replies, notices
   Execution Driver  terminals, runs, output, exit codes, cancel, timeouts
   MCP core          JSON-RPC, both eras: messages in, decisions out
+  Relay             stdio MCP servers of the sandbox, for clients of either era
   State and tools   what handlers share, sessions, the tools of MCP
   Transports        HTTP: the gate, handlers, endpoints, ROUTES
   Application       command line, start and stop
 
 Routes:     GET /health, POST /exec, GET /exec/ws; of MCP POST GET DELETE /mcp, GET /mcp/ws,
-            GET /sse, POST /messages
+            GET /sse, POST /messages, the same under /servers/NAME; GET /servers
 MCP:        initialize, ping, logging/setLevel (legacy); server/discover (modern); tools/list,
-            tools/call, notifications/cancelled; to the client notifications/progress, …/message
+            tools/call, notifications/cancelled; to the client notifications/progress, …/message;
+            the relay knows those of ASKING, MAY_ASK, REMOVED, CHANGED, and passes on all others
 Read from the environment: POCKETCODER_HOST POCKETCODER_TOKEN POCKETCODER_WORKSPACE
             TMUX_SESSION TMUX_SOCKET; by the shell OPENCODE_AGENT OPENCODE_SESSION_ID
             POCKETCODER_FORWARD_ENV POCKETCODER_TOKEN POCKETCODER_USAGE_ID PROXY_URL
@@ -63,7 +65,7 @@ import os
 import sys
 
 # ==========================================================================
-# Settings                                                         budget 67
+# Settings                                                         budget 78
 # ==========================================================================
 # S1  Every limit, time and default is here, with its unit.  Times in seconds.
 VERSION = "0.1.0"
@@ -112,6 +114,17 @@ IDLE_TIMEOUT = 300.0  # of a kept connection
 SLOW_READER_TIMEOUT = 60.0  # a reader gets that for the rest of an ended command
 CONNECT_TIMEOUT = 10.0  # of the shell
 SIGNAL_PATIENCE = 0.15  # of the shell after a signal: its callers kill it after 0.2
+CHILD_TIMEOUT = 300.0  # of a relayed server: for an answer, or the next progress
+CHILD_QUEUE = 32 * MIB  # bytes that wait for it to read
+CHILD_BACKOFF = 30.0  # the longest wait before it is started again
+MAX_CHILDREN = 16  # of one server, calls of modern clients at once that a legacy one may ask back in
+CHILD_CEILING = 3600.0  # for an answer, whatever progress it tells of
+CHILD_START = 60.0  # for its first answer
+CHILD_IDLE = 600.0  # until one that nobody uses is ended
+PROBE_TIMEOUT = 5.0  # for it to tell its era
+HEADERS_KEPT = 30.0  # what its tools say of headers
+PARK_TIMEOUT = 300.0  # for a client to answer its question
+MAX_ROUNDS = 10  # of questions in one call
 MAX_INBOX = 100  # messages that wait for a client
 MAX_SESSIONS, MAX_CALLS = 4096, 100  # of MCP; calls of one session at once
 SESSION_KEPT = 60.0  # a session that its client named outlives its stream
@@ -130,7 +143,7 @@ def default_agent_name() -> str:
 
 
 # ==========================================================================
-# Shell Bridge                                                    budget 358
+# Shell Bridge                                                    budget 359
 # ==========================================================================
 # `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
 #
@@ -450,6 +463,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import re
 import secrets
 import shlex
@@ -488,7 +502,7 @@ SIGNAL_NUMBERS = {name: signal.Signals[f"SIG{name}"] for name in ("INT", "TERM",
 
 
 # ==========================================================================
-# Errors                                                           budget 70
+# Errors                                                           budget 74
 # ==========================================================================
 # E1  A command that fails is a result; a proxy that cannot do its job is an error.
 # E2  Each class carries its answers; nothing else maps errors to numbers.
@@ -537,6 +551,10 @@ class UnknownMethod(BadMessage):
     """JSON-RPC has it, this server has not."""
 
     http_status, rpc_code = 404, -32601
+
+
+class RelayError(ProxyError):
+    """An MCP server behind us cannot answer."""
 
 
 class UnknownSession(ProxyError):
@@ -1952,7 +1970,7 @@ class PocketCoderDriver:
 
 
 # ==========================================================================
-# MCP core                                                        budget 228
+# MCP core                                                        budget 236
 # ==========================================================================
 # JSON-RPC in, decisions out: no await, no clock, no tmux, no Tornado.
 #
@@ -2007,13 +2025,6 @@ class CallTool:
 
 
 @dataclass(frozen=True)
-class Cancel:
-    """End the request `id`, without an answer."""
-
-    id: str | int
-
-
-@dataclass(frozen=True)
 class Remember:
     """Set `name` (`version` or `level`) of the session."""
 
@@ -2021,7 +2032,7 @@ class Remember:
     value: str
 
 
-Decision = Send | CallTool | Cancel | Remember
+Decision = Send | CallTool | Remember
 
 
 def is_id(value: object) -> TypeGuard[str | int]:
@@ -2093,6 +2104,20 @@ def check_envelope(message: Message, headers: Callable[[str], list[str]] | None)
         raise UnsupportedVersion(f"`{CLAIM}`: got {ascii(version)[:40]}, expected {MODERN}", data=data)
 
 
+def check_parameters(message: Message, headers: Callable[[str], list[str]], repeated: Mapping[str, str]) -> None:
+    """`Mcp-Param-*` headers, which repeat arguments; `repeated`: by argument.  Raises HeaderMismatch."""
+    arguments = message["params"].get("arguments") or {}
+    for argument, header in repeated.items() if isinstance(arguments, dict) else ():
+        name, value = f"Mcp-Param-{header}", arguments.get(argument)
+        got = [header_value(name, text) for text in headers(name)]
+        expected = [] if value is None else [value if isinstance(value, str) else json.dumps(value)]
+        with contextlib.suppress(ValueError):
+            if type(value) in (int, float) and [float(text) for text in got] == [value]:
+                continue
+        if got != expected:
+            raise HeaderMismatch(f"`{name}`: got {ascii(got)[:80]}, expected {ascii(expected)[:80]} as in the body")
+
+
 def header_value(name: str, text: str) -> str:
     """A header's text, which may be wrapped as `=?base64?...?=`.  Raises HeaderMismatch."""
     text = text.strip()
@@ -2130,14 +2155,15 @@ def notification(method: str, params: Message) -> Message:
     return {"jsonrpc": "2.0", "method": method, "params": params}
 
 
+def status_of(answer: Message) -> int:
+    """Of a modern response."""
+    return {-32601: 404, -32603: 200}.get(answer["error"].get("code"), 400) if "error" in answer else 200
+
+
 def step(message: Message, version: str, facts: Facts) -> list[Decision]:
-    """Decide what one message asks for.  Raises BadMessage, UnknownMethod."""
-    method, params = str(message.get("method")), message.get("params", {})
-    if method == "notifications/cancelled":
-        return [Cancel(params["requestId"])] if is_id(params.get("requestId")) else []
-    if not is_request(message):
-        return []  # a notification that we do not know, or an answer to what nobody asked
-    id_, modern = message["id"], version == MODERN
+    """Decide what one request asks for.  Raises BadMessage, UnknownMethod."""
+    id_, method, params = message["id"], message["method"], message.get("params", {})
+    modern = version == MODERN
     answer = partial(success, id_, method=method, version=version, facts=facts)
     match method:
         case "initialize" if not modern:
@@ -2180,29 +2206,47 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 
 
 # ==========================================================================
-# State and tools                                                 budget 382
+# Relay                                                           budget 772
 # ==========================================================================
-# What handlers share, built once in `serve` and handed down; sessions; the tools.
+# Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
 #
-# A1  Every queue has a bound; a session whose client does not keep up ends, aloud.
-# A2  A call belongs to its session and ends with it, not with the stream it came by.
-# A3  `execute` is the only way to the driver, whatever the door.
+# R1  Messages pass as they came but for ids, progress tokens, subscriptions and the era's envelope.
+# R2  What is in flight when a child dies is answered at once; nobody waits for a dead child.
+# R3  A question of a child reaches the one client whose call it serves, or nobody.
+# R4  A child ends with its last user: stdin closed, TERM, KILL, for its process group.
+ASKING = {"elicitation/create": "elicitation", "sampling/createMessage": "sampling", "roots/list": "roots"}
+MAY_ASK = ("tools/call", "prompts/get", "resources/read")
+REMOVED = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
+CHANGED = {f"notifications/{what}/list_changed": what for what in ("tools", "prompts", "resources")}
+CHILD_LADDER = ((0, 2.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))  # 0: its stdin is closed; seconds to the next
+SUBSCRIPTION, LOG_LEVEL = f"{NAMESPACE}subscriptionId", f"{NAMESPACE}logLevel"
+SERVER_INFO, CLIENT_INFO = f"{NAMESPACE}serverInfo", f"{NAMESPACE}clientInfo"
+OURSELVES = {"name": "pocketcoder", "version": VERSION}
+
+
+OnMessage = Callable[["Child", Message], "Outbox | None"]
+
+
 class Outbox:
-    """Messages for one client, in order.  One reader at a time: a new one takes over."""
+    """Messages for one client, in order.  One reader at a time: a new one takes over.
 
-    def __init__(self) -> None:
-        self.waiting: deque[Message] = deque()
+    on_full  called when MAX_INBOX wait and one more comes
+    """
+
+    def __init__(self, on_full: Callable[[], object]) -> None:
+        self.on_full, self.waiting = on_full, deque[Message]()
         self.news, self.reader, self.closed = asyncio.Event(), object(), False
+        self.heard = True  # False: nobody listens, so only questions are kept
 
-    def put(self, message: Message) -> bool:
-        """False: MAX_INBOX wait already."""
-        if self.closed:
-            return True
-        if len(self.waiting) >= MAX_INBOX:
-            return False
-        self.waiting.append(message)
-        self.news.set()
-        return True
+    def send(self, message: Message) -> None:
+        told = message.get("method") == "notifications/progress" and len(self.waiting) >= MAX_INBOX // 2
+        if self.closed or told or not (self.heard or "id" in message):  # who is away gets answers at least
+            return
+        if len(self.waiting) < MAX_INBOX:
+            self.waiting.append(message)
+            self.news.set()
+        else:
+            self.on_full()
 
     def close(self) -> None:
         """Its reader ends when it has all that waits."""
@@ -2229,76 +2273,778 @@ class Outbox:
                 yield None
 
 
-class Session:
-    """A client of a server's tools: its calls, and what it has not got yet.
+class Peer:
+    """A client's session, as servers see it.
 
-    kind      its transport: `http`, `sse` or `ws`; `once` for a single modern request
+    outbox  for what belongs to no request of the client
+    lost    called when a child of its own has ended
+    """
+
+    def __init__(self, outbox: Outbox, lost: Callable[[], object]) -> None:
+        self.outbox, self.lost = outbox, lost
+        self.version, self.level = "", "info"  # of `initialize` and `logging/setLevel`
+        self.child: asyncio.Future[Child] | None = None  # a legacy one of its own
+        self.hello: Message = {}  # what it said in `initialize`
+        self.uris = set[str]()  # of resources that it subscribed to
+        self.asked: dict[str | int, asyncio.Future[Message]] = {}  # questions of ours
+        self.listening: asyncio.Task[Message] | None = None
+
+
+class Exchange:
+    """A request on its way through a child; `outbox` gets what belongs to it."""
+
+    def __init__(self, message: Message, outbox: Outbox) -> None:
+        self.message, self.outbox = message, outbox
+        meta = message.get("params", {}).get("_meta")
+        self.meta: Message = meta if isinstance(meta, dict) else {}
+        self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self.questions: asyncio.Queue[Message] = asyncio.Queue()  # of a legacy child to a modern client
+        self.asked: dict[str, Message] = {}  # those that wait for an answer, by the name that we gave them
+        self.expiry: asyncio.TimerHandle | None = None
+        self.deadline = time.monotonic() + CHILD_CEILING
+
+    @property
+    def wants_logs(self) -> bool:
+        return LOG_LEVEL in self.meta and self.message["method"] != "subscriptions/listen"
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """A stdio server of `--mcp-server` or `--mcp-config`."""
+
+    name: str
+    words: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str | None = None
+
+
+class Child:
+    """A stdio server that runs.  Raises RelayError.
+
+    on_message  gets what belongs to no exchange; says where it went, if anywhere
+    on_end      called when it has ended, with its exit status
+    """
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, on_message: OnMessage) -> None:
+        self.name, self.process, self.on_message = name, process, on_message
+        self.on_end: list[Callable[[Child, int], object]] = []
+        self.hello: Message = {}  # its answer to `initialize` or `server/discover`
+        self.count, self.exchanges = 0, dict[int, Exchange]()  # by our id
+        self.level = ""  # that it was told to log at
+        self.used, self.tail = time.monotonic(), deque[str](maxlen=5)
+        self.retired = False  # it ends because we want it to
+        self.ender: asyncio.Task[None] | None = None
+        self.tasks = [asyncio.ensure_future(work) for work in (self._read(), self._log())]
+
+    @classmethod
+    async def start(cls, config: ServerConfig, on_message: OnMessage) -> Child:
+        pipe = asyncio.subprocess.PIPE
+        pipes: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "limit": 2 * MAX_BODY}
+        env = {**os.environ, **config.env}
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *config.words, **pipes, env=env, cwd=config.cwd, start_new_session=True
+            )
+        except (OSError, ValueError) as wrong:
+            raise RelayError(f"server {config.name} cannot start: {wrong}") from None
+        return cls(config.name, process, on_message)
+
+    async def _log(self) -> None:
+        assert self.process.stderr
+        with contextlib.suppress(ValueError):  # a line beyond all limits
+            while line := await self.process.stderr.readline():
+                self.tail.append(line.decode(errors="replace").rstrip()[:KIB])
+                log.info("server %s: %s", self.name, self.tail[-1])
+
+    async def _read(self) -> None:
+        assert self.process.stdout
+        try:
+            while line := await self.process.stdout.readline():
+                try:
+                    outbox = self._take(read_message(line))
+                except ProxyError as wrong:
+                    log.warning("server %s: skipped %s: %s", self.name, ascii(line[:80]), wrong)
+                    continue
+                for _ in range(round((1.0 if len(self.exchanges) > 1 else SLOW_READER_TIMEOUT) / DRAIN_PAUSE)):
+                    if not outbox or len(outbox.waiting) <= MAX_INBOX // 2:
+                        break
+                    await asyncio.sleep(DRAIN_PAUSE)  # who reads it slows it down, a little
+        except ValueError:
+            log.error("server %s: a line of more than %d bytes", self.name, 2 * MAX_BODY)
+        self.ender = self.ender or asyncio.ensure_future(self._end())  # without its stdout it is of no use
+        status = await self.process.wait()
+        said = f"; it said: {' / '.join(self.tail)}" if self.tail else ""
+        for number in [*self.exchanges]:
+            failure = RelayError(f"server {self.name} ended with {status} before it answered{said}")
+            self.finish(number, refusal(None, failure))
+        for call in self.on_end:
+            call(self, status)
+
+    def _take(self, message: Message) -> Outbox | None:
+        """Bring a message from the child to whom it belongs."""
+        self.used = time.monotonic()
+        if "method" not in message:
+            self.finish(message["id"], message)
+            return None
+        params = message.get("params", {})
+        meta = params.get("_meta")
+        token = params.get("progressToken") if message["method"] == "notifications/progress" else None
+        subscription = meta.get(SUBSCRIPTION) if isinstance(meta, dict) else None
+        number = subscription if token is None else token
+        if type(number) is not int or number not in self.exchanges:
+            return self.on_message(self, message) if number is None else None
+        exchange = self.exchanges[number]
+        if token is not None:
+            self._extend(number)
+            params = {**params, "progressToken": exchange.meta["progressToken"]}
+        else:
+            params = {**params, "_meta": {**meta, SUBSCRIPTION: exchange.message["id"]}}
+        exchange.outbox.send({**message, "params": params})
+        return exchange.outbox
+
+    def _extend(self, number: int) -> None:
+        """Give it CHILD_TIMEOUT seconds from now."""
+        exchange, loop = self.exchanges[number], asyncio.get_running_loop()
+        if exchange.expiry:
+            exchange.expiry.cancel()
+        if exchange.message["method"] != "subscriptions/listen":
+            seconds = max(0.0, min(CHILD_TIMEOUT, exchange.deadline - time.monotonic()))
+            failure = refusal(None, RelayError(f"server {self.name} did not answer within {seconds:g} s"))
+            exchange.expiry = loop.call_later(seconds, self.give_up, exchange, failure)
+
+    def finish(self, number: object, answer: Message) -> None:
+        """The answer of an exchange has come."""
+        exchange = self.exchanges.pop(number, None) if isinstance(number, int) else None
+        if exchange and exchange.expiry:
+            exchange.expiry.cancel()
+        if exchange and not exchange.answer.done():
+            exchange.answer.set_result(answer)
+
+    def give_up(self, exchange: Exchange, answer: Message | None = None) -> None:
+        """Cancel it in the child."""
+        for number in [number for number, other in self.exchanges.items() if other is exchange]:
+            with contextlib.suppress(RelayError):
+                self.tell(notification("notifications/cancelled", {"requestId": number}))
+            self.finish(number, answer or {})
+
+    def tell(self, message: Message) -> None:
+        """Write it.  Raises RelayError when the child does not read."""
+        assert self.process.stdin
+        if self.ender or self.process.stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
+            raise RelayError(f"server {self.name} {'has ended' if self.ender else 'does not read what it is sent'}")
+        self.process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+
+    def send(self, exchange: Exchange, message: Message) -> None:
+        """Send a request under an id of ours; its progress token is the same."""
+        self.count, self.used = self.count + 1, time.monotonic()
+        if "progressToken" in exchange.meta:
+            params = message["params"]
+            message = {**message, "params": {**params, "_meta": {**params["_meta"], "progressToken": self.count}}}
+        self.tell({**message, "id": self.count})
+        self.exchanges[self.count] = exchange
+        self._extend(self.count)
+
+    async def ask(self, message: Message, outbox: Outbox, sent: Message | None = None) -> Message:
+        """The response to a client's request, with the client's id.  Cancelling this cancels it in the child.
+
+        sent  what goes to the child instead
+        """
+        exchange = Exchange(sent or message, outbox)
+        self.send(exchange, sent or message)
+        return await self.answer(exchange)
+
+    async def answer(self, exchange: Exchange) -> Message:
+        try:
+            answer = await asyncio.shield(exchange.answer)
+        except asyncio.CancelledError:
+            self.give_up(exchange)
+            raise
+        fields, id_ = answer.get("result"), exchange.message["id"]
+        if isinstance(fields, dict) and SUBSCRIPTION in (fields.get("_meta") or {}):
+            answer = {**answer, "result": {**fields, "_meta": {**fields["_meta"], SUBSCRIPTION: id_}}}
+        return {**answer, "id": id_}
+
+    def can(self) -> Message:
+        """Its capabilities."""
+        return dict((self.hello.get("result") or {}).get("capabilities") or {})
+
+    def only_wanting_logs(self) -> Outbox | None:
+        """A child says not to which request a log line belongs: for whom it is, if that is certain."""
+        wanting = [exchange.outbox for exchange in self.exchanges.values() if exchange.wants_logs]
+        return wanting[0] if len(wanting) == 1 else None
+
+    def end(self) -> None:
+        """Let it end, and with it its group."""
+        self.retired = True
+        self.ender = self.ender or asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        for number, patience in CHILD_LADDER:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)  # 0 only asks whether there is one
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.process.wait(), patience)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, 0)
+                continue
+            break
+
+
+class Relay:
+    """One stdio server and its children.  Raises RelayError, BadMessage."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config, self.name = config, config.name
+        self.era = ""  # once probed: `modern` or `legacy`
+        self.starting = asyncio.Lock()
+        self.children: set[Child] = set()
+        self.shared: Child | None = None  # the modern one
+        self.pool = Pool(self)
+        self.restarts, self.failures, self.not_before, self.failure = 0, 0, 0.0, ""
+        self.headers: dict[str, dict[str, str]] = {}  # by tool: which header repeats which argument
+        self.headers_until = 0.0
+
+    def state(self) -> Message:
+        """For `GET /servers`."""
+        state = "running" if self.children else "failed" if self.failure else "idle"
+        pid = min((child.process.pid for child in self.children), default=None)
+        shown = {"name": self.name, "state": state, "era": self.era or None, "pid": pid, "restarts": self.restarts}
+        return {**shown, "error": self.failure} if self.failure else shown
+
+    def _failed(self, failure: str) -> None:
+        self.failures, self.failure = self.failures + 1, failure
+        self.not_before = time.monotonic() + min(CHILD_BACKOFF, 0.1 * 2**self.failures)
+        log.warning("server %s %s", self.name, failure)
+
+    def _on_end(self, child: Child, status: int) -> None:
+        self.children.discard(child)
+        self.shared = None if self.shared is child else self.shared
+        if not child.retired:
+            self._failed(f"ended with {status}" + (f"; it said: {child.tail[-1]}" if child.tail else ""))
+
+    async def start(self, on_message: OnMessage, hello: Message, probing: bool = False) -> Child:
+        """A child that has answered `hello`; if `probing`, it may also be silent, or end."""
+        if (left := self.not_before - time.monotonic()) > 0:
+            raise RelayError(f"server {self.name}: {self.failure}; it is started again in {left:.1f} s")
+        self.restarts += self.failures > 0
+        try:
+            child = await Child.start(self.config, on_message)
+        except RelayError as wrong:
+            self._failed(str(wrong))
+            raise
+        child.retired = probing
+        child.on_end.append(self._on_end)
+        self.children.add(child)
+        seconds = PROBE_TIMEOUT if probing else CHILD_START
+        try:
+            child.hello = await asyncio.wait_for(child.ask(hello, Outbox(int)), seconds)
+        except asyncio.TimeoutError:
+            if not probing:
+                child.end()
+                raise RelayError(f"server {self.name} did not answer `{hello['method']}` in {seconds:g} s") from None
+        except BaseException:
+            child.end()
+            raise
+        if "result" in child.hello:
+            self.failures, self.failure = 0, ""
+        elif hello["method"] == "initialize":  # maybe it is not what it was taken for
+            self.era = ""
+        return child
+
+    async def modern(self) -> Child | None:
+        """The shared child of a modern server; None: it is a legacy one.
+
+        The first is only to learn that, and may be lost: legacy servers may exit at what they do not know.
+        """
+        async with self.starting:
+            if self.era == "legacy" or (self.shared and not self.shared.ender):
+                return self.shared
+            discover = new_request("server/discover", {"_meta": envelope({}, OURSELVES)})
+            child = await self.start(self._from_modern, discover, probing=not self.era)
+            told = child.hello.get("result") or (child.hello.get("error") or {}).get("data") or {}
+            served = MODERN in (told.get("supportedVersions") or told.get("supported") or ())
+            self.era = "modern" if served or self.era else "legacy"
+            if self.era == "legacy":
+                child.end()
+                return None
+            child.retired, self.shared = False, child
+            self.rest(child)
+            return child
+
+    def rest(self, child: Child) -> None:
+        """End it when nobody has used it for CHILD_IDLE seconds."""
+        left = child.used + CHILD_IDLE - time.monotonic()
+        if left <= 0 and not child.exchanges:
+            child.end()
+        elif not child.ender:
+            asyncio.get_running_loop().call_later(max(left, KEEP_ALIVE), self.rest, child)
+
+    def _from_modern(self, child: Child, message: Message) -> Outbox | None:
+        """What belongs to no request: a modern server asks nothing, and says nothing but log lines."""
+        outbox = None
+        if "id" in message:
+            child.tell(refusal(message["id"], UnknownMethod("`method`: this client takes no requests")))
+        elif message["method"] == "notifications/message" and (outbox := child.only_wanting_logs()):
+            outbox.send(message)
+        return outbox
+
+    async def respond(self, peer: Peer, message: Message, modern: bool, outbox: Outbox) -> Message:
+        """The response to a client's request; `outbox` takes what comes before it, on the same stream."""
+        shared = await self.modern()
+        if modern:
+            return await (shared.ask(message, outbox) if shared else self.pool.respond(message, outbox))
+        if shared:
+            return await Translation(self, shared, peer).respond(message, outbox)
+        if message["method"] == "initialize" or peer.child is None:
+            self.leave(peer)
+            peer.child = asyncio.ensure_future(self._own(peer, message))
+        child = await asyncio.shield(peer.child)
+        if message["method"] == "initialize":
+            return {**child.hello, "id": message["id"]}
+        return await child.ask(message, outbox)
+
+    async def _own(self, peer: Peer, message: Message) -> Child:
+        """A legacy client's own child of a legacy server."""
+
+        def route(child: Child, message: Message) -> Outbox:
+            only = [exchange.outbox for exchange in child.exchanges.values()]
+            outbox = only[0] if len(only) == 1 else peer.outbox
+            outbox.send(message)
+            return outbox
+
+        hello = {"protocolVersion": LEGACY[-1], "capabilities": {}, "clientInfo": OURSELVES}
+        begins = message["method"] == "initialize"  # else it came back, or does without
+        child = await self.start(route, message if begins else new_request("initialize", hello))
+        if not begins:
+            child.tell(notification("notifications/initialized", {}))
+        child.on_end.append(lambda child, status: None if child.retired else peer.lost())
+        return child
+
+    def notify(self, peer: Peer, message: Message, modern: bool) -> None:
+        """Pass on a client's notification, or its answer to a question."""
+        if "method" not in message and message["id"] in peer.asked:
+            if not peer.asked[message["id"]].done():
+                peer.asked[message["id"]].set_result(message)
+        elif peer.child and peer.child.done() and not peer.child.exception():
+            peer.child.result().tell(message)
+
+    def leave(self, peer: Peer) -> None:
+        """The client has left: end what was its own."""
+        if peer.listening:
+            peer.listening.cancel()
+        if peer.child and not peer.child.done():
+            peer.child.cancel()
+        elif peer.child and not peer.child.cancelled() and not peer.child.exception():
+            peer.child.result().end()
+        peer.child = None
+
+    async def repeated(self, message: Message) -> dict[str, str]:
+        """Which headers repeat arguments of the tool that a modern client calls, by argument."""
+        if time.monotonic() > self.headers_until:
+            self.headers, params = {}, {"_meta": message["params"]["_meta"]}
+            for _ in range(MAX_ROUNDS):
+                answer = await self.respond(
+                    Peer(Outbox(int), int), new_request("tools/list", params), True, Outbox(int)
+                )
+                found = answer.get("result") or {}
+                for each in found.get("tools") or []:
+                    shapes = ((each.get("inputSchema") or {}).get("properties") or {}).items()
+                    marked = {key: shape["x-mcp-header"] for key, shape in shapes if "x-mcp-header" in shape}
+                    self.headers |= {each["name"]: marked} if marked else {}
+                if not (cursor := found.get("nextCursor")):
+                    break
+                params = {**params, "cursor": cursor}
+            self.headers_until = time.monotonic() + HEADERS_KEPT
+        return self.headers.get(message["params"].get("name"), {})
+
+    async def close(self) -> None:
+        """End all children."""
+        self.not_before, self.failure = math.inf, "the proxy is stopping"
+        for child in (children := [*self.children]):
+            child.end()
+        await asyncio.gather(*(child.ender for child in children if child.ender), return_exceptions=True)
+
+
+class Pool:
+    """Children of a legacy server for modern clients, by what these can be asked.  Raises RelayError, BadMessage.
+
+    One call that may ask back has a child of its own as long as it lasts; others share one.
+    """
+
+    def __init__(self, relay: Relay) -> None:
+        self.relay = relay
+        self.children: dict[str, list[Child]] = {}
+        self.starting = asyncio.Lock()
+        self.leased: dict[Child, Exchange] = {}  # which of them may ask, and in what
+        self.parked: dict[str, tuple[Child, Exchange, asyncio.TimerHandle]] = {}  # by requestState
+        self.listeners: dict[Exchange, Message] = {}  # what each wants to hear of
+
+    async def respond(self, message: Message, outbox: Outbox) -> Message:
+        method, params = message["method"], message["params"]
+        meta = params["_meta"]
+        if method in REMOVED or method.startswith("tasks/"):
+            raise UnknownMethod(f"`method`: got {method}, which revision {MODERN} does not have")
+        if isinstance(state := params.get("requestState"), str):
+            child, exchange = self._unpark(state, message, outbox)
+            return await self._until_asked(child, exchange)
+        can = {name: meta[CAPABILITIES][name] for name in ASKING.values() if name in meta[CAPABILITIES]}
+        exchange = Exchange(message, outbox)
+        child = await self._child(can, exchange if can and method in MAY_ASK else None)
+        try:
+            if method == "server/discover":
+                return self._discovered(child, message)
+            if method == "subscriptions/listen":
+                return await self._listen(child, exchange)
+            level = meta.get(LOG_LEVEL)
+            if isinstance(level, str) and level != child.level and "logging" in child.can():
+                child.level = level
+                await child.ask(new_request("logging/setLevel", {"level": level}), outbox)
+            child.send(exchange, without_envelope(message))
+        except BaseException:
+            self._release(child, exchange)
+            raise
+        return await self._until_asked(child, exchange)
+
+    async def _child(self, can: Message, exchange: Exchange | None) -> Child:
+        """A child; `exchange`: it may ask back, so no other one may do so there."""
+        async with self.starting:
+            children = self.children.setdefault(json.dumps(can, sort_keys=True), [])
+            for child in children:
+                if not (exchange and child in self.leased):
+                    break
+            else:
+                if len(self.leased) >= MAX_CHILDREN and self.parked:
+                    self._forget(next(iter(self.parked)))  # who was asked longest ago
+                if len(self.leased) >= MAX_CHILDREN or len(self.children) > MAX_CHILDREN:
+                    raise RelayError(f"server {self.relay.name}: {MAX_CHILDREN} calls are in progress: try later")
+                hello = {"protocolVersion": LEGACY[-1], "capabilities": can, "clientInfo": OURSELVES}
+                child = await self.relay.start(self._take, new_request("initialize", hello))
+                child.tell(notification("notifications/initialized", {}))
+                children.append(child)
+                child.on_end.append(lambda child, status: children.remove(child))
+                self.relay.rest(child)
+            if exchange:
+                self.leased[child] = exchange
+            return child
+
+    def _release(self, child: Child, exchange: Exchange) -> None:
+        if self.leased.get(child) is exchange:
+            del self.leased[child]
+
+    def _take(self, child: Child, message: Message) -> Outbox | None:
+        """What belongs to no request of a client."""
+        method, params, asking = message["method"], message.get("params", {}), self.leased.get(child)
+        if "id" in message:
+            if method == "ping":
+                child.tell({"jsonrpc": "2.0", "id": message["id"], "result": {}})
+            elif asking and ASKING.get(method) in asking.meta[CAPABILITIES]:
+                asking.questions.put_nowait(message)
+            else:
+                child.tell(refusal(message["id"], UnknownMethod(f"`method`: the client cannot be asked {method}")))
+        elif method == "notifications/message":
+            if outbox := child.only_wanting_logs():
+                outbox.send(message)
+            return outbox
+        for exchange, wanted in self.listeners.items():
+            if wanted.get(f"{CHANGED.get(method)}ListChanged") or params.get("uri") in wanted["resourceSubscriptions"]:
+                meta = {**(params.get("_meta") or {}), SUBSCRIPTION: exchange.message["id"]}
+                exchange.outbox.send({**message, "params": {**params, "_meta": meta}})
+        return None
+
+    async def _until_asked(self, child: Child, exchange: Exchange) -> Message:
+        """The child's answer; or its question, if there is one first."""
+        question, parked = asyncio.ensure_future(exchange.questions.get()), False
+        try:
+            if not exchange.asked:
+                await asyncio.wait({exchange.answer, question}, return_when=asyncio.FIRST_COMPLETED)
+                if question.done():
+                    exchange.asked[f"question{question.result()['id']}"] = question.result()
+            if exchange.asked and not exchange.answer.done():
+                parked = True
+                return self._park(child, exchange)
+            return to_modern(await child.answer(exchange), exchange.message["method"], child)
+        except asyncio.CancelledError:
+            child.give_up(exchange)
+            raise
+        finally:
+            question.cancel()
+            if not parked:
+                self._release(child, exchange)
+
+    def _park(self, child: Child, exchange: Exchange) -> Message:
+        """Ask the client, which comes back with the answer in a request of its own."""
+        if exchange.expiry:
+            exchange.expiry.cancel()
+        state = secrets.token_urlsafe(24)
+        self.parked[state] = (child, exchange, asyncio.get_running_loop().call_later(PARK_TIMEOUT, self._forget, state))
+        asked = {key: without(question, "jsonrpc", "id") for key, question in exchange.asked.items()}
+        fields = {"resultType": "input_required", "inputRequests": asked, "requestState": state}
+        return {"jsonrpc": "2.0", "id": exchange.message["id"], "result": fields}
+
+    def _forget(self, state: str) -> None:
+        """Its client does not come back."""
+        child, exchange, timer = self.parked.pop(state)
+        timer.cancel()
+        child.give_up(exchange)
+        self._release(child, exchange)
+
+    def _unpark(self, state: str, message: Message, outbox: Outbox) -> tuple[Child, Exchange]:
+        """The call that a client comes back to; the child gets the answers that it brings."""
+        child, exchange, timer = self.parked.get(state) or (None, None, None)
+        ours = ("_meta", "requestState", "inputResponses")
+        params = message["params"]
+        if not (child and exchange and timer) or without(exchange.message["params"], *ours) != without(params, *ours):
+            raise BadMessage("`requestState`: got one that is unknown here, or has expired: begin anew")
+        del self.parked[state]
+        timer.cancel()
+        given = params["inputResponses"] if isinstance(params.get("inputResponses"), dict) else {}
+        for key in [key for key in exchange.asked if isinstance(given.get(key), dict)]:
+            child.tell({"jsonrpc": "2.0", "id": exchange.asked.pop(key)["id"], "result": given[key]})
+        exchange.message, exchange.outbox = message, outbox  # the answer gets the new id
+        return child, exchange
+
+    async def _listen(self, child: Child, exchange: Exchange) -> Message:
+        """`subscriptions/listen`, until the client leaves or the child does."""
+        asked, can = exchange.message["params"].get("notifications"), child.can()
+        if not isinstance(asked, dict):
+            raise complain("params.notifications", asked, "an object")
+        honoured = {flag: True for flag in list_flags(can) if asked.get(flag) is True}
+        uris = asked.get("resourceSubscriptions") if (can.get("resources") or {}).get("subscribe") else None
+        wanted: Message = {**honoured, "resourceSubscriptions": uris if isinstance(uris, list) else []}
+        if not wanted["resourceSubscriptions"]:
+            del wanted["resourceSubscriptions"]
+        meta = {SUBSCRIPTION: exchange.message["id"]}
+        acknowledged = {"_meta": meta, "notifications": wanted}
+        exchange.outbox.send(notification("notifications/subscriptions/acknowledged", acknowledged))
+        self.listeners[exchange] = {"resourceSubscriptions": [], **wanted}
+        try:
+            for uri in wanted.get("resourceSubscriptions", []):
+                await child.ask(new_request("resources/subscribe", {"uri": uri}), exchange.outbox)
+            await asyncio.wait(child.tasks)  # as long as it lives
+        finally:
+            del self.listeners[exchange]
+        return {"jsonrpc": "2.0", "id": exchange.message["id"], "result": {"resultType": "complete", "_meta": meta}}
+
+    def _discovered(self, child: Child, message: Message) -> Message:
+        hello = child.hello.get("result") or {}
+        told = {key: hello[key] for key in ("capabilities", "instructions") if key in hello}
+        found = {"capabilities": {}, "supportedVersions": [MODERN], **told}
+        return to_modern({"jsonrpc": "2.0", "id": message["id"], "result": found}, "server/discover", child)
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A legacy client's requests, for the shared child of a modern server.  Raises RelayError."""
+
+    relay: Relay
+    child: Child
+    peer: Peer
+
+    async def respond(self, message: Message, outbox: Outbox) -> Message:
+        method, params = message["method"], message.get("params", {})
+        done = {"jsonrpc": "2.0", "id": message["id"], "result": {}}
+        match method:
+            case "ping":
+                return done
+            case "initialize":
+                self.peer.hello = params
+                self._listen()
+                return {**done, "result": self._hello(params.get("protocolVersion"))}
+            case "logging/setLevel":
+                self.peer.level = str(params.get("level"))
+                return done
+            case "resources/subscribe" | "resources/unsubscribe":
+                change = self.peer.uris.add if method == "resources/subscribe" else self.peer.uris.discard
+                change(str(params.get("uri")))
+                self._listen()
+                return done
+        extra: Message = {}
+        for _ in range(MAX_ROUNDS):
+            answer = await self.child.ask(message, outbox, with_envelope(message, self.peer, extra))
+            fields = answer.get("result") or {}
+            if fields.get("resultType") != "input_required":
+                return to_legacy(answer, method)
+            extra = {"inputResponses": await self._ask_client(fields.get("inputRequests") or {}, outbox)}
+            extra |= {"requestState": fields["requestState"]} if "requestState" in fields else {}
+        raise RelayError(f"server {self.relay.name} asked {MAX_ROUNDS} times, and has no answer yet")
+
+    def _hello(self, asked: object) -> Message:
+        found = self.child.hello.get("result") or {}
+        server = (found.get("_meta") or {}).get(SERVER_INFO, {"name": self.relay.name, "version": "0"})
+        hello = {"protocolVersion": asked if asked in LEGACY else LEGACY[-1], "serverInfo": server}
+        hello |= {"instructions": found["instructions"]} if "instructions" in found else {}
+        return {**hello, "capabilities": {**self.child.can(), "logging": {}}}
+
+    async def _ask_client(self, questions: Message, outbox: Outbox) -> Message:
+        """Put a server's questions to the client; its answers."""
+        ids = {key: f"pocketcoder-{secrets.token_hex(8)}" for key in questions}
+        loop = asyncio.get_running_loop()
+        waiting: dict[str | int, asyncio.Future[Message]] = {id_: loop.create_future() for id_ in ids.values()}
+        self.peer.asked |= waiting
+        try:
+            for key, question in questions.items():
+                outbox.send({"jsonrpc": "2.0", "id": ids[key], **question})
+            answers = await asyncio.wait_for(asyncio.gather(*waiting.values()), PARK_TIMEOUT)
+        except asyncio.TimeoutError:
+            raise RelayError(f"the client did not answer within {PARK_TIMEOUT:g} s") from None
+        finally:
+            for id_ in waiting:
+                del self.peer.asked[id_]
+        for answer in answers:
+            if "error" in answer:
+                raise RelayError(f"the client could not answer: {answer['error']}")
+        return {key: answer["result"] for key, answer in zip(ids, answers, strict=True)}
+
+    def _listen(self) -> None:
+        """Hear of changes on the client's behalf."""
+        wanted: Message = dict.fromkeys(list_flags(self.child.can()), True)
+        wanted |= {"resourceSubscriptions": sorted(self.peer.uris)} if self.peer.uris else {}
+        listener = Listener(self.peer.outbox)
+        message = new_request("subscriptions/listen", {"notifications": wanted})
+        if self.peer.listening:
+            self.peer.listening.cancel()
+        asking = self.child.ask(message, listener, with_envelope(message, self.peer, {}))
+        self.peer.listening = asyncio.ensure_future(asking)
+
+
+class Listener(Outbox):
+    """What a modern server tells of changes, as a legacy client hears it."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        super().__init__(int)
+        self.outbox = outbox
+
+    def send(self, message: Message) -> None:
+        if message["method"] != "notifications/subscriptions/acknowledged":
+            params = message.get("params", {})
+            self.outbox.send({**message, "params": {**params, "_meta": without(params["_meta"], SUBSCRIPTION)}})
+
+
+def new_request(method: str, params: Message) -> Message:
+    return {"jsonrpc": "2.0", "id": 0, "method": method, "params": params}
+
+
+def without(fields: Message, *names: str) -> Message:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+def list_flags(can: Message) -> list[str]:
+    """Which changes of lists a server tells of, as `subscriptions/listen` names them."""
+    return [f"{what}ListChanged" for what in CHANGED.values() if (can.get(what) or {}).get("listChanged")]
+
+
+def envelope(can: Message, client: Message) -> Message:
+    """`_meta` of a modern request."""
+    return {CLAIM: MODERN, CAPABILITIES: can, CLIENT_INFO: client}
+
+
+def with_envelope(message: Message, peer: Peer, extra: Message) -> Message:
+    """A legacy request, as a modern server wants it."""
+    params, hello = message.get("params", {}), peer.hello
+    meta = {**(params.get("_meta") or {}), LOG_LEVEL: peer.level}
+    meta |= envelope(hello.get("capabilities") or {}, hello.get("clientInfo") or OURSELVES)
+    return {**message, "params": {**params, **extra, "_meta": meta}}
+
+
+def without_envelope(message: Message) -> Message:
+    """A modern request, as a legacy server wants it."""
+    params = without(message["params"], "requestState", "inputResponses", "_meta")
+    meta = {name: value for name, value in message["params"]["_meta"].items() if not name.startswith(NAMESPACE)}
+    return {**message, "params": {**params, "_meta": meta} if meta else params}
+
+
+def to_modern(answer: Message, method: str, child: Child) -> Message:
+    """A legacy server's response, for a modern client."""
+    if "error" in answer:
+        code = answer["error"].get("code")
+        return {**answer, "error": {**answer["error"], "code": -32602 if code == -32002 else code}}
+    server = (child.hello.get("result") or {}).get("serverInfo") or {"name": child.name, "version": "0"}
+    meta = {**(answer["result"].get("_meta") or {}), SERVER_INFO: server}
+    cached = {"ttlMs": 0, "cacheScope": "private"} if method in CACHED else {}
+    return {**answer, "result": {"resultType": "complete", **answer["result"], **cached, "_meta": meta}}
+
+
+def to_legacy(answer: Message, method: str) -> Message:
+    """A modern server's response, for a legacy client."""
+    if "error" in answer:
+        missing = method == "resources/read" and "uri" in (answer["error"].get("data") or {})
+        code = -32002 if missing else answer["error"].get("code")
+        return {**answer, "error": {**answer["error"], "code": code}}
+    fields = without(answer["result"], "resultType", "ttlMs", "cacheScope", "_meta")
+    meta = without(answer["result"].get("_meta") or {}, SERVER_INFO)
+    return {**answer, "result": {**fields, "_meta": meta} if meta else fields}
+
+
+# ==========================================================================
+# State and tools                                                 budget 382
+# ==========================================================================
+# What handlers share, built once in `serve` and handed down; sessions; the tools.
+#
+# A1  Every queue has a bound; a session whose client does not keep up ends, aloud.
+# A2  A call belongs to its session and ends with it, not with the stream it came by.
+# A3  `execute` is the only way to the driver, whatever the door.
+class Session:
+    """A client of a server: its calls, and what it has not got yet.
+
+    kind      of its server and transport, `SERVER/http`, `…/sse` or `…/ws`; `…/once` for a single modern request
     owner     the credential that opened it
     kept      seconds that it outlives its last stream or message; 0: it ends with its stream
     """
 
-    def __init__(self, state: AppState, kind: str, session_id: str | None, owner: str, kept: float) -> None:
-        self.state, self.kind, self.owner, self.kept = state, kind, owner, kept
-        self.session_id = session_id or secrets.token_hex(16)
-        self.outbox = Outbox()
-        self.listens = kind != "http"  # or once its GET stream was opened
+    def __init__(
+        self, state: AppState, server: Server, transport: str, session_id: str | None, owner: str, kept: float
+    ) -> None:
+        self.state, self.server, self.owner, self.kept = state, server, owner, kept
+        self.session_id, self.kind = session_id or secrets.token_hex(16), f"{server.name}/{transport}"
+        self.outbox = Outbox(self.overflow)
+        self.outbox.heard = transport != "http"  # or once its GET stream was opened
+        self.peer = Peer(self.outbox, self.lose)
         self.streams, self.used = 0, time.monotonic()
         self.calls: dict[str | int, asyncio.Task[None]] = {}
         self.modern = False  # its last request was
-        self.remembered = {"version": LEGACY[-1], "level": "debug"}  # see Remember
         self.expiry: asyncio.TimerHandle | None = None
 
-    def receive(self, message: Message, modern: bool, outbox: Outbox | None = None) -> None:
+    def receive(self, message: Message, modern: bool, outbox: Outbox) -> None:
         """Do what a message asks for.  Raises BadMessage.
 
-        outbox  gets the answer, and is closed behind it; None: the session's own
+        outbox  gets the answer, and is closed behind it, if it is not the session's own
         """
         self.used, self.modern = time.monotonic(), modern
-        version = MODERN if modern else self.remembered["version"]
-        for decision in step(message, version, FACTS):
-            match decision:
-                case Send(answer):
-                    self.send(answer, outbox)
-                case CallTool(id_):
-                    if id_ in self.calls or len(self.calls) >= MAX_CALLS:
-                        raise NotAMessage(f"`id`: got {ascii(id_)[:40]}, expected a new one, of {MAX_CALLS} at once")
-                    self.calls[id_] = asyncio.ensure_future(self._call(decision, version, outbox))
-                    return
-                case Cancel(id_):
-                    if id_ in self.calls:
-                        self.calls[id_].cancel()
-                case Remember(name, value):
-                    self.remembered[name] = value
-        if outbox:
-            outbox.close()
+        if is_request(message):
+            if message["id"] in self.calls or len(self.calls) >= MAX_CALLS:
+                shown = ascii(message["id"])[:40]
+                raise NotAMessage(f"`id`: got {shown}, expected one that is not in use, of {MAX_CALLS} at most")
+            self.calls[message["id"]] = asyncio.ensure_future(self._call(message, modern, outbox))
+        elif message.get("method") != "notifications/cancelled":
+            self.server.notify(self.peer, message, modern)
+        elif is_id(id_ := message.get("params", {}).get("requestId")) and id_ in self.calls:
+            self.calls[id_].cancel()
 
-    def send(self, message: Message, outbox: Outbox | None = None) -> None:
-        if not (outbox or self.outbox).put(message):
-            log.error("session end id=%s why=%d messages wait for its client", self.session_id, MAX_INBOX)
-            self.end()
+    def overflow(self) -> None:
+        """Its client does not keep up."""
+        log.error("session end id=%s why=%d messages wait for its client", self.session_id, MAX_INBOX)
+        self.end()
 
-    async def _call(self, call: CallTool, version: str, outbox: Outbox | None) -> None:
-        def tell(seconds: float, newest: str) -> None:
-            params = {"progressToken": call.token, "progress": round(seconds, 3)} | (
-                {"message": newest} if newest else {}
-            )
-            if len((outbox or self.outbox).waiting) < MAX_INBOX // 2:  # a client that is away gets the answer at least
-                self.send(notification("notifications/progress", params), outbox)
+    def lose(self) -> None:
+        """What it was for is gone; its calls know that already, and answer."""
+        self.losing = asyncio.get_running_loop().call_later(VIEW_DELAY, self.end)
 
+    async def _call(self, message: Message, modern: bool, outbox: Outbox) -> None:
         try:
-            try:
-                fields = await TOOLS[call.name].run(
-                    self.state, call.arguments, tell if call.token is not None else None
-                )
-            except ProxyError as wrong:  # a model can mend it
-                fields = {"content": [{"type": "text", "text": str(wrong)}], "isError": True}
-            self.send(success(call.id, fields, "tools/call", version, FACTS), outbox)
+            answer = await self.server.respond(self.peer, message, modern, outbox)
+            if message["method"] == "initialize" and "result" in answer:
+                self.peer.version = answer["result"].get("protocolVersion", LEGACY[-1])
+            outbox.send(answer)
+        except ProxyError as wrong:
+            outbox.send(refusal(message["id"], wrong))
         except Exception as wrong:
-            log.exception("tool failed name=%s", call.name)
-            self.send(refusal(call.id, ProxyError(f"{type(wrong).__name__} in tool {call.name}")), outbox)
+            log.exception("request failed method=%s", message["method"])
+            outbox.send(refusal(message["id"], ProxyError(f"{type(wrong).__name__}, see the log")))
         finally:
-            del self.calls[call.id]
-            if outbox:
+            del self.calls[message["id"]]
+            if outbox is not self.outbox:
                 outbox.close()
 
     def answer(self, message: Message) -> None:
@@ -2306,10 +3052,10 @@ class Session:
         try:
             if (modern := is_modern(message)) and is_request(message):
                 check_envelope(message, None)
-            self.receive(message, modern)
+            self.receive(message, modern, self.outbox)
         except ProxyError as wrong:
             if is_request(message):
-                self.send(refusal(message["id"], wrong))
+                self.outbox.send(refusal(message["id"], wrong))
 
     def end(self) -> None:
         """Cancel its calls, end its streams, forget it."""
@@ -2318,13 +3064,14 @@ class Session:
         if self.expiry:
             self.expiry.cancel()
         self.outbox.close()
+        self.server.leave(self.peer)
         if self.state.sessions.get(self.session_id) is self:
             del self.state.sessions[self.session_id]
 
     @contextlib.asynccontextmanager
     async def stream(self) -> AsyncIterator[AsyncIterator[Message | None]]:
         """What comes for its client, as long as this stream is the newest."""
-        self.streams, self.listens = self.streams + 1, True
+        self.streams, self.outbox.heard = self.streams + 1, True
         try:
             async with contextlib.aclosing(self.outbox.messages()) as messages:
                 yield messages
@@ -2373,9 +3120,11 @@ class SessionMap(dict[str, Session]):
     def report(self, session_id: str | None, **data: object) -> None:
         """Tell the session, if it is open, of a command that was run with its id."""
         session = self.get(session_id or "")
-        wanted = session and session.listens and not session.modern
-        if session and wanted and session.remembered["level"] in LEVELS[:2]:  # debug, info
-            session.send(notification("notifications/message", {"level": "info", "logger": "exec", "data": data}))
+        wanted = session and not session.modern
+        if session and wanted and session.peer.level in LEVELS[:2]:  # debug, info
+            session.outbox.send(
+                notification("notifications/message", {"level": "info", "logger": "exec", "data": data})
+            )
 
 
 @dataclass
@@ -2386,8 +3135,10 @@ class AppState:
     driver: PocketCoderDriver
     workspace: str = "/"
     calls: set[asyncio.Task[Any]] = field(default_factory=set)  # handlers at work; each adds and removes itself
+    servers: dict[str, Server] = field(default_factory=dict)  # of MCP, by name; "" is the built-in one
 
     def __post_init__(self) -> None:
+        self.servers[""] = Terminals(self)
         if not isinstance(self.sessions, SessionMap):  # a plain dict will do
             self.sessions = SessionMap(self.sessions)
 
@@ -2561,8 +3312,55 @@ INSTRUCTIONS += "other tools are for programs that talk to a person."
 FACTS = Facts("pocketcoder", VERSION, INSTRUCTIONS, tuple(each.shown for each in TOOLS.values()))
 
 
+class Terminals:
+    """The built-in server: the tools above."""
+
+    name = ""
+
+    def __init__(self, state: AppState) -> None:
+        self.state = state
+
+    async def respond(self, peer: Peer, message: Message, modern: bool, outbox: Outbox) -> Message:
+        """The response to a request; progress goes to `outbox`.  Raises BadMessage."""
+        version = MODERN if modern else peer.version or LEGACY[-1]
+        answer: Message = {}
+        for decision in step(message, version, FACTS):
+            match decision:
+                case Send():
+                    answer = decision.message
+                case Remember():
+                    setattr(peer, decision.name, decision.value)
+                case CallTool():
+                    fields = await self._call(decision, outbox)
+                    answer = success(decision.id, fields, "tools/call", version, FACTS)
+        return answer
+
+    async def _call(self, call: CallTool, outbox: Outbox) -> Message:
+        def tell(seconds: float, newest: str) -> None:
+            newest_line = {"message": newest} if newest else {}
+            told = {"progressToken": call.token, "progress": round(seconds, 3), **newest_line}
+            outbox.send(notification("notifications/progress", told))
+
+        try:
+            return await TOOLS[call.name].run(self.state, call.arguments, None if call.token is None else tell)
+        except ProxyError as wrong:  # a model can mend it
+            return content(str(wrong), failed=True)
+
+    def notify(self, peer: Peer, message: Message, modern: bool) -> None:
+        """There is nothing that these tools want to know."""
+
+    def leave(self, peer: Peer) -> None:
+        """Nothing is kept for a client."""
+
+    async def repeated(self, message: Message) -> dict[str, str]:
+        return {}
+
+
+Server = Terminals | Relay
+
+
 # ==========================================================================
-# Transports                                                      budget 494
+# Transports                                                      budget 524
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -2594,19 +3392,23 @@ async def channel_handler(job: Job, message: str | bytes) -> None:
         await job.feed.write(message[1:]) if message[0] == 0 else job.feed.close()
 
 
-async def sse_handler(state: AppState, query: McpQuery, owner: str = "", suffix: str = "") -> AsyncGenerator[str, None]:
+async def sse_handler(
+    state: AppState, query: McpQuery, owner: str = "", suffix: str = "", name: str = ""
+) -> AsyncGenerator[str, None]:
     """Yield a session's events until its client leaves, or comes back by another stream.  Raises UnknownSession.
 
     owner   the credential that the session belongs to
     suffix  of the address to post to
+    name    of the server; "" is the built-in one
     """
     if query.session_id in state.sessions:
-        session = state.sessions.find("sse", query.session_id, owner)
+        session = state.sessions.find(f"{name}/sse", query.session_id, owner)
     else:
         kept = SESSION_KEPT if query.session_id else 0.0
-        session = state.sessions.open(Session(state, "sse", query.session_id, owner, kept))
+        session = state.sessions.open(Session(state, state.servers[name], "sse", query.session_id, owner, kept))
     async with session.stream() as messages:
-        yield f"event: endpoint\ndata: /messages?session_id={session.session_id}{suffix}\n\n"
+        path = f"/servers/{name}/messages" if name else "/messages"
+        yield f"event: endpoint\ndata: {path}?session_id={session.session_id}{suffix}\n\n"
         async for message in messages:
             yield sse_event(message)
 
@@ -2641,6 +3443,7 @@ class Endpoint(tornado.web.RequestHandler):
 
     def initialize(self, state: AppState) -> None:
         self.state = state
+        self.name = ""  # of an MCP server, from the path
         self.body, self.received = bytearray(), 0
         self.sending = asyncio.Lock()  # Tornado knows one flush at a time
         self.peer: Any = getattr(self.request.connection, "stream", None)  # below HTTP
@@ -2657,10 +3460,13 @@ class Endpoint(tornado.web.RequestHandler):
 
     def prepare(self) -> None:
         headers = self.request.headers
+        self.name = (self.path_kwargs or {}).get("name", "")
         preflight = self.request.method == "OPTIONS"
         self.admit(headers.get("Origin"), self.open_to_all or preflight)
         if int(headers.get("Content-Length") or 0) > 4 * MAX_BODY:
             raise tornado.web.HTTPError(413, f"body: expected at most {MAX_BODY} bytes")
+        if self.name not in self.state.servers:
+            raise tornado.web.HTTPError(404, f"no server {self.name[:80]!r}: see GET /servers")
         if self.request.method not in self._allowed() or (preflight and "Origin" not in headers):
             raise tornado.web.HTTPError(405)
         kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
@@ -2828,10 +3634,10 @@ class SocketEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
     def select_subprotocol(self, offered: list[str]) -> str | None:
         return self.subprotocol if self.subprotocol in offered else None
 
-    async def get(self) -> None:
+    async def get(self, **path: str) -> None:
         if self.request.headers.get("Upgrade", "").lower() != "websocket":
             raise tornado.web.HTTPError(400, "expected a WebSocket")
-        await super().get()
+        await super().get(**path)
 
 
 class ChannelEndpoint(SocketEndpoint):
@@ -2840,7 +3646,7 @@ class ChannelEndpoint(SocketEndpoint):
     subprotocol = CHANNELS
     work: asyncio.Task[None] | None = None
 
-    async def get(self) -> None:
+    async def get(self, **path: str) -> None:
         self.job: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
         await super().get()
 
@@ -2903,48 +3709,55 @@ class ChannelEndpoint(SocketEndpoint):
 class McpEndpoint(Endpoint):
     """`/mcp`: Streamable HTTP.  A modern request stands for itself, a legacy one has a session."""
 
-    async def post(self) -> None:
+    async def post(self, name: str = "") -> None:
         if not (self.accepts("application/json", True) and self.accepts("text/event-stream", True)):
             raise tornado.web.HTTPError(406, "`Accept`: expected application/json and text/event-stream")
         await self.perform(self.answer(self.whole_body()))
 
     async def answer(self, body: bytes) -> None:
-        headers, outbox, sessions = self.request.headers, Outbox(), self.state.sessions
         message: Message = {}
-        session: Session | None = None
         try:
             message = read_message(body)
-            modern = is_modern(message, headers.get("MCP-Protocol-Version"))
+            modern = is_modern(message, self.request.headers.get("MCP-Protocol-Version"))
             if modern and not is_request(message):
                 return self.set_status(202)
-            if modern:
-                check_envelope(message, headers.get_list)
-                session = Session(self.state, "once", None, self.owner, 0.0)
-            elif message.get("method") == "initialize" and is_request(message):
-                session = Session(self.state, "http", None, self.owner, SESSION_IDLE)
-            else:
-                session = self.session()
+            session, opens = await self.session_of(message, modern)
+            outbox = Outbox(session.overflow)
             session.receive(message, modern, outbox)
-            if message.get("method") == "initialize":
-                sessions.open(session).expire()
-                self.set_header("Mcp-Session-Id", session.session_id)
         except ProxyError as wrong:
-            status = 200 if session and session.session_id in sessions else wrong.http_status
-            return self.finish_json(refusal(message.get("id", wrong.request_id), wrong), status)
+            return self.finish_json(refusal(message.get("id", wrong.request_id), wrong), wrong.http_status)
         if not is_request(message):
             return self.set_status(202)
         try:
-            await self.deliver(outbox)
+            await self.deliver(outbox, modern)
         finally:
-            if modern:  # who leaves, cancels; not so with a session
+            if modern or (opens and not session.peer.version):  # who leaves, cancels; not so with a session
                 session.end()
 
-    async def deliver(self, outbox: Outbox) -> None:
+    async def session_of(self, message: Message, modern: bool) -> tuple[Session, bool]:
+        """Whose message this is, and whether that begins with it.  Raises ProxyError."""
+        server = self.state.servers[self.name]
+        if modern:
+            check_envelope(message, self.request.headers.get_list)
+            if message["method"] == "tools/call":
+                repeated = await server.repeated(message)
+                check_parameters(message, self.request.headers.get_list, repeated)
+            return Session(self.state, server, "once", None, self.owner, 0.0), True
+        if message.get("method") == "initialize" and is_request(message):
+            session = self.state.sessions.open(Session(self.state, server, "http", None, self.owner, SESSION_IDLE))
+            session.expire()
+            self.set_header("Mcp-Session-Id", session.session_id)
+            return session, True
+        return self.session(), False
+
+    async def deliver(self, outbox: Outbox, modern: bool) -> None:
         """The answer as JSON; as a stream, if anything comes before it."""
         async with contextlib.aclosing(outbox.messages()) as messages:
             async for message in messages:
                 if message and "method" not in message and not self._headers_written:
-                    return self.finish_json(message)
+                    if "error" in message:  # nothing has begun
+                        self.clear_header("Mcp-Session-Id")
+                    return self.finish_json(message, status_of(message) if modern else 200)
                 await self.send_event(sse_event(message))
         if not self._headers_written:  # cancelled: no answer, but an end
             self.set_header("Content-Type", "text/event-stream")
@@ -2952,9 +3765,9 @@ class McpEndpoint(Endpoint):
     def session(self) -> Session:
         if not (session_id := self.request.headers.get("Mcp-Session-Id")):
             raise NotAMessage("`Mcp-Session-Id`: got none, expected the one that `initialize` was answered with")
-        return self.state.sessions.find("http", session_id, self.owner)
+        return self.state.sessions.find(f"{self.name}/http", session_id, self.owner)
 
-    async def get(self) -> None:
+    async def get(self, name: str = "") -> None:
         if "Mcp-Session-Id" not in self.request.headers:
             raise tornado.web.HTTPError(405)
         await self.perform(self.listen(self.session()))
@@ -2964,7 +3777,7 @@ class McpEndpoint(Endpoint):
             await self.send_event(sse_event(None))
             await self.send_events(sse_event(message) async for message in messages)
 
-    async def delete(self) -> None:
+    async def delete(self, name: str = "") -> None:
         self.session().end()
         self.set_status(204)
 
@@ -2978,19 +3791,19 @@ class SseEndpoint(Endpoint):
         given = self.get_query_argument
         return McpQuery(given("session_id", None) or given("sessionId", None))
 
-    async def get(self) -> None:
+    async def get(self, name: str = "") -> None:
         given = "" if "Authorization" in self.request.headers else self.owner
         suffix = given and f"&token={quote_plus(given)}"  # who cannot set a header here, cannot there
-        async with contextlib.aclosing(sse_handler(self.state, self.query(), self.owner, suffix)) as events:
+        async with contextlib.aclosing(sse_handler(self.state, self.query(), self.owner, suffix, name)) as events:
             await self.perform(self.send_events(events))
 
 
 class MessagesEndpoint(SseEndpoint):
-    async def get(self) -> None:
+    async def get(self, name: str = "") -> None:
         raise tornado.web.HTTPError(405)
 
-    async def post(self) -> None:
-        session = self.state.sessions.find("sse", self.query().session_id, self.owner)
+    async def post(self, name: str = "") -> None:
+        session = self.state.sessions.find(f"{name}/sse", self.query().session_id, self.owner)
         message = read_message(self.whole_body())
         self.set_status(202)
         self.finish("Accepted")
@@ -3008,9 +3821,10 @@ class McpSocket(SocketEndpoint):
     ping_interval = ping_timeout = KEEP_ALIVE
     session: Session | None = None
 
-    def open(self) -> None:
+    def open(self, name: str = "") -> None:
         try:
-            self.session = self.state.sessions.open(Session(self.state, "ws", None, self.owner, 0.0))
+            session = Session(self.state, self.state.servers[name], "ws", None, self.owner, 0.0)
+            self.session = self.state.sessions.open(session)
         except NoTerminal as full:
             self.close(1013, str(full)[:100])
         else:
@@ -3029,10 +3843,17 @@ class McpSocket(SocketEndpoint):
             try:
                 self.session.answer(read_message(message))
             except ProxyError as wrong:
-                self.session.send(refusal(wrong.request_id, wrong))
+                self.session.outbox.send(refusal(wrong.request_id, wrong))
 
     def on_close(self) -> None:
         Endpoint.on_connection_close(self)
+
+
+class ServersEndpoint(Endpoint):
+    async def get(self) -> None:
+        relays = [server for server in self.state.servers.values() if isinstance(server, Relay)]
+        self.set_header("Content-Type", "application/json")
+        self.finish(json.dumps([relay.state() for relay in relays]))
 
 
 class UnknownEndpoint(Endpoint):
@@ -3048,15 +3869,22 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
     (r"/health", HealthEndpoint),
     (r"/exec", ExecEndpoint),
     (r"/exec/ws", ChannelEndpoint),
-    (r"/mcp", McpEndpoint),
-    (r"/mcp/ws", McpSocket),
-    (r"/sse", SseEndpoint),
-    (r"/messages", MessagesEndpoint),
+    (r"/servers", ServersEndpoint),
+    *[
+        (prefix + path, endpoint)
+        for prefix in ("", r"/servers/(?P<name>[^/]+)")
+        for path, endpoint in (
+            (r"/mcp", McpEndpoint),
+            (r"/mcp/ws", McpSocket),
+            (r"/sse", SseEndpoint),
+            (r"/messages", MessagesEndpoint),
+        )
+    ],
 ]
 
 
 # ==========================================================================
-# Application                                                     budget 124
+# Application                                                     budget 165
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -3068,6 +3896,7 @@ class Commands:
     host: str = "127.0.0.1"
     workspace: str = "/"
     origins: tuple[str, ...] = ()
+    servers: tuple[ServerConfig, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -3093,12 +3922,50 @@ class Cli:
         add("--host", default=environ("POCKETCODER_HOST") or "127.0.0.1", metavar="ADDR")
         add("--workspace", default=environ("POCKETCODER_WORKSPACE") or workspace, metavar="DIR")
         add("--allow-origin", action="append", default=[], metavar="ORIGIN")
+        add("--mcp-server", action="append", default=[], metavar="NAME=COMMAND", help="relay a stdio MCP server")
+        add("--mcp-config", metavar="FILE", help="the same from a file with `mcpServers`")
         got = parser.parse_args(argv[1:])
         if not (got.port.isdecimal() and int(got.port) < 65536):
             server.error(f"--port: got {got.port!r}, expected a number from 0 to 65535")
         if not os.path.isdir(got.workspace):
             server.error(f"--workspace: got {got.workspace!r}, expected a directory")
-        return cls(Commands("server", (), got.port, got.host, os.path.realpath(got.workspace), tuple(got.allow_origin)))
+        try:
+            servers = read_servers(got.mcp_server, got.mcp_config)
+        except BadMessage as wrong:
+            server.error(str(wrong))
+        paths = os.path.realpath(got.workspace), tuple(got.allow_origin)
+        return cls(Commands("server", (), got.port, got.host, *paths, servers))
+
+
+def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]:
+    """What `--mcp-server` and `--mcp-config` name.  Raises BadMessage."""
+    found: dict[str, Message] = {}
+    if path is not None:
+        try:
+            with open(path, encoding="utf-8") as file:
+                found |= json.load(file)["mcpServers"]
+        except (OSError, ValueError, KeyError, TypeError) as wrong:
+            raise complain("--mcp-config", path, f'a file with {{"mcpServers": {{NAME: …}}}} ({wrong!r})') from None
+    for word in words:
+        name, _, line = word.partition("=")
+        try:
+            program, *rest = shlex.split(line)
+        except ValueError as wrong:
+            raise complain("--mcp-server", word, f"NAME=COMMAND ({wrong})") from None
+        found[name] = {"command": program, "args": rest}
+    configs = []
+    for name, server in found.items():
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
+            raise complain("the name of an MCP server", name, "1 to 64 of A-Z a-z 0-9 _ . -")
+        server = server if isinstance(server, dict) else {}
+        command, arguments, env = server.get("command"), server.get("args", []), server.get("env", {})
+        texts = isinstance(arguments, list) and isinstance(env, dict) and [command, *arguments, *env.values()]
+        if not texts or not command or not all(isinstance(text, str) for text in texts):
+            raise complain(
+                f"MCP server {name}", server, '{"command": TEXT, "args": [TEXT…], "env": {NAME: TEXT}, "cwd"}'
+            )
+        configs.append(ServerConfig(name, (command, *arguments), env, server.get("cwd")))
+    return tuple(configs)
 
 
 async def serve(options: Commands, token: str) -> None:
@@ -3107,6 +3974,7 @@ async def serve(options: Commands, token: str) -> None:
     session = os.environ.get("TMUX_SESSION") or DEFAULT_SESSION
     driver = PocketCoderDriver(socket_path, session, options.workspace)
     state = AppState(SessionMap(), driver, options.workspace)
+    state.servers |= {config.name: Relay(config) for config in options.servers}
     shared: dict[str, Any] = {"state": state}
     application = tornado.web.Application(
         [(path, endpoint, shared) for path, endpoint in ROUTES],
@@ -3138,6 +4006,7 @@ async def serve(options: Commands, token: str) -> None:
     server.stop()
     await driver.close(STOP_GRACE)
     await state.sessions.close()
+    await asyncio.gather(*(server.close() for server in state.servers.values() if isinstance(server, Relay)))
     if state.calls:  # they have their results, and send them now
         await asyncio.wait(state.calls, timeout=STOP_GRACE)
     await server.close_all_connections()
