@@ -65,7 +65,7 @@ import os
 import sys
 
 # ==========================================================================
-# Settings                                                         budget 78
+# Settings                                                         budget 79
 # ==========================================================================
 # S1  Every limit, time and default is here, with its unit.  Times in seconds.
 VERSION = "0.1.0"
@@ -124,6 +124,7 @@ CHILD_IDLE = 600.0  # until one that nobody uses is ended
 PROBE_TIMEOUT = 5.0  # for it to tell its era
 HEADERS_KEPT = 30.0  # what its tools say of headers
 PARK_TIMEOUT = 300.0  # for a client to answer its question
+QUESTION_PAUSE = 0.02  # for more questions of a legacy server
 MAX_ROUNDS = 10  # of questions in one call
 MAX_INBOX = 100  # messages that wait for a client
 MAX_SESSIONS, MAX_CALLS = 4096, 100  # of MCP; calls of one session at once
@@ -2206,7 +2207,7 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 
 
 # ==========================================================================
-# Relay                                                           budget 772
+# Relay                                                           budget 783
 # ==========================================================================
 # Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
 #
@@ -2373,6 +2374,7 @@ class Child:
             log.error("server %s: a line of more than %d bytes", self.name, 2 * MAX_BODY)
         self.ender = self.ender or asyncio.ensure_future(self._end())  # without its stdout it is of no use
         status = await self.process.wait()
+        await asyncio.wait({self.tasks[1]}, timeout=VIEW_PAUSE)  # its last words
         said = f"; it said: {' / '.join(self.tail)}" if self.tail else ""
         for number in [*self.exchanges]:
             failure = RelayError(f"server {self.name} ended with {status} before it answered{said}")
@@ -2430,8 +2432,12 @@ class Child:
     def tell(self, message: Message) -> None:
         """Write it.  Raises RelayError when the child does not read."""
         assert self.process.stdin
-        if self.ender or self.process.stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
-            raise RelayError(f"server {self.name} {'has ended' if self.ender else 'does not read what it is sent'}")
+        if self.tasks[0].done():
+            raise RelayError(f"server {self.name} has ended")
+        if self.ender:
+            return  # `_read` is about to answer
+        if self.process.stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
+            raise RelayError(f"server {self.name} does not read what it is sent")
         self.process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
     def send(self, exchange: Exchange, message: Message) -> None:
@@ -2610,7 +2616,8 @@ class Relay:
 
         def route(child: Child, message: Message) -> Outbox:
             only = [exchange.outbox for exchange in child.exchanges.values()]
-            outbox = only[0] if len(only) == 1 else peer.outbox
+            change = "id" not in message and message["method"] != "notifications/message" and peer.outbox.heard
+            outbox = only[0] if len(only) == 1 and not change else peer.outbox
             outbox.send(message)
             return outbox
 
@@ -2760,7 +2767,12 @@ class Pool:
             if not exchange.asked:
                 await asyncio.wait({exchange.answer, question}, return_when=asyncio.FIRST_COMPLETED)
                 if question.done():
-                    exchange.asked[f"question{question.result()['id']}"] = question.result()
+                    await asyncio.sleep(QUESTION_PAUSE)  # it may ask more at once
+                    asked = [
+                        question.result(),
+                        *(exchange.questions.get_nowait() for _ in range(exchange.questions.qsize())),
+                    ]
+                    exchange.asked = {f"question{each['id']}": each for each in asked}
             if exchange.asked and not exchange.answer.done():
                 parked = True
                 return self._park(child, exchange)
@@ -3884,7 +3896,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 165
+# Application                                                     budget 166
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -3943,8 +3955,8 @@ def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]
     if path is not None:
         try:
             with open(path, encoding="utf-8") as file:
-                found |= json.load(file)["mcpServers"]
-        except (OSError, ValueError, KeyError, TypeError) as wrong:
+                found.update(json.load(file)["mcpServers"].items())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as wrong:
             raise complain("--mcp-config", path, f'a file with {{"mcpServers": {{NAME: …}}}} ({wrong!r})') from None
     for word in words:
         name, _, line = word.partition("=")
@@ -3957,14 +3969,15 @@ def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]
     for name, server in found.items():
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
             raise complain("the name of an MCP server", name, "1 to 64 of A-Z a-z 0-9 _ . -")
-        server = server if isinstance(server, dict) else {}
-        command, arguments, env = server.get("command"), server.get("args", []), server.get("env", {})
-        texts = isinstance(arguments, list) and isinstance(env, dict) and [command, *arguments, *env.values()]
-        if not texts or not command or not all(isinstance(text, str) for text in texts):
+        given = server if isinstance(server, dict) else {}
+        command, arguments, env, cwd = (given.get(key) for key in ("command", "args", "env", "cwd"))
+        arguments, env = arguments or [], env or {}
+        texts = [command, *arguments, *env.values(), cwd or ""] if type(arguments) is list and type(env) is dict else []
+        if not command or not texts or not all(isinstance(text, str) for text in texts):
             raise complain(
-                f"MCP server {name}", server, '{"command": TEXT, "args": [TEXT…], "env": {NAME: TEXT}, "cwd"}'
+                f"MCP server {name}", server, '{"command": TEXT, "args": [TEXT…], "env": {NAME: TEXT}, "cwd": TEXT}'
             )
-        configs.append(ServerConfig(name, (command, *arguments), env, server.get("cwd")))
+        configs.append(ServerConfig(name, (command, *arguments), env, cwd))
     return tuple(configs)
 
 

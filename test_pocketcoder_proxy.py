@@ -14,6 +14,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -275,7 +276,7 @@ def agent(request: pytest.FixtureRequest) -> str:
 # ==========================================================================
 # Map
 # ==========================================================================
-LINES = 4054  # style.md gives 2,000, which the driver and the shell together did not keep: the owner is asked
+LINES = 4067  # style.md gives 2,000, which the driver and the shell together did not keep: the owner is asked
 BANNER = re.compile(r"# ={70,}\n# (?P<name>.+?) +budget (?P<budget>\d+)\n# ={70,}\n")
 SECTIONS = [(match["name"], int(match["budget"]), match.start()) for match in BANNER.finditer(SOURCE)]
 
@@ -2085,6 +2086,517 @@ def pick(dice: random.Random, values: list[Any]) -> Any:
 
 
 # ==========================================================================
+# Relay
+# ==========================================================================
+@pytest.fixture(scope="module")
+def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """A server that relays FIXTURES in each era."""
+    path = tmp_path_factory.mktemp("fixtures") / "server.py"
+    path.write_text(FIXTURES)
+    command = f"{sys.executable} -S {path}"
+    server = Proxy(*(f"--mcp-server={era}={command} {era}" for era in ("legacy", "modern", "both")))
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def fixtures(tmp_path: pathlib.Path) -> pathlib.Path:
+    (tmp_path / "server.py").write_text(FIXTURES)
+    return tmp_path / "server.py"
+
+
+ERAS = [(client, server) for client in ("legacy", "modern") for server in ("legacy", "modern")]
+CAN: dict[str, Any] = {"elicitation": {}, "sampling": {}, "roots": {}}
+
+
+class Client:
+    """A client of one era at `/servers/NAME/mcp`, with all capabilities."""
+
+    def __init__(self, proxy: Proxy, era: str, name: str, make: Callable[..., Stream], can: Any = None) -> None:
+        self.proxy, self.era, self.path, self.make = proxy, era, f"/servers/{name}/mcp", make
+        self.can, self.headers = CAN if can is None else can, dict[str, str]()
+        if era == "legacy":
+            hello = request("initialize", {**INITIALIZE, "capabilities": self.can}, id_=0)
+            _, headers, self.hello = mcp(proxy, hello, path=self.path)
+            self.headers = {"Mcp_Session_Id": headers["mcp-session-id"]}
+            self.tell("notifications/initialized", {})
+
+    def message(self, method: str, params: dict[str, Any], id_: Any) -> dict[str, Any]:
+        meta = params.get("_meta", {})
+        if self.era == "legacy":
+            return request(method, params, id_)
+        return modern(method, params, id_, **{NS + "clientCapabilities": self.can, **meta})
+
+    def tell(self, method: str, params: dict[str, Any]) -> None:
+        message = {"jsonrpc": "2.0", "method": method, "params": params}
+        assert mcp(self.proxy, message, path=self.path, **self.headers)[0] == 202
+
+    def ask(self, method: str, params: dict[str, Any] | None = None, id_: Any = 1, **headers: str) -> Any:
+        """All that comes, the response last."""
+        status, _, got = mcp(
+            self.proxy, self.message(method, params or {}, id_), path=self.path, **self.headers, **headers
+        )
+        assert status in (200, 400, 404)
+        return got if isinstance(got, list) else [got]
+
+    def open(self, method: str, params: dict[str, Any], id_: Any = 1) -> Stream:
+        """The same, event by event."""
+        message, headers = self.message(method, params, id_), dict(self.headers)
+        if self.era == "modern":
+            headers |= {"MCP_Protocol_Version": "2026-07-28", "Mcp_Method": method}
+            headers |= {"Mcp_Name": params["name"]} if "name" in params else {}
+        return self.make(self.proxy, self.path, message, **headers)
+
+    def call(self, name: str, id_: Any = 1, token: Any = None, **arguments: Any) -> Any:
+        """The result of a tool; or the error."""
+        params: dict[str, Any] = {"name": name, "arguments": arguments}
+        if token is not None:
+            params["_meta"] = {"progressToken": token}
+        *told, answer = self.ask("tools/call", params, id_)
+        assert answer["id"] == id_
+        assert {each["params"]["progressToken"] for each in told} <= {token}
+        return answer.get("result", answer.get("error"))
+
+
+@pytest.fixture(params=ERAS, ids=[" to ".join(pair) for pair in ERAS])
+def client(request: pytest.FixtureRequest, relay: Proxy, stream: Callable[..., Stream]) -> Client:
+    era, server = request.param
+    return Client(relay, era, server, stream)
+
+
+def test_each_era_of_clients_is_served_by_each_era_of_servers(client: Client) -> None:
+    modern_client = client.era == "modern"
+    if modern_client:
+        found = client.ask("server/discover")[-1]["result"]
+        assert (found["supportedVersions"], found["instructions"]) == (["2026-07-28"], "Fixtures for tests")
+        assert found["_meta"][NS + "serverInfo"]["name"] == "fixture-server"
+    else:
+        found = client.hello["result"]
+        assert (found["protocolVersion"], found["serverInfo"]["name"]) == ("2025-11-25", "fixture-server")
+        assert client.ask("ping")[-1]["result"] == {}
+    assert found["capabilities"]["tools"] == {"listChanged": True}
+    listed = client.ask("tools/list")[-1]["result"]
+    assert ("ttlMs" in listed, "resultType" in listed) == (modern_client, modern_client)
+    schema = next(each for each in listed["tools"] if each["name"] == "json_schema_2020_12_tool")["inputSchema"]
+    assert schema["$defs"]["address"]["$anchor"] == "addressDef"
+    assert schema["$schema"].endswith("2020-12/schema")
+    result = client.call("test_simple_text", id_="s")
+    assert text_of(result) == "This is a simple text response for testing."
+    assert ("resultType" in result) == modern_client
+    read = client.ask("resources/read", {"uri": "test://static-text"}, Mcp_Name="test://static-text")[-1]["result"]
+    assert read["contents"][0]["uri"] == "test://static-text"
+    missing = client.ask("resources/read", {"uri": "test://none"}, Mcp_Name="test://none")[-1]["error"]
+    assert (missing["code"], missing["data"]) == (-32602 if modern_client else -32002, {"uri": "test://none"})
+    assert client.ask("nope")[-1]["error"]["code"] == -32601
+    if modern_client:
+        for method in ("ping", "logging/setLevel", "resources/subscribe", "tasks/get"):
+            assert client.ask(method)[-1]["error"]["code"] == -32601
+
+
+def test_what_passes_through_arrives_as_it_was_sent(client: Client) -> None:
+    extra = {"x": [1, 2.5, None, {"é\u2028": "😀"}], "y": -(10**20)}
+    result = client.call("echo", id_="ä", deep=extra, result={"unknown": extra, "_meta": {"own": extra}})
+    assert result["unknown"] == extra
+    assert result["_meta"]["own"] == extra
+    got = json.loads(text_of(result))
+    assert got["arguments"]["deep"] == extra
+    failed = client.call("fail", code=-31999, message="own", data=extra)
+    assert failed == {"code": -31999, "message": "own", "data": extra}
+    params = {"name": "echo", "arguments": {}, "_meta": {"trace": "t-1", "progressToken": "p"}}
+    got = json.loads(text_of(client.ask("tools/call", params)[-1]["result"]))["params"]
+    assert got["_meta"]["trace"] == "t-1"
+    assert type(got["_meta"]["progressToken"]) is int  # ours
+
+
+def test_progress_comes_on_the_requests_own_stream_with_its_own_token(client: Client) -> None:
+    for token in (0, "t"):
+        params = {"name": "test_slow", "arguments": {"seconds": 0.6}, "_meta": {"progressToken": token}}
+        *told, answer = client.ask("tools/call", params, id_=token)
+        assert [each["params"]["progress"] for each in told] == [1, 2, 3]
+        assert [each["params"]["progressToken"] for each in told] == [token] * 3
+        assert [type(each["params"]["progressToken"]) for each in told] == [type(token)] * 3
+        assert answer["id"] == token
+
+
+def test_a_cancelled_call_is_cancelled_in_the_child(client: Client, relay: Proxy) -> None:
+    label = f"{client.era}{client.path.split('/')[2]}"
+    params = {"name": "test_slow", "arguments": {"seconds": 20, "label": label}, "_meta": {"progressToken": 1}}
+    going = client.open("tools/call", params, id_=7)
+    assert going.next()["method"] == "notifications/progress"
+    if client.era == "modern":
+        going.close()
+    else:
+        client.tell("notifications/cancelled", {"requestId": 7})
+        while (got := going.next()) is not None:
+            assert got["method"] == "notifications/progress"
+    eventually(lambda: f"cancelled test_slow {label}" in relay.logged())
+
+
+def test_a_child_may_ask_the_client_whose_call_it_serves(client: Client) -> None:
+    params = {"name": "test_input_required_result_elicitation", "arguments": {}}
+    answer = {"action": "accept", "content": {"name": "Zoë"}}
+    if client.era == "modern":
+        asked = client.ask("tools/call", params, id_="first")[-1]["result"]
+        assert asked["resultType"] == "input_required"
+        ((key, question),) = asked["inputRequests"].items()
+        assert question["method"] == "elicitation/create"
+        again = {**params, "inputResponses": {key: answer}}
+        again |= {"requestState": asked["requestState"]} if "requestState" in asked else {}
+        result = client.ask("tools/call", again, id_="second")[-1]
+        assert result["id"] == "second"
+    else:
+        going = client.open("tools/call", params, id_="first")
+        question = going.next()
+        assert (question["method"], question["params"]["message"]) == ("elicitation/create", "What is your name?")
+        reply = {"jsonrpc": "2.0", "id": question["id"], "result": answer}
+        assert mcp(client.proxy, reply, path=client.path, **client.headers)[0] == 202
+        result = going.next()
+        assert result["id"] == "first"
+    assert "Zoë" in json.loads(json.dumps(text_of(result["result"]))).encode().decode(
+        "unicode_escape"
+    ) or "Zoë" in text_of(result["result"])
+
+
+def test_who_cannot_be_asked_is_not(relay: Proxy, stream: Callable[..., Stream]) -> None:
+    for era, server in ERAS:
+        silent = Client(relay, era, server, stream, can={})
+        got = silent.call("test_input_required_result_sampling")
+        if era == server == "modern":
+            assert got["code"] == -32021
+        else:
+            assert got.get("isError") is True or got["code"] == -32021
+
+
+def test_a_state_that_is_not_ours_is_refused(relay: Proxy, stream: Callable[..., Stream]) -> None:
+    client = Client(relay, "modern", "legacy", stream)
+    params = {"name": "test_input_required_result_elicitation", "arguments": {}}
+    asked = client.ask("tools/call", params)[-1]["result"]
+    ((key, _),) = asked["inputRequests"].items()
+    good = {"requestState": asked["requestState"], "inputResponses": {key: {"action": "decline"}}}
+    for wrong in ({**params, **good, "requestState": "x"}, {**params, **good, "arguments": {"a": 1}}):
+        assert client.ask("tools/call", wrong)[-1]["error"]["code"] == -32602
+    missing = client.ask("tools/call", {**params, "requestState": asked["requestState"], "inputResponses": 3})[-1]
+    assert missing["result"]["inputRequests"] == asked["inputRequests"]  # asked again
+    good["requestState"] = missing["result"]["requestState"]
+    assert "decline" in text_of(client.ask("tools/call", {**params, **good})[-1]["result"])
+    assert client.ask("tools/call", {**params, **good})[-1]["error"]["code"] == -32602  # answered already
+
+
+def test_changes_are_heard_by_who_wants_to(client: Client) -> None:
+    if client.era == "modern":
+        wanted = {"toolsListChanged": True, "resourceSubscriptions": ["test://watched-resource"]}
+        events = client.open("subscriptions/listen", {"notifications": wanted}, id_="w1")
+        first = events.next()
+        assert first["method"] == "notifications/subscriptions/acknowledged"
+        assert first["params"]["notifications"] == wanted
+        assert first["params"]["_meta"] == {NS + "subscriptionId": "w1"}
+    else:
+        events = client.make(client.proxy, client.path, None, **client.headers)
+        assert client.ask("resources/subscribe", {"uri": "test://watched-resource"})[-1]["result"] == {}
+    time.sleep(0.2)  # until a modern child has heard of it
+    client.call("test_trigger_tool_change", id_=50)
+    client.call("test_trigger_resource_change", id_=51, uri="test://watched-resource")
+    heard = [events.next() for _ in range(2)]
+    methods = {"notifications/tools/list_changed", "notifications/resources/updated"}
+    assert {each["method"] for each in heard} == methods
+    for each in heard:
+        meta = (each.get("params") or {}).get("_meta", {})
+        assert meta.get(NS + "subscriptionId") == ("w1" if client.era == "modern" else None)
+
+
+def test_log_lines_reach_who_asked_for_them(client: Client) -> None:
+    params: dict[str, Any] = {"name": "test_tool_with_logging", "arguments": {}}
+    if client.era == "modern":
+        assert len(client.ask("tools/call", params)) == 1
+        params["_meta"] = {NS + "logLevel": "debug"}
+    *told, _ = client.ask("tools/call", params)
+    assert told[0]["params"]["data"] == "Tool execution started"
+    if client.era == "legacy":
+        assert client.ask("logging/setLevel", {"level": "error"})[-1]["result"] == {}
+        assert len(client.ask("tools/call", params)) == 1
+
+
+def test_headers_repeat_the_arguments_that_a_schema_names(relay: Proxy, stream: Callable[..., Stream]) -> None:
+    for server in ("legacy", "modern"):
+        client = Client(relay, "modern", server, stream)
+        params = {"name": "test_x_mcp_header", "arguments": {"region": "Zürich", "priority": 42}}
+        good = {"Mcp_Param_Region": "=?base64?WsO8cmljaA==?=", "Mcp_Param_Priority": "42.0"}
+        assert "result" in client.ask("tools/call", params, **good)[-1]
+        for wrong in ({}, {**good, "Mcp_Param_Priority": "41"}, {**good, "Mcp_Param_Region": "zurich"}):
+            assert client.ask("tools/call", params, **wrong)[-1]["error"]["code"] == -32020
+
+
+def test_clients_with_equal_ids_and_tokens_never_meet(relay: Proxy, stream: Callable[..., Stream]) -> None:
+    for era, server in ERAS:
+        clients = [Client(relay, era, server, stream) for _ in range(5)]
+
+        def work(number: int, client: Client) -> None:
+            params = {"name": "echo", "arguments": {"mine": number}, "_meta": {"progressToken": 1}}
+            for _ in range(10):
+                assert json.loads(text_of(client.ask("tools/call", params)[-1]["result"]))["arguments"] == {
+                    "mine": number
+                }
+            slow = {"name": "test_slow", "arguments": {"seconds": 0.2 * (number + 1)}, "_meta": {"progressToken": 1}}
+            assert len(client.ask("tools/call", slow)) == number + 2
+
+        with ThreadPoolExecutor(5) as pool:
+            list(pool.map(work, range(5), clients))
+
+
+def test_two_hundred_calls_in_flight_through_one_child_come_back_right(
+    relay: Proxy, stream: Callable[..., Stream]
+) -> None:
+    client = Client(relay, "modern", "modern", stream)
+    process = text_of(client.call("pid"))
+
+    def one(number: int) -> tuple[int, str]:
+        result = client.call("test_slow", id_=number, seconds=1.0)
+        return len(text_of(result)), text_of(client.call("echo", id_=number, n=number))
+
+    with ThreadPoolExecutor(200) as pool:
+        for number, (_, echoed) in enumerate(pool.map(one, range(200))):
+            assert json.loads(echoed)["arguments"] == {"n": number}
+    assert text_of(client.call("pid")) == process
+
+
+def test_ten_megabytes_pass(client: Client) -> None:
+    assert len(text_of(client.call("big", bytes=10_000_000))) == 10_000_000
+
+
+def test_websockets_and_event_streams_reach_stdio_servers_too(relay: Proxy, stream: Callable[..., Stream]) -> None:
+    for server in ("legacy", "modern"):
+        events = stream(relay, f"/servers/{server}/sse")
+        path = events.next()
+        assert path.startswith(f"/servers/{server}/messages?session_id=")
+        assert mcp(relay, request("tools/list", id_="without initialize"), path=path)[0] == 202  # it came back
+        assert len(events.next()["result"]["tools"]) > 10
+        assert mcp(relay, request("initialize", INITIALIZE), path=path)[0] == 202
+        assert events.next()["result"]["serverInfo"]["name"] == "fixture-server"
+        assert mcp(relay, request("ping"), path=path.replace(f"/servers/{server}", ""))[0] == 404
+
+        async def talk(server: str) -> None:
+            url = f"ws://127.0.0.1:{relay.port}/servers/{server}/mcp/ws"
+            socket: Any = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
+
+            async def ask(message: Any) -> Any:
+                await socket.write_message(json.dumps(message))
+                return json.loads(await asyncio.wait_for(socket.read_message(), 10))
+
+            assert (await ask(request("initialize", {**INITIALIZE, "capabilities": CAN})))["result"]["capabilities"]
+            await socket.write_message(json.dumps({"jsonrpc": "2.0", "method": "notifications/initialized"}))
+            question = await ask(request("tools/call", {"name": "test_input_required_result_elicitation"}, id_="q"))
+            assert question["method"] == "elicitation/create"
+            answer = await ask({"jsonrpc": "2.0", "id": question["id"], "result": {"action": "cancel"}})
+            assert (answer["id"], "cancel" in text_of(answer["result"])) == ("q", True)
+            assert (await ask(modern("server/discover", id_="m")))["result"]["supportedVersions"] == ["2026-07-28"]
+            socket.close()
+
+        asyncio.run(talk(server))
+
+
+def test_a_legacy_session_has_a_child_of_its_own_that_ends_with_it(relay: Proxy, stream: Callable[..., Stream]) -> None:
+    one, two = (Client(relay, "legacy", "legacy", stream) for _ in range(2))
+    assert [text_of(each.call("counter")) for each in (one, one, two)] == ["1", "2", "1"]
+    process = int(text_of(one.call("pid")))
+    assert mcp(relay, b"", "DELETE", path=one.path, **one.headers)[0] == 204
+    eventually(lambda: not os.path.exists(f"/proc/{process}"))
+    assert text_of(two.call("counter")) == "2"
+    modern_one = Client(relay, "modern", "legacy", stream)
+    before = int(text_of(modern_one.call("counter")))
+    assert int(text_of(modern_one.call("counter"))) == before + 1  # calls one after the other meet the same child
+
+
+@pytest.mark.parametrize(("era", "server"), ERAS)
+def test_a_child_that_dies_answers_at_once_and_is_started_again(
+    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream], era: str, server: str
+) -> None:
+    proxy = own(f"--mcp-server=x={sys.executable} -S {fixtures} {server}")
+
+    def state() -> Any:
+        return json.loads(proxy.request("GET", "/servers")[2])[0]
+
+    def reached() -> Any:
+        """A call by a new client; it is refused while the server is held back."""
+        with contextlib.suppress(KeyError):  # no session
+            return Client(proxy, era, "x", stream).call("pid").get("content")
+
+    client = Client(proxy, era, "x", stream)
+    process = int(text_of(client.call("pid")))
+    waiting = Background(partial(client.call, "hang", id_="h"))
+    time.sleep(0.2)
+    started = time.monotonic()
+    os.kill(process, signal.SIGKILL)
+    failed = waiting.result()
+    assert time.monotonic() - started < 1
+    assert (failed["code"], "ended with -9 before it answered" in failed["message"]) == (-32603, True), failed
+    assert (state()["state"], "ended with -9" in state()["error"]) == ("failed", True)
+    if era == server == "legacy":
+        eventually(lambda: mcp(proxy, request("ping"), path=client.path, **client.headers)[0] == 404)
+    eventually(reached)
+    assert (state()["state"], state()["restarts"]) == ("running", 1)
+    for name in ("die", "half"):
+        failed = Client(proxy, era, "x", stream).call(name)
+        assert (failed["code"], "before it answered" in failed["message"]) == (-32603, True)
+        eventually(reached)
+    assert state()["restarts"] == 3
+
+
+def test_careless_children_are_borne_with(client: Client) -> None:
+    assert text_of(client.call("noise")) == "after the noise"
+    *told, answer = client.ask("tools/call", {"name": "flood", "arguments": {"lines": 3000}})
+    assert text_of(answer["result"]) == "flooded"
+    if client.era == "legacy":
+        assert [each["params"]["data"] for each in told] == [f"log line {number}" for number in range(3000)]
+    assert text_of(client.call("flood", lines=500, to="stderr")) == "flooded"
+    assert text_of(client.call("test_simple_text"))
+
+
+def test_a_server_that_cannot_start_says_why_and_is_held_back(
+    own: Callable[..., Proxy], tmp_path: pathlib.Path
+) -> None:
+    proxy = own("--mcp-server=none=/no/such/program", "--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
+    for name, why in (("none", "No such file"), ("short", "ended with 7 before it answered; it said: oh no")):
+        path = f"/servers/{name}/mcp"
+        answer = mcp(proxy, request("initialize", INITIALIZE), path=path)[2]
+        assert (answer["error"]["code"], why in answer["error"]["message"]) == (-32603, True), answer
+        answers = [mcp(proxy, request("initialize", INITIALIZE), path=path)[2] for _ in range(3)]
+        assert any("it is started again in" in each["error"]["message"] for each in answers)
+        assert mcp(proxy, modern("tools/list"), path=path)[2]["error"]["code"] == -32603
+    shown = {each["name"]: each for each in json.loads(proxy.request("GET", "/servers")[2])}
+    assert (shown["none"]["state"], shown["none"]["pid"]) == ("failed", None)
+    assert mcp(proxy, modern("tools/list"), path="/servers/other/mcp")[0] == 404
+
+
+def test_children_end_as_a_group_and_are_never_orphaned(
+    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+) -> None:
+    stubborn = f"trap '' TERM; sleep 81.5 & {sys.executable} -S {fixtures} legacy; sleep 81.6"
+    proxy = own(
+        f"--mcp-server=plain={sys.executable} -S {fixtures} modern",
+        "--mcp-server=stubborn=sh -c " + shlex.quote(stubborn),
+    )
+    clients = [Client(proxy, "legacy", name, stream) for name in ("plain", "stubborn")]
+    pids = [int(text_of(client.call("pid"))) for client in clients]
+    assert mcp(proxy, b"", "DELETE", path=clients[1].path, **clients[1].headers)[0] == 204
+    eventually(lambda: not processes_with("sleep\x0081.5"), 10)
+    assert not processes_with("sleep\x0081.6")
+    assert pids
+    proxy.stop(signal.SIGKILL)
+    eventually(lambda: not processes_with(str(fixtures)))
+    proxy.start()
+    assert text_of(Client(proxy, "modern", "plain", stream).call("pid"))
+    assert processes_with(str(fixtures))
+    assert proxy.stop() == 0
+    assert not processes_with(str(fixtures))
+
+
+def test_a_config_file_as_people_have_it_is_read(
+    own: Callable[..., Proxy], fixtures: pathlib.Path, tmp_path: pathlib.Path, stream: Callable[..., Stream]
+) -> None:
+    config = tmp_path / "mcp.json"
+    server = {
+        "command": sys.executable,
+        "args": ["-S", str(fixtures), "both"],
+        "env": {"SECRET": "s3cret"},
+        "cwd": str(tmp_path),
+    }
+    config.write_text(json.dumps({"mcpServers": {"both": {**server, "type": "stdio"}}, "other": 1}))
+    proxy = own(f"--mcp-config={config}", "--mcp-server=two=cat", POCKETCODER_TOKEN="t0ken")
+    headers = {"Authorization": "Bearer t0ken"}
+    listed = proxy.request("GET", "/servers", None, headers)[2].decode()
+    assert [each["name"] for each in json.loads(listed)] == ["both", "two"]
+    assert "s3cret" not in listed
+    assert proxy.request("GET", "/servers")[0] == 401
+    call = modern("tools/call", {"name": "env", "arguments": {"name": "SECRET"}})
+    assert text_of(mcp(proxy, call, path="/servers/both/mcp", **headers)[2]["result"]) == "s3cret"
+    call["params"]["arguments"] = {"name": "POCKETCODER_TOKEN"}
+    assert text_of(mcp(proxy, call, path="/servers/both/mcp", **headers)[2]["result"]) == ""
+    (shown,) = [
+        each for each in json.loads(proxy.request("GET", "/servers", None, headers)[2]) if each["name"] == "both"
+    ]
+    assert (shown["state"], shown["era"], type(shown["pid"]), shown["restarts"]) == ("running", "modern", int, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--mcp-server", "x"], "`--mcp-server`"),
+        (["--mcp-server", "=cat"], "`the name of an MCP server`"),
+        (["--mcp-server", "a/b=cat"], "`the name of an MCP server`"),
+        (["--mcp-server", "a='"], "`--mcp-server`"),
+        (["--mcp-config", "/no/such/file"], "`--mcp-config`"),
+        (["--mcp-config", "/dev/null"], "`--mcp-config`"),
+        (["--mcp-config", "{}"], "`--mcp-config`"),
+        (["--mcp-config", '{"mcpServers": []}'], "`--mcp-config`"),
+        (["--mcp-config", '{"mcpServers": {"a": {"args": []}}}'], "`MCP server a`"),
+        (["--mcp-config", '{"mcpServers": {"a": {"command": "x", "env": {"A": 1}}}}'], "`MCP server a`"),
+        (["--mcp-config", '{"mcpServers": {"a": {"command": "x", "cwd": 1}}}'], "`MCP server a`"),
+    ],
+)
+def test_wrong_servers_end_the_start_with_a_sentence(tmp_path: pathlib.Path, words: list[str], text: str) -> None:
+    if words[1][:1] == "{":
+        (tmp_path / "c.json").write_text(words[1])
+        words = [words[0], str(tmp_path / "c.json")]
+    done = subprocess.run([sys.executable, MODULE, "server", *words], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2
+    assert text in done.stderr
+
+
+def test_a_child_that_hangs_or_never_reads_is_given_up(fixtures: pathlib.Path) -> None:
+    async def trouble() -> list[str]:
+        said = []
+        relay = pp.Relay(pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), "modern")))
+        outbox = pp.Outbox(int)
+        peer = pp.Peer(outbox, int)
+        await relay.respond(peer, modern("tools/list"), True, outbox)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pp, "CHILD_TIMEOUT", 0.3)
+            hang = await relay.respond(peer, modern("tools/call", {"name": "hang"}), True, outbox)
+            said.append(hang["error"]["message"])
+            slow = modern("tools/call", {"name": "test_slow", "arguments": {"seconds": 1}}, progressToken=1)
+            said.append(text_of((await relay.respond(peer, slow, True, outbox))["result"]))  # progress gives it time
+            patch.setattr(pp, "CHILD_QUEUE", 1000)
+            assert relay.shared
+            os.kill(relay.shared.process.pid, signal.SIGSTOP)
+            for _ in range(20):
+                with contextlib.suppress(pp.RelayError):
+                    await relay.respond(peer, modern("tools/call", {"name": "x" * 100_000}), True, outbox)
+            with pytest.raises(pp.RelayError) as full:
+                await relay.respond(peer, modern("tools/list"), True, outbox)
+            said.append(str(full.value))
+        await relay.close()
+        return said
+
+    hung, slow, full = asyncio.run(trouble())
+    assert hung == "server x did not answer within 0.3 s"
+    assert slow == "slept 1.0 s"
+    assert full == "server x does not read what it is sent"
+
+
+def test_a_shared_child_that_nobody_uses_ends(fixtures: pathlib.Path) -> None:
+    async def idle() -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pp, "CHILD_IDLE", 0.2)
+            patch.setattr(pp, "KEEP_ALIVE", 0.05)
+            for era in ("legacy", "modern"):
+                relay = pp.Relay(pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), era)))
+                outbox = pp.Outbox(int)
+                peer = pp.Peer(outbox, int)
+                slow = modern("tools/call", {"name": "test_slow", "arguments": {"seconds": 0.6}})
+                assert "result" in await relay.respond(peer, slow, True, outbox)
+                for _ in range(100):
+                    if not relay.children:
+                        break
+                    await asyncio.sleep(0.05)
+                assert (relay.children, relay.failure) == (set(), "")
+                assert "result" in await relay.respond(peer, slow, True, outbox)
+                await relay.close()
+        return 0
+
+    assert asyncio.run(idle()) == 0
+
+
+# ==========================================================================
 # State and tools
 # ==========================================================================
 def call(proxy: Proxy, name: str, **arguments: Any) -> dict[str, Any]:
@@ -3200,6 +3712,62 @@ def test_bench_a_thousand_idle_sessions(own: Callable[..., Proxy], stream: Calla
 
 
 @pytest.mark.bench
+def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pathlib.Path) -> None:
+    command = [sys.executable, "-S", str(fixtures), "modern"]
+    proxy = own(f"--mcp-server=x={shlex.join(command)}")
+    connection, names = proxy.connect(), {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call"}
+    given = {**JSON_TYPE, "Accept": "application/json, text/event-stream", **names, "Mcp-Name": "test_simple_text"}
+    message = json.dumps(modern("tools/call", {"name": "test_simple_text"}))
+
+    def relayed() -> None:
+        connection.request("POST", "/servers/x/mcp", message, given)
+        assert b"simple text" in connection.getresponse().read()
+
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        assert child.stdin
+        assert child.stdout
+
+        def direct() -> None:
+            assert child.stdin
+            assert child.stdout
+            child.stdin.write(message.encode() + b"\n")
+            child.stdin.flush()
+            assert b"simple text" in child.stdout.readline()
+
+        for each in (relayed, direct):
+            each()
+        pairs = [(timed(direct), timed(relayed)) for _ in range(1000)]
+        floor, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
+        print(f"\na call through the relay: {ours:.2f} ms, to the child itself: {floor:.2f} ms")
+        print(f"more by {ours - floor:.2f} ms (bound 1)")
+        started = time.perf_counter()
+        for _ in range(3000):
+            child.stdin.write(message.encode() + b"\n")
+        child.stdin.flush()
+        for _ in range(3000):
+            child.stdout.readline()
+        itself = 3000 / (time.perf_counter() - started)
+        child.stdin.close()
+    connection.close()
+
+    async def pipelined() -> float:
+        url = f"ws://127.0.0.1:{proxy.port}/servers/x/mcp/ws"
+        socket: Any = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
+        started, done, sent = time.perf_counter(), 0, 0
+        while done < 5000:
+            while sent < 5000 and sent - done < 60:
+                socket.write_message(json.dumps(modern("tools/call", {"name": "test_simple_text"}, id_=sent)))
+                sent += 1
+            await socket.read_message()
+            done += 1
+        socket.close()
+        return 5000 / (time.perf_counter() - started)
+
+    print(f"pipelined over one WebSocket: {asyncio.run(pipelined()):.0f} calls/s (bound 2,000)")
+    print(f"the child itself: {itself:.0f}")
+
+
+@pytest.mark.bench
 def test_bench_twenty_agents_at_once(own: Callable[..., Proxy]) -> None:
     server = own()
     calls = [kept(server) for _ in range(20)]
@@ -3331,3 +3899,443 @@ def test_bench_twenty_thousand_mixed_commands(own: Callable[..., Proxy]) -> None
     print(f"after the first 2,000: {grown:+.1f} MiB (bound 5), {more:+d} descriptors, {18000 / taken:.0f} commands/s")
     for call in calls:
         call.close()  # type: ignore[attr-defined]
+
+
+# ==========================================================================
+# FIXTURES: a stdio MCP server of either era, which the relay is tested with
+# ==========================================================================
+FIXTURES = r'''"""MCP fixture server over stdio: what the official conformance suite calls, and some misbehaving tools.
+
+fixture_server.py legacy   speaks the handshake revisions only (2024-11-05 ... 2025-11-25)
+fixture_server.py modern   speaks 2026-07-28 only
+fixture_server.py both     the first message decides (server/discover does not)
+
+Each tool is written once: Call.ask() sends server requests and waits (legacy), or ends the call with input_required
+and finds the answers in the retry (modern). Environment: FIXTURE_PAGE = entries per list page (0: all on one),
+FIXTURE_KEY = the secret that signs requestState.
+"""
+from __future__ import annotations
+
+import base64, hashlib, hmac, itertools, json, os, sys, threading, time
+from collections.abc import Callable
+from typing import Any
+
+Obj = dict[str, Any]
+NS = "io.modelcontextprotocol/"
+MODERN, LEGACY = "2026-07-28", ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
+INFO = {"name": "fixture-server", "version": "1.0.0"}
+HELLO: Obj = {"instructions": "Fixtures for tests", "capabilities": {
+    "tools": {"listChanged": True}, "prompts": {"listChanged": True}, "completions": {}, "logging": {},
+    "resources": {"subscribe": True, "listChanged": True}}}
+LEVELS = ["debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"]
+CACHED = {"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list", "resources/read"}
+KEY, PAGE = os.environ.get("FIXTURE_KEY", "fixture").encode(), int(os.environ.get("FIXTURE_PAGE", "0"))
+# what a server may ask: the client capability that it needs, the member that every answer has
+ASKABLE = {"elicitation/create": ("elicitation", "action"), "sampling/createMessage": ("sampling", "content"),
+           "roots/list": ("roots", "roots")}
+
+class Reply(Exception): ...      # ends a request: {"error": ...} or {"result": ...}
+class ToolError(Exception): ...  # becomes a result with isError
+class Cancelled(Exception): ...
+
+def refusal(code: int, message: str, data: Any = None) -> Reply:
+    return Reply({"error": {"code": code, "message": message} | ({} if data is None else {"data": data})})
+
+def obj(value: Any) -> Obj: return value if isinstance(value, dict) else {}
+def note(line: str) -> None: print(line, file=sys.stderr, flush=True)
+
+def seal(bound: Any, known: Obj) -> str:
+    body = base64.urlsafe_b64encode(json.dumps({"for": bound, "known": known, "until": time.time() + 600}).encode())
+    return f"{body.decode()}.{hmac.new(KEY, body, hashlib.sha256).hexdigest()}"
+
+def unseal(state: Any, bound: Any) -> Obj:
+    body, _, mac = state.partition(".") if isinstance(state, str) else ("", "", "")
+    if hmac.compare_digest(mac.encode(), hmac.new(KEY, body.encode(), hashlib.sha256).hexdigest().encode()):
+        content: Obj = json.loads(base64.urlsafe_b64decode(body))
+        if content["for"] == bound and content["until"] > time.time():
+            return dict(content["known"])
+    raise refusal(-32602, "Invalid requestState")
+
+class Call:
+    def __init__(self, server: Server, msg: Obj, modern: bool) -> None:
+        self.server, self.modern, self.id, self.method = server, modern, msg["id"], str(msg["method"])
+        self.params = obj(msg.get("params"))
+        self.meta, self.args = obj(self.params.get("_meta")), obj(self.params.get("arguments"))
+        self.caps = obj(self.meta.get(NS + "clientCapabilities")) if modern else server.caps
+        self.name = str(self.params.get("name", self.params.get("uri", "")))
+        self.bound = [self.method, self.name, self.args]  # what its requestState is good for
+        self.known: Obj = {}  # the answers so far
+        self.cancelled, self.changed = False, threading.Condition()
+
+    def wake(self, **news: Any) -> None:  # news are answers; none: cancelled
+        with self.changed:
+            self.known.update(news)
+            self.cancelled |= not news
+            self.changed.notify_all()
+
+    def wait(self, done: Callable[[], bool] = lambda: False, seconds: float | None = None) -> Any:
+        with self.changed:
+            self.changed.wait_for(lambda: self.cancelled or done(), seconds)
+        if self.cancelled:
+            raise Cancelled
+
+    def progress(self, progress: float, **more: Any) -> Any:
+        if "progressToken" in self.meta:
+            self.server.notify("progress", progressToken=self.meta["progressToken"], progress=progress, **more)
+
+    def log(self, data: Any, level: str = "info") -> Any:
+        floor = self.meta.get(NS + "logLevel") if self.modern else self.server.level
+        if floor is not None and LEVELS.index(level) >= LEVELS.index(floor):
+            self.server.notify("message", level=level, logger="fixture", data=data)
+
+    def need(self, capability: str) -> Any:
+        if capability not in self.caps:
+            raise refusal(-32021, "Missing required client capability", {
+                "requiredCapabilities": {capability: {}}}) if self.modern else ToolError(f"Client lacks {capability}")
+
+    def ask(self, requests: Obj, stateful: bool) -> Obj:  # all at once; the answers by key
+        for request in requests.values():
+            self.need(ASKABLE[request["method"]][0])
+        if not self.modern:
+            return self.ask_now(requests)
+        given = obj(self.params.get("inputResponses")) if "requestState" in self.params or not stateful else {}
+        self.known |= {k: given[k] for k, r in requests.items() if ASKABLE[r["method"]][1] in obj(given.get(k))}
+        if missing := {k: r for k, r in requests.items() if k not in self.known}:
+            state = {"requestState": seal(self.bound, self.known)} if stateful else {}
+            raise Reply({"result": {"resultType": "input_required", "inputRequests": missing} | state})
+        return self.known
+
+    def ask_now(self, requests: Obj) -> Obj:
+        ids = {key: next(self.server.ids) for key in requests}
+        for key, request in requests.items():
+            self.server.asked[ids[key]] = self, key
+            self.server.send({"id": ids[key]} | request)
+        try:
+            self.wait(lambda: requests.keys() <= self.known.keys())
+        except Cancelled:
+            for number in [n for n in ids.values() if self.server.asked.pop(n, None)]:
+                self.server.notify("cancelled", requestId=number)
+            raise
+        if errors := [a["error"] for a in self.known.values() if "error" in a]:
+            raise ToolError(f"Client error: {json.dumps(errors)}")
+        return {key: answer.get("result", {}) for key, answer in self.known.items()}
+
+# ---- tools: a string becomes text content, a list is the content, an object the whole result ----
+
+TOOLS: dict[str, tuple[Obj, Callable[[Call], Any]]] = {}
+S, I, B, N = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}, {"type": "number"}
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+WAV = base64.b64encode(b"RIFF&\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0@\x1f\0\0\x80>\0\0\2\0\x10\0data\2\0\0\0\0\0").decode()
+IMAGE: Obj = {"type": "image", "data": PNG, "mimeType": "image/png"}
+def schema(properties: Obj, required: str = "") -> Obj:
+    return {"type": "object", "properties": properties} | ({"required": required.split()} if required else {})
+
+def tool(name: str, run: Callable[[Call], Any] | str | list[Obj], about: str = "", required: str = "", /,
+         **properties: Any) -> None:
+    given = properties.get("inputSchema") or schema(properties, required)
+    TOOLS[name] = ({"name": name, "description": about or f"Fixture {name}", "inputSchema": given},
+                   run if callable(run) else lambda call: run)
+
+def text(value: str) -> Obj: return {"type": "text", "text": value}
+def resource(uri: str, mime: str, value: str) -> Obj:
+    return {"type": "resource", "resource": {"uri": uri, "mimeType": mime, "text": value}}
+def elicit(message: str, required: str = "", **fields: Obj) -> Obj:
+    return {"method": "elicitation/create", "params": {"message": message, "requestedSchema": schema(fields, required)}}
+def sample(prompt: str, tokens: int = 100) -> Obj:
+    return {"method": "sampling/createMessage",
+            "params": {"messages": [{"role": "user", "content": text(prompt)}], "maxTokens": tokens}}
+
+ROOTS: Obj = {"method": "roots/list", "params": {}}
+ASK_NAME, ASK_OK = elicit("What is your name?", "name", name=S), elicit("Please confirm", "ok", ok=B)
+STEP1, STEP2 = elicit("Step 1: your name?", "name", name=S), elicit("Step 2: your favorite color?", "color", color=S)
+OPTIONS, TITLED = ["option1", "option2", "option3"], [{"const": f"value{n}", "title": f"Option {n}"} for n in (1, 2, 3)]
+DEFAULTS = elicit(
+    "Please review the defaults", name=S | {"default": "John Doe"}, age=I | {"default": 30}, score=N | {"default": 95.5},
+    status=S | {"enum": ["active", "inactive", "pending"], "default": "active"}, verified=B | {"default": True})
+ENUMS = elicit(
+    "Please select options", untitledSingle=S | {"enum": OPTIONS}, titledSingle=S | {"oneOf": TITLED},
+    legacyEnum=S | {"enum": ["opt1", "opt2", "opt3"], "enumNames": ["Option One", "Option Two", "Option Three"]},
+    untitledMulti={"type": "array", "items": S | {"enum": OPTIONS}},
+    titledMulti={"type": "array", "items": {"anyOf": TITLED}})
+
+def steps(call: Call) -> str:
+    for value, line in (0, "Tool execution started"), (50, "Tool processing data"), (100, "Tool execution completed"):
+        call.log(line) if "logging" in call.name else call.progress(value, total=100, message=line)
+        call.wait(seconds=0.05)
+    return "Three steps done"
+def slow(call: Call) -> str:
+    last = round(call.args.get("seconds", 5) / 0.2)
+    for step in range(1, last + 1):
+        call.wait(seconds=0.2)
+        call.progress(step, message=f"step {step} of {last}")
+    return f"slept {last * 0.2:.1f} s"
+def answers(call: Call, stateful: bool = False, **questions: Obj) -> str:
+    return f"Answers: {json.dumps(call.ask(questions, stateful))}"
+def fail(call: Call) -> Any:
+    if call.name != "fail":
+        raise ToolError("This tool intentionally returns an error for testing")
+    raise refusal(call.args.get("code", -32000), call.args.get("message", "failed"), call.args.get("data"))
+def change(call: Call) -> str:  # really adds or removes extra_tool, extra_prompt; resources only pretend
+    kind, uri = call.name.split("_")[2], call.args.get("uri")
+    call.server.extra ^= {kind}
+    call.server.tell(*((f"{kind}s/list_changed", f"{kind}sListChanged") if uri is None else
+                       ("resources/updated", "resourceSubscriptions", uri)))
+    return f"{kind} changed"
+def flood(call: Call) -> str:
+    for number in range(call.args.get("lines", 1000)):
+        (note if call.args.get("to") == "stderr" else call.log)(f"log line {number}")
+    return "flooded"
+def end_listen(call: Call) -> str:
+    for key in list(call.server.listens):
+        del call.server.listens[key]
+        call.server.send({"id": key, "result": {"resultType": "complete", "_meta": {NS + "subscriptionId": key}}})
+    return "ended"
+
+tool("test_simple_text", "This is a simple text response for testing.")
+tool("test_image_content", [IMAGE])
+tool("test_audio_content", [{"type": "audio", "data": WAV, "mimeType": "audio/wav"}])
+tool("test_embedded_resource", [resource("test://embedded-resource", "text/plain", "This is an embedded resource content.")])
+tool("test_multiple_content_types", [text("Multiple content types test:"), IMAGE, resource(
+    "test://mixed-content-resource", "application/json", '{"test":"data","value":123}')])
+tool("test_error_handling", fail)
+tool("test_tool_with_logging", steps)
+tool("test_logging_tool", steps)
+tool("test_tool_with_progress", steps)
+tool("test_sampling", lambda c: answers(c, llm=sample(c.args["prompt"])), "Asks the model", "prompt", prompt=S)
+tool("test_elicitation", lambda c: answers(c, user=elicit(c.args["message"], "username email", username=S, email=S)),
+     "Asks the user", "message", message=S)
+tool("test_elicitation_sep1034_defaults", lambda c: answers(c, form=DEFAULTS))
+tool("test_elicitation_sep1330_enums", lambda c: answers(c, form=ENUMS))
+tool("test_streaming_elicitation", lambda c: c.progress(1, message="about to ask") or answers(c, ok=ASK_OK))
+tool("test_missing_capability", lambda c: c.need("sampling") or "The client declared sampling")
+tool("json_schema_2020_12_tool", lambda c: json.dumps(c.args), inputSchema={
+    "$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object",
+    "$defs": {"address": {"$anchor": "addressDef", "type": "object", "properties": {"street": S, "city": S}}},
+    "properties": {"name": S, "address": {"$ref": "#/$defs/address"}, "phone": S, "email": S,
+                   "contactMethod": {"type": "string", "enum": ["phone", "email"]}},
+    "allOf": [{"anyOf": [{"required": ["phone"]}, {"required": ["email"]}]}],
+    "if": {"properties": {"contactMethod": {"const": "phone"}}, "required": ["contactMethod"]},
+    "then": {"required": ["phone"]}, "else": {"required": ["email"]}, "additionalProperties": False})
+tool("test_x_mcp_header", lambda c: json.dumps(c.args), "Has arguments that HTTP headers repeat", "region", query=S,
+     region=S | {"x-mcp-header": "Region"}, priority=I | {"x-mcp-header": "Priority"})
+tool("test_trigger_tool_change", change)
+tool("test_trigger_prompt_change", change)
+tool("test_trigger_resource_change", change, "With uri: the resource was updated; without: the list changed", uri=S)
+IRR = "test_input_required_result_"
+tool(IRR + "elicitation", lambda c: answers(c, user_name=ASK_NAME))
+tool(IRR + "sampling", lambda c: answers(c, capital_question=sample("What is the capital of France?")))
+tool(IRR + "list_roots", lambda c: answers(c, client_roots=ROOTS))
+tool(IRR + "request_state", lambda c: "state-ok. " + answers(c, True, confirm=ASK_OK))
+tool(IRR + "multiple_inputs", lambda c: answers(
+    c, True, user_name=ASK_NAME, greeting=sample("Generate a greeting", 50), client_roots=ROOTS))
+tool(IRR + "multi_round", lambda c: answers(c, True, step1=STEP1) and answers(c, True, step2=STEP2))
+tool(IRR + "tampered_state", lambda c: answers(c, True, confirm=ASK_OK))
+tool(IRR + "capabilities", lambda c: answers(c, False, **{
+    q["method"]: q for q in (ASK_NAME, sample("Say hello"), ROOTS) if ASKABLE[q["method"]][0] in c.caps}))
+tool("test_slow", slow, "Progress every 0.2 s", seconds=N, label=S)
+tool("hang", lambda c: c.wait(), "Never answers", label=S)
+tool("echo", lambda c: {"content": [text(json.dumps({"arguments": c.args, "params": c.params}, ensure_ascii=False))]}
+     | c.args.get("result", {}), "Returns arguments and params as JSON; `result` is merged into the result")
+tool("fail", fail, "A JSON-RPC error", code=I, message=S, data={})
+tool("big", lambda c: "x" * c.args.get("bytes", 1 << 20), bytes=I)
+tool("die", lambda c: os._exit(3))
+tool("flood", flood, "Log messages, or lines on stderr (to=stderr)", lines=I, to=S)
+tool("noise", lambda c: c.server.write(b"this line is no JSON\n") or "after the noise")
+tool("half", lambda c: c.server.write(b'{"jsonrpc":"2.0","resu') or os._exit(4), "Writes half a line and exits")
+tool("counter", lambda c: str(next(c.server.count)), "How often it was called in this process")
+tool("env", lambda c: os.environ.get(c.args["name"], ""), "An environment variable", "name", name=S)
+tool("pid", lambda c: str(os.getpid()))
+tool("end_listen", end_listen, "Ends all subscriptions/listen from this side")
+tool("extra_tool", "extra", "Comes and goes")
+
+# ---- prompts and resources ----
+
+def prompt(name: str, *arguments: str) -> Obj:
+    listed = {"arguments": [{"name": a, "required": True} for a in arguments]} if arguments else {}
+    return {"name": name, "description": f"Fixture {name}"} | listed
+
+ASK_CONTEXT = elicit("What context should the prompt use?", "context", context=S)
+PROMPTS: dict[str, tuple[Obj, Callable[[Call], list[Obj]]]] = {made[0]["name"]: made for made in (
+    (prompt("test_simple_prompt"), lambda c: [text("This is a simple prompt for testing.")]),
+    (prompt("test_prompt_with_arguments", "arg1", "arg2"), lambda c: [
+        text(f"Prompt with arguments: arg1='{c.args['arg1']}', arg2='{c.args['arg2']}'")]),
+    (prompt("test_prompt_with_embedded_resource", "resourceUri"), lambda c: [
+        resource(c.args["resourceUri"], "text/plain", "Embedded resource content for testing."),
+        text("Please process the embedded resource above.")]),
+    (prompt("test_prompt_with_image"), lambda c: [IMAGE, text("Please analyze the image above.")]),
+    (prompt(IRR + "prompt"), lambda c: [text(answers(c, user_context=ASK_CONTEXT))]),
+    (prompt("extra_prompt"), lambda c: [text("extra")]))}
+RESOURCES: dict[str, tuple[str, Callable[[Call], str]]] = {
+    "test://static-text": ("text/plain", lambda c: "This is the content of the static text resource."),
+    "test://static-binary": ("image/png", lambda c: PNG), "test://watched-resource": ("text/plain", lambda c: "Watched"),
+    "test://asking": ("text/plain", lambda c: answers(c, user_name=ASK_NAME))}
+LISTED = [{"uri": uri, "name": uri[7:], "description": f"Fixture {uri}", "mimeType": r[0]} for uri, r in RESOURCES.items()]
+TEMPLATE = {"uriTemplate": "test://template/{id}/data", "name": "template", "mimeType": "application/json"}
+
+# ---- methods; None means no answer ----
+
+def page(call: Call, key: str, entries: list[Obj]) -> Obj:
+    cursor = call.params.get("cursor", "0")
+    if not (isinstance(cursor, str) and cursor.isdecimal() and int(cursor) < len(entries)):
+        raise refusal(-32602, "Invalid cursor")
+    end = int(cursor) + (PAGE or len(entries))
+    return {key: entries[int(cursor):end]} | ({"nextCursor": str(end)} if end < len(entries) else {})
+def call_tool(call: Call) -> Obj:
+    if call.name not in TOOLS or call.name == "extra_tool" and "tool" not in call.server.extra:
+        raise refusal(-32602, f"Unknown tool: {call.name}")
+    try:
+        out = TOOLS[call.name][1](call)
+    except (ToolError, LookupError, TypeError, ValueError) as error:
+        return {"content": [text(str(error))], "isError": True}
+    return out if isinstance(out, dict) else {"content": out if isinstance(out, list) else [text(out)]}
+def get_prompt(call: Call) -> Obj:
+    try:
+        return {"messages": [{"role": "user", "content": content} for content in PROMPTS[call.name][1](call)]}
+    except (ToolError, LookupError) as error:
+        raise refusal(-32602, f"No such prompt, or it cannot be made: {error}") from None
+def read(call: Call) -> Obj:
+    uri, key = call.name, call.name[16:-5]
+    if uri == f"test://template/{key}/data":
+        value = json.dumps({"id": key, "templateTest": True, "data": f"Data for ID: {key}"})
+        return {"contents": [{"uri": uri, "mimeType": "application/json", "text": value}]}
+    if uri not in RESOURCES:
+        raise refusal(-32602 if call.modern else -32002, "Resource not found", {"uri": uri})
+    mime, get = RESOURCES[uri]
+    return {"contents": [{"uri": uri, "mimeType": mime, "text" if mime == "text/plain" else "blob": get(call)}]}
+def complete(call: Call) -> Obj:
+    start = str(obj(call.params.get("argument")).get("value", ""))
+    values = [v for v in ("paris", "park", "party", "test1", "test2") if v.startswith(start)]
+    return {"completion": {"values": values, "total": len(values), "hasMore": False}}
+def initialize(call: Call) -> Obj:
+    asked, call.server.caps = call.params.get("protocolVersion"), obj(call.params.get("capabilities"))
+    call.server.initialized = True
+    return {"protocolVersion": asked if asked in LEGACY else LEGACY[-1], "serverInfo": INFO} | HELLO
+def set_level(call: Call) -> Obj:
+    if call.params.get("level") not in LEVELS:
+        raise refusal(-32602, "Invalid log level")
+    call.server.level = call.params["level"]
+    return {}
+def subscribe(call: Call) -> Obj:
+    (set.add if call.method == "resources/subscribe" else set.discard)(call.server.subscribed, call.name)
+    return {}
+def listen(call: Call) -> None:
+    known = ("toolsListChanged", "promptsListChanged", "resourcesListChanged", "resourceSubscriptions")
+    honoured = {k: want for k in known if (want := obj(call.params.get("notifications")).get(k))}
+    call.server.notify("subscriptions/acknowledged", _meta={NS + "subscriptionId": call.id}, notifications=honoured)
+    call.server.listens[call.id] = honoured  # not before: the acknowledgement comes first
+
+BOTH: dict[str, Callable[[Call], Obj | None]] = {
+    "tools/list": lambda c: page(c, "tools", [t for t, _ in TOOLS.values()][:None if "tool" in c.server.extra else -1]),
+    "prompts/list": lambda c: page(
+        c, "prompts", [p for p, _ in PROMPTS.values()][:None if "prompt" in c.server.extra else -1]),
+    "resources/list": lambda c: page(c, "resources", LISTED), "tools/call": call_tool, "prompts/get": get_prompt,
+    "resources/templates/list": lambda c: page(c, "resourceTemplates", [TEMPLATE]), "resources/read": read,
+    "completion/complete": complete}
+METHODS: dict[bool, dict[str, Callable[[Call], Obj | None]]] = {
+    False: BOTH | {"initialize": initialize, "ping": lambda c: {}, "logging/setLevel": set_level,
+                   "resources/subscribe": subscribe, "resources/unsubscribe": subscribe},
+    True: BOTH | {"subscriptions/listen": listen, "server/discover": lambda c: {"supportedVersions": [MODERN]} | HELLO}}
+
+class Server:
+    def __init__(self, era: str) -> None:
+        self.era, self.level, self.initialized = era, "info", False  # era: "" until a message decides
+        self.ids: itertools.count[int] = itertools.count()  # from 0: they collide with the client's
+        self.count: itertools.count[int] = itertools.count(1)
+        self.out = threading.Lock()
+        self.calls: dict[Any, Call] = {}
+        self.asked: dict[Any, tuple[Call, str]] = {}
+        self.listens: dict[Any, Obj] = {}
+        self.caps: Obj = {}
+        self.subscribed: set[str] = set()
+        self.extra: set[str] = set()
+
+    def write(self, raw: bytes) -> Any:
+        with self.out:
+            sys.stdout.buffer.write(raw)
+            sys.stdout.buffer.flush()
+
+    def send(self, message: Obj) -> None:
+        line = json.dumps({"jsonrpc": "2.0"} | message, ensure_ascii=False, separators=(",", ":"))
+        self.write(line.encode(errors="backslashreplace") + b"\n")  # a lone surrogate is \udXXX in JSON, too
+
+    def notify(self, kind: str, **params: Any) -> None:
+        self.send({"method": f"notifications/{kind}", "params": params})
+
+    def tell(self, method: str, kind: str, uri: str | None = None) -> None:
+        params = {} if uri is None else {"uri": uri}
+        if self.era == "legacy" and (uri is None or uri in self.subscribed):
+            self.notify(method, **params)
+        for key, want in list(self.listens.items()):
+            if kind in want and (uri is None or uri in want[kind]):
+                self.notify(method, _meta={NS + "subscriptionId": key}, **params)
+
+    def check(self, call: Call) -> None:
+        if call.method not in METHODS[call.modern]:
+            raise refusal(-32601, "Method not found")
+        if not call.modern:
+            if self.initialized or call.method in ("initialize", "ping"):
+                return
+            raise refusal(-32600, "Not initialized")
+        if not isinstance(call.meta.get(NS + "protocolVersion"), str) or NS + "clientCapabilities" not in call.meta:
+            raise refusal(-32602, f"_meta needs {NS}protocolVersion and {NS}clientCapabilities")
+        if (asked := call.meta[NS + "protocolVersion"]) != MODERN:
+            raise refusal(-32022, "Unsupported protocol version", {"supported": [MODERN], "requested": asked})
+        if call.meta.get(NS + "logLevel", "info") not in LEVELS:
+            raise refusal(-32602, "Invalid log level")
+        if "requestState" in call.params:
+            call.known = unseal(call.params["requestState"], call.bound)
+
+    def run(self, call: Call) -> None:
+        try:
+            self.check(call)
+            reply: Obj = {"result": METHODS[call.modern][call.method](call)}
+        except Reply as error:
+            reply = error.args[0]
+        except Cancelled:
+            note(f"cancelled {call.name} {call.args.get('label', '')}".rstrip())
+        except Exception as error:
+            reply = {"error": {"code": -32603, "message": repr(error)}}
+        if self.calls.pop(call.id, call).cancelled or reply.get("result", {}) is None:
+            return
+        if call.modern and "result" in reply:
+            if call.method in CACHED and "resultType" not in reply["result"]:
+                reply["result"] |= {"ttlMs": 1234, "cacheScope": "public"}
+            reply["result"] = {"resultType": "complete", "_meta": {NS + "serverInfo": INFO}} | reply["result"]
+        self.send({"id": call.id} | reply)
+
+    def receive(self, line: bytes) -> None:
+        try:
+            msg = obj(json.loads(line))
+        except (ValueError, RecursionError):
+            msg = {}
+        method, params = msg.get("method"), obj(msg.get("params"))
+        rid = params.get("requestId") if method == "notifications/cancelled" else msg.get("id", 0)
+        if not msg or not isinstance(rid, (int, str)):
+            self.send({"id": None, "error": {"code": -32700, "message": "Not a JSON-RPC message"}})
+        elif method is None:  # an answer
+            if found := self.asked.pop(rid, None):
+                found[0].wake(**{found[1]: msg})
+        elif method == "notifications/cancelled":
+            self.listens.pop(rid, None)
+            if running := self.calls.get(rid):
+                running.wake()
+        elif "id" in msg:
+            if not self.era and method != "server/discover":
+                self.era = "modern" if NS + "protocolVersion" in obj(params.get("_meta")) else "legacy"
+            call = Call(self, msg, self.era != "legacy")
+            self.calls[rid] = call
+            if method in ("tools/call", "prompts/get", "resources/read"):
+                threading.Thread(target=self.run, args=(call,), daemon=True).start()
+            else:
+                self.run(call)
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in ("legacy", "modern", "both"):
+        sys.exit("usage: fixture_server.py legacy|modern|both")
+    note(f"fixture server {os.getpid()}: {sys.argv[1]}")
+    SERVER = Server(sys.argv[1].replace("both", ""))
+    for LINE in sys.stdin.buffer:
+        if LINE.strip():
+            SERVER.receive(LINE)
+    os._exit(0)  # whatever still runs
+'''  # noqa: E501
