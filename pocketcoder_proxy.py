@@ -634,7 +634,7 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                          budget 174
+# Tmux                                                          budget 180
 # ==========================================================================
 # The only section that talks to tmux.
 #
@@ -644,6 +644,7 @@ class ExecResponse:
 PANE_FORMAT = "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_tty} #{window_name}"
 # Changes when somebody types, or anything is shown; not a person's last look at it.
 PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
+NO_MODE = "#{==:#{pane_in_mode}#{pane_synchronized},00}"
 
 
 class Pane(NamedTuple):
@@ -687,18 +688,17 @@ class Tmux(asyncio.SubprocessProtocol):
         self.block = ""  # what stood behind `%begin`, and will behind `%end`
         self.closed, self.ended = False, asyncio.Event()  # of no use any more; its process is gone
         self.notices = 0  # how many there were: what was asked before may be old
+        self.made = list[Pane]()  # with the session, if that was missing
 
     @classmethod
     async def connect(
-        cls, path: str, session: str, create: list[str] | None, on_notice: Callable[[], object] = int
+        cls, path: str, session: str, window: list[str] | None, on_notice: Callable[[], object] = int
     ) -> Tmux:
-        """Attach to `session` at the socket `path`; `create`: words that make it if missing."""
+        """Attach to `session` at the socket `path`; make it if it is missing, with this first `window`."""
         hidden = ("POCKETCODER_TOKEN", "POCKETCODER_RUN_ID", "TMUX", "TMUX_PANE")
         variables = {name: value for name, value in os.environ.items() if name not in hidden}
-        words = ["attach-session", "-t", f"={session}"]
-        if create is not None:
-            words = ["new-session", "-A", "-s", session, "-x", "200", "-y", "50"]
-        words = ["tmux", "-S", path, "-C", *words, "-f", "no-output,ignore-size", *(create or [])]
+        words = ["tmux", "-S", path, "-C", "new-session", "-A", "-s", session, "-x", "200", "-y", "50"]
+        words += ["-P", "-F", PANE_FORMAT, "-f", "no-output,ignore-size", *(window or [])]
         try:  # default-shell is taken from SHELL, which may be this very file
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             _, self = await asyncio.get_running_loop().subprocess_exec(
@@ -707,11 +707,13 @@ class Tmux(asyncio.SubprocessProtocol):
         except OSError as missing:
             raise NoTerminal(f"cannot run tmux ({missing}): install tmux 3.2 or later") from None
         try:
-            await self.reply(self.attached)
+            self.made = [Pane.parse(line) for line in await self.reply(self.attached)]
         except BaseException:
             self.close()
             raise
         self.send(["set-option", "-t", f"={session}:", "default-size", "200x50"])
+        for pane in self.made:
+            self.keep_name(pane)
         return self
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -802,12 +804,17 @@ class Tmux(asyncio.SubprocessProtocol):
         The reply is empty if they were pressed.
         """
         words = " ".join(map(quote, ["send-keys", "-t", pane.pane_id, *keys]))
-        same = f"#{{==:{PANE_STATE},{state}}}" if state else "#{==:#{pane_in_mode}#{pane_synchronized},00}"
+        same = f"#{{==:{PANE_STATE},{state}}}" if state else NO_MODE
         return self.send(["if-shell", "-F", "-t", pane.pane_id, same, words, "display-message -p no"], [])
+
+    def keep_name(self, pane: Pane) -> None:
+        """Let nobody but a person rename its window."""
+        rename = ["set-option", "-w", "-t", pane.window_id]
+        self.send([*rename, "automatic-rename", "off"], [*rename, "allow-rename", "off"])
 
 
 # ==========================================================================
-# Execution Driver                                             budget 1016
+# Execution Driver                                              budget 960
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -868,7 +875,7 @@ def go_script(job: Job, shell: str) -> dict[str, str]:
     files["go"] = GO.format(
         run=path,
         run_id=job.run_id,
-        status=shlex.quote(f"{job.files.folder}/status"),
+        status=shlex.quote(job.files.status_path),
         cwd=shlex.quote(request.cwd or "."),
         variables=" ".join([QUIET, *(f"POCKETCODER_{name}={shlex.quote(value)}" for name, value in ids.items())]),
         command=shlex.join(command),
@@ -900,7 +907,7 @@ def process(pid: int) -> Process | None:
     """None: there is none, or it has ended."""
     with contextlib.suppress(OSError):
         head, _, tail = read_proc(pid, "stat").decode("latin-1").rpartition(")")
-        state, parent, group, _, _, foreground, *_ = tail.split()
+        state, parent, group, _, _, foreground, *_ = tail.split(None, 6)
         if state not in "ZX":
             return Process(head.partition("(")[2], int(parent), int(group), int(foreground))
     return None
@@ -925,7 +932,7 @@ def processes_of(job: Job) -> set[int]:
 class PaneShell:
     """The shell in a pane: whether it waits for a command, and whether somebody has typed there."""
 
-    def __init__(self, pane: Pane, new: bool) -> None:
+    def __init__(self, pane: Pane, new: bool = False) -> None:
         self.pane = pane
         self.ran = False  # a line of ours: it is through with its start-up files, and no script
         self.shown = False  # its prompt, in a way that can be told
@@ -937,33 +944,25 @@ class PaneShell:
 
     def look(self) -> str:
         """Whether it waits for a command: "ready", "perhaps" (it does not say), "soon", "busy"."""
-        try:
+        with contextlib.suppress(OSError, termios.error):
             shell = process(self.pane.pid)
             if shell and shell.name == "tmux: server":  # forked, and about to become the shell
                 return "soon"
-            if (
-                not shell
-                or shell.foreground != shell.group
-                or shell.name not in SHELLS
-                or not (self.ran or self._interactive())
-            ):
-                return "busy"
-            if not SHELLS[shell.name]:
-                return "perhaps"
-            tty = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
-            try:
-                return "soon" if termios.tcgetattr(tty)[3] & termios.ICANON else "ready"
-            finally:
-                os.close(tty)
-        except (OSError, termios.error):
-            return "busy"
+            if shell and shell.foreground == shell.group and shell.name in SHELLS and (self.ran or self._reads_tty()):
+                if not SHELLS[shell.name]:
+                    return "perhaps"
+                tty = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+                try:
+                    return "soon" if termios.tcgetattr(tty)[3] & termios.ICANON else "ready"
+                finally:
+                    os.close(tty)
+        return "busy"
 
-    def _interactive(self) -> bool:
+    def _reads_tty(self) -> bool:
         """It was not started with a script or with -c."""
         words = read_proc(self.pane.pid, "cmdline").decode("latin-1").split("\0")[1:-1]
-        words = [word for word in words if word not in SHELLS]
-        script = any(word[:1] not in "-+" for word in words) and "-i" not in words
-        return not script and not any("c" in word for word in words if word[:2] != "--")
+        letters = "".join(word for word in words if re.match(r"[-+]\w", word))
+        return "c" not in letters and ("i" in letters or all(w[:1] in "-+" or w in SHELLS for w in words))
 
     async def at_prompt(self) -> bool:
         """Whether it waits for a command, or will in a moment."""
@@ -975,12 +974,12 @@ class PaneShell:
         self.shown |= state == "ready"
         return state in ("ready", "perhaps") or (state == "soon" and not self.shown)
 
-    async def clear(self, tmux: Tmux) -> tuple[str, int]:
-        """Make sure that nothing is typed at the prompt: the pane's state then, and the column of its cursor."""
+    async def clear(self, tmux: Tmux) -> str:
+        """Make sure that nothing is typed at the prompt: its state then, now in `last`; "" if nobody can type yet."""
         quiet, state = time.monotonic() < self.quiet, self.state
         self.quiet, self.state = 0.0, ""
         if state or (self.last and quiet):  # in the moment after a run nobody has typed a line
-            return state, int(self.last.split()[0])
+            return state
         if quiet:
             await asyncio.sleep(CLEAR_PAUSE)  # a new shell draws its prompt
         now = await tmux.state(self.pane)
@@ -998,25 +997,25 @@ class PaneShell:
                 await self.at_prompt()
                 now = await tmux.state(self.pane)
         self.last = now  # if nobody uses it now, it is known later
-        return now, int(now.split()[0])
+        return now
 
-    def back(self, tmux: Tmux, column: int) -> None:
-        """A run has ended: note in what state the prompt is then.  Who types, changes that."""
-        self.quiet, self.state = time.monotonic() + 2 * CLEAR_PAUSE, ""
-        if self.noting is not None:
-            self.noting.cancel()
-        self.noting = asyncio.ensure_future(self._note(tmux, column))
+    def back(self, tmux: Tmux) -> None:
+        """A run has ended: learn in what state the prompt is then.  Who types, changes that."""
+        self.quiet = time.monotonic() + 2 * CLEAR_PAUSE
+        self.noting = asyncio.ensure_future(self._note(tmux, self.quiet))
 
-    async def _note(self, tmux: Tmux, column: int) -> None:
+    async def _note(self, tmux: Tmux, quiet: float) -> None:
+        for _ in range(PROMPT_TRIES):
+            await asyncio.sleep(CLEAR_PAUSE)
+            if self.quiet != quiet:  # it is used again
+                return
+            if self.look() in ("ready", "perhaps"):
+                break
+            self.quiet = quiet = quiet + CLEAR_PAUSE  # a slow machine: nobody sees a prompt to type at
         with contextlib.suppress(NoTerminal):
-            for _ in range(PROMPT_TRIES):
-                await asyncio.sleep(CLEAR_PAUSE)
-                if not self.quiet or self.look() in ("ready", "perhaps"):
-                    break
-                self.quiet += CLEAR_PAUSE  # a slow machine: nobody sees a prompt to type at
-            now = await tmux.state(self.pane) if self.quiet and not tmux.closed else ""
-            # In another column, something was typed meanwhile; not quiet: it is used again.
-            if self.quiet and now.partition(" ")[0] == str(column) and self.look() in ("ready", "perhaps"):
+            now = await tmux.state(self.pane)
+            same = now.split()[0] == self.last.split()[0]  # in another column, something was typed meanwhile
+            if self.quiet == quiet and same and self.look() in ("ready", "perhaps"):
                 self.quiet, self.state, self.last = 0.0, now, now
 
 
@@ -1046,97 +1045,62 @@ class Capture:
         return f"{begin}{newline}[pocketcoder: {missing} bytes left out]\n{tail.decode(errors='replace')}"
 
 
-class View:
-    """A run's output copied to the pane's tty for a person: best effort, nobody waits for it."""
+class Pipe:
+    """Our end of a FIFO, which is made if it is missing; or a terminal."""
 
-    # Colours and movements pass; what else a terminal does on request is not for a command.
-    UNSAFE = re.compile(rb"[\0-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[[0-9;:]*[A-HJKSTfm])")
+    def __init__(self, path: str, flags: int, on_close: Callable[[], object] = int) -> None:
+        self.loop, self.on_close = asyncio.get_running_loop(), on_close
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(path, 0o600)
+        self.fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
 
-    def __init__(self, pane: Pane, command: str, line: str, column: int) -> None:
-        """The typed `line` is to be replaced by `command`, behind the prompt that ends at `column`."""
-        self.space, self.hidden, self.newline, self.begun = MAX_VIEW, 0, True, False
-        rows = 1 + (column + len(line)) // max(1, pane.width)
-        shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
-        safe = self.UNSAFE.sub(b"", shown.encode()).replace(b"\x1b", b"")
-        self.unwritten = bytearray(b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, safe))
-        self.fd = os.open(pane.tty, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-
-    def write(self) -> None:
-        """Show what there is, and from now on what comes, as far as the terminal takes it."""
-        self.begun = True
-        with contextlib.suppress(OSError):  # it is full, or gone
-            del self.unwritten[: os.write(self.fd, self.unwritten)]
-        if self.unwritten and self.fd >= 0:
-            asyncio.get_running_loop().call_later(VIEW_PAUSE, self.write)
-
-    def add(self, chunk: bytes) -> None:
-        shown, self.space = self.UNSAFE.sub(b"", chunk[: self.space]), self.space - len(chunk)
-        if self.space < 0:
-            self.hidden, self.space = self.hidden - self.space, 0
-        if shown:
-            self.newline, waiting = shown.endswith(b"\n"), len(self.unwritten)
-            self.unwritten += shown
-            if self.begun and not waiting:
-                self.write()
-
-    async def end(self, exit_code: int) -> None:
-        """Mark the end, and wait a moment until all is on the terminal."""
-        hidden = f"[pocketcoder: {self.hidden} more bytes not shown here]\n" if self.hidden else ""
-        mark = f"[exit {exit_code}]\n" if exit_code else ""
-        self.unwritten += f"{'' if self.newline else chr(10)}{hidden}{mark}".encode()
-        self.write()
-        for _ in range(VIEW_TRIES):
-            if self.unwritten and self.fd >= 0:
-                await asyncio.sleep(VIEW_PAUSE)
-        self.close()
+    def widen(self) -> None:
+        """Let it hold more, as far as the system allows."""
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self.fd, 1031, CHUNK)  # F_SETPIPE_SZ
 
     def close(self) -> None:
         if self.fd >= 0:
+            self.loop.remove_reader(self.fd)
+            self.loop.remove_writer(self.fd)
             os.close(self.fd)
             self.fd = -1
+            self.on_close()
 
 
-def widen(pipe: int) -> None:
-    """Let it hold more, as far as the system allows."""
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(pipe, 1031, CHUNK)  # F_SETPIPE_SZ
-
-
-class Output:
-    """A FIFO that a run writes to: handed to `take` while the run lasts, then drained.
+class Output(Pipe):
+    """What a run writes: handed to `take` while the run lasts, then drained.
 
     An awaitable that `take` returns stops the reading until it is done: back-pressure.
     """
 
-    def __init__(self, path: str, take: Take | None) -> None:
-        self.loop = asyncio.get_running_loop()
+    def __init__(self, path: str, take: Take | None, on_close: Callable[[], object] = int) -> None:
+        super().__init__(path, os.O_RDONLY, on_close)
         self.take, self.total = take, 0
         self.taken: asyncio.Future[None] | None = None
-        self.closed: asyncio.Future[None] = self.loop.create_future()
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         self._resume()
 
     def _resume(self) -> None:
         if self.fd >= 0:
             self.loop.add_reader(self.fd, self._read)
 
-    def _read(self, size: int = CHUNK) -> None:
+    def _read(self) -> None:
         try:
-            chunk = os.read(self.fd, size)
+            chunk = os.read(self.fd, CHUNK)
         except BlockingIOError:
             return
         if not chunk:
-            return self.close()
-        if self.take is None:  # what outlives its run may write on, at no cost to others
+            self.close()
+        elif self.take is None:  # what outlives its run may write on, at no cost to others
             self.loop.remove_reader(self.fd)
             self.loop.call_later(DRAIN_PAUSE, self._resume)
-            return
-        self.total += len(chunk)
-        if len(chunk) == 64 * KIB:  # a pipe of the usual size, full
-            widen(self.fd)
-        if (wait := self.take(chunk)) is not None:
-            self.loop.remove_reader(self.fd)
-            self.taken = asyncio.ensure_future(self._wait(self.taken, wait))
+        else:
+            self.total += len(chunk)
+            if len(chunk) == 64 * KIB:  # a pipe of the usual size, full
+                self.widen()
+            if (wait := self.take(chunk)) is not None:
+                self.loop.remove_reader(self.fd)
+                self.taken = asyncio.ensure_future(self._wait(self.taken, wait))
 
     async def _wait(self, before: Awaitable[None] | None, this: Awaitable[None]) -> None:
         with contextlib.suppress(OSError):  # the reader has left
@@ -1148,30 +1112,17 @@ class Output:
     def finish(self) -> None:
         """The command has ended: take what it left in the pipe, drain what others write."""
         if self.fd >= 0 and self.take:
-            left = int.from_bytes(fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4)), sys.byteorder)
-            if left:
-                self._read(left)
-        self.take = None
-        if self.fd >= 0:
+            self._read()
+            self.take = None
             self._resume()
-            self._read()  # or find that nobody else writes
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            self.loop.remove_reader(self.fd)
-            os.close(self.fd)
-            self.fd = -1
-            self.closed.set_result(None)
 
 
-class Input:
-    """The write end of a FIFO that a run reads: its stdin, as it comes."""
+class Input(Pipe):
+    """What a run reads: its stdin, as it comes."""
 
     def __init__(self, path: str) -> None:
-        os.mkfifo(path, 0o600)
-        self.loop = asyncio.get_running_loop()
-        self.space: asyncio.Future[None] = self.loop.create_future()
-        self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)  # go need not wait for a writer
+        self.room = asyncio.Event()
+        super().__init__(path, os.O_RDWR, self.room.set)  # not O_WRONLY: go need not wait for a writer
 
     async def write(self, data: bytes) -> None:
         """Wait until all is in the pipe, or it is closed."""
@@ -1180,21 +1131,58 @@ class Input:
             try:
                 left = left[os.write(self.fd, left) :]
             except BlockingIOError:
-                widen(self.fd)
-                self.space = self.loop.create_future()
+                self.widen()
+                self.room.clear()
                 self.loop.add_writer(self.fd, self._wake)
-                await self.space
+                await self.room.wait()
 
     def _wake(self) -> None:
         self.loop.remove_writer(self.fd)
-        if not self.space.done():
-            self.space.set_result(None)
+        self.room.set()
 
-    def close(self) -> None:
-        if self.fd >= 0:
-            self._wake()
-            os.close(self.fd)
-            self.fd = -1
+
+class View(Pipe):
+    """A run's output copied to the pane's tty for a person: best effort, nobody waits for it."""
+
+    # Colours and movements pass; what else a terminal does on request is not for a command.
+    UNSAFE = re.compile(rb"[\0-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[[0-9;:]*[A-HJKSTfm])")
+
+    def __init__(self, pane: Pane, command: str, line: str, column: int) -> None:
+        """The typed `line` is to be replaced by `command`, behind the prompt that ends at `column`."""
+        super().__init__(pane.tty, os.O_WRONLY)
+        self.seen, self.newline, self.begun = 0, True, False
+        rows = 1 + (column + len(line)) // max(1, pane.width)
+        shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
+        safe = self.UNSAFE.sub(b"", shown.encode()).replace(b"\x1b", b"")
+        self.unwritten = bytearray(b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, safe))
+
+    def write(self) -> None:
+        """Show what there is, and from now on what comes, as far as the terminal takes it."""
+        self.begun = True
+        with contextlib.suppress(OSError):  # it is full, or gone
+            del self.unwritten[: os.write(self.fd, self.unwritten)]
+        if self.unwritten and self.fd >= 0:
+            self.loop.call_later(VIEW_PAUSE, self.write)
+
+    def add(self, chunk: bytes) -> None:
+        shown, waiting = self.UNSAFE.sub(b"", chunk[: max(0, MAX_VIEW - self.seen)]), len(self.unwritten)
+        self.seen += len(chunk)
+        if shown:
+            self.newline = shown.endswith(b"\n")
+            self.unwritten += shown
+            if self.begun and not waiting:
+                self.write()
+
+    async def end(self, exit_code: int) -> None:
+        """Mark the end, and wait a moment until all is on the terminal."""
+        hidden = f"[pocketcoder: {self.seen - MAX_VIEW} more bytes not shown here]\n" if self.seen > MAX_VIEW else ""
+        mark = f"[exit {exit_code}]\n" if exit_code else ""
+        self.unwritten += f"{'' if self.newline else chr(10)}{hidden}{mark}".encode()
+        self.write()
+        for _ in range(VIEW_TRIES):
+            if self.unwritten and self.fd >= 0:
+                await asyncio.sleep(VIEW_PAUSE)
+        self.close()
 
 
 class RunFiles:
@@ -1205,13 +1193,12 @@ class RunFiles:
     runs: making files costs more than all the rest.  Raises NoTerminal, OSError.
     """
 
-    KEPT = ("done", "out", "err", "go")
+    OWN, KEPT = ("pid", "in", "cmd"), ("go", "done", "out", "err")  # made by each run; for the next of that name
 
     def __init__(self, base: str) -> None:
-        self.base, self.loop = base, asyncio.get_running_loop()
+        self.base, self.unread = base, b""
         self.count, self.free = 0, list[str]()  # names there were; those to use again
-        self.used: dict[str, Callable[[str, int], None]] = {}  # run_id: who gets its reports
-        self.unread, self.wiped = b"", False
+        self.jobs: dict[str, Job] = {}  # by run_id, those that have files
         os.makedirs(os.path.dirname(base), 0o700, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             os.mkdir(base, 0o700)
@@ -1228,49 +1215,54 @@ class RunFiles:
                 break
         else:
             raise NoTerminal(f"{base}: full of what cannot be removed")
-        os.mkfifo(f"{self.folder}/status", 0o600)
-        self.status = os.open(f"{self.folder}/status", os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
-        self.loop.add_reader(self.status, self._on_status)
+        self.status_path = f"{self.folder}/status"
+        self.status = Pipe(self.status_path, os.O_RDWR)
+        self.status.loop.add_reader(self.status.fd, self._on_status)
 
     def _on_status(self) -> None:
-        *lines, unread = (self.unread + os.read(self.status, 64 * KIB)).split(b"\n")
+        *lines, unread = (self.unread + os.read(self.status.fd, 64 * KIB)).split(b"\n")
         self.unread = unread[-KIB:]
         for run_id, word, number in (line.decode("latin-1").split(" ") for line in lines if line.count(b" ") == 2):
-            if run_id in self.used and number.isdecimal():
-                self.used[run_id](word, int(number[:9]))
+            if run_id in self.jobs and number.isdecimal():
+                self.jobs[run_id].on_report(word, int(number[:9]))
 
     def there(self) -> bool:
         """False if someone wiped it; then it closes after its last run."""
-        self.wiped = not os.path.exists(f"{self.folder}/status")
-        if self.wiped and not self.used:
+        there = os.path.exists(self.status_path)
+        if not there and not self.jobs:
             self.close()
-        return not self.wiped
+        return there
 
-    def take(self, run_id: str, on_report: Callable[[str, int], None]) -> str:
-        """A run's path, but for the suffixes."""
-        self.used[run_id] = on_report
-        self.count += not self.free
-        return self.free.pop() if self.free else f"{self.folder}/{self.count:x}"
+    def take(self, job: Job) -> str:
+        """A path for its files, but for the suffixes."""
+        self.jobs[job.run_id] = job
+        if self.free:
+            return self.free.pop()
+        self.count += 1
+        os.mkfifo(f"{self.folder}/{self.count:x}.done", 0o600)
+        return f"{self.folder}/{self.count:x}"
 
-    def give_back(self, run_id: str, run: str, returned: bool, names: tuple[str, ...]) -> None:
-        """`names`: the run's own files; all go if its line may be read again one day."""
-        if self.used.pop(run_id, None) is not None:
-            self.remove(run, names if returned else (*names, *self.KEPT))
-            self.free += [run] if returned else []
-        if self.wiped and not self.used:
-            self.close()
+    def give_back(self, job: Job) -> None:
+        if self.jobs.pop(job.run_id, None) is None:
+            return
+        if job.returned and job.ending is None:  # else `processes_of` would find the next run too
+            self._remove(job.run, self.OWN)
+            self.free.append(job.run)
+        else:  # its line may have been read already, or `go` may be just noting the exit code
+            self.status.loop.call_later(NEW_SHELL_TIMEOUT, self._remove, job.run, self.OWN + self.KEPT)
+        self.there()
 
-    def remove(self, run: str, names: tuple[str, ...]) -> None:
+    def _remove(self, run: str, names: tuple[str, ...]) -> None:
         for name in names:
             with contextlib.suppress(OSError):
                 os.unlink(f"{run}.{name}")
 
-    def hand_over(self, run: str, names: tuple[str, ...], owner: int) -> None:
-        """Let another user, whose the panes are, get at a run's files."""
+    def hand_over(self, owner: int) -> None:
+        """Let another user, whose the panes are, get at the files."""
         os.chmod(self.base, 0o711)
-        for path in (self.folder, f"{self.folder}/status", *(f"{run}.{name}" for name in (*self.KEPT, *names))):
+        for name in (".", *os.listdir(self.folder)):
             with contextlib.suppress(FileNotFoundError):
-                os.chown(path, owner, -1, follow_symlinks=False)
+                os.chown(f"{self.folder}/{name}", owner, -1, follow_symlinks=False)
 
     async def _adopt(self, folder: str) -> None:
         """Drain and remove what a killed proxy left; its commands run to their end."""
@@ -1282,37 +1274,38 @@ class RunFiles:
                 for run in (name[:-3] for name in names if name.endswith(".go")):
                     with contextlib.suppress(FileExistsError):  # typed and not started: nobody would know of it
                         os.close(os.open(f"{folder}/{run}.pid", os.O_CREAT | os.O_EXCL))
-                outputs = [Output(f"{folder}/{name}", None) for name in names if name.endswith((".out", ".err"))]
-                for output in outputs:
-                    output.finish()
-                await asyncio.gather(*(output.closed for output in outputs))
-                for _ in range(3):  # go may just be noting the exit code there
-                    shutil.rmtree(folder, ignore_errors=True)
-                    await asyncio.sleep(RETURN_TIMEOUT / 10)
+                pipes, closed = [name for name in names if name.endswith((".out", ".err"))], asyncio.Event()
+                outputs = [Output(f"{folder}/{name}", None, closed.set) for name in pipes]
+                while any(output.fd >= 0 for output in outputs):
+                    closed.clear()
+                    await closed.wait()
+                await asyncio.sleep(RETURN_TIMEOUT / 10)  # go may just be noting the exit code there
+                shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)
 
     def close(self) -> None:
         """Leave what is still written to: the next driver here drains it."""
-        if self.status >= 0:
-            if not self.used:
+        if self.status.fd >= 0:
+            self.status.close()
+            if not self.jobs:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            self.loop.remove_reader(self.status)
-            os.close(self.status)
             os.close(self.lock)
-            self.status = -1
 
 
 class Job:
     """One run of a command, from its files to the prompt after it.
 
-    takes       who gets the output: one for both streams, or two
-    fed         whether its stdin comes through `feed`
-    on_release  called when the pane is free again
+    takes  who gets the output: one for both streams, or two
+    fed    whether its stdin comes through `feed`
     """
 
-    def __init__(self, request: ExecRequest, takes: Mapping[str, Take], fed: bool) -> None:
-        self.request, self.takes, self.fed = request, takes, fed
+    shell: PaneShell  # whose pane it has, and the connection to type there: see Terminal.take
+    tmux: Tmux
+    files: RunFiles
+
+    def __init__(self, terminal: Terminal, request: ExecRequest, takes: Mapping[str, Take], fed: bool) -> None:
+        self.terminal, self.request, self.takes, self.fed = terminal, request, takes, fed
         self.loop = asyncio.get_running_loop()
         self.run_id, self.run = secrets.token_hex(8), ""  # the path of its files, but for their suffixes
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
@@ -1322,76 +1315,69 @@ class Job:
         self.leaves_nothing = False  # what is left of it at its end is ended too
         self.ended, self.why, self.exit_code = "exit", "", 0
         self.pid = 0  # of the command's bash, and its process group
-        self.begun = self.duration = 0.0
+        self.begun, self.duration = float("inf"), 0.0  # when it was typed, then when it started
         self.view: View | None = None
         self.feed: Input | None = None
         self.outputs: list[Output] = []
-        self.own: tuple[str, ...] = ("pid",)  # files that no later run can use
-        self.timers: dict[str, asyncio.TimerHandle] = {}
+        self.timer: asyncio.TimerHandle | None = None
         self.ending: asyncio.Task[None] | None = None
 
-    def hold(self, shell: PaneShell, on_release: Callable[[Job], None]) -> None:
-        """Have the pane of `shell` until `on_release` is called."""
-        self.shell, self.on_release = shell, on_release
+    async def start(self) -> bool:
+        """Type the line that runs it; whether it runs.  Raises NoTerminal, OSError."""
+        line, pane = self._prepare(), self.shell.pane
+        state = await self.shell.clear(self.tmux)
+        if not self.released:
+            # tmux types it unless somebody else has typed since the pane was in `state`.
+            self.tmux.send_keys(pane, state, line, "Enter").add_done_callback(self._on_typed)
+            self.view = View(pane, self.request.cmd, line, int(self.shell.last.split()[0]))
+            self.begun = time.monotonic()
+            self._later(START_TIMEOUT, self.tick)
+        return await self.started
 
-    def prepare(self, files: RunFiles, shell: str) -> str:
-        """Make the files; return the line that runs them.  Raises OSError."""
-        self.files, self.run = files, files.take(self.run_id, self._on_report)
-        for name in ("done", *self.takes):
-            if not os.path.exists(f"{self.run}.{name}"):
-                os.mkfifo(f"{self.run}.{name}", 0o600)
+    def _prepare(self) -> str:
+        """Make the files; the line that runs them."""
+        self.files = self.terminal.driver.open_files()
+        self.run = self.files.take(self)
+        for name, take in self.takes.items():  # open before it is typed, since a FIFO forgets what nobody has open
+            self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, take), self._tidy))
         if self.fed:
-            self.feed, self.own = Input(f"{self.run}.in"), (*self.own, "in")
-        for name, text in go_script(self, shell).items():
+            self.feed = Input(f"{self.run}.in")
+        for name, text in go_script(self, self.terminal.driver.shell).items():
             with open(os.open(f"{self.run}.{name}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
                 file.write(text.encode())  # not truncated, which goes to the disk: see GO
-            self.own = self.own if name == "go" and len(text) < 16 * KIB else (*self.own, name)
         if (owner := os.stat(self.shell.pane.tty).st_uid) != os.geteuid():  # we are root, the panes are a worker's
-            files.hand_over(self.run, self.own, owner)
+            self.files.hand_over(owner)
         return f" . {shlex.quote(self.run)}.go"
-
-    def type(self, tmux: Tmux, line: str, state: str, column: int) -> None:
-        """Type the line, unless somebody else has typed since the pane was in `state`.  Raises OSError."""
-        self.tmux, self.column = tmux, column
-        for name, take in self.takes.items():  # first, since a FIFO forgets what nobody has open
-            self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, take)))
-        tmux.send_keys(self.shell.pane, state, line, "Enter").add_done_callback(self._on_typed)
-        self.view = View(self.shell.pane, self.request.cmd, line, column)
-
-    def _on_typed(self, reply: asyncio.Future[list[str]]) -> None:
-        if reply.cancelled() or reply.exception():
-            self.void()
-        elif reply.result():  # it was not typed
-            self.returned = True
-            self.release()
 
     def _take(self, take: Take, chunk: bytes) -> Awaitable[None] | None:
         if self.view:
             self.view.add(chunk)
         return take(chunk)
 
+    def _on_typed(self, reply: asyncio.Future[list[str]]) -> None:
+        if reply.exception():
+            self.void()
+        elif reply.result():  # it was not typed
+            self.returned = True
+            self.release()
+
     def void(self) -> bool:
         """Make sure that it never starts; False: it already has."""
-        if not self.released:
-            try:
-                if self.run:
-                    os.close(os.open(f"{self.run}.pid", os.O_CREAT | os.O_EXCL, 0o600))
-            except FileExistsError:
-                return False
-            except OSError:  # wiped: go cannot make it either
-                pass
-            self.own = self.own[1:]  # the claim stays a while: go may have been read already
-            if self.run:
-                self.loop.call_later(NEW_SHELL_TIMEOUT, self.files.remove, self.run, ("pid",))
-            self.release()
+        try:
+            if self.run and not self.released:
+                os.close(os.open(f"{self.run}.pid", os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            return False
+        except OSError:  # wiped: go cannot make it either
+            pass
+        self.release()
         return True
 
-    def _on_report(self, word: str, number: int) -> None:
+    def on_report(self, word: str, number: int) -> None:
         if word == "start" and not self.pid and not self.released:
-            self.pid, self.begun, self.shell.ran = number, time.monotonic(), True
-            self.later(self.request.timeout, self.end, "timeout")
-            self.later(VIEW_DELAY, self.view.write if self.view else self.watch)
-            self.later(WATCH_PAUSE, self.watch)
+            self.pid, self.begun = number, time.monotonic()
+            self.shell.ran, self.shell.missed = True, 0
+            self._later(VIEW_DELAY, self.tick)
             if not self.started.done():  # it may have been cancelled
                 self.started.set_result(True)
         elif word == "exit" and self.pid:
@@ -1399,63 +1385,74 @@ class Job:
         elif word == "back" and not self.released:
             self.returned = True
             self.release()
-            self.shell.back(self.tmux, self.column)
+            self.shell.back(self.tmux)
 
-    def later(self, seconds: float, call: Callable[..., None], *arguments: str) -> None:
-        """Call it then, unless the job is released before."""
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        """Call that then, and nothing else before."""
+        if self.timer is not None:
+            self.timer.cancel()
         if not self.released:
-            self.timers[call.__name__] = self.loop.call_later(seconds, call, *arguments)
+            self.timer = self.loop.call_later(seconds, call)
 
-    def watch(self) -> None:
-        """Look whether its shell still lives: now, and now and then."""
-        pane = self.shell.pane
-        if self.pid and not self.over.is_set():
-            if process(pane.pid) is None:
-                self.lost("tmux has ended" if self.tmux.closed else f"{pane.window_name}, pane {pane.pane_id}, died")
-            else:
-                self.timers["watch"].cancel()
-                self.later(WATCH_PAUSE, self.watch)
+    def tick(self) -> None:
+        """Look now and then whether its shell lives, and its time is over."""
+        if self.released or self.over.is_set():
+            return
+        pane, age, pause = self.shell.pane, time.monotonic() - self.begun, WATCH_PAUSE
+        dead = process(pane.pid) is None
+        if not self.pid:
+            late = age - (START_TIMEOUT if self.shell.ran else NEW_SHELL_TIMEOUT)
+            if (dead or late >= 0) and not self.void() and late > START_TIMEOUT:
+                self.end("lost", "it never reported its start")
+        elif dead:
+            self.end("lost", "tmux has ended" if self.tmux.closed else f"{pane.window_name}, pane {pane.pane_id}, died")
+        elif age >= self.request.timeout:
+            self.end("timeout")
+        elif self.view:
+            self.view.write()
+            pause = min(pause, self.request.timeout - age)
+        self._later(pause, self.tick)
+
+    def end(self, ended: str, why: str = "") -> None:
+        """End it, `over` tells when that is done.  The first reason counts."""
+        if self.over.is_set() or (not self.pid and self.void()):
+            return
+        first, lost = self.ended == "exit", ended == "lost"
+        if first:
+            self.ended, self.why = ended, why
+        if lost:  # its terminal died: answer with what there is
+            self._finish(128 + signal.SIGKILL)
+        if first or lost:
+            self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[lost:]))
+        if lost:
+            self.release()
 
     def _finish(self, exit_code: int) -> None:
         if self.over.is_set():
             return
         self.exit_code, self.duration = exit_code, time.monotonic() - self.begun if self.pid else 0.0
-        if self.feed:
-            self.feed.close()
         for output in self.outputs:
             output.finish()
+        self.over.set()
+        self.leaving = asyncio.ensure_future(self._leave())  # who waits for the answer comes first
         stopped = exit_code in STOPPED and process(self.pid)  # nobody will continue it
         if (stopped or self.leaves_nothing) and self.ending is None:
             self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[bool(stopped) :]))
-        self.over.set()
-        self.later(RETURN_TIMEOUT, self.release)
-        self.showing = asyncio.ensure_future(self._show_end())  # who waits for the answer comes first
 
-    async def _show_end(self) -> None:
+    async def _leave(self) -> None:
+        """Show the end, and let the prompt come."""
+        self._later(RETURN_TIMEOUT, self.release)
+        if self.feed:
+            self.feed.close()
         os.sched_yield()  # who got the answer often waits for this very CPU
         facts = (self.request.agent_name, self.run_id, self.ended, self.exit_code, round(self.duration * 1000))
         log.info("exec end agent=%s run=%s ended=%s exit=%d ms=%d", *facts)
         if self.view:
             await self.view.end(self.exit_code)
-        with contextlib.suppress(OSError):  # now the prompt may come
+        with contextlib.suppress(OSError):
             done = os.open(f"{self.run}.done", os.O_WRONLY | os.O_NONBLOCK)
             os.write(done, b"\n")
             os.close(done)
-
-    def end(self, ended: str) -> None:
-        """Begin to end it; `over` tells when that is done.  The first reason counts."""
-        if self.ended == "exit" and not self.over.is_set():
-            self.ended = ended
-            self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER))
-
-    def lost(self, why: str) -> None:
-        """Its terminal died: answer with what there is, leave nothing running."""
-        if not self.over.is_set() and (self.pid or not self.void()):
-            if self.ended == "exit":
-                self.ended, self.why = "lost", why
-            self._finish(128 + signal.SIGKILL)
-            self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[1:]))
-        self.release()
 
     async def over_within(self, seconds: float) -> bool:
         """Wait for its end, `seconds` at most."""
@@ -1473,28 +1470,25 @@ class Job:
         """Give the pane back; the files go when nobody writes any more."""
         if self.released:
             return
+        if self.timer is not None:
+            self.timer.cancel()
         self.released, self.takes = True, {}  # who took the output is not kept
         if not self.started.done():
             self.started.set_result(self.over.is_set())
-        for timer in self.timers.values():
-            timer.cancel()
         if self.feed:
             self.feed.close()
         if self.view and not self.over.is_set():  # else it ends in a moment
             self.view.close()
         for output in self.outputs:
-            if not self.pid:
-                output.close()  # nobody has opened it to write
-            output.finish()
-            output.closed.add_done_callback(self._tidy)
-        if not self.outputs:
-            self._tidy()
-        self.on_release(self)
+            output.finish() if self.pid else output.close()  # before its start nobody has opened it to write
+        self._tidy()
+        del self.terminal.jobs[self.shell.pane.pane_id]
+        self.terminal.freed.set()
 
-    def _tidy(self, _: object = None) -> None:
-        if self.run and all(output.closed.done() for output in self.outputs):
-            again = self.returned and self.ending is None  # else `processes_of` would find the next run too
-            self.files.give_back(self.run_id, self.run, again, self.own)
+    def _tidy(self) -> None:
+        """Give the names of the files back, once nobody has them open."""
+        if self.run and self.released and all(output.fd < 0 for output in self.outputs):
+            self.files.give_back(self)
 
     async def result(self, capture: Capture | None = None, patience: float | None = None) -> CommandResult:
         """How it ended; its output is in `capture` or with who took it.  Cancelling this cancels the command.
@@ -1538,7 +1532,7 @@ async def climb(job: Job, ladder: tuple[tuple[int, float], ...]) -> None:
             break
         await asyncio.sleep(next_step - time.monotonic())  # the same for what escaped
     if not await job.over_within(RETURN_TIMEOUT):
-        job.lost("its shell does not report the end")
+        job.end("lost", "its shell does not report the end")
 
 
 class Terminal:
@@ -1552,7 +1546,7 @@ class Terminal:
         self.waiting = 0
         self.lock, self.freed = asyncio.Lock(), asyncio.Event()  # first come, first served
 
-    async def take(self, job: Job) -> Tmux:
+    async def take(self, job: Job) -> None:
         """Give it a pane where nobody runs anything; wait in the queue for one.  Raises NoTerminal."""
         if len(self.jobs) + self.waiting >= MAX_PANES + MAX_QUEUE:
             raise NoTerminal(f"{MAX_QUEUE} commands wait for this terminal already: try again later")
@@ -1564,9 +1558,9 @@ class Terminal:
                     self.freed.clear()
                     tmux = await self._look()
                     if (shell := await self._choose(tmux)) and not self.driver.stopping:
-                        job.hold(shell, self._release)
+                        job.shell, job.tmux = shell, tmux
                         self.jobs[shell.pane.pane_id] = job
-                        return tmux
+                        return
                     # tmux does not tell when a person's program ends, so look now and then.
                     timer = tmux.loop.call_later(QUEUE_CHECK, self.freed.set)
                     await self.freed.wait()
@@ -1574,10 +1568,6 @@ class Terminal:
         finally:
             self.waiting -= 1
         raise NoTerminal("the proxy is stopping" if self.driver.stopping else "no pane of the terminal got free")
-
-    def _release(self, job: Job) -> None:
-        del self.jobs[job.shell.pane.pane_id]
-        self.freed.set()
 
     async def open(self) -> None:
         """Make the window if it is missing, and know its prompt before anybody types."""
@@ -1587,43 +1577,39 @@ class Terminal:
             if self.shells[0].quiet and await self.shells[0].at_prompt():
                 await self.shells[0].clear(tmux)
 
-    async def _look(self) -> Tmux:
+    async def _look(self, again: bool = True) -> Tmux:
         """Know the panes; make the window, with all around it, if it is missing.  Needs the lock."""
-        for last_try in (False, True):
-            tmux = await self.driver.connect(["-n", self.name, *self.driver.new_shell])
-            if self.shells and self.looked_at == (tmux, tmux.notices):
-                return tmux
-            try:
-                self.looked_at = (tmux, tmux.notices)
-                panes = await self._find(tmux) or await self._make(tmux)
-                for pane in panes:
-                    if process(pane.pid) is None:  # remain-on-exit, or tmux does not know yet
-                        await tmux.ask("respawn-pane", "-k", "-t", pane.pane_id, *self.driver.new_shell)
-                        panes = await self._find(tmux)
-                        self.driver.new |= {now.pid for now in panes if now.pane_id == pane.pane_id}
-                known = {shell.pane.pid: shell for shell in self.shells}
-                self.shells = [known.get(pane.pid) or PaneShell(pane, pane.pid in self.driver.new) for pane in panes]
-                self.driver.new -= {pane.pid for pane in panes}
-                for pane, shell in zip(panes, self.shells, strict=True):
-                    shell.pane = pane
-                return tmux
-            except NoTerminal:
-                tmux.close()  # the session may be gone, and we be attached to another
-                if last_try:
-                    raise
-        raise AssertionError
+        tmux, new_shell = await self.driver.connect(self), self.driver.new_shell
+        if self.shells and self.looked_at == (tmux, tmux.notices):
+            return tmux
+        try:
+            self.looked_at = (tmux, tmux.notices)
+            found = [pane for pane in await tmux.panes() if pane.window_name == self.name]
+            panes = [pane for pane in found if pane.window_id == found[0].window_id]
+            if not panes:
+                panes = [await self._make(tmux, "new-window", "-t", f"={tmux.session}:", "-n", self.name)]
+                tmux.keep_name(panes[0])
+            for at, pane in enumerate(panes):
+                if process(pane.pid) is None:  # remain-on-exit, or tmux does not know yet
+                    await tmux.ask("respawn-pane", "-k", "-t", pane.pane_id, *new_shell)
+                    panes[at] = Pane.parse(*await tmux.ask("display-message", "-p", "-t", pane.pane_id, PANE_FORMAT))
+                    self.shells.append(PaneShell(panes[at], True))
+        except NoTerminal:
+            tmux.close()  # the session may be gone, and we be attached to another
+            if again:
+                return await self._look(False)
+            raise
+        known = {shell.pane.pid: shell for shell in self.shells}
+        self.shells = [known.get(pane.pid) or PaneShell(pane) for pane in panes]
+        for pane, shell in zip(panes, self.shells, strict=True):
+            shell.pane = pane
+        return tmux
 
-    async def _find(self, tmux: Tmux) -> list[Pane]:
-        """The panes of the first window of this name."""
-        found = [pane for pane in await tmux.panes() if pane.window_name == self.name]
-        return [pane for pane in found if pane.window_id == found[0].window_id]
-
-    async def _make(self, tmux: Tmux) -> list[Pane]:
-        words = ["new-window", "-d", "-t", f"={tmux.session}:", "-n", self.name, "-P", "-F", PANE_FORMAT]
-        made = Pane.parse((await tmux.ask(*words, *self.driver.new_shell))[0])
-        self.driver.new.add(made.pid)
-        keep_name(tmux, made)
-        return [made]
+    async def _make(self, tmux: Tmux, *words: str) -> Pane:
+        """A pane with a new shell in it."""
+        made = Pane.parse(*await tmux.ask(*words, "-d", "-P", "-F", PANE_FORMAT, *self.driver.new_shell))
+        self.shells.append(PaneShell(made, True))
+        return made
 
     async def _choose(self, tmux: Tmux) -> PaneShell | None:
         """A shell at its prompt; else a new one; else one in copy mode; else None."""
@@ -1637,8 +1623,8 @@ class Terminal:
             self.freed.set()
             return None
         returning = any(job.over.is_set() for job in self.jobs.values())
-        if len(self.shells) < MAX_PANES and not returning and (made := await self._split(tmux)):
-            return made if await made.at_prompt() else None
+        if len(self.shells) < MAX_PANES and not returning and await self._split(tmux):
+            return self.shells[-1] if await self.shells[-1].at_prompt() else None
         for shell in sound:  # rather than let a command wait for a person who reads
             if shell.pane.in_mode and await shell.at_prompt():
                 return shell
@@ -1648,22 +1634,15 @@ class Terminal:
             raise NoTerminal(f"no shell in the window {self.name} answers")
         return None
 
-    async def _split(self, tmux: Tmux) -> PaneShell | None:
+    async def _split(self, tmux: Tmux) -> bool:
+        """Make one more pane."""
         pane = self.shells[-1].pane
-        words = ["split-window", "-d", "-Z", "-t", pane.pane_id, "-P", "-F", PANE_FORMAT, *self.driver.new_shell]
         for _ in range(2):
-            self.looked_at = (None, 0)
             with contextlib.suppress(NoTerminal):
-                self.shells.append(PaneShell(Pane.parse((await tmux.ask(*words))[0]), True))
-                return self.shells[-1]
+                await self._make(tmux, "split-window", "-Z", "-t", pane.pane_id)
+                return True
             tmux.send(["select-layout", "-t", pane.window_id, "tiled"])  # no space: make some
-        return None
-
-
-def keep_name(tmux: Tmux, pane: Pane) -> None:
-    """Let nobody but a person rename the window of `pane`."""
-    rename = ["set-option", "-w", "-t", pane.window_id]
-    tmux.send([*rename, "automatic-rename", "off"], [*rename, "allow-rename", "off"])
+        return False
 
 
 class PocketCoderDriver:
@@ -1689,7 +1668,6 @@ class PocketCoderDriver:
         self.connecting = asyncio.Lock()
         self.terminals: dict[str, Terminal] = {}
         self.files: RunFiles | None = None
-        self.new: set[int] = set()  # shells that we made, until a Terminal sees them
 
     def session_exists(self, session: str) -> bool:
         """Whether tmux has a session of exactly this name."""
@@ -1697,7 +1675,9 @@ class PocketCoderDriver:
         return subprocess.run(command, capture_output=True, timeout=TMUX_TIMEOUT).returncode == 0
 
     def terminal(self, agent_name: str) -> Terminal:
-        return self.terminals.setdefault(agent_name, Terminal(self, f"{agent_name}:terminal"))
+        if agent_name not in self.terminals:
+            self.terminals[agent_name] = Terminal(self, f"{agent_name}:terminal")
+        return self.terminals[agent_name]
 
     async def exec(self, cmd: str, cwd: str | None, agent_name: str) -> CommandResult:
         """Run `cmd` in the agent's terminal and wait for its end.
@@ -1721,29 +1701,23 @@ class PocketCoderDriver:
         terminal = self.terminal(request.agent_name)
         why = f"no shell in the window {terminal.name} answers"
         for _ in range(2 * MAX_PANES):
-            job = Job(request, takes, fed)
-            tmux = await terminal.take(job)
+            job = Job(terminal, request, takes, fed)
+            await terminal.take(job)
             try:
-                line = job.prepare(self.open_files(), self.shell)
-                job.type(tmux, line, *await job.shell.clear(tmux))
-                if await self._starts(job):
+                if await job.start():
                     return job
+                if not job.returned:  # it was typed, into what we do not know
+                    job.shell.last = ""
+                    job.shell.missed += 1
             except asyncio.CancelledError:
-                if not job.void():
-                    job.end("cancelled")
+                job.end("cancelled")
                 raise
             except (NoTerminal, OSError) as failure:  # no space, no descriptors; or the terminal has just died
                 terminal.looked_at, why = (None, 0), f"cannot prepare a run: {failure}"
-                if not job.void():
-                    job.lost(why)
+                job.end("lost", why)
+                if job.over.is_set():
                     return job
-                if isinstance(failure, OSError) or tmux.closed or process(job.shell.pane.pid) is None:
-                    await asyncio.sleep(CLEAR_PAUSE)
-                    continue
-                raise NoTerminal(why) from None
-            if not job.returned:  # it was typed, into what we do not know
-                job.shell.last = ""
-                job.shell.missed += 1
+                await asyncio.sleep(CLEAR_PAUSE)
         raise NoTerminal(why)
 
     def open_files(self) -> RunFiles:
@@ -1752,38 +1726,20 @@ class PocketCoderDriver:
             self.files = RunFiles(f"{self.socket_path}.d")
         return self.files
 
-    async def _starts(self, job: Job) -> bool:
-        deadline = time.monotonic() + (START_TIMEOUT if job.shell.ran else NEW_SHELL_TIMEOUT)
-
-        def look() -> None:
-            late = time.monotonic() - deadline
-            if not job.started.done():
-                if (late >= 0 or process(job.shell.pane.pid) is None) and not job.void() and late > START_TIMEOUT:
-                    job.lost("it never reported its start")
-                job.later(START_TIMEOUT / 2, look)
-
-        job.later(START_TIMEOUT, look)
-        if started := await job.started:
-            job.shell.missed = 0
-        return started
-
-    async def connect(self, create: list[str]) -> Tmux:
-        """The connection to tmux; `create`: see Tmux.connect."""
+    async def connect(self, terminal: Terminal) -> Tmux:
+        """The connection to tmux.  If there is no session yet, the window of `terminal` is its first."""
         async with self.connecting:
             for attempt in range(4):
-                if self.tmux is not None and not self.tmux.closed and self.tmux.loop is asyncio.get_running_loop():
+                if self.tmux is not None and not self.tmux.closed:
                     break
-                words, before = create if attempt else None, int(time.time())  # None: only if it is there
+                window = ["-n", terminal.name, *self.new_shell]
                 try:
-                    self.tmux = await Tmux.connect(self.socket_path, self.session_name, words, self._on_notice)
-                    if words and int((await self.tmux.ask("display-message", "-p", "#{session_created}"))[0]) >= before:
-                        panes = await self.tmux.panes()
-                        self.new |= {pane.pid for pane in panes}
-                        keep_name(self.tmux, panes[0])
+                    self.tmux = await Tmux.connect(self.socket_path, self.session_name, window, self._on_notice)
+                    terminal.shells += [PaneShell(pane, True) for pane in self.tmux.made]
                 except NoTerminal:
                     if attempt == 3:
                         raise
-                    await asyncio.sleep(CLEAR_PAUSE * (attempt > 0))  # a tmux that is just ending fails once
+                    await asyncio.sleep(CLEAR_PAUSE)  # a tmux that is just ending fails once
             assert self.tmux is not None
             return self.tmux
 
@@ -1792,7 +1748,7 @@ class PocketCoderDriver:
         for terminal in self.terminals.values():
             terminal.freed.set()
         for job in self.jobs():
-            job.watch()
+            job.tick()
 
     async def close(self, grace: float = 0.0) -> None:
         """Take no more commands, give the running ones `grace` seconds, cancel the rest."""
