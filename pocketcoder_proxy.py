@@ -57,7 +57,7 @@ import os
 import sys
 
 # ==========================================================================
-# Settings                                                       budget 58
+# Settings                                                       budget 57
 # ==========================================================================
 # S1  Every limit, time and default is here, with its unit.  Times in seconds.
 VERSION = "0.1.0"
@@ -114,7 +114,7 @@ def default_agent_name() -> str:
 
 
 # ==========================================================================
-# Shell Bridge                                                  budget 360
+# Shell Bridge                                                  budget 356
 # ==========================================================================
 # `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
 #
@@ -470,7 +470,7 @@ SIGNAL_NUMBERS = {name: signal.Signals[f"SIG{name}"] for name in ("INT", "TERM",
 
 
 # ==========================================================================
-# Errors                                                         budget 32
+# Errors                                                         budget 30
 # ==========================================================================
 # E1  A command that fails is a result; a proxy that cannot do its job is an error.
 # E2  Each class carries its answers; nothing else maps errors to numbers.
@@ -500,7 +500,7 @@ class NoTerminal(ProxyError):
 
 
 # ==========================================================================
-# Wire types                                                    budget 135
+# Wire types                                                    budget 134
 # ==========================================================================
 # W1  What comes from outside is checked here, once; nobody checks it again.
 # W2  A complaint names the field, what was got and what was expected.
@@ -814,7 +814,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                              budget 960
+# Execution Driver                                              budget 938
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -850,7 +850,8 @@ _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \echo "{run_id} start $_pc" >&9
 \exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
 \cd -- {cwd} || \exit
-\export {variables}
+\export {quiet} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
+\export POCKETCODER_SESSION_ID={session} POCKETCODER_USAGE_ID={usage}
 \exec {command}
 ) && _pc=0 || _pc=$?
 \echo "$_pc" >>{run}.pid
@@ -862,36 +863,26 @@ _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 
 def go_script(job: Job, shell: str) -> dict[str, str]:
     """The files of a run: `go`; `in`, its stdin; `cmd`, where it is too long for an argument."""
-    request, path = job.request, shlex.quote(job.run)
+    request, run = job.request, shlex.quote(job.run)
     files = {} if request.stdin is None else {"in": request.stdin}
     command = [shell, "-c", request.cmd, os.path.basename(shell)]
     if len(request.cmd) > MAX_ARGUMENT // 4:  # characters of up to four bytes
-        files["cmd"], command[2] = request.cmd, f'eval "$(cat {path}.cmd)"'
+        files["cmd"], command[2] = request.cmd, f'eval "$(cat {run}.cmd)"'
     if request.env:  # by env(1), which takes names that are none for a shell
         command = ["env", "--", *(f"{name}={value}" for name, value in request.env.items()), *command]
-    ids = {"RUN_ID": job.run_id, "AGENT": request.agent_name}
-    ids |= {"SESSION_ID": request.session_id or "", "USAGE_ID": request.usage_id or ""}
-    outputs = [f"{fd}<>{path}.{name}" for fd, name in enumerate(job.takes, 1)]
-    files["go"] = GO.format(
-        run=path,
-        run_id=job.run_id,
-        status=shlex.quote(job.files.status_path),
-        cwd=shlex.quote(request.cwd or "."),
-        variables=" ".join([QUIET, *(f"POCKETCODER_{name}={shlex.quote(value)}" for name, value in ids.items())]),
-        command=shlex.join(command),
-        stdin=f"{path}.in" if job.feed or "in" in files else "/dev/null",
-        outputs=" ".join([*outputs, "2>&1"][:2]),
-    )
-    return files
+    texts = {"status": job.files.status_path, "cwd": request.cwd or ".", "agent": request.agent_name}
+    texts |= {"session": request.session_id or "", "usage": request.usage_id or ""}
+    outputs = f"1<>{run}.out " + (f"2<>{run}.err" if "err" in job.takes else "2>&1")
+    stdin = f"{run}.in" if job.feed or "in" in files else "/dev/null"
+    parts = {"run": run, "run_id": job.run_id, "stdin": stdin, "outputs": outputs, "quiet": QUIET}
+    parts |= {name: shlex.quote(text) for name, text in texts.items()}
+    return files | {"go": GO.format(command=shlex.join(command), **parts)}
 
 
 def read_proc(pid: int, name: str, size: int = 4 * KIB) -> bytes:
     """A file of /proc, in one read: it may change in between.  Raises OSError."""
-    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
-    try:
-        return os.read(fd, size)
-    finally:
-        os.close(fd)
+    with open(f"/proc/{pid}/{name}", "rb", 0) as file:
+        return file.read(size)
 
 
 class Process(NamedTuple):
@@ -943,14 +934,14 @@ class PaneShell:
         self.noting: asyncio.Task[None] | None = None
 
     def look(self) -> str:
-        """Whether it waits for a command: "ready", "perhaps" (it does not say), "soon", "busy"."""
+        """Whether it waits for a command: "ready" (as far as it tells), "soon", "busy"."""
         with contextlib.suppress(OSError, termios.error):
             shell = process(self.pane.pid)
             if shell and shell.name == "tmux: server":  # forked, and about to become the shell
                 return "soon"
             if shell and shell.foreground == shell.group and shell.name in SHELLS and (self.ran or self._reads_tty()):
                 if not SHELLS[shell.name]:
-                    return "perhaps"
+                    return "ready"
                 tty = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
                 try:
                     return "soon" if termios.tcgetattr(tty)[3] & termios.ICANON else "ready"
@@ -968,11 +959,11 @@ class PaneShell:
         """Whether it waits for a command, or will in a moment."""
         deadline = time.monotonic() + (PROMPT_TIMEOUT if self.ran else NEW_SHELL_TIMEOUT)
         while (state := self.look()) == "soon" and time.monotonic() < deadline:
-            if self.ran and not self.shown:
-                break
+            if self.ran and not self.shown:  # it never tells
+                return True
             await asyncio.sleep(0.001)  # a shell announces its prompt to nobody
         self.shown |= state == "ready"
-        return state in ("ready", "perhaps") or (state == "soon" and not self.shown)
+        return state == "ready" or (state == "soon" and not self.shown)
 
     async def clear(self, tmux: Tmux) -> str:
         """Make sure that nothing is typed at the prompt: its state then, now in `last`; "" if nobody can type yet."""
@@ -1001,22 +992,18 @@ class PaneShell:
 
     def back(self, tmux: Tmux) -> None:
         """A run has ended: learn in what state the prompt is then.  Who types, changes that."""
-        self.quiet = time.monotonic() + 2 * CLEAR_PAUSE
+        self.quiet = time.monotonic() + PROMPT_TIMEOUT  # or until it is known
         self.noting = asyncio.ensure_future(self._note(tmux, self.quiet))
 
     async def _note(self, tmux: Tmux, quiet: float) -> None:
-        for _ in range(PROMPT_TRIES):
-            await asyncio.sleep(CLEAR_PAUSE)
-            if self.quiet != quiet:  # it is used again
-                return
-            if self.look() in ("ready", "perhaps"):
-                break
-            self.quiet = quiet = quiet + CLEAR_PAUSE  # a slow machine: nobody sees a prompt to type at
         with contextlib.suppress(NoTerminal):
-            now = await tmux.state(self.pane)
-            same = now.split()[0] == self.last.split()[0]  # in another column, something was typed meanwhile
-            if self.quiet == quiet and same and self.look() in ("ready", "perhaps"):
-                self.quiet, self.state, self.last = 0.0, now, now
+            await asyncio.sleep(CLEAR_PAUSE)
+            ready = self.quiet == quiet and await self.at_prompt()
+            now = await tmux.state(self.pane) if ready else ""
+            if self.quiet == quiet:  # else it is used again
+                self.quiet = 0.0
+                if now.split(" ")[0] == self.last.split(" ")[0]:  # else something was typed meanwhile
+                    self.state = self.last = now
 
 
 class Capture:
@@ -1150,7 +1137,7 @@ class View(Pipe):
     def __init__(self, pane: Pane, command: str, line: str, column: int) -> None:
         """The typed `line` is to be replaced by `command`, behind the prompt that ends at `column`."""
         super().__init__(pane.tty, os.O_WRONLY)
-        self.seen, self.newline, self.begun = 0, True, False
+        self.seen, self.begun, self.last = 0, False, b"\n"
         rows = 1 + (column + len(line)) // max(1, pane.width)
         shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
         safe = self.UNSAFE.sub(b"", shown.encode()).replace(b"\x1b", b"")
@@ -1161,27 +1148,25 @@ class View(Pipe):
         self.begun = True
         with contextlib.suppress(OSError):  # it is full, or gone
             del self.unwritten[: os.write(self.fd, self.unwritten)]
-        if self.unwritten and self.fd >= 0:
-            self.loop.call_later(VIEW_PAUSE, self.write)
 
     def add(self, chunk: bytes) -> None:
-        shown, waiting = self.UNSAFE.sub(b"", chunk[: max(0, MAX_VIEW - self.seen)]), len(self.unwritten)
-        self.seen += len(chunk)
-        if shown:
-            self.newline = shown.endswith(b"\n")
-            self.unwritten += shown
-            if self.begun and not waiting:
-                self.write()
+        shown = self.UNSAFE.sub(b"", chunk[: max(0, MAX_VIEW - self.seen)])
+        self.seen, self.last = self.seen + len(chunk), shown[-1:] or self.last
+        self.unwritten += shown
+        if self.begun and shown:
+            self.write()
 
     async def end(self, exit_code: int) -> None:
         """Mark the end, and wait a moment until all is on the terminal."""
-        hidden = f"[pocketcoder: {self.seen - MAX_VIEW} more bytes not shown here]\n" if self.seen > MAX_VIEW else ""
-        mark = f"[exit {exit_code}]\n" if exit_code else ""
-        self.unwritten += f"{'' if self.newline else chr(10)}{hidden}{mark}".encode()
-        self.write()
+        text = "\n" * (self.last != b"\n")
+        if self.seen > MAX_VIEW:
+            text += f"[pocketcoder: {self.seen - MAX_VIEW} more bytes not shown here]\n"
+        self.unwritten += (text + f"[exit {exit_code}]\n" * (exit_code != 0)).encode()
         for _ in range(VIEW_TRIES):
-            if self.unwritten and self.fd >= 0:
-                await asyncio.sleep(VIEW_PAUSE)
+            self.write()
+            if not self.unwritten:
+                break
+            await asyncio.sleep(VIEW_PAUSE)
         self.close()
 
 
@@ -1206,15 +1191,10 @@ class RunFiles:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             raise NoTerminal(f"{base}: expected a directory of our own; remove what is there")
         self.adoptions = [asyncio.ensure_future(self._adopt(f"{base}/{name}")) for name in os.listdir(base)]
-        for _ in range(KIB):  # drivers may start together; a line typed for a folder that was wiped finds no other
-            with contextlib.suppress(FileExistsError, BlockingIOError):
-                self.folder = f"{base}/{secrets.token_hex(2)}"
-                os.mkdir(self.folder, 0o700)
-                self.lock = os.open(self.folder, os.O_RDONLY)
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-        else:
-            raise NoTerminal(f"{base}: full of what cannot be removed")
+        self.folder = f"{base}/{secrets.token_hex(2)}"  # a line typed for one that was wiped finds no other
+        os.mkdir(self.folder, 0o700)
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a driver that starts now may be adopting it
         self.status_path = f"{self.folder}/status"
         self.status = Pipe(self.status_path, os.O_RDWR)
         self.status.loop.add_reader(self.status.fd, self._on_status)
@@ -1243,8 +1223,8 @@ class RunFiles:
         return f"{self.folder}/{self.count:x}"
 
     def give_back(self, job: Job) -> None:
-        if self.jobs.pop(job.run_id, None) is None:
-            return
+        """`job` and all that it left have closed them."""
+        del self.jobs[job.run_id]
         if job.returned and job.ending is None:  # else `processes_of` would find the next run too
             self._remove(job.run, self.OWN)
             self.free.append(job.run)
@@ -1470,18 +1450,18 @@ class Job:
         """Give the pane back; the files go when nobody writes any more."""
         if self.released:
             return
-        if self.timer is not None:
-            self.timer.cancel()
-        self.released, self.takes = True, {}  # who took the output is not kept
-        if not self.started.done():
-            self.started.set_result(self.over.is_set())
         if self.feed:
             self.feed.close()
         if self.view and not self.over.is_set():  # else it ends in a moment
             self.view.close()
         for output in self.outputs:
             output.finish() if self.pid else output.close()  # before its start nobody has opened it to write
+        self.released, self.takes = True, {}  # who took the output is not kept
+        if self.timer is not None:
+            self.timer.cancel()
         self._tidy()
+        if not self.started.done():
+            self.started.set_result(self.over.is_set())
         del self.terminal.jobs[self.shell.pane.pane_id]
         self.terminal.freed.set()
 
@@ -1500,9 +1480,8 @@ class Job:
             for output in self.outputs:
                 if output.taken is not None:
                     await asyncio.wait_for(output.taken, patience)
-        except asyncio.CancelledError:
-            self.end("cancelled")
-            raise
+        finally:
+            self.end("cancelled")  # if it is not over: nobody waits for it any more
         exit_code, error = ENDINGS[self.ended]
         code = self.exit_code if exit_code is None else exit_code
         total, ms = sum(output.total for output in self.outputs), round(self.duration * 1000)
@@ -1551,10 +1530,9 @@ class Terminal:
         if len(self.jobs) + self.waiting >= MAX_PANES + MAX_QUEUE:
             raise NoTerminal(f"{MAX_QUEUE} commands wait for this terminal already: try again later")
         self.waiting += 1
-        deadline = time.monotonic() + QUEUE_TIMEOUT
         try:
             async with self.lock:
-                while time.monotonic() < deadline and not self.driver.stopping:
+                while not self.driver.stopping:
                     self.freed.clear()
                     tmux = await self._look()
                     if (shell := await self._choose(tmux)) and not self.driver.stopping:
@@ -1567,7 +1545,7 @@ class Terminal:
                     timer.cancel()
         finally:
             self.waiting -= 1
-        raise NoTerminal("the proxy is stopping" if self.driver.stopping else "no pane of the terminal got free")
+        raise NoTerminal("the proxy is stopping")
 
     async def open(self) -> None:
         """Make the window if it is missing, and know its prompt before anybody types."""
