@@ -30,8 +30,8 @@ Read from the environment: POCKETCODER_HOST POCKETCODER_TOKEN POCKETCODER_WORKSP
             POCKETCODER_FORWARD_ENV POCKETCODER_TOKEN POCKETCODER_USAGE_ID PROXY_URL
 Set for a command: POCKETCODER_RUN_ID POCKETCODER_AGENT POCKETCODER_SESSION_ID
             POCKETCODER_USAGE_ID, and QUIET_PROGRAMS
-tmux:       attach-session      the one long-lived control connection
-            new-session new-window split-window respawn-pane   make a terminal
+tmux:       new-session -A      the one long-lived control connection
+            new-window split-window respawn-pane   make a terminal, as new-session does
             set-option          keep a window's name; no synchronized panes; room for four
             select-layout       make room for one more pane
             list-panes          what there is
@@ -57,7 +57,7 @@ import os
 import sys
 
 # ==========================================================================
-# Settings                                                       budget 57
+# Settings                                                       budget 55
 # ==========================================================================
 # S1  Every limit, time and default is here, with its unit.  Times in seconds.
 VERSION = "0.1.0"
@@ -91,9 +91,7 @@ NEW_SHELL_TIMEOUT = 15.0  # the same while a new shell may read its start-up fil
 PROMPT_TIMEOUT = 0.5  # a shell that has just ended a command shows its prompt
 QUEUE_CHECK = 0.5  # look again whether a person's program has ended
 WATCH_PAUSE = 0.5  # look again whether the shell of a run lives: tmux may not tell
-QUEUE_TIMEOUT = 3600.0  # longest wait for a pane
 RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
-PROMPT_TRIES = 5  # after a run its prompt is looked for so often, a CLEAR_PAUSE apart
 CLEAR_PAUSE = 0.05  # for a shell to take a key; shorter than anybody types a line
 DRAIN_PAUSE = 0.01  # between reads of what outlives its run: 100 MB/s
 VIEW_DELAY = 0.005  # a command that ends sooner is shown at its end
@@ -114,7 +112,7 @@ def default_agent_name() -> str:
 
 
 # ==========================================================================
-# Shell Bridge                                                  budget 356
+# Shell Bridge                                                  budget 346
 # ==========================================================================
 # `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
 #
@@ -164,24 +162,14 @@ def shell_arguments(argv: list[str]) -> list[str] | None:
     return words
 
 
-def same_file(one: int, other: int) -> bool:
-    try:
-        return os.path.sameopenfile(one, other)
-    except OSError:  # closed
-        return False
-
-
 def command_of(words: list[str]) -> tuple[str, bytes]:
     """The text for the sandbox's bash that does what `bash WORDS` does here, and what was read of stdin."""
-    literal = words[:2] == ["-c", "--"]
-    streams = " 2>&1" if same_file(1, 2) else ""  # else their order would be lost
-    if (
-        not streams
-        and words[:1] == ["-c"]
-        and len(words) == 2 + literal
-        and (literal or words[1][:1] not in ("-", "+"))
-    ):
-        text = words[-1] if words[-1].strip() else ":"
+    literal, text = words[:2] == ["-c", "--"], words[-1] if "".join(words[-1:]).strip() else ":"
+    try:
+        streams = " 2>&1" * os.path.sameopenfile(1, 2)  # else their order would be lost
+    except OSError:  # closed
+        streams = ""
+    if words[:1] == ["-c"] and len(words) == 2 + literal and (literal or text[0] not in "-+") and not streams:
         return (text if quote(text)[0] == "'" else f"eval {quote(text)}"), b""
     options, long, rest, letters, first = list[str](), list[str](), list(words), "", b""
     while rest and rest[0] not in ("-", "--") and rest[0][:1] in ("-", "+"):
@@ -215,6 +203,11 @@ def command_of(words: list[str]) -> tuple[str, bytes]:
     return 'exec ${BASH:+-a "$0"} "${BASH:-sh}" ' + " ".join(map(quote, [*options, "--", *rest])) + streams, first
 
 
+def json_text(table: dict[str, str]) -> str:
+    pairs = (f'"{name.translate(ESCAPES)}":"{value.translate(ESCAPES)}"' for name, value in table.items())
+    return "{" + ",".join(pairs) + "}"
+
+
 def request_of(command: str) -> bytes:
     """The first message, see ExecRequest.  Raises Failed."""
     get = os.environ.get
@@ -223,14 +216,9 @@ def request_of(command: str) -> bytes:
     env = {n: v for n, v in os.environ.items() if (n in wanted or n.startswith(prefixes)) and n != "POCKETCODER_TOKEN"}
     try:
         fields = {"cmd": command, "cwd": os.getcwd(), "agent_name": get("OPENCODE_AGENT") or default_agent_name()}
-        fields |= {"session_id": get("OPENCODE_SESSION_ID", ""), "usage_id": get("POCKETCODER_USAGE_ID", "")}
-        texts = [
-            ",".join(
-                f'"{n.translate(ESCAPES)}":"{v.translate(ESCAPES)}"' for n, v in table.items() if v or table is env
-            )
-            for table in (fields, env)
-        ]
-        return f'{{{texts[0]},"timeout":{MAX_TIMEOUT},"env":{{{texts[1]}}}}}'.encode()
+        ids = {"session_id": get("OPENCODE_SESSION_ID"), "usage_id": get("POCKETCODER_USAGE_ID")}
+        fields |= {name: value for name, value in ids.items() if value}
+        return f'{json_text(fields)[:-1]},"timeout":{MAX_TIMEOUT},"env":{json_text(env)}}}'.encode()
     except OSError as wrong:
         raise Failed(f"the current directory {get('PWD', '')!r}: {wrong.strerror}", 125) from None
     except UnicodeEncodeError as wrong:
@@ -814,7 +802,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                              budget 938
+# Execution Driver                                              budget 933
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1555,14 +1543,14 @@ class Terminal:
             if self.shells[0].quiet and await self.shells[0].at_prompt():
                 await self.shells[0].clear(tmux)
 
-    async def _look(self, again: bool = True) -> Tmux:
+    async def _look(self, tries: int = 3) -> Tmux:
         """Know the panes; make the window, with all around it, if it is missing.  Needs the lock."""
-        tmux, new_shell = await self.driver.connect(self), self.driver.new_shell
-        if self.shells and self.looked_at == (tmux, tmux.notices):
+        tmux, new_shell = self.driver.tmux, self.driver.new_shell
+        if tmux and not tmux.closed and self.looked_at == (tmux, tmux.notices):
             return tmux
         try:
-            self.looked_at = (tmux, tmux.notices)
-            found = [pane for pane in await tmux.panes() if pane.window_name == self.name]
+            tmux = await self.driver.connect(self)
+            notices, found = tmux.notices, [pane for pane in await tmux.panes() if pane.window_name == self.name]
             panes = [pane for pane in found if pane.window_id == found[0].window_id]
             if not panes:
                 panes = [await self._make(tmux, "new-window", "-t", f"={tmux.session}:", "-n", self.name)]
@@ -1573,14 +1561,17 @@ class Terminal:
                     panes[at] = Pane.parse(*await tmux.ask("display-message", "-p", "-t", pane.pane_id, PANE_FORMAT))
                     self.shells.append(PaneShell(panes[at], True))
         except NoTerminal:
-            tmux.close()  # the session may be gone, and we be attached to another
-            if again:
-                return await self._look(False)
-            raise
+            if self.driver.tmux:  # the session may be gone, and we be attached to another
+                self.driver.tmux.close()
+            if not tries:
+                raise
+            await asyncio.sleep(CLEAR_PAUSE)  # a tmux that is just ending fails once
+            return await self._look(tries - 1)
         known = {shell.pane.pid: shell for shell in self.shells}
         self.shells = [known.get(pane.pid) or PaneShell(pane) for pane in panes]
         for pane, shell in zip(panes, self.shells, strict=True):
             shell.pane = pane
+        self.looked_at = (tmux, notices)
         return tmux
 
     async def _make(self, tmux: Tmux, *words: str) -> Pane:
@@ -1707,18 +1698,10 @@ class PocketCoderDriver:
     async def connect(self, terminal: Terminal) -> Tmux:
         """The connection to tmux.  If there is no session yet, the window of `terminal` is its first."""
         async with self.connecting:
-            for attempt in range(4):
-                if self.tmux is not None and not self.tmux.closed:
-                    break
+            if self.tmux is None or self.tmux.closed:
                 window = ["-n", terminal.name, *self.new_shell]
-                try:
-                    self.tmux = await Tmux.connect(self.socket_path, self.session_name, window, self._on_notice)
-                    terminal.shells += [PaneShell(pane, True) for pane in self.tmux.made]
-                except NoTerminal:
-                    if attempt == 3:
-                        raise
-                    await asyncio.sleep(CLEAR_PAUSE)  # a tmux that is just ending fails once
-            assert self.tmux is not None
+                self.tmux = await Tmux.connect(self.socket_path, self.session_name, window, self._on_notice)
+                terminal.shells += [PaneShell(pane, True) for pane in self.tmux.made]
             return self.tmux
 
     def _on_notice(self) -> None:
