@@ -802,7 +802,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                              budget 933
+# Execution Driver                                              budget 934
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1021,12 +1021,10 @@ class Capture:
 
 
 class Pipe:
-    """Our end of a FIFO, which is made if it is missing; or a terminal."""
+    """Our end of a FIFO, or a terminal."""
 
     def __init__(self, path: str, flags: int, on_close: Callable[[], object] = int) -> None:
         self.loop, self.on_close = asyncio.get_running_loop(), on_close
-        with contextlib.suppress(FileExistsError):
-            os.mkfifo(path, 0o600)
         self.fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
 
     def widen(self) -> None:
@@ -1039,8 +1037,8 @@ class Pipe:
             self.loop.remove_reader(self.fd)
             self.loop.remove_writer(self.fd)
             os.close(self.fd)
-            self.fd = -1
-            self.on_close()
+            self.fd, on_close, self.on_close = -1, self.on_close, int  # it may hold who holds us
+            on_close()
 
 
 class Output(Pipe):
@@ -1057,9 +1055,9 @@ class Output(Pipe):
 
     def _resume(self) -> None:
         if self.fd >= 0:
-            self.loop.add_reader(self.fd, self._read)
+            self.loop.add_reader(self.fd, self.read)
 
-    def _read(self) -> None:
+    def read(self) -> None:
         try:
             chunk = os.read(self.fd, CHUNK)
         except BlockingIOError:
@@ -1087,15 +1085,16 @@ class Output(Pipe):
     def finish(self) -> None:
         """The command has ended: take what it left in the pipe, drain what others write."""
         if self.fd >= 0 and self.take:
-            self._read()
-            self.take = None
-            self._resume()
+            self.read()
+        self.take = None
+        self._resume()
 
 
 class Input(Pipe):
     """What a run reads: its stdin, as it comes."""
 
     def __init__(self, path: str) -> None:
+        os.mkfifo(path, 0o600)
         self.room = asyncio.Event()
         super().__init__(path, os.O_RDWR, self.room.set)  # not O_WRONLY: go need not wait for a writer
 
@@ -1166,7 +1165,7 @@ class RunFiles:
     runs: making files costs more than all the rest.  Raises NoTerminal, OSError.
     """
 
-    OWN, KEPT = ("pid", "in", "cmd"), ("go", "done", "out", "err")  # made by each run; for the next of that name
+    OWN, FIFOS = ("pid", "in", "cmd"), ("done", "out", "err")  # made by each run; for the next of that name
 
     def __init__(self, base: str) -> None:
         self.base, self.unread = base, b""
@@ -1184,6 +1183,7 @@ class RunFiles:
         self.lock = os.open(self.folder, os.O_RDONLY)
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a driver that starts now may be adopting it
         self.status_path = f"{self.folder}/status"
+        os.mkfifo(self.status_path, 0o600)
         self.status = Pipe(self.status_path, os.O_RDWR)
         self.status.loop.add_reader(self.status.fd, self._on_status)
 
@@ -1203,12 +1203,13 @@ class RunFiles:
 
     def take(self, job: Job) -> str:
         """A path for its files, but for the suffixes."""
+        if not self.free:
+            self.count += 1
+            self.free.append(f"{self.folder}/{self.count:x}")
+            for name in self.FIFOS:
+                os.mkfifo(f"{self.free[-1]}.{name}", 0o600)
         self.jobs[job.run_id] = job
-        if self.free:
-            return self.free.pop()
-        self.count += 1
-        os.mkfifo(f"{self.folder}/{self.count:x}.done", 0o600)
-        return f"{self.folder}/{self.count:x}"
+        return self.free.pop()
 
     def give_back(self, job: Job) -> None:
         """`job` and all that it left have closed them."""
@@ -1217,7 +1218,7 @@ class RunFiles:
             self._remove(job.run, self.OWN)
             self.free.append(job.run)
         else:  # its line may have been read already, or `go` may be just noting the exit code
-            self.status.loop.call_later(NEW_SHELL_TIMEOUT, self._remove, job.run, self.OWN + self.KEPT)
+            self.status.loop.call_later(NEW_SHELL_TIMEOUT, self._remove, job.run, (*self.OWN, *self.FIFOS, "go"))
         self.there()
 
     def _remove(self, run: str, names: tuple[str, ...]) -> None:
@@ -1244,6 +1245,8 @@ class RunFiles:
                         os.close(os.open(f"{folder}/{run}.pid", os.O_CREAT | os.O_EXCL))
                 pipes, closed = [name for name in names if name.endswith((".out", ".err"))], asyncio.Event()
                 outputs = [Output(f"{folder}/{name}", None, closed.set) for name in pipes]
+                for output in outputs:
+                    output.read()  # nobody may have it open, of which epoll(7) does not tell
                 while any(output.fd >= 0 for output in outputs):
                     closed.clear()
                     await closed.wait()
@@ -1410,8 +1413,6 @@ class Job:
     async def _leave(self) -> None:
         """Show the end, and let the prompt come."""
         self._later(RETURN_TIMEOUT, self.release)
-        if self.feed:
-            self.feed.close()
         os.sched_yield()  # who got the answer often waits for this very CPU
         facts = (self.request.agent_name, self.run_id, self.ended, self.exit_code, round(self.duration * 1000))
         log.info("exec end agent=%s run=%s ended=%s exit=%d ms=%d", *facts)
@@ -1560,7 +1561,7 @@ class Terminal:
                     await tmux.ask("respawn-pane", "-k", "-t", pane.pane_id, *new_shell)
                     panes[at] = Pane.parse(*await tmux.ask("display-message", "-p", "-t", pane.pane_id, PANE_FORMAT))
                     self.shells.append(PaneShell(panes[at], True))
-        except NoTerminal:
+        except (NoTerminal, ValueError):  # ValueError: what it describes is gone
             if self.driver.tmux:  # the session may be gone, and we be attached to another
                 self.driver.tmux.close()
             if not tries:
