@@ -112,7 +112,7 @@ def default_agent_name() -> str:
 
 
 # ==========================================================================
-# Shell Bridge                                                  budget 346
+# Shell Bridge                                                  budget 343
 # ==========================================================================
 # `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
 #
@@ -281,19 +281,16 @@ class Bridge:
         host, _, port = (address if ":" in address else f"{address}:80").rpartition(":")
         if scheme != "http" or not host or not port.isdecimal():
             raise Failed(f"PROXY_URL: got {self.url!r}, expected http://HOST:PORT", 125)
-        token, failure, head = os.environ.get("POCKETCODER_TOKEN"), OSError("no such host"), b""
+        token, head, failure = os.environ.get("POCKETCODER_TOKEN"), b"", 0
         lines = ["GET /exec/ws HTTP/1.1", f"Host: {address}", "Connection: Upgrade", "Upgrade: websocket"]
         lines += ["Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {WS_KEY}", f"Sec-WebSocket-Protocol: {CHANNELS}"]
         lines += [f"Authorization: Bearer {token}"] if token else []
         for family, kind, protocol, _, place in _socket.getaddrinfo(host.strip("[]").encode(), int(port), 0, 1):
             sock = _socket.socket(family, kind, protocol)
-            try:
-                sock.connect(place)
+            if not (failure := sock.connect_ex(place)):
                 break
-            except OSError as refused:
-                failure = refused
         else:
-            raise failure
+            raise OSError(failure, os.strerror(failure))
         sock.sendall("\r\n".join([*lines, "", ""]).encode())
         while b"\r\n\r\n" not in head and len(head) < BRIDGE_CHUNK and (more := sock.recv(BRIDGE_CHUNK)):
             head += more
@@ -802,7 +799,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                              budget 934
+# Execution Driver                                              budget 933
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1075,11 +1072,10 @@ class Output(Pipe):
                 self.loop.remove_reader(self.fd)
                 self.taken = asyncio.ensure_future(self._wait(self.taken, wait))
 
-    async def _wait(self, before: Awaitable[None] | None, this: Awaitable[None]) -> None:
+    async def _wait(self, *steps: Awaitable[None] | None) -> None:
         with contextlib.suppress(OSError):  # the reader has left
-            if before is not None:
-                await before
-            await this
+            for step in filter(None, steps):
+                await step
         self._resume()
 
     def finish(self) -> None:
