@@ -36,8 +36,8 @@ Read from the environment: POCKETCODER_HOST POCKETCODER_TOKEN POCKETCODER_WORKSP
             POCKETCODER_FORWARD_ENV POCKETCODER_TOKEN POCKETCODER_USAGE_ID PROXY_URL
 Set for a command: POCKETCODER_RUN_ID POCKETCODER_AGENT POCKETCODER_SESSION_ID
             POCKETCODER_USAGE_ID, and QUIET_PROGRAMS
-tmux:       attach-session      the one long-lived control connection
-            new-session new-window split-window respawn-pane   make a terminal
+tmux:       new-session -A      the one long-lived control connection
+            new-window split-window respawn-pane   make a terminal, as new-session does
             set-option          keep a window's name; no synchronized panes; room for four
             select-layout       make room for one more pane
             list-panes          what there is
@@ -65,7 +65,7 @@ import os
 import sys
 
 # ==========================================================================
-# Settings                                                         budget 79
+# Settings                                                         budget 77
 # ==========================================================================
 # S1  Every limit, time and default is here, with its unit.  Times in seconds.
 VERSION = "0.1.0"
@@ -100,9 +100,7 @@ NEW_SHELL_TIMEOUT = 15.0  # the same while a new shell may read its start-up fil
 PROMPT_TIMEOUT = 0.5  # a shell that has just ended a command shows its prompt
 QUEUE_CHECK = 0.5  # look again whether a person's program has ended
 WATCH_PAUSE = 0.5  # look again whether the shell of a run lives: tmux may not tell
-QUEUE_TIMEOUT = 3600.0  # longest wait for a pane
 RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
-PROMPT_TRIES = 5  # after a run its prompt is looked for so often, a CLEAR_PAUSE apart
 CLEAR_PAUSE = 0.05  # for a shell to take a key; shorter than anybody types a line
 DRAIN_PAUSE = 0.01  # between reads of what outlives its run: 100 MB/s
 VIEW_DELAY = 0.005  # a command that ends sooner is shown at its end
@@ -134,7 +132,7 @@ PROGRESS_EVERY, PROGRESS_PAUSE = 1.0, 0.1  # between progress notifications, at 
 MAX_LINE = KIB  # bytes of a line told as progress
 MAX_LINES, MAX_KEYS = 2000, 4 * KIB  # `lines` read; bytes typed at once: a terminal's line buffer
 CORS_HEADERS = "Authorization, Content-Type, Accept, MCP-Protocol-Version, Mcp-Session-Id, Mcp-Method, Mcp-Name, "
-CORS_HEADERS += "Last-Event-ID"
+CORS_HEADERS += "Last-Event-ID"  # and Mcp-Param-*, as asked for
 BRIDGE_CHUNK = 256 * KIB  # bytes that the shell reads at once
 
 
@@ -144,7 +142,7 @@ def default_agent_name() -> str:
 
 
 # ==========================================================================
-# Shell Bridge                                                    budget 359
+# Shell Bridge                                                    budget 347
 # ==========================================================================
 # `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
 #
@@ -194,24 +192,14 @@ def shell_arguments(argv: list[str]) -> list[str] | None:
     return words
 
 
-def same_file(one: int, other: int) -> bool:
-    try:
-        return os.path.sameopenfile(one, other)
-    except OSError:  # closed
-        return False
-
-
 def command_of(words: list[str]) -> tuple[str, bytes]:
     """The text for the sandbox's bash that does what `bash WORDS` does here, and what was read of stdin."""
-    literal = words[:2] == ["-c", "--"]
-    streams = " 2>&1" if same_file(1, 2) else ""  # else their order would be lost
-    if (
-        not streams
-        and words[:1] == ["-c"]
-        and len(words) == 2 + literal
-        and (literal or words[1][:1] not in ("-", "+"))
-    ):
-        text = words[-1] if words[-1].strip() else ":"
+    literal, text = words[:2] == ["-c", "--"], words[-1] if "".join(words[-1:]).strip() else ":"
+    try:
+        streams = " 2>&1" * os.path.sameopenfile(1, 2)  # else their order would be lost
+    except OSError:  # closed
+        streams = ""
+    if words[:1] == ["-c"] and len(words) == 2 + literal and (literal or text[0] not in "-+") and not streams:
         return (text if quote(text)[0] == "'" else f"eval {quote(text)}"), b""
     options, long, rest, letters, first = list[str](), list[str](), list(words), "", b""
     while rest and rest[0] not in ("-", "--") and rest[0][:1] in ("-", "+"):
@@ -245,6 +233,11 @@ def command_of(words: list[str]) -> tuple[str, bytes]:
     return 'exec ${BASH:+-a "$0"} "${BASH:-sh}" ' + " ".join(map(quote, [*options, "--", *rest])) + streams, first
 
 
+def json_text(table: dict[str, str]) -> str:
+    pairs = (f'"{name.translate(ESCAPES)}":"{value.translate(ESCAPES)}"' for name, value in table.items())
+    return "{" + ",".join(pairs) + "}"
+
+
 def request_of(command: str) -> bytes:
     """The first message, see ExecRequest.  Raises Failed."""
     get = os.environ.get
@@ -253,14 +246,9 @@ def request_of(command: str) -> bytes:
     env = {n: v for n, v in os.environ.items() if (n in wanted or n.startswith(prefixes)) and n != "POCKETCODER_TOKEN"}
     try:
         fields = {"cmd": command, "cwd": os.getcwd(), "agent_name": get("OPENCODE_AGENT") or default_agent_name()}
-        fields |= {"session_id": get("OPENCODE_SESSION_ID", ""), "usage_id": get("POCKETCODER_USAGE_ID", "")}
-        texts = [
-            ",".join(
-                f'"{n.translate(ESCAPES)}":"{v.translate(ESCAPES)}"' for n, v in table.items() if v or table is env
-            )
-            for table in (fields, env)
-        ]
-        return f'{{{texts[0]},"timeout":{MAX_TIMEOUT},"env":{{{texts[1]}}}}}'.encode()
+        ids = {"session_id": get("OPENCODE_SESSION_ID"), "usage_id": get("POCKETCODER_USAGE_ID")}
+        fields |= {name: value for name, value in ids.items() if value}
+        return f'{json_text(fields)[:-1]},"timeout":{MAX_TIMEOUT},"env":{json_text(env)}}}'.encode()
     except OSError as wrong:
         raise Failed(f"the current directory {get('PWD', '')!r}: {wrong.strerror}", 125) from None
     except UnicodeEncodeError as wrong:
@@ -323,19 +311,16 @@ class Bridge:
         host, _, port = (address if ":" in address else f"{address}:80").rpartition(":")
         if scheme != "http" or not host or not port.isdecimal():
             raise Failed(f"PROXY_URL: got {self.url!r}, expected http://HOST:PORT", 125)
-        token, failure, head = os.environ.get("POCKETCODER_TOKEN"), OSError("no such host"), b""
+        token, head, failure = os.environ.get("POCKETCODER_TOKEN"), b"", 0
         lines = ["GET /exec/ws HTTP/1.1", f"Host: {address}", "Connection: Upgrade", "Upgrade: websocket"]
         lines += ["Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {WS_KEY}", f"Sec-WebSocket-Protocol: {CHANNELS}"]
         lines += [f"Authorization: Bearer {token}"] if token else []
         for family, kind, protocol, _, place in _socket.getaddrinfo(host.strip("[]").encode(), int(port), 0, 1):
             sock = _socket.socket(family, kind, protocol)
-            try:
-                sock.connect(place)
+            if not (failure := sock.connect_ex(place)):
                 break
-            except OSError as refused:
-                failure = refused
         else:
-            raise failure
+            raise OSError(failure, os.strerror(failure))
         sock.sendall("\r\n".join([*lines, "", ""]).encode())
         while b"\r\n\r\n" not in head and len(head) < BRIDGE_CHUNK and (more := sock.recv(BRIDGE_CHUNK)):
             head += more
@@ -485,6 +470,7 @@ from urllib.parse import quote_plus, urlsplit
 
 try:
     import tornado.httpserver
+    import tornado.iostream
     import tornado.netutil
     import tornado.web
     import tornado.websocket
@@ -726,7 +712,7 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                            budget 180
+# Tmux                                                            budget 187
 # ==========================================================================
 # The only section that talks to tmux.
 #
@@ -737,6 +723,7 @@ PANE_FORMAT = "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width}
 PANE_FORMAT += "#{window_name}"
 # Changes when somebody types, or anything is shown; not a person's last look at it.
 PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
+NO_MODE = "#{==:#{pane_in_mode}#{pane_synchronized},00}"
 
 KEY = re.compile(
     r"(?:[CMS]-)*(?:[!-~]|Enter|Escape|B?Tab|Space|BSpace|Up|Down|Left|Right|Home|End|Insert|Delete|IC|DC"
@@ -786,18 +773,17 @@ class Tmux(asyncio.SubprocessProtocol):
         self.block = ""  # what stood behind `%begin`, and will behind `%end`
         self.closed, self.ended = False, asyncio.Event()  # of no use any more; its process is gone
         self.notices = 0  # how many there were: what was asked before may be old
+        self.made = list[Pane]()  # with the session, if that was missing
 
     @classmethod
     async def connect(
-        cls, path: str, session: str, create: list[str] | None, on_notice: Callable[[], object] = int
+        cls, path: str, session: str, window: list[str] | None, on_notice: Callable[[], object] = int
     ) -> Tmux:
-        """Attach to `session` at the socket `path`; `create`: words that make it if missing."""
+        """Attach to `session` at the socket `path`; make it if it is missing, with this first `window`."""
         hidden = ("POCKETCODER_TOKEN", "POCKETCODER_RUN_ID", "TMUX", "TMUX_PANE")
         variables = {name: value for name, value in os.environ.items() if name not in hidden}
-        words = ["attach-session", "-t", f"={session}"]
-        if create is not None:
-            words = ["new-session", "-A", "-s", session, "-x", "200", "-y", "50"]
-        words = ["tmux", "-S", path, "-C", *words, "-f", "no-output,ignore-size", *(create or [])]
+        words = ["tmux", "-S", path, "-C", "new-session", "-A", "-s", session, "-x", "200", "-y", "50"]
+        words += ["-P", "-F", PANE_FORMAT, "-f", "no-output,ignore-size", *(window or [])]
         try:  # default-shell is taken from SHELL, which may be this very file
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             _, self = await asyncio.get_running_loop().subprocess_exec(
@@ -806,11 +792,13 @@ class Tmux(asyncio.SubprocessProtocol):
         except OSError as missing:
             raise NoTerminal(f"cannot run tmux ({missing}): install tmux 3.2 or later") from None
         try:
-            await self.reply(self.attached)
+            self.made = [Pane.parse(line) for line in await self.reply(self.attached)]
         except BaseException:
             self.close()
             raise
         self.send(["set-option", "-t", f"={session}:", "default-size", "200x50"])
+        for pane in self.made:
+            self.keep_name(pane)
         return self
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -901,12 +889,17 @@ class Tmux(asyncio.SubprocessProtocol):
         The reply is empty if they were pressed.
         """
         words = " ".join(map(quote, ["send-keys", "-t", pane.pane_id, *keys]))
-        same = f"#{{==:{PANE_STATE},{state}}}" if state else "#{==:#{pane_in_mode}#{pane_synchronized},00}"
+        same = f"#{{==:{PANE_STATE},{state}}}" if state else NO_MODE
         return self.send(["if-shell", "-F", "-t", pane.pane_id, same, words, "display-message -p no"], [])
+
+    def keep_name(self, pane: Pane) -> None:
+        """Let nobody but a person rename its window."""
+        rename = ["set-option", "-w", "-t", pane.window_id]
+        self.send([*rename, "automatic-rename", "off"], [*rename, "allow-rename", "off"])
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1065
+# Execution Driver                                                budget 987
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -942,7 +935,8 @@ _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \echo "{run_id} start $_pc" >&9
 \exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
 \cd -- {cwd} || \exit
-\export {variables}
+\export {quiet} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
+\export POCKETCODER_SESSION_ID={session} POCKETCODER_USAGE_ID={usage}
 \exec {command}
 ) && _pc=0 || _pc=$?
 \echo "$_pc" >>{run}.pid
@@ -954,36 +948,26 @@ _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 
 def go_script(job: Job, shell: str) -> dict[str, str]:
     """The files of a run: `go`; `in`, its stdin; `cmd`, where it is too long for an argument."""
-    request, path = job.request, shlex.quote(job.run)
+    request, run = job.request, shlex.quote(job.run)
     files = {} if request.stdin is None else {"in": request.stdin}
     command = [shell, "-c", request.cmd, os.path.basename(shell)]
     if len(request.cmd) > MAX_ARGUMENT // 4:  # characters of up to four bytes
-        files["cmd"], command[2] = request.cmd, f'eval "$(cat {path}.cmd)"'
+        files["cmd"], command[2] = request.cmd, f'eval "$(cat {run}.cmd)"'
     if request.env:  # by env(1), which takes names that are none for a shell
         command = ["env", "--", *(f"{name}={value}" for name, value in request.env.items()), *command]
-    ids = {"RUN_ID": job.run_id, "AGENT": request.agent_name}
-    ids |= {"SESSION_ID": request.session_id or "", "USAGE_ID": request.usage_id or ""}
-    outputs = [f"{fd}<>{path}.{name}" for fd, name in enumerate(job.takes, 1)]
-    files["go"] = GO.format(
-        run=path,
-        run_id=job.run_id,
-        status=shlex.quote(f"{job.files.folder}/status"),
-        cwd=shlex.quote(request.cwd or "."),
-        variables=" ".join([QUIET, *(f"POCKETCODER_{name}={shlex.quote(value)}" for name, value in ids.items())]),
-        command=shlex.join(command),
-        stdin=f"{path}.in" if job.feed or "in" in files else "/dev/null",
-        outputs=" ".join([*outputs, "2>&1"][:2]),
-    )
-    return files
+    texts = {"status": job.files.status_path, "cwd": request.cwd or ".", "agent": request.agent_name}
+    texts |= {"session": request.session_id or "", "usage": request.usage_id or ""}
+    outputs = f"1<>{run}.out " + (f"2<>{run}.err" if "err" in job.takes else "2>&1")
+    stdin = f"{run}.in" if job.feed or "in" in files else "/dev/null"
+    parts = {"run": run, "run_id": job.run_id, "stdin": stdin, "outputs": outputs, "quiet": QUIET}
+    parts |= {name: shlex.quote(text) for name, text in texts.items()}
+    return files | {"go": GO.format(command=shlex.join(command), **parts)}
 
 
 def read_proc(pid: int, name: str, size: int = 4 * KIB) -> bytes:
     """A file of /proc, in one read: it may change in between.  Raises OSError."""
-    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
-    try:
-        return os.read(fd, size)
-    finally:
-        os.close(fd)
+    with open(f"/proc/{pid}/{name}", "rb", 0) as file:
+        return file.read(size)
 
 
 class Process(NamedTuple):
@@ -999,7 +983,7 @@ def process(pid: int) -> Process | None:
     """None: there is none, or it has ended."""
     with contextlib.suppress(OSError):
         head, _, tail = read_proc(pid, "stat").decode("latin-1").rpartition(")")
-        state, parent, group, _, _, foreground, *_ = tail.split()
+        state, parent, group, _, _, foreground, *_ = tail.split(None, 6)
         if state not in "ZX":
             return Process(head.partition("(")[2], int(parent), int(group), int(foreground))
     return None
@@ -1024,7 +1008,7 @@ def processes_of(job: Job) -> set[int]:
 class PaneShell:
     """The shell in a pane: whether it waits for a command, and whether somebody has typed there."""
 
-    def __init__(self, pane: Pane, new: bool) -> None:
+    def __init__(self, pane: Pane, new: bool = False) -> None:
         self.pane = pane
         self.ran = False  # a line of ours: it is through with its start-up files, and no script
         self.shown = False  # its prompt, in a way that can be told
@@ -1035,51 +1019,43 @@ class PaneShell:
         self.noting: asyncio.Task[None] | None = None
 
     def look(self) -> str:
-        """Whether it waits for a command: "ready", "perhaps" (it does not say), "soon", "busy"."""
-        try:
+        """Whether it waits for a command: "ready" (as far as it tells), "soon", "busy"."""
+        with contextlib.suppress(OSError, termios.error):
             shell = process(self.pane.pid)
             if shell and shell.name == "tmux: server":  # forked, and about to become the shell
                 return "soon"
-            if (
-                not shell
-                or shell.foreground != shell.group
-                or shell.name not in SHELLS
-                or not (self.ran or self._interactive())
-            ):
-                return "busy"
-            if not SHELLS[shell.name]:
-                return "perhaps"
-            tty = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
-            try:
-                return "soon" if termios.tcgetattr(tty)[3] & termios.ICANON else "ready"
-            finally:
-                os.close(tty)
-        except (OSError, termios.error):
-            return "busy"
+            if shell and shell.foreground == shell.group and shell.name in SHELLS and (self.ran or self._reads_tty()):
+                if not SHELLS[shell.name]:
+                    return "ready"
+                tty = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+                try:
+                    return "soon" if termios.tcgetattr(tty)[3] & termios.ICANON else "ready"
+                finally:
+                    os.close(tty)
+        return "busy"
 
-    def _interactive(self) -> bool:
+    def _reads_tty(self) -> bool:
         """It was not started with a script or with -c."""
         words = read_proc(self.pane.pid, "cmdline").decode("latin-1").split("\0")[1:-1]
-        words = [word for word in words if word not in SHELLS]
-        script = any(word[:1] not in "-+" for word in words) and "-i" not in words
-        return not script and not any("c" in word for word in words if word[:2] != "--")
+        letters = "".join(word for word in words if re.match(r"[-+]\w", word))
+        return "c" not in letters and ("i" in letters or all(w[:1] in "-+" or w in SHELLS for w in words))
 
     async def at_prompt(self) -> bool:
         """Whether it waits for a command, or will in a moment."""
         deadline = time.monotonic() + (PROMPT_TIMEOUT if self.ran else NEW_SHELL_TIMEOUT)
         while (state := self.look()) == "soon" and time.monotonic() < deadline:
-            if self.ran and not self.shown:
-                break
+            if self.ran and not self.shown:  # it never tells
+                return True
             await asyncio.sleep(0.001)  # a shell announces its prompt to nobody
         self.shown |= state == "ready"
-        return state in ("ready", "perhaps") or (state == "soon" and not self.shown)
+        return state == "ready" or (state == "soon" and not self.shown)
 
-    async def clear(self, tmux: Tmux) -> tuple[str, int]:
-        """Make sure that nothing is typed at the prompt: the pane's state then, and the column of its cursor."""
+    async def clear(self, tmux: Tmux) -> str:
+        """Make sure that nothing is typed at the prompt: its state then, now in `last`; "" if nobody can type yet."""
         quiet, state = time.monotonic() < self.quiet, self.state
         self.quiet, self.state = 0.0, ""
         if state or (self.last and quiet):  # in the moment after a run nobody has typed a line
-            return state, int(self.last.split()[0])
+            return state
         if quiet:
             await asyncio.sleep(CLEAR_PAUSE)  # a new shell draws its prompt
         now = await tmux.state(self.pane)
@@ -1097,26 +1073,22 @@ class PaneShell:
                 await self.at_prompt()
                 now = await tmux.state(self.pane)
         self.last = now  # if nobody uses it now, it is known later
-        return now, int(now.split()[0])
+        return now
 
-    def back(self, tmux: Tmux, column: int) -> None:
-        """A run has ended: note in what state the prompt is then.  Who types, changes that."""
-        self.quiet, self.state = time.monotonic() + 2 * CLEAR_PAUSE, ""
-        if self.noting is not None:
-            self.noting.cancel()
-        self.noting = asyncio.ensure_future(self._note(tmux, column))
+    def back(self, tmux: Tmux) -> None:
+        """A run has ended: learn in what state the prompt is then.  Who types, changes that."""
+        self.quiet = time.monotonic() + PROMPT_TIMEOUT  # or until it is known
+        self.noting = asyncio.ensure_future(self._note(tmux, self.quiet))
 
-    async def _note(self, tmux: Tmux, column: int) -> None:
+    async def _note(self, tmux: Tmux, quiet: float) -> None:
         with contextlib.suppress(NoTerminal):
-            for _ in range(PROMPT_TRIES):
-                await asyncio.sleep(CLEAR_PAUSE)
-                if not self.quiet or self.look() in ("ready", "perhaps"):
-                    break
-                self.quiet += CLEAR_PAUSE  # a slow machine: nobody sees a prompt to type at
-            now = await tmux.state(self.pane) if self.quiet and not tmux.closed else ""
-            # In another column, something was typed meanwhile; not quiet: it is used again.
-            if self.quiet and now.partition(" ")[0] == str(column) and self.look() in ("ready", "perhaps"):
-                self.quiet, self.state, self.last = 0.0, now, now
+            await asyncio.sleep(CLEAR_PAUSE)
+            ready = self.quiet == quiet and await self.at_prompt()
+            now = await tmux.state(self.pane) if ready else ""
+            if self.quiet == quiet:  # else it is used again
+                self.quiet = 0.0
+                if now.split(" ")[0] == self.last.split(" ")[0]:  # else something was typed meanwhile
+                    self.state = self.last = now
 
 
 class Capture:
@@ -1145,132 +1117,82 @@ class Capture:
         return f"{begin}{newline}[pocketcoder: {missing} bytes left out]\n{tail.decode(errors='replace')}"
 
 
-class View:
-    """A run's output copied to the pane's tty for a person: best effort, nobody waits for it."""
+class Pipe:
+    """Our end of a FIFO, or a terminal."""
 
-    # Colours and movements pass; what else a terminal does on request is not for a command.
-    UNSAFE = re.compile(rb"[\0-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[[0-9;:]*[A-HJKSTfm])")
+    def __init__(self, path: str, flags: int, on_close: Callable[[], object] = int) -> None:
+        self.loop, self.on_close = asyncio.get_running_loop(), on_close
+        self.fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
 
-    def __init__(self, pane: Pane, command: str, line: str, column: int) -> None:
-        """The typed `line` is to be replaced by `command`, behind the prompt that ends at `column`."""
-        self.space, self.hidden, self.newline, self.begun = MAX_VIEW, 0, True, False
-        rows = 1 + (column + len(line)) // max(1, pane.width)
-        shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
-        safe = self.UNSAFE.sub(b"", shown.encode()).replace(b"\x1b", b"")
-        self.unwritten = bytearray(b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, safe))
-        self.fd = os.open(pane.tty, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-
-    def write(self) -> None:
-        """Show what there is, and from now on what comes, as far as the terminal takes it."""
-        self.begun = True
-        with contextlib.suppress(OSError):  # it is full, or gone
-            del self.unwritten[: os.write(self.fd, self.unwritten)]
-        if self.unwritten and self.fd >= 0:
-            asyncio.get_running_loop().call_later(VIEW_PAUSE, self.write)
-
-    def add(self, chunk: bytes) -> None:
-        shown, self.space = self.UNSAFE.sub(b"", chunk[: self.space]), self.space - len(chunk)
-        if self.space < 0:
-            self.hidden, self.space = self.hidden - self.space, 0
-        if shown:
-            self.newline, waiting = shown.endswith(b"\n"), len(self.unwritten)
-            self.unwritten += shown
-            if self.begun and not waiting:
-                self.write()
-
-    async def end(self, exit_code: int) -> None:
-        """Mark the end, and wait a moment until all is on the terminal."""
-        hidden = f"[pocketcoder: {self.hidden} more bytes not shown here]\n" if self.hidden else ""
-        mark = f"[exit {exit_code}]\n" if exit_code else ""
-        self.unwritten += f"{'' if self.newline else chr(10)}{hidden}{mark}".encode()
-        self.write()
-        for _ in range(VIEW_TRIES):
-            if self.unwritten and self.fd >= 0:
-                await asyncio.sleep(VIEW_PAUSE)
-        self.close()
+    def widen(self) -> None:
+        """Let it hold more, as far as the system allows."""
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self.fd, 1031, CHUNK)  # F_SETPIPE_SZ
 
     def close(self) -> None:
         if self.fd >= 0:
+            self.loop.remove_reader(self.fd)
+            self.loop.remove_writer(self.fd)
             os.close(self.fd)
-            self.fd = -1
+            self.fd, on_close, self.on_close = -1, self.on_close, int  # it may hold who holds us
+            on_close()
 
 
-def widen(pipe: int) -> None:
-    """Let it hold more, as far as the system allows."""
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(pipe, 1031, CHUNK)  # F_SETPIPE_SZ
-
-
-class Output:
-    """A FIFO that a run writes to: handed to `take` while the run lasts, then drained.
+class Output(Pipe):
+    """What a run writes: handed to `take` while the run lasts, then drained.
 
     An awaitable that `take` returns stops the reading until it is done: back-pressure.
     """
 
-    def __init__(self, path: str, take: Take | None) -> None:
-        self.loop = asyncio.get_running_loop()
+    def __init__(self, path: str, take: Take | None, on_close: Callable[[], object] = int) -> None:
+        super().__init__(path, os.O_RDONLY, on_close)
         self.take, self.total = take, 0
         self.taken: asyncio.Future[None] | None = None
-        self.closed: asyncio.Future[None] = self.loop.create_future()
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         self._resume()
 
     def _resume(self) -> None:
         if self.fd >= 0:
-            self.loop.add_reader(self.fd, self._read)
+            self.loop.add_reader(self.fd, self.read)
 
-    def _read(self, size: int = CHUNK) -> None:
+    def read(self) -> None:
         try:
-            chunk = os.read(self.fd, size)
+            chunk = os.read(self.fd, CHUNK)
         except BlockingIOError:
             return
         if not chunk:
-            return self.close()
-        if self.take is None:  # what outlives its run may write on, at no cost to others
+            self.close()
+        elif self.take is None:  # what outlives its run may write on, at no cost to others
             self.loop.remove_reader(self.fd)
             self.loop.call_later(DRAIN_PAUSE, self._resume)
-            return
-        self.total += len(chunk)
-        if len(chunk) == 64 * KIB:  # a pipe of the usual size, full
-            widen(self.fd)
-        if (wait := self.take(chunk)) is not None:
-            self.loop.remove_reader(self.fd)
-            self.taken = asyncio.ensure_future(self._wait(self.taken, wait))
+        else:
+            self.total += len(chunk)
+            if len(chunk) == 64 * KIB:  # a pipe of the usual size, full
+                self.widen()
+            if (wait := self.take(chunk)) is not None:
+                self.loop.remove_reader(self.fd)
+                self.taken = asyncio.ensure_future(self._wait(self.taken, wait))
 
-    async def _wait(self, before: Awaitable[None] | None, this: Awaitable[None]) -> None:
+    async def _wait(self, *steps: Awaitable[None] | None) -> None:
         with contextlib.suppress(OSError):  # the reader has left
-            if before is not None:
-                await before
-            await this
+            for each in filter(None, steps):
+                await each
         self._resume()
 
     def finish(self) -> None:
         """The command has ended: take what it left in the pipe, drain what others write."""
         if self.fd >= 0 and self.take:
-            left = int.from_bytes(fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4)), sys.byteorder)
-            if left:
-                self._read(left)
+            self.read()
         self.take = None
-        if self.fd >= 0:
-            self._resume()
-            self._read()  # or find that nobody else writes
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            self.loop.remove_reader(self.fd)
-            os.close(self.fd)
-            self.fd = -1
-            self.closed.set_result(None)
+        self._resume()
 
 
-class Input:
-    """The write end of a FIFO that a run reads: its stdin, as it comes."""
+class Input(Pipe):
+    """What a run reads: its stdin, as it comes."""
 
     def __init__(self, path: str) -> None:
         os.mkfifo(path, 0o600)
-        self.loop = asyncio.get_running_loop()
-        self.space: asyncio.Future[None] = self.loop.create_future()
-        self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)  # go need not wait for a writer
+        self.room = asyncio.Event()
+        super().__init__(path, os.O_RDWR, self.room.set)  # not O_WRONLY: go need not wait for a writer
 
     async def write(self, data: bytes) -> None:
         """Wait until all is in the pipe, or it is closed."""
@@ -1279,21 +1201,56 @@ class Input:
             try:
                 left = left[os.write(self.fd, left) :]
             except BlockingIOError:
-                widen(self.fd)
-                self.space = self.loop.create_future()
+                self.widen()
+                self.room.clear()
                 self.loop.add_writer(self.fd, self._wake)
-                await self.space
+                await self.room.wait()
 
     def _wake(self) -> None:
         self.loop.remove_writer(self.fd)
-        if not self.space.done():
-            self.space.set_result(None)
+        self.room.set()
 
-    def close(self) -> None:
-        if self.fd >= 0:
-            self._wake()
-            os.close(self.fd)
-            self.fd = -1
+
+class View(Pipe):
+    """A run's output copied to the pane's tty for a person: best effort, nobody waits for it."""
+
+    # Colours and movements pass; what else a terminal does on request is not for a command.
+    UNSAFE = re.compile(rb"[\0-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[[0-9;:]*[A-HJKSTfm])")
+
+    def __init__(self, pane: Pane, command: str, line: str, column: int) -> None:
+        """The typed `line` is to be replaced by `command`, behind the prompt that ends at `column`."""
+        super().__init__(pane.tty, os.O_WRONLY)
+        self.seen, self.begun, self.last = 0, False, b"\n"
+        rows = 1 + (column + len(line)) // max(1, pane.width)
+        shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
+        safe = self.UNSAFE.sub(b"", shown.encode()).replace(b"\x1b", b"")
+        self.unwritten = bytearray(b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, safe))
+
+    def write(self) -> None:
+        """Show what there is, and from now on what comes, as far as the terminal takes it."""
+        self.begun = True
+        with contextlib.suppress(OSError):  # it is full, or gone
+            del self.unwritten[: os.write(self.fd, self.unwritten)]
+
+    def add(self, chunk: bytes) -> None:
+        shown = self.UNSAFE.sub(b"", chunk[: max(0, MAX_VIEW - self.seen)])
+        self.seen, self.last = self.seen + len(chunk), shown[-1:] or self.last
+        self.unwritten += shown
+        if self.begun and shown:
+            self.write()
+
+    async def end(self, exit_code: int) -> None:
+        """Mark the end, and wait a moment until all is on the terminal."""
+        text = "\n" * (self.last != b"\n")
+        if self.seen > MAX_VIEW:
+            text += f"[pocketcoder: {self.seen - MAX_VIEW} more bytes not shown here]\n"
+        self.unwritten += (text + f"[exit {exit_code}]\n" * (exit_code != 0)).encode()
+        for _ in range(VIEW_TRIES):
+            self.write()
+            if not self.unwritten:
+                break
+            await asyncio.sleep(VIEW_PAUSE)
+        self.close()
 
 
 class RunFiles:
@@ -1304,13 +1261,12 @@ class RunFiles:
     runs: making files costs more than all the rest.  Raises NoTerminal, OSError.
     """
 
-    KEPT = ("done", "out", "err", "go")
+    OWN, FIFOS = ("pid", "in", "cmd"), ("done", "out", "err")  # made by each run; for the next of that name
 
     def __init__(self, base: str) -> None:
-        self.base, self.loop = base, asyncio.get_running_loop()
+        self.base, self.unread = base, b""
         self.count, self.free = 0, list[str]()  # names there were; those to use again
-        self.used: dict[str, Callable[[str, int], None]] = {}  # run_id: who gets its reports
-        self.unread, self.wiped = b"", False
+        self.jobs: dict[str, Job] = {}  # by run_id, those that have files
         os.makedirs(os.path.dirname(base), 0o700, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             os.mkdir(base, 0o700)
@@ -1318,58 +1274,60 @@ class RunFiles:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             raise NoTerminal(f"{base}: expected a directory of our own; remove what is there")
         self.adoptions = [asyncio.ensure_future(self._adopt(f"{base}/{name}")) for name in os.listdir(base)]
-        for _ in range(KIB):  # drivers may start together; a line typed for a folder that was wiped finds no other
-            with contextlib.suppress(FileExistsError, BlockingIOError):
-                self.folder = f"{base}/{secrets.token_hex(2)}"
-                os.mkdir(self.folder, 0o700)
-                self.lock = os.open(self.folder, os.O_RDONLY)
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-        else:
-            raise NoTerminal(f"{base}: full of what cannot be removed")
-        os.mkfifo(f"{self.folder}/status", 0o600)
-        self.status = os.open(f"{self.folder}/status", os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
-        self.loop.add_reader(self.status, self._on_status)
+        self.folder = f"{base}/{secrets.token_hex(2)}"  # a line typed for one that was wiped finds no other
+        os.mkdir(self.folder, 0o700)
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a driver that starts now may be adopting it
+        self.status_path = f"{self.folder}/status"
+        os.mkfifo(self.status_path, 0o600)
+        self.status = Pipe(self.status_path, os.O_RDWR)
+        self.status.loop.add_reader(self.status.fd, self._on_status)
 
     def _on_status(self) -> None:
-        *lines, unread = (self.unread + os.read(self.status, 64 * KIB)).split(b"\n")
+        *lines, unread = (self.unread + os.read(self.status.fd, 64 * KIB)).split(b"\n")
         self.unread = unread[-KIB:]
         for run_id, word, number in (line.decode("latin-1").split(" ") for line in lines if line.count(b" ") == 2):
-            if run_id in self.used and number.isdecimal():
-                self.used[run_id](word, int(number[:9]))
+            if run_id in self.jobs and number.isdecimal():
+                self.jobs[run_id].on_report(word, int(number[:9]))
 
     def there(self) -> bool:
         """False if someone wiped it; then it closes after its last run."""
-        self.wiped = not os.path.exists(f"{self.folder}/status")
-        if self.wiped and not self.used:
+        there = os.path.exists(self.status_path)
+        if not there and not self.jobs:
             self.close()
-        return not self.wiped
+        return there
 
-    def take(self, run_id: str, on_report: Callable[[str, int], None]) -> str:
-        """A run's path, but for the suffixes."""
-        self.used[run_id] = on_report
-        self.count += not self.free
-        return self.free.pop() if self.free else f"{self.folder}/{self.count:x}"
+    def take(self, job: Job) -> str:
+        """A path for its files, but for the suffixes."""
+        if not self.free:
+            self.count += 1
+            self.free.append(f"{self.folder}/{self.count:x}")
+            for name in self.FIFOS:
+                os.mkfifo(f"{self.free[-1]}.{name}", 0o600)
+        self.jobs[job.run_id] = job
+        return self.free.pop()
 
-    def give_back(self, run_id: str, run: str, returned: bool, names: tuple[str, ...]) -> None:
-        """`names`: the run's own files; all go if its line may be read again one day."""
-        if self.used.pop(run_id, None) is not None:
-            self.remove(run, names if returned else (*names, *self.KEPT))
-            self.free += [run] if returned else []
-        if self.wiped and not self.used:
-            self.close()
+    def give_back(self, job: Job) -> None:
+        """`job` and all that it left have closed them."""
+        del self.jobs[job.run_id]
+        if job.returned and job.ending is None:  # else `processes_of` would find the next run too
+            self._remove(job.run, self.OWN)
+            self.free.append(job.run)
+        else:  # its line may have been read already, or `go` may be just noting the exit code
+            self.status.loop.call_later(NEW_SHELL_TIMEOUT, self._remove, job.run, (*self.OWN, *self.FIFOS, "go"))
+        self.there()
 
-    def remove(self, run: str, names: tuple[str, ...]) -> None:
+    def _remove(self, run: str, names: tuple[str, ...]) -> None:
         for name in names:
             with contextlib.suppress(OSError):
                 os.unlink(f"{run}.{name}")
 
-    def hand_over(self, run: str, names: tuple[str, ...], owner: int) -> None:
-        """Let another user, whose the panes are, get at a run's files."""
+    def hand_over(self, owner: int) -> None:
+        """Let another user, whose the panes are, get at the files."""
         os.chmod(self.base, 0o711)
-        for path in (self.folder, f"{self.folder}/status", *(f"{run}.{name}" for name in (*self.KEPT, *names))):
+        for name in (".", *os.listdir(self.folder)):
             with contextlib.suppress(FileNotFoundError):
-                os.chown(path, owner, -1, follow_symlinks=False)
+                os.chown(f"{self.folder}/{name}", owner, -1, follow_symlinks=False)
 
     async def _adopt(self, folder: str) -> None:
         """Drain and remove what a killed proxy left; its commands run to their end."""
@@ -1381,37 +1339,40 @@ class RunFiles:
                 for run in (name[:-3] for name in names if name.endswith(".go")):
                     with contextlib.suppress(FileExistsError):  # typed and not started: nobody would know of it
                         os.close(os.open(f"{folder}/{run}.pid", os.O_CREAT | os.O_EXCL))
-                outputs = [Output(f"{folder}/{name}", None) for name in names if name.endswith((".out", ".err"))]
+                pipes, closed = [name for name in names if name.endswith((".out", ".err"))], asyncio.Event()
+                outputs = [Output(f"{folder}/{name}", None, closed.set) for name in pipes]
                 for output in outputs:
-                    output.finish()
-                await asyncio.gather(*(output.closed for output in outputs))
-                for _ in range(3):  # go may just be noting the exit code there
-                    shutil.rmtree(folder, ignore_errors=True)
-                    await asyncio.sleep(RETURN_TIMEOUT / 10)
+                    output.read()  # nobody may have it open, of which epoll(7) does not tell
+                while any(output.fd >= 0 for output in outputs):
+                    closed.clear()
+                    await closed.wait()
+                await asyncio.sleep(RETURN_TIMEOUT / 10)  # go may just be noting the exit code there
+                shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)
 
     def close(self) -> None:
         """Leave what is still written to: the next driver here drains it."""
-        if self.status >= 0:
-            if not self.used:
+        if self.status.fd >= 0:
+            self.status.close()
+            if not self.jobs:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            self.loop.remove_reader(self.status)
-            os.close(self.status)
             os.close(self.lock)
-            self.status = -1
 
 
 class Job:
     """One run of a command, from its files to the prompt after it.
 
-    takes       who gets the output: one for both streams, or two
-    fed         whether its stdin comes through `feed`
-    on_release  called when the pane is free again
+    takes  who gets the output: one for both streams, or two
+    fed    whether its stdin comes through `feed`
     """
 
-    def __init__(self, request: ExecRequest, takes: Mapping[str, Take], fed: bool) -> None:
-        self.request, self.takes, self.fed = request, takes, fed
+    shell: PaneShell  # whose pane it has, and the connection to type there: see Terminal.take
+    tmux: Tmux
+    files: RunFiles
+
+    def __init__(self, terminal: Terminal, request: ExecRequest, takes: Mapping[str, Take], fed: bool) -> None:
+        self.terminal, self.request, self.takes, self.fed = terminal, request, takes, fed
         self.loop = asyncio.get_running_loop()
         self.run_id, self.run = secrets.token_hex(8), ""  # the path of its files, but for their suffixes
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
@@ -1421,76 +1382,69 @@ class Job:
         self.leaves_nothing = False  # what is left of it at its end is ended too
         self.ended, self.why, self.exit_code = "exit", "", 0
         self.pid = 0  # of the command's bash, and its process group
-        self.begun = self.duration = 0.0
+        self.begun, self.duration = float("inf"), 0.0  # when it was typed, then when it started
         self.view: View | None = None
         self.feed: Input | None = None
         self.outputs: list[Output] = []
-        self.own: tuple[str, ...] = ("pid",)  # files that no later run can use
-        self.timers: dict[str, asyncio.TimerHandle] = {}
+        self.timer: asyncio.TimerHandle | None = None
         self.ending: asyncio.Task[None] | None = None
 
-    def hold(self, shell: PaneShell, on_release: Callable[[Job], None]) -> None:
-        """Have the pane of `shell` until `on_release` is called."""
-        self.shell, self.on_release = shell, on_release
+    async def start(self) -> bool:
+        """Type the line that runs it; whether it runs.  Raises NoTerminal, OSError."""
+        line, pane = self._prepare(), self.shell.pane
+        state = await self.shell.clear(self.tmux)
+        if not self.released:
+            # tmux types it unless somebody else has typed since the pane was in `state`.
+            self.tmux.send_keys(pane, state, line, "Enter").add_done_callback(self._on_typed)
+            self.view = View(pane, self.request.cmd, line, int(self.shell.last.split()[0]))
+            self.begun = time.monotonic()
+            self._later(START_TIMEOUT, self.tick)
+        return await self.started
 
-    def prepare(self, files: RunFiles, shell: str) -> str:
-        """Make the files; return the line that runs them.  Raises OSError."""
-        self.files, self.run = files, files.take(self.run_id, self._on_report)
-        for name in ("done", *self.takes):
-            if not os.path.exists(f"{self.run}.{name}"):
-                os.mkfifo(f"{self.run}.{name}", 0o600)
+    def _prepare(self) -> str:
+        """Make the files; the line that runs them."""
+        self.files = self.terminal.driver.open_files()
+        self.run = self.files.take(self)
+        for name, take in self.takes.items():  # open before it is typed, since a FIFO forgets what nobody has open
+            self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, take), self._tidy))
         if self.fed:
-            self.feed, self.own = Input(f"{self.run}.in"), (*self.own, "in")
-        for name, text in go_script(self, shell).items():
+            self.feed = Input(f"{self.run}.in")
+        for name, text in go_script(self, self.terminal.driver.shell).items():
             with open(os.open(f"{self.run}.{name}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
                 file.write(text.encode())  # not truncated, which goes to the disk: see GO
-            self.own = self.own if name == "go" and len(text) < 16 * KIB else (*self.own, name)
         if (owner := os.stat(self.shell.pane.tty).st_uid) != os.geteuid():  # we are root, the panes are a worker's
-            files.hand_over(self.run, self.own, owner)
+            self.files.hand_over(owner)
         return f" . {shlex.quote(self.run)}.go"
-
-    def type(self, tmux: Tmux, line: str, state: str, column: int) -> None:
-        """Type the line, unless somebody else has typed since the pane was in `state`.  Raises OSError."""
-        self.tmux, self.column = tmux, column
-        for name, take in self.takes.items():  # first, since a FIFO forgets what nobody has open
-            self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, take)))
-        tmux.send_keys(self.shell.pane, state, line, "Enter").add_done_callback(self._on_typed)
-        self.view = View(self.shell.pane, self.request.cmd, line, column)
-
-    def _on_typed(self, reply: asyncio.Future[list[str]]) -> None:
-        if reply.cancelled() or reply.exception():
-            self.void()
-        elif reply.result():  # it was not typed
-            self.returned = True
-            self.release()
 
     def _take(self, take: Take, chunk: bytes) -> Awaitable[None] | None:
         if self.view:
             self.view.add(chunk)
         return take(chunk)
 
+    def _on_typed(self, reply: asyncio.Future[list[str]]) -> None:
+        if reply.exception():
+            self.void()
+        elif reply.result():  # it was not typed
+            self.returned = True
+            self.release()
+
     def void(self) -> bool:
         """Make sure that it never starts; False: it already has."""
-        if not self.released:
-            try:
-                if self.run:
-                    os.close(os.open(f"{self.run}.pid", os.O_CREAT | os.O_EXCL, 0o600))
-            except FileExistsError:
-                return False
-            except OSError:  # wiped: go cannot make it either
-                pass
-            self.own = self.own[1:]  # the claim stays a while: go may have been read already
-            if self.run:
-                self.loop.call_later(NEW_SHELL_TIMEOUT, self.files.remove, self.run, ("pid",))
-            self.release()
+        try:
+            if self.run and not self.released:
+                os.close(os.open(f"{self.run}.pid", os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            return False
+        except OSError:  # wiped: go cannot make it either
+            pass
+        self.release()
         return True
 
-    def _on_report(self, word: str, number: int) -> None:
+    def on_report(self, word: str, number: int) -> None:
         if word == "start" and not self.pid and not self.released:
-            self.pid, self.begun, self.shell.ran = number, time.monotonic(), True
-            self.later(self.request.timeout, self.end, "timeout")
-            self.later(VIEW_DELAY, self.view.write if self.view else self.watch)
-            self.later(WATCH_PAUSE, self.watch)
+            self.pid, self.begun = number, time.monotonic()
+            self.shell.ran, self.shell.missed = True, 0
+            self._later(VIEW_DELAY, self.tick)
             if not self.started.done():  # it may have been cancelled
                 self.started.set_result(True)
         elif word == "exit" and self.pid:
@@ -1498,63 +1452,72 @@ class Job:
         elif word == "back" and not self.released:
             self.returned = True
             self.release()
-            self.shell.back(self.tmux, self.column)
+            self.shell.back(self.tmux)
 
-    def later(self, seconds: float, call: Callable[..., None], *arguments: str) -> None:
-        """Call it then, unless the job is released before."""
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        """Call that then, and nothing else before."""
+        if self.timer is not None:
+            self.timer.cancel()
         if not self.released:
-            self.timers[call.__name__] = self.loop.call_later(seconds, call, *arguments)
+            self.timer = self.loop.call_later(seconds, call)
 
-    def watch(self) -> None:
-        """Look whether its shell still lives: now, and now and then."""
-        pane = self.shell.pane
-        if self.pid and not self.over.is_set():
-            if process(pane.pid) is None:
-                self.lost("tmux has ended" if self.tmux.closed else f"{pane.window_name}, pane {pane.pane_id}, died")
-            else:
-                self.timers["watch"].cancel()
-                self.later(WATCH_PAUSE, self.watch)
+    def tick(self) -> None:
+        """Look now and then whether its shell lives, and its time is over."""
+        if self.released or self.over.is_set():
+            return
+        pane, age, pause = self.shell.pane, time.monotonic() - self.begun, WATCH_PAUSE
+        dead = process(pane.pid) is None
+        if not self.pid:
+            late = age - (START_TIMEOUT if self.shell.ran else NEW_SHELL_TIMEOUT)
+            if (dead or late >= 0) and not self.void() and late > START_TIMEOUT:
+                self.end("lost", "it never reported its start")
+        elif dead:
+            self.end("lost", "tmux has ended" if self.tmux.closed else f"{pane.window_name}, pane {pane.pane_id}, died")
+        elif age >= self.request.timeout:
+            self.end("timeout")
+        elif self.view:
+            self.view.write()
+            pause = min(pause, self.request.timeout - age)
+        self._later(pause, self.tick)
+
+    def end(self, ended: str, why: str = "") -> None:
+        """End it, `over` tells when that is done.  The first reason counts."""
+        if self.over.is_set() or (not self.pid and self.void()):
+            return
+        first, lost = self.ended == "exit", ended == "lost"
+        if first:
+            self.ended, self.why = ended, why
+        if lost:  # its terminal died: answer with what there is
+            self._finish(128 + signal.SIGKILL)
+        if first or lost:
+            self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[lost:]))
+        if lost:
+            self.release()
 
     def _finish(self, exit_code: int) -> None:
         if self.over.is_set():
             return
         self.exit_code, self.duration = exit_code, time.monotonic() - self.begun if self.pid else 0.0
-        if self.feed:
-            self.feed.close()
         for output in self.outputs:
             output.finish()
+        self.over.set()
+        self.leaving = asyncio.ensure_future(self._leave())  # who waits for the answer comes first
         stopped = exit_code in STOPPED and process(self.pid)  # nobody will continue it
         if (stopped or self.leaves_nothing) and self.ending is None:
             self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[bool(stopped) :]))
-        self.over.set()
-        self.later(RETURN_TIMEOUT, self.release)
-        self.showing = asyncio.ensure_future(self._show_end())  # who waits for the answer comes first
 
-    async def _show_end(self) -> None:
+    async def _leave(self) -> None:
+        """Show the end, and let the prompt come."""
+        self._later(RETURN_TIMEOUT, self.release)
         os.sched_yield()  # who got the answer often waits for this very CPU
         facts = (self.request.agent_name, self.run_id, self.ended, self.exit_code, round(self.duration * 1000))
         log.info("exec end agent=%s run=%s ended=%s exit=%d ms=%d", *facts)
         if self.view:
             await self.view.end(self.exit_code)
-        with contextlib.suppress(OSError):  # now the prompt may come
+        with contextlib.suppress(OSError):
             done = os.open(f"{self.run}.done", os.O_WRONLY | os.O_NONBLOCK)
             os.write(done, b"\n")
             os.close(done)
-
-    def end(self, ended: str) -> None:
-        """Begin to end it; `over` tells when that is done.  The first reason counts."""
-        if self.ended == "exit" and not self.over.is_set():
-            self.ended = ended
-            self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER))
-
-    def lost(self, why: str) -> None:
-        """Its terminal died: answer with what there is, leave nothing running."""
-        if not self.over.is_set() and (self.pid or not self.void()):
-            if self.ended == "exit":
-                self.ended, self.why = "lost", why
-            self._finish(128 + signal.SIGKILL)
-            self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[1:]))
-        self.release()
 
     async def over_within(self, seconds: float) -> bool:
         """Wait for its end, `seconds` at most."""
@@ -1572,28 +1535,25 @@ class Job:
         """Give the pane back; the files go when nobody writes any more."""
         if self.released:
             return
-        self.released, self.takes = True, {}  # who took the output is not kept
-        if not self.started.done():
-            self.started.set_result(self.over.is_set())
-        for timer in self.timers.values():
-            timer.cancel()
         if self.feed:
             self.feed.close()
         if self.view and not self.over.is_set():  # else it ends in a moment
             self.view.close()
         for output in self.outputs:
-            if not self.pid:
-                output.close()  # nobody has opened it to write
-            output.finish()
-            output.closed.add_done_callback(self._tidy)
-        if not self.outputs:
-            self._tidy()
-        self.on_release(self)
+            output.finish() if self.pid else output.close()  # before its start nobody has opened it to write
+        self.released, self.takes = True, {}  # who took the output is not kept
+        if self.timer is not None:
+            self.timer.cancel()
+        self._tidy()
+        if not self.started.done():
+            self.started.set_result(self.over.is_set())
+        del self.terminal.jobs[self.shell.pane.pane_id]
+        self.terminal.freed.set()
 
-    def _tidy(self, _: object = None) -> None:
-        if self.run and all(output.closed.done() for output in self.outputs):
-            again = self.returned and self.ending is None  # else `processes_of` would find the next run too
-            self.files.give_back(self.run_id, self.run, again, self.own)
+    def _tidy(self) -> None:
+        """Give the names of the files back, once nobody has them open."""
+        if self.run and self.released and all(output.fd < 0 for output in self.outputs):
+            self.files.give_back(self)
 
     async def result(self, capture: Capture | None = None, patience: float | None = None) -> CommandResult:
         """How it ended; its output is in `capture` or with who took it.  Cancelling this cancels the command.
@@ -1605,9 +1565,8 @@ class Job:
             for output in self.outputs:
                 if output.taken is not None:
                     await asyncio.wait_for(output.taken, patience)
-        except asyncio.CancelledError:
-            self.end("cancelled")
-            raise
+        finally:
+            self.end("cancelled")  # if it is not over: nobody waits for it any more
         exit_code, error = ENDINGS[self.ended]
         code = self.exit_code if exit_code is None else exit_code
         total, ms = sum(output.total for output in self.outputs), round(self.duration * 1000)
@@ -1637,7 +1596,7 @@ async def climb(job: Job, ladder: tuple[tuple[int, float], ...]) -> None:
             break
         await asyncio.sleep(next_step - time.monotonic())  # the same for what escaped
     if not await job.over_within(RETURN_TIMEOUT):
-        job.lost("its shell does not report the end")
+        job.end("lost", "its shell does not report the end")
 
 
 class Terminal:
@@ -1651,32 +1610,27 @@ class Terminal:
         self.waiting = 0
         self.lock, self.freed = asyncio.Lock(), asyncio.Event()  # first come, first served
 
-    async def take(self, job: Job) -> Tmux:
+    async def take(self, job: Job) -> None:
         """Give it a pane where nobody runs anything; wait in the queue for one.  Raises NoTerminal."""
         if len(self.jobs) + self.waiting >= MAX_PANES + MAX_QUEUE:
             raise NoTerminal(f"{MAX_QUEUE} commands wait for this terminal already: try again later")
         self.waiting += 1
-        deadline = time.monotonic() + QUEUE_TIMEOUT
         try:
             async with self.lock:
-                while time.monotonic() < deadline and not self.driver.stopping:
+                while not self.driver.stopping:
                     self.freed.clear()
                     tmux = await self._look()
                     if (shell := await self._choose(tmux)) and not self.driver.stopping:
-                        job.hold(shell, self._release)
+                        job.shell, job.tmux = shell, tmux
                         self.jobs[shell.pane.pane_id] = job
-                        return tmux
+                        return
                     # tmux does not tell when a person's program ends, so look now and then.
                     timer = tmux.loop.call_later(QUEUE_CHECK, self.freed.set)
                     await self.freed.wait()
                     timer.cancel()
         finally:
             self.waiting -= 1
-        raise NoTerminal("the proxy is stopping" if self.driver.stopping else "no pane of the terminal got free")
-
-    def _release(self, job: Job) -> None:
-        del self.jobs[job.shell.pane.pane_id]
-        self.freed.set()
+        raise NoTerminal("the proxy is stopping")
 
     async def open(self) -> None:
         """Make the window if it is missing, and know its prompt before anybody types."""
@@ -1686,43 +1640,42 @@ class Terminal:
             if self.shells[0].quiet and await self.shells[0].at_prompt():
                 await self.shells[0].clear(tmux)
 
-    async def _look(self) -> Tmux:
+    async def _look(self, tries: int = 3) -> Tmux:
         """Know the panes; make the window, with all around it, if it is missing.  Needs the lock."""
-        for last_try in (False, True):
-            tmux = await self.driver.connect(["-n", self.name, *self.driver.new_shell])
-            if self.shells and self.looked_at == (tmux, tmux.notices):
-                return tmux
-            try:
-                self.looked_at = (tmux, tmux.notices)
-                panes = await self._find(tmux) or await self._make(tmux)
-                for pane in panes:
-                    if process(pane.pid) is None:  # remain-on-exit, or tmux does not know yet
-                        await tmux.ask("respawn-pane", "-k", "-t", pane.pane_id, *self.driver.new_shell)
-                        panes = await self._find(tmux)
-                        self.driver.new |= {now.pid for now in panes if now.pane_id == pane.pane_id}
-                known = {shell.pane.pid: shell for shell in self.shells}
-                self.shells = [known.get(pane.pid) or PaneShell(pane, pane.pid in self.driver.new) for pane in panes]
-                self.driver.new -= {pane.pid for pane in panes}
-                for pane, shell in zip(panes, self.shells, strict=True):
-                    shell.pane = pane
-                return tmux
-            except NoTerminal:
-                tmux.close()  # the session may be gone, and we be attached to another
-                if last_try:
-                    raise
-        raise AssertionError
+        tmux, new_shell = self.driver.tmux, self.driver.new_shell
+        if tmux and not tmux.closed and self.looked_at == (tmux, tmux.notices):
+            return tmux
+        try:
+            tmux = await self.driver.connect(self)
+            notices, found = tmux.notices, [pane for pane in await tmux.panes() if pane.window_name == self.name]
+            panes = [pane for pane in found if pane.window_id == found[0].window_id]
+            if not panes:
+                panes = [await self._make(tmux, "new-window", "-t", f"={tmux.session}:", "-n", self.name)]
+                tmux.keep_name(panes[0])
+            for at, pane in enumerate(panes):
+                if process(pane.pid) is None:  # remain-on-exit, or tmux does not know yet
+                    await tmux.ask("respawn-pane", "-k", "-t", pane.pane_id, *new_shell)
+                    panes[at] = Pane.parse(*await tmux.ask("display-message", "-p", "-t", pane.pane_id, PANE_FORMAT))
+                    self.shells.append(PaneShell(panes[at], True))
+        except (NoTerminal, ValueError):  # ValueError: what it describes is gone
+            if self.driver.tmux:  # the session may be gone, and we be attached to another
+                self.driver.tmux.close()
+            if not tries:
+                raise
+            await asyncio.sleep(CLEAR_PAUSE)  # a tmux that is just ending fails once
+            return await self._look(tries - 1)
+        known = {shell.pane.pid: shell for shell in self.shells}
+        self.shells = [known.get(pane.pid) or PaneShell(pane) for pane in panes]
+        for pane, shell in zip(panes, self.shells, strict=True):
+            shell.pane = pane
+        self.looked_at = (tmux, notices)
+        return tmux
 
-    async def _find(self, tmux: Tmux) -> list[Pane]:
-        """The panes of the first window of this name."""
-        found = [pane for pane in await tmux.panes() if pane.window_name == self.name]
-        return [pane for pane in found if pane.window_id == found[0].window_id]
-
-    async def _make(self, tmux: Tmux) -> list[Pane]:
-        words = ["new-window", "-d", "-t", f"={tmux.session}:", "-n", self.name, "-P", "-F", PANE_FORMAT]
-        made = Pane.parse((await tmux.ask(*words, *self.driver.new_shell))[0])
-        self.driver.new.add(made.pid)
-        keep_name(tmux, made)
-        return [made]
+    async def _make(self, tmux: Tmux, *words: str) -> Pane:
+        """A pane with a new shell in it."""
+        made = Pane.parse(*await tmux.ask(*words, "-d", "-P", "-F", PANE_FORMAT, *self.driver.new_shell))
+        self.shells.append(PaneShell(made, True))
+        return made
 
     async def _choose(self, tmux: Tmux) -> PaneShell | None:
         """A shell at its prompt; else a new one; else one in copy mode; else None."""
@@ -1736,8 +1689,8 @@ class Terminal:
             self.freed.set()
             return None
         returning = any(job.over.is_set() for job in self.jobs.values())
-        if len(self.shells) < MAX_PANES and not returning and (made := await self._split(tmux)):
-            return made if await made.at_prompt() else None
+        if len(self.shells) < MAX_PANES and not returning and await self._split(tmux):
+            return self.shells[-1] if await self.shells[-1].at_prompt() else None
         for shell in sound:  # rather than let a command wait for a person who reads
             if shell.pane.in_mode and await shell.at_prompt():
                 return shell
@@ -1747,22 +1700,15 @@ class Terminal:
             raise NoTerminal(f"no shell in the window {self.name} answers")
         return None
 
-    async def _split(self, tmux: Tmux) -> PaneShell | None:
+    async def _split(self, tmux: Tmux) -> bool:
+        """Make one more pane."""
         pane = self.shells[-1].pane
-        words = ["split-window", "-d", "-Z", "-t", pane.pane_id, "-P", "-F", PANE_FORMAT, *self.driver.new_shell]
         for _ in range(2):
-            self.looked_at = (None, 0)
             with contextlib.suppress(NoTerminal):
-                self.shells.append(PaneShell(Pane.parse((await tmux.ask(*words))[0]), True))
-                return self.shells[-1]
+                await self._make(tmux, "split-window", "-Z", "-t", pane.pane_id)
+                return True
             tmux.send(["select-layout", "-t", pane.window_id, "tiled"])  # no space: make some
-        return None
-
-
-def keep_name(tmux: Tmux, pane: Pane) -> None:
-    """Let nobody but a person rename the window of `pane`."""
-    rename = ["set-option", "-w", "-t", pane.window_id]
-    tmux.send([*rename, "automatic-rename", "off"], [*rename, "allow-rename", "off"])
+        return False
 
 
 class PocketCoderDriver:
@@ -1788,7 +1734,6 @@ class PocketCoderDriver:
         self.connecting = asyncio.Lock()
         self.terminals: dict[str, Terminal] = {}
         self.files: RunFiles | None = None
-        self.new: set[int] = set()  # shells that we made, until a Terminal sees them
 
     def session_exists(self, session: str) -> bool:
         """Whether tmux has a session of exactly this name."""
@@ -1796,7 +1741,9 @@ class PocketCoderDriver:
         return subprocess.run(command, capture_output=True, timeout=TMUX_TIMEOUT).returncode == 0
 
     def terminal(self, agent_name: str) -> Terminal:
-        return self.terminals.setdefault(agent_name, Terminal(self, f"{agent_name}:terminal"))
+        if agent_name not in self.terminals:
+            self.terminals[agent_name] = Terminal(self, f"{agent_name}:terminal")
+        return self.terminals[agent_name]
 
     async def exec(self, cmd: str, cwd: str | None, agent_name: str) -> CommandResult:
         """Run `cmd` in the agent's terminal and wait for its end.
@@ -1820,29 +1767,23 @@ class PocketCoderDriver:
         terminal = self.terminal(request.agent_name)
         why = f"no shell in the window {terminal.name} answers"
         for _ in range(2 * MAX_PANES):
-            job = Job(request, takes, fed)
-            tmux = await terminal.take(job)
+            job = Job(terminal, request, takes, fed)
+            await terminal.take(job)
             try:
-                line = job.prepare(self.open_files(), self.shell)
-                job.type(tmux, line, *await job.shell.clear(tmux))
-                if await self._starts(job):
+                if await job.start():
                     return job
+                if not job.returned:  # it was typed, into what we do not know
+                    job.shell.last = ""
+                    job.shell.missed += 1
             except asyncio.CancelledError:
-                if not job.void():
-                    job.end("cancelled")
+                job.end("cancelled")
                 raise
             except (NoTerminal, OSError) as failure:  # no space, no descriptors; or the terminal has just died
                 terminal.looked_at, why = (None, 0), f"cannot prepare a run: {failure}"
-                if not job.void():
-                    job.lost(why)
+                job.end("lost", why)
+                if job.over.is_set():
                     return job
-                if isinstance(failure, OSError) or tmux.closed or process(job.shell.pane.pid) is None:
-                    await asyncio.sleep(CLEAR_PAUSE)
-                    continue
-                raise NoTerminal(why) from None
-            if not job.returned:  # it was typed, into what we do not know
-                job.shell.last = ""
-                job.shell.missed += 1
+                await asyncio.sleep(CLEAR_PAUSE)
         raise NoTerminal(why)
 
     def open_files(self) -> RunFiles:
@@ -1851,44 +1792,18 @@ class PocketCoderDriver:
             self.files = RunFiles(f"{self.socket_path}.d")
         return self.files
 
-    async def _starts(self, job: Job) -> bool:
-        deadline = time.monotonic() + (START_TIMEOUT if job.shell.ran else NEW_SHELL_TIMEOUT)
-
-        def look() -> None:
-            late = time.monotonic() - deadline
-            if not job.started.done():
-                if (late >= 0 or process(job.shell.pane.pid) is None) and not job.void() and late > START_TIMEOUT:
-                    job.lost("it never reported its start")
-                job.later(START_TIMEOUT / 2, look)
-
-        job.later(START_TIMEOUT, look)
-        if started := await job.started:
-            job.shell.missed = 0
-        return started
-
-    async def connect(self, create: list[str]) -> Tmux:
-        """The connection to tmux; `create`: see Tmux.connect."""
+    async def connect(self, terminal: Terminal) -> Tmux:
+        """The connection to tmux.  If there is no session yet, the window of `terminal` is its first."""
         async with self.connecting:
-            for attempt in range(4):
-                if self.tmux is not None and not self.tmux.closed and self.tmux.loop is asyncio.get_running_loop():
-                    break
-                words, before = create if attempt else None, int(time.time())  # None: only if it is there
-                try:
-                    self.tmux = await Tmux.connect(self.socket_path, self.session_name, words, self._on_notice)
-                    if words and int((await self.tmux.ask("display-message", "-p", "#{session_created}"))[0]) >= before:
-                        panes = await self.tmux.panes()
-                        self.new |= {pane.pid for pane in panes}
-                        keep_name(self.tmux, panes[0])
-                except NoTerminal:
-                    if attempt == 3:
-                        raise
-                    await asyncio.sleep(CLEAR_PAUSE * (attempt > 0))  # a tmux that is just ending fails once
-            assert self.tmux is not None
+            if self.tmux is None or self.tmux.closed:
+                window = ["-n", terminal.name, *self.new_shell]
+                self.tmux = await Tmux.connect(self.socket_path, self.session_name, window, self._on_notice)
+                terminal.shells += [PaneShell(pane, True) for pane in self.tmux.made]
             return self.tmux
 
     async def panes(self) -> dict[str, Pane]:
         """By agent, where its newest command runs, else the first of its window.  Raises NoTerminal."""
-        tmux = await self.connect(["-n", f"{default_agent_name()}:terminal", *self.new_shell])
+        tmux = await self.connect(self.terminal(default_agent_name()))
         found: dict[str, Pane] = {}
         for pane in await tmux.panes():
             agent_name, colon, rest = pane.window_name.partition(":")
@@ -1945,7 +1860,7 @@ class PocketCoderDriver:
         for terminal in self.terminals.values():
             terminal.freed.set()
         for job in self.jobs():
-            job.watch()
+            job.tick()
 
     async def close(self, grace: float = 0.0) -> None:
         """Take no more commands, give the running ones `grace` seconds, cancel the rest."""
@@ -1971,7 +1886,7 @@ class PocketCoderDriver:
 
 
 # ==========================================================================
-# MCP core                                                        budget 236
+# MCP core                                                        budget 235
 # ==========================================================================
 # JSON-RPC in, decisions out: no await, no clock, no tmux, no Tornado.
 #
@@ -2076,13 +1991,12 @@ def is_request(message: Message) -> bool:
 def is_modern(message: Message, header: str | None = None) -> bool:
     """The era of a message; `header`: MCP-Protocol-Version, where there are headers.  Raises BadMessage."""
     meta = message.get("params", {}).get("_meta")
-    if isinstance(meta, dict) and CLAIM in meta:
-        return True
-    modern = header is not None and header not in LEGACY
+    claimed = isinstance(meta, dict) and CLAIM in meta
+    modern = claimed or (header is not None and header not in LEGACY)
     if "method" not in message:
         if modern:
             raise NotAMessage(f"got a response, expected none in revision {ascii(header)[:40]}")
-    elif "id" in message and (modern or message["method"] == "server/discover"):
+    elif "id" in message and not claimed and (modern or message["method"] == "server/discover"):
         raise BadMessage(f"`params._meta`: got no `{CLAIM}`, expected it and `{CAPABILITIES}`")
     return modern
 
@@ -2185,7 +2099,7 @@ def step(message: Message, version: str, facts: Facts) -> list[Decision]:
                 raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
             return [Remember("level", level), Send(answer({}))]
         case "tools/list":
-            if "cursor" in params:
+            if params.get("cursor") is not None:
                 raise complain("params.cursor", params["cursor"], "none: there is one page")
             return [Send(answer({"tools": [only_known(each, version) for each in facts.tools]}))]
         case "tools/call":
@@ -2207,7 +2121,7 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 
 
 # ==========================================================================
-# Relay                                                           budget 783
+# Relay                                                           budget 793
 # ==========================================================================
 # Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
 #
@@ -2240,7 +2154,7 @@ class Outbox:
         self.heard = True  # False: nobody listens, so only questions are kept
 
     def send(self, message: Message) -> None:
-        told = message.get("method") == "notifications/progress" and len(self.waiting) >= MAX_INBOX // 2
+        told = message.get("method") == "notifications/progress" and self.crowded()
         if self.closed or told or not (self.heard or "id" in message):  # who is away gets answers at least
             return
         if len(self.waiting) < MAX_INBOX:
@@ -2248,6 +2162,18 @@ class Outbox:
             self.news.set()
         else:
             self.on_full()
+
+    def crowded(self) -> bool:
+        """Its reader is slow, or away."""
+        return len(self.waiting) >= MAX_INBOX // 2
+
+    async def room(self, seconds: float) -> None:
+        """Wait so long, at most, until it is not crowded."""
+        for _ in range(round(seconds / DRAIN_PAUSE)):
+            await asyncio.sleep(0)
+            if not self.crowded():
+                break
+            await asyncio.sleep(DRAIN_PAUSE)
 
     def close(self) -> None:
         """Its reader ends when it has all that waits."""
@@ -2366,10 +2292,8 @@ class Child:
                 except ProxyError as wrong:
                     log.warning("server %s: skipped %s: %s", self.name, ascii(line[:80]), wrong)
                     continue
-                for _ in range(round((1.0 if len(self.exchanges) > 1 else SLOW_READER_TIMEOUT) / DRAIN_PAUSE)):
-                    if not outbox or len(outbox.waiting) <= MAX_INBOX // 2:
-                        break
-                    await asyncio.sleep(DRAIN_PAUSE)  # who reads it slows it down, a little
+                if outbox:  # its reader slows the child down; a little, if others use it too
+                    await outbox.room(1.0 if len(self.exchanges) > 1 else SLOW_READER_TIMEOUT)
         except ValueError:
             log.error("server %s: a line of more than %d bytes", self.name, 2 * MAX_BODY)
         self.ender = self.ender or asyncio.ensure_future(self._end())  # without its stdout it is of no use
@@ -2990,7 +2914,7 @@ def to_legacy(answer: Message, method: str) -> Message:
 
 
 # ==========================================================================
-# State and tools                                                 budget 382
+# State and tools                                                 budget 387
 # ==========================================================================
 # What handlers share, built once in `serve` and handed down; sessions; the tools.
 #
@@ -3023,12 +2947,14 @@ class Session:
 
         outbox  gets the answer, and is closed behind it, if it is not the session's own
         """
-        self.used, self.modern = time.monotonic(), modern
+        self.used = time.monotonic()
         if is_request(message):
+            self.modern = modern
             if message["id"] in self.calls or len(self.calls) >= MAX_CALLS:
                 shown = ascii(message["id"])[:40]
                 raise NotAMessage(f"`id`: got {shown}, expected one that is not in use, of {MAX_CALLS} at most")
-            self.calls[message["id"]] = asyncio.ensure_future(self._call(message, modern, outbox))
+            task = self.calls[message["id"]] = asyncio.ensure_future(self._call(message, modern, outbox))
+            task.add_done_callback(partial(self._called, message["id"], outbox))
         elif message.get("method") != "notifications/cancelled":
             self.server.notify(self.peer, message, modern)
         elif is_id(id_ := message.get("params", {}).get("requestId")) and id_ in self.calls:
@@ -3048,16 +2974,19 @@ class Session:
             answer = await self.server.respond(self.peer, message, modern, outbox)
             if message["method"] == "initialize" and "result" in answer:
                 self.peer.version = answer["result"].get("protocolVersion", LEGACY[-1])
-            outbox.send(answer)
         except ProxyError as wrong:
-            outbox.send(refusal(message["id"], wrong))
+            answer = refusal(message["id"], wrong)
         except Exception as wrong:
             log.exception("request failed method=%s", message["method"])
-            outbox.send(refusal(message["id"], ProxyError(f"{type(wrong).__name__}, see the log")))
-        finally:
-            del self.calls[message["id"]]
-            if outbox is not self.outbox:
-                outbox.close()
+            answer = refusal(message["id"], ProxyError(f"{type(wrong).__name__}, see the log"))
+        outbox.send(answer)
+
+    def _called(self, id_: str | int, outbox: Outbox, _: asyncio.Task[None]) -> None:
+        """Also for a call that was cancelled before it began, in which no `finally` runs."""
+        del self.calls[id_]
+        self.used = time.monotonic()
+        if outbox is not self.outbox:
+            outbox.close()
 
     def answer(self, message: Message) -> None:
         """The same on a transport without headers; errors are answers too."""
@@ -3096,9 +3025,9 @@ class Session:
         left = self.used + self.kept - time.monotonic()
         if self.expiry:
             self.expiry.cancel()
-        if left <= 0 and not self.streams and not (self.calls and self.kind == "http"):
+        if left <= 0 and not self.streams and not (self.calls and self.kept == SESSION_IDLE):
             self.end()
-        elif not self.streams:
+        elif not self.streams and not self.outbox.closed:
             self.expiry = asyncio.get_running_loop().call_later(max(left, KEEP_ALIVE), self.expire)
 
 
@@ -3132,7 +3061,7 @@ class SessionMap(dict[str, Session]):
     def report(self, session_id: str | None, **data: object) -> None:
         """Tell the session, if it is open, of a command that was run with its id."""
         session = self.get(session_id or "")
-        wanted = session and not session.modern
+        wanted = session and not session.modern and not session.outbox.crowded()
         if session and wanted and session.peer.level in LEVELS[:2]:  # debug, info
             session.outbox.send(
                 notification("notifications/message", {"level": "info", "logger": "exec", "data": data})
@@ -3372,7 +3301,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 524
+# Transports                                                      budget 555
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -3451,6 +3380,7 @@ class Endpoint(tornado.web.RequestHandler):
     _stream_request_body = True  # so that the gate comes before the body, and 413 is ours
     open_to_all = False  # needs no token
     token_in_query = False  # for clients that cannot set headers
+    patience = SLOW_READER_TIMEOUT  # with a reader of events; 0: as long as TCP has it
     task: asyncio.Task[Any] | None = None
 
     def initialize(self, state: AppState) -> None:
@@ -3466,7 +3396,9 @@ class Endpoint(tornado.web.RequestHandler):
         self.set_header("X-Content-Type-Options", "nosniff")
         if (origin := self.request.headers.get("Origin")) in self.settings["origins"]:
             self.set_header("Access-Control-Allow-Origin", str(origin))
-            self.set_header("Access-Control-Allow-Headers", CORS_HEADERS)
+            asked = self.request.headers.get("Access-Control-Request-Headers", "").split(",")
+            extra = [name.strip() for name in asked if re.fullmatch(r"\s*mcp-param-[\w-]+\s*", name, re.IGNORECASE)]
+            self.set_header("Access-Control-Allow-Headers", ", ".join([CORS_HEADERS, *extra]))
             self.set_header("Access-Control-Expose-Headers", "Mcp-Session-Id")
             self.set_header("Vary", "Origin")
 
@@ -3475,7 +3407,8 @@ class Endpoint(tornado.web.RequestHandler):
         self.name = (self.path_kwargs or {}).get("name", "")
         preflight = self.request.method == "OPTIONS"
         self.admit(headers.get("Origin"), self.open_to_all or preflight)
-        if int(headers.get("Content-Length") or 0) > 4 * MAX_BODY:
+        length = headers.get("Content-Length", "")  # Tornado refuses what is no number
+        if length.isdecimal() and int(length) > 4 * MAX_BODY:
             raise tornado.web.HTTPError(413, f"body: expected at most {MAX_BODY} bytes")
         if self.name not in self.state.servers:
             raise tornado.web.HTTPError(404, f"no server {self.name[:80]!r}: see GET /servers")
@@ -3497,7 +3430,8 @@ class Endpoint(tornado.web.RequestHandler):
         scheme, _, self.owner = self.request.headers.get("Authorization", "").partition(" ")
         if self.token_in_query and not scheme:
             scheme, self.owner = "bearer", self.get_query_argument("token", "")
-        right = hmac.compare_digest(self.owner.strip().encode("utf-8", "replace"), token.encode())
+        self.owner = self.owner.strip()
+        right = hmac.compare_digest(self.owner.encode("utf-8", "replace"), token.encode())
         if token and not open_to_all and not (right and scheme.lower() == "bearer"):
             raise tornado.web.HTTPError(401, "expected `Authorization: Bearer TOKEN`")
 
@@ -3538,11 +3472,26 @@ class Endpoint(tornado.web.RequestHandler):
         except asyncio.CancelledError:
             if self.task is not None:
                 raise
+        except tornado.iostream.StreamClosedError:  # it has left in the middle of our writing
+            pass
         finally:
             self.task = None
             self.state.calls.discard(task)
 
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Do it apart from this request, while the server runs."""
+        task = asyncio.ensure_future(work)
+        self.state.calls.add(task)
+        task.add_done_callback(self.ended)
+        return task
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        self.state.calls.discard(task)
+        if not task.cancelled() and (failure := task.exception()):
+            log.error("failed path=%s", self.request.path, exc_info=failure)
+
     def on_connection_close(self) -> None:
+        super().on_connection_close()  # ends the wait for a body
         if self.task is not None:
             self.task.cancel()
             self.task = None
@@ -3553,16 +3502,14 @@ class Endpoint(tornado.web.RequestHandler):
             self.set_header("Content-Type", "text/event-stream")
             self.set_header("Cache-Control", "no-cache, no-store, no-transform")
             self.set_header("X-Accel-Buffering", "no")
+            if self.peer.closed():
+                raise tornado.iostream.StreamClosedError
             self.peer.set_nodelay(True)
+            timeout = round(self.patience * 1000)  # a peer that has died without a word is noticed
+            self.peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
         async with self.sending:
             self.write(text)
             await self.flush()
-
-    async def send_events(self, events: AsyncIterator[str]) -> None:
-        """All of them.  A peer that has died without a word is noticed, and let go."""
-        self.peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER_TIMEOUT * 1000))
-        async for text in events:
-            await self.send_event(text)
 
     def finish_json(self, answer: Message, status: int = 200) -> None:
         self.set_status(status)
@@ -3597,6 +3544,8 @@ class HealthEndpoint(Endpoint):
 
 
 class ExecEndpoint(Endpoint):
+    patience = 0.0  # who reads slowly slows the command
+
     async def post(self) -> None:
         request = ExecRequest.from_wire(self.whole_body(), self.state.workspace)
         streamed = self.accepts("text/event-stream", missing=False)
@@ -3637,7 +3586,6 @@ class ExecEndpoint(Endpoint):
 class SocketEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
     """A WebSocket, behind the same gate."""
 
-    _stream_request_body = False
     subprotocol = ""
 
     def check_origin(self, origin: str) -> bool:
@@ -3671,7 +3619,7 @@ class ChannelEndpoint(SocketEndpoint):
         """The first is the request.  Tornado reads the next one after this, which slows a caller."""
         if self.work is None:
             self.slow.cancel()
-            self.work = asyncio.ensure_future(self.perform(self.answer(message)))
+            self.work = self.start(self.answer(message))
         elif job := await self.unless_gone(self.job):
             try:
                 await self.unless_gone(asyncio.ensure_future(channel_handler(job, message)))
@@ -3713,13 +3661,19 @@ class ChannelEndpoint(SocketEndpoint):
         return work.result()
 
     def on_close(self) -> None:
-        Endpoint.on_connection_close(self)
+        if self.work is not None:
+            self.work.cancel()
         if not self.job.done():
             self.job.set_result(None)
 
 
 class McpEndpoint(Endpoint):
     """`/mcp`: Streamable HTTP.  A modern request stands for itself, a legacy one has a session."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        if self.request.method in ("GET", "DELETE") and "Mcp-Session-Id" not in self.request.headers:
+            raise tornado.web.HTTPError(405)
 
     async def post(self, name: str = "") -> None:
         if not (self.accepts("application/json", True) and self.accepts("text/event-stream", True)):
@@ -3780,14 +3734,13 @@ class McpEndpoint(Endpoint):
         return self.state.sessions.find(f"{self.name}/http", session_id, self.owner)
 
     async def get(self, name: str = "") -> None:
-        if "Mcp-Session-Id" not in self.request.headers:
-            raise tornado.web.HTTPError(405)
         await self.perform(self.listen(self.session()))
 
     async def listen(self, session: Session) -> None:
         async with session.stream() as messages:
             await self.send_event(sse_event(None))
-            await self.send_events(sse_event(message) async for message in messages)
+            async for message in messages:
+                await self.send_event(sse_event(message))
 
     async def delete(self, name: str = "") -> None:
         self.session().end()
@@ -3807,7 +3760,11 @@ class SseEndpoint(Endpoint):
         given = "" if "Authorization" in self.request.headers else self.owner
         suffix = given and f"&token={quote_plus(given)}"  # who cannot set a header here, cannot there
         async with contextlib.aclosing(sse_handler(self.state, self.query(), self.owner, suffix, name)) as events:
-            await self.perform(self.send_events(events))
+            await self.perform(self.pass_on(events))
+
+    async def pass_on(self, events: AsyncIterator[str]) -> None:
+        async for text in events:
+            await self.send_event(text)
 
 
 class MessagesEndpoint(SseEndpoint):
@@ -3840,7 +3797,7 @@ class McpSocket(SocketEndpoint):
         except NoTerminal as full:
             self.close(1013, str(full)[:100])
         else:
-            self.pump = asyncio.ensure_future(self.perform(self.listen(self.session)))
+            self.start(self.listen(self.session))
 
     async def listen(self, session: Session) -> None:
         async with session.stream() as messages:
@@ -3850,15 +3807,18 @@ class McpSocket(SocketEndpoint):
                         await self.write_message(to_json(message))
         self.close()
 
-    def on_message(self, message: str | bytes) -> None:
+    async def on_message(self, message: str | bytes) -> None:
         if self.session is not None:
             try:
                 self.session.answer(read_message(message))
             except ProxyError as wrong:
-                self.session.outbox.send(refusal(wrong.request_id, wrong))
+                if "error" not in str(message):  # two must not answer errors with errors
+                    self.session.outbox.send(refusal(wrong.request_id, wrong))
+            await self.session.outbox.room(SLOW_READER_TIMEOUT)  # Tornado reads on without a pause
 
     def on_close(self) -> None:
-        Endpoint.on_connection_close(self)
+        if self.session is not None:
+            self.session.end()
 
 
 class ServersEndpoint(Endpoint):
