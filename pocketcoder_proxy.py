@@ -899,7 +899,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                                budget 987
+# Execution Driver                                                budget 988
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1825,7 +1825,8 @@ class PocketCoderDriver:
             shell = process(pane.pid)
             front = process(shell.foreground) if shell and shell.foreground > 0 else None
             terminal = self.terminals.get(agent_name)
-            busy = bool(terminal and terminal.jobs) or bool(shell and shell.foreground != shell.group)
+            idle = shell and shell.foreground == shell.group and shell.name in SHELLS
+            busy = not idle or bool(terminal and terminal.jobs)
             facts = {"agent_name": agent_name, "busy": busy, "command": front.name if front else ""}
             found.append({**facts, "columns": pane.width, "lines": pane.height})
         return found
@@ -1886,7 +1887,7 @@ class PocketCoderDriver:
 
 
 # ==========================================================================
-# MCP core                                                        budget 235
+# MCP core                                                        budget 240
 # ==========================================================================
 # JSON-RPC in, decisions out: no await, no clock, no tmux, no Tornado.
 #
@@ -1899,6 +1900,7 @@ LEGACY = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # with a hand
 MODERN = "2026-07-28"  # without
 NAMESPACE = "io.modelcontextprotocol/"
 CLAIM, CAPABILITIES = f"{NAMESPACE}protocolVersion", f"{NAMESPACE}clientCapabilities"
+LOG_LEVEL = f"{NAMESPACE}logLevel"
 ROUTED = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}  # what `Mcp-Name` repeats
 # Their modern results say for how long they hold.
 CACHED = {"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list"}
@@ -1996,6 +1998,8 @@ def is_modern(message: Message, header: str | None = None) -> bool:
     if "method" not in message:
         if modern:
             raise NotAMessage(f"got a response, expected none in revision {ascii(header)[:40]}")
+    elif "id" not in message and header not in (None, MODERN, *LEGACY):
+        raise NotAMessage(f"`MCP-Protocol-Version`: got {ascii(header)[:40]}, expected one of {', '.join(LEGACY)}")
     elif "id" in message and not claimed and (modern or message["method"] == "server/discover"):
         raise BadMessage(f"`params._meta`: got no `{CLAIM}`, expected it and `{CAPABILITIES}`")
     return modern
@@ -2017,6 +2021,8 @@ def check_envelope(message: Message, headers: Callable[[str], list[str]] | None)
     if version != MODERN:
         data = {"supported": [MODERN], "requested": version}
         raise UnsupportedVersion(f"`{CLAIM}`: got {ascii(version)[:40]}, expected {MODERN}", data=data)
+    if (level := params["_meta"].get(LOG_LEVEL)) is not None and level not in LEVELS:
+        raise complain(f"params._meta.{LOG_LEVEL}", level, f"one of {', '.join(LEVELS)}")
 
 
 def check_parameters(message: Message, headers: Callable[[str], list[str]], repeated: Mapping[str, str]) -> None:
@@ -2134,7 +2140,7 @@ MAY_ASK = ("tools/call", "prompts/get", "resources/read")
 REMOVED = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
 CHANGED = {f"notifications/{what}/list_changed": what for what in ("tools", "prompts", "resources")}
 CHILD_LADDER = ((0, 2.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))  # 0: its stdin is closed; seconds to the next
-SUBSCRIPTION, LOG_LEVEL = f"{NAMESPACE}subscriptionId", f"{NAMESPACE}logLevel"
+SUBSCRIPTION = f"{NAMESPACE}subscriptionId"
 SERVER_INFO, CLIENT_INFO = f"{NAMESPACE}serverInfo", f"{NAMESPACE}clientInfo"
 OURSELVES = {"name": "pocketcoder", "version": VERSION}
 
@@ -2914,7 +2920,7 @@ def to_legacy(answer: Message, method: str) -> Message:
 
 
 # ==========================================================================
-# State and tools                                                 budget 387
+# State and tools                                                 budget 393
 # ==========================================================================
 # What handlers share, built once in `serve` and handed down; sessions; the tools.
 #
@@ -3097,15 +3103,21 @@ async def execute(
     job = await state.driver.start(request, takes, fed)
     report = partial(state.sessions.report, request.session_id, run_id=job.run_id, agent_name=request.agent_name)
     report(event="start", cmd=request.cmd[:MAX_VIEW_COMMAND], cwd=request.cwd)
-    ended = CommandResult("", 125, "cancelled")
+
+    def report_end(result: asyncio.Task[CommandResult]) -> None:
+        if not result.cancelled() and not result.exception():
+            told = result.result()
+            report(event="end", exit_code=told.exit_code, ended=told.ended, duration_ms=told.duration_ms)
+
     try:
         if started:
             await started(job)
-        ended = await job.result(capture, patience)
-        return ended
+        return await job.result(capture, patience)
     finally:
         job.end("cancelled")  # if it has not ended yet, nobody is left to read it
-        report(event="end", exit_code=ended.exit_code, ended=ended.ended, duration_ms=ended.duration_ms)
+        state.calls.add(last := asyncio.ensure_future(job.result()))
+        last.add_done_callback(report_end)
+        last.add_done_callback(state.calls.discard)
 
 
 Tell = Callable[[float, str], None]  # progress: seconds, the newest line of output
@@ -3118,8 +3130,8 @@ PARAMETERS: dict[str, Message] = {
     "stdin": {"type": ["string", "null"], "description": "Fed to the command; by default it reads nothing."},
     "max_output": {"type": "integer", "minimum": 1, "maximum": MAX_OUTPUT, "default": TOOL_OUTPUT},
     "lines": {"type": "integer", "minimum": 1, "maximum": MAX_LINES, "default": 100, "description": "At most."},
-    "text": {"type": "string", "description": "Typed as it is; no Enter is added."},
-    "keys": {"type": "array", "items": {"type": "string", "pattern": f"^{KEY.pattern}$"}},
+    "text": {"type": "string", "maxLength": MAX_KEYS, "description": "Typed as it is; no Enter is added."},
+    "keys": {"type": "array", "maxItems": MAX_KEYS, "items": {"type": "string", "pattern": f"^{KEY.pattern}$"}},
 }
 PARAMETERS["agent_name"]["description"] = "Whose terminal."
 PARAMETERS["timeout"]["description"] = "Seconds until the command is ended."
@@ -3301,7 +3313,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 555
+# Transports                                                      budget 556
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -3772,8 +3784,9 @@ class MessagesEndpoint(SseEndpoint):
         raise tornado.web.HTTPError(405)
 
     async def post(self, name: str = "") -> None:
+        body = self.whole_body()
         session = self.state.sessions.find(f"{name}/sse", self.query().session_id, self.owner)
-        message = read_message(self.whole_body())
+        message = read_message(body)
         self.set_status(202)
         self.finish("Accepted")
         session.answer(message)
