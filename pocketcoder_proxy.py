@@ -2771,8 +2771,8 @@ class Pool:
 
     def _discovered(self, child: Child, message: Message) -> Message:
         hello = child.hello.get("result") or {}
-        told = {key: hello[key] for key in ("capabilities", "instructions") if key in hello}
-        found = {"capabilities": {}, "supportedVersions": [MODERN], **told}
+        found = {"capabilities": without(child.can(), "tasks"), "supportedVersions": [MODERN]}  # not the tasks of now
+        found |= {"instructions": hello["instructions"]} if "instructions" in hello else {}
         return to_modern({"jsonrpc": "2.0", "id": message["id"], "result": found}, "server/discover", child)
 
 

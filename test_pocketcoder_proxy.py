@@ -652,6 +652,7 @@ def test_stdin_is_forwarded_as_it_comes_and_never_waited_for(engine: Caller) -> 
     assert (closed.returncode, closed.stdout) == (0, b"0\n")
 
 
+@pytest.mark.slow
 def test_a_slow_command_slows_stdin_and_memory_stays_flat(engine: Caller) -> None:
     flood = subprocess.Popen(["yes"], stdout=subprocess.PIPE)
     process = engine.start("-c", "sleep 1; echo done; sleep 30", stdin=flood.stdout)
@@ -688,6 +689,7 @@ def test_a_slow_reader_slows_the_command(engine: Caller) -> None:
     assert os.path.exists(f"{engine.cwd}/finished")
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_the_command_and_ends_the_shell_at_once(engine: Caller) -> None:
     def deliver(number: int) -> None:
         name = signal.Signals(number).name.removeprefix("SIG")
@@ -731,6 +733,7 @@ def test_other_signals_end_the_shell_with_their_number(engine: Caller) -> None:
     eventually(lambda: not processes_with("sleep\x0066."), 6)
 
 
+@pytest.mark.slow
 def test_a_shell_that_is_killed_takes_its_command_along(engine: Caller) -> None:
     process = engine.start("-c", "trap '' TERM; (setsid sleep 66.1 &); echo ready; sleep 66.2; sleep 66.3")
     assert process.stdout
@@ -883,6 +886,7 @@ def test_programs_use_it_as_their_shell(engine: Caller) -> None:
     assert pipe.stdout == b"y\n141\n"
 
 
+@pytest.mark.slow
 def test_many_shells_at_once_do_not_mix(engine: Caller) -> None:
     def one(number: int) -> bool:
         agent = {"OPENCODE_AGENT": f"crowd{number % 10}"}
@@ -1366,6 +1370,7 @@ PENDING = [
 
 
 @pytest.mark.parametrize("wait", [0, 0.3])
+@pytest.mark.slow
 def test_a_continuation_prompt_is_left_and_nothing_of_it_runs(proxy: Proxy, agent: str, wait: float) -> None:
     def leave(number: int) -> None:
         name, file = f"{agent}-{number}", f"{proxy.folder}/{agent}-{number}"
@@ -1407,6 +1412,7 @@ def test_what_a_person_sets_in_the_shell_changes_no_answer(proxy: Proxy, agent: 
     assert len(proxy.panes(agent)) == 1
 
 
+@pytest.mark.slow
 def test_a_shell_whose_exec_is_a_function_ends_in_an_error(proxy: Proxy, agent: str) -> None:
     proxy.exec("true", agent_name=agent)
     proxy.type(agent, "exec() { echo fn; }", "Enter")
@@ -1431,6 +1437,7 @@ def test_whatever_the_line_editor_is_doing_the_next_command_runs(proxy: Proxy, a
         list(pool.map(interrupt, range(len(KEYS))))
 
 
+@pytest.mark.slow
 def test_a_shell_that_never_answers_is_given_up_for_another(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
@@ -1445,6 +1452,7 @@ def test_a_shell_that_never_answers_is_given_up_for_another(own: Callable[..., P
     assert len(server.panes("deaf")) == 2
 
 
+@pytest.mark.slow
 def test_a_slow_start_up_file_is_waited_for(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
@@ -1463,6 +1471,7 @@ TREES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_timeout_ends_the_whole_tree(proxy: Proxy, agent: str) -> None:
     def end(number: int) -> None:
         name, started = f"{agent}-{number}", time.monotonic()
@@ -1477,6 +1486,7 @@ def test_a_timeout_ends_the_whole_tree(proxy: Proxy, agent: str) -> None:
         list(pool.map(end, range(len(TREES))))
 
 
+@pytest.mark.slow
 def test_ending_one_run_does_no_harm_to_the_next_ones(proxy: Proxy, agent: str) -> None:
     def follow(number: int) -> list[tuple[int, str]]:
         name = f"{agent}-{number}"
@@ -1495,6 +1505,7 @@ def test_a_command_may_clean_up_when_its_time_is_over(proxy: Proxy, agent: str) 
     assert (answer["stdout"], answer["exit_code"], answer["ended"]) == ("clean\n", 124, "timeout")
 
 
+@pytest.mark.slow
 def test_waiting_in_the_queue_is_not_counted_as_time(proxy: Proxy, agent: str) -> None:
     calls = [proxy.start_exec("sleep 0.7; echo done", agent_name=agent, timeout=1.2) for _ in range(8)]
     assert [call.result()["stdout"] for call in calls] == ["done\n"] * 8
@@ -1646,6 +1657,7 @@ def test_a_program_that_sets_titles_does_not_rename_the_window(proxy: Proxy, age
     assert len(proxy.panes(agent)) == 1
 
 
+@pytest.mark.slow
 def test_the_run_directory_is_private_and_made_again_when_wiped(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
@@ -1686,6 +1698,7 @@ def test_runs_leave_no_files_and_no_descriptors(own: Callable[..., Proxy]) -> No
     assert list(pathlib.Path(f"{server.socket}.d").rglob("*")) == []
 
 
+@pytest.mark.slow
 def test_a_killed_server_leaves_its_commands_alone_and_the_next_drains_them(own: Callable[..., Proxy]) -> None:
     server = own()
     done = f"{server.folder}/done"
@@ -1701,6 +1714,7 @@ def test_a_killed_server_leaves_its_commands_alone_and_the_next_drains_them(own:
     eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
 
 
+@pytest.mark.slow
 def test_a_clean_stop_leaves_background_writers_to_the_next_server(own: Callable[..., Proxy]) -> None:
     server = own()
     done = f"{server.folder}/done"
@@ -2408,6 +2422,7 @@ def test_a_legacy_session_has_a_child_of_its_own_that_ends_with_it(relay: Proxy,
 
 
 @pytest.mark.parametrize(("era", "server"), ERAS)
+@pytest.mark.slow
 def test_a_child_that_dies_answers_at_once_and_is_started_again(
     own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream], era: str, server: str
 ) -> None:
@@ -2468,6 +2483,7 @@ def test_a_server_that_cannot_start_says_why_and_is_held_back(
     assert mcp(proxy, modern("tools/list"), path="/servers/other/mcp")[0] == 404
 
 
+@pytest.mark.slow
 def test_children_end_as_a_group_and_are_never_orphaned(
     own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
 ) -> None:
@@ -2543,6 +2559,7 @@ def test_wrong_servers_end_the_start_with_a_sentence(tmp_path: pathlib.Path, wor
     assert text in done.stderr
 
 
+@pytest.mark.slow
 def test_a_child_that_hangs_or_never_reads_is_given_up(fixtures: pathlib.Path) -> None:
     async def trouble() -> list[str]:
         said = []
@@ -2575,6 +2592,7 @@ def test_a_child_that_hangs_or_never_reads_is_given_up(fixtures: pathlib.Path) -
     assert full == "server x does not read what it is sent"
 
 
+@pytest.mark.slow
 def test_a_shared_child_that_nobody_uses_ends(fixtures: pathlib.Path) -> None:
     async def idle(era: str) -> None:
         relay = pp.Relay(pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), era)))
@@ -2750,6 +2768,7 @@ def stream() -> Iterator[Callable[..., Stream]]:
         each.close()
 
 
+@pytest.mark.slow
 def test_progress_tells_the_newest_line_and_only_grows(proxy: Proxy, agent: str) -> None:
     session = opened(proxy)
     slow = {
@@ -3147,6 +3166,7 @@ def test_a_stream_is_whole_however_large(proxy: Proxy, agent: str) -> None:
     assert events[-1][1]["exit_code"] == 0
 
 
+@pytest.mark.slow
 def test_a_slow_reader_slows_the_command_and_not_the_server(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
@@ -3629,6 +3649,7 @@ def test_beyond_loopback_it_listens_with_a_token(own: Callable[..., Proxy]) -> N
     assert server.exec("echo ok")["stdout"] == "ok\n"
 
 
+@pytest.mark.slow
 def test_sigterm_lets_commands_end_cancels_the_rest_and_answers_all(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
