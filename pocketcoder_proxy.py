@@ -899,7 +899,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                                budget 988
+# Execution Driver                                               budget 1004
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1357,6 +1357,9 @@ class RunFiles:
             self.status.close()
             if not self.jobs:
                 shutil.rmtree(self.folder, ignore_errors=True)
+            for output in (output for job in self.jobs.values() for output in job.outputs):
+                output.on_close = int  # its files stay
+                output.close()
             os.close(self.lock)
 
 
@@ -1730,6 +1733,7 @@ class PocketCoderDriver:
         self._reset()
 
     def _reset(self) -> None:
+        self.keeper: asyncio.Task[None] | None = None
         self.tmux: Tmux | None = None
         self.connecting = asyncio.Lock()
         self.terminals: dict[str, Terminal] = {}
@@ -1795,11 +1799,20 @@ class PocketCoderDriver:
     async def connect(self, terminal: Terminal) -> Tmux:
         """The connection to tmux.  If there is no session yet, the window of `terminal` is its first."""
         async with self.connecting:
+            self.keeper = self.keeper or asyncio.ensure_future(self._keep())
             if self.tmux is None or self.tmux.closed:
                 window = ["-n", terminal.name, *self.new_shell]
                 self.tmux = await Tmux.connect(self.socket_path, self.session_name, window, self._on_notice)
                 terminal.shells += [PaneShell(pane, True) for pane in self.tmux.made]
             return self.tmux
+
+    async def _keep(self) -> None:
+        """Close with the event loop: the next one begins anew."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await self.close()
+            self.stopping = False
 
     async def panes(self) -> dict[str, Pane]:
         """By agent, where its newest command runs, else the first of its window.  Raises NoTerminal."""
@@ -1871,9 +1884,12 @@ class PocketCoderDriver:
         await asyncio.gather(*(job.over_within(grace) for job in self.jobs()))
         for job in (jobs := self.jobs()):
             job.end("cancelled")
-        await asyncio.gather(*(job.ending for job in jobs if job.ending is not None))
+        await asyncio.gather(*(job.ending for job in jobs if job.ending is not None), return_exceptions=True)
         for job in jobs:
             job.release()
+        for shell in (shell for terminal in self.terminals.values() for shell in terminal.shells):
+            if shell.noting:
+                shell.noting.cancel()
         if self.tmux is not None:
             self.tmux.close()
             await self.tmux.ended.wait()
