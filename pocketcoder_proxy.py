@@ -2143,7 +2143,7 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 
 
 # ==========================================================================
-# Relay                                                           budget 793
+# Relay                                                           budget 798
 # ==========================================================================
 # Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
 #
@@ -2227,10 +2227,11 @@ class Peer:
 
     outbox  for what belongs to no request of the client
     lost    called when a child of its own has ended
+    owner   its credential
     """
 
-    def __init__(self, outbox: Outbox, lost: Callable[[], object]) -> None:
-        self.outbox, self.lost = outbox, lost
+    def __init__(self, outbox: Outbox, lost: Callable[[], object], owner: str = "") -> None:
+        self.outbox, self.lost, self.owner = outbox, lost, owner
         self.version, self.level = "", "info"  # of `initialize` and `logging/setLevel`
         self.child: asyncio.Future[Child] | None = None  # a legacy one of its own
         self.hello: Message = {}  # what it said in `initialize`
@@ -2242,8 +2243,8 @@ class Peer:
 class Exchange:
     """A request on its way through a child; `outbox` gets what belongs to it."""
 
-    def __init__(self, message: Message, outbox: Outbox) -> None:
-        self.message, self.outbox = message, outbox
+    def __init__(self, message: Message, outbox: Outbox, owner: str = "") -> None:
+        self.message, self.outbox, self.owner = message, outbox, owner
         meta = message.get("params", {}).get("_meta")
         self.meta: Message = meta if isinstance(meta, dict) else {}
         self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
@@ -2546,7 +2547,7 @@ class Relay:
         """The response to a client's request; `outbox` takes what comes before it, on the same stream."""
         shared = await self.modern()
         if modern:
-            return await (shared.ask(message, outbox) if shared else self.pool.respond(message, outbox))
+            return await (shared.ask(message, outbox) if shared else self.pool.respond(peer, message, outbox))
         if shared:
             return await Translation(self, shared, peer).respond(message, outbox)
         if message["method"] == "initialize" or peer.child is None:
@@ -2634,16 +2635,16 @@ class Pool:
         self.parked: dict[str, tuple[Child, Exchange, asyncio.TimerHandle]] = {}  # by requestState
         self.listeners: dict[Exchange, Message] = {}  # what each wants to hear of
 
-    async def respond(self, message: Message, outbox: Outbox) -> Message:
+    async def respond(self, peer: Peer, message: Message, outbox: Outbox) -> Message:
         method, params = message["method"], message["params"]
         meta = params["_meta"]
         if method in REMOVED or method.startswith("tasks/"):
             raise UnknownMethod(f"`method`: got {method}, which revision {MODERN} does not have")
         if isinstance(state := params.get("requestState"), str):
-            child, exchange = self._unpark(state, message, outbox)
+            child, exchange = self._unpark(state, peer.owner, message, outbox)
             return await self._until_asked(child, exchange)
         can = {name: meta[CAPABILITIES][name] for name in ASKING.values() if name in meta[CAPABILITIES]}
-        exchange = Exchange(message, outbox)
+        exchange = Exchange(message, outbox, peer.owner)
         child = await self._child(can, exchange if can and method in MAY_ASK else None)
         try:
             if method == "server/discover":
@@ -2748,13 +2749,12 @@ class Pool:
         child.give_up(exchange)
         self._release(child, exchange)
 
-    def _unpark(self, state: str, message: Message, outbox: Outbox) -> tuple[Child, Exchange]:
+    def _unpark(self, state: str, owner: str, message: Message, outbox: Outbox) -> tuple[Child, Exchange]:
         """The call that a client comes back to; the child gets the answers that it brings."""
-        child, exchange, timer = self.parked.get(state) or (None, None, None)
-        ours = ("_meta", "requestState", "inputResponses")
-        params = message["params"]
-        if not (child and exchange and timer) or without(exchange.message["params"], *ours) != without(params, *ours):
+        params, bound = message["params"], bound_to(owner, message)
+        if state not in self.parked or bound != bound_to(self.parked[state][1].owner, self.parked[state][1].message):
             raise BadMessage("`requestState`: got one that is unknown here, or has expired: begin anew")
+        child, exchange, timer = self.parked[state]
         del self.parked[state]
         timer.cancel()
         given = params["inputResponses"] if isinstance(params.get("inputResponses"), dict) else {}
@@ -2888,6 +2888,11 @@ def without(fields: Message, *names: str) -> Message:
     return {name: value for name, value in fields.items() if name not in names}
 
 
+def bound_to(owner: str, message: Message) -> tuple[object, ...]:
+    """What a retry must have in common with the request before it."""
+    return owner, message["method"], without(message["params"], "_meta", "requestState", "inputResponses")
+
+
 def list_flags(can: Message) -> list[str]:
     """Which changes of lists a server tells of, as `subscriptions/listen` names them."""
     return [f"{what}ListChanged" for what in CHANGED.values() if (can.get(what) or {}).get("listChanged")]
@@ -2958,7 +2963,7 @@ class Session:
         self.session_id, self.kind = session_id or secrets.token_hex(16), f"{server.name}/{transport}"
         self.outbox = Outbox(self.overflow)
         self.outbox.heard = transport != "http"  # or once its GET stream was opened
-        self.peer = Peer(self.outbox, self.lose)
+        self.peer = Peer(self.outbox, self.lose, owner)
         self.streams, self.used = 0, time.monotonic()
         self.calls: dict[str | int, asyncio.Task[None]] = {}
         self.modern = False  # its last request was
