@@ -3071,12 +3071,10 @@ class SessionMap(dict[str, Session]):
         self[session.session_id] = session
         return session
 
-    async def close(self) -> None:
-        """End all of them, when their calls have been answered."""
-        calls = [task for session in self.values() for task in session.calls.values()]
-        await asyncio.wait([*calls, asyncio.ensure_future(asyncio.sleep(0))], timeout=STOP_GRACE)
-        for session in [*self.values()]:
-            session.end()
+    async def settle(self, seconds: float) -> None:
+        """Wait until all calls are answered, so long at most."""
+        if calls := [task for session in self.values() for task in session.calls.values()]:
+            await asyncio.wait(calls, timeout=seconds)
 
     def find(self, kind: str, session_id: str | None, owner: str) -> Session:
         """Raises UnknownSession, also for one that another credential opened."""
@@ -4011,8 +4009,10 @@ async def serve(options: Commands, token: str) -> None:
     gc.set_threshold(10_000)
     await stop.wait()
     server.stop()
-    await driver.close(STOP_GRACE)
-    await state.sessions.close()
+    await asyncio.gather(driver.close(STOP_GRACE), state.sessions.settle(STOP_GRACE))
+    await state.sessions.settle(TMUX_TIMEOUT / 10)  # those of commands that had to be ended
+    for session in [*state.sessions.values()]:
+        session.end()
     await asyncio.gather(*(server.close() for server in state.servers.values() if isinstance(server, Relay)))
     if state.calls:  # they have their results, and send them now
         await asyncio.wait(state.calls, timeout=STOP_GRACE)
