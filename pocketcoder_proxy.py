@@ -2941,7 +2941,7 @@ def to_legacy(answer: Message, method: str) -> Message:
 
 
 # ==========================================================================
-# State and tools                                                 budget 393
+# State and tools                                                 budget 391
 # ==========================================================================
 # What handlers share, built once in `serve` and handed down; sessions; the tools.
 #
@@ -3888,7 +3888,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 166
+# Application                                                     budget 168
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4011,8 +4011,8 @@ async def serve(options: Commands, token: str) -> None:
     server.stop()
     await asyncio.gather(driver.close(STOP_GRACE), state.sessions.settle(STOP_GRACE))
     await state.sessions.settle(TMUX_TIMEOUT / 10)  # those of commands that had to be ended
-    for session in [*state.sessions.values()]:
-        session.end()
+    for open_session in [*state.sessions.values()]:
+        open_session.end()
     await asyncio.gather(*(server.close() for server in state.servers.values() if isinstance(server, Relay)))
     if state.calls:  # they have their results, and send them now
         await asyncio.wait(state.calls, timeout=STOP_GRACE)
