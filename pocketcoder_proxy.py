@@ -543,6 +543,8 @@ class UnknownMethod(BadMessage):
 class RelayError(ProxyError):
     """An MCP server behind us cannot answer."""
 
+    http_status = 200  # as an error of JSON-RPC; after a 5xx some clients give up
+
 
 class UnknownSession(ProxyError):
     """It has ended, or another credential opened it."""
@@ -1969,6 +1971,11 @@ class Remember:
 Decision = Send | CallTool | Remember
 
 
+def as_object(value: object) -> Message:
+    """`value`, or an empty object if it is none."""
+    return value if isinstance(value, dict) else {}
+
+
 def is_id(value: object) -> TypeGuard[str | int]:
     return type(value) in (str, int)
 
@@ -2185,6 +2192,13 @@ class Outbox:
         else:
             self.on_full()
 
+    @classmethod
+    def nowhere(cls) -> Outbox:
+        """For what nobody wants to hear."""
+        outbox = cls(int)
+        outbox.closed = True
+        return outbox
+
     def crowded(self) -> bool:
         """Its reader is slow, or away."""
         return len(self.waiting) >= MAX_INBOX // 2
@@ -2282,7 +2296,7 @@ class Child:
         self.count, self.exchanges = 0, dict[int, Exchange]()  # by our id
         self.level = ""  # that it was told to log at
         self.used, self.tail = time.monotonic(), deque[str](maxlen=5)
-        self.retired = False  # it ends because we want it to
+        self.retired, self.epitaph = False, ""  # it ends because we want it to; how it ended
         self.ender: asyncio.Task[None] | None = None
         self.tasks = [asyncio.ensure_future(work) for work in (self._read(), self._log())]
 
@@ -2314,18 +2328,20 @@ class Child:
                     outbox = self._take(read_message(line))
                 except ProxyError as wrong:
                     log.warning("server %s: skipped %s: %s", self.name, ascii(line[:80]), wrong)
-                    continue
-                if outbox:  # its reader slows the child down; a little, if others use it too
-                    await outbox.room(1.0 if len(self.exchanges) > 1 else SLOW_READER_TIMEOUT)
+                except Exception:  # whatever it wrote, others wait for what it writes next
+                    log.exception("server %s: skipped %s", self.name, ascii(line[:80]))
+                else:  # a slow reader slows the child down; a little, if others use it too
+                    await (outbox or Outbox.nowhere()).room(0.05 if len(self.exchanges) > 1 else SLOW_READER_TIMEOUT)
         except ValueError:
             log.error("server %s: a line of more than %d bytes", self.name, 2 * MAX_BODY)
         self.ender = self.ender or asyncio.ensure_future(self._end())  # without its stdout it is of no use
-        status = await self.process.wait()
-        await asyncio.wait({self.tasks[1]}, timeout=VIEW_PAUSE)  # its last words
+        await asyncio.wait({asyncio.ensure_future(self.process.wait()), self.tasks[1]}, timeout=CLEAR_PAUSE)
+        how = "closed its output" if self.process.returncode is None else f"ended with {self.process.returncode}"
         said = f"; it said: {' / '.join(self.tail)}" if self.tail else ""
+        self.epitaph = f"server {self.name} {how}{said}"
         for number in [*self.exchanges]:
-            failure = RelayError(f"server {self.name} ended with {status} before it answered{said}")
-            self.finish(number, refusal(None, failure))
+            self.finish(number, refusal(None, RelayError(f"{self.epitaph}, before it answered")))
+        status = await self.process.wait()
         for call in self.on_end:
             call(self, status)
 
@@ -2333,7 +2349,7 @@ class Child:
         """Bring a message from the child to whom it belongs."""
         self.used = time.monotonic()
         if "method" not in message:
-            self.finish(message["id"], message)
+            self.finish(message["id"], self._sound(message))
             return None
         params = message.get("params", {})
         meta = params.get("_meta")
@@ -2343,6 +2359,8 @@ class Child:
         if type(number) is not int or number not in self.exchanges:
             return self.on_message(self, message) if number is None else None
         exchange = self.exchanges[number]
+        if token is not None and "progressToken" not in exchange.meta:
+            return None
         if token is not None:
             self._extend(number)
             params = {**params, "progressToken": exchange.meta["progressToken"]}
@@ -2350,6 +2368,17 @@ class Child:
             params = {**params, "_meta": {**meta, SUBSCRIPTION: exchange.message["id"]}}
         exchange.outbox.send({**message, "params": params})
         return exchange.outbox
+
+    def _sound(self, answer: Message) -> Message:
+        """A response in the shape that all expect."""
+        fields, failure = answer.get("result"), answer.get("error")
+        if "result" in answer and isinstance(fields, dict):
+            return (
+                answer if isinstance(fields.get("_meta", {}), dict) else {**answer, "result": without(fields, "_meta")}
+            )
+        if isinstance(failure, dict) and type(failure.get("code")) is int and isinstance(failure.get("message"), str):
+            return answer
+        return refusal(None, RelayError(f"server {self.name} answered with {ascii(fields or failure)[:80]}"))
 
     def _extend(self, number: int) -> None:
         """Give it CHILD_TIMEOUT seconds from now."""
@@ -2379,8 +2408,8 @@ class Child:
     def tell(self, message: Message) -> None:
         """Write it.  Raises RelayError when the child does not read."""
         assert self.process.stdin
-        if self.tasks[0].done():
-            raise RelayError(f"server {self.name} has ended")
+        if self.epitaph:
+            raise RelayError(self.epitaph)
         if self.ender:
             return  # `_read` is about to answer
         if self.process.stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
@@ -2413,13 +2442,13 @@ class Child:
             self.give_up(exchange)
             raise
         fields, id_ = answer.get("result"), exchange.message["id"]
-        if isinstance(fields, dict) and SUBSCRIPTION in (fields.get("_meta") or {}):
+        if isinstance(fields, dict) and SUBSCRIPTION in as_object(fields.get("_meta")):
             answer = {**answer, "result": {**fields, "_meta": {**fields["_meta"], SUBSCRIPTION: id_}}}
         return {**answer, "id": id_}
 
     def can(self) -> Message:
         """Its capabilities."""
-        return dict((self.hello.get("result") or {}).get("capabilities") or {})
+        return as_object(as_object(self.hello.get("result")).get("capabilities"))
 
     def only_wanting_logs(self) -> Outbox | None:
         """A child says not to which request a log line belongs: for whom it is, if that is certain."""
@@ -2492,7 +2521,7 @@ class Relay:
         self.children.add(child)
         seconds = PROBE_TIMEOUT if probing else CHILD_START
         try:
-            child.hello = await asyncio.wait_for(child.ask(hello, Outbox(int)), seconds)
+            child.hello = await asyncio.wait_for(child.ask(hello, Outbox.nowhere()), seconds)
         except asyncio.TimeoutError:
             if not probing:
                 child.end()
@@ -2516,7 +2545,7 @@ class Relay:
                 return self.shared
             discover = new_request("server/discover", {"_meta": envelope({}, OURSELVES)})
             child = await self.start(self._from_modern, discover, probing=not self.era)
-            told = child.hello.get("result") or (child.hello.get("error") or {}).get("data") or {}
+            told = as_object(child.hello.get("result") or as_object(child.hello.get("error")).get("data"))
             served = MODERN in (told.get("supportedVersions") or told.get("supported") or ())
             self.era = "modern" if served or self.era else "legacy"
             if self.era == "legacy":
@@ -2564,7 +2593,7 @@ class Relay:
         def route(child: Child, message: Message) -> Outbox:
             only = [exchange.outbox for exchange in child.exchanges.values()]
             change = "id" not in message and message["method"] != "notifications/message" and peer.outbox.heard
-            outbox = only[0] if len(only) == 1 and not change else peer.outbox
+            outbox = only[0] if len(only) == 1 and not change and not only[0].closed else peer.outbox
             outbox.send(message)
             return outbox
 
@@ -2597,21 +2626,21 @@ class Relay:
     async def repeated(self, message: Message) -> dict[str, str]:
         """Which headers repeat arguments of the tool that a modern client calls, by argument."""
         if time.monotonic() > self.headers_until:
-            self.headers, params = {}, {"_meta": message["params"]["_meta"]}
+            meta = {name: value for name, value in message["params"]["_meta"].items() if name in (CLAIM, CAPABILITIES)}
+            cursor: Message = {}
+            self.headers, peer = {}, Peer(Outbox.nowhere(), int)
             for _ in range(MAX_ROUNDS):
-                answer = await self.respond(
-                    Peer(Outbox(int), int), new_request("tools/list", params), True, Outbox(int)
-                )
-                found = answer.get("result") or {}
-                for each in found.get("tools") or []:
-                    shapes = ((each.get("inputSchema") or {}).get("properties") or {}).items()
-                    marked = {key: shape["x-mcp-header"] for key, shape in shapes if "x-mcp-header" in shape}
-                    self.headers |= {each["name"]: marked} if marked else {}
-                if not (cursor := found.get("nextCursor")):
+                listing = new_request("tools/list", {**cursor, "_meta": meta})
+                found = as_object((await self.respond(peer, listing, True, peer.outbox)).get("result"))
+                tools = found.get("tools")
+                for each in map(as_object, tools if isinstance(tools, list) else []):
+                    shapes = as_object(as_object(each.get("inputSchema")).get("properties"))
+                    marked = {key: as_object(shape).get("x-mcp-header") for key, shape in shapes.items()}
+                    self.headers[str(each.get("name"))] = {key: str(name) for key, name in marked.items() if name}
+                if not (cursor := {"cursor": found["nextCursor"]} if "nextCursor" in found else {}):
                     break
-                params = {**params, "cursor": cursor}
             self.headers_until = time.monotonic() + HEADERS_KEPT
-        return self.headers.get(message["params"].get("name"), {})
+        return self.headers.get(str(message["params"].get("name")), {})
 
     async def close(self) -> None:
         """End all children."""
@@ -2703,7 +2732,7 @@ class Pool:
             return outbox
         for exchange, wanted in self.listeners.items():
             if wanted.get(f"{CHANGED.get(method)}ListChanged") or params.get("uri") in wanted["resourceSubscriptions"]:
-                meta = {**(params.get("_meta") or {}), SUBSCRIPTION: exchange.message["id"]}
+                meta = {**as_object(params.get("_meta")), SUBSCRIPTION: exchange.message["id"]}
                 exchange.outbox.send({**message, "params": {**params, "_meta": meta}})
         return None
 
@@ -2769,7 +2798,7 @@ class Pool:
         if not isinstance(asked, dict):
             raise complain("params.notifications", asked, "an object")
         honoured = {flag: True for flag in list_flags(can) if asked.get(flag) is True}
-        uris = asked.get("resourceSubscriptions") if (can.get("resources") or {}).get("subscribe") else None
+        uris = asked.get("resourceSubscriptions") if as_object(can.get("resources")).get("subscribe") else None
         wanted: Message = {**honoured, "resourceSubscriptions": uris if isinstance(uris, list) else []}
         if not wanted["resourceSubscriptions"]:
             del wanted["resourceSubscriptions"]
@@ -2830,7 +2859,7 @@ class Translation:
 
     def _hello(self, asked: object) -> Message:
         found = self.child.hello.get("result") or {}
-        server = (found.get("_meta") or {}).get(SERVER_INFO, {"name": self.relay.name, "version": "0"})
+        server = as_object(found.get("_meta")).get(SERVER_INFO, {"name": self.relay.name, "version": "0"})
         hello = {"protocolVersion": asked if asked in LEGACY else LEGACY[-1], "serverInfo": server}
         hello |= {"instructions": found["instructions"]} if "instructions" in found else {}
         return {**hello, "capabilities": {**self.child.can(), "logging": {}}}
@@ -2895,7 +2924,7 @@ def bound_to(owner: str, message: Message) -> tuple[object, ...]:
 
 def list_flags(can: Message) -> list[str]:
     """Which changes of lists a server tells of, as `subscriptions/listen` names them."""
-    return [f"{what}ListChanged" for what in CHANGED.values() if (can.get(what) or {}).get("listChanged")]
+    return [f"{what}ListChanged" for what in CHANGED.values() if as_object(can.get(what)).get("listChanged")]
 
 
 def envelope(can: Message, client: Message) -> Message:
@@ -2906,7 +2935,7 @@ def envelope(can: Message, client: Message) -> Message:
 def with_envelope(message: Message, peer: Peer, extra: Message) -> Message:
     """A legacy request, as a modern server wants it."""
     params, hello = message.get("params", {}), peer.hello
-    meta = {**(params.get("_meta") or {}), LOG_LEVEL: peer.level}
+    meta = {**as_object(params.get("_meta")), LOG_LEVEL: peer.level}
     meta |= envelope(hello.get("capabilities") or {}, hello.get("clientInfo") or OURSELVES)
     return {**message, "params": {**params, **extra, "_meta": meta}}
 
@@ -2923,8 +2952,8 @@ def to_modern(answer: Message, method: str, child: Child) -> Message:
     if "error" in answer:
         code = answer["error"].get("code")
         return {**answer, "error": {**answer["error"], "code": -32602 if code == -32002 else code}}
-    server = (child.hello.get("result") or {}).get("serverInfo") or {"name": child.name, "version": "0"}
-    meta = {**(answer["result"].get("_meta") or {}), SERVER_INFO: server}
+    server = as_object(child.hello.get("result")).get("serverInfo") or {"name": child.name, "version": "0"}
+    meta = {**as_object(answer["result"].get("_meta")), SERVER_INFO: server}
     cached = {"ttlMs": 0, "cacheScope": "private"} if method in CACHED else {}
     return {**answer, "result": {"resultType": "complete", **answer["result"], **cached, "_meta": meta}}
 
@@ -2932,7 +2961,7 @@ def to_modern(answer: Message, method: str, child: Child) -> Message:
 def to_legacy(answer: Message, method: str) -> Message:
     """A modern server's response, for a legacy client."""
     if "error" in answer:
-        missing = method == "resources/read" and "uri" in (answer["error"].get("data") or {})
+        missing = method == "resources/read" and "uri" in as_object(answer["error"].get("data"))
         code = -32002 if missing else answer["error"].get("code")
         return {**answer, "error": {**answer["error"], "code": code}}
     fields = without(answer["result"], "resultType", "ttlMs", "cacheScope", "_meta")

@@ -2461,7 +2461,7 @@ def test_a_child_that_dies_answers_at_once_and_is_started_again(
     os.kill(process, signal.SIGKILL)
     failed = waiting.result()
     assert time.monotonic() - started < 1
-    assert (failed["code"], "ended with -9 before it answered" in failed["message"]) == (-32603, True), failed
+    assert (failed["code"], "ended with -9" in failed["message"]) == (-32603, True), failed
     assert (state()["state"], "ended with -9" in state()["error"]) == ("failed", True)
     if era == server == "legacy":
         eventually(lambda: mcp(proxy, request("ping"), path=client.path, **client.headers)[0] == 404)
@@ -2484,11 +2484,67 @@ def test_careless_children_are_borne_with(client: Client) -> None:
     assert text_of(client.call("test_simple_text"))
 
 
+ODD = """
+import json, os, sys, time
+def say(**fields):
+    print(json.dumps({"jsonrpc": "2.0", **fields}), flush=True)
+for line in sys.stdin:
+    got = json.loads(line)
+    if "id" not in got:
+        continue
+    id_, name = got["id"], (got.get("params") or {}).get("name")
+    if got["method"] == "initialize":
+        for number in range(300):
+            say(method="notifications/message", params={"level": "info", "data": number})
+        say(id=id_, result={"protocolVersion": 7, "capabilities": ["x"], "serverInfo": None, "_meta": 3})
+    elif got["method"] == "tools/list":
+        say(id=id_, result={"tools": [None, 3, {"name": None}, {"name": "t", "inputSchema": []}]})
+    elif name in ("null", "list", "text"):
+        say(id=id_, result={"null": None, "list": [1], "text": "x"}[name])
+    elif name == "code":
+        say(id=id_, error={"message": "no code"})
+    elif name == "notes":
+        odd = {"_meta": {"io.modelcontextprotocol/subscriptionId": []}}
+        for params in ({"progressToken": id_}, {"progressToken": {}}, {"_meta": 3}, {"uri": {}}, odd):
+            for method in ("progress", "message", "tools/list_changed", "resources/updated"):
+                say(method="notifications/" + method, params=params)
+        for wrong in (99999, str(id_), True):
+            say(id=wrong, result={})
+        say(id=id_, result={"right": 1})
+        say(id=id_, result={"twice": 1})
+    elif name == "close":
+        os.close(1)
+        time.sleep(1)
+    else:
+        say(id=id_, error={"code": -32601, "message": "no"})
+"""
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+def test_whatever_a_server_answers_the_client_gets_an_answer(
+    own: Callable[..., Proxy], tmp_path: pathlib.Path, stream: Callable[..., Stream], era: str
+) -> None:
+    (tmp_path / "odd.py").write_text(ODD)
+    proxy = own(f"--mcp-server=odd={sys.executable} -S {tmp_path}/odd.py")
+    client = Client(proxy, era, "odd", stream)
+    for name in ("null", "list", "text", "code"):
+        failed = client.call(name)
+        assert (failed["code"], "answered with" in failed["message"]) == (-32603, True)
+    *_, answer = client.ask("tools/call", {"name": "notes", "arguments": {}})
+    assert answer["result"]["right"] == 1
+    if era == "modern":
+        assert client.ask("server/discover")[-1]["result"]["capabilities"] == {}
+    started = time.monotonic()
+    assert "closed its output" in client.call("close")["message"]
+    assert time.monotonic() - started < 1
+    assert "Traceback" not in proxy.logged()
+
+
 def test_a_server_that_cannot_start_says_why_and_is_held_back(
     own: Callable[..., Proxy], tmp_path: pathlib.Path
 ) -> None:
     proxy = own("--mcp-server=none=/no/such/program", "--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
-    for name, why in (("none", "No such file"), ("short", "ended with 7 before it answered; it said: oh no")):
+    for name, why in (("none", "No such file"), ("short", "ended with 7; it said: oh no, before it answered")):
         path = f"/servers/{name}/mcp"
         answer = mcp(proxy, request("initialize", INITIALIZE), path=path)[2]
         assert (answer["error"]["code"], why in answer["error"]["message"]) == (-32603, True), answer
