@@ -489,7 +489,7 @@ SIGNAL_NUMBERS = {name: signal.Signals[f"SIG{name}"] for name in ("INT", "TERM",
 
 
 # ==========================================================================
-# Errors                                                           budget 74
+# Errors                                                           budget 76
 # ==========================================================================
 # E1  A command that fails is a result; a proxy that cannot do its job is an error.
 # E2  Each class carries its answers; nothing else maps errors to numbers.
@@ -1905,7 +1905,7 @@ class PocketCoderDriver:
 
 
 # ==========================================================================
-# MCP core                                                        budget 240
+# MCP core                                                        budget 245
 # ==========================================================================
 # JSON-RPC in, decisions out: no await, no clock, no tmux, no Tornado.
 #
@@ -2150,7 +2150,7 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 
 
 # ==========================================================================
-# Relay                                                           budget 798
+# Relay                                                           budget 877
 # ==========================================================================
 # Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
 #
@@ -2252,6 +2252,7 @@ class Peer:
         self.uris = set[str]()  # of resources that it subscribed to
         self.asked: dict[str | int, asyncio.Future[Message]] = {}  # questions of ours
         self.listening: asyncio.Task[Message] | None = None
+        self.listens_to: Child | None = None
 
 
 class Exchange:
@@ -2295,10 +2296,12 @@ class Child:
         self.hello: Message = {}  # its answer to `initialize` or `server/discover`
         self.count, self.exchanges = 0, dict[int, Exchange]()  # by our id
         self.level = ""  # that it was told to log at
-        self.used, self.tail = time.monotonic(), deque[str](maxlen=5)
+        self.began = self.used = time.monotonic()
+        self.listeners, self.tail = 0, deque[str](maxlen=5)
         self.retired, self.epitaph = False, ""  # it ends because we want it to; how it ended
         self.ender: asyncio.Task[None] | None = None
         self.tasks = [asyncio.ensure_future(work) for work in (self._read(), self._log())]
+        self.watching = asyncio.ensure_future(self._watch())
 
     @classmethod
     async def start(cls, config: ServerConfig, on_message: OnMessage) -> Child:
@@ -2315,10 +2318,18 @@ class Child:
 
     async def _log(self) -> None:
         assert self.process.stderr
-        with contextlib.suppress(ValueError):  # a line beyond all limits
-            while line := await self.process.stderr.readline():
-                self.tail.append(line.decode(errors="replace").rstrip()[:KIB])
-                log.info("server %s: %s", self.name, self.tail[-1])
+        while not self.process.stderr.at_eof():
+            with contextlib.suppress(ValueError):  # a line beyond all limits
+                if line := await self.process.stderr.readline():
+                    self.tail.append(line.decode(errors="replace").rstrip()[:KIB])
+                    log.info("server %s: %s", self.name, self.tail[-1])
+            await asyncio.sleep(0)
+
+    async def _watch(self) -> None:
+        """Notice its end, also when a process of its own still has its stdout."""
+        while self.process.returncode is None:  # noqa: ASYNC110  # its wait() may wait for the pipes too
+            await asyncio.sleep(WATCH_PAUSE)
+        self.ender = self.ender or asyncio.ensure_future(self._end())
 
     async def _read(self) -> None:
         assert self.process.stdout
@@ -2328,6 +2339,10 @@ class Child:
                     outbox = self._take(read_message(line))
                 except ProxyError as wrong:
                     log.warning("server %s: skipped %s: %s", self.name, ascii(line[:80]), wrong)
+                    self.finish(
+                        wrong.request_id, refusal(None, RelayError(f"server {self.name} answered badly: {wrong}"))
+                    )
+                    await asyncio.sleep(0)
                 except Exception:  # whatever it wrote, others wait for what it writes next
                     log.exception("server %s: skipped %s", self.name, ascii(line[:80]))
                 else:  # a slow reader slows the child down; a little, if others use it too
@@ -2362,7 +2377,7 @@ class Child:
         if token is not None and "progressToken" not in exchange.meta:
             return None
         if token is not None:
-            self._extend(number)
+            self.extend(exchange)
             params = {**params, "progressToken": exchange.meta["progressToken"]}
         else:
             params = {**params, "_meta": {**meta, SUBSCRIPTION: exchange.message["id"]}}
@@ -2380,12 +2395,12 @@ class Child:
             return answer
         return refusal(None, RelayError(f"server {self.name} answered with {ascii(fields or failure)[:80]}"))
 
-    def _extend(self, number: int) -> None:
-        """Give it CHILD_TIMEOUT seconds from now."""
-        exchange, loop = self.exchanges[number], asyncio.get_running_loop()
+    def extend(self, exchange: Exchange) -> None:
+        """Give it CHILD_TIMEOUT seconds from now, if it is the child's turn."""
+        loop = asyncio.get_running_loop()
         if exchange.expiry:
             exchange.expiry.cancel()
-        if exchange.message["method"] != "subscriptions/listen":
+        if exchange.message["method"] != "subscriptions/listen" and not exchange.asked:
             seconds = max(0.0, min(CHILD_TIMEOUT, exchange.deadline - time.monotonic()))
             failure = refusal(None, RelayError(f"server {self.name} did not answer within {seconds:g} s"))
             exchange.expiry = loop.call_later(seconds, self.give_up, exchange, failure)
@@ -2410,6 +2425,8 @@ class Child:
         assert self.process.stdin
         if self.epitaph:
             raise RelayError(self.epitaph)
+        if self.process.stdin.is_closing():
+            self.ender = self.ender or asyncio.ensure_future(self._end())
         if self.ender:
             return  # `_read` is about to answer
         if self.process.stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
@@ -2424,7 +2441,7 @@ class Child:
             message = {**message, "params": {**params, "_meta": {**params["_meta"], "progressToken": self.count}}}
         self.tell({**message, "id": self.count})
         self.exchanges[self.count] = exchange
-        self._extend(self.count)
+        self.extend(exchange)
 
     async def ask(self, message: Message, outbox: Outbox, sent: Message | None = None) -> Message:
         """The response to a client's request, with the client's id.  Cancelling this cancels it in the child.
@@ -2472,6 +2489,9 @@ class Child:
                 os.killpg(self.process.pid, 0)
                 continue
             break
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream:
+                stream.feed_eof()  # who escaped from the group may hold the other end
 
 
 class Relay:
@@ -2503,6 +2523,7 @@ class Relay:
     def _on_end(self, child: Child, status: int) -> None:
         self.children.discard(child)
         self.shared = None if self.shared is child else self.shared
+        self.failures = 0 if child.began + CHILD_BACKOFF < time.monotonic() else self.failures
         if not child.retired:
             self._failed(f"ended with {status}" + (f"; it said: {child.tail[-1]}" if child.tail else ""))
 
@@ -2510,7 +2531,7 @@ class Relay:
         """A child that has answered `hello`; if `probing`, it may also be silent, or end."""
         if (left := self.not_before - time.monotonic()) > 0:
             raise RelayError(f"server {self.name}: {self.failure}; it is started again in {left:.1f} s")
-        self.restarts += self.failures > 0
+        self.restarts += bool(self.failure)
         try:
             child = await Child.start(self.config, on_message)
         except RelayError as wrong:
@@ -2525,12 +2546,15 @@ class Relay:
         except asyncio.TimeoutError:
             if not probing:
                 child.end()
-                raise RelayError(f"server {self.name} did not answer `{hello['method']}` in {seconds:g} s") from None
+                self._failed(f"did not answer `{hello['method']}` in {seconds:g} s")
+                raise RelayError(f"server {self.name} {self.failure}") from None
         except BaseException:
             child.end()
             raise
+        if self.not_before == math.inf:
+            child.end()  # the proxy has begun to stop
         if "result" in child.hello:
-            self.failures, self.failure = 0, ""
+            self.failure = ""
         elif hello["method"] == "initialize":  # maybe it is not what it was taken for
             self.era = ""
         return child
@@ -2546,8 +2570,8 @@ class Relay:
             discover = new_request("server/discover", {"_meta": envelope({}, OURSELVES)})
             child = await self.start(self._from_modern, discover, probing=not self.era)
             told = as_object(child.hello.get("result") or as_object(child.hello.get("error")).get("data"))
-            served = MODERN in (told.get("supportedVersions") or told.get("supported") or ())
-            self.era = "modern" if served or self.era else "legacy"
+            listed = told.get("supportedVersions") or told.get("supported")
+            self.era = "modern" if self.era or (isinstance(listed, list) and MODERN in listed) else "legacy"
             if self.era == "legacy":
                 child.end()
                 return None
@@ -2558,7 +2582,7 @@ class Relay:
     def rest(self, child: Child) -> None:
         """End it when nobody has used it for CHILD_IDLE seconds."""
         left = child.used + CHILD_IDLE - time.monotonic()
-        if left <= 0 and not child.exchanges:
+        if left <= 0 and not child.exchanges and not child.listeners:
             child.end()
         elif not child.ender:
             asyncio.get_running_loop().call_later(max(left, KEEP_ALIVE), self.rest, child)
@@ -2579,7 +2603,8 @@ class Relay:
             return await (shared.ask(message, outbox) if shared else self.pool.respond(peer, message, outbox))
         if shared:
             return await Translation(self, shared, peer).respond(message, outbox)
-        if message["method"] == "initialize" or peer.child is None:
+        failed = peer.child and peer.child.done() and (peer.child.cancelled() or peer.child.exception())
+        if message["method"] == "initialize" or peer.child is None or failed:
             self.leave(peer)
             peer.child = asyncio.ensure_future(self._own(peer, message))
         child = await asyncio.shield(peer.child)
@@ -2593,7 +2618,8 @@ class Relay:
         def route(child: Child, message: Message) -> Outbox:
             only = [exchange.outbox for exchange in child.exchanges.values()]
             change = "id" not in message and message["method"] != "notifications/message" and peer.outbox.heard
-            outbox = only[0] if len(only) == 1 and not change and not only[0].closed else peer.outbox
+            alone = len(only) == 1 or (only and not peer.outbox.heard)  # nobody would hear it elsewhere
+            outbox = only[-1] if alone and not change and not only[-1].closed else peer.outbox
             outbox.send(message)
             return outbox
 
@@ -2603,6 +2629,8 @@ class Relay:
         if not begins:
             child.tell(notification("notifications/initialized", {}))
         child.on_end.append(lambda child, status: None if child.retired else peer.lost())
+        if child.epitaph:  # it has ended already
+            peer.lost()
         return child
 
     def notify(self, peer: Peer, message: Message, modern: bool) -> None:
@@ -2693,24 +2721,41 @@ class Pool:
     async def _child(self, can: Message, exchange: Exchange | None) -> Child:
         """A child; `exchange`: it may ask back, so no other one may do so there."""
         async with self.starting:
-            children = self.children.setdefault(json.dumps(can, sort_keys=True), [])
-            for child in children:
-                if not (exchange and child in self.leased):
+            key, running = json.dumps(can, sort_keys=True), [child for each in self.children.values() for child in each]
+            running = [child for child in running if not child.ender]
+            if exchange and len(self.leased) >= MAX_CHILDREN and self.parked:
+                self._forget(next(iter(self.parked)))  # who was asked longest ago
+            for child in self.children.get(key, []):
+                if child in running and not (exchange and child in self.leased):
                     break
             else:
-                if len(self.leased) >= MAX_CHILDREN and self.parked:
-                    self._forget(next(iter(self.parked)))  # who was asked longest ago
-                if len(self.leased) >= MAX_CHILDREN or len(self.children) > MAX_CHILDREN:
-                    raise RelayError(f"server {self.relay.name}: {MAX_CHILDREN} calls are in progress: try later")
-                hello = {"protocolVersion": LEGACY[-1], "capabilities": can, "clientInfo": OURSELVES}
-                child = await self.relay.start(self._take, new_request("initialize", hello))
-                child.tell(notification("notifications/initialized", {}))
-                children.append(child)
-                child.on_end.append(lambda child, status: children.remove(child))
-                self.relay.rest(child)
+                if len(running) >= 2 * MAX_CHILDREN:
+                    idle = [child for child in running if not (child.exchanges or child.listeners)]
+                    if not idle:
+                        raise RelayError(f"server {self.relay.name}: {len(running)} run already: try later")
+                    min(idle, key=lambda child: child.used).end()
+                child = await self._start(key, can)
             if exchange:
                 self.leased[child] = exchange
             return child
+
+    async def _start(self, key: str, can: Message) -> Child:
+        hello = {"protocolVersion": LEGACY[-1], "capabilities": can, "clientInfo": OURSELVES}
+        child = await self.relay.start(self._take, new_request("initialize", hello))
+        if "result" not in child.hello:
+            child.end()
+            raise RelayError(f"server {self.relay.name} refused `initialize`: {child.hello['error']}")
+        child.tell(notification("notifications/initialized", {}))
+        self.children.setdefault(key, []).append(child)
+        child.on_end.append(partial(self._gone, key))
+        self.relay.rest(child)
+        return child
+
+    def _gone(self, key: str, child: Child, status: int) -> None:
+        self.children[key].remove(child)
+        if not self.children[key]:
+            del self.children[key]
+        self.leased.pop(child, None)
 
     def _release(self, child: Child, exchange: Exchange) -> None:
         if self.leased.get(child) is exchange:
@@ -2722,7 +2767,7 @@ class Pool:
         if "id" in message:
             if method == "ping":
                 child.tell({"jsonrpc": "2.0", "id": message["id"], "result": {}})
-            elif asking and ASKING.get(method) in asking.meta[CAPABILITIES]:
+            elif asking and ASKING.get(method) in asking.meta[CAPABILITIES] and asking.questions.qsize() < MAX_ROUNDS:
                 asking.questions.put_nowait(message)
             else:
                 child.tell(refusal(message["id"], UnknownMethod(f"`method`: the client cannot be asked {method}")))
@@ -2748,7 +2793,7 @@ class Pool:
                         question.result(),
                         *(exchange.questions.get_nowait() for _ in range(exchange.questions.qsize())),
                     ]
-                    exchange.asked = {f"question{each['id']}": each for each in asked}
+                    exchange.asked = {f"question-{json.dumps(each['id'])}": each for each in asked}
             if exchange.asked and not exchange.answer.done():
                 parked = True
                 return self._park(child, exchange)
@@ -2787,9 +2832,15 @@ class Pool:
         del self.parked[state]
         timer.cancel()
         given = params["inputResponses"] if isinstance(params.get("inputResponses"), dict) else {}
-        for key in [key for key in exchange.asked if isinstance(given.get(key), dict)]:
-            child.tell({"jsonrpc": "2.0", "id": exchange.asked.pop(key)["id"], "result": given[key]})
-        exchange.message, exchange.outbox = message, outbox  # the answer gets the new id
+        try:
+            for key in [key for key in exchange.asked if isinstance(given.get(key), dict)]:
+                child.tell({"jsonrpc": "2.0", "id": exchange.asked.pop(key)["id"], "result": given[key]})
+        except RelayError:
+            child.give_up(exchange)
+            self._release(child, exchange)
+            raise
+        exchange.message, exchange.outbox, exchange.meta = message, outbox, params["_meta"]  # as it is asked now
+        child.extend(exchange)
         return child, exchange
 
     async def _listen(self, child: Child, exchange: Exchange) -> Message:
@@ -2806,12 +2857,14 @@ class Pool:
         acknowledged = {"_meta": meta, "notifications": wanted}
         exchange.outbox.send(notification("notifications/subscriptions/acknowledged", acknowledged))
         self.listeners[exchange] = {"resourceSubscriptions": [], **wanted}
+        child.listeners += 1
         try:
             for uri in wanted.get("resourceSubscriptions", []):
                 await child.ask(new_request("resources/subscribe", {"uri": uri}), exchange.outbox)
             await asyncio.wait(child.tasks)  # as long as it lives
         finally:
             del self.listeners[exchange]
+            child.listeners -= 1
         return {"jsonrpc": "2.0", "id": exchange.message["id"], "result": {"resultType": "complete", "_meta": meta}}
 
     def _discovered(self, child: Child, message: Message) -> Message:
@@ -2840,13 +2893,17 @@ class Translation:
                 self._listen()
                 return {**done, "result": self._hello(params.get("protocolVersion"))}
             case "logging/setLevel":
-                self.peer.level = str(params.get("level"))
+                if (level := params.get("level")) not in LEVELS:
+                    raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
+                self.peer.level = str(level)
                 return done
             case "resources/subscribe" | "resources/unsubscribe":
                 change = self.peer.uris.add if method == "resources/subscribe" else self.peer.uris.discard
                 change(str(params.get("uri")))
                 self._listen()
                 return done
+        if self.peer.listens_to and self.peer.listens_to is not self.child:
+            self._listen()  # it was started again
         extra: Message = {}
         for _ in range(MAX_ROUNDS):
             answer = await self.child.ask(message, outbox, with_envelope(message, self.peer, extra))
@@ -2872,7 +2929,7 @@ class Translation:
         self.peer.asked |= waiting
         try:
             for key, question in questions.items():
-                outbox.send({"jsonrpc": "2.0", "id": ids[key], **question})
+                outbox.send({"jsonrpc": "2.0", **as_object(question), "id": ids[key]})
             answers = await asyncio.wait_for(asyncio.gather(*waiting.values()), PARK_TIMEOUT)
         except asyncio.TimeoutError:
             raise RelayError(f"the client did not answer within {PARK_TIMEOUT:g} s") from None
@@ -2893,7 +2950,7 @@ class Translation:
         if self.peer.listening:
             self.peer.listening.cancel()
         asking = self.child.ask(message, listener, with_envelope(message, self.peer, {}))
-        self.peer.listening = asyncio.ensure_future(asking)
+        self.peer.listening, self.peer.listens_to = asyncio.ensure_future(asking), self.child
 
 
 class Listener(Outbox):
