@@ -2421,7 +2421,7 @@ def test_websockets_and_event_streams_reach_stdio_servers_too(relay: Proxy, stre
             answer = await ask({"jsonrpc": "2.0", "id": question["id"], "result": {"action": "cancel"}})
             assert (answer["id"], "cancel" in text_of(answer["result"])) == ("q", True)
             assert (await ask(modern("server/discover", id_="m")))["result"]["supportedVersions"] == ["2026-07-28"]
-            socket.close()
+            await close(socket)
 
         asyncio.run(talk(server))
 
@@ -2821,6 +2821,14 @@ def test_what_a_terminal_shows_is_no_reply_of_tmux(proxy: Proxy, agent: str) -> 
     proxy.exec('for i in $(seq 400); do echo "%end $(date +%s) $i 1"; echo "%exit"; done', agent_name=agent)
     eventually(lambda: "%exit" in text_of(call(proxy, "read_terminal", agent_name=agent, lines=900)))
     assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
+
+
+async def close(connection: Any) -> None:
+    """Close a WebSocket, and wait until the other side has closed it too."""
+    connection.close()
+    with contextlib.suppress(asyncio.TimeoutError):
+        while await asyncio.wait_for(connection.read_message(), 1) is not None:
+            pass
 
 
 class Stream:
@@ -3307,10 +3315,7 @@ class Channel:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.socket.close()
-        with contextlib.suppress(asyncio.TimeoutError):  # until the other side has closed it too
-            while await asyncio.wait_for(self.socket.read_message(), 1) is not None:
-                pass
+        await close(self.socket)
 
     async def send(self, message: bytes | dict[str, Any]) -> None:
         binary = isinstance(message, bytes)
@@ -3487,7 +3492,7 @@ def test_the_token_may_come_as_a_parameter_where_headers_cannot(
         connection = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
         await connection.write_message(json.dumps(request("ping")))
         answer = await connection.read_message()
-        connection.close()
+        await close(connection)
         return json.loads(answer or "null")
 
     with pytest.raises(tornado.httpclient.HTTPClientError):
@@ -3558,7 +3563,7 @@ def test_a_websocket_is_a_session_that_nothing_but_its_end_ends(proxy: Proxy, ag
         params = {"name": "exec", "arguments": {"cmd": "echo go; sleep 76.5", "agent_name": agent}}
         told = await ask(request("tools/call", {**params, "_meta": {"progressToken": "x"}}, id_=3))
         assert told["params"]["message"] == "go"
-        socket.close()
+        await close(socket)
         await asyncio.to_thread(eventually, lambda: not processes_with("sleep\x0076.5"))
 
     asyncio.run(talk())
@@ -3960,7 +3965,7 @@ def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pat
                 sent += 1
             await socket.read_message()
             done += 1
-        socket.close()
+        await close(socket)
         return 5000 / (time.perf_counter() - started)
 
     print(f"pipelined over one WebSocket: {asyncio.run(pipelined()):.0f} calls/s (bound 2,000)")
