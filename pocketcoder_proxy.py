@@ -901,7 +901,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1004
+# Execution Driver                                               budget 1008
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1889,6 +1889,10 @@ class PocketCoderDriver:
         await asyncio.gather(*(job.ending for job in jobs if job.ending is not None), return_exceptions=True)
         for job in jobs:
             job.release()
+            if job.over.is_set():
+                await asyncio.wait({job.leaving})
+            if job.view:
+                job.view.close()
         for shell in (shell for terminal in self.terminals.values() for shell in terminal.shells):
             if shell.noting:
                 shell.noting.cancel()
