@@ -2154,7 +2154,7 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 
 
 # ==========================================================================
-# Relay                                                           budget 877
+# Relay                                                           budget 886
 # ==========================================================================
 # Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
 #
@@ -2255,7 +2255,7 @@ class Peer:
         self.hello: Message = {}  # what it said in `initialize`
         self.uris = set[str]()  # of resources that it subscribed to
         self.asked: dict[str | int, asyncio.Future[Message]] = {}  # questions of ours
-        self.listening: asyncio.Task[Message] | None = None
+        self.listening: asyncio.Task[None] | None = None
         self.listens_to: Child | None = None
 
 
@@ -2333,7 +2333,7 @@ class Child:
         """Notice its end, also when a process of its own still has its stdout."""
         while self.process.returncode is None:  # noqa: ASYNC110  # its wait() may wait for the pipes too
             await asyncio.sleep(WATCH_PAUSE)
-        self.ender = self.ender or asyncio.ensure_future(self._end())
+        self._begin_end()
 
     async def _read(self) -> None:
         assert self.process.stdout
@@ -2346,14 +2346,15 @@ class Child:
                     self.finish(
                         wrong.request_id, refusal(None, RelayError(f"server {self.name} answered badly: {wrong}"))
                     )
-                    await asyncio.sleep(0)
                 except Exception:  # whatever it wrote, others wait for what it writes next
                     log.exception("server %s: skipped %s", self.name, ascii(line[:80]))
-                else:  # a slow reader slows the child down; a little, if others use it too
-                    await (outbox or Outbox.nowhere()).room(0.05 if len(self.exchanges) > 1 else SLOW_READER_TIMEOUT)
+                else:
+                    if outbox:  # a slow reader slows the child down; a little, if others use it too
+                        await outbox.room(CLEAR_PAUSE if len(self.exchanges) > 1 else SLOW_READER_TIMEOUT)
+                await asyncio.sleep(0)  # it may flood us
         except ValueError:
             log.error("server %s: a line of more than %d bytes", self.name, 2 * MAX_BODY)
-        self.ender = self.ender or asyncio.ensure_future(self._end())  # without its stdout it is of no use
+        self._begin_end()  # without its stdout it is of no use
         await asyncio.wait({asyncio.ensure_future(self.process.wait()), self.tasks[1]}, timeout=CLEAR_PAUSE)
         how = "closed its output" if self.process.returncode is None else f"ended with {self.process.returncode}"
         said = f"; it said: {' / '.join(self.tail)}" if self.tail else ""
@@ -2430,7 +2431,7 @@ class Child:
         if self.epitaph:
             raise RelayError(self.epitaph)
         if self.process.stdin.is_closing():
-            self.ender = self.ender or asyncio.ensure_future(self._end())
+            self._begin_end()
         if self.ender:
             return  # `_read` is about to answer
         if self.process.stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
@@ -2479,6 +2480,9 @@ class Child:
     def end(self) -> None:
         """Let it end, and with it its group."""
         self.retired = True
+        self._begin_end()
+
+    def _begin_end(self) -> None:
         self.ender = self.ender or asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
@@ -2637,7 +2641,7 @@ class Relay:
             peer.lost()
         return child
 
-    def notify(self, peer: Peer, message: Message, modern: bool) -> None:
+    def notify(self, peer: Peer, message: Message) -> None:
         """Pass on a client's notification, or its answer to a question."""
         if "method" not in message and message["id"] in peer.asked:
             if not peer.asked[message["id"]].done():
@@ -2953,8 +2957,13 @@ class Translation:
         message = new_request("subscriptions/listen", {"notifications": wanted})
         if self.peer.listening:
             self.peer.listening.cancel()
-        asking = self.child.ask(message, listener, with_envelope(message, self.peer, {}))
-        self.peer.listening, self.peer.listens_to = asyncio.ensure_future(asking), self.child
+        self.peer.listens_to = self.child
+
+        async def listen() -> None:
+            with contextlib.suppress(RelayError):  # it has ended: the next request finds another one
+                await self.child.ask(message, listener, with_envelope(message, self.peer, {}))
+
+        self.peer.listening = asyncio.ensure_future(listen()) if wanted else None
 
 
 class Listener(Outbox):
@@ -2997,7 +3006,7 @@ def with_envelope(message: Message, peer: Peer, extra: Message) -> Message:
     """A legacy request, as a modern server wants it."""
     params, hello = message.get("params", {}), peer.hello
     meta = {**as_object(params.get("_meta")), LOG_LEVEL: peer.level}
-    meta |= envelope(hello.get("capabilities") or {}, hello.get("clientInfo") or OURSELVES)
+    meta |= envelope(as_object(hello.get("capabilities")), hello.get("clientInfo") or OURSELVES)
     return {**message, "params": {**params, **extra, "_meta": meta}}
 
 
@@ -3031,7 +3040,7 @@ def to_legacy(answer: Message, method: str) -> Message:
 
 
 # ==========================================================================
-# State and tools                                                 budget 391
+# State and tools                                                 budget 392
 # ==========================================================================
 # What handlers share, built once in `serve` and handed down; sessions; the tools.
 #
@@ -3073,7 +3082,7 @@ class Session:
             task = self.calls[message["id"]] = asyncio.ensure_future(self._call(message, modern, outbox))
             task.add_done_callback(partial(self._called, message["id"], outbox))
         elif message.get("method") != "notifications/cancelled":
-            self.server.notify(self.peer, message, modern)
+            self.server.notify(self.peer, message)
         elif is_id(id_ := message.get("params", {}).get("requestId")) and id_ in self.calls:
             self.calls[id_].cancel()
 
@@ -3084,7 +3093,7 @@ class Session:
 
     def lose(self) -> None:
         """What it was for is gone; its calls know that already, and answer."""
-        self.losing = asyncio.get_running_loop().call_later(VIEW_DELAY, self.end)
+        asyncio.get_running_loop().call_later(VIEW_DELAY, self.end)
 
     async def _call(self, message: Message, modern: bool, outbox: Outbox) -> None:
         try:
@@ -3213,10 +3222,11 @@ async def execute(
     report = partial(state.sessions.report, request.session_id, run_id=job.run_id, agent_name=request.agent_name)
     report(event="start", cmd=request.cmd[:MAX_VIEW_COMMAND], cwd=request.cwd)
 
-    def report_end(result: asyncio.Task[CommandResult]) -> None:
-        if not result.cancelled() and not result.exception():
-            told = result.result()
-            report(event="end", exit_code=told.exit_code, ended=told.ended, duration_ms=told.duration_ms)
+    async def report_end() -> None:
+        await job.over.wait()
+        code, _ = ENDINGS[job.ended]
+        code, ms = job.exit_code if code is None else code, round(job.duration * 1000)
+        report(event="end", exit_code=code, ended=job.ended, duration_ms=ms)
 
     try:
         if started:
@@ -3224,9 +3234,9 @@ async def execute(
         return await job.result(capture, patience)
     finally:
         job.end("cancelled")  # if it has not ended yet, nobody is left to read it
-        state.calls.add(last := asyncio.ensure_future(job.result()))
-        last.add_done_callback(report_end)
-        last.add_done_callback(state.calls.discard)
+        if request.session_id in state.sessions:
+            state.calls.add(last := asyncio.ensure_future(report_end()))
+            last.add_done_callback(state.calls.discard)
 
 
 Tell = Callable[[float, str], None]  # progress: seconds, the newest line of output
@@ -3408,7 +3418,7 @@ class Terminals:
         except ProxyError as wrong:  # a model can mend it
             return content(str(wrong), failed=True)
 
-    def notify(self, peer: Peer, message: Message, modern: bool) -> None:
+    def notify(self, peer: Peer, message: Message) -> None:
         """There is nothing that these tools want to know."""
 
     def leave(self, peer: Peer) -> None:
