@@ -142,7 +142,7 @@ def default_agent_name() -> str:
 
 
 # ==========================================================================
-# Shell Bridge                                                    budget 347
+# Shell Bridge                                                    budget 348
 # ==========================================================================
 # `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
 #
@@ -443,6 +443,7 @@ import asyncio
 import base64
 import codecs
 import contextlib
+import datetime
 import fcntl
 import gc
 import hmac
@@ -489,7 +490,7 @@ SIGNAL_NUMBERS = {name: signal.Signals[f"SIG{name}"] for name in ("INT", "TERM",
 
 
 # ==========================================================================
-# Errors                                                           budget 76
+# Errors                                                           budget 82
 # ==========================================================================
 # E1  A command that fails is a result; a proxy that cannot do its job is an error.
 # E2  Each class carries its answers; nothing else maps errors to numbers.
@@ -560,6 +561,12 @@ class Forbidden(ProxyError):
 
 class NoTerminal(ProxyError):
     """The sandbox cannot run it now, nothing was run: tmux refuses, no shell answers, the queue is full."""
+
+    http_status = 503
+
+
+class NoAudit(ProxyError):
+    """The audit log cannot be written: nothing is run unseen."""
 
     http_status = 503
 
@@ -901,7 +908,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1008
+# Execution Driver                                               budget 1037
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -916,12 +923,14 @@ ENDINGS: dict[str, tuple[int | None, str | None]] = {  # exit code and error; No
     "timeout": (124, "ended after {timeout:g} s: ask for a longer `timeout`, or start it in the background"),
     "cancelled": (None, "cancelled before its end"),
     "lost": (137, "lost: {why}; the next command starts a new terminal"),
+    "unstarted": (125, "never started"),  # its caller gets another try, or an error
 }
 ENDING_LADDER = ((signal.SIGTERM, 2.0), (signal.SIGKILL, 0.2), (signal.SIGKILL, 0.8))  # seconds to the next step
 STOPPED = range(128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1)  # exit codes of a job that only stopped
 SHELLS = {"bash": True, "zsh": True, "sh": False, "dash": False, "ash": False, "busybox": False}  # edits its line?
 QUIET = " ".join(f"{name}={value}" for name, value in QUIET_PROGRAMS.items())
 Take = Callable[[bytes], "Awaitable[None] | None"]
+Watch = Callable[[str, "Job"], object]  # told of the "start", before it runs, and of the "end" of each that was told of
 
 # Sourced by the pane's shell.  Backslashes are against aliases, `&&` is against `set -e`.  INT is
 # trapped, since a command that dies of C-c would take go along.  `read` has a limit, or does not
@@ -1376,8 +1385,11 @@ class Job:
     tmux: Tmux
     files: RunFiles
 
-    def __init__(self, terminal: Terminal, request: ExecRequest, takes: Mapping[str, Take], fed: bool) -> None:
-        self.terminal, self.request, self.takes, self.fed = terminal, request, takes, fed
+    def __init__(
+        self, terminal: Terminal, request: ExecRequest, takes: Mapping[str, Take], fed: bool, watch: Watch
+    ) -> None:
+        self.terminal, self.request, self.takes, self.fed, self.watch = terminal, request, takes, fed, watch
+        self.watched = False  # `watch` was told of the start, not yet of the end
         self.loop = asyncio.get_running_loop()
         self.run_id, self.run = secrets.token_hex(8), ""  # the path of its files, but for their suffixes
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
@@ -1399,6 +1411,8 @@ class Job:
         line, pane = self._prepare(), self.shell.pane
         state = await self.shell.clear(self.tmux)
         if not self.released:
+            self.watch("start", self)
+            self.watched = True
             # tmux types it unless somebody else has typed since the pane was in `state`.
             self.tmux.send_keys(pane, state, line, "Enter").add_done_callback(self._on_typed)
             self.view = View(pane, self.request.cmd, line, int(self.shell.last.split()[0]))
@@ -1505,17 +1519,36 @@ class Job:
         self.exit_code, self.duration = exit_code, time.monotonic() - self.begun if self.pid else 0.0
         for output in self.outputs:
             output.finish()
+        self._tell_end()
         self.over.set()
         self.leaving = asyncio.ensure_future(self._leave())  # who waits for the answer comes first
         stopped = exit_code in STOPPED and process(self.pid)  # nobody will continue it
         if (stopped or self.leaves_nothing) and self.ending is None:
             self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[bool(stopped) :]))
 
+    def _tell_end(self) -> None:
+        if self.watched:
+            self.watched = False
+            self.watch("end", self)
+
+    def outcome(self) -> tuple[int, str | None]:
+        """Exit code and error, see ENDINGS."""
+        code, error = ENDINGS[self.ended]
+        error = error and error.format(timeout=self.request.timeout, why=self.why)
+        return self.exit_code if code is None else code, error
+
+    def output_bytes(self) -> int:
+        return sum(output.total for output in self.outputs)
+
+    def ms(self) -> int:
+        """Milliseconds from its start to its end."""
+        return round(self.duration * 1000)
+
     async def _leave(self) -> None:
         """Show the end, and let the prompt come."""
         self._later(RETURN_TIMEOUT, self.release)
         os.sched_yield()  # who got the answer often waits for this very CPU
-        facts = (self.request.agent_name, self.run_id, self.ended, self.exit_code, round(self.duration * 1000))
+        facts = (self.request.agent_name, self.run_id, self.ended, self.exit_code, self.ms())
         log.info("exec end agent=%s run=%s ended=%s exit=%d ms=%d", *facts)
         if self.view:
             await self.view.end(self.exit_code)
@@ -1546,7 +1579,10 @@ class Job:
             self.view.close()
         for output in self.outputs:
             output.finish() if self.pid else output.close()  # before its start nobody has opened it to write
-        self.released, self.takes = True, {}  # who took the output is not kept
+        if not self.over.is_set():
+            self.ended = "unstarted"
+            self._tell_end()
+        self.released, self.takes, self.watch = True, {}, lambda event, job: None  # who was told is not kept
         if self.timer is not None:
             self.timer.cancel()
         self._tidy()
@@ -1572,12 +1608,9 @@ class Job:
                     await asyncio.wait_for(output.taken, patience)
         finally:
             self.end("cancelled")  # if it is not over: nobody waits for it any more
-        exit_code, error = ENDINGS[self.ended]
-        code = self.exit_code if exit_code is None else exit_code
-        total, ms = sum(output.total for output in self.outputs), round(self.duration * 1000)
-        error = error and error.format(timeout=self.request.timeout, why=self.why)
+        (code, error), total = self.outcome(), self.output_bytes()
         text, cut = (capture.text(total), total > self.request.max_output) if capture else ("", False)
-        return CommandResult(text, code, self.ended, error, cut, total, ms, self.run_id)
+        return CommandResult(text, code, self.ended, error, cut, total, self.ms(), self.run_id)
 
 
 async def kill(job: Job, number: int) -> int:
@@ -1764,16 +1797,19 @@ class PocketCoderDriver:
         capture = Capture(request.max_output)
         return await (await self.start(request, {"out": capture.add})).result(capture)
 
-    async def start(self, request: ExecRequest, takes: Mapping[str, Take], fed: bool = False) -> Job:
+    async def start(
+        self, request: ExecRequest, takes: Mapping[str, Take], fed: bool = False, watch: Watch = lambda event, job: None
+    ) -> Job:
         """Start a command; return when it runs.
 
         takes  {"out"} for both streams, or {"out", "err"}
         fed    its stdin is what the job's `feed` gets
+        watch  see Watch; what it raises stops the start
         """
         terminal = self.terminal(request.agent_name)
         why = f"no shell in the window {terminal.name} answers"
         for _ in range(2 * MAX_PANES):
-            job = Job(terminal, request, takes, fed)
+            job = Job(terminal, request, takes, fed, watch)
             await terminal.take(job)
             try:
                 if await job.start():
@@ -1781,7 +1817,7 @@ class PocketCoderDriver:
                 if not job.returned:  # it was typed, into what we do not know
                     job.shell.last = ""
                     job.shell.missed += 1
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, NoAudit):
                 job.end("cancelled")
                 raise
             except (NoTerminal, OSError) as failure:  # no space, no descriptors; or the terminal has just died
@@ -3040,7 +3076,7 @@ def to_legacy(answer: Message, method: str) -> Message:
 
 
 # ==========================================================================
-# State and tools                                                 budget 392
+# State and tools                                                 budget 464
 # ==========================================================================
 # What handlers share, built once in `serve` and handed down; sessions; the tools.
 #
@@ -3192,6 +3228,62 @@ class SessionMap(dict[str, Session]):
             )
 
 
+class AuditLog:
+    """JSON lines in the file `path`: one before a command starts, one before its end is answered.
+
+    path  "": none is kept
+    A line that cannot be written waits, and until it is written no command starts; so what waits is
+    no more than the ends of the commands that run.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        self.path, self.fd, self.unwritten = path, -1, b""
+
+    def write(self, event: str, **fields: object) -> None:
+        """Raises NoAudit when a "start" cannot be written."""
+        if not self.path:
+            return
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        line = json.dumps({"time": now, "event": event, **fields}).encode() + b"\n"
+        try:
+            if event == "start":
+                self.flush()
+            self.unwritten += line
+            self.flush()
+        except NoAudit as wrong:
+            if event == "start":  # nothing is run; but a line that was begun is completed
+                self.unwritten = self.unwritten if self.unwritten != line else b""
+                raise
+            log.error("%s", wrong)
+
+    def flush(self) -> None:
+        """Write what waits.  Raises NoAudit."""
+        try:
+            if self.fd < 0:
+                # No link, which somebody else may have put there; but /dev/stderr is one.
+                link = 0 if self.path.startswith("/dev/") else os.O_NOFOLLOW
+                self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | link, 0o600)
+                if stat.S_ISREG(os.fstat(self.fd).st_mode):
+                    os.fchmod(self.fd, 0o600)
+            while self.unwritten:
+                self.unwritten = self.unwritten[os.write(self.fd, self.unwritten) :]
+        except OSError as wrong:
+            why = f"cannot write the audit log {self.path}: {wrong.strerror}; until that is mended no command is run"
+            raise NoAudit(why) from None
+
+    def reopen(self) -> None:
+        """After a rotation.  A failure is told, and tried again by who writes next."""
+        with contextlib.suppress(NoAudit):
+            self.flush()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        try:
+            self.flush()
+        except NoAudit as wrong:
+            log.error("%s", wrong)
+
+
 @dataclass
 class AppState:
     """`sessions`: who listens, by session id; `driver`: runs commands; `workspace`: a real path."""
@@ -3199,6 +3291,7 @@ class AppState:
     sessions: SessionMap
     driver: PocketCoderDriver
     workspace: str = "/"
+    audit: AuditLog = field(default_factory=AuditLog)  # of commands and of keys
     calls: set[asyncio.Task[Any]] = field(default_factory=set)  # handlers at work; each adds and removes itself
     servers: dict[str, Server] = field(default_factory=dict)  # of MCP, by name; "" is the built-in one
 
@@ -3218,25 +3311,26 @@ async def execute(
     fed: bool = False,
 ) -> CommandResult:
     """Run a command to its end; see `PocketCoderDriver.start` and `Job.result`.  Cancelling this cancels it."""
-    job = await state.driver.start(request, takes, fed)
-    report = partial(state.sessions.report, request.session_id, run_id=job.run_id, agent_name=request.agent_name)
-    report(event="start", cmd=request.cmd[:MAX_VIEW_COMMAND], cwd=request.cwd)
 
-    async def report_end() -> None:
-        await job.over.wait()
-        code, _ = ENDINGS[job.ended]
-        code, ms = job.exit_code if code is None else code, round(job.duration * 1000)
-        report(event="end", exit_code=code, ended=job.ended, duration_ms=ms)
+    def watch(event: str, job: Job) -> None:
+        agent_name, ms = request.agent_name, job.ms()
+        audited: Message = {"run_id": job.run_id, "usage_id": request.usage_id, "session_id": request.session_id}
+        audited |= {"agent_name": agent_name, "cwd": request.cwd, "cmd": request.cmd}
+        told: Message = {"cmd": request.cmd[:MAX_VIEW_COMMAND], "cwd": request.cwd}
+        if event == "end":
+            exit_code, error = job.outcome()
+            told = {"exit_code": exit_code, "ended": job.ended, "duration_ms": ms}
+            audited |= {"exit_code": exit_code, "error": error, "duration_ms": ms, "output_bytes": job.output_bytes()}
+        state.audit.write(event, **audited)
+        state.sessions.report(request.session_id, run_id=job.run_id, agent_name=agent_name, event=event, **told)
 
+    job = await state.driver.start(request, takes, fed, watch)
     try:
         if started:
             await started(job)
         return await job.result(capture, patience)
     finally:
         job.end("cancelled")  # if it has not ended yet, nobody is left to read it
-        if request.session_id in state.sessions:
-            state.calls.add(last := asyncio.ensure_future(report_end()))
-            last.add_done_callback(state.calls.discard)
 
 
 Tell = Callable[[float, str], None]  # progress: seconds, the newest line of output
@@ -3365,7 +3459,21 @@ async def send_keys_tool(state: AppState, arguments: Message, tell: Tell | None)
             raise complain("keys", key, "tmux names of keys such as Enter, C-c, Up; words to type go in `text`")
     if not text and not keys:
         raise BadMessage("`text`, `keys`: got neither, expected one of them")
-    await state.driver.send_keys(check_agent(arguments.get("agent_name", default_agent_name())), text, keys)
+    agent_name, begun = check_agent(arguments.get("agent_name", default_agent_name())), time.monotonic()
+    error: str | None = "cancelled"
+    typed: Message = {"run_id": secrets.token_hex(8), "usage_id": None, "session_id": None, "agent_name": agent_name}
+    typed |= {"cwd": None, "cmd": None, "text": text, "keys": keys}
+    state.audit.write("start", **typed)
+    try:
+        await state.driver.send_keys(agent_name, text, keys)
+        error = None
+    except ProxyError as wrong:
+        error = str(wrong)
+        raise
+    finally:
+        ms = round((time.monotonic() - begun) * 1000)
+        code = ProxyError.exit_code if error else 0
+        state.audit.write("end", **typed, exit_code=code, error=error, duration_ms=ms, output_bytes=0)
     return {"content": [], "isError": False}
 
 
@@ -3988,7 +4096,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 168
+# Application                                                     budget 173
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4001,6 +4109,7 @@ class Commands:
     workspace: str = "/"
     origins: tuple[str, ...] = ()
     servers: tuple[ServerConfig, ...] = ()
+    audit_log: str = ""
 
 
 @dataclass(frozen=True)
@@ -4026,6 +4135,7 @@ class Cli:
         add("--host", default=environ("POCKETCODER_HOST") or "127.0.0.1", metavar="ADDR")
         add("--workspace", default=environ("POCKETCODER_WORKSPACE") or workspace, metavar="DIR")
         add("--allow-origin", action="append", default=[], metavar="ORIGIN")
+        add("--audit-log", default="", metavar="FILE", help="append a JSON line for each command's start and end")
         add("--mcp-server", action="append", default=[], metavar="NAME=COMMAND", help="relay a stdio MCP server")
         add("--mcp-config", metavar="FILE", help="the same from a file with `mcpServers`")
         got = parser.parse_args(argv[1:])
@@ -4038,7 +4148,7 @@ class Cli:
         except BadMessage as wrong:
             server.error(str(wrong))
         paths = os.path.realpath(got.workspace), tuple(got.allow_origin)
-        return cls(Commands("server", (), got.port, got.host, *paths, servers))
+        return cls(Commands("server", (), got.port, got.host, *paths, servers, got.audit_log))
 
 
 def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]:
@@ -4078,8 +4188,11 @@ async def serve(options: Commands, token: str) -> None:
     socket_path = os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET
     session = os.environ.get("TMUX_SESSION") or DEFAULT_SESSION
     driver = PocketCoderDriver(socket_path, session, options.workspace)
-    state = AppState(SessionMap(), driver, options.workspace)
+    state = AppState(SessionMap(), driver, options.workspace, AuditLog(options.audit_log))
     state.servers |= {config.name: Relay(config) for config in options.servers}
+    if options.audit_log:
+        state.audit.flush()  # it must be there
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, state.audit.reopen)
     shared: dict[str, Any] = {"state": state}
     application = tornado.web.Application(
         [(path, endpoint, shared) for path, endpoint in ROUTES],
