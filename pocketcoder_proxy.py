@@ -463,7 +463,7 @@ import termios
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeGuard, TypeVar
@@ -908,7 +908,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1037
+# Execution Driver                                               budget 1035
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -930,6 +930,7 @@ STOPPED = range(128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1)  # exit codes of
 SHELLS = {"bash": True, "zsh": True, "sh": False, "dash": False, "ash": False, "busybox": False}  # edits its line?
 QUIET = " ".join(f"{name}={value}" for name, value in QUIET_PROGRAMS.items())
 Take = Callable[[bytes], "Awaitable[None] | None"]
+Takes = Mapping[str, Take]  # by stream
 Watch = Callable[[str, "Job"], object]  # told of the "start", before it runs, and of the "end" of each that was told of
 
 # Sourced by the pane's shell.  Backslashes are against aliases, `&&` is against `set -e`.  INT is
@@ -1385,9 +1386,7 @@ class Job:
     tmux: Tmux
     files: RunFiles
 
-    def __init__(
-        self, terminal: Terminal, request: ExecRequest, takes: Mapping[str, Take], fed: bool, watch: Watch
-    ) -> None:
+    def __init__(self, terminal: Terminal, request: ExecRequest, takes: Takes, fed: bool, watch: Watch) -> None:
         self.terminal, self.request, self.takes, self.fed, self.watch = terminal, request, takes, fed, watch
         self.watched = False  # `watch` was told of the start, not yet of the end
         self.loop = asyncio.get_running_loop()
@@ -1464,6 +1463,8 @@ class Job:
             self.pid, self.begun = number, time.monotonic()
             self.shell.ran, self.shell.missed = True, 0
             self._later(VIEW_DELAY, self.tick)
+            if self.ending is not None:  # before we knew whom to signal
+                signal_group(self, signal.SIGTERM)
             if not self.started.done():  # it may have been cancelled
                 self.started.set_result(True)
         elif word == "exit" and self.pid:
@@ -1531,24 +1532,20 @@ class Job:
             self.watched = False
             self.watch("end", self)
 
-    def outcome(self) -> tuple[int, str | None]:
-        """Exit code and error, see ENDINGS."""
+    def outcome(self) -> CommandResult:
+        """How it ended, without its output."""
         code, error = ENDINGS[self.ended]
+        total, ms = sum(output.total for output in self.outputs), round(self.duration * 1000)
         error = error and error.format(timeout=self.request.timeout, why=self.why)
-        return self.exit_code if code is None else code, error
-
-    def output_bytes(self) -> int:
-        return sum(output.total for output in self.outputs)
-
-    def ms(self) -> int:
-        """Milliseconds from its start to its end."""
-        return round(self.duration * 1000)
+        return CommandResult(
+            "", self.exit_code if code is None else code, self.ended, error, False, total, ms, self.run_id
+        )
 
     async def _leave(self) -> None:
         """Show the end, and let the prompt come."""
         self._later(RETURN_TIMEOUT, self.release)
         os.sched_yield()  # who got the answer often waits for this very CPU
-        facts = (self.request.agent_name, self.run_id, self.ended, self.exit_code, self.ms())
+        facts = (self.request.agent_name, self.run_id, self.ended, self.exit_code, round(self.duration * 1000))
         log.info("exec end agent=%s run=%s ended=%s exit=%d ms=%d", *facts)
         if self.view:
             await self.view.end(self.exit_code)
@@ -1556,18 +1553,6 @@ class Job:
             done = os.open(f"{self.run}.done", os.O_WRONLY | os.O_NONBLOCK)
             os.write(done, b"\n")
             os.close(done)
-
-    async def over_within(self, seconds: float) -> bool:
-        """Wait for its end, `seconds` at most."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.over.wait(), seconds)
-        return self.over.is_set()
-
-    def signal_group(self, number: int) -> None:
-        """Signal the command's process group.  In a shell without job control it has none."""
-        with contextlib.suppress(OSError):
-            if self.pid and not self.over.is_set() and os.getpgid(self.pid) == self.pid:
-                os.killpg(self.pid, number)
 
     def release(self) -> None:
         """Give the pane back; the files go when nobody writes any more."""
@@ -1583,8 +1568,7 @@ class Job:
             self.ended = "unstarted"
             self._tell_end()
         self.released, self.takes, self.watch = True, {}, lambda event, job: None  # who was told is not kept
-        if self.timer is not None:
-            self.timer.cancel()
+        self._later(0, self.tick)  # no more
         self._tidy()
         if not self.started.done():
             self.started.set_result(self.over.is_set())
@@ -1608,14 +1592,28 @@ class Job:
                     await asyncio.wait_for(output.taken, patience)
         finally:
             self.end("cancelled")  # if it is not over: nobody waits for it any more
-        (code, error), total = self.outcome(), self.output_bytes()
-        text, cut = (capture.text(total), total > self.request.max_output) if capture else ("", False)
-        return CommandResult(text, code, self.ended, error, cut, total, self.ms(), self.run_id)
+        outcome, limit = self.outcome(), self.request.max_output
+        text = capture.text(outcome.output_bytes) if capture else ""
+        return replace(outcome, output=text, truncated=capture is not None and outcome.output_bytes > limit)
+
+
+async def over_within(job: Job, seconds: float) -> bool:
+    """Wait for its end, `seconds` at most."""
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(job.over.wait(), seconds)
+    return job.over.is_set()
+
+
+def signal_group(job: Job, number: int) -> None:
+    """Signal the command's process group.  In a shell without job control it has none."""
+    with contextlib.suppress(OSError):
+        if job.pid and not job.over.is_set() and os.getpgid(job.pid) == job.pid:
+            os.killpg(job.pid, number)
 
 
 async def kill(job: Job, number: int) -> int:
     """Signal all its processes, wherever they are; how many there were."""
-    job.signal_group(number)
+    signal_group(job, number)
     found = await asyncio.to_thread(processes_of, job)
     for pid in found:
         with contextlib.suppress(OSError):
@@ -1629,11 +1627,11 @@ async def climb(job: Job, ladder: tuple[tuple[int, float], ...]) -> None:
     for number, patience in ladder:
         next_step = time.monotonic() + patience
         await kill(job, number)
-        await job.over_within(patience)
+        await over_within(job, patience)
         if not await kill(job, 0):
             break
         await asyncio.sleep(next_step - time.monotonic())  # the same for what escaped
-    if not await job.over_within(RETURN_TIMEOUT):
+    if not await over_within(job, RETURN_TIMEOUT):
         job.end("lost", "its shell does not report the end")
 
 
@@ -1798,7 +1796,7 @@ class PocketCoderDriver:
         return await (await self.start(request, {"out": capture.add})).result(capture)
 
     async def start(
-        self, request: ExecRequest, takes: Mapping[str, Take], fed: bool = False, watch: Watch = lambda event, job: None
+        self, request: ExecRequest, takes: Takes, fed: bool = False, watch: Watch = lambda event, job: None
     ) -> Job:
         """Start a command; return when it runs.
 
@@ -1919,7 +1917,7 @@ class PocketCoderDriver:
         self.stopping = True
         for terminal in self.terminals.values():
             terminal.freed.set()
-        await asyncio.gather(*(job.over_within(grace) for job in self.jobs()))
+        await asyncio.gather(*(over_within(job, grace) for job in self.jobs()))
         for job in (jobs := self.jobs()):
             job.end("cancelled")
         await asyncio.gather(*(job.ending for job in jobs if job.ending is not None), return_exceptions=True)
@@ -3304,7 +3302,7 @@ class AppState:
 async def execute(
     state: AppState,
     request: ExecRequest,
-    takes: Mapping[str, Take],
+    takes: Takes,
     capture: Capture | None = None,
     started: Callable[[Job], Awaitable[None]] | None = None,
     patience: float | None = None,
@@ -3313,14 +3311,14 @@ async def execute(
     """Run a command to its end; see `PocketCoderDriver.start` and `Job.result`.  Cancelling this cancels it."""
 
     def watch(event: str, job: Job) -> None:
-        agent_name, ms = request.agent_name, job.ms()
+        agent_name = request.agent_name
         audited: Message = {"run_id": job.run_id, "usage_id": request.usage_id, "session_id": request.session_id}
         audited |= {"agent_name": agent_name, "cwd": request.cwd, "cmd": request.cmd}
         told: Message = {"cmd": request.cmd[:MAX_VIEW_COMMAND], "cwd": request.cwd}
         if event == "end":
-            exit_code, error = job.outcome()
-            told = {"exit_code": exit_code, "ended": job.ended, "duration_ms": ms}
-            audited |= {"exit_code": exit_code, "error": error, "duration_ms": ms, "output_bytes": job.output_bytes()}
+            facts = vars(job.outcome())
+            told = {name: facts[name] for name in ("exit_code", "ended", "duration_ms")}
+            audited |= {name: facts[name] for name in ("exit_code", "error", "duration_ms", "output_bytes")}
         state.audit.write(event, **audited)
         state.sessions.report(request.session_id, run_id=job.run_id, agent_name=agent_name, event=event, **told)
 
@@ -3563,7 +3561,7 @@ async def channel_handler(job: Job, message: str | bytes) -> None:
         try:
             got = json.loads(message)
             job.leaves_nothing |= got.get("end") is True  # a shell that ends: nobody is left to care for the rest
-            job.signal_group(SIGNAL_NUMBERS[got["signal"]])
+            signal_group(job, SIGNAL_NUMBERS[got["signal"]])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise complain("signal", message, f"one of {', '.join(SIGNAL_NUMBERS)}, in an object") from None
     elif message[:1] != b"\0" and message != b"\xff\0":
