@@ -3843,9 +3843,9 @@ class ChannelEndpoint(SocketEndpoint):
     subprotocol = CHANNELS
     work: asyncio.Task[None] | None = None
 
-    async def get(self, **path: str) -> None:
+    def initialize(self, state: AppState) -> None:
+        super().initialize(state)
         self.job: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
-        await super().get()
 
     def open(self) -> None:
         self.set_nodelay(True)

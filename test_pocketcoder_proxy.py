@@ -3580,6 +3580,7 @@ def test_a_channel_passes_the_gate_and_is_for_websockets_only(own: Callable[...,
     status, _, answer = server.request("GET", "/exec/ws", headers=token)
     assert (status, json.loads(answer)["exit_code"]) == (400, 125)
     assert server.post({"cmd": "true"}, "/exec/ws")[0] == 405
+    assert "Traceback" not in server.logged()
 
 
 def test_a_caller_that_leaves_a_full_channel_is_noticed(proxy: Proxy, agent: str) -> None:
