@@ -3538,7 +3538,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 556
+# Transports                                                      budget 557
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -3681,7 +3681,7 @@ class Endpoint(tornado.web.RequestHandler):
 
     def data_received(self, chunk: bytes) -> None:
         self.received += len(chunk)
-        if self.received <= MAX_BODY:
+        if self.received <= MAX_BODY and self.request.method == "POST":  # no other has a use for it
             self.body += chunk
         elif self.received > 4 * MAX_BODY:  # read so far that the caller may see the 413
             self.peer.close()
@@ -3729,6 +3729,7 @@ class Endpoint(tornado.web.RequestHandler):
 
     def on_connection_close(self) -> None:
         super().on_connection_close()  # ends the wait for a body
+        self.body = bytearray()  # the handler may stay until the next collection
         if self.task is not None:
             self.task.cancel()
             self.task = None
