@@ -3645,7 +3645,7 @@ class Endpoint(tornado.web.RequestHandler):
         preflight = self.request.method == "OPTIONS"
         self.admit(headers.get("Origin"), self.open_to_all or preflight)
         length = headers.get("Content-Length", "")  # Tornado refuses what is no number
-        if length.isdecimal() and int(length) > 4 * MAX_BODY:
+        if length.isdecimal() and (len(length) > 20 or int(length) > 4 * MAX_BODY):
             raise tornado.web.HTTPError(413, f"body: expected at most {MAX_BODY} bytes")
         if self.name not in self.state.servers:
             raise tornado.web.HTTPError(404, f"no server {self.name[:80]!r}: see GET /servers")
@@ -4095,7 +4095,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 173
+# Application                                                     budget 174
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4255,6 +4255,7 @@ def main() -> int:
         return run_shell([*options.arguments])
     token = os.environ.pop("POCKETCODER_TOKEN", "")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("tornado.general").setLevel(logging.WARNING)  # else it shows headers that it refuses: tokens
     try:
         if not (wrong := why_not(options, token)):
             asyncio.run(serve(options, token))
