@@ -3538,7 +3538,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 557
+# Transports                                                      budget 560
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -3664,6 +3664,9 @@ class Endpoint(tornado.web.RequestHandler):
         own = f"http://{host}" if local else None
         if origin is not None and origin != own and origin not in self.settings["origins"]:
             raise Forbidden(f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin")
+        site = self.request.headers.get("Sec-Fetch-Site", "none")
+        if origin is None and site not in ("none", "same-origin"):  # an <img> for instance: no browser says its Origin
+            raise Forbidden(f"`Sec-Fetch-Site`: got {site[:80]!r}, expected a request with an `Origin`")
         scheme, _, self.owner = self.request.headers.get("Authorization", "").partition(" ")
         if self.token_in_query and not scheme:
             scheme, self.owner = "bearer", self.get_query_argument("token", "")

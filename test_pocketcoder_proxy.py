@@ -277,7 +277,7 @@ def agent(request: pytest.FixtureRequest) -> str:
 # ==========================================================================
 # Map
 # ==========================================================================
-LINES = 4274  # style.md gives 2,000, which the driver and the shell together did not keep: the owner is asked
+LINES = 4277  # style.md gives 2,000, which the driver and the shell together did not keep: the owner is asked
 BANNER = re.compile(r"# ={70,}\n# (?P<name>.+?) +budget (?P<budget>\d+)\n# ={70,}\n")
 SECTIONS = [(match["name"], int(match["budget"]), match.start()) for match in BANNER.finditer(SOURCE)]
 
@@ -3271,6 +3271,9 @@ REFUSED: list[tuple[str, str, dict[str, str], int]] = [
     ("GET", "/", {}, 404),
     ("POST", "/exec/", JSON_TYPE, 404),
     ("GET", "/health", {"Host": "evil.example"}, 403),
+    ("GET", "/sse?session_id=theirs", {"Sec-Fetch-Site": "cross-site"}, 403),
+    ("GET", "/servers", {"Sec-Fetch-Site": "same-site"}, 403),
+    ("GET", "/nowhere", {"Sec-Fetch-Site": "same-origin"}, 404),
 ]
 
 
