@@ -3538,7 +3538,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 560
+# Transports                                                      budget 562
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -3760,7 +3760,7 @@ class Endpoint(tornado.web.RequestHandler):
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None))[1]
         text = (getattr(error, "log_message", None) or f"{status_code} {self._reason}").replace("%%", "%")
-        answer = {"error": text, "exit_code": ProxyError.exit_code}
+        answer = {"error": text, "exit_code": (BadMessage if status_code == 400 else ProxyError).exit_code}
         if isinstance(error, ProxyError):
             answer, status_code = {"error": str(error), "exit_code": error.exit_code}, error.http_status
         if status_code == 401:
@@ -3836,8 +3836,10 @@ class SocketEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
         return self.subprotocol if self.subprotocol in offered else None
 
     async def get(self, **path: str) -> None:
-        if self.request.headers.get("Upgrade", "").lower() != "websocket":
-            raise tornado.web.HTTPError(400, "expected a WebSocket")
+        names = ("Upgrade", "Connection", "Sec-WebSocket-Key", "Sec-WebSocket-Version")  # what Tornado has no JSON for
+        upgrade, connection, key, version = (self.request.headers.get(name, "").lower() for name in names)
+        if upgrade != "websocket" or "upgrade" not in connection or not key or version != "13":
+            raise tornado.web.HTTPError(400, f"expected a WebSocket of version 13, with {', '.join(names)}")
         await super().get(**path)
 
 
