@@ -908,7 +908,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1035
+# Execution Driver                                               budget 1055
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1029,6 +1029,22 @@ class PaneShell:
         self.quiet, self.state = NEW_SHELL_TIMEOUT * new and time.monotonic() + NEW_SHELL_TIMEOUT, ""
         self.last = ""  # its state at the prompt, when that was last known
         self.noting: asyncio.Task[None] | None = None
+        self.held = -1  # its terminal, locked
+
+    async def hold(self) -> bool:
+        """Have it, if it waits for a command and no other driver has it, until `let_go` or the end of our process."""
+        if self.held < 0 and await self.at_prompt():
+            with contextlib.suppress(OSError):
+                self.held = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self.let_go()
+        return self.held >= 0
+
+    def let_go(self) -> None:
+        os.close(self.held)
+        self.held = -1
 
     def look(self) -> str:
         """Whether it waits for a command: "ready" (as far as it tells), "soon", "busy"."""
@@ -1573,6 +1589,7 @@ class Job:
         if not self.started.done():
             self.started.set_result(self.over.is_set())
         del self.terminal.jobs[self.shell.pane.pane_id]
+        self.shell.let_go()
         self.terminal.freed.set()
 
     def _tidy(self) -> None:
@@ -1656,7 +1673,10 @@ class Terminal:
                 while not self.driver.stopping:
                     self.freed.clear()
                     tmux = await self._look()
-                    if (shell := await self._choose(tmux)) and not self.driver.stopping:
+                    shell = await self._choose(tmux)
+                    if shell and self.driver.stopping:
+                        shell.let_go()
+                    elif shell:
                         job.shell, job.tmux = shell, tmux
                         self.jobs[shell.pane.pane_id] = job
                         return
@@ -1718,7 +1738,7 @@ class Terminal:
         free = [shell for shell in self.shells if shell.pane.pane_id not in self.jobs]
         sound = [shell for shell in free if shell.missed < 2]
         for shell in sound:
-            if not shell.pane.in_mode and await shell.at_prompt():
+            if not shell.pane.in_mode and await shell.hold():
                 return shell
         if any(process(shell.pane.pid) is None for shell in free):  # look again, at once
             self.looked_at = (None, 0)
@@ -1726,9 +1746,9 @@ class Terminal:
             return None
         returning = any(job.over.is_set() for job in self.jobs.values())
         if len(self.shells) < MAX_PANES and not returning and await self._split(tmux):
-            return self.shells[-1] if await self.shells[-1].at_prompt() else None
+            return self.shells[-1] if await self.shells[-1].hold() else None
         for shell in sound:  # rather than let a command wait for a person who reads
-            if shell.pane.in_mode and await shell.at_prompt():
+            if shell.pane.in_mode and await shell.hold():
                 return shell
         if free == self.shells and not sound:
             for shell in free:
