@@ -721,7 +721,7 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                            budget 187
+# Tmux                                                            budget 210
 # ==========================================================================
 # The only section that talks to tmux.
 #
@@ -767,6 +767,28 @@ def find_shell() -> str:
     raise NoTerminal("no bash and no sh in PATH: install one")
 
 
+def check_place(path: str) -> None:
+    """Refuse a tmux socket that a stranger can have put at `path`: he would get every command.  Raises NoTerminal.
+
+    It is to be ours or root's, in such a directory, where nobody else makes or moves files.  For root,
+    whose terminals may be a worker's, the owner of the directory may be anybody.
+    """
+    folder, user = os.path.dirname(path), os.geteuid()
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        place = os.stat(folder)
+        found = [(folder, os.lstat(folder)), (folder, place)]  # who made a link may lead it elsewhere
+        public, owners = place.st_mode & stat.S_IWOTH, {0, user} | ({place.st_uid} if user == 0 else set())
+        if (user or public) and os.path.lexists(path):
+            found.append((path, os.lstat(path)))
+    except OSError as wrong:
+        raise NoTerminal(f"no directory for the socket {path}: {wrong}") from None
+    for name, it in found:
+        if it.st_uid not in owners or (it is place and public and not it.st_mode & stat.S_ISVTX):
+            got = f"{name}: got user {it.st_uid} and mode {stat.filemode(it.st_mode)}, expected user {user} or root"
+            raise NoTerminal(f"{got}, and that no other may write there: set TMUX_SOCKET to a path in a safe directory")
+
+
 class Tmux(asyncio.SubprocessProtocol):
     """A control connection (`tmux -C`) to our session.  Raises NoTerminal.
 
@@ -793,8 +815,8 @@ class Tmux(asyncio.SubprocessProtocol):
         variables = {name: value for name, value in os.environ.items() if name not in hidden}
         words = ["tmux", "-S", path, "-C", "new-session", "-A", "-s", session, "-x", "200", "-y", "50"]
         words += ["-P", "-F", PANE_FORMAT, "-f", "no-output,ignore-size", *(window or [])]
+        check_place(path)
         try:  # default-shell is taken from SHELL, which may be this very file
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             _, self = await asyncio.get_running_loop().subprocess_exec(
                 lambda: cls(session, on_notice), *words, env=variables | {"SHELL": find_shell()}
             )
@@ -802,6 +824,7 @@ class Tmux(asyncio.SubprocessProtocol):
             raise NoTerminal(f"cannot run tmux ({missing}): install tmux 3.2 or later") from None
         try:
             self.made = [Pane.parse(line) for line in await self.reply(self.attached)]
+            check_place(path)  # in a directory like /tmp somebody may just have made it
         except BaseException:
             self.close()
             raise
@@ -908,7 +931,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1055
+# Execution Driver                                               budget 1056
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1295,12 +1318,12 @@ class RunFiles:
         self.base, self.unread = base, b""
         self.count, self.free = 0, list[str]()  # names there were; those to use again
         self.jobs: dict[str, Job] = {}  # by run_id, those that have files
-        os.makedirs(os.path.dirname(base), 0o700, exist_ok=True)
+        check_place(base)
         with contextlib.suppress(FileExistsError):
             os.mkdir(base, 0o700)
         found = os.lstat(base)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            raise NoTerminal(f"{base}: expected a directory of our own; remove what is there")
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise NoTerminal(f"{base}: expected a directory that only we may write to; remove what is there")
         self.adoptions = [asyncio.ensure_future(self._adopt(f"{base}/{name}")) for name in os.listdir(base)]
         self.folder = f"{base}/{secrets.token_hex(2)}"  # a line typed for one that was wiped finds no other
         os.mkdir(self.folder, 0o700)
@@ -1793,7 +1816,8 @@ class PocketCoderDriver:
         self.files: RunFiles | None = None
 
     def session_exists(self, session: str) -> bool:
-        """Whether tmux has a session of exactly this name."""
+        """Whether tmux has a session of exactly this name.  Raises NoTerminal."""
+        check_place(self.socket_path)
         command = ["tmux", "-S", self.socket_path, "has-session", "-t", f"={session}"]
         return subprocess.run(command, capture_output=True, timeout=TMUX_TIMEOUT).returncode == 0
 
@@ -4120,7 +4144,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 174
+# Application                                                     budget 175
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4212,6 +4236,7 @@ async def serve(options: Commands, token: str) -> None:
     socket_path = os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET
     session = os.environ.get("TMUX_SESSION") or DEFAULT_SESSION
     driver = PocketCoderDriver(socket_path, session, options.workspace)
+    check_place(driver.socket_path)
     state = AppState(SessionMap(), driver, options.workspace, AuditLog(options.audit_log))
     state.servers |= {config.name: Relay(config) for config in options.servers}
     if options.audit_log:

@@ -278,7 +278,7 @@ def agent(request: pytest.FixtureRequest) -> str:
 # ==========================================================================
 # Map
 # ==========================================================================
-LINES = 4299  # style.md gives 2,000, which the driver and the shell together did not keep: the owner is asked
+LINES = 4324  # style.md gives 2,000, which the driver and the shell together did not keep: the owner is asked
 BANNER = re.compile(r"# ={70,}\n# (?P<name>.+?) +budget (?P<budget>\d+)\n# ={70,}\n")
 SECTIONS = [(match["name"], int(match["budget"]), match.start()) for match in BANNER.finditer(SOURCE)]
 
@@ -1831,6 +1831,69 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
     finally:
         subprocess.run(["tmux", "-S", driver.socket_path, "kill-server"], capture_output=True)
         shutil.rmtree(folder)
+
+
+# user, owner and mode of the directory, owner of the socket; whether it is sound
+PLACES = [
+    (0, 0, 0o700, 0, True),
+    (0, 7, 0o755, 7, True),  # the terminals are a worker's
+    (0, 0, 0o2770, 7, True),  # also through his group
+    (0, 0, 0o1777, 0, True),
+    (0, 7, 0o1777, 7, True),
+    (0, 0, 0o1777, 7, False),
+    (0, 0, 0o777, 0, False),
+    (0, 7, 0o777, 7, False),
+    (7, 7, 0o700, None, True),
+    (7, 7, 0o775, 7, True),
+    (7, 0, 0o1777, None, True),
+    (7, 0, 0o1777, 7, True),
+    (7, 0, 0o755, 0, True),
+    (7, 0, 0o1777, 8, False),
+    (7, 8, 0o700, None, False),
+    (7, 8, 0o1777, 7, False),
+    (7, 7, 0o777, 7, False),
+]
+
+
+@pytest.mark.parametrize(("user", "owner", "mode", "socket_owner", "sound"), PLACES, ids=range(len(PLACES)))
+def test_a_socket_that_a_stranger_can_have_made_is_refused(
+    user: int, owner: int, mode: int, socket_owner: int | None, sound: bool
+) -> None:
+    if os.geteuid():
+        return  # only root can try
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="pc"))
+    (folder / "place").mkdir()
+    (folder / "link").symlink_to("place")
+    try:
+        os.chmod(folder, 0o755)
+        os.chown(folder / "place", owner, -1)
+        os.chmod(folder / "place", mode)
+        if socket_owner is not None:
+            (folder / "place/s").touch()
+            os.chown(folder / "place/s", socket_owner, -1)
+        os.chown(folder / "link", user, -1, follow_symlinks=False)
+        os.seteuid(user)
+        for name in ("place", "link"):
+            with contextlib.nullcontext() if sound else pytest.raises(pp.NoTerminal, match=f"{folder}/{name}"):
+                pp.check_place(f"{folder}/{name}/s")
+        os.seteuid(0)
+        os.chown(folder / "link", 9, -1, follow_symlinks=False)
+        os.seteuid(user)
+        with pytest.raises(pp.NoTerminal, match="got user 9"):
+            pp.check_place(f"{folder}/link/s")
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(folder)
+
+
+def test_a_server_in_a_directory_of_everybody_does_not_start(tmp_path: pathlib.Path) -> None:
+    os.chmod(tmp_path, 0o777)
+    variables = {**os.environ, "TMUX_SOCKET": f"{tmp_path}/s"}
+    command = [sys.executable, str(MODULE), "server", "-p", "0"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{tmp_path}: got user {os.geteuid()} and mode drwxrwxrwx, expected" in done.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_session_name_that_tmux_would_change_is_refused() -> None:
