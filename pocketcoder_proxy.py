@@ -142,7 +142,7 @@ def default_agent_name() -> str:
 
 
 # ==========================================================================
-# Shell Bridge                                                    budget 348
+# Shell Bridge                                                    budget 347
 # ==========================================================================
 # `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
 #
@@ -454,7 +454,6 @@ import math
 import re
 import secrets
 import shlex
-import shutil
 import signal
 import socket
 import stat
@@ -462,7 +461,7 @@ import subprocess
 import termios
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from types import SimpleNamespace
@@ -931,7 +930,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1056
+# Execution Driver                                               budget 1096
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -955,6 +954,8 @@ QUIET = " ".join(f"{name}={value}" for name, value in QUIET_PROGRAMS.items())
 Take = Callable[[bytes], "Awaitable[None] | None"]
 Takes = Mapping[str, Take]  # by stream
 Watch = Callable[[str, "Job"], object]  # told of the "start", before it runs, and of the "end" of each that was told of
+REPORT = re.compile(rb"([0-9a-f]{16}) (start|exit|back) ([0-9]{1,9})\n")  # whatever others write there
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # no FIFO in its place may stop us
 
 # Sourced by the pane's shell.  Backslashes are against aliases, `&&` is against `set -e`.  INT is
 # trapped, since a command that dies of C-c would take go along.  `read` has a limit, or does not
@@ -1174,6 +1175,9 @@ class Pipe:
     def __init__(self, path: str, flags: int, on_close: Callable[[], object] = int) -> None:
         self.loop, self.on_close = asyncio.get_running_loop(), on_close
         self.fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
+        if not stat.S_ISFIFO(os.fstat(self.fd).st_mode) and not os.isatty(self.fd):
+            self.close()
+            raise OSError(f"{path}: expected a FIFO or a terminal: somebody has put something else there")
 
     def widen(self) -> None:
         """Let it hold more, as far as the system allows."""
@@ -1304,6 +1308,15 @@ class View(Pipe):
         self.close()
 
 
+def clear(folder: str) -> None:
+    """Remove a directory of files.  We make no others in it, so those that somebody else made stay, with it."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                os.unlink(f"{folder}/{name}")
+        os.rmdir(folder)
+
+
 class RunFiles:
     """A directory for runs beside the socket, `SOCKET.d/N`.  Each driver has its own, locked: it lives.
 
@@ -1315,7 +1328,7 @@ class RunFiles:
     OWN, FIFOS = ("pid", "in", "cmd"), ("done", "out", "err")  # made by each run; for the next of that name
 
     def __init__(self, base: str) -> None:
-        self.base, self.unread = base, b""
+        self.base, self.unread, self.owner = base, b"", os.geteuid()
         self.count, self.free = 0, list[str]()  # names there were; those to use again
         self.jobs: dict[str, Job] = {}  # by run_id, those that have files
         check_place(base)
@@ -1332,18 +1345,22 @@ class RunFiles:
         self.status_path = f"{self.folder}/status"
         os.mkfifo(self.status_path, 0o600)
         self.status = Pipe(self.status_path, os.O_RDWR)
+        self.found = os.fstat(self.status.fd)
         self.status.loop.add_reader(self.status.fd, self._on_status)
 
     def _on_status(self) -> None:
-        *lines, unread = (self.unread + os.read(self.status.fd, 64 * KIB)).split(b"\n")
-        self.unread = unread[-KIB:]
-        for run_id, word, number in (line.decode("latin-1").split(" ") for line in lines if line.count(b" ") == 2):
-            if run_id in self.jobs and number.isdecimal():
-                self.jobs[run_id].on_report(word, int(number[:9]))
+        with contextlib.suppress(BlockingIOError):  # somebody else has read it
+            self.unread += os.read(self.status.fd, 64 * KIB)
+        for run_id, word, number in REPORT.findall(self.unread):
+            if (job := self.jobs.get(run_id.decode())) is not None:
+                job.on_report(word.decode(), int(number))
+        self.unread = self.unread[self.unread.rfind(b"\n") + 1 :][-KIB:]
 
     def there(self) -> bool:
-        """False if someone wiped it; then it closes after its last run."""
-        there = os.path.exists(self.status_path)
+        """False if someone wiped or replaced it; then it closes after its last run."""
+        there = False
+        with contextlib.suppress(OSError):
+            there = os.path.samestat(os.stat(self.status_path), self.found)
         if not there and not self.jobs:
             self.close()
         return there
@@ -1373,12 +1390,30 @@ class RunFiles:
             with contextlib.suppress(OSError):
                 os.unlink(f"{run}.{name}")
 
-    def hand_over(self, owner: int) -> None:
-        """Let another user, whose the panes are, get at the files."""
-        os.chmod(self.base, 0o711)
-        for name in (".", *os.listdir(self.folder)):
-            with contextlib.suppress(FileNotFoundError):
+    @contextlib.contextmanager
+    def made_by(self, owner: int) -> Iterator[None]:
+        """Make files as the user whose the panes are: where a worker can move files, root could be led anywhere."""
+        user = os.geteuid()
+        if owner != self.owner:
+            log.warning("the terminals are those of user %d, who can read every command", owner)
+            os.chmod(self.base, 0o711)
+            for name in (*os.listdir(self.folder), "."):
                 os.chown(f"{self.folder}/{name}", owner, -1, follow_symlinks=False)
+            self.owner = owner
+        try:
+            if owner != user:
+                os.seteuid(owner)
+            yield
+        finally:
+            if owner != user:
+                os.seteuid(user)
+
+    def is_owners(self, pid: int) -> bool:
+        """A worker may not have root end what is not his.  For ourselves we need not ask."""
+        try:
+            return self.owner == os.geteuid() or os.stat(f"/proc/{pid}").st_uid == self.owner
+        except OSError:  # it has just ended
+            return False
 
     async def _adopt(self, folder: str) -> None:
         """Drain and remove what a killed proxy left; its commands run to their end."""
@@ -1391,14 +1426,17 @@ class RunFiles:
                     with contextlib.suppress(FileExistsError):  # typed and not started: nobody would know of it
                         os.close(os.open(f"{folder}/{run}.pid", os.O_CREAT | os.O_EXCL))
                 pipes, closed = [name for name in names if name.endswith((".out", ".err"))], asyncio.Event()
-                outputs = [Output(f"{folder}/{name}", None, closed.set) for name in pipes]
+                outputs = list[Output]()
+                for name in pipes:
+                    with contextlib.suppress(OSError):  # it is something else by now
+                        outputs.append(Output(f"{folder}/{name}", None, closed.set))
                 for output in outputs:
                     output.read()  # nobody may have it open, of which epoll(7) does not tell
                 while any(output.fd >= 0 for output in outputs):
                     closed.clear()
                     await closed.wait()
                 await asyncio.sleep(RETURN_TIMEOUT / 10)  # go may just be noting the exit code there
-                shutil.rmtree(folder, ignore_errors=True)
+                await asyncio.to_thread(clear, folder)  # a command may have put a million files there
             finally:
                 os.close(lock)
 
@@ -1407,7 +1445,7 @@ class RunFiles:
         if self.status.fd >= 0:
             self.status.close()
             if not self.jobs:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                clear(self.folder)
             for output in (output for job in self.jobs.values() for output in job.outputs):
                 output.on_close = int  # its files stay
                 output.close()
@@ -1446,7 +1484,9 @@ class Job:
 
     async def start(self) -> bool:
         """Type the line that runs it; whether it runs.  Raises NoTerminal, OSError."""
-        line, pane = self._prepare(), self.shell.pane
+        pane, self.files = self.shell.pane, self.terminal.driver.open_files()
+        with self.files.made_by(os.stat(pane.tty).st_uid):
+            line = self._prepare()
         state = await self.shell.clear(self.tmux)
         if not self.released:
             self.watch("start", self)
@@ -1460,17 +1500,14 @@ class Job:
 
     def _prepare(self) -> str:
         """Make the files; the line that runs them."""
-        self.files = self.terminal.driver.open_files()
         self.run = self.files.take(self)
         for name, take in self.takes.items():  # open before it is typed, since a FIFO forgets what nobody has open
             self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, take), self._tidy))
         if self.fed:
             self.feed = Input(f"{self.run}.in")
         for name, text in go_script(self, self.terminal.driver.shell).items():
-            with open(os.open(f"{self.run}.{name}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
+            with open(os.open(f"{self.run}.{name}", NEW_FILE, 0o600), "wb") as file:
                 file.write(text.encode())  # not truncated, which goes to the disk: see GO
-        if (owner := os.stat(self.shell.pane.tty).st_uid) != os.geteuid():  # we are root, the panes are a worker's
-            self.files.hand_over(owner)
         return f" . {shlex.quote(self.run)}.go"
 
     def _take(self, take: Take, chunk: bytes) -> Awaitable[None] | None:
@@ -1499,7 +1536,7 @@ class Job:
 
     def on_report(self, word: str, number: int) -> None:
         if word == "start" and not self.pid and not self.released:
-            self.pid, self.begun = number, time.monotonic()
+            self.pid, self.begun = number if self.files.is_owners(number) else -1, time.monotonic()
             self.shell.ran, self.shell.missed = True, 0
             self._later(VIEW_DELAY, self.tick)
             if self.ending is not None:  # before we knew whom to signal
@@ -1510,6 +1547,8 @@ class Job:
             self._finish(number & 255)
         elif word == "back" and not self.released:
             self.returned = True
+            if self.pid and not self.over.is_set():  # somebody has read its report
+                self.end("lost", "its shell did not report the end")
             self.release()
             self.shell.back(self.tmux)
 
@@ -1589,9 +1628,9 @@ class Job:
         if self.view:
             await self.view.end(self.exit_code)
         with contextlib.suppress(OSError):
-            done = os.open(f"{self.run}.done", os.O_WRONLY | os.O_NONBLOCK)
-            os.write(done, b"\n")
-            os.close(done)
+            done = Pipe(f"{self.run}.done", os.O_WRONLY)
+            with contextlib.closing(done):
+                os.write(done.fd, b"\n")
 
     def release(self) -> None:
         """Give the pane back; the files go when nobody writes any more."""
