@@ -65,7 +65,7 @@ import os
 import sys
 
 # ==========================================================================
-# Settings                                                         budget 77
+# Settings                                                         budget 79
 # ==========================================================================
 # S1  Every limit, time and default is here, with its unit.  Times in seconds.
 VERSION = "0.1.0"
@@ -105,6 +105,8 @@ CLEAR_PAUSE = 0.05  # for a shell to take a key; shorter than anybody types a li
 DRAIN_PAUSE = 0.01  # between reads of what outlives its run: 100 MB/s
 VIEW_DELAY = 0.005  # a command that ends sooner is shown at its end
 VIEW_PAUSE, VIEW_TRIES = 0.01, 20  # a full terminal is written to again, and may delay the prompt by that
+DESCRIPTORS_KEPT = 10  # that no further run takes: those that run need some to be watched and ended
+ACCEPT_PAUSE = 0.1  # without descriptors, until new callers are looked at again
 STOP_GRACE = 5.0  # SIGTERM: running commands may still end
 KEEP_ALIVE = 15.0  # between comments on a silent stream
 BODY_TIMEOUT = 60.0  # for a body to arrive
@@ -142,7 +144,7 @@ def default_agent_name() -> str:
 
 
 # ==========================================================================
-# Shell Bridge                                                    budget 347
+# Shell Bridge                                                    budget 350
 # ==========================================================================
 # `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
 #
@@ -444,6 +446,7 @@ import base64
 import codecs
 import contextlib
 import datetime
+import errno
 import fcntl
 import gc
 import hmac
@@ -452,6 +455,7 @@ import json
 import logging
 import math
 import re
+import resource
 import secrets
 import shlex
 import signal
@@ -470,6 +474,7 @@ from urllib.parse import quote_plus, urlsplit
 
 try:
     import tornado.httpserver
+    import tornado.ioloop
     import tornado.iostream
     import tornado.netutil
     import tornado.web
@@ -720,7 +725,7 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                            budget 210
+# Tmux                                                            budget 212
 # ==========================================================================
 # The only section that talks to tmux.
 #
@@ -819,8 +824,10 @@ class Tmux(asyncio.SubprocessProtocol):
             _, self = await asyncio.get_running_loop().subprocess_exec(
                 lambda: cls(session, on_notice), *words, env=variables | {"SHELL": find_shell()}
             )
-        except OSError as missing:
+        except FileNotFoundError as missing:
             raise NoTerminal(f"cannot run tmux ({missing}): install tmux 3.2 or later") from None
+        except OSError as refused:
+            raise NoTerminal(f"cannot run tmux at {path}: {refused}") from None
         try:
             self.made = [Pane.parse(line) for line in await self.reply(self.attached)]
             check_place(path)  # in a directory like /tmp somebody may just have made it
@@ -930,7 +937,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1096
+# Execution Driver                                               budget 1132
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -948,6 +955,7 @@ ENDINGS: dict[str, tuple[int | None, str | None]] = {  # exit code and error; No
     "unstarted": (125, "never started"),  # its caller gets another try, or an error
 }
 ENDING_LADDER = ((signal.SIGTERM, 2.0), (signal.SIGKILL, 0.2), (signal.SIGKILL, 0.8))  # seconds to the next step
+SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # ours, and says nothing of what was looked for
 STOPPED = range(128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1)  # exit codes of a job that only stopped
 SHELLS = {"bash": True, "zsh": True, "sh": False, "dash": False, "ash": False, "busybox": False}  # edits its line?
 QUIET = " ".join(f"{name}={value}" for name, value in QUIET_PROGRAMS.items())
@@ -1016,13 +1024,23 @@ class Process(NamedTuple):
 
 
 def process(pid: int) -> Process | None:
-    """None: there is none, or it has ended."""
-    with contextlib.suppress(OSError):
+    """None: there is none, or it has ended.  Raises OSError when nobody can look now."""
+    try:
         head, _, tail = read_proc(pid, "stat").decode("latin-1").rpartition(")")
-        state, parent, group, _, _, foreground, *_ = tail.split(None, 6)
-        if state not in "ZX":
-            return Process(head.partition("(")[2], int(parent), int(group), int(foreground))
-    return None
+    except OSError as wrong:
+        if wrong.errno in SHORTAGE:
+            raise
+        return None
+    state, parent, group, _, _, foreground, *_ = tail.split(None, 6)
+    return None if state in "ZX" else Process(head.partition("(")[2], int(parent), int(group), int(foreground))
+
+
+def has_ended(pid: int) -> bool:
+    """Whether it certainly has."""
+    try:
+        return process(pid) is None
+    except OSError:
+        return False
 
 
 def processes_of(job: Job) -> set[int]:
@@ -1071,8 +1089,8 @@ class PaneShell:
         self.held = -1
 
     def look(self) -> str:
-        """Whether it waits for a command: "ready" (as far as it tells), "soon", "busy"."""
-        with contextlib.suppress(OSError, termios.error):
+        """Whether it waits for a command: "ready" (as far as it tells), "soon", "busy".  Raises NoTerminal."""
+        try:
             shell = process(self.pane.pid)
             if shell and shell.name == "tmux: server":  # forked, and about to become the shell
                 return "soon"
@@ -1084,6 +1102,9 @@ class PaneShell:
                     return "soon" if termios.tcgetattr(tty)[3] & termios.ICANON else "ready"
                 finally:
                     os.close(tty)
+        except (OSError, termios.error) as wrong:
+            if wrong.args[0] in SHORTAGE:  # else commands would wait for the end of a program that is none
+                raise NoTerminal(f"cannot look at pane {self.pane.pane_id}: {wrong}") from None
         return "busy"
 
     def _reads_tty(self) -> bool:
@@ -1339,12 +1360,16 @@ class RunFiles:
             raise NoTerminal(f"{base}: expected a directory that only we may write to; remove what is there")
         self.adoptions = [asyncio.ensure_future(self._adopt(f"{base}/{name}")) for name in os.listdir(base)]
         self.folder = f"{base}/{secrets.token_hex(2)}"  # a line typed for one that was wiped finds no other
-        os.mkdir(self.folder, 0o700)
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a driver that starts now may be adopting it
         self.status_path = f"{self.folder}/status"
-        os.mkfifo(self.status_path, 0o600)
-        self.status = Pipe(self.status_path, os.O_RDWR)
+        with contextlib.ExitStack() as undo:  # when there is no space or no descriptor for all of it
+            os.mkdir(self.folder, 0o700)
+            undo.callback(clear, self.folder)
+            self.lock = os.open(self.folder, os.O_RDONLY)
+            undo.callback(os.close, self.lock)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a driver that starts now may be adopting it
+            os.mkfifo(self.status_path, 0o600)
+            self.status = Pipe(self.status_path, os.O_RDWR)
+            undo.pop_all()
         self.found = os.fstat(self.status.fd)
         self.status.loop.add_reader(self.status.fd, self._on_status)
 
@@ -1369,16 +1394,21 @@ class RunFiles:
         """A path for its files, but for the suffixes."""
         if not self.free:
             self.count += 1
-            self.free.append(f"{self.folder}/{self.count:x}")
-            for name in self.FIFOS:
-                os.mkfifo(f"{self.free[-1]}.{name}", 0o600)
+            run = f"{self.folder}/{self.count:x}"
+            try:
+                for name in self.FIFOS:
+                    os.mkfifo(f"{run}.{name}", 0o600)
+            except OSError:
+                self._remove(run, self.FIFOS)
+                raise
+            self.free.append(run)
         self.jobs[job.run_id] = job
         return self.free.pop()
 
     def give_back(self, job: Job) -> None:
         """`job` and all that it left have closed them."""
         del self.jobs[job.run_id]
-        if job.returned and job.ending is None:  # else `processes_of` would find the next run too
+        if (job.returned and job.ending is None) or not job.typed:  # else `processes_of` would find the next run too
             self._remove(job.run, self.OWN)
             self.free.append(job.run)
         else:  # its line may have been read already, or `go` may be just noting the exit code
@@ -1452,6 +1482,12 @@ class RunFiles:
             os.close(self.lock)
 
 
+def let_return(run: str) -> None:
+    """Go need not wait for us any more."""
+    with contextlib.suppress(OSError), contextlib.closing(Pipe(f"{run}.done", os.O_WRONLY)) as done:
+        os.write(done.fd, b"\n")
+
+
 class Job:
     """One run of a command, from its files to the prompt after it.
 
@@ -1471,6 +1507,7 @@ class Job:
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
         self.over = asyncio.Event()  # exit_code, duration and all output are known
         self.released = False  # the pane is free again
+        self.typed = False  # its line: go may read the files
         self.returned = False  # go has done with the files
         self.leaves_nothing = False  # what is left of it at its end is ended too
         self.ended, self.why, self.exit_code = "exit", "", 0
@@ -1489,12 +1526,11 @@ class Job:
             line = self._prepare()
         state = await self.shell.clear(self.tmux)
         if not self.released:
+            self.view = View(pane, self.request.cmd, line, int(self.shell.last.split()[0]))
             self.watch("start", self)
-            self.watched = True
+            self.begun, self.typed, self.watched = time.monotonic(), True, True
             # tmux types it unless somebody else has typed since the pane was in `state`.
             self.tmux.send_keys(pane, state, line, "Enter").add_done_callback(self._on_typed)
-            self.view = View(pane, self.request.cmd, line, int(self.shell.last.split()[0]))
-            self.begun = time.monotonic()
             self._later(START_TIMEOUT, self.tick)
         return await self.started
 
@@ -1503,6 +1539,8 @@ class Job:
         self.run = self.files.take(self)
         for name, take in self.takes.items():  # open before it is typed, since a FIFO forgets what nobody has open
             self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, take), self._tidy))
+        if self.outputs[-1].fd > resource.getrlimit(resource.RLIMIT_NOFILE)[0] - DESCRIPTORS_KEPT:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if self.fed:
             self.feed = Input(f"{self.run}.in")
         for name, text in go_script(self, self.terminal.driver.shell).items():
@@ -1525,12 +1563,12 @@ class Job:
     def void(self) -> bool:
         """Make sure that it never starts; False: it already has."""
         try:
-            if self.run and not self.released:
+            if self.typed and not self.released:
                 os.close(os.open(f"{self.run}.pid", os.O_CREAT | os.O_EXCL, 0o600))
-        except FileExistsError:
-            return False
-        except OSError:  # wiped: go cannot make it either
+        except (FileNotFoundError, NotADirectoryError):  # wiped: go cannot make it either
             pass
+        except OSError:  # go has made it, or we have no descriptor
+            return False
         self.release()
         return True
 
@@ -1545,6 +1583,9 @@ class Job:
                 self.started.set_result(True)
         elif word == "exit" and self.pid:
             self._finish(number & 255)
+        elif word == "exit":
+            self.why = "its shell cannot make the file of the process, or the process: see the terminal"
+            let_return(self.run)
         elif word == "back" and not self.released:
             self.returned = True
             if self.pid and not self.over.is_set():  # somebody has read its report
@@ -1564,7 +1605,7 @@ class Job:
         if self.released or self.over.is_set():
             return
         pane, age, pause = self.shell.pane, time.monotonic() - self.begun, WATCH_PAUSE
-        dead = process(pane.pid) is None
+        dead = has_ended(pane.pid)
         if not self.pid:
             late = age - (START_TIMEOUT if self.shell.ran else NEW_SHELL_TIMEOUT)
             if (dead or late >= 0) and not self.void() and late > START_TIMEOUT:
@@ -1601,7 +1642,7 @@ class Job:
         self._tell_end()
         self.over.set()
         self.leaving = asyncio.ensure_future(self._leave())  # who waits for the answer comes first
-        stopped = exit_code in STOPPED and process(self.pid)  # nobody will continue it
+        stopped = exit_code in STOPPED and not has_ended(self.pid)  # nobody will continue it
         if (stopped or self.leaves_nothing) and self.ending is None:
             self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[bool(stopped) :]))
 
@@ -1627,10 +1668,7 @@ class Job:
         log.info("exec end agent=%s run=%s ended=%s exit=%d ms=%d", *facts)
         if self.view:
             await self.view.end(self.exit_code)
-        with contextlib.suppress(OSError):
-            done = Pipe(f"{self.run}.done", os.O_WRONLY)
-            with contextlib.closing(done):
-                os.write(done.fd, b"\n")
+        let_return(self.run)
 
     def release(self) -> None:
         """Give the pane back; the files go when nobody writes any more."""
@@ -1693,7 +1731,10 @@ def signal_group(job: Job, number: int) -> None:
 async def kill(job: Job, number: int) -> int:
     """Signal all its processes, wherever they are; how many there were."""
     signal_group(job, number)
-    found = await asyncio.to_thread(processes_of, job)
+    try:
+        found = await asyncio.to_thread(processes_of, job)
+    except (OSError, RuntimeError):  # no descriptor, or no thread, to look with: there may be some
+        return 1
     for pid in found:
         with contextlib.suppress(OSError):
             if os.getpgid(pid) != job.pid or job.over.is_set():  # some take a second signal amiss
@@ -1771,7 +1812,7 @@ class Terminal:
                 panes = [await self._make(tmux, "new-window", "-t", f"={tmux.session}:", "-n", self.name)]
                 tmux.keep_name(panes[0])
             for at, pane in enumerate(panes):
-                if process(pane.pid) is None:  # remain-on-exit, or tmux does not know yet
+                if has_ended(pane.pid):  # remain-on-exit, or tmux does not know yet
                     await tmux.ask("respawn-pane", "-k", "-t", pane.pane_id, *new_shell)
                     panes[at] = Pane.parse(*await tmux.ask("display-message", "-p", "-t", pane.pane_id, PANE_FORMAT))
                     self.shells.append(PaneShell(panes[at], True))
@@ -1802,7 +1843,7 @@ class Terminal:
         for shell in sound:
             if not shell.pane.in_mode and await shell.hold():
                 return shell
-        if any(process(shell.pane.pid) is None for shell in free):  # look again, at once
+        if any(has_ended(shell.pane.pid) for shell in free):  # look again, at once
             self.looked_at = (None, 0)
             self.freed.set()
             return None
@@ -1895,6 +1936,8 @@ class PocketCoderDriver:
             try:
                 if await job.start():
                     return job
+                if job.why:
+                    raise NoTerminal(f"cannot begin a run in {job.run}: {job.why}")
                 if not job.returned:  # it was typed, into what we do not know
                     job.shell.last = ""
                     job.shell.missed += 1
@@ -1902,7 +1945,7 @@ class PocketCoderDriver:
                 job.end("cancelled")
                 raise
             except (NoTerminal, OSError) as failure:  # no space, no descriptors; or the terminal has just died
-                terminal.looked_at, why = (None, 0), f"cannot prepare a run: {failure}"
+                terminal.looked_at, why = (None, 0), f"cannot prepare a run in {self.socket_path}.d: {failure}"
                 job.end("lost", why)
                 if job.over.is_set():
                     return job
@@ -4183,7 +4226,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 175
+# Application                                                     budget 201
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4270,6 +4313,31 @@ def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]
     return tuple(configs)
 
 
+class Entrance(socket.socket):
+    """Takes no more callers while too few descriptors are left for the runs of those who are in."""
+
+    told = False
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        try:
+            os.close(lowest := os.dup(self.fileno()))
+            if lowest < resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4:
+                return super().accept()
+        except OSError as wrong:
+            if wrong.errno not in SHORTAGE:
+                raise
+        if not self.told:
+            log.warning("few descriptors are left: new callers wait, see `ulimit -n`")
+        self.told = True
+        self.watch(0)  # else the loop would call this again at once, and again
+        asyncio.get_running_loop().call_later(ACCEPT_PAUSE, self.watch, tornado.ioloop.IOLoop.READ)
+        raise BlockingIOError
+
+    def watch(self, events: int) -> None:
+        if self.fileno() >= 0:  # else the server has stopped
+            tornado.ioloop.IOLoop.current().update_handler(self, events)
+
+
 async def serve(options: Commands, token: str) -> None:
     """Listen until SIGTERM or SIGINT.  Raises OSError when it cannot."""
     socket_path = os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET
@@ -4293,7 +4361,8 @@ async def serve(options: Commands, token: str) -> None:
     )
     limits = {"max_body_size": 1 << 40, "idle_connection_timeout": IDLE_TIMEOUT, "body_timeout": BODY_TIMEOUT}
     server = tornado.httpserver.HTTPServer(application, **limits)  # Endpoint answers 413
-    sockets = tornado.netutil.bind_sockets(int(options.port), options.host)
+    bound = tornado.netutil.bind_sockets(int(options.port), options.host)
+    sockets = [Entrance(fileno=each.detach()) for each in bound]
     server.add_sockets(sockets)
     host, port = sockets[0].getsockname()[:2]
     print(f"pocketcoder: listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
