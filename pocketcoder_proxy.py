@@ -826,7 +826,7 @@ class Tmux(asyncio.SubprocessProtocol):
             )
         except FileNotFoundError as missing:
             raise NoTerminal(f"cannot run tmux ({missing}): install tmux 3.2 or later") from None
-        except OSError as refused:
+        except (OSError, RuntimeError) as refused:  # RuntimeError: no thread
             raise NoTerminal(f"cannot run tmux at {path}: {refused}") from None
         try:
             self.made = [Pane.parse(line) for line in await self.reply(self.attached)]
@@ -937,7 +937,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1132
+# Execution Driver                                               budget 1136
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1793,7 +1793,6 @@ class Terminal:
 
     async def open(self) -> None:
         """Make the window if it is missing, and know its prompt before anybody types."""
-        self.driver.open_files()
         async with self.lock:
             tmux = await self._look()
             if self.shells[0].quiet and await self.shells[0].at_prompt():
@@ -1856,7 +1855,7 @@ class Terminal:
         if free == self.shells and not sound:
             for shell in free:
                 shell.missed = 0
-            raise NoTerminal(f"no shell in the window {self.name} answers")
+            raise NoTerminal(f"no shell in the window {self.name} answers: the terminal shows why")
         return None
 
     async def _split(self, tmux: Tmux) -> bool:
@@ -1929,7 +1928,7 @@ class PocketCoderDriver:
         watch  see Watch; what it raises stops the start
         """
         terminal = self.terminal(request.agent_name)
-        why = f"no shell in the window {terminal.name} answers"
+        why = f"no shell in the window {terminal.name} answers: the terminal shows why"
         for _ in range(2 * MAX_PANES):
             job = Job(terminal, request, takes, fed, watch)
             await terminal.take(job)
@@ -1937,7 +1936,8 @@ class PocketCoderDriver:
                 if await job.start():
                     return job
                 if job.why:
-                    raise NoTerminal(f"cannot begin a run in {job.run}: {job.why}")
+                    why = f"cannot begin a run in {job.run}: {job.why}"
+                    break
                 if not job.returned:  # it was typed, into what we do not know
                     job.shell.last = ""
                     job.shell.missed += 1
@@ -1963,6 +1963,10 @@ class PocketCoderDriver:
         async with self.connecting:
             self.keeper = self.keeper or asyncio.ensure_future(self._keep())
             if self.tmux is None or self.tmux.closed:
+                try:
+                    self.open_files()
+                except OSError as refused:  # tmux, which needs the same place, would not tell why
+                    raise NoTerminal(f"cannot prepare runs: {refused}") from None
                 window = ["-n", terminal.name, *self.new_shell]
                 self.tmux = await Tmux.connect(self.socket_path, self.session_name, window, self._on_notice)
                 terminal.shells += [PaneShell(pane, True) for pane in self.tmux.made]
@@ -2013,7 +2017,7 @@ class PocketCoderDriver:
         command += ["-t", (await self.pane(agent_name)).pane_id]
         try:
             done = await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=TMUX_TIMEOUT)
-        except (OSError, subprocess.TimeoutExpired) as wrong:
+        except (OSError, RuntimeError, subprocess.TimeoutExpired) as wrong:  # RuntimeError: no thread
             raise NoTerminal(f"tmux: {wrong}") from None
         if done.returncode:
             raise NoTerminal(f"tmux: {done.stderr.decode(errors='replace').strip()}")
@@ -2476,7 +2480,7 @@ class Child:
             process = await asyncio.create_subprocess_exec(
                 *config.words, **pipes, env=env, cwd=config.cwd, start_new_session=True
             )
-        except (OSError, ValueError) as wrong:
+        except (OSError, ValueError, RuntimeError) as wrong:  # RuntimeError: no thread
             raise RelayError(f"server {config.name} cannot start: {wrong}") from None
         return cls(config.name, process, on_message)
 
@@ -4226,7 +4230,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 201
+# Application                                                     budget 205
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4414,6 +4418,10 @@ def main() -> int:
     token = os.environ.pop("POCKETCODER_TOKEN", "")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("tornado.general").setLevel(logging.WARNING)  # else it shows headers that it refuses: tokens
+    with contextlib.suppress(OSError, AttributeError):  # else before Python 3.12 each child needs a thread
+        os.close(os.pidfd_open(os.getpid()))
+        if sys.version_info < (3, 12):
+            asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
     try:
         if not (wrong := why_not(options, token)):
             asyncio.run(serve(options, token))
