@@ -725,7 +725,7 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                            budget 212
+# Tmux                                                            budget 215
 # ==========================================================================
 # The only section that talks to tmux.
 #
@@ -831,8 +831,10 @@ class Tmux(asyncio.SubprocessProtocol):
         try:
             self.made = [Pane.parse(line) for line in await self.reply(self.attached)]
             check_place(path)  # in a directory like /tmp somebody may just have made it
-        except BaseException:
+        except BaseException as refused:
             self.close()
+            if isinstance(refused, NoTerminal) and not self.made:  # tmux does not tell why
+                refused.args = (f"{refused}; is there a place, and space, for its socket {path}?",)
             raise
         self.send(["set-option", "-t", f"={session}:", "default-size", "200x50"])
         for pane in self.made:
@@ -866,7 +868,8 @@ class Tmux(asyncio.SubprocessProtocol):
     @staticmethod
     def _answer(future: asyncio.Future[list[str]], failed: bool, lines: list[str]) -> None:
         if failed and not future.done():
-            future.set_exception(NoTerminal(f"tmux: {' '.join(lines)}"))
+            said = " ".join(lines).replace("failed: No space", "failed, no terminal is left (kernel.pty.max): No space")
+            future.set_exception(NoTerminal(f"tmux: {said}"))
             future.exception()  # not every reply is waited for
         elif not future.done():
             future.set_result(lines)
@@ -937,7 +940,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1136
+# Execution Driver                                               budget 1141
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1409,16 +1412,21 @@ class RunFiles:
         """`job` and all that it left have closed them."""
         del self.jobs[job.run_id]
         if (job.returned and job.ending is None) or not job.typed:  # else `processes_of` would find the next run too
-            self._remove(job.run, self.OWN)
-            self.free.append(job.run)
+            reusable = self._remove(job.run, self.OWN)
+            self.free += [job.run] * reusable
         else:  # its line may have been read already, or `go` may be just noting the exit code
             self.status.loop.call_later(NEW_SHELL_TIMEOUT, self._remove, job.run, (*self.OWN, *self.FIFOS, "go"))
         self.there()
 
-    def _remove(self, run: str, names: tuple[str, ...]) -> None:
+    def _remove(self, run: str, names: tuple[str, ...]) -> bool:
+        """Whether they are gone: a file system may have become read-only."""
+        gone = True
         for name in names:
-            with contextlib.suppress(OSError):
+            try:
                 os.unlink(f"{run}.{name}")
+            except OSError as wrong:
+                gone &= wrong.errno == errno.ENOENT
+        return gone
 
     @contextlib.contextmanager
     def made_by(self, owner: int) -> Iterator[None]:
