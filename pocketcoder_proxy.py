@@ -940,7 +940,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1141
+# Execution Driver                                               budget 1136
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1509,7 +1509,6 @@ class Job:
 
     def __init__(self, terminal: Terminal, request: ExecRequest, takes: Takes, fed: bool, watch: Watch) -> None:
         self.terminal, self.request, self.takes, self.fed, self.watch = terminal, request, takes, fed, watch
-        self.watched = False  # `watch` was told of the start, not yet of the end
         self.loop = asyncio.get_running_loop()
         self.run_id, self.run = secrets.token_hex(8), ""  # the path of its files, but for their suffixes
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
@@ -1536,7 +1535,7 @@ class Job:
         if not self.released:
             self.view = View(pane, self.request.cmd, line, int(self.shell.last.split()[0]))
             self.watch("start", self)
-            self.begun, self.typed, self.watched = time.monotonic(), True, True
+            self.begun, self.typed = time.monotonic(), True
             # tmux types it unless somebody else has typed since the pane was in `state`.
             self.tmux.send_keys(pane, state, line, "Enter").add_done_callback(self._on_typed)
             self._later(START_TIMEOUT, self.tick)
@@ -1647,17 +1646,12 @@ class Job:
         self.exit_code, self.duration = exit_code, time.monotonic() - self.begun if self.pid else 0.0
         for output in self.outputs:
             output.finish()
-        self._tell_end()
+        self.watch("end", self)
         self.over.set()
         self.leaving = asyncio.ensure_future(self._leave())  # who waits for the answer comes first
         stopped = exit_code in STOPPED and not has_ended(self.pid)  # nobody will continue it
         if (stopped or self.leaves_nothing) and self.ending is None:
             self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[bool(stopped) :]))
-
-    def _tell_end(self) -> None:
-        if self.watched:
-            self.watched = False
-            self.watch("end", self)
 
     def outcome(self) -> CommandResult:
         """How it ended, without its output."""
@@ -1690,7 +1684,8 @@ class Job:
             output.finish() if self.pid else output.close()  # before its start nobody has opened it to write
         if not self.over.is_set():
             self.ended = "unstarted"
-            self._tell_end()
+            if self.typed:
+                self.watch("end", self)
         self.released, self.takes, self.watch = True, {}, lambda event, job: None  # who was told is not kept
         self._later(0, self.tick)  # no more
         self._tidy()

@@ -72,6 +72,15 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
+def descriptors_of(pid: int) -> list[str]:
+    """What a process has open."""
+    found = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):  # that of this very listing
+            found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    return found
+
+
 class Proxy:
     """A server in a process of its own, with its own tmux socket, workspace and home."""
 
@@ -200,12 +209,7 @@ class Proxy:
 
     def run_files(self) -> int:
         """Open ends of the files of runs."""
-        folder = f"/proc/{self.process.pid}/fd"
-        found = 0
-        for fd in os.listdir(folder):
-            with contextlib.suppress(OSError):
-                found += bool(re.search(r"/s\.d/\w+/\w+\.\w+", os.readlink(f"{folder}/{fd}")))
-        return found
+        return sum(bool(re.search(r"/s\.d/\w+/\w+\.\w+", path)) for path in descriptors_of(self.process.pid))
 
     def logged(self) -> str:
         return pathlib.Path(f"{self.folder}/log").read_text()
@@ -278,7 +282,7 @@ def agent(request: pytest.FixtureRequest) -> str:
 # ==========================================================================
 # Map
 # ==========================================================================
-LINES = 4448  # style.md gives 2,000, which the driver and the shell together did not keep: the owner is asked
+LINES = 4443  # style.md gives 2,000, which the driver and the shell together did not keep: the owner is asked
 BANNER = re.compile(r"# ={70,}\n# (?P<name>.+?) +budget (?P<budget>\d+)\n# ={70,}\n")
 SECTIONS = [(match["name"], int(match["budget"]), match.start()) for match in BANNER.finditer(SOURCE)]
 
@@ -747,7 +751,8 @@ def test_a_shell_that_is_killed_takes_its_command_along(engine: Caller) -> None:
 
 def test_a_signal_while_the_output_is_stuck_ends_the_shell_too(engine: Caller) -> None:
     process = engine.start("-c", "exec yes stuck67")
-    time.sleep(0.5)
+    eventually(lambda: processes_with("yes\x00stuck67"), 20)
+    time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(2) == 143
     process.communicate()
@@ -810,7 +815,7 @@ def test_a_server_that_never_answers_is_given_up_after_ten_seconds(
 ) -> None:
     process, env, started = wedged
     other = subprocess.Popen([sys.executable, f"{names}/sh", "-c", "echo no"], env=env, stdin=subprocess.DEVNULL)
-    time.sleep(0.5)
+    eventually(lambda: "socket:" in "".join(descriptors_of(other.pid)), 20)
     other.send_signal(signal.SIGTERM)
     assert other.wait(2) == 143
     assert process.poll() is None or time.monotonic() - started > 9
@@ -1093,7 +1098,7 @@ def write(proxy: Proxy, text: str) -> str:
 def test_the_answer_has_every_field_of_the_contract(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec("sleep 0.1; exit 2", agent_name=agent)
     assert set(answer) == {"stdout", "exit_code", "ended", "truncated", "output_bytes", "duration_ms", "run_id"}
-    assert 100 <= answer["duration_ms"] < 5000
+    assert 50 <= answer["duration_ms"] < 5000  # it counts from the report of the start, which may come late
     assert answer["run_id"] != proxy.exec("true", agent_name=agent)["run_id"]
 
 
@@ -1882,8 +1887,8 @@ def test_a_run_that_ends_while_its_files_cannot_go_does_not_hinder_the_next(own:
     server = own()
     server.exec("true")
     running = server.start_exec("sleep 0.5; echo done")
-    folder = eventually(lambda: next(pathlib.Path(f"{server.socket}.d").glob("*/*.pid"), None)).parent
-    pid = next(folder.glob("*.pid"))
+    pid = eventually(lambda: [*pathlib.Path(f"{server.socket}.d").glob("*/*.pid")])[0]
+    folder = pid.parent
     if not shutil.which("chattr") or subprocess.run(["chattr", "+a", folder], capture_output=True).returncode:
         pytest.skip("needs a file system and a user that can `chattr +a`")  # so that nothing can be removed
     try:
@@ -1981,14 +1986,6 @@ def test_a_pane_that_another_driver_holds_is_left_to_it(proxy: Proxy, agent: str
     assert proxy.exec("echo $TMUX_PANE", agent_name=agent)["stdout"] == first
 
 
-def open_files() -> list[str]:
-    found = []
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found.append(os.readlink(f"/proc/self/fd/{fd}"))
-    return found
-
-
 def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(tmp_path: pathlib.Path) -> None:
     driver = pp.PocketCoderDriver(f"{tmp_path}/tmux/s", "pocketcoder")
 
@@ -2033,13 +2030,13 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
             result = asyncio.run(use())
             assert (result.output, result.exit_code, result.ended) == (f"{tmp_path}\npoco\n", 3, "exit")
         driver.stopping = False
-        before = open_files()
+        before = descriptors_of(os.getpid())
         for number in range(3):  # as a script would: nobody closes it
             assert asyncio.run(driver.exec(f"echo {number}", None, "poco")).output == f"{number}\n"
         with pytest.raises(asyncio.TimeoutError):
             asyncio.run(asyncio.wait_for(driver.exec("sleep 79.5", None, "poco"), 0.3))
         eventually(lambda: not processes_with("sleep\x0079.5"))
-        assert [path for path in open_files() if path not in before] == []
+        assert [path for path in descriptors_of(os.getpid()) if path not in before] == []
         with pytest.raises(pp.BadMessage, match="agent_name"):
             asyncio.run(driver.exec("true", None, "a b"))
     finally:
