@@ -65,7 +65,7 @@ import os
 import sys
 
 # ==========================================================================
-# Settings                                                         budget 79
+# Settings                                                         budget 80
 # ==========================================================================
 # S1  Every limit, time and default is here, with its unit.  Times in seconds.
 VERSION = "0.1.0"
@@ -106,7 +106,6 @@ DRAIN_PAUSE = 0.01  # between reads of what outlives its run: 100 MB/s
 VIEW_DELAY = 0.005  # a command that ends sooner is shown at its end
 VIEW_PAUSE, VIEW_TRIES = 0.01, 20  # a full terminal is written to again, and may delay the prompt by that
 DESCRIPTORS_KEPT = 10  # that no further run takes: those that run need some to be watched and ended
-ACCEPT_PAUSE = 0.1  # without descriptors, until new callers are looked at again
 STOP_GRACE = 5.0  # SIGTERM: running commands may still end
 KEEP_ALIVE = 15.0  # between comments on a silent stream
 BODY_TIMEOUT = 60.0  # for a body to arrive
@@ -128,6 +127,8 @@ QUESTION_PAUSE = 0.02  # for more questions of a legacy server
 MAX_ROUNDS = 10  # of questions in one call
 MAX_INBOX = 100  # messages that wait for a client
 MAX_SESSIONS, MAX_CALLS = 4096, 100  # of MCP; calls of one session at once
+MAX_WAITING = 1000  # connections without a request at work
+MAX_HEADERS = 16 * KIB  # bytes of a request's; 64 KiB of them take 10 ms to parse, before the gate
 SESSION_KEPT = 60.0  # a session that its client named outlives its stream
 SESSION_IDLE = 3600.0  # one of Streamable HTTP its last message
 PROGRESS_EVERY, PROGRESS_PAUSE = 1.0, 0.1  # between progress notifications, at most and at least
@@ -474,7 +475,6 @@ from urllib.parse import quote_plus, urlsplit
 
 try:
     import tornado.httpserver
-    import tornado.ioloop
     import tornado.iostream
     import tornado.netutil
     import tornado.web
@@ -482,6 +482,7 @@ try:
 except ModuleNotFoundError:  # the shell and the driver do without; `why_not` tells who wants a server
     tornado = SimpleNamespace(  # type: ignore[assignment]
         web=SimpleNamespace(RequestHandler=object),
+        httpserver=SimpleNamespace(HTTPServer=object),
         websocket=SimpleNamespace(WebSocketHandler=type("WebSocketHandler", (), {})),
     )
 
@@ -3671,7 +3672,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 562
+# Transports                                                      budget 604
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -3839,6 +3840,7 @@ class Endpoint(tornado.web.RequestHandler):
         """Await `work`; cancel it when the caller leaves."""
         task = self.task = asyncio.current_task()
         assert task is not None
+        self.settings["server"].waiting.pop(self.request.server_connection, None)
         self.state.calls.add(task)
         try:
             await work
@@ -3905,6 +3907,47 @@ class Endpoint(tornado.web.RequestHandler):
     def log_exception(self, *exc_info: Any) -> None:
         if not isinstance(exc_info[1], (ProxyError, tornado.web.HTTPError)):
             log.error("request failed path=%s", self.request.path, exc_info=exc_info)
+
+
+class HttpServer(tornado.httpserver.HTTPServer):
+    """Parts from those who keep it waiting longest, before they are too many."""
+
+    def initialize(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize(*args, **kwargs)
+        self.waiting: dict[Any, None] = {}  # connections without a request at work, the oldest first
+
+    def listen_on(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(listener, self.accept, listener)
+
+    def accept(self, listener: socket.socket) -> None:
+        """Take what has come.  Tornado's own, out of descriptors, tries for ever and logs each time."""
+        most = min(MAX_WAITING, os.sysconf("SC_OPEN_MAX") // 2)  # the other descriptors are for runs
+        try:
+            for _ in range(16):  # they are counted in the next turn of the loop
+                connection, address = listener.accept()
+                self.handle_stream(tornado.iostream.IOStream(connection), address)
+                if len(self.waiting) >= most:
+                    oldest = next(iter(self.waiting))
+                    del self.waiting[oldest]
+                    oldest.stream.close()
+        except (BlockingIOError, ConnectionAbortedError):
+            pass
+        except OSError as full:
+            log.error("accept failed: %s", full)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listener)
+            loop.call_later(QUEUE_CHECK, self.listen_on, listener)
+
+    def start_request(self, server_conn: Any, request_conn: Any) -> Any:
+        """Called when a connection may bring its first request, or its next."""
+        self.waiting.pop(server_conn, None)
+        self.waiting[server_conn] = None
+        return super().start_request(server_conn, request_conn)
+
+    def on_close(self, server_conn: Any) -> None:
+        self.waiting.pop(server_conn, None)
+        super().on_close(server_conn)
 
 
 class HealthEndpoint(Endpoint):
@@ -4233,7 +4276,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 205
+# Application                                                     budget 183
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4320,31 +4363,6 @@ def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]
     return tuple(configs)
 
 
-class Entrance(socket.socket):
-    """Takes no more callers while too few descriptors are left for the runs of those who are in."""
-
-    told = False
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        try:
-            os.close(lowest := os.dup(self.fileno()))
-            if lowest < resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4:
-                return super().accept()
-        except OSError as wrong:
-            if wrong.errno not in SHORTAGE:
-                raise
-        if not self.told:
-            log.warning("few descriptors are left: new callers wait, see `ulimit -n`")
-        self.told = True
-        self.watch(0)  # else the loop would call this again at once, and again
-        asyncio.get_running_loop().call_later(ACCEPT_PAUSE, self.watch, tornado.ioloop.IOLoop.READ)
-        raise BlockingIOError
-
-    def watch(self, events: int) -> None:
-        if self.fileno() >= 0:  # else the server has stopped
-            tornado.ioloop.IOLoop.current().update_handler(self, events)
-
-
 async def serve(options: Commands, token: str) -> None:
     """Listen until SIGTERM or SIGINT.  Raises OSError when it cannot."""
     socket_path = os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET
@@ -4366,11 +4384,12 @@ async def serve(options: Commands, token: str) -> None:
         origins=frozenset(options.origins),
         websocket_max_message_size=MAX_BODY,
     )
-    limits = {"max_body_size": 1 << 40, "idle_connection_timeout": IDLE_TIMEOUT, "body_timeout": BODY_TIMEOUT}
-    server = tornado.httpserver.HTTPServer(application, **limits)  # Endpoint answers 413
-    bound = tornado.netutil.bind_sockets(int(options.port), options.host)
-    sockets = [Entrance(fileno=each.detach()) for each in bound]
-    server.add_sockets(sockets)
+    limits: dict[str, Any] = {"max_body_size": 1 << 40, "max_header_size": MAX_HEADERS}  # Endpoint answers 413
+    limits |= {"idle_connection_timeout": IDLE_TIMEOUT, "body_timeout": BODY_TIMEOUT}
+    server = application.settings["server"] = HttpServer(application, **limits)
+    sockets = tornado.netutil.bind_sockets(int(options.port), options.host)
+    for listener in sockets:
+        server.listen_on(listener)
     host, port = sockets[0].getsockname()[:2]
     print(f"pocketcoder: listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     attach = shlex.join(["tmux", "-S", driver.socket_path, "attach", "-t", session])
@@ -4385,7 +4404,9 @@ async def serve(options: Commands, token: str) -> None:
     gc.freeze()  # what is here now stays; and a request makes no rubbish that has to go at once
     gc.set_threshold(10_000)
     await stop.wait()
-    server.stop()
+    for listener in sockets:
+        asyncio.get_running_loop().remove_reader(listener)
+        listener.close()
     await asyncio.gather(driver.close(STOP_GRACE), state.sessions.settle(STOP_GRACE))
     await state.sessions.settle(TMUX_TIMEOUT / 10)  # those of commands that had to be ended
     for open_session in [*state.sessions.values()]:
