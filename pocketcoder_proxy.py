@@ -4276,7 +4276,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 183
+# Application                                                     budget 199
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4434,6 +4434,21 @@ def why_not(options: Commands, token: str) -> str | None:
     return None
 
 
+def wipe(name: str) -> None:
+    """Overwrite a variable where /proc/PID/environ shows what we were started with: commands can read that."""
+    try:
+        first, last = map(int, read_proc(os.getpid(), "stat").rpartition(b")")[2].split()[47:49])  # fields 50 and 51
+        with open("/proc/self/mem", "r+b", 0) as memory:
+            memory.seek(first)
+            for variable in memory.read(last - first).split(b"\0"):
+                if variable.startswith(f"{name}=".encode()):
+                    memory.seek(first)
+                    memory.write(bytes(len(variable)))
+                first += len(variable) + 1
+    except (OSError, ValueError) as refused:
+        log.warning("%s stays in /proc/%d/environ: %s", name, os.getpid(), refused)
+
+
 def main() -> int:
     """The command line; its exit status."""
     options = Cli.parse(sys.argv).command
@@ -4446,6 +4461,7 @@ def main() -> int:
         os.close(os.pidfd_open(os.getpid()))
         if sys.version_info < (3, 12):
             asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+    wipe("POCKETCODER_TOKEN")
     try:
         if not (wrong := why_not(options, token)):
             asyncio.run(serve(options, token))
