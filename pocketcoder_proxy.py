@@ -726,7 +726,7 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                            budget 215
+# Tmux                                                            budget 216
 # ==========================================================================
 # The only section that talks to tmux.
 #
@@ -820,6 +820,7 @@ class Tmux(asyncio.SubprocessProtocol):
         variables = {name: value for name, value in os.environ.items() if name not in hidden}
         words = ["tmux", "-S", path, "-C", "new-session", "-A", "-s", session, "-x", "200", "-y", "50"]
         words += ["-P", "-F", PANE_FORMAT, "-f", "no-output,ignore-size", *(window or [])]
+        words = [re.sub(r";\Z", r"\;", word) for word in words]  # it would end the command
         check_place(path)
         try:  # default-shell is taken from SHELL, which may be this very file
             _, self = await asyncio.get_running_loop().subprocess_exec(
@@ -898,7 +899,7 @@ class Tmux(asyncio.SubprocessProtocol):
         self.replies.extend(futures)
         if self.closed:
             self._answer(futures[-1], True, ["the connection has ended"])
-        lines = (" ".join(map(quote, words)) + "\n" for words in commands if words)
+        lines = (" ".join(map(quote, words)).replace("\n", "'\"\\n\"'") + "\n" for words in commands if words)
         self.process.get_pipe_transport(0).write("".join(lines).encode())
         return futures[-1]
 
@@ -1881,8 +1882,8 @@ class PocketCoderDriver:
     """
 
     def __init__(self, socket_path: str, session_name: str, directory: str | None = None) -> None:
-        if not re.fullmatch(r"[^\x00-\x1f:.#=]{1,64}", session_name):
-            raise complain("session_name", session_name, "a tmux name without `:`, `.`, `#`, `=`")
+        if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f:.#=;$\\]{1,64}", session_name):
+            raise complain("session_name", session_name, "a tmux name without `:`, `.`, `#`, `=`, `;`, `$`, `\\`")
         self.socket_path, self.session_name = os.path.abspath(socket_path), session_name
         self.shell = find_shell()
         # What tmux runs in a new pane.  Not one word: default-shell, maybe us, would run that.
