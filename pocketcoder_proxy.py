@@ -4277,7 +4277,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 199
+# Application                                                     budget 201
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4392,9 +4392,11 @@ async def serve(options: Commands, token: str) -> None:
     for listener in sockets:
         server.listen_on(listener)
     host, port = sockets[0].getsockname()[:2]
-    print(f"pocketcoder: listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     attach = shlex.join(["tmux", "-S", driver.socket_path, "attach", "-t", session])
-    print(f"pocketcoder: watch with: {attach}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # whoever should read it has left, or its disk is full
+        print(f"pocketcoder: listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    with contextlib.suppress(OSError):
+        print(f"pocketcoder: watch with: {attach}", file=sys.stderr, flush=True)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
