@@ -3673,7 +3673,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 604
+# Transports                                                      budget 606
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -3885,6 +3885,8 @@ class Endpoint(tornado.web.RequestHandler):
             timeout = round(self.patience * 1000)  # a peer that has died without a word is noticed
             self.peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
         async with self.sending:
+            if self._finished:  # it has left while we waited for our turn
+                raise tornado.iostream.StreamClosedError
             self.write(text)
             await self.flush()
 
