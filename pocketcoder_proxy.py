@@ -726,7 +726,7 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                            budget 216
+# Tmux                                                            budget 217
 # ==========================================================================
 # The only section that talks to tmux.
 #
@@ -899,8 +899,9 @@ class Tmux(asyncio.SubprocessProtocol):
         self.replies.extend(futures)
         if self.closed:
             self._answer(futures[-1], True, ["the connection has ended"])
-        lines = (" ".join(map(quote, words)).replace("\n", "'\"\\n\"'") + "\n" for words in commands if words)
-        self.process.get_pipe_transport(0).write("".join(lines).encode())
+        else:
+            lines = (" ".join(map(quote, words)).replace("\n", "'\"\\n\"'") + "\n" for words in commands if words)
+            self.process.get_pipe_transport(0).write("".join(lines).encode())
         return futures[-1]
 
     async def reply(self, future: asyncio.Future[list[str]]) -> list[str]:
