@@ -1822,8 +1822,8 @@ class Terminal:
                     panes[at] = Pane.parse(*await tmux.ask("display-message", "-p", "-t", pane.pane_id, PANE_FORMAT))
                     self.shells.append(PaneShell(panes[at], True))
         except (NoTerminal, ValueError):  # ValueError: what it describes is gone
-            if self.driver.tmux:  # the session may be gone, and we be attached to another
-                self.driver.tmux.close()
+            if self.driver.tmux and tries < 3:  # the session may be gone, and we be attached to another
+                self.driver.tmux.close()  # not at the first try: others wait for replies
             if not tries:
                 raise
             await asyncio.sleep(CLEAR_PAUSE)  # a tmux that is just ending fails once
