@@ -26,11 +26,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import pytest
 import tornado.httpclient
@@ -3732,6 +3733,8 @@ def test_an_error_before_the_stream_is_a_plain_one(proxy: Proxy) -> None:
 class Channel:
     """A client of `GET /exec/ws`, with another implementation of WebSocket than ours."""
 
+    patience = 10.0  # seconds, for a message
+
     def __init__(self, proxy: Proxy, **options: Any) -> None:
         self.url, self.options = f"ws://127.0.0.1:{proxy.port}/exec/ws", options
 
@@ -3751,7 +3754,7 @@ class Channel:
 
     async def next(self) -> int:
         """Read a message; its channel."""
-        message = await asyncio.wait_for(self.socket.read_message(), 10)
+        message = await asyncio.wait_for(self.socket.read_message(), self.patience)
         assert isinstance(message, bytes), message
         if message[0] == 3:
             self.final = json.loads(message[1:])
@@ -4640,6 +4643,498 @@ def test_bench_twenty_thousand_mixed_commands(own: Callable[..., Proxy]) -> None
     print(f"after the first 2,000: {grown:+.1f} MiB (bound 5), {more:+d} descriptors, {18000 / taken:.0f} commands/s")
     for call in calls:
         call.close()  # type: ignore[attr-defined]
+
+
+# ==========================================================================
+# Soak: POCKETCODER_SOAK=3600 python -m pytest -m soak -s
+# ==========================================================================
+SECRET = "soak"
+TMUX_DIES = ("session", "server", "server killed")
+PANE_DIES = ("shell", "pane", "window", "hung up")
+RESTARTS = ("restart", "kill")
+OTHERS = ("child", "client", "half request", "wipe", "half a line", "sleep", "copy mode")
+LINGER = "sleep 30."  # what a timeout, a signal or a caller that leaves ends, long before its time
+
+
+class Bearer(http.client.HTTPConnection):
+    def request(self, method: str, url: str, body: Any = None, headers: Any = None, **more: Any) -> None:
+        super().request(method, url, body, {**(headers or {}), "Authorization": f"Bearer {SECRET}"}, **more)
+
+
+class Guarded(Proxy):
+    """A server whose clients all give its token."""
+
+    def connect(self) -> http.client.HTTPConnection:
+        return Bearer("127.0.0.1", self.port, timeout=60)
+
+
+class Order(NamedTuple):
+    """A command, and what it has to answer."""
+
+    fields: dict[str, Any]
+    out: str
+    err: str = ""
+    code: int = 0
+    ended: str = "exit"
+
+
+class Answer(NamedTuple):
+    out: str
+    err: str | None  # None: it is in `out`
+    facts: dict[str, Any]
+
+
+class Fault:
+    def __init__(self, kind: str, agent: str | None) -> None:
+        self.kind, self.agent, self.begin, self.end = kind, agent, time.monotonic(), float("inf")
+
+
+class Refused(Exception): ...  # 503, or 125: nothing was run
+
+
+class Lost(Exception): ...  # a child died
+
+
+def ordered(chance: random.Random, tag: str, agent: str, folder: str, door: str) -> Order:
+    number, given = chance.randrange(256), f"{tag}é\n" * chance.randrange(1, 20_000)
+    count, name = int(10 ** chance.uniform(1, 5.3)), chance.choice(["KILL", "TERM", "INT", "HUP", "USR1"])
+    code = 128 + signal.Signals[f"SIG{name}"]
+    later = f"(sleep 1; echo {tag} >{folder}/late.{tag}) {chance.choice(['', '>/dev/null 2>&1'])} &"
+    orders = [
+        Order({"cmd": f"echo {tag}; exit {number}"}, f"{tag}\n", "", number),
+        Order({"cmd": f"echo {tag}; echo err {tag} >&2; kill -{name} $$"}, f"{tag}\n", f"err {tag}\n", code),
+        Order({"cmd": f"yes {tag} | head -n {count}", "max_output": 64 << 20}, f"{tag}\n" * count),
+        Order({"cmd": "cat; exit 3", "stdin": given, "max_output": 64 << 20}, given, "", 3),
+        Order(
+            {"cmd": f'echo {tag} "$POCKETCODER_AGENT"; pwd >&2', "cwd": "sub"},
+            f"{tag} {agent}\n",
+            os.path.realpath(f"{folder}/work/sub") + "\n",
+        ),
+        Order({"cmd": f"{later} echo {tag}"}, f"{tag}\n"),
+        Order({"cmd": f": {'x' * 40_000}; echo {tag}"}, f"{tag}\n"),
+        Order({"cmd": f"for i in 1 2 3; do echo {tag}; sleep 0.{number}; done"}, f"{tag}\n" * 3),
+    ]
+    if door == "channel" and number < 60:
+        return Order({"cmd": f"echo {tag}; {LINGER}{tag.replace('x', '00')}", "signal": name}, f"{tag}\n", "", code)
+    if door != "shell" and number < 90:
+        return Order(
+            {"cmd": f"echo {tag}; {LINGER}{tag.replace('x', '00')}", "timeout": 0.3}, f"{tag}\n", "", 124, "timeout"
+        )
+    return chance.choice(orders)
+
+
+class Soak:
+    """The load, the faults, and what may be excused by which."""
+
+    def __init__(self, server: Proxy, names: str, fixtures: pathlib.Path) -> None:
+        self.server, self.names, self.fixtures = server, names, fixtures
+        self.until, self.life = float("inf"), 0
+        self.faults: list[Fault] = []
+        self.wrong: list[str] = []
+        self.done: dict[str, list[tuple[str, float]]] = {}  # by door: verdict, seconds
+        self.since: dict[int, float] = {}  # by worker, when it asked
+        self.runs: dict[str, int] = {}  # exit code by run_id
+        self.late: dict[str, tuple[str, float]] = {}  # what background processes will write: agent, begin
+        self.sessions: dict[int, tuple[int, str]] = {}
+        self.samples: list[tuple[int, float, int, int]] = []
+
+    # ---- doors ----
+
+    def post(self, worker: int, order: Order) -> Answer:
+        status, facts = self.server.post(order.fields)
+        if status != 200:
+            raise Refused(f"{status} {facts}")
+        return Answer(facts["stdout"], None, facts)
+
+    def stream(self, worker: int, order: Order) -> Answer:
+        with contextlib.closing(Stream(self.server, "/exec", order.fields, Accept="text/event-stream")) as events:
+            if events.status != 200:
+                raise Refused(f"{events.status} {events.answer.read()!r}")
+            got = []
+            while "exit_code" not in (event := events.next()):
+                got.append(event["stdout"])
+            return Answer("".join(got), None, event)
+
+    def channel(self, worker: int, order: Order) -> Answer:
+        fields = dict(order.fields)
+        stdin, number = fields.pop("stdin", "").encode(), fields.pop("signal", None)
+
+        async def talk() -> Answer:
+            async with Channel(self.server, headers={"Authorization": f"Bearer {SECRET}"}) as channel:
+                channel.patience = 60.0
+                await channel.send(fields)
+                for at in range(0, len(stdin), 50_000):
+                    await channel.send(b"\0" + stdin[at : at + 50_000])
+                await channel.send(b"\xff\0")
+                if number and await channel.next() == 1:
+                    await channel.send({"signal": number})
+                facts = await channel.end() if not hasattr(channel, "final") else channel.final
+                if "ended" not in facts:
+                    raise Refused(str(facts))
+                return Answer(channel.streams[1].decode(), channel.streams[2].decode(), facts)
+
+        return asyncio.run(talk())
+
+    def shell(self, worker: int, order: Order) -> Answer:
+        caller, fields = Caller(self.server, self.names), order.fields
+        caller.env["OPENCODE_AGENT"] = fields["agent_name"]
+        where = os.path.join(caller.cwd, fields.get("cwd", ""))
+        with caller.start("-c", fields["cmd"], stdin=subprocess.PIPE, cwd=where) as process:
+            out, err = (part.decode() for part in process.communicate(fields.get("stdin", "").encode(), timeout=60))
+        ours = [line for line in err.split("\n") if line.startswith("pocketcoder: ")]
+        if process.returncode == 125 and ours:
+            raise Refused(err)
+        ended = next((ended for ended in ("lost", "cancelled") if ours and ended in ours[0]), "exit")
+        return Answer(out, err, {"exit_code": process.returncode, "ended": ended})
+
+    def told(self, result: dict[str, Any]) -> Answer:
+        facts = result.get("result", {}).get("structuredContent")
+        if not facts:
+            raise Refused(str(result))
+        return Answer(facts["output"], None, facts)
+
+    def tool(self, worker: int, order: Order) -> Answer:
+        params, id_ = {"name": "exec", "arguments": order.fields}, order.fields["usage_id"]
+        if worker % 2:
+            got = mcp(self.server, modern("tools/call", params, id_, progressToken=id_))[2]
+        else:
+            if self.sessions.get(worker, (-1, ""))[0] != self.life:
+                life = self.life
+                self.sessions[worker] = life, opened(self.server)
+            params["_meta"] = {"progressToken": id_}
+            got = mcp(self.server, request("tools/call", params, id_), Mcp_Session_Id=self.sessions[worker][1])[2]
+        answer = got[-1] if isinstance(got, list) else got
+        assert answer["id"] == id_, answer
+        return self.told(answer)
+
+    def socket(self, worker: int, order: Order) -> Answer:
+        async def talk() -> Answer:
+            url = f"ws://127.0.0.1:{self.server.port}/mcp/ws?token={SECRET}"
+            socket = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"], max_message_size=64 << 20)
+            for message in (
+                request("initialize", INITIALIZE, "hello"),
+                request("tools/call", {"name": "exec", "arguments": order.fields}, order.fields["usage_id"]),
+            ):
+                await socket.write_message(json.dumps(message))
+                got = json.loads(cast(str, await asyncio.wait_for(socket.read_message(), 60)))
+                assert got["id"] == message["id"], got
+            await close(socket)
+            return self.told(got)
+
+        return asyncio.run(talk())
+
+    def events(self, worker: int, order: Order) -> Answer:
+        """The answer comes to who was away meanwhile."""
+        name = f"/sse?session_id=w{worker}"
+        first = Stream(self.server, name)
+        path = first.next()
+        if worker % 2:
+            first.close()
+        message = request("tools/call", {"name": "exec", "arguments": order.fields}, order.fields["usage_id"])
+        assert mcp(self.server, message, path=path)[0] == 202
+        with contextlib.closing(Stream(self.server, name) if worker % 2 else first) as stream:
+            got = stream.next()
+            got = stream.next() if got == path else got
+            assert got["id"] == order.fields["usage_id"], got
+            return self.told(got)
+
+    def keys(self, worker: int, order: Order) -> Answer:
+        """A question at the terminal, answered there."""
+        agent, tag = order.fields["agent_name"], order.fields["usage_id"]
+        ask = {"cmd": f"echo ready; read -r x </dev/tty; echo {tag} $x; exit 5", "agent_name": agent, "timeout": 20}
+        with contextlib.closing(Stream(self.server, "/exec", ask, Accept="text/event-stream")) as stream:
+            assert stream.next() == {"stdout": "ready\n"}
+            for name, arguments in (
+                ("send_keys", {"agent_name": agent, "text": f"word {tag}", "keys": ["Enter"]}),
+                ("list_terminals", {}),
+                ("read_terminal", {"agent_name": agent, "lines": 50}),
+            ):
+                got = mcp(self.server, modern("tools/call", {"name": name, "arguments": arguments}))[2]["result"]
+                assert not got["isError"], got
+            assert stream.next() == {"stdout": f"{tag} word {tag}\n"}
+            facts = stream.next()
+        assert (facts.pop("exit_code"), facts["ended"]) == (5, "exit"), facts
+        return Answer(order.out, order.err, {"exit_code": order.code, "ended": order.ended})
+
+    def relay(self, worker: int, order: Order) -> Answer:
+        era, server = ERAS[worker % 4]
+        try:
+            client = Client(self.server, era, server, partial(Stream))
+        except KeyError as none:
+            raise Lost("no session") from none
+        for name, arguments in (("echo", {"n": order.fields["usage_id"]}), ("test_slow", {"seconds": 0.4})):
+            got = client.ask("tools/call", {"name": name, "arguments": arguments}, id_=order.fields["usage_id"])[-1]
+            if "error" in got:
+                raise Lost(str(got))
+            text = text_of(got["result"])
+            assert got["id"] == order.fields["usage_id"], got
+            assert text == "slept 0.4 s" if name == "test_slow" else json.loads(text)["arguments"] == arguments, got
+        if era == "legacy":
+            assert mcp(self.server, b"", "DELETE", path=client.path, **client.headers)[0] == 204
+        return Answer(order.out, order.err, {"exit_code": order.code, "ended": order.ended})
+
+    DOORS: ClassVar[dict[str, tuple[Callable[..., Answer], int]]] = {  # and how often each
+        "exec": (post, 20),
+        "stream": (stream, 15),
+        "channel": (channel, 15),
+        "tool": (tool, 20),
+        "socket": (socket, 10),
+        "events": (events, 8),
+        "keys": (keys, 4),
+        "relay": (relay, 5),
+        "shell": (shell, 3),
+    }
+
+    # ---- load ----
+
+    def hit(self, begin: float, agent: str, *kinds: str, grace: float = 2.0) -> bool:
+        """Whether one of these could have hit who began then."""
+        hits = (fault for fault in list(self.faults) if fault.kind in kinds and fault.agent in (None, agent))
+        return any(fault.end + grace >= begin for fault in hits)
+
+    def work(self, worker: int) -> None:
+        chance, serial = random.Random(worker), 0
+        agent = f"a{worker if worker < 20 else 10 + worker % 10}"
+        names, weights = list(self.DOORS), [weight for _, weight in self.DOORS.values()]
+        while time.monotonic() < self.until and len(self.wrong) < 20:
+            door, serial = chance.choices(names, weights)[0], serial + 1
+            tag = f"{worker}x{serial}"
+            if door == "keys" and worker >= 10:
+                continue
+            order = ordered(chance, tag, agent, self.server.folder, door)
+            order.fields.update(agent_name=agent, usage_id=tag)
+            begin = self.since[worker] = time.monotonic()
+            verdict = self.judge(door, worker, order, agent, tag)
+            self.done.setdefault(door, []).append((verdict, time.monotonic() - begin))
+            self.since[worker] = float("inf")
+            time.sleep(chance.uniform(0, 2 * PAUSE))
+
+    def judge(self, door: str, worker: int, order: Order, agent: str, tag: str) -> str:
+        begin, terminal = time.monotonic(), (*PANE_DIES, *TMUX_DIES)
+        try:
+            answer = self.DOORS[door][0](self, worker, order)
+        except TimeoutError as hang:
+            verdict, excused, said = "hang", False, repr(hang)
+        except Refused as refused:
+            verdict, excused, said = "refused", self.hit(begin, agent, *RESTARTS), str(refused)
+        except Lost as lost:
+            verdict, excused, said = "lost", self.hit(begin, agent, *RESTARTS, "child", grace=40), str(lost)
+        except Exception as gone:  # the connection, mostly
+            kinds = (*RESTARTS, *(terminal if door == "keys" else ["child"] if door == "relay" else []))
+            verdict, excused = "gone", self.hit(begin, agent, *kinds)
+            said = "".join(traceback.format_exception(gone))[-1500:]
+        else:
+            verdict, excused, said = self.compare(order, answer, begin, agent)
+            if "late." in order.fields["cmd"] and door not in ("keys", "relay"):
+                self.late[tag] = f"{agent} {door} {verdict} {order.fields['cmd']}", begin
+        if not excused:
+            now = time.monotonic()
+            past = [f"{each.kind} {each.agent or ''} {now - each.begin:.2f} s ago" for each in self.faults[-4:]]
+            at = f"{door} {agent}, {now - begin:.2f} s, after {past}"
+            self.wrong.append(f"{verdict} at {at}: {order.fields['cmd'][-200:]!r}: {said[:1500]}")
+            print("WRONG", self.wrong[-1], flush=True)
+        return verdict
+
+    def compare(self, order: Order, answer: Answer, begin: float, agent: str) -> tuple[str, bool, str]:
+        facts, combined = answer.facts, answer.err is None
+        ended, got = facts["ended"], (answer.out, answer.err or "")
+        if "run_id" in facts:
+            assert facts["run_id"] not in self.runs, "a run_id twice"
+            self.runs[facts["run_id"]] = facts["exit_code"]
+        due = (order.out + order.err, "") if combined else (order.out, order.err)
+        said = f"{facts}, {[text[:60] for text in got]}, {[len(text) for text in got]} of {[len(t) for t in due]}"
+        if ended in ("lost", "cancelled") and ended != order.ended:
+            kinds = RESTARTS[:1] if ended == "cancelled" else (*PANE_DIES, *TMUX_DIES)
+            code = facts["exit_code"] == 137 or ended == "cancelled"
+            begun = due[0].startswith(got[0].replace("\ufffd", ""))  # it may end within a character
+            return ended, self.hit(begin, agent, *kinds) and begun and code, said
+        right = got == due and (facts["exit_code"], ended) == (order.code, order.ended)
+        return ("ok" if right else "wrong"), right, said
+
+    # ---- faults ----
+
+    def hurt(self, kind: str, chance: random.Random) -> None:
+        agent = f"a{chance.randrange(10, 20) if kind in OTHERS else chance.randrange(20)}"
+        fault = Fault(kind, agent if kind in PANE_DIES else None)
+        self.faults.append(fault)
+        number, server = len(self.faults), self.server
+        panes: list[str] = []
+        with contextlib.suppress(AssertionError):  # no tmux
+            panes = [line.split()[0] for line in server.panes(agent)]
+        pane = chance.choice(panes or ["%none"])
+        if kind in DEATHS:
+            words = ["bash", "-c", DEATHS[kind].format(socket=server.socket, pane=pane)]
+            subprocess.run(words, env=server.env, stderr=subprocess.DEVNULL, timeout=20)
+        elif kind in RESTARTS:
+            begin = time.monotonic()
+            status = server.stop(signal.SIGTERM if kind == "restart" else signal.SIGKILL)
+            if kind == "restart" and (status or time.monotonic() - begin > 12):
+                self.wrong.append(f"stopped with {status} after {time.monotonic() - begin:.1f} s")
+            server.start()
+            self.life += 1
+        elif kind == "child":
+            children = [pid for pid in processes_with(str(self.fixtures)) if pid != server.process.pid]
+            if children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(chance.choice(children), signal.SIGKILL)
+        elif kind == "client":
+            self.leave(agent, number)
+        elif kind == "half request":
+            head = f"POST /exec HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {SECRET}\r\n"
+            with socket.create_connection(("127.0.0.1", server.port)) as half:
+                half.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{{".encode())
+            params = {"name": "exec", "arguments": {"cmd": f"{LINGER}{number}", "agent_name": agent}}
+            call = frame(json.dumps(request("tools/call", params)))
+            with shaken(server, f"/mcp/ws?token={SECRET}", call + call[: number % 20]):
+                time.sleep(chance.uniform(0, 0.2))
+        elif kind == "wipe":
+            shutil.rmtree(f"{server.socket}.d", ignore_errors=True)
+        else:
+            keys = {"half a line": [f"touch {server.folder}/half.{number}"], "sleep": ["C-u", "sleep 2", "Enter"]}
+            words = ["send-keys", "-t", pane, *keys[kind]] if kind in keys else ["copy-mode", "-t", pane]
+            with contextlib.suppress(AssertionError):
+                server.tmux(*words)
+        fault.end = time.monotonic()
+
+    def leave(self, agent: str, number: int) -> None:
+        """A caller that is killed, and one that drops its stream."""
+        caller = Caller(self.server, self.names)
+        caller.env["OPENCODE_AGENT"] = agent
+        with caller.start("-c", f"echo go; {LINGER}{number}") as process:
+            assert process.stdout
+            process.stdout.readline()
+            process.kill()
+        cmd = [f"echo go; {LINGER}{number}", "yes"][number % 2]
+        left = Stream(self.server, "/exec", {"cmd": cmd, "agent_name": agent}, Accept="text/event-stream")
+        left.next()
+        left.close()
+
+    def look(self, begin: float) -> None:
+        """Sample the server; nothing hangs, and what was to end has."""
+        now, server = time.monotonic(), self.server
+        self.samples.append((self.life, now - begin, server.memory(), server.descriptors()))
+        self.wrong += [f"worker {worker} hangs" for worker, since in list(self.since.items()) if now - since > 100]
+        for pid in processes_with("sleep\x0030."):
+            with contextlib.suppress(OSError):
+                ticks = int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+                age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+                words = pathlib.Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                if age > 12 and not self.hit(now - age, "", "kill"):
+                    self.wrong.append(f"still there after {age:.0f} s: {words}")
+
+
+PAUSE = 0.5  # seconds between two commands of a worker, about
+
+
+def left_over(server: Proxy, fixtures: pathlib.Path) -> list[str]:
+    """Processes that are neither the server, its children, tmux, nor shells in its panes."""
+    known = {server.process.pid, int(server.tmux("display-message", "-p", "#{pid}"))}
+    known |= {int(pid) for pid in server.tmux("list-panes", "-a", "-F", "#{pane_pid}").split()}
+    found = []
+    for pid in set(processes_with(server.folder)) - known:
+        with contextlib.suppress(OSError):
+            if (it := pp.process(pid)) and it.parent != server.process.pid:
+                found.append(f"{pid} {pathlib.Path(f'/proc/{pid}/cmdline').read_text()[:200]!r} of {it.parent}")
+    return found
+
+
+def unaudited(audit: pathlib.Path, runs: dict[str, int]) -> list[str]:
+    """Runs that were answered, and whose two lines the audit log does not have, or with another exit code."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in audit.read_text().splitlines():
+        found.setdefault((entry := json.loads(line)).get("run_id"), []).append(entry)
+    told = {run: [(entry["event"], entry.get("exit_code")) for entry in entries] for run, entries in found.items()}
+    due = {run: [("start", None), ("end", code)] for run, code in runs.items()}
+    return [f"audit of {run}: {told.get(run)}, not {due[run]}" for run in due if told.get(run) != due[run]]
+
+
+def drift(samples: list[tuple[int, float, int, int]]) -> tuple[float, float]:
+    """MiB and descriptors more in the last third than in the second, by their medians; the first is warm-up."""
+    third = len(samples) // 3
+    if not third:
+        return 0.0, 0.0
+    memory, files = zip(*((row[2] / 2**20, row[3]) for row in samples), strict=True)
+    middle, last = slice(third, 2 * third), slice(2 * third, None)
+    return tuple(statistics.median(s[last]) - statistics.median(s[middle]) for s in (memory, files))
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore")  # clients that are cut off leave sockets to the garbage collector
+def test_soak_mixed_load_with_faults(names: str, fixtures: pathlib.Path) -> None:
+    seconds = float(os.environ.get("POCKETCODER_SOAK", "3600"))
+    servers = [f"--mcp-server={era}={sys.executable} -S {fixtures} {era}" for era in ("legacy", "modern")]
+    audit = ["--audit-log", f"{fixtures.parent}/audit"] if '"--audit-log"' in SOURCE else []
+    server = Guarded(*servers, *audit, POCKETCODER_TOKEN=SECRET)
+    try:
+        soak_for(seconds, Soak(server, names, fixtures), fixtures.parent / "audit")
+    finally:
+        (fixtures.parent / "log").write_text(server.logged())
+        server.remove()
+
+
+def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
+    server, chance, begin, looked = soak.server, random.Random(7), time.monotonic(), 0.0
+    os.mkdir(f"{server.workspace}/sub")
+    server.exec("true")
+    files_before, soak.until = server.descriptors(), begin + seconds
+    faults = [*PANE_DIES, *TMUX_DIES, *OTHERS]
+    with ThreadPoolExecutor(26) as pool:
+        workers = [pool.submit(soak.work, worker) for worker in range(26)]
+        while (now := time.monotonic()) < soak.until and len(soak.wrong) < 20:
+            restarts = [*RESTARTS] * 2 if now - begin < 0.4 * seconds else []  # then a long life, to see it is flat
+            soak.hurt(chance.choice(faults + restarts), chance)
+            if now - looked > 10:
+                looked = now
+                soak.look(begin)
+            time.sleep(chance.uniform(1, 4))
+        for worker in workers:
+            worker.result(120)
+    ended = time.monotonic()
+    soak.hurt("copy mode", chance)
+    time.sleep(pp.NEW_SHELL_TIMEOUT + 5)  # files of lines that were given up stay for so long
+    soak.look(begin)
+    print(f"\n{'door':10}{'n':>7}{'ok':>7}{'lost':>6}{'cancel':>7}{'refused':>8}{'gone':>6}{'ms':>8}{'p99':>8}")
+    for door, done in soak.done.items():
+        times = sorted(seconds for verdict, seconds in done if verdict == "ok") or [0.0]
+        counts = [
+            sum(verdict == each for verdict, _ in done) for each in ("ok", "lost", "cancelled", "refused", "gone")
+        ]
+        print(f"{door:10}{len(done):7}{counts[0]:7}{counts[1]:6}{counts[2]:7}{counts[3]:8}{counts[4]:6}", end="")
+        print(f"{statistics.median(times) * 1000:8.1f}{times[len(times) * 99 // 100] * 1000:8.0f}")
+    kinds = sorted(fault.kind for fault in soak.faults)
+    print(f"{sum(map(len, soak.done.values())) / (ended - begin):.0f} calls/s; faults:", end=" ")
+    print(", ".join(f"{kind} {kinds.count(kind)}" for kind in dict.fromkeys(kinds)))
+    last = [row for row in soak.samples if row[0] == soak.life]
+    memory, files = [row[2] / 2**20 for row in last], [row[3] for row in last]
+    more, more_files = drift(last[:-1])
+    print(f"last of {soak.life + 1} lives, {len(last)} samples: ", end="")
+    print(
+        f"MiB {memory[0]:.1f} first, {statistics.median(memory):.1f} median, {memory[-1]:.1f} last, {more:+.1f} drift"
+    )
+    print(f"descriptors {files[0]} first, {statistics.median(files)} median, {files[-1]} last, {more_files:+} drift")
+    lines = [line for line in server.logged().split("\n") if re.match(r"\S+ \S+ (WARNING|ERROR|CRITICAL)", line)]
+    print(f"warnings {len(lines)}")
+    children = json.loads(server.request("GET", "/servers")[2])
+    print("children", children)
+    wrong = soak.wrong
+    for tag, (agent, since) in soak.late.items():
+        file = pathlib.Path(f"{server.folder}/late.{tag}")
+        if not file.exists() or file.read_text() != f"{tag}\n":
+            excused = soak.hit(since, agent.split()[0], *PANE_DIES, *TMUX_DIES)
+            wrong += [] if excused else [f"a background process of {agent} did not live on: {tag}"]
+    wrong += unaudited(audit, soak.runs) if audit.exists() else []
+    wrong += [f"a half-typed line was run: {name}" for name in os.listdir(server.folder) if name.startswith("half.")]
+    wrong += [f"left over: {each}" for each in left_over(server, soak.fixtures)]
+    wrong += [f"logged: {line}" for line in server.logged().split("\n") if re.search("Traceback|ERROR|CRITICAL", line)]
+    own = [
+        path.name for path in pathlib.Path(f"{server.socket}.d").rglob("*") if path.suffix in (".pid", ".in", ".cmd")
+    ]
+    wrong += [f"files of runs: {own}"] if own else []
+    wrong += [f"descriptors {files_before} at first, {files[-1]} at last"] if files[-1] > files_before + 30 else []
+    wrong += [f"memory grows: {more:+.1f} MiB"] if more > 10 else []
+    assert server.stop() == 0
+    wrong += [f"files left: {found}"] if (found := [*pathlib.Path(f"{server.socket}.d").rglob("*")]) else []
+    assert not wrong, "\n".join(wrong)
 
 
 # ==========================================================================
