@@ -943,7 +943,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1136
+# Execution Driver                                               budget 1137
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -982,8 +982,9 @@ GO = r"""\exec 8<>{run}.done 9<>{status}
 _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \set +xv -C; \echo "$_pc" >{run}.pid || \exit
 \set +C; \exec <{stdin} || \exit
+\exec {outputs}; [ -p /proc/self/fd/1 ] && [ -p /proc/self/fd/2 ] || \exit
 \echo "{run_id} start $_pc" >&9
-\exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
+\exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
 \cd -- {cwd} || \exit
 \export {quiet} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
 \export POCKETCODER_SESSION_ID={session} POCKETCODER_USAGE_ID={usage}
