@@ -145,7 +145,7 @@ def default_agent_name() -> str:
 
 
 # ==========================================================================
-# Shell Bridge                                                    budget 350
+# Shell Bridge                                                    budget 351
 # ==========================================================================
 # `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
 #
@@ -197,7 +197,7 @@ def shell_arguments(argv: list[str]) -> list[str] | None:
 
 def command_of(words: list[str]) -> tuple[str, bytes]:
     """The text for the sandbox's bash that does what `bash WORDS` does here, and what was read of stdin."""
-    literal, text = words[:2] == ["-c", "--"], words[-1] if "".join(words[-1:]).strip() else ":"
+    literal, text = words[:2] == ["-c", "--"], "".join(words[-1:]) or ":"
     try:
         streams = " 2>&1" * os.path.sameopenfile(1, 2)  # else their order would be lost
     except OSError:  # closed
@@ -233,7 +233,8 @@ def command_of(words: list[str]) -> tuple[str, bytes]:
             first = b""
         if not first:
             raise Failed(BLOCKED, 1)
-    return 'exec ${BASH:+-a "$0"} "${BASH:-sh}" ' + " ".join(map(quote, [*options, "--", *rest])) + streams, first
+    called = [*options, "--", *rest] if rest else options
+    return 'exec ${BASH:+-a "$0"} "${BASH:-sh}" ' + " ".join(map(quote, called)) + streams, first
 
 
 def json_text(table: dict[str, str]) -> str:
@@ -389,14 +390,14 @@ class Bridge:
     def end(self, final: bytes) -> int:
         """The exit status that the last message tells, see ExecResponse."""
         code = final.partition(b'"exit_code":')[2].partition(b",")[0].strip()
-        if code.isdigit() and b'"error"' not in final:
-            return int(code)
+        if code.isdigit() and len(code) < 4 and b'"error"' not in final:
+            return int(code) & 255
         import json
 
         try:
             answer = json.loads(final)
-            text, status = answer["error"], answer["exit_code"] if "ended" in answer else 125
-        except (ValueError, TypeError, KeyError):
+            text, status = " ".join(answer["error"].split()), answer["exit_code"] & 255 if "ended" in answer else 125
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             text, status = f"{self.url} ended with {final[:80]!r}", 125
         raise Failed(text, status)
 

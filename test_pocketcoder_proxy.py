@@ -251,6 +251,80 @@ class Background:
         return self.future.result(seconds)
 
 
+FUZZ = int(os.environ.get("POCKETCODER_FUZZ", "1"))  # how many times as many random inputs
+MARKS = [
+    "",
+    " ",
+    "\n",
+    "\r",
+    "\t",
+    "a",
+    "it's",
+    '"',
+    "\\",
+    "$x",
+    "`",
+    "*",
+    "-n",
+    "é",
+    "🙂",
+    "\x85",
+    "\u2028",
+    "\x1b[0m",
+    "\x7f",
+]
+VALUES: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    1.5,
+    1e300,
+    10**30,
+    [],
+    {},
+    [[]],
+    {"a": []},
+    "\ud800",
+    "\0",
+    "x" * 100,
+]
+
+
+def words(dice: random.Random, most: int = 6) -> str:
+    return "".join(dice.choices(MARKS, k=dice.randrange(most)))
+
+
+def junk(dice: random.Random, *likely: Any) -> Any:
+    """Something of JSON, rather one of `likely`."""
+    if likely and dice.random() < 0.5:
+        return dice.choice(likely)
+    if (kind := dice.randrange(8)) == 0:
+        return [junk(dice, *likely) for _ in range(dice.randrange(3))]
+    if kind == 1:
+        return {words(dice, 3): junk(dice, *likely) for _ in range(dice.randrange(3))}
+    return words(dice) if kind == 2 else dice.choice(VALUES)
+
+
+def spoil(dice: random.Random, data: bytes) -> bytes:
+    """Mostly the same bytes; often a few are missing, doubled or others."""
+    for _ in range(dice.choice((0, 0, 1, 1, 2, 5)) if data else 0):
+        at, end = dice.randrange(len(data)), dice.randrange(9)
+        data = data[:at] + dice.choice((b"", dice.randbytes(end), data[at : at + end] * 2)) + data[at + end :]
+        data = data or b"\0"
+    return data
+
+
+def cuts(dice: random.Random, data: bytes) -> Iterator[list[bytes]]:
+    """`data` whole, byte by byte, and cut at random."""
+    yield [data]
+    yield [data[at : at + 1] for at in range(len(data))]
+    ends = sorted(dice.choices(range(len(data) + 1), k=dice.randrange(8)))
+    yield [data[begin:end] for begin, end in pairwise([0, *ends, len(data)])]
+
+
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[Proxy]:
     """A server for tests that leave it as it was; each takes an agent of its own."""
@@ -283,7 +357,7 @@ def agent(request: pytest.FixtureRequest) -> str:
 # ==========================================================================
 # Map
 # ==========================================================================
-LINES = 4487  # style.md gives 2,000, which the driver and the shell together did not keep: the owner is asked
+LINES = 4488  # style.md gives 2,000, which the driver and the shell together did not keep: the owner is asked
 BANNER = re.compile(r"# ={70,}\n# (?P<name>.+?) +budget (?P<budget>\d+)\n# ={70,}\n")
 SECTIONS = [(match["name"], int(match["budget"]), match.start()) for match in BANNER.finditer(SOURCE)]
 
@@ -418,6 +492,7 @@ FORMS: list[list[str | bytes]] = [
     ["-c", "cat <<'X'\nhere $doc\nX\necho end"],
     ["-c", ""],
     ["-c", " \n"],
+    ["-c", "\r"],
     ["-c", "-n"],
     ["-c", "kill -TERM $$"],
     ["-c", "kill -9 $$"],
@@ -452,6 +527,7 @@ FORMS: list[list[str | bytes]] = [
     ["-Z"],
     ["--nope"],
     ["-e", "-o", "nope"],
+    ["-ec", "-o"],
     ["-s", "one", "two"],
     ["-se"],
     ["script.sh", "argument"],
@@ -906,6 +982,156 @@ def test_many_shells_at_once_do_not_mix(engine: Caller) -> None:
 
     with ThreadPoolExecutor(20) as pool:
         assert all(pool.map(one, range(50)))
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_any_word_is_quoted_so_that_bash_gives_it_back(locale: str) -> None:
+    dice = random.Random(1)
+    for _ in range(2 * FUZZ):
+        given = [dice.randbytes(dice.randrange(9)).replace(b"\0", b"") for _ in range(300)]
+        given += [os.fsencode(words(dice)) for _ in range(300)]
+        script = "printf '%s\\0' " + " ".join(pp.quote(os.fsdecode(word)) for word in given)
+        done = subprocess.run(["bash"], input=os.fsencode(script), capture_output=True, env={"LC_ALL": locale})
+        assert done.stdout.split(b"\0")[:-1] == given
+
+
+def test_any_table_of_texts_becomes_json() -> None:
+    dice = random.Random(2)
+    for _ in range(1000 * FUZZ):
+        table = {words(dice): words(dice) + chr(dice.randrange(0xD800)) for _ in range(dice.randrange(4))}
+        assert json.loads(pp.json_text(table)) == table
+
+
+IN_THE_SHELL = """
+import json, os, sys
+exec(open(sys.argv[1]).read().partition("# ------------------------------- the line")[0])
+said = os.fdopen(os.dup(1), "w")
+for case in json.load(open("cases")):
+    for fd, flags in ((0, os.O_RDONLY), (1, os.O_RDWR | os.O_TRUNC), (2, os.O_RDWR | os.O_TRUNC)):
+        opened = os.open("std%d" % fd, flags)
+        os.dup2(opened, fd)
+        os.close(opened)
+    try:
+        got = eval(sys.argv[2])
+    except Failed as failure:
+        got = failure.args
+    except BaseException as wrong:
+        got = repr(wrong)
+    streams = [open("std%d" % fd, "rb").read().decode("latin-1") for fd in (1, 2)]
+    print(json.dumps([got, *streams]), file=said, flush=True)
+"""
+
+
+def in_the_shell(work: str, cases: list[Any], folder: pathlib.Path, **env: str) -> list[Any]:
+    """What `work` gives or raises in each case, and what it writes to stdout and stderr."""
+    (folder / "cases").write_text(json.dumps(cases))
+    for name in ("std1", "std2"):
+        (folder / name).touch()
+    command = [sys.executable, "-S", "-c", IN_THE_SHELL, str(MODULE), work]
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **env}, stdout=subprocess.PIPE, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+OPTION_WORDS = ["-c", "-c", "-c", "-ec", "-lc", "-l", "-e", "+e", "-u", "-x", "-o", "pipefail", "-euo", "-O", "extglob"]
+OPTION_WORDS += ["+O", "-s", "-n", "-v", "-p", "-r", "-B", "+B", "-h", "-C", "-P", "-E"]
+OPTION_WORDS += ["-", "--", "--norc", "--noprofile", "--posix", "--login", "--verbose", "--rcfile", "-cs", "-oc", "-Z"]
+COMMANDS = [
+    'echo "$0|$#|$*|${-//c}"; exit 3',
+    'false; printf "[%s]" "$@"',
+    "exit 4",
+    "cat",
+    "read x; echo $x",
+    "nosuch; $y",
+]
+COMMANDS += ["script.sh", ".", "nosuchscript", "-n", "+x", "if", "shopt login_shell posix; set -o | grep on"]
+
+
+def test_any_list_of_arguments_means_what_it_means_to_bash(tmp_path: pathlib.Path) -> None:
+    dice = random.Random(3)
+    (tmp_path / "std0").write_text(f"{COMMANDS[0]}\nread y; echo $y\nnext\n")
+    (tmp_path / "script.sh").write_text(f"{COMMANDS[1]}\nread y; echo $y; {COMMANDS[0]}")
+    cases = []
+    for _ in range(60 * FUZZ):
+        cases.append(dice.choices(OPTION_WORDS, k=dice.randrange(4)))
+        cases[-1] += [dice.choice([dice.choice(COMMANDS), words(dice)]) for _ in range(dice.randrange(4))]
+    texts = [text for text, _, _ in in_the_shell("command_of(case)[0]", cases, tmp_path)]
+    script = f"cd {tmp_path}\n"
+    for number, (case, text) in enumerate(zip(cases, texts, strict=True)):
+        for name, called in ((f"here.{number}", case), (f"there.{number}", ["-c", "--", text, "bash"])):
+            if isinstance(text, str):
+                script += f"(exec -a bash /bin/bash {' '.join(map(pp.quote, called))}) <std0 >{name} 2>/dev/null\n"
+                script += f"echo $? >>{name}\n"
+    subprocess.run(["bash"], input=os.fsencode(script), env={**os.environ, "HOME": str(tmp_path)}, check=True)
+    for number, (case, text) in enumerate(zip(cases, texts, strict=True)):
+        if isinstance(text, str):
+            here, there = ((tmp_path / f"{name}.{number}").read_bytes() for name in ("here", "there"))
+            assert here == there, (case, text)
+        else:  # refused
+            assert text[1] in (1, 126, 127), (case, text)
+
+
+def server_frame(data: bytes, opcode: int = 0x82, width: int = 0) -> bytes:
+    """A WebSocket frame of a server; `width`: bytes of its length, if it is long."""
+    width = max(width, 0 if len(data) < 126 else 2)
+    size = {0: bytes([len(data) & 127]), 2: b"\x7e", 8: b"\x7f"}[width]
+    return bytes([opcode]) + size + (len(data).to_bytes(width, "big") if width else b"") + data
+
+
+FINALS: list[tuple[str, Any]] = [
+    ("[" * 100_000, ["u ended with", 125]),
+    ('{"exit_code":' + "9" * 5000 + ",", ["u ended with", 125]),
+    ('{"exit_code":999,"ended":"exit"}', 231),
+    ('{"exit_code":1e999,"error":"x","ended":"lost"}', ["u ended with", 125]),
+    ('{"exit_code":1,"error":3}', ["u ended with", 125]),
+    ('{"exit_code":7,"error":"two\\nlines","ended":"lost"}', ["two lines", 7]),
+]
+
+
+def test_an_end_that_makes_no_sense_is_a_status_and_a_line_too(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "std0").touch()
+    got = in_the_shell("Bridge('u').end(case.encode())", [final for final, _ in FINALS], tmp_path)
+    short = [[each[0][:12], each[1]] if isinstance(each, list) else each for each, _, _ in got]
+    assert short == [told for _, told in FINALS]
+
+
+def test_whatever_a_server_sends_the_shell_ends_with_a_status_and_a_line(tmp_path: pathlib.Path) -> None:
+    dice = random.Random(4)
+    (tmp_path / "std0").touch()
+    finals = ['{"exit_code":%s}', '{"exit_code":%s,"ended":"exit"}', '{"error":%s,"exit_code":1}', "%s"]
+    finals += ['{"error":"x","exit_code":%s,"ended":"lost"}', '{"error":%s,"exit_code":7,"ended":"lost"}']
+    hello = f"HTTP/1.1 101 x\r\nSec-WebSocket-Accept: {pp.WS_ACCEPT.decode()}\r\n\r\n".encode()
+    said = []
+    for _ in range(100 * FUZZ):
+        frames = hello
+        for _ in range(dice.randrange(4)):
+            value = dice.choice([json.dumps(junk(dice, 0, 255, 256, 3, -1, "two\nlines")), "9" * 5000, "[" * 5000])
+            final = b"\3" + (dice.choice(finals) % value).encode()
+            data = bytes([dice.choice((1, 2, 2, dice.randrange(256)))]) + dice.randbytes(dice.randrange(300))
+            kind, width = dice.choice((0x82, 0x82, 0x82, dice.randrange(256))), dice.choice((0, 0, 2, 8))
+            frames += server_frame(dice.choice((final, data)), kind, width)
+        said.append(spoil(dice, frames) if dice.random() < 0.5 else frames)
+    with socket.create_server(("127.0.0.1", 0), backlog=5) as listener:
+
+        def serve() -> None:
+            for each in said:
+                with listener.accept()[0] as peer, contextlib.suppress(OSError):
+                    peer.settimeout(1)
+                    peer.recv(65536)
+                    peer.sendall(each)
+                    peer.shutdown(socket.SHUT_WR)
+                    while peer.recv(65536):
+                        pass
+
+        serving = Background(serve)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        got = in_the_shell("run_shell(['-c', 'x'])", [None] * len(said), tmp_path, PROXY_URL=url)
+        serving.result(60.0 * FUZZ)
+    for each, (status, out, err) in zip(said, got, strict=True):
+        assert type(status) is int, (status, each)
+        assert 0 <= status <= 255, (status, each)
+        if b"\x02" not in each and not out:  # what it says is its own
+            assert err.count("\n") <= 1, (err, each)
+            assert err or status != 125 or b'"error":"' in each, each
 
 
 # ==========================================================================
