@@ -203,7 +203,7 @@ def command_of(words: list[str]) -> tuple[str, bytes]:
     except OSError:  # closed
         streams = ""
     if words[:1] == ["-c"] and len(words) == 2 + literal and (literal or text[0] not in "-+") and not streams:
-        return (text if quote(text)[0] == "'" else f"eval {quote(text)}"), b""
+        return (text if quote(text)[0] == "'" else f"eval ' '{quote(text)}"), b""
     options, long, rest, letters, first = list[str](), list[str](), list(words), "", b""
     while rest and rest[0] not in ("-", "--") and rest[0][:1] in ("-", "+"):
         options.append(word := rest.pop(0))
@@ -1002,9 +1002,9 @@ def go_script(job: Job, shell: str) -> dict[str, str]:
     """The files of a run: `go`; `in`, its stdin; `cmd`, where it is too long for an argument."""
     request, run = job.request, shlex.quote(job.run)
     files = {} if request.stdin is None else {"in": request.stdin}
-    command = [shell, "-c", request.cmd, os.path.basename(shell)]
+    command = [shell, "-c", "--", request.cmd, os.path.basename(shell)]
     if len(request.cmd) > MAX_ARGUMENT // 4:  # characters of up to four bytes
-        files["cmd"], command[2] = request.cmd, f'eval "$(cat {run}.cmd)"'
+        files["cmd"], command[3] = request.cmd, f'eval " $(cat {run}.cmd)"'
     if request.env:  # by env(1), which takes names that are none for a shell
         command = ["env", "--", *(f"{name}={value}" for name, value in request.env.items()), *command]
     texts = {"status": job.files.status_path, "cwd": request.cwd or ".", "agent": request.agent_name}

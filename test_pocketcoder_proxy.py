@@ -518,6 +518,7 @@ FORMS: list[list[str | bytes]] = [
     ["-e", "+e", "-c", "false; echo yes"],
     ["-O", "extglob", "-c", "shopt extglob"],
     ["-c", "--", "echo dashes"],
+    ["-c", "--", "-es"],
     ["-e", "--", "script.sh", "--", "-x"],
     ["-xc", "echo traced"],
     ["-nc", "echo not run"],
@@ -1348,6 +1349,12 @@ def test_the_pane_lends_its_exports_but_no_aliases_functions_or_descriptors(prox
     answer = proxy.exec("ls -d /; type -t ls; ls /proc/self/fd | tr '\\n' ' '; pwd", agent_name=agent, cwd="")
     assert answer["stdout"] == f"/\nfile\n0 1 2 3 {proxy.workspace}\n"
     assert len(proxy.panes(agent)) == 1
+
+
+def test_a_command_that_looks_like_an_option_is_none(proxy: Proxy, agent: str) -> None:
+    for cmd in ("-s", "-n; exit 127", "+x", "--version", "-" + " " * 200_000):
+        answer = proxy.exec(cmd, stdin="echo not a command", agent_name=agent)
+        assert (answer["exit_code"], "not found" in answer["stdout"]) == (127, True)
 
 
 def test_a_command_may_kill_its_own_shell_but_not_the_pane(proxy: Proxy, agent: str) -> None:
