@@ -2081,7 +2081,7 @@ class PocketCoderDriver:
 
 
 # ==========================================================================
-# MCP core                                                        budget 245
+# MCP core                                                        budget 252
 # ==========================================================================
 # JSON-RPC in, decisions out: no await, no clock, no tmux, no Tornado.
 #
@@ -2156,19 +2156,26 @@ def is_id(value: object) -> TypeGuard[str | int]:
     return type(value) in (str, int)
 
 
-def refuse_constant(name: str) -> None:
-    raise NotJson(f"message: got {name}, expected JSON, which has no such number")
-
-
 def read_message(raw: bytes | str) -> Message:
     """One JSON-RPC message.  Raises NotJson, NotAMessage."""
+    odd = list[str]()  # numbers that are none in JSON, though some write them, or would not be when written again
+
+    def number(text: str) -> float:
+        if math.isinf(value := float(text)):
+            odd.append(text)
+        return value
+
     try:
-        got = json.loads(raw if isinstance(raw, str) else raw.decode(), parse_constant=refuse_constant)
+        text = raw if isinstance(raw, str) else raw.decode()
+        got = json.loads(text, parse_float=number, parse_constant=odd.append)
     except (ValueError, RecursionError) as wrong:
         raise NotJson(f"message: expected JSON in UTF-8, got: {wrong}") from None
     if not isinstance(got, dict):
         raise NotAMessage(f"message: got {type(got).__name__}, expected an object: batches are not served")
     id_, method = got.get("id"), got.get("method")
+    if odd:
+        fault = f"message: got {odd[0][:40]}, expected numbers that JSON has"
+        raise NotJson(fault, request_id=id_ if is_id(id_) else None)
     fault = ""
     if got.get("jsonrpc") != "2.0":
         fault = "`jsonrpc`: expected the string 2.0"
