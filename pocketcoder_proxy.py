@@ -3683,7 +3683,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 606
+# Transports                                                      budget 607
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -4044,7 +4044,8 @@ class ChannelEndpoint(SocketEndpoint):
 
     def open(self) -> None:
         self.set_nodelay(True)
-        self.peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if not self.peer.closed():  # it may have left already
+            self.peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.slow = asyncio.get_running_loop().call_later(BODY_TIMEOUT, self.close)
 
     async def on_message(self, message: str | bytes) -> None:
