@@ -1205,6 +1205,51 @@ def test_the_seed_names_can_be_used_as_before() -> None:
     assert {name for name in pp.__all__ if not hasattr(pp, name)} == set()
 
 
+FIELDS: dict[str, tuple[Any, ...]] = {  # and what they may be
+    "cmd": ("true", "x" * 100),
+    "cwd": ("", ".", "sub", "../..", "/", "sub/../sub", "x" * 300),
+    "usage_id": ("u", "\n"),
+    "session_id": ("s", "é"),
+    "agent_name": ("poco", "a" * 64, "a" * 65, "-a", "a\n"),
+    "timeout": (0.1, 86400, 86401, 1e999),
+    "stdin": ("", "\0"),
+    "env": ({}, {"A": "b"}, {"A=": "b"}, {"A b": ""}),
+    "max_output": (1, 2**26, 2**26 + 1, 1.0),
+}
+
+
+def test_whatever_the_body_is_it_is_a_request_as_promised_or_refused(tmp_path: pathlib.Path) -> None:
+    dice, workspace, taken, said = random.Random(5), str(tmp_path), 0, set[str]()
+    (tmp_path / "sub").mkdir()
+    for _ in range(3000 * FUZZ):
+        fields = {"cmd": "true"} if dice.random() < 0.9 else {}
+        fields |= {name: junk(dice, *FIELDS[name]) for name in dice.choices([*FIELDS], k=dice.randrange(4))}
+        body = json.dumps(fields if dice.random() < 0.95 else junk(dice, fields)).encode()
+        if dice.random() < 0.3:
+            body = spoil(dice, body)
+        try:
+            got = pp.ExecRequest.from_wire(body, workspace)
+        except pp.BadMessage as refused:
+            said.add(str(refused))
+            continue
+        taken += 1
+        texts = [got.cmd, got.cwd, got.agent_name, *got.env, *got.env.values()]
+        texts += [text for text in (got.usage_id, got.session_id) if text is not None]
+        assert all(isinstance(text, str) and "\0" not in text and text.encode() is not None for text in texts), body
+        assert got.cmd, body
+        assert got.stdin is None or got.stdin.encode() is not None, body
+        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", got.agent_name), body
+        assert os.path.isdir(got.cwd), body
+        assert f"{got.cwd}/".startswith(f"{workspace}/"), body
+        assert type(got.timeout) in (int, float), body
+        assert 0 < got.timeout <= 86400, body
+        assert type(got.max_output) is int, body
+        assert 1 <= got.max_output <= 64 * 1024 * 1024, body
+        assert not any(name == "" or "=" in name for name in got.env), body
+    assert taken > 500 * FUZZ
+    assert [text for text in said if "expected" not in text or len(ascii(text)) > 800] == []
+
+
 # ==========================================================================
 # Tmux
 # ==========================================================================
@@ -1247,6 +1292,42 @@ def test_a_lost_connection_fails_every_question_at_once(proxy: Proxy, caplog: py
 
     asyncio.run(ask())
     assert not caplog.records  # nothing was written to what is closed
+
+
+def test_replies_of_tmux_are_the_same_however_they_are_cut() -> None:
+    dice = random.Random(6)
+    lines = ["", "x", "é", "\udcff", "%end 1 2 0", "%error", "%begin 1 2 1", "%exit", "%output %1 x"]
+
+    async def read(pieces: list[bytes], count: int) -> Any:
+        told: list[int] = []
+        tmux = pp.Tmux("s", lambda: told.append(tmux.notices))
+        tmux.replies.extend(replies := [tmux.loop.create_future() for _ in range(count)])
+        for piece in pieces:
+            tmux.pipe_data_received(1, piece)
+        assert told[-1:] == [tmux.notices][: bool(told)]
+        assert tmux.attached.result() == ["attached"]
+        return tmux.notices, tmux.unread, [reply.exception() or reply.result() for reply in replies]
+
+    async def check() -> None:
+        for _ in range(50 * FUZZ):
+            wrote, expected, notices = "%begin 1 1 0\nattached\n%end 1 1 0\n", [], 0
+            for number in range(dice.randrange(5)):
+                for _ in range(dice.randrange(3)):
+                    wrote += dice.choice(["%window-add @1\n", "%session-changed $1 é\n", "\n", "noise\n"])
+                    notices += 1
+                reply, end = dice.choices(lines, k=dice.randrange(4)), dice.choice(["%end", "%error"])
+                expected.append(
+                    (end, [line.encode(errors="surrogateescape").decode(errors="replace") for line in reply])
+                )
+                wrote += "".join(f"{line}\n" for line in (f"%begin 9 {number} 1", *reply, f"{end} 9 {number} 1"))
+            data = (wrote + dice.choice(["", "%begin", "%beg"])).encode(errors="surrogateescape")
+            for pieces in cuts(dice, data):
+                seen, unread, replies = await read(pieces, len(expected))
+                assert (seen, unread) == (notices, data.rpartition(b"\n")[2]), pieces
+                for (end, reply), got in zip(expected, replies, strict=True):
+                    assert str(got) == f"tmux: {' '.join(reply)}" if end == "%error" else got == reply, pieces
+
+    asyncio.run(check())
 
 
 # ==========================================================================
@@ -2408,6 +2489,73 @@ def test_the_typed_line_is_not_kept_in_the_history(proxy: Proxy, agent: str) -> 
     eventually(lambda: proxy.screen(agent).rstrip().endswith("$ echo mine"))
 
 
+def test_reports_of_runs_are_the_same_however_they_are_cut(tmp_path: pathlib.Path) -> None:
+    dice = random.Random(7)
+
+    class Listener:
+        def __init__(self) -> None:
+            self.reports: list[tuple[str, int]] = []
+
+        def on_report(self, word: str, number: int) -> None:
+            self.reports.append((word, number))
+
+    async def check() -> None:
+        files = pp.RunFiles(f"{tmp_path}/s.d")
+        fd = os.open(files.status_path, os.O_WRONLY)
+        for _ in range(100 * FUZZ):
+            wrote, expected = b"", []
+            for _ in range(dice.randrange(8)):
+                word, number = dice.choice(["start", "exit", "back"]), dice.randrange(10**9)
+                if dice.random() < 0.5:
+                    wrote += b"ours %s %d\n" % (word.encode(), number)
+                    expected.append((word, number))
+                else:
+                    noise = (b"", b"other exit 0", b"ours exit", b"ours exit x", b"ours exit 1 2", dice.randbytes(9))
+                    wrote += dice.choice(noise).replace(b"\n", b"") + b"\n"
+            for pieces in cuts(dice, wrote):
+                listener = Listener()
+                files.jobs, files.unread = {"ours": cast("pp.Job", listener)}, b""
+                for piece in filter(None, pieces):
+                    os.write(fd, piece)
+                    files._on_status()
+                assert listener.reports == expected, pieces
+        files.jobs = {}
+        os.close(fd)
+        files.close()
+
+    asyncio.run(check())
+
+
+def test_what_is_kept_of_output_is_the_same_however_it_is_cut() -> None:
+    dice = random.Random(8)
+    for _ in range(500 * FUZZ):
+        limit = dice.choice((1, 2, 3, 5, 10, 20, 50))
+        data = "".join(dice.choices("ab\né漢🙂", k=dice.randrange(40))).encode()
+        if dice.random() < 0.3:
+            data = spoil(dice, data)
+        texts = set()
+        for pieces in cuts(dice, data):
+            capture = pp.Capture(limit)
+            for piece in pieces:
+                capture.add(piece)
+            assert len(capture.head) <= limit // 2, pieces
+            assert len(capture.tail) <= 2 * limit + max(map(len, pieces), default=0), pieces
+            texts.add(capture.text(len(data)))
+        assert len(texts) == 1, (limit, data)
+        text, head, tail = texts.pop(), data[: limit // 2], data[max(0, len(data) - (limit - limit // 2)) :]
+        if len(data) <= limit:
+            assert text == data.decode(errors="replace"), (limit, data)
+            continue
+        match = re.fullmatch(r"(?s)(.*?\n)\[pocketcoder: (\d+) bytes left out\]\n(.*)", text)
+        assert match, (limit, data)
+        assert head.decode(errors="ignore").startswith(match[1].rstrip("\n\ufffd").partition("\ufffd")[0]), (
+            limit,
+            data,
+        )
+        assert tail.decode(errors="replace").endswith(match[3]), (limit, data)
+        assert len(data) - limit <= int(match[2]) <= len(data) - limit + 6, (limit, data)
+
+
 # ==========================================================================
 # MCP core
 # ==========================================================================
@@ -2670,6 +2818,67 @@ def test_the_core_survives_any_message(proxy: Proxy) -> None:
 
 def pick(dice: random.Random, values: list[Any]) -> Any:
     return dice.choice(values)
+
+
+def test_whatever_a_message_is_its_answer_carries_its_id_in_the_words_of_its_era() -> None:
+    dice = random.Random(9)
+    methods = ("initialize", "ping", "tools/list", "tools/call", "server/discover", "logging/setLevel", "prompts/get")
+    likely = (
+        "exec",
+        "info",
+        "2025-03-26",
+        pp.MODERN,
+        {"progressToken": 1},
+        {NS + "logLevel": "loud"},
+        "=?base64?eA==?=",
+    )
+    answered = 0
+    for _ in range(2000 * FUZZ):
+        names = ("name", "arguments", "_meta", "level", "cursor", "protocolVersion", "uri")
+        params: Any = {name: junk(dice, *likely) for name in dice.choices(names, k=dice.randrange(4))}
+        if dice.random() < 0.7:
+            claims = {NS + "protocolVersion": pp.MODERN, NS + "clientCapabilities": {}}
+            params["_meta"] = {**claims, **({NS + "protocolVersion": junk(dice)} if dice.random() < 0.2 else {})}
+        sent = {"jsonrpc": "2.0", "id": junk(dice, 1, "1"), "method": junk(dice, *methods), "params": params}
+        sent |= {dice.choice([*sent]): junk(dice)} if dice.random() < 0.1 else {}
+        body = json.dumps(sent).encode()
+        headers = {"MCP-Protocol-Version": pp.MODERN, "Mcp-Method": sent["method"], "Mcp-Name": junk(dice, *likely)}
+        headers |= {"Mcp-Param-X": junk(dice, *likely)}
+        given = {name: [value] for name, value in headers.items() if isinstance(value, str)}
+        headers_of = partial(lambda given, name: given.get(name, []), given)
+        try:
+            read = pp.read_message(spoil(dice, body) if dice.random() < 0.2 else body)
+            era = pp.is_modern(read, dice.choice((None, None, *pp.LEGACY, pp.MODERN, words(dice))))
+            if not pp.is_request(read):
+                continue
+            if era:
+                pp.check_envelope(read, dice.choice((None, headers_of)))
+                pp.check_parameters(read, headers_of, {"a": "X"} if dice.random() < 0.1 else {})
+            decisions = pp.step(read, pp.MODERN if era else dice.choice(pp.LEGACY), pp.FACTS)
+        except pp.BadMessage as refused:
+            answer = pp.refusal(refused.request_id, refused)
+            assert answer["error"]["code"] in (-32700, -32600, -32601, -32602, -32020, -32022), body
+            assert set(json.loads(pp.to_json(answer).encode())) == {"jsonrpc", "id", "error"}, body
+            continue
+        for decision in decisions:
+            if isinstance(decision, pp.Send):
+                answered += 1
+                answer = json.loads(pp.to_json(decision.message).encode())
+                assert (answer["jsonrpc"], answer["id"], type(answer["id"])) == ("2.0", read["id"], type(read["id"])), (
+                    body
+                )
+                assert ("resultType" in answer["result"]) == era, body
+            elif isinstance(decision, pp.CallTool):
+                assert (decision.id, decision.name in pp.TOOLS) == (read["id"], True), body
+    assert answered > 100 * FUZZ
+
+
+def test_an_event_is_the_message_whatever_is_in_it() -> None:
+    dice = random.Random(10)
+    for _ in range(1000 * FUZZ):
+        message = {"jsonrpc": "2.0", "result": [junk(dice) for _ in range(3)]}
+        kind, data, *end = pp.sse_event(message).encode().decode().splitlines()
+        assert (kind, data[:6], end, json.loads(data[6:])) == ("event: message", "data: ", [""], message)
 
 
 # ==========================================================================
@@ -3266,6 +3475,70 @@ def test_a_shared_child_that_nobody_uses_ends(fixtures: pathlib.Path) -> None:
         patch.setattr(pp, "CHILD_IDLE", 0.2)
         patch.setattr(pp, "KEEP_ALIVE", 0.05)
         asyncio.run(both())
+
+
+TALKER = """
+import json, sys
+for line in sys.stdin:
+    got = json.loads(line, parse_constant=exit)
+    for wrote in (got.get("params") or {}).get("lines", []):
+        sys.stdout.write(wrote.replace("ID", str(got["id"])) + chr(10))
+    if "id" in got:
+        result = {"capabilities": {}, "protocolVersion": "2025-11-25", "supportedVersions": ["2026-07-28"]}
+        print(json.dumps({"jsonrpc": "2.0", "id": got["id"], "result": result}), flush=True)
+"""
+
+
+@pytest.mark.parametrize("era", ["modern", "legacy"])
+def test_whatever_a_child_writes_every_request_has_one_sound_answer(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, era: str
+) -> None:
+    dice = random.Random(11)
+    (tmp_path / "talker.py").write_text(TALKER.replace("2026-07-28", {"modern": pp.MODERN, "legacy": "none"}[era]))
+    methods = [
+        "notifications/progress",
+        "notifications/message",
+        "roots/list",
+        "ping",
+        "notifications/tools/list_changed",
+    ]
+    likely = (
+        "=ID=",
+        {"_meta": {pp.SUBSCRIPTION: "=ID="}},
+        {"progressToken": "=ID="},
+        {"code": 1, "message": "m"},
+        {"_meta": 3},
+    )
+
+    def line() -> str:
+        fields = {"result": junk(dice, *likely), "error": junk(dice, *likely), "params": junk(dice, *likely)}
+        fields |= {"id": junk(dice, "=ID=", "=ID="), "method": junk(dice, *methods)}
+        chosen = {"jsonrpc": "2.0"} | {name: fields[name] for name in dice.choices([*fields], k=dice.randrange(5))}
+        text = json.dumps(chosen).replace('"=ID="', "ID").replace("1e+300", dice.choice(("1e300", "1e999")))
+        return text if dice.random() < 0.8 else spoil(dice, text.encode()).decode("latin-1").replace("\n", "")
+
+    async def check() -> None:
+        relay = pp.Relay(pp.ServerConfig("talker", (sys.executable, "-S", str(tmp_path / "talker.py"))))
+        outbox = pp.Outbox.nowhere()
+        peer = pp.Peer(outbox, int)
+        try:
+            for number in range(100 * FUZZ):
+                lines = [line() for _ in range(dice.randrange(6))]
+                meta = {**pp.envelope({"roots": {}}, pp.OURSELVES), "progressToken": "t"}
+                message = pp.new_request("tools/call", {"lines": lines, "_meta": meta}) | {"id": number}
+                try:
+                    answer = await asyncio.wait_for(relay.respond(peer, message, True, outbox), 5)
+                except pp.RelayError as wrong:
+                    answer = pp.refusal(number, wrong)
+                sent = json.loads(pp.to_json(answer).encode(), parse_constant=pytest.fail)
+                assert sent["id"] == number, lines
+                assert isinstance(sent.get("result"), dict) != isinstance(sent.get("error"), dict), lines
+                assert "error" not in sent or type(sent["error"]["code"]) is int, lines
+        finally:
+            await relay.close()
+
+    asyncio.run(check())
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 # ==========================================================================
@@ -3940,6 +4213,19 @@ def test_a_stream_never_halves_a_character(proxy: Proxy, agent: str) -> None:
     assert texts == ["🙂", "\ufffd"]
 
 
+def test_a_stream_never_halves_a_character_wherever_it_is_cut(proxy: Proxy, agent: str) -> None:
+    dice = random.Random(14)
+    for _ in range(4 * FUZZ):
+        data = spoil(dice, "".join(dice.choices("aé漢🙂", k=10)).encode())
+        ends = sorted(dice.choices(range(len(data) + 1), k=3))
+        pieces = [data[begin:end] for begin, end in pairwise([0, *ends, len(data)])]
+        octal = ("".join(f"\\{byte:03o}" for byte in piece) for piece in pieces)
+        cmd = "; sleep 0.004; ".join(f"printf '{piece}'" for piece in octal)
+        texts = [got["stdout"] for event, got, _ in proxy.stream(cmd, agent_name=agent) if event == "output"]
+        assert "".join(texts) == data.decode(errors="replace"), pieces
+        assert all(texts), pieces
+
+
 def test_a_stream_is_whole_however_large(proxy: Proxy, agent: str) -> None:
     events = [(event, data) for event, data, _ in proxy.stream("seq 1 300000", agent_name=agent, max_output=10)]
     assert "".join(data["stdout"] for event, data in events if event == "output") == "".join(
@@ -4431,6 +4717,102 @@ def test_a_server_without_descriptors_rests_and_recovers(own: Callable[..., Prox
         assert len(proxy.logged()) < 2000
         resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, limits)
         assert proxy.request("GET", "/health")[0] == 200
+
+
+def exchange(proxy: Proxy, sent: bytes) -> bytes:
+    """All that the server says to that."""
+    got = b""
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer, contextlib.suppress(ConnectionError):
+        peer.sendall(sent)
+        peer.shutdown(socket.SHUT_WR)
+        while piece := peer.recv(65536):
+            got += piece
+    return got
+
+
+def test_whatever_comes_over_http_has_an_answer_in_its_shape(proxy: Proxy) -> None:
+    dice = random.Random(12)
+    types = ("application/json", "application/json; charset=utf-8", "text/plain", "\xff", "")
+    names = ["Accept", "Origin", "Authorization", "Mcp-Session-Id", "MCP-Protocol-Version", "Mcp-Method", "Mcp-Name"]
+    names += ["Content-Type", "Host", "Upgrade", "Connection", "Cookie", "Expect", "Last-Event-ID", "X-Forwarded-For"]
+    values = [*types, "*/*", "text/event-stream;q=0", "null", "http://localhost", "Bearer", "Bearer x", "websocket"]
+    values += [
+        "Upgrade",
+        pp.MODERN,
+        "tools/call",
+        "localhost:1",
+        "[::1]",
+        "[",
+        "a@localhost",
+        "=?base64?x?=",
+        "100-continue",
+    ]
+    paths = [
+        "/health",
+        "/exec",
+        "/exec/ws",
+        "/mcp",
+        "/mcp/ws",
+        "/messages",
+        "/servers",
+        "/servers/x/mcp",
+        "/%ff",
+        "//",
+        "*",
+    ]
+    paths += ["/exec?a=%ff", "/messages?session_id=%ff", "/sse?session_id=" + "x" * 200, "/mcp/ws?token=%00", "/\xe9"]
+    for _ in range(60 * FUZZ):
+        body = dice.choice([b"", b"{}", b'{"cmd": ""}', json.dumps(request("ping")).encode(), dice.randbytes(20)])
+        lines = [f"{dice.choice(('GET', 'POST', 'DELETE', 'OPTIONS', 'PUT', 'X'))} {dice.choice(paths)} HTTP/1.1"]
+        lines += ["Host: localhost", "Connection: close"] if dice.random() < 0.9 else []
+        lines += [f"Content-Length: {len(body)}"] if dice.random() < 0.9 else ["Content-Length: \xb2"]
+        lines += [f"Content-Type: {dice.choice(types)}"] if dice.random() < 0.8 else []
+        for _ in range(dice.randrange(3)):
+            lines.append(f"{dice.choice(names)}: {dice.choice([dice.choice(values), words(dice).strip()])}")
+        sent = "\r\n".join([*lines, "", ""]).encode("utf-8" if dice.random() < 0.5 else "latin-1", "replace") + body
+        sent = spoil(dice, sent) if dice.random() < 0.4 else sent
+        got = exchange(proxy, sent)
+        while got.startswith(b"HTTP/1.1 100 "):
+            got = got.partition(b"\r\n\r\n")[2]
+        head, _, answer = got.partition(b"\r\n\r\n")
+        status = int((re.match(rb"HTTP/1\.1 (\d{3}) ", head) or [b"", b"0"])[1])
+        assert not got or status, (sent, got)
+        assert status < 500, (sent, got)
+        if status >= 400 and answer and b"HTTP/1.1 " not in answer and b"/messages" not in sent and b"/mcp" not in sent:
+            assert isinstance(json.loads(answer)["error"], str), (sent, got)
+            assert json.loads(answer)["exit_code"] in (2, 125), (sent, got)
+    assert proxy.request("GET", "/health")[0] == 200
+    assert "Traceback" not in proxy.logged(), proxy.logged()[-3000:]
+
+
+def client_frame(dice: random.Random, data: bytes, opcode: int) -> bytes:
+    """A WebSocket frame of a client, masked."""
+    mask, size = dice.randbytes(4), len(data)
+    length = bytes([128 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
+    return bytes([opcode]) + length + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
+
+
+@pytest.mark.parametrize("path", ["/exec/ws", "/mcp/ws"])
+def test_whatever_frames_come_the_socket_ends_and_nothing_is_left(proxy: Proxy, agent: str, path: str) -> None:
+    dice, before = random.Random(13), proxy.descriptors()
+    opcodes = (0x81, 0x82, 0x81, 0x82, 0x01, 0x02, 0x00, 0x80, 0x88, 0x89, 0x8A)
+    run = {"cmd": "cat; exec sleep 74.25", "agent_name": agent}
+    calls = [request("tools/call", {"name": "exec", "arguments": run}, id_=number) for number in (1, "x")]
+    texts = [json.dumps(each).encode() for each in (run, *calls, request("ping"), {"signal": "INT"}, [], {"cmd": ""})]
+    for _ in range(20 * FUZZ):
+        sent = b""
+        for _ in range(dice.randrange(6)):
+            data = dice.choice([dice.choice(texts), dice.choice([b"\0stdin", b"\xff\0", b"\xff", b"", b"\x03\xe8"])])
+            data = spoil(dice, data) if dice.random() < 0.3 else data
+            sent += client_frame(dice, data, dice.choice((*opcodes, dice.randrange(256))))
+        sent = spoil(dice, sent) if dice.random() < 0.3 else sent
+        with shaken(proxy, path, sent) as peer, contextlib.suppress(OSError):
+            peer.shutdown(socket.SHUT_WR)
+            while peer.recv(65536):
+                pass
+    eventually(lambda: not processes_with("sleep\x0074.25"), 10)
+    eventually(lambda: proxy.descriptors() <= before + 10, 10)
+    assert "Traceback" not in proxy.logged(), proxy.logged()[-3000:]
 
 
 # ==========================================================================
