@@ -1004,7 +1004,7 @@ def go_script(job: Job, shell: str) -> dict[str, str]:
     files = {} if request.stdin is None else {"in": request.stdin}
     command = [shell, "-c", "--", request.cmd, os.path.basename(shell)]
     if len(request.cmd) > MAX_ARGUMENT // 4:  # characters of up to four bytes
-        files["cmd"], command[3] = request.cmd, f'eval " $(cat {run}.cmd)"'
+        files["cmd"], command[3] = request.cmd, f'eval " $(cat {run}.cmd || echo exit 125)"'
     if request.env:  # by env(1), which takes names that are none for a shell
         command = ["env", "--", *(f"{name}={value}" for name, value in request.env.items()), *command]
     texts = {"status": job.files.status_path, "cwd": request.cwd or ".", "agent": request.agent_name}
@@ -2333,7 +2333,7 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 
 
 # ==========================================================================
-# Relay                                                           budget 886
+# Relay                                                           budget 887
 # ==========================================================================
 # Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
 #
@@ -2933,8 +2933,9 @@ class Pool:
             child.end()
             raise RelayError(f"server {self.relay.name} refused `initialize`: {child.hello['error']}")
         child.tell(notification("notifications/initialized", {}))
-        self.children.setdefault(key, []).append(child)
-        child.on_end.append(partial(self._gone, key))
+        if child in self.relay.children:  # else it has ended meanwhile, and tells nobody any more
+            self.children.setdefault(key, []).append(child)
+            child.on_end.append(partial(self._gone, key))
         self.relay.rest(child)
         return child
 
@@ -3683,7 +3684,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 607
+# Transports                                                      budget 608
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -4071,6 +4072,9 @@ class ChannelEndpoint(SocketEndpoint):
             await self.end(ExecResponse.of(result, None).to_wire())
         except ProxyError as failure:
             await self.end(json.dumps({"error": str(failure), "exit_code": failure.exit_code}))
+        finally:
+            if not self.job.done():
+                self.job.set_result(None)
 
     async def end(self, final: str) -> None:
         """Tell the end, and close."""
@@ -4096,8 +4100,6 @@ class ChannelEndpoint(SocketEndpoint):
     def on_close(self) -> None:
         if self.work is not None:
             self.work.cancel()
-        if not self.job.done():
-            self.job.set_result(None)
 
 
 class McpEndpoint(Endpoint):
