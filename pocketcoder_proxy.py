@@ -3684,7 +3684,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 608
+# Transports                                                      budget 609
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -4047,6 +4047,7 @@ class ChannelEndpoint(SocketEndpoint):
         self.set_nodelay(True)
         if not self.peer.closed():  # it may have left already
             self.peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self.peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)  # a pager may rest
         self.slow = asyncio.get_running_loop().call_later(BODY_TIMEOUT, self.close)
 
     async def on_message(self, message: str | bytes) -> None:
@@ -4292,7 +4293,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 201
+# Application                                                     budget 202
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4405,6 +4406,7 @@ async def serve(options: Commands, token: str) -> None:
     server = application.settings["server"] = HttpServer(application, **limits)
     sockets = tornado.netutil.bind_sockets(int(options.port), options.host)
     for listener in sockets:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER_TIMEOUT * 1000))  # inherited
         server.listen_on(listener)
     host, port = sockets[0].getsockname()[:2]
     attach = shlex.join(["tmux", "-S", driver.socket_path, "attach", "-t", session])
