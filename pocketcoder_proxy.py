@@ -727,7 +727,7 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                            budget 217
+# Tmux                                                            budget 222
 # ==========================================================================
 # The only section that talks to tmux.
 #
@@ -776,23 +776,28 @@ def find_shell() -> str:
 def check_place(path: str) -> None:
     """Refuse a tmux socket that a stranger can have put at `path`: he would get every command.  Raises NoTerminal.
 
-    It is to be ours or root's, in such a directory, where nobody else makes or moves files.  For root,
-    whose terminals may be a worker's, the owner of the directory may be anybody.
+    It is to be ours or root's, in such a directory, and nobody else may move files there or above.  For
+    root, whose terminals may be a worker's, the owner of the directory may be anybody.
     """
     folder, user = os.path.dirname(path), os.geteuid()
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         place = os.stat(folder)
-        found = [(folder, os.lstat(folder)), (folder, place)]  # who made a link may lead it elsewhere
+        found = {f"{folder} itself": os.lstat(folder), folder: place}  # whose link it is, may lead it elsewhere
         public, owners = place.st_mode & stat.S_IWOTH, {0, user} | ({place.st_uid} if user == 0 else set())
         if (user or public) and os.path.lexists(path):
-            found.append((path, os.lstat(path)))
-    except OSError as wrong:
-        raise NoTerminal(f"no directory for the socket {path}: {wrong}") from None
-    for name, it in found:
-        if it.st_uid not in owners or (it is place and public and not it.st_mode & stat.S_ISVTX):
-            got = f"{name}: got user {it.st_uid} and mode {stat.filemode(it.st_mode)}, expected user {user} or root"
-            raise NoTerminal(f"{got}, and that no other may write there: set TMUX_SOCKET to a path in a safe directory")
+            found[path] = os.lstat(path)
+        wrong = {name: it for name, it in found.items() if it.st_uid not in owners}
+        way = os.path.realpath(folder)
+        while not wrong and way.strip("/"):
+            if (it := os.stat(way)).st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
+                wrong[way] = it
+            way = os.path.dirname(way)
+    except OSError as missing:
+        raise NoTerminal(f"no directory for the socket {path}: {missing}") from None
+    for name, it in wrong.items():
+        got = f"{name}: got user {it.st_uid} and mode {stat.filemode(it.st_mode)}, expected user {user} or root"
+        raise NoTerminal(f"{got}, and that no other may write there: set TMUX_SOCKET to a path in a safe directory")
 
 
 class Tmux(asyncio.SubprocessProtocol):
