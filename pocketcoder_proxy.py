@@ -3808,7 +3808,7 @@ class Endpoint(tornado.web.RequestHandler):
 
     def admit(self, origin: str | None, open_to_all: bool) -> None:
         """Who may call.  Raises Forbidden, or HTTPError 401."""
-        token, host = self.settings["token"], self.request.host
+        token, host = self.settings["token"], self.request.headers.get("Host", "127.0.0.1")  # none: HTTP/1.0
         local = is_loopback(host)
         if not token and not local:  # else a name could be bound to us anew
             raise Forbidden(f"`Host`: got {host[:80]!r}, expected localhost or a loopback address")

