@@ -949,7 +949,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1137
+# Execution Driver                                               budget 1141
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1421,11 +1421,14 @@ class RunFiles:
     def give_back(self, job: Job) -> None:
         """`job` and all that it left have closed them."""
         del self.jobs[job.run_id]
-        if (job.returned and job.ending is None) or not job.typed:  # else `processes_of` would find the next run too
+        everything = (*self.OWN, *self.FIFOS, "go")
+        if not job.typed:  # who knows what is in its place
+            self._remove(job.run, everything)
+        elif job.returned and job.ending is None:  # else `processes_of` would find the next run too
             reusable = self._remove(job.run, self.OWN)
             self.free += [job.run] * reusable
         else:  # its line may have been read already, or `go` may be just noting the exit code
-            self.status.loop.call_later(NEW_SHELL_TIMEOUT, self._remove, job.run, (*self.OWN, *self.FIFOS, "go"))
+            self.status.loop.call_later(NEW_SHELL_TIMEOUT, self._remove, job.run, everything)
         self.there()
 
     def _remove(self, run: str, names: tuple[str, ...]) -> bool:
@@ -1942,7 +1945,7 @@ class PocketCoderDriver:
         """
         terminal = self.terminal(request.agent_name)
         why = f"no shell in the window {terminal.name} answers: the terminal shows why"
-        for _ in range(2 * MAX_PANES):
+        for attempt in range(2 * MAX_PANES):
             job = Job(terminal, request, takes, fed, watch)
             await terminal.take(job)
             try:
@@ -1950,7 +1953,8 @@ class PocketCoderDriver:
                     return job
                 if job.why:
                     why = f"cannot begin a run in {job.run}: {job.why}"
-                    break
+                    if attempt:  # the first time somebody may just have wiped it
+                        break
                 if not job.returned:  # it was typed, into what we do not know
                     job.shell.last = ""
                     job.shell.missed += 1
