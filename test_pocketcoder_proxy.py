@@ -3489,8 +3489,9 @@ def test_a_shared_child_that_nobody_uses_ends(fixtures: pathlib.Path) -> None:
 
 TALKER = """
 import json, sys
+sys.stdout.reconfigure(encoding="utf-8")
 for line in sys.stdin:
-    got = json.loads(line, parse_constant=exit)
+    got = json.loads(line, parse_constant=sys.exit)
     for wrote in (got.get("params") or {}).get("lines", []):
         sys.stdout.write(wrote.replace("ID", str(got["id"])) + chr(10))
     if "id" in got:
@@ -3529,7 +3530,7 @@ def test_whatever_a_child_writes_every_request_has_one_sound_answer(
 
     async def check() -> None:
         relay = pp.Relay(pp.ServerConfig("talker", (sys.executable, "-S", str(tmp_path / "talker.py"))))
-        outbox = pp.Outbox.nowhere()
+        outbox, answered = pp.Outbox.nowhere(), list[bool]()
         peer = pp.Peer(outbox, int)
         try:
             for number in range(100 * FUZZ):
@@ -3537,15 +3538,17 @@ def test_whatever_a_child_writes_every_request_has_one_sound_answer(
                 meta = {**pp.envelope({"roots": {}}, pp.OURSELVES), "progressToken": "t"}
                 message = pp.new_request("tools/call", {"lines": lines, "_meta": meta}) | {"id": number}
                 try:
-                    answer = await asyncio.wait_for(relay.respond(peer, message, True, outbox), 5)
+                    answer = await asyncio.wait_for(relay.respond(peer, message, dice.random() < 0.7, outbox), 5)
                 except pp.RelayError as wrong:
                     answer = pp.refusal(number, wrong)
                 sent = json.loads(pp.to_json(answer).encode(), parse_constant=pytest.fail)
+                answered.append("capabilities" in sent.get("result", {}))
                 assert sent["id"] == number, lines
                 assert isinstance(sent.get("result"), dict) != isinstance(sent.get("error"), dict), lines
                 assert "error" not in sent or type(sent["error"]["code"]) is int, lines
         finally:
             await relay.close()
+        assert sum(answered) > len(answered) / 4, sum(answered)
 
     asyncio.run(check())
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
@@ -4601,6 +4604,9 @@ def test_what_comes_and_goes_at_once_leaves_nothing(own: Callable[..., Proxy]) -
         half = socket.create_connection(("127.0.0.1", proxy.port))
         half.sendall(b"GET /exec/ws HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
         half.close()
+        reset = shaken(proxy, "/exec/ws", b"x" * 100)
+        reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        reset.close()
     both = frame(json.dumps(request("tools/call", params))) + frame(json.dumps(cancel))
     with shaken(proxy, "/mcp/ws", both + both + frame(json.dumps(request("ping", id_=1)))) as peer:
         got = b""
