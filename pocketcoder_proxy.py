@@ -4302,7 +4302,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 202
+# Application                                                     budget 211
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4478,13 +4478,22 @@ def wipe(name: str) -> None:
         log.warning("%s stays in /proc/%d/environ: %s", name, os.getpid(), refused)
 
 
+class PlainText(logging.Formatter):
+    """What relayed servers say may be made for the terminal of who reads the log: it gets no control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], super().format(record))
+
+
 def main() -> int:
     """The command line; its exit status."""
     options = Cli.parse(sys.argv).command
     if options.name == "shell":
         return run_shell([*options.arguments])
     token = os.environ.pop("POCKETCODER_TOKEN", "")
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainText("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     logging.getLogger("tornado.general").setLevel(logging.WARNING)  # else it shows headers that it refuses: tokens
     with contextlib.suppress(OSError, AttributeError):  # else before Python 3.12 each child needs a thread
         os.close(os.pidfd_open(os.getpid()))

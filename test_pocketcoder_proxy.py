@@ -357,7 +357,7 @@ def agent(request: pytest.FixtureRequest) -> str:
 # ==========================================================================
 # Map
 # ==========================================================================
-LINES = 4509  # style.md gives 2,000, which the driver and the shell together did not keep: the owner is asked
+LINES = 4518  # style.md gives 2,000, which the driver and the shell together did not keep: the owner is asked
 BANNER = re.compile(r"# ={70,}\n# (?P<name>.+?) +budget (?P<budget>\d+)\n# ={70,}\n")
 SECTIONS = [(match["name"], int(match["budget"]), match.start()) for match in BANNER.finditer(SOURCE)]
 
@@ -3351,6 +3351,15 @@ def test_a_server_that_cannot_start_says_why_and_is_held_back(
     shown = {each["name"]: each for each in json.loads(proxy.request("GET", "/servers")[2])}
     assert (shown["none"]["state"], shown["none"]["pid"]) == ("failed", None)
     assert mcp(proxy, modern("tools/list"), path="/servers/other/mcp")[0] == 404
+
+
+def test_a_server_cannot_reach_the_terminal_of_who_reads_the_log(own: Callable[..., Proxy]) -> None:
+    proxy = own("""--mcp-server=loud=sh -c 'printf "\\033]2;evil\\007\\302\\233 \\r1\\n" >&2; exit 7'""")
+    mcp(proxy, request("initialize", INITIALIZE), path="/servers/loud/mcp")
+    assert r"server loud: \x1b]2;evil\x07\x9b \r1" in eventually(
+        lambda: proxy.logged() if "evil" in proxy.logged() else ""
+    )
+    assert not re.search(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", proxy.logged())
 
 
 @pytest.mark.slow
