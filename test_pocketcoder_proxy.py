@@ -2065,6 +2065,7 @@ def workers() -> Iterator[Proxy]:
     server.remove()
 
 
+@pytest.mark.slow
 def test_roots_commands_run_as_the_user_whose_the_terminals_are(workers: Proxy) -> None:
     for number in range(2):
         answer = workers.exec(f"id -u; cat; exit {number}", stdin="x", env={"A": "b"})
@@ -2422,6 +2423,7 @@ def test_a_server_in_a_directory_of_everybody_does_not_start(tmp_path: pathlib.P
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_workspace_may_have_any_name(own: Callable[..., Proxy], tmp_path: pathlib.Path) -> None:
     workspace = tmp_path / "#{pid} %H\nset-environment -g PWNED 1\n;"
     workspace.mkdir()
@@ -3353,6 +3355,7 @@ def test_a_server_that_cannot_start_says_why_and_is_held_back(
     assert mcp(proxy, modern("tools/list"), path="/servers/other/mcp")[0] == 404
 
 
+@pytest.mark.slow
 def test_a_server_cannot_reach_the_terminal_of_who_reads_the_log(own: Callable[..., Proxy]) -> None:
     proxy = own("""--mcp-server=loud=sh -c 'printf "\\033]2;evil\\007\\302\\233 \\r1\\n" >&2; exit 7'""")
     mcp(proxy, request("initialize", INITIALIZE), path="/servers/loud/mcp")
