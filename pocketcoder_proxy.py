@@ -727,7 +727,7 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                            budget 222
+# Tmux                                                            budget 231
 # ==========================================================================
 # The only section that talks to tmux.
 #
@@ -773,11 +773,16 @@ def find_shell() -> str:
     raise NoTerminal("no bash and no sh in PATH: install one")
 
 
+def is_open(folder: os.stat_result) -> bool:
+    """Whether anybody may move files there that are not his."""
+    return folder.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH
+
+
 def check_place(path: str) -> None:
     """Refuse a tmux socket that a stranger can have put at `path`: he would get every command.  Raises NoTerminal.
 
-    It is to be ours or root's, in such a directory, and nobody else may move files there or above.  For
-    root, whose terminals may be a worker's, the owner of the directory may be anybody.
+    It is to be ours or root's, in such a directory, where nobody else may move files.  For root,
+    whose terminals may be a worker's, the owner of the directory may be anybody.
     """
     folder, user = os.path.dirname(path), os.geteuid()
     try:
@@ -787,17 +792,21 @@ def check_place(path: str) -> None:
         public, owners = place.st_mode & stat.S_IWOTH, {0, user} | ({place.st_uid} if user == 0 else set())
         if (user or public) and os.path.lexists(path):
             found[path] = os.lstat(path)
-        wrong = {name: it for name, it in found.items() if it.st_uid not in owners}
-        way = os.path.realpath(folder)
-        while not wrong and way.strip("/"):
-            if (it := os.stat(way)).st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
-                wrong[way] = it
-            way = os.path.dirname(way)
     except OSError as missing:
         raise NoTerminal(f"no directory for the socket {path}: {missing}") from None
-    for name, it in wrong.items():
-        got = f"{name}: got user {it.st_uid} and mode {stat.filemode(it.st_mode)}, expected user {user} or root"
-        raise NoTerminal(f"{got}, and that no other may write there: set TMUX_SOCKET to a path in a safe directory")
+    for name, it in found.items():
+        if it.st_uid not in owners or (it is place and is_open(place)):
+            got = f"{name}: got user {it.st_uid} and mode {stat.filemode(it.st_mode)}, expected user {user} or root"
+            raise NoTerminal(f"{got}, and that no other may write there: set TMUX_SOCKET to a path in a safe directory")
+
+
+def open_above(path: str) -> list[str]:
+    """Directories above the socket's own in which anybody could put another in its place: volumes may be like that."""
+    way, found = os.path.dirname(os.path.realpath(os.path.dirname(path))), list[str]()
+    while way != "/":
+        found += [way] * is_open(os.stat(way))
+        way = os.path.dirname(way)
+    return found
 
 
 class Tmux(asyncio.SubprocessProtocol):
@@ -4302,7 +4311,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 211
+# Application                                                     budget 213
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4395,6 +4404,8 @@ async def serve(options: Commands, token: str) -> None:
     session = os.environ.get("TMUX_SESSION") or DEFAULT_SESSION
     driver = PocketCoderDriver(socket_path, session, options.workspace)
     check_place(driver.socket_path)
+    for folder in open_above(driver.socket_path):
+        log.warning("%s: any user could replace what is in it, the directory of TMUX_SOCKET too", folder)
     state = AppState(SessionMap(), driver, options.workspace, AuditLog(options.audit_log))
     state.servers |= {config.name: Relay(config) for config in options.servers}
     if options.audit_log:
