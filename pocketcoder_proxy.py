@@ -958,7 +958,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1141
+# Execution Driver                                               budget 1147
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -971,7 +971,7 @@ class Tmux(asyncio.SubprocessProtocol):
 ENDINGS: dict[str, tuple[int | None, str | None]] = {  # exit code and error; None: as reported
     "exit": (None, None),
     "timeout": (124, "ended after {timeout:g} s: ask for a longer `timeout`, or start it in the background"),
-    "cancelled": (None, "cancelled before its end"),
+    "cancelled": (None, "cancelled before its end{why}"),
     "lost": (137, "lost: {why}; the next command starts a new terminal"),
     "unstarted": (125, "never started"),  # its caller gets another try, or an error
 }
@@ -1257,9 +1257,11 @@ class Output(Pipe):
             chunk = os.read(self.fd, CHUNK)
         except BlockingIOError:
             return
-        if not chunk:
+        except MemoryError:  # else the loop would call this again at once, and again
+            chunk = None
+        if chunk == b"":
             self.close()
-        elif self.take is None:  # what outlives its run may write on, at no cost to others
+        elif chunk is None or self.take is None:  # what outlives its run may write on, at no cost to others
             self.loop.remove_reader(self.fd)
             self.loop.call_later(DRAIN_PAUSE, self._resume)
         else:
@@ -1578,9 +1580,13 @@ class Job:
         return f" . {shlex.quote(self.run)}.go"
 
     def _take(self, take: Take, chunk: bytes) -> Awaitable[None] | None:
-        if self.view:
-            self.view.add(chunk)
-        return take(chunk)
+        try:
+            if self.view:
+                self.view.add(chunk)
+            return take(chunk)
+        except MemoryError:
+            self.end("cancelled", ": the proxy has no memory for its output")
+        return None
 
     def _on_typed(self, reply: asyncio.Future[list[str]]) -> None:
         if reply.exception():
@@ -3702,7 +3708,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 609
+# Transports                                                      budget 612
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -3927,6 +3933,8 @@ class Endpoint(tornado.web.RequestHandler):
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None))[1]
         text = (getattr(error, "log_message", None) or f"{status_code} {self._reason}").replace("%%", "%")
+        if isinstance(error, MemoryError):
+            text = "the proxy has no memory for this: send less, or ask for less with `max_output`"
         answer = {"error": text, "exit_code": (BadMessage if status_code == 400 else ProxyError).exit_code}
         if isinstance(error, ProxyError):
             answer, status_code = {"error": str(error), "exit_code": error.exit_code}, error.http_status
@@ -4092,6 +4100,7 @@ class ChannelEndpoint(SocketEndpoint):
         except ProxyError as failure:
             await self.end(json.dumps({"error": str(failure), "exit_code": failure.exit_code}))
         finally:
+            self.close()  # whatever went wrong, its caller does not wait for us
             if not self.job.done():
                 self.job.set_result(None)
 
