@@ -958,7 +958,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1147
+# Execution Driver                                               budget 1153
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1252,6 +1252,11 @@ class Output(Pipe):
         if self.fd >= 0:
             self.loop.add_reader(self.fd, self.read)
 
+    def check(self) -> None:
+        """Raise OSError if too few descriptors are left."""
+        if self.fd > resource.getrlimit(resource.RLIMIT_NOFILE)[0] - DESCRIPTORS_KEPT:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
     def read(self) -> None:
         try:
             chunk = os.read(self.fd, CHUNK)
@@ -1395,10 +1400,11 @@ class RunFiles:
             self.status = Pipe(self.status_path, os.O_RDWR)
             undo.pop_all()
         self.found = os.fstat(self.status.fd)
-        self.status.loop.add_reader(self.status.fd, self._on_status)
+        self.status.loop.add_reader(self.status.fd, self.on_status)
 
-    def _on_status(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # somebody else has read it
+    def on_status(self) -> None:
+        """Take the reports that there are."""
+        with contextlib.suppress(OSError):  # there are none: it is closed, or somebody else has read it
             self.unread += os.read(self.status.fd, 64 * KIB)
         for run_id, word, number in REPORT.findall(self.unread):
             if (job := self.jobs.get(run_id.decode())) is not None:
@@ -1538,8 +1544,7 @@ class Job:
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
         self.over = asyncio.Event()  # exit_code, duration and all output are known
         self.released = False  # the pane is free again
-        self.typed = False  # its line: go may read the files
-        self.returned = False  # go has done with the files
+        self.typed = self.returned = False  # go may read the files; it has done with them
         self.leaves_nothing = False  # what is left of it at its end is ended too
         self.ended, self.why, self.exit_code = "exit", "", 0
         self.pid = 0  # of the command's bash, and its process group
@@ -1570,8 +1575,7 @@ class Job:
         self.run = self.files.take(self)
         for name, take in self.takes.items():  # open before it is typed, since a FIFO forgets what nobody has open
             self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, take), self._tidy))
-        if self.outputs[-1].fd > resource.getrlimit(resource.RLIMIT_NOFILE)[0] - DESCRIPTORS_KEPT:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        self.outputs[-1].check()
         if self.fed:
             self.feed = Input(f"{self.run}.in")
         for name, text in go_script(self, self.terminal.driver.shell).items():
@@ -1637,6 +1641,8 @@ class Job:
 
     def tick(self) -> None:
         """Look now and then whether its shell lives, and its time is over."""
+        if self.typed:  # a loop that was stopped for a while runs timers first: what is reported was in time
+            self.files.on_status()
         if self.released or self.over.is_set():
             return
         pane, age, pause = self.shell.pane, time.monotonic() - self.begun, WATCH_PAUSE
