@@ -958,7 +958,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1153
+# Execution Driver                                               budget 1150
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1543,8 +1543,7 @@ class Job:
         self.run_id, self.run = secrets.token_hex(8), ""  # the path of its files, but for their suffixes
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
         self.over = asyncio.Event()  # exit_code, duration and all output are known
-        self.released = False  # the pane is free again
-        self.typed = self.returned = False  # go may read the files; it has done with them
+        self.typed = self.returned = self.released = False  # go may read the files; has done so; the pane is free
         self.leaves_nothing = False  # what is left of it at its end is ended too
         self.ended, self.why, self.exit_code = "exit", "", 0
         self.pid = 0  # of the command's bash, and its process group
@@ -1690,11 +1689,9 @@ class Job:
     def outcome(self) -> CommandResult:
         """How it ended, without its output."""
         code, error = ENDINGS[self.ended]
-        total, ms = sum(output.total for output in self.outputs), round(self.duration * 1000)
         error = error and error.format(timeout=self.request.timeout, why=self.why)
-        return CommandResult(
-            "", self.exit_code if code is None else code, self.ended, error, False, total, ms, self.run_id
-        )
+        facts = sum(output.total for output in self.outputs), round(self.duration * 1000), self.run_id
+        return CommandResult("", self.exit_code if code is None else code, self.ended, error, False, *facts)
 
     async def _leave(self) -> None:
         """Show the end, and let the prompt come."""
@@ -4326,7 +4323,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 213
+# Application                                                     budget 222
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4511,21 +4508,30 @@ class PlainText(logging.Formatter):
         return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], super().format(record))
 
 
+def log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainText("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    logging.getLogger("tornado.general").setLevel(logging.WARNING)  # else it shows headers that it refuses: tokens
+
+
+def watch_children() -> None:
+    """Before Python 3.12 each child needs a thread otherwise, which may be the one too many."""
+    with contextlib.suppress(OSError, AttributeError):  # pidfd_open(2) needs Linux 5.3
+        os.close(os.pidfd_open(os.getpid()))
+        if sys.version_info < (3, 12):
+            asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+
+
 def main() -> int:
     """The command line; its exit status."""
     options = Cli.parse(sys.argv).command
     if options.name == "shell":
         return run_shell([*options.arguments])
     token = os.environ.pop("POCKETCODER_TOKEN", "")
-    handler = logging.StreamHandler()
-    handler.setFormatter(PlainText("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
-    logging.getLogger("tornado.general").setLevel(logging.WARNING)  # else it shows headers that it refuses: tokens
-    with contextlib.suppress(OSError, AttributeError):  # else before Python 3.12 each child needs a thread
-        os.close(os.pidfd_open(os.getpid()))
-        if sys.version_info < (3, 12):
-            asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+    log_to_stderr()
     wipe("POCKETCODER_TOKEN")
+    watch_children()
     try:
         if not (wrong := why_not(options, token)):
             asyncio.run(serve(options, token))
