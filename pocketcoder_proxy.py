@@ -727,7 +727,7 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                            budget 231
+# Tmux                                                            budget 232
 # ==========================================================================
 # The only section that talks to tmux.
 #
@@ -738,6 +738,7 @@ PANE_FORMAT = "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width}
 PANE_FORMAT += "#{window_name}"
 # Changes when somebody types, or anything is shown; not a person's last look at it.
 PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
+# No copy mode, no synchronized panes: the state ends with " 0 0".
 NO_MODE = "#{==:#{pane_in_mode}#{pane_synchronized},00}"
 
 KEY = re.compile(
@@ -948,7 +949,7 @@ class Tmux(asyncio.SubprocessProtocol):
         The reply is empty if they were pressed.
         """
         words = " ".join(map(quote, ["send-keys", "-t", pane.pane_id, *keys]))
-        same = f"#{{==:{PANE_STATE},{state}}}" if state else NO_MODE
+        same = f"#{{&&:{NO_MODE},#{{==:{PANE_STATE},{state}}}}}" if state else NO_MODE
         return self.send(["if-shell", "-F", "-t", pane.pane_id, same, words, "display-message -p no"], [])
 
     def keep_name(self, pane: Pane) -> None:
@@ -958,7 +959,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1150
+# Execution Driver                                               budget 1151
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1154,19 +1155,19 @@ class PaneShell:
         if quiet:
             await asyncio.sleep(CLEAR_PAUSE)  # a new shell draws its prompt
         now = await tmux.state(self.pane)
-        if now != self.last and not quiet:
+        if not now.endswith(" 0 0"):
             switch = ["set-option", "-w", "-t", self.pane.window_id, "synchronize-panes", "off"]
             tmux.send(switch, ["copy-mode", "-q", "-t", self.pane.pane_id])
             now = await tmux.state(self.pane)
+        if now != self.last and not quiet and self.look() != "busy":
             # Behind a prompt that we know, C-u clears the line and C-y brings it back; a blank before,
             # since on an empty line it rings the bell.  Elsewhere it may be a continuation line.
             (column, *place), (before, *known) = now.split(), self.last.split() or [""]
             same = place == known and int(column) > int(before)
-            if now != self.last and self.look() != "busy":
-                tmux.send_keys(self.pane, now, *(["C-e", "Space", "C-u"] if same else ["C-c"]))
-                await asyncio.sleep(CLEAR_PAUSE)
-                await self.at_prompt()
-                now = await tmux.state(self.pane)
+            tmux.send_keys(self.pane, now, *(["C-e", "Space", "C-u"] if same else ["C-c"]))
+            await asyncio.sleep(CLEAR_PAUSE)
+            await self.at_prompt()
+            now = await tmux.state(self.pane)
         self.last = now  # if nobody uses it now, it is known later
         return now
 
@@ -1182,7 +1183,8 @@ class PaneShell:
             now = await tmux.state(self.pane) if ready else ""
             if self.quiet == quiet:  # else it is used again
                 self.quiet = 0.0
-                if now.split(" ")[0] == self.last.split(" ")[0]:  # else something was typed meanwhile
+                same = now.split(" ")[0] == self.last.split(" ")[0]  # else something was typed meanwhile
+                if same and now.endswith(" 0 0"):
                     self.state = self.last = now
 
 
