@@ -998,13 +998,12 @@ GO = r"""\exec 8<>{run}.done 9<>{status}
 _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \set +xv -C; \echo "$_pc" >{run}.pid || \exit
 \set +C; \exec <{stdin} || \exit
-\exec {outputs}; [ -p /proc/self/fd/1 ] && [ -p /proc/self/fd/2 ] || \exit
+\exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&- 8>&-; {sound} || \exit
 \echo "{run_id} start $_pc" >&9
-\exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
 \cd -- {cwd} || \exit
 \export {quiet} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
 \export POCKETCODER_SESSION_ID={session} POCKETCODER_USAGE_ID={usage}
-\exec {command}
+\exec {command} 9>&-
 ) && _pc=0 || _pc=$?
 \echo "$_pc" >>{run}.pid
 \echo "{run_id} exit $_pc" >&9
@@ -1025,8 +1024,9 @@ def go_script(job: Job, shell: str) -> dict[str, str]:
     texts = {"status": job.files.status_path, "cwd": request.cwd or ".", "agent": request.agent_name}
     texts |= {"session": request.session_id or "", "usage": request.usage_id or ""}
     outputs = f"1<>{run}.out " + (f"2<>{run}.err" if "err" in job.takes else "2>&1")
+    sound = " && ".join(f"[ -p {run}.{name} ]" for name in job.takes)  # else it was wiped, and made as a file
     stdin = f"{run}.in" if job.feed or "in" in files else "/dev/null"
-    parts = {"run": run, "run_id": job.run_id, "stdin": stdin, "outputs": outputs, "quiet": QUIET}
+    parts = {"run": run, "run_id": job.run_id, "stdin": stdin, "outputs": outputs, "sound": sound, "quiet": QUIET}
     parts |= {name: shlex.quote(text) for name, text in texts.items()}
     return files | {"go": GO.format(command=shlex.join(command), **parts)}
 
@@ -1563,11 +1563,12 @@ class Job:
             line = self._prepare()
         state = await self.shell.clear(self.tmux)
         if not self.released:
-            self.view = View(pane, self.request.cmd, line, int(self.shell.last.split()[0]))
             self.watch("start", self)
             self.begun, self.typed = time.monotonic(), True
             # tmux types it unless somebody else has typed since the pane was in `state`.
             self.tmux.send_keys(pane, state, line, "Enter").add_done_callback(self._on_typed)
+            with contextlib.suppress(OSError):  # no descriptor is left: nobody sees it
+                self.view = View(pane, self.request.cmd, line, int(self.shell.last.split()[0]))
             self._later(START_TIMEOUT, self.tick)
         return await self.started
 
@@ -1715,10 +1716,9 @@ class Job:
             self.view.close()
         for output in self.outputs:
             output.finish() if self.pid else output.close()  # before its start nobody has opened it to write
-        if not self.over.is_set():
+        if self.typed and not self.over.is_set():
             self.ended = "unstarted"
-            if self.typed:
-                self.watch("end", self)
+            self.watch("end", self)
         self.released, self.takes, self.watch = True, {}, lambda event, job: None  # who was told is not kept
         self._later(0, self.tick)  # no more
         self._tidy()
