@@ -313,7 +313,7 @@ class Bridge:
 
         scheme, _, address = self.url.rstrip("/").partition("://")
         host, _, port = (address if ":" in address else f"{address}:80").rpartition(":")
-        if scheme != "http" or not host or not port.isdecimal():
+        if scheme != "http" or not host or not port.isdecimal() or not 0 < int(port[:6]) < 65536:
             raise Failed(f"PROXY_URL: got {self.url!r}, expected http://HOST:PORT", 125)
         token, head, failure = os.environ.get("POCKETCODER_TOKEN"), b"", 0
         lines = ["GET /exec/ws HTTP/1.1", f"Host: {address}", "Connection: Upgrade", "Upgrade: websocket"]
