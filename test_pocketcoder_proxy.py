@@ -590,7 +590,7 @@ def test_trouble_with_its_own_files_is_told_where_it_can_be(engine: Caller) -> N
     assert (code, b"ODD" in err, b"UTF-8" in err, err.count(b"\n")) == (125, True, True, 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[2:])])
 def test_every_form_of_arguments_does_what_it_does_with_bash(
     engine: Caller, name: str, expected: list[tuple[int, bytes, bytes]]
 ) -> None:
@@ -3357,6 +3357,7 @@ def test_whatever_a_server_answers_the_client_gets_an_answer(
     assert "Traceback" not in proxy.logged()
 
 
+@pytest.mark.slow
 def test_a_child_whose_output_somebody_else_holds_is_noticed_too(
     own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
 ) -> None:
@@ -3369,6 +3370,7 @@ def test_a_child_whose_output_somebody_else_holds_is_noticed_too(
     eventually(lambda: not processes_with("sleep\x0082.5"))
 
 
+@pytest.mark.slow
 def test_calls_that_are_never_taken_up_again_lock_nothing(relay: Proxy, stream: Callable[..., Stream]) -> None:
     for number in range(40):  # more than there may be children
         can = {"elicitation": {"n": number % 20}}
@@ -4685,6 +4687,7 @@ def test_the_gate_comes_before_the_body_of_an_upgrade_too(own: Callable[..., Pro
     assert proxy.peak() - before < 30_000_000
 
 
+@pytest.mark.slow
 def test_a_body_that_serves_nobody_takes_no_memory(own: Callable[..., Proxy]) -> None:
     proxy = own()
     proxy.exec("true")
@@ -4912,6 +4915,7 @@ def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_hinders_nothing(own: Callable[..., Proxy]) -> None:
     server = own()
     server.stop()
