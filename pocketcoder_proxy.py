@@ -49,6 +49,7 @@ Files of a run, SOCKET.d/DRIVER/RUN.*:
             go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
             pid (claims the run; then the exit code)
             FIFOs: done (from us)  out, err  in (of a channel); one `status` for all runs
+Locks:      SOCKET.d/DRIVER while it lives; a pane's terminal during a run (flock, freed with the process)
 
 Not done on purpose:
   no reading of the screen    to learn of a run: it wraps, scrolls and lies; FIFOs do not
