@@ -4326,7 +4326,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 222
+# Application                                                     budget 225
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4480,6 +4480,8 @@ def why_not(options: Commands, token: str) -> str | None:
         return f"--host {options.host} is reached from elsewhere: set POCKETCODER_TOKEN, or listen on 127.0.0.1"
     if not re.fullmatch(r"[!-~]*", token):
         return "POCKETCODER_TOKEN: expected visible ASCII characters without blanks"
+    if process(os.getpid()) is None:
+        return "needs /proc, which is not mounted or not ours to read: it tells what runs in a terminal"
     version = ""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         version = subprocess.run(["tmux", "-V"], capture_output=True, text=True, timeout=TMUX_TIMEOUT).stdout.strip()
@@ -4533,7 +4535,8 @@ def main() -> int:
         return run_shell([*options.arguments])
     token = os.environ.pop("POCKETCODER_TOKEN", "")
     log_to_stderr()
-    wipe("POCKETCODER_TOKEN")
+    if token:
+        wipe("POCKETCODER_TOKEN")
     watch_children()
     try:
         if not (wrong := why_not(options, token)):
