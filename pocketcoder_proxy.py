@@ -66,7 +66,7 @@ import os
 import sys
 
 # ==========================================================================
-# Settings                                                         budget 80
+# Settings                                                         budget 81
 # ==========================================================================
 # S1  Every limit, time and default is here, with its unit.  Times in seconds.
 VERSION = "0.1.0"
@@ -102,6 +102,7 @@ PROMPT_TIMEOUT = 0.5  # a shell that has just ended a command shows its prompt
 QUEUE_CHECK = 0.5  # look again whether a person's program has ended
 WATCH_PAUSE = 0.5  # look again whether the shell of a run lives: tmux may not tell
 RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
+AUDIT_TIMEOUT, AUDIT_PAUSE = 10.0, 0.05  # an answer waits so long for a line that cannot be written; between tries
 CLEAR_PAUSE = 0.05  # for a shell to take a key; shorter than anybody types a line
 DRAIN_PAUSE = 0.01  # between reads of what outlives its run: 100 MB/s
 VIEW_DELAY = 0.005  # a command that ends sooner is shown at its end
@@ -146,7 +147,7 @@ def default_agent_name() -> str:
 
 
 # ==========================================================================
-# Shell Bridge                                                    budget 351
+# Shell Bridge                                                    budget 355
 # ==========================================================================
 # `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
 #
@@ -268,15 +269,17 @@ class Bridge:
 
         self.url, self.unread, self.sending = url, b"", _thread.allocate_lock()
         self.sock: Any = None  # once the channel is open
-        self.status = 0  # how to end, once a signal has come
+        self.status, self.over = 0, False  # how to end, once a signal has come; nothing is left to interrupt
 
     def on_signal(self, number: int, _: object) -> None:
         """Pass it on, and end soon, whatever the command does."""
         import _signal  # type: ignore[import-not-found]
 
-        if number == _signal.SIGALRM and self.sock is None and not self.status:
+        if number == _signal.SIGALRM and self.sock is None and not self.status and not self.over:
             raise Failed(f"{self.url}: no answer within {CONNECT_TIMEOUT:g} s", 125)
         again, self.status = self.status, self.status or 128 + number
+        if self.over:
+            return
         if again or self.sock is None or number == _signal.SIGALRM:
             raise Failed("", self.status)
         _signal.setitimer(_signal.ITIMER_REAL, SIGNAL_PATIENCE)
@@ -411,12 +414,14 @@ def run_shell(words: list[str]) -> int:
         pass
     os.close(fd)
     bridge = Bridge(os.environ.get("PROXY_URL") or f"http://localhost:{DEFAULT_PORT}")
-    heeded = [number for number in (*SIGNALS, _signal.SIGALRM) if _signal.getsignal(number) != _signal.SIG_IGN]
+    heeded = [_signal.SIGALRM, *(number for number in SIGNALS if _signal.getsignal(number) != _signal.SIG_IGN)]
     before = [(number, _signal.signal(number, bridge.on_signal)) for number in heeded]
     try:
         text, first = command_of(words)
         status = bridge.run(request_of(text), first)
+        bridge.over = True
     except Failed as failure:
+        bridge.over = True
         text, status = failure.args
         try:
             os.write(2, f"pocketcoder: {text}\n".encode(errors="replace") if text else b"")
@@ -960,7 +965,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1151
+# Execution Driver                                               budget 1176
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -975,16 +980,15 @@ ENDINGS: dict[str, tuple[int | None, str | None]] = {  # exit code and error; No
     "timeout": (124, "ended after {timeout:g} s: ask for a longer `timeout`, or start it in the background"),
     "cancelled": (None, "cancelled before its end{why}"),
     "lost": (137, "lost: {why}; the next command starts a new terminal"),
-    "unstarted": (125, "never started"),  # its caller gets another try, or an error
 }
 ENDING_LADDER = ((signal.SIGTERM, 2.0), (signal.SIGKILL, 0.2), (signal.SIGKILL, 0.8))  # seconds to the next step
 SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # ours, and says nothing of what was looked for
 STOPPED = range(128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1)  # exit codes of a job that only stopped
 SHELLS = {"bash": True, "zsh": True, "sh": False, "dash": False, "ash": False, "busybox": False}  # edits its line?
+OURS = tuple(f"POCKETCODER_{name}" for name in ("RUN_ID", "AGENT", "SESSION_ID", "USAGE_ID"))  # set for a command
 QUIET = " ".join(f"{name}={value}" for name, value in QUIET_PROGRAMS.items())
 Take = Callable[[bytes], "Awaitable[None] | None"]
 Takes = Mapping[str, Take]  # by stream
-Watch = Callable[[str, "Job"], object]  # told of the "start", before it runs, and of the "end" of each that was told of
 REPORT = re.compile(rb"([0-9a-f]{16}) (start|exit|back) ([0-9]{1,9})\n")  # whatever others write there
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # no FIFO in its place may stop us
 
@@ -1000,17 +1004,30 @@ _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \set +xv -C; \echo "$_pc" >{run}.pid || \exit
 \set +C; \exec <{stdin} || \exit
 \exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&- 8>&-; {sound} || \exit
-\echo "{run_id} start $_pc" >&9
+\echo "{token} start $_pc" >&9
 \cd -- {cwd} || \exit
 \export {quiet} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
 \export POCKETCODER_SESSION_ID={session} POCKETCODER_USAGE_ID={usage}
 \exec {command} 9>&-
 ) && _pc=0 || _pc=$?
 \echo "$_pc" >>{run}.pid
-\echo "{run_id} exit $_pc" >&9
+\echo "{token} exit $_pc" >&9
 \read -r -t 1 _pc <&8 2>/dev/null || :
-{{ \echo "{run_id} back 0" >&9; \exec 8>&- 9>&-; \trap - INT; \unset _pc; \return 0; }}
+{{ \echo "{token} back 0" >&9; \exec 8>&- 9>&-; \trap - INT; \unset _pc; \return 0; }}
 """
+
+
+class Watch:
+    """Is told of a run, once before it starts, and once of its end, or that it never started."""
+
+    async def start(self, run_id: str) -> None:
+        """What this raises stops the start."""
+
+    def end(self, result: CommandResult) -> None:
+        """`result` is without the output."""
+
+
+NOBODY = Watch()
 
 
 def go_script(job: Job, shell: str) -> dict[str, str]:
@@ -1020,14 +1037,22 @@ def go_script(job: Job, shell: str) -> dict[str, str]:
     command = [shell, "-c", "--", request.cmd, os.path.basename(shell)]
     if len(request.cmd) > MAX_ARGUMENT // 4:  # characters of up to four bytes
         files["cmd"], command[3] = request.cmd, f'eval " $(cat {run}.cmd || echo exit 125)"'
-    if request.env:  # by env(1), which takes names that are none for a shell
-        command = ["env", "--", *(f"{name}={value}" for name, value in request.env.items()), *command]
+    if env := [f"{name}={value}" for name, value in request.env.items() if name not in OURS]:
+        command = ["env", "--", *env, *command]  # which takes names that are none for a shell
     texts = {"status": job.files.status_path, "cwd": request.cwd or ".", "agent": request.agent_name}
     texts |= {"session": request.session_id or "", "usage": request.usage_id or ""}
     outputs = f"1<>{run}.out " + (f"2<>{run}.err" if "err" in job.takes else "2>&1")
     sound = " && ".join(f"[ -p {run}.{name} ]" for name in job.takes)  # else it was wiped, and made as a file
     stdin = f"{run}.in" if job.feed or "in" in files else "/dev/null"
-    parts = {"run": run, "run_id": job.run_id, "stdin": stdin, "outputs": outputs, "sound": sound, "quiet": QUIET}
+    parts = {
+        "run": run,
+        "run_id": job.run_id,
+        "token": job.token,
+        "stdin": stdin,
+        "outputs": outputs,
+        "sound": sound,
+        "quiet": QUIET,
+    }
     parts |= {name: shlex.quote(text) for name, text in texts.items()}
     return files | {"go": GO.format(command=shlex.join(command), **parts)}
 
@@ -1373,7 +1398,7 @@ def clear(folder: str) -> None:
 class RunFiles:
     """A directory for runs beside the socket, `SOCKET.d/N`.  Each driver has its own, locked: it lives.
 
-    `status` is a FIFO for the reports of all runs, lines of run_id, word, number.  A run has the
+    `status` is a FIFO for the reports of all runs, lines of token, word, number.  A run has the
     files `SOCKET.d/N/RUN.*`.  Names are short, since they are typed, and used again by later
     runs: making files costs more than all the rest.  Raises NoTerminal, OSError.
     """
@@ -1383,7 +1408,7 @@ class RunFiles:
     def __init__(self, base: str) -> None:
         self.base, self.unread, self.owner = base, b"", os.geteuid()
         self.count, self.free = 0, list[str]()  # names there were; those to use again
-        self.jobs: dict[str, Job] = {}  # by run_id, those that have files
+        self.jobs: dict[str, Job] = {}  # by token, those that have files
         check_place(base)
         with contextlib.suppress(FileExistsError):
             os.mkdir(base, 0o700)
@@ -1409,8 +1434,8 @@ class RunFiles:
         """Take the reports that there are."""
         with contextlib.suppress(OSError):  # there are none: it is closed, or somebody else has read it
             self.unread += os.read(self.status.fd, 64 * KIB)
-        for run_id, word, number in REPORT.findall(self.unread):
-            if (job := self.jobs.get(run_id.decode())) is not None:
+        for token, word, number in REPORT.findall(self.unread):
+            if (job := self.jobs.get(token.decode())) is not None:
                 job.on_report(word.decode(), int(number))
         self.unread = self.unread[self.unread.rfind(b"\n") + 1 :][-KIB:]
 
@@ -1435,12 +1460,12 @@ class RunFiles:
                 self._remove(run, self.FIFOS)
                 raise
             self.free.append(run)
-        self.jobs[job.run_id] = job
+        self.jobs[job.token] = job
         return self.free.pop()
 
     def give_back(self, job: Job) -> None:
         """`job` and all that it left have closed them."""
-        del self.jobs[job.run_id]
+        del self.jobs[job.token]
         everything = (*self.OWN, *self.FIFOS, "go")
         if not job.typed:  # who knows what is in its place
             self._remove(job.run, everything)
@@ -1540,10 +1565,11 @@ class Job:
     tmux: Tmux
     files: RunFiles
 
-    def __init__(self, terminal: Terminal, request: ExecRequest, takes: Takes, fed: bool, watch: Watch) -> None:
-        self.terminal, self.request, self.takes, self.fed, self.watch = terminal, request, takes, fed, watch
+    def __init__(self, terminal: Terminal, request: ExecRequest, takes: Takes, fed: bool, run_id: str) -> None:
+        self.terminal, self.request, self.takes, self.fed, self.run_id = terminal, request, takes, fed, run_id
         self.loop = asyncio.get_running_loop()
-        self.run_id, self.run = secrets.token_hex(8), ""  # the path of its files, but for their suffixes
+        self.token, self.run = secrets.token_hex(8), ""  # in its reports; the path of its files, but for their suffixes
+        self.on_end = NOBODY.end
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
         self.over = asyncio.Event()  # exit_code, duration and all output are known
         self.typed = self.returned = self.released = False  # go may read the files; has done so; the pane is free
@@ -1564,7 +1590,6 @@ class Job:
             line = self._prepare()
         state = await self.shell.clear(self.tmux)
         if not self.released:
-            self.watch("start", self)
             self.begun, self.typed = time.monotonic(), True
             # tmux types it unless somebody else has typed since the pane was in `state`.
             self.tmux.send_keys(pane, state, line, "Enter").add_done_callback(self._on_typed)
@@ -1683,7 +1708,7 @@ class Job:
         self.exit_code, self.duration = exit_code, time.monotonic() - self.begun if self.pid else 0.0
         for output in self.outputs:
             output.finish()
-        self.watch("end", self)
+        self.on_end(self.outcome())
         self.over.set()
         self.leaving = asyncio.ensure_future(self._leave())  # who waits for the answer comes first
         stopped = exit_code in STOPPED and not has_ended(self.pid)  # nobody will continue it
@@ -1701,7 +1726,8 @@ class Job:
         """Show the end, and let the prompt come."""
         self._later(RETURN_TIMEOUT, self.release)
         os.sched_yield()  # who got the answer often waits for this very CPU
-        facts = (self.request.agent_name, self.run_id, self.ended, self.exit_code, round(self.duration * 1000))
+        end = self.outcome()
+        facts = (self.request.agent_name, self.run_id, end.ended, end.exit_code, end.duration_ms)
         log.info("exec end agent=%s run=%s ended=%s exit=%d ms=%d", *facts)
         if self.view:
             await self.view.end(self.exit_code)
@@ -1717,10 +1743,7 @@ class Job:
             self.view.close()
         for output in self.outputs:
             output.finish() if self.pid else output.close()  # before its start nobody has opened it to write
-        if self.typed and not self.over.is_set():
-            self.ended = "unstarted"
-            self.watch("end", self)
-        self.released, self.takes, self.watch = True, {}, lambda event, job: None  # who was told is not kept
+        self.released, self.takes, self.on_end = True, {}, NOBODY.end  # who was told is not kept
         self._later(0, self.tick)  # no more
         self._tidy()
         if not self.started.done():
@@ -1955,40 +1978,47 @@ class PocketCoderDriver:
         capture = Capture(request.max_output)
         return await (await self.start(request, {"out": capture.add})).result(capture)
 
-    async def start(
-        self, request: ExecRequest, takes: Takes, fed: bool = False, watch: Watch = lambda event, job: None
-    ) -> Job:
+    async def start(self, request: ExecRequest, takes: Takes, fed: bool = False, watch: Watch | None = None) -> Job:
         """Start a command; return when it runs.
 
         takes  {"out"} for both streams, or {"out", "err"}
         fed    its stdin is what the job's `feed` gets
-        watch  see Watch; what it raises stops the start
         """
-        terminal = self.terminal(request.agent_name)
+        terminal, run_id, watch, noted = self.terminal(request.agent_name), secrets.token_hex(8), watch or NOBODY, False
         why = f"no shell in the window {terminal.name} answers: the terminal shows why"
-        for attempt in range(2 * MAX_PANES):
-            job = Job(terminal, request, takes, fed, watch)
-            await terminal.take(job)
-            try:
-                if await job.start():
-                    return job
-                if job.why:
-                    why = f"cannot begin a run in {job.run}: {job.why}"
-                    if attempt:  # the first time somebody may just have wiped it
-                        break
-                if not job.returned:  # it was typed, into what we do not know
-                    job.shell.last = ""
-                    job.shell.missed += 1
-            except (asyncio.CancelledError, NoAudit):
-                job.end("cancelled")
-                raise
-            except (NoTerminal, OSError) as failure:  # no space, no descriptors; or the terminal has just died
-                terminal.looked_at, why = (None, 0), f"cannot prepare a run in {self.socket_path}.d: {failure}"
-                job.end("lost", why)
-                if job.over.is_set():
-                    return job
-                await asyncio.sleep(CLEAR_PAUSE)
-        raise NoTerminal(why)
+        try:
+            for attempt in range(2 * MAX_PANES):
+                job = Job(terminal, request, takes, fed, run_id)
+                await terminal.take(job)
+                try:
+                    if not noted:
+                        await watch.start(run_id)
+                        noted = True
+                    job.on_end = watch.end
+                    if await job.start():
+                        return job
+                    if job.why:
+                        why = f"cannot begin a run in {job.run}: {job.why}"
+                        if attempt:  # the first time somebody may just have wiped it
+                            break
+                    if not job.returned:  # it was typed, into what we do not know
+                        job.shell.last = ""
+                        job.shell.missed += 1
+                except (asyncio.CancelledError, NoAudit):
+                    job.end("cancelled")
+                    raise
+                except (NoTerminal, OSError) as failure:  # no space, no descriptors; or the terminal has just died
+                    terminal.looked_at, why = (None, 0), f"cannot prepare a run in {self.socket_path}.d: {failure}"
+                    job.end("lost", why)
+                    if job.over.is_set():
+                        return job
+                    await asyncio.sleep(CLEAR_PAUSE)
+            raise NoTerminal(why)
+        except BaseException as failure:
+            if noted and not job.over.is_set() and job.ending is None:
+                error = f"never started: {failure or 'cancelled'}"
+                watch.end(CommandResult("", ProxyError.exit_code, "cancelled", error, run_id=run_id))
+            raise
 
     def open_files(self) -> RunFiles:
         """The directory for runs, a new one if someone wiped it.  Raises NoTerminal, OSError."""
@@ -3250,7 +3280,7 @@ def to_legacy(answer: Message, method: str) -> Message:
 
 
 # ==========================================================================
-# State and tools                                                 budget 464
+# State and tools                                                 budget 516
 # ==========================================================================
 # What handlers share, built once in `serve` and handed down; sessions; the tools.
 #
@@ -3406,52 +3436,84 @@ class AuditLog:
     """JSON lines in the file `path`: one before a command starts, one before its end is answered.
 
     path  "": none is kept
-    A line that cannot be written waits, and until it is written no command starts; so what waits is
-    no more than the ends of the commands that run.
+    What cannot be written waits, and until it is written no command starts; so there is not much of it.
     """
 
     def __init__(self, path: str = "") -> None:
         self.path, self.fd, self.unwritten = path, -1, b""
 
-    def write(self, event: str, **fields: object) -> None:
-        """Raises NoAudit when a "start" cannot be written."""
-        if not self.path:
-            return
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        line = json.dumps({"time": now, "event": event, **fields}).encode() + b"\n"
-        try:
-            if event == "start":
-                self.flush()
-            self.unwritten += line
+    async def start(self, fields: Message) -> None:
+        """Note a start.  Raises NoAudit."""
+        if self.path:
             self.flush()
-        except NoAudit as wrong:
-            if event == "start":  # nothing is run; but a line that was begun is completed
+            self.unwritten += (line := self._line("start", fields))
+            try:
+                self.flush()
+            except NoAudit:  # nothing is run; but a line that was begun is completed
                 self.unwritten = self.unwritten if self.unwritten != line else b""
                 raise
-            log.error("%s", wrong)
+            await self.written()
+
+    def end(self, fields: Message) -> None:
+        """Note an end; see `written`."""
+        if self.path:
+            self.unwritten += self._line("end", fields)
+            try:
+                self.flush()
+            except NoAudit as wrong:
+                log.error("%s", wrong)
+
+    async def written(self) -> None:
+        """Wait until all is written: a pipe may be full, a disk may get space again.  Raises NoAudit."""
+        deadline, failure = time.monotonic() + AUDIT_TIMEOUT, self._refuse("nobody reads it")
+        while self.unwritten:
+            await asyncio.sleep(AUDIT_PAUSE)
+            try:
+                self.flush()
+            except NoAudit as wrong:
+                failure = wrong
+            if self.unwritten and time.monotonic() > deadline:
+                raise failure
+
+    def _line(self, event: str, fields: Message) -> bytes:
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return json.dumps({"time": now, "event": event, **fields}).encode() + b"\n"
+
+    def _refuse(self, why: str) -> NoAudit:
+        return NoAudit(f"cannot write the audit log {self.path}: {why}; until that is mended no command is run")
 
     def flush(self) -> None:
-        """Write what waits.  Raises NoAudit."""
+        """Write what waits, as far as a pipe takes it.  Raises NoAudit."""
         try:
+            if self.fd >= 0 and not os.fstat(self.fd).st_nlink:  # somebody has removed it
+                self._close()
             if self.fd < 0:
                 # No link, which somebody else may have put there; but /dev/stderr is one.
                 link = 0 if self.path.startswith("/dev/") else os.O_NOFOLLOW
                 self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | link, 0o600)
-                if stat.S_ISREG(os.fstat(self.fd).st_mode):
-                    os.fchmod(self.fd, 0o600)
+                try:
+                    if stat.S_ISREG(os.fstat(self.fd).st_mode):
+                        os.fchmod(self.fd, 0o600)
+                except OSError:  # another user's
+                    self._close()
+                    raise
             while self.unwritten:
                 self.unwritten = self.unwritten[os.write(self.fd, self.unwritten) :]
+        except BlockingIOError:  # a pipe, and full
+            pass
         except OSError as wrong:
-            why = f"cannot write the audit log {self.path}: {wrong.strerror}; until that is mended no command is run"
-            raise NoAudit(why) from None
+            raise self._refuse(wrong.strerror or str(wrong)) from None
+
+    def _close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def reopen(self) -> None:
         """After a rotation.  A failure is told, and tried again by who writes next."""
         with contextlib.suppress(NoAudit):
             self.flush()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self._close()
         try:
             self.flush()
         except NoAudit as wrong:
@@ -3475,6 +3537,32 @@ class AppState:
             self.sessions = SessionMap(self.sessions)
 
 
+class Notes(Watch):
+    """Tells the audit log, and the session that a command names, of its run."""
+
+    def __init__(self, state: AppState, request: ExecRequest) -> None:
+        self.state, self.request = state, request
+
+    def _fields(self, run_id: str) -> Message:
+        names = ("usage_id", "session_id", "agent_name", "cwd", "cmd")
+        return {"run_id": run_id, **{name: getattr(self.request, name) for name in names}}
+
+    def _report(self, event: str, run_id: str, facts: Message) -> None:
+        request = self.request
+        ids = {"run_id": run_id, "agent_name": request.agent_name, "event": event}
+        self.state.sessions.report(request.session_id, **ids, **facts)
+
+    async def start(self, run_id: str) -> None:
+        await self.state.audit.start(self._fields(run_id))
+        self._report("start", run_id, {"cmd": self.request.cmd[:MAX_VIEW_COMMAND], "cwd": self.request.cwd})
+
+    def end(self, result: CommandResult) -> None:
+        facts = {name: getattr(result, name) for name in ("exit_code", "error", "duration_ms", "output_bytes")}
+        self.state.audit.end(self._fields(result.run_id) | facts)
+        facts = {name: getattr(result, name) for name in ("exit_code", "ended", "duration_ms")}
+        self._report("end", result.run_id, facts)
+
+
 async def execute(
     state: AppState,
     request: ExecRequest,
@@ -3486,23 +3574,16 @@ async def execute(
 ) -> CommandResult:
     """Run a command to its end; see `PocketCoderDriver.start` and `Job.result`.  Cancelling this cancels it."""
 
-    def watch(event: str, job: Job) -> None:
-        agent_name = request.agent_name
-        audited: Message = {"run_id": job.run_id, "usage_id": request.usage_id, "session_id": request.session_id}
-        audited |= {"agent_name": agent_name, "cwd": request.cwd, "cmd": request.cmd}
-        told: Message = {"cmd": request.cmd[:MAX_VIEW_COMMAND], "cwd": request.cwd}
-        if event == "end":
-            facts = vars(job.outcome())
-            told = {name: facts[name] for name in ("exit_code", "ended", "duration_ms")}
-            audited |= {name: facts[name] for name in ("exit_code", "error", "duration_ms", "output_bytes")}
-        state.audit.write(event, **audited)
-        state.sessions.report(request.session_id, run_id=job.run_id, agent_name=agent_name, event=event, **told)
-
-    job = await state.driver.start(request, takes, fed, watch)
+    job = await state.driver.start(request, takes, fed, Notes(state, request))
     try:
         if started:
             await started(job)
-        return await job.result(capture, patience)
+        result = await job.result(capture, patience)
+        try:
+            await state.audit.written()
+        except NoAudit as wrong:
+            raise ProxyError(f"the command ended with {result.exit_code}, its answer is withheld: {wrong}") from None
+        return result
     finally:
         job.end("cancelled")  # if it has not ended yet, nobody is left to read it
 
@@ -3637,7 +3718,7 @@ async def send_keys_tool(state: AppState, arguments: Message, tell: Tell | None)
     error: str | None = "cancelled"
     typed: Message = {"run_id": secrets.token_hex(8), "usage_id": None, "session_id": None, "agent_name": agent_name}
     typed |= {"cwd": None, "cmd": None, "text": text, "keys": keys}
-    state.audit.write("start", **typed)
+    await state.audit.start(typed)
     try:
         await state.driver.send_keys(agent_name, text, keys)
         error = None
@@ -3647,7 +3728,8 @@ async def send_keys_tool(state: AppState, arguments: Message, tell: Tell | None)
     finally:
         ms = round((time.monotonic() - begun) * 1000)
         code = ProxyError.exit_code if error else 0
-        state.audit.write("end", **typed, exit_code=code, error=error, duration_ms=ms, output_bytes=0)
+        state.audit.end({**typed, "exit_code": code, "error": error, "duration_ms": ms, "output_bytes": 0})
+    await state.audit.written()
     return {"content": [], "isError": False}
 
 
@@ -3714,7 +3796,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 612
+# Transports                                                      budget 620
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -3799,6 +3881,7 @@ class Endpoint(tornado.web.RequestHandler):
     def initialize(self, state: AppState) -> None:
         self.state = state
         self.name = ""  # of an MCP server, from the path
+        self.admitted = False  # else the body is not read, and the connection ends
         self.body, self.received = bytearray(), 0
         self.sending = asyncio.Lock()  # Tornado knows one flush at a time
         self.peer: Any = getattr(self.request.connection, "stream", None)  # below HTTP
@@ -3816,6 +3899,11 @@ class Endpoint(tornado.web.RequestHandler):
             self.set_header("Vary", "Origin")
 
     def prepare(self) -> None:
+        self.check()
+        self.admitted = True
+
+    def check(self) -> None:
+        """The gate."""
         headers = self.request.headers
         self.name = (self.path_kwargs or {}).get("name", "")
         preflight = self.request.method == "OPTIONS"
@@ -3944,6 +4032,8 @@ class Endpoint(tornado.web.RequestHandler):
         answer = {"error": text, "exit_code": (BadMessage if status_code == 400 else ProxyError).exit_code}
         if isinstance(error, ProxyError):
             answer, status_code = {"error": str(error), "exit_code": error.exit_code}, error.http_status
+        if not self.admitted:
+            self.set_header("Connection", "close")
         if status_code == 401:
             self.set_header("WWW-Authenticate", "Bearer")
         if status_code == 405:
@@ -4139,8 +4229,8 @@ class ChannelEndpoint(SocketEndpoint):
 class McpEndpoint(Endpoint):
     """`/mcp`: Streamable HTTP.  A modern request stands for itself, a legacy one has a session."""
 
-    def prepare(self) -> None:
-        super().prepare()
+    def check(self) -> None:
+        super().check()
         if self.request.method in ("GET", "DELETE") and "Mcp-Session-Id" not in self.request.headers:
             raise tornado.web.HTTPError(405)
 
@@ -4302,8 +4392,8 @@ class UnknownEndpoint(Endpoint):
     def _allowed(self) -> list[str]:
         return list(self.SUPPORTED_METHODS)
 
-    def prepare(self) -> None:
-        super().prepare()
+    def check(self) -> None:
+        super().check()
         raise tornado.web.HTTPError(404, f"no such path: {self.request.path[:80]}")
 
 
@@ -4326,7 +4416,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 225
+# Application                                                     budget 227
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4356,7 +4446,8 @@ class Cli:
         parser = argparse.ArgumentParser(prog="pocketcoder", description=__doc__.split("\n")[0])
         commands = parser.add_subparsers(required=True, metavar="{server,shell}")
         server = commands.add_parser("server", help="start the proxy server")
-        shell = commands.add_parser("shell", help="run a command in the sandbox: shell -c CMD [ARG...]")
+        forms = "pocketcoder shell {-c CMD [ARG0 ARG...], --command CMD, WORD..., -s [ARG...], FILE [ARG...]}"
+        shell = commands.add_parser("shell", help="run a command in the sandbox, as bash would", usage=forms)
         for level in (parser, server, shell):
             level.add_argument("--version", action="version", version=f"pocketcoder-proxy {VERSION}")
         workspace = "/workspace" if os.path.isdir("/workspace") else os.getcwd()
@@ -4371,14 +4462,15 @@ class Cli:
         got = parser.parse_args(argv[1:])
         if not (got.port.isdecimal() and int(got.port) < 65536):
             server.error(f"--port: got {got.port!r}, expected a number from 0 to 65535")
-        if not os.path.isdir(got.workspace):
-            server.error(f"--workspace: got {got.workspace!r}, expected a directory")
+        path = os.path.realpath(got.workspace)
+        if not os.path.isdir(path) or path.encode(errors="ignore") != os.fsencode(path):
+            server.error(f"--workspace: got {got.workspace!r}, expected a directory, its path in UTF-8")
         try:
             servers = read_servers(got.mcp_server, got.mcp_config)
         except BadMessage as wrong:
             server.error(str(wrong))
-        paths = os.path.realpath(got.workspace), tuple(got.allow_origin)
-        return cls(Commands("server", (), got.port, got.host, *paths, servers, got.audit_log))
+        origins = tuple(got.allow_origin)
+        return cls(Commands("server", (), got.port, got.host, path, origins, servers, got.audit_log))
 
 
 def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]:
@@ -4541,7 +4633,7 @@ def main() -> int:
     try:
         if not (wrong := why_not(options, token)):
             asyncio.run(serve(options, token))
-    except (ProxyError, OSError) as failure:
+    except (ProxyError, OSError, UnicodeError) as failure:  # UnicodeError: a host that can be none
         wrong = f"cannot serve on {options.host}:{options.port}: {failure}"
     if wrong:
         print(f"pocketcoder: {wrong}", file=sys.stderr)
