@@ -3796,7 +3796,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 620
+# Transports                                                      budget 616
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -3957,6 +3957,10 @@ class Endpoint(tornado.web.RequestHandler):
         if self.received > MAX_BODY:
             raise tornado.web.HTTPError(413, f"body: got {self.received} bytes, expected at most {MAX_BODY}")
         return bytes(self.body)
+
+    def query(self) -> McpQuery:
+        given = self.get_query_argument
+        return McpQuery(given("session_id", None) or given("sessionId", None))
 
     def options(self) -> None:
         self.set_header("Access-Control-Allow-Methods", ", ".join(self._allowed()))
@@ -4311,10 +4315,6 @@ class SseEndpoint(Endpoint):
 
     token_in_query = True
 
-    def query(self) -> McpQuery:
-        given = self.get_query_argument
-        return McpQuery(given("session_id", None) or given("sessionId", None))
-
     async def get(self, name: str = "") -> None:
         given = "" if "Authorization" in self.request.headers else self.owner
         suffix = given and f"&token={quote_plus(given)}"  # who cannot set a header here, cannot there
@@ -4326,9 +4326,8 @@ class SseEndpoint(Endpoint):
             await self.send_event(text)
 
 
-class MessagesEndpoint(SseEndpoint):
-    async def get(self, name: str = "") -> None:
-        raise tornado.web.HTTPError(405)
+class MessagesEndpoint(Endpoint):
+    token_in_query = True
 
     async def post(self, name: str = "") -> None:
         body = self.whole_body()
@@ -4337,9 +4336,6 @@ class MessagesEndpoint(SseEndpoint):
         self.set_status(202)
         self.finish("Accepted")
         session.answer(message)
-
-    def _allowed(self) -> list[str]:
-        return ["POST", "OPTIONS"]
 
 
 class McpSocket(SocketEndpoint):
