@@ -3796,7 +3796,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 616
+# Transports                                                      budget 611
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -4393,21 +4393,16 @@ class UnknownEndpoint(Endpoint):
         raise tornado.web.HTTPError(404, f"no such path: {self.request.path[:80]}")
 
 
+SERVERS = ("", r"/servers/(?P<name>[^/]+)")  # the built-in one; those behind the relay
 ROUTES: list[tuple[str, type[Endpoint]]] = [
     (r"/health", HealthEndpoint),
     (r"/exec", ExecEndpoint),
     (r"/exec/ws", ChannelEndpoint),
     (r"/servers", ServersEndpoint),
-    *[
-        (prefix + path, endpoint)
-        for prefix in ("", r"/servers/(?P<name>[^/]+)")
-        for path, endpoint in (
-            (r"/mcp", McpEndpoint),
-            (r"/mcp/ws", McpSocket),
-            (r"/sse", SseEndpoint),
-            (r"/messages", MessagesEndpoint),
-        )
-    ],
+    *((f"{server}/mcp", McpEndpoint) for server in SERVERS),
+    *((f"{server}/mcp/ws", McpSocket) for server in SERVERS),
+    *((f"{server}/sse", SseEndpoint) for server in SERVERS),
+    *((f"{server}/messages", MessagesEndpoint) for server in SERVERS),
 ]
 
 
