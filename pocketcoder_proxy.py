@@ -3796,7 +3796,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 611
+# Transports                                                      budget 608
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -4165,11 +4165,8 @@ class ChannelEndpoint(SocketEndpoint):
     subprotocol = CHANNELS
     work: asyncio.Task[None] | None = None
 
-    def initialize(self, state: AppState) -> None:
-        super().initialize(state)
-        self.job: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
-
     def open(self) -> None:
+        self.job: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
         self.set_nodelay(True)
         if not self.peer.closed():  # it may have left already
             self.peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
