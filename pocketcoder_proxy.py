@@ -965,7 +965,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1176
+# Execution Driver                                               budget 1174
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -2098,9 +2098,7 @@ class PocketCoderDriver:
         pane = await self.pane(agent_name)
         assert self.tmux is not None
         target, typed = ["-t", pane.pane_id], [f"{byte:02x}" for byte in text.encode()]
-        commands = [["send-keys", *target, "-H", *typed]] * bool(typed) + [["send-keys", *target, "--", *keys]] * bool(
-            keys
-        )
+        commands = [["send-keys", *target, *words] for words in (["-H", *typed], ["--", *keys]) if words[1:]]
         await self.tmux.reply(self.tmux.send(["copy-mode", "-q", *target], *commands))
 
     def _on_notice(self) -> None:
