@@ -2139,7 +2139,7 @@ class PocketCoderDriver:
 
 
 # ==========================================================================
-# MCP core                                                        budget 252
+# MCP core                                                        budget 248
 # ==========================================================================
 # JSON-RPC in, decisions out: no await, no clock, no tmux, no Tornado.
 #
@@ -2159,12 +2159,8 @@ CACHED = {"server/discover", "tools/list", "prompts/list", "resources/list", "re
 CACHED |= {"resources/read"}
 NOT_RAW = re.compile("[\ud800-\udfff\x85\u2028\u2029]")  # no UTF-8, or ends of lines for some clients of SSE
 LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
-SINCE = {  # the revision that a field came with
-    "annotations": LEGACY[1],
-    "title": LEGACY[2],
-    "outputSchema": LEGACY[2],
-    "structuredContent": LEGACY[2],
-}
+# The revision that a field came with.
+SINCE = {"annotations": LEGACY[1], "title": LEGACY[2], "outputSchema": LEGACY[2], "structuredContent": LEGACY[2]}
 
 
 @dataclass(frozen=True)
