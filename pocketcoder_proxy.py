@@ -2387,7 +2387,7 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 
 
 # ==========================================================================
-# Relay                                                           budget 887
+# Relay                                                           budget 883
 # ==========================================================================
 # Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
 #
@@ -2576,9 +2576,8 @@ class Child:
                     outbox = self._take(read_message(line))
                 except ProxyError as wrong:
                     log.warning("server %s: skipped %s: %s", self.name, ascii(line[:80]), wrong)
-                    self.finish(
-                        wrong.request_id, refusal(None, RelayError(f"server {self.name} answered badly: {wrong}"))
-                    )
+                    failure = RelayError(f"server {self.name} answered badly: {wrong}")
+                    self.finish(wrong.request_id, refusal(None, failure))
                 except Exception:  # whatever it wrote, others wait for what it writes next
                     log.exception("server %s: skipped %s", self.name, ascii(line[:80]))
                 else:
@@ -2626,9 +2625,8 @@ class Child:
         """A response in the shape that all expect."""
         fields, failure = answer.get("result"), answer.get("error")
         if "result" in answer and isinstance(fields, dict):
-            return (
-                answer if isinstance(fields.get("_meta", {}), dict) else {**answer, "result": without(fields, "_meta")}
-            )
+            sound = isinstance(fields.get("_meta", {}), dict)
+            return answer if sound else {**answer, "result": without(fields, "_meta")}
         if isinstance(failure, dict) and type(failure.get("code")) is int and isinstance(failure.get("message"), str):
             return answer
         return refusal(None, RelayError(f"server {self.name} answered with {ascii(fields or failure)[:80]}"))
@@ -3031,10 +3029,8 @@ class Pool:
                 await asyncio.wait({exchange.answer, question}, return_when=asyncio.FIRST_COMPLETED)
                 if question.done():
                     await asyncio.sleep(QUESTION_PAUSE)  # it may ask more at once
-                    asked = [
-                        question.result(),
-                        *(exchange.questions.get_nowait() for _ in range(exchange.questions.qsize())),
-                    ]
+                    more = (exchange.questions.get_nowait() for _ in range(exchange.questions.qsize()))
+                    asked = [question.result(), *more]
                     exchange.asked = {f"question-{json.dumps(each['id'])}": each for each in asked}
             if exchange.asked and not exchange.answer.done():
                 parked = True
