@@ -3270,7 +3270,7 @@ def to_legacy(answer: Message, method: str) -> Message:
 
 
 # ==========================================================================
-# State and tools                                                 budget 516
+# State and tools                                                 budget 513
 # ==========================================================================
 # What handlers share, built once in `serve` and handed down; sessions; the tools.
 #
@@ -3417,9 +3417,8 @@ class SessionMap(dict[str, Session]):
         session = self.get(session_id or "")
         wanted = session and not session.modern and not session.outbox.crowded()
         if session and wanted and session.peer.level in LEVELS[:2]:  # debug, info
-            session.outbox.send(
-                notification("notifications/message", {"level": "info", "logger": "exec", "data": data})
-            )
+            told = {"level": "info", "logger": "exec", "data": data}
+            session.outbox.send(notification("notifications/message", told))
 
 
 class AuditLog:
@@ -3620,9 +3619,8 @@ def tool(title: str, hints: str, takes: str, needs: list[str], gives: Message | 
     """
 
     def register(run: Run) -> Run:
-        flags = {
-            f"{hint}Hint": hint in hints.split() for hint in ("readOnly", "destructive", "idempotent", "openWorld")
-        }
+        known = ("readOnly", "destructive", "idempotent", "openWorld")
+        flags = {f"{hint}Hint": hint in hints.split() for hint in known}
         shown: Message = {"name": run.__name__.removesuffix("_tool"), "title": title}
         shown |= {"description": " ".join((run.__doc__ or "").split()), "annotations": {"title": title, **flags}}
         properties = {name: PARAMETERS[name] for name in takes.split()}
@@ -3687,9 +3685,8 @@ async def read_terminal_tool(state: AppState, arguments: Message, tell: Tell | N
     what programs draw. Use it to see where an interactive program is, after send_keys."""
     if type(lines := arguments.get("lines", 100)) is not int or not 1 <= lines <= MAX_LINES:
         raise complain("lines", lines, f"an integer, 1 to {MAX_LINES}")
-    return content(
-        await state.driver.read_terminal(check_agent(arguments.get("agent_name", default_agent_name())), lines)
-    )
+    agent_name = check_agent(arguments.get("agent_name", default_agent_name()))
+    return content(await state.driver.read_terminal(agent_name, lines))
 
 
 @tool("Type into the terminal", "destructive openWorld", "agent_name text keys", [])
