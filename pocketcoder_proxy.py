@@ -2139,7 +2139,7 @@ class PocketCoderDriver:
 
 
 # ==========================================================================
-# MCP core                                                        budget 248
+# MCP core                                                        budget 247
 # ==========================================================================
 # JSON-RPC in, decisions out: no await, no clock, no tmux, no Tornado.
 #
@@ -2191,14 +2191,13 @@ class CallTool:
 
 
 @dataclass(frozen=True)
-class Remember:
-    """Set `name` (`version` or `level`) of the session."""
+class SetLevel:
+    """Set the `level` of the session."""
 
-    name: str
-    value: str
+    level: str
 
 
-Decision = Send | CallTool | Remember
+Decision = Send | CallTool | SetLevel
 
 
 def as_object(value: object) -> Message:
@@ -2354,7 +2353,7 @@ def step(message: Message, version: str, facts: Facts) -> list[Decision]:
             server = {"name": facts.name, "title": facts.name, "version": facts.version}
             hello = {"protocolVersion": version, "capabilities": {"tools": {}, "logging": {}}}
             hello |= {"serverInfo": only_known(server, version), "instructions": facts.instructions}
-            return [Remember("version", version), Send({"jsonrpc": "2.0", "id": id_, "result": hello})]
+            return [Send({"jsonrpc": "2.0", "id": id_, "result": hello})]
         case "server/discover" if modern:
             found = {"supportedVersions": [MODERN], "capabilities": {"tools": {}}, "instructions": facts.instructions}
             return [Send(answer(found))]
@@ -2363,7 +2362,7 @@ def step(message: Message, version: str, facts: Facts) -> list[Decision]:
         case "logging/setLevel" if not modern:
             if (level := params.get("level")) not in LEVELS:
                 raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
-            return [Remember("level", level), Send(answer({}))]
+            return [SetLevel(level), Send(answer({}))]
         case "tools/list":
             if params.get("cursor") is not None:
                 raise complain("params.cursor", params["cursor"], "none: there is one page")
@@ -3751,8 +3750,8 @@ class Terminals:
             match decision:
                 case Send():
                     answer = decision.message
-                case Remember():
-                    setattr(peer, decision.name, decision.value)
+                case SetLevel():
+                    peer.level = decision.level
                 case CallTool():
                     fields = await self._call(decision, outbox)
                     answer = success(decision.id, fields, "tools/call", version, FACTS)
