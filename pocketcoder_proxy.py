@@ -3782,7 +3782,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 608
+# Transports                                                      budget 607
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -4109,9 +4109,8 @@ class ExecEndpoint(Endpoint):
         async def started(_: Job) -> None:
             await self.send_event(": started\n\n")
 
-        work = asyncio.ensure_future(
-            execute(self.state, request, {"out": output}, started=started, patience=SLOW_READER_TIMEOUT)
-        )
+        run = execute(self.state, request, {"out": output}, started=started, patience=SLOW_READER_TIMEOUT)
+        work = asyncio.ensure_future(run)
         try:
             while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
                 if self._headers_written and not self.sending.locked():
@@ -4390,7 +4389,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 227
+# Application                                                     budget 226
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
@@ -4472,9 +4471,8 @@ def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]
         arguments, env = arguments or [], env or {}
         texts = [command, *arguments, *env.values(), cwd or ""] if type(arguments) is list and type(env) is dict else []
         if not command or not texts or not all(isinstance(text, str) for text in texts):
-            raise complain(
-                f"MCP server {name}", server, '{"command": TEXT, "args": [TEXT…], "env": {NAME: TEXT}, "cwd": TEXT}'
-            )
+            expected = '{"command": TEXT, "args": [TEXT…], "env": {NAME: TEXT}, "cwd": TEXT}'
+            raise complain(f"MCP server {name}", server, expected)
         configs.append(ServerConfig(name, (command, *arguments), env, cwd))
     return tuple(configs)
 
@@ -4511,10 +4509,10 @@ async def serve(options: Commands, token: str) -> None:
         server.listen_on(listener)
     host, port = sockets[0].getsockname()[:2]
     attach = shlex.join(["tmux", "-S", driver.socket_path, "attach", "-t", session])
-    with contextlib.suppress(OSError):  # whoever should read it has left, or its disk is full
-        print(f"pocketcoder: listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    with contextlib.suppress(OSError):
-        print(f"pocketcoder: watch with: {attach}", file=sys.stderr, flush=True)
+    address = f"{f'[{host}]' if ':' in host else host}:{port}"
+    for file, line in ((sys.stdout, f"listening on http://{address}"), (sys.stderr, f"watch with: {attach}")):
+        with contextlib.suppress(OSError):  # whoever should read it has left, or its disk is full
+            print(f"pocketcoder: {line}", file=file, flush=True)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
