@@ -4107,11 +4107,13 @@ def test_a_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
     own: Callable[..., Proxy], tmp_path: pathlib.Path
 ) -> None:
     os.mkfifo(path := tmp_path / "audit")
-    reader = subprocess.Popen(f"sleep 0.3; exec cat {path} >{tmp_path}/copy", shell=True)
-    with contextlib.closing(open(os.open(path, os.O_RDONLY | os.O_NONBLOCK))):  # until that is there
+    with contextlib.closing(open(os.open(path, os.O_RDONLY | os.O_NONBLOCK))):  # there, and reads nothing
         proxy = own("--audit-log", str(path))
         cmd = "#" * 300_000 + f"\n[ -s {tmp_path}/copy ] && echo hi"  # it has been read before
-        assert proxy.exec(cmd)["stdout"] == "hi\n"
+        call = proxy.start_exec(cmd)
+        time.sleep(0.2)
+        reader = subprocess.Popen(f"exec cat {path} >{tmp_path}/copy", shell=True)
+        assert call.result()["stdout"] == "hi\n"
     assert [line["cmd"] for line in noted(tmp_path / "copy")] == [cmd] * 2
     proxy.stop()
     assert reader.wait(5) == 0
