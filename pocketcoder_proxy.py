@@ -965,7 +965,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1174
+# Execution Driver                                               budget 1176
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1585,6 +1585,8 @@ class Job:
 
     async def start(self) -> bool:
         """Type the line that runs it; whether it runs.  Raises NoTerminal, OSError."""
+        if self.released:  # its terminal died while the start was noted
+            return False
         pane, self.files = self.shell.pane, self.terminal.driver.open_files()
         with self.files.made_by(os.stat(pane.tty).st_uid):
             line = self._prepare()
@@ -3269,7 +3271,7 @@ def to_legacy(answer: Message, method: str) -> Message:
 
 
 # ==========================================================================
-# State and tools                                                 budget 513
+# State and tools                                                 budget 512
 # ==========================================================================
 # What handlers share, built once in `serve` and handed down; sessions; the tools.
 #
@@ -3561,7 +3563,6 @@ async def execute(
     fed: bool = False,
 ) -> CommandResult:
     """Run a command to its end; see `PocketCoderDriver.start` and `Job.result`.  Cancelling this cancels it."""
-
     job = await state.driver.start(request, takes, fed, Notes(state, request))
     try:
         if started:
