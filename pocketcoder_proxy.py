@@ -3783,7 +3783,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 607
+# Transports                                                      budget 611
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -4133,6 +4133,10 @@ class SocketEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
 
     def check_origin(self, origin: str) -> bool:
         return True  # the gate has
+
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        Endpoint.on_connection_close(self)  # Tornado's own leaves that out: what waits for a body waited on
 
     def select_subprotocol(self, offered: list[str]) -> str | None:
         return self.subprotocol if self.subprotocol in offered else None
