@@ -4116,9 +4116,9 @@ def test_a_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
         time.sleep(0.2)
         reader = subprocess.Popen(f"exec cat {path} >{tmp_path}/copy", shell=True)
         assert call.result()["stdout"] == "hi\n"
-    assert [line["cmd"] for line in noted(tmp_path / "copy")] == [cmd] * 2
     proxy.stop()
     assert reader.wait(5) == 0
+    assert [line["cmd"] for line in noted(tmp_path / "copy")] == [cmd] * 2
 
 
 def test_a_command_that_is_tried_again_is_noted_once(audited: tuple[Proxy, pathlib.Path]) -> None:
