@@ -965,7 +965,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1176
+# Execution Driver                                               budget 1185
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1953,6 +1953,7 @@ class PocketCoderDriver:
         self.keeper: asyncio.Task[None] | None = None
         self.tmux: Tmux | None = None
         self.connecting = asyncio.Lock()
+        self.silent = 0.0, ""  # until when tmux is not asked again that has not answered; others need not wait in turn
         self.terminals: dict[str, Terminal] = {}
         self.files: RunFiles | None = None
 
@@ -2037,8 +2038,16 @@ class PocketCoderDriver:
                     self.open_files()
                 except OSError as refused:  # tmux, which needs the same place, would not tell why
                     raise NoTerminal(f"cannot prepare runs: {refused}") from None
+                begun, (until, why) = time.monotonic(), self.silent
+                if begun < until:
+                    raise NoTerminal(why)
                 window = ["-n", terminal.name, *self.new_shell]
-                self.tmux = await Tmux.connect(self.socket_path, self.session_name, window, self._on_notice)
+                try:
+                    self.tmux = await Tmux.connect(self.socket_path, self.session_name, window, self._on_notice)
+                except NoTerminal as refused:
+                    if (now := time.monotonic()) >= begun + TMUX_TIMEOUT:
+                        self.silent = now + TMUX_TIMEOUT, str(refused)
+                    raise
                 terminal.shells += [PaneShell(pane, True) for pane in self.tmux.made]
             return self.tmux
 
