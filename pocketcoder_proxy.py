@@ -965,7 +965,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1185
+# Execution Driver                                               budget 1197
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -1070,6 +1070,7 @@ class Process(NamedTuple):
     parent: int
     group: int
     foreground: int  # the process group that its terminal listens to
+    began: int  # in ticks since the machine started
 
 
 def process(pid: int) -> Process | None:
@@ -1080,8 +1081,14 @@ def process(pid: int) -> Process | None:
         if wrong.errno in SHORTAGE:
             raise
         return None
-    state, parent, group, _, _, foreground, *_ = tail.split(None, 6)
-    return None if state in "ZX" else Process(head.partition("(")[2], int(parent), int(group), int(foreground))
+    state, parent, group, _, _, foreground, *rest = tail.split()
+    name, began = head.partition("(")[2], int(rest[13])
+    return None if state in "ZX" else Process(name, int(parent), int(group), int(foreground), began)
+
+
+def ticks() -> int:
+    """As in /proc/PID/stat."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
 def has_ended(pid: int) -> bool:
@@ -1092,12 +1099,17 @@ def has_ended(pid: int) -> bool:
         return False
 
 
-def processes_of(job: Job) -> set[int]:
-    """The run's processes: its group, what carries its name or its output, and what descends from these."""
+async def processes_of(job: Job) -> set[int]:
+    """The run's processes: its group, what carries its name or its output, and what descends from these.
+
+    In pieces, since a thread would wait for its turn at each file of /proc while the loop is busy.
+    """
     mark, found, parents = f"POCKETCODER_RUN_ID={job.run_id}".encode(), set[int](), dict[int, int]()
-    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+    for count, pid in enumerate(map(int, filter(str.isdecimal, os.listdir("/proc")))):
+        if count % 16 == 0:
+            await asyncio.sleep(0)
         with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if (it := process(pid)) is None:
+            if (it := process(pid)) is None or it.began < job.born:
                 continue
             parents[pid] = it.parent
             ours = it.group == (job.pid or -1) or mark in read_proc(pid, "environ", 4 * MIB).split(b"\0")
@@ -1575,7 +1587,7 @@ class Job:
         self.typed = self.returned = self.released = False  # go may read the files; has done so; the pane is free
         self.leaves_nothing = False  # what is left of it at its end is ended too
         self.ended, self.why, self.exit_code = "exit", "", 0
-        self.pid = 0  # of the command's bash, and its process group
+        self.pid, self.born = 0, ticks() - 1  # of the command's bash, and its process group; no process of it is older
         self.begun, self.duration = float("inf"), 0.0  # when it was typed, then when it started
         self.view: View | None = None
         self.feed: Input | None = None
@@ -1794,8 +1806,8 @@ async def kill(job: Job, number: int) -> int:
     """Signal all its processes, wherever they are; how many there were."""
     signal_group(job, number)
     try:
-        found = await asyncio.to_thread(processes_of, job)
-    except (OSError, RuntimeError):  # no descriptor, or no thread, to look with: there may be some
+        found = await processes_of(job)
+    except OSError:  # no descriptor to look with: there may be some
         return 1
     for pid in found:
         with contextlib.suppress(OSError):
