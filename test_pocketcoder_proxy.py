@@ -5816,6 +5816,7 @@ class Soak:
             keys = {"half a line": [f"touch {server.folder}/half.{number}"], "sleep": ["C-u", "sleep 2", "Enter"]}
             words = ["send-keys", "-t", pane, *keys[kind]] if kind in keys else ["copy-mode", "-t", pane]
             with contextlib.suppress(AssertionError):
+                server.tmux("copy-mode", "-q", "-t", pane)  # where a key may ask something, and tmux wait for good
                 server.tmux(*words)
         fault.end = time.monotonic()
 
