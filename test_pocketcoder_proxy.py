@@ -2131,7 +2131,7 @@ def test_a_worker_cannot_lead_root_to_files_and_processes_that_are_not_his(worke
 
 
 def test_a_command_whose_report_is_stolen_is_lost(proxy: Proxy, agent: str) -> None:
-    token = r"$(grep -h -A9 78.5 *.go | grep -o '[0-9a-f]\{16\} exit' | cut -c1-16)"
+    token = r"$(grep -o '[0-9a-f]\{16\} exit' $(grep -lx $$ *.pid | sed s/pid/go/) | head -n 1 | cut -c1-16)"
     command = RUNS.format(socket=proxy.socket) + f"echo {token} back 0 >status; sleep 78.5"
     answer = proxy.exec(command, agent_name=agent, timeout=20)
     assert (answer["ended"], "did not report" in answer["error"]) == ("lost", True)
@@ -4480,6 +4480,7 @@ def test_a_channel_signals_the_whole_group(proxy: Proxy, agent: str, name: str) 
         async with Channel(proxy) as channel:
             await channel.send({"cmd": "echo ready; sleep 68.5", "agent_name": agent})
             await channel.next()
+            await asyncio.to_thread(eventually, lambda: processes_with("sleep\x0068.5"))  # bash itself ignores QUIT
             await channel.send({"signal": name})
             final = await channel.end()
             assert (final["exit_code"], final["ended"]) == (128 + signal.Signals[f"SIG{name}"], "exit")
