@@ -50,7 +50,7 @@ if shutil.which("tmux") is None:
     pytest.exit("tmux is needed: install it, with `apt-get install tmux` for instance", returncode=2)
 
 
-def eventually(fact: Callable[[], T], seconds: float = 5.0) -> T:
+def eventually(fact: Callable[[], T], seconds: float = 15.0) -> T:
     """Wait for a fact to be true, and return it."""
     deadline = time.monotonic() + seconds
     while not (got := fact()) and time.monotonic() < deadline:
@@ -563,7 +563,7 @@ def test_a_terminal_on_stdin_is_forwarded(engine: Caller) -> None:
     process = engine.start("-c", 'read x; echo "[$x]"; exit 3', stdin=slave)
     time.sleep(0.3)
     os.write(master, b"hello\n")
-    assert (process.communicate(timeout=10)[0], process.returncode) == (b"[hello]\n", 3)
+    assert (process.communicate(timeout=20)[0], process.returncode) == (b"[hello]\n", 3)
     os.close(master)
     os.close(slave)
 
@@ -571,14 +571,14 @@ def test_a_terminal_on_stdin_is_forwarded(engine: Caller) -> None:
 def test_trouble_with_its_own_files_is_told_where_it_can_be(engine: Caller) -> None:
     with open("/dev/full", "wb") as full, open("/dev/null", "wb") as null:
         process = engine.start("-c", "echo x; sleep 5", stdout=full)
-        assert (process.communicate(timeout=5)[1], process.returncode) == (
+        assert (process.communicate(timeout=15)[1], process.returncode) == (
             b"pocketcoder: cannot write: No space left on device\n",
             125,
         )
         process = engine.start("-c", "echo x >&2; sleep 5", stderr=full)
-        assert (process.communicate(timeout=5)[0], process.returncode) == (b"", 125)
+        assert (process.communicate(timeout=15)[0], process.returncode) == (b"", 125)
         process = engine.start(stdin=null)
-        assert (process.communicate(timeout=5)[0], process.returncode) == (b"", 1)
+        assert (process.communicate(timeout=15)[0], process.returncode) == (b"", 1)
     pathlib.Path(engine.cwd, "binary.sh").write_bytes(b"\x7fELF\0\0")
     code, _, err = engine.run("binary.sh")
     assert (code, err) == (126, b"pocketcoder: binary.sh: cannot execute binary file\n")
@@ -630,7 +630,7 @@ def test_without_a_command_it_says_that_it_is_none(engine: Caller, name: str, wo
     )
     master, slave = os.openpty()  # a person at a terminal
     process = engine.start(*words, name=name, stdin=slave)
-    assert process.communicate(timeout=10)[1] == err
+    assert process.communicate(timeout=20)[1] == err
     assert process.returncode == 1
     os.close(master)
     os.close(slave)
@@ -720,11 +720,11 @@ def test_stdin_is_forwarded_as_it_comes_and_never_waited_for(engine: Caller) -> 
         process.stdin.write(word + b"\n")
         process.stdin.flush()
         assert process.stdout.readline() == b"got " + word + b"\n"
-    assert process.wait(5) == 2  # with stdin open
+    assert process.wait(15) == 2  # with stdin open
     process.communicate()
     endless = subprocess.Popen(["yes"], stdout=subprocess.PIPE)
     process = engine.start("-c", "head -1; exit 3", stdin=endless.stdout)
-    assert (process.communicate(timeout=5)[0], process.returncode) == (b"y\n", 3)
+    assert (process.communicate(timeout=15)[0], process.returncode) == (b"y\n", 3)
     endless.kill()
     endless.communicate()
     closed = subprocess.run(
@@ -745,7 +745,7 @@ def test_a_slow_command_slows_stdin_and_memory_stays_flat(engine: Caller) -> Non
     assert engine.proxy.memory() < 80 * pp.MIB
     assert int(re.findall(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[0]) < 40_000
     process.send_signal(signal.SIGTERM)  # also while stdin is stuck
-    assert process.wait(2) == 143
+    assert process.wait(10) == 143
     process.communicate()
     flood.kill()
     flood.communicate()
@@ -757,7 +757,7 @@ def test_a_reader_that_leaves_ends_the_command_with_141(engine: Caller) -> None:
     assert process.stdout
     assert process.stdout.readline() == b"first\n"
     process.stdout.close()
-    assert process.wait(5) == 141
+    assert process.wait(15) == 141
     assert process.stderr
     assert process.stderr.read() == b""
     process.stderr.close()
@@ -786,8 +786,8 @@ def test_a_signal_reaches_the_command_and_ends_the_shell_at_once(engine: Caller)
         assert process.stdout.readline() == b"ready\n"
         started = time.monotonic()
         process.send_signal(number)
-        assert process.wait(5) == 128 + number
-        assert time.monotonic() - started < 0.5  # 0.15, but on a busy machine
+        assert process.wait(15) == 128 + number
+        assert time.monotonic() - started < 3  # 0.15, but on a busy machine
         out, err = process.communicate()
         assert out in (b"", f"heard {name}\n".encode())
         assert b"pocketcoder" not in err
@@ -802,7 +802,7 @@ def test_a_signalled_shell_leaves_nothing_behind_even_if_its_command_ends_at_onc
     assert process.stdout
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(2) == 143
+    assert process.wait(10) == 143
     process.communicate()
     eventually(lambda: not processes_with("sleep\x0066."), 6)
 
@@ -813,7 +813,7 @@ def test_other_signals_end_the_shell_with_their_number(engine: Caller) -> None:
         assert process.stdout
         process.stdout.readline()
         process.send_signal(number)
-        assert (process.wait(2), process.communicate()[1]) == (128 + number, b"")
+        assert (process.wait(10), process.communicate()[1]) == (128 + number, b"")
     eventually(lambda: not processes_with("sleep\x0066."), 6)
 
 
@@ -832,7 +832,7 @@ def test_a_signal_while_the_output_is_stuck_ends_the_shell_too(engine: Caller) -
     eventually(lambda: processes_with("yes\x00stuck67"), 20)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(2) == 143
+    assert process.wait(10) == 143
     process.communicate()
     eventually(lambda: not processes_with("stuck67"), 6)
 
@@ -843,13 +843,13 @@ def test_the_exit_status_tells_a_lost_terminal_and_a_stopped_server(own: Callabl
     assert process.stdout
     process.stdout.readline()
     engine.proxy.tmux("kill-server")
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=20)
     assert (process.returncode, err[:18]) == (137, b"pocketcoder: lost:")
     process = engine.start("-c", "echo ready; sleep 30")
     assert process.stdout
     process.stdout.readline()
     engine.proxy.stop(signal.SIGKILL)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=20)
     assert process.returncode == 125
     assert err.startswith(b"pocketcoder: http://127.0.0.1:")
     assert err.count(b"\n") == 1
@@ -882,7 +882,7 @@ def test_a_server_that_answers_garbage_is_told_in_a_line(names: str, tmp_path: p
         connection.recv(1000)
         connection.sendall(said)
         connection.shutdown(socket.SHUT_WR)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=20)
         connection.close()
     assert (process.returncode, out, err.count(b"\n")) == (125, b"", 1)
     assert GARBAGE_SERVERS[said].encode() in err
@@ -895,7 +895,7 @@ def test_a_server_that_never_answers_is_given_up_after_ten_seconds(
     other = subprocess.Popen([sys.executable, f"{names}/sh", "-c", "echo no"], env=env, stdin=subprocess.DEVNULL)
     eventually(lambda: "socket:" in "".join(descriptors_of(other.pid)), 20)
     other.send_signal(signal.SIGTERM)
-    assert other.wait(2) == 143
+    assert other.wait(10) == 143
     assert process.poll() is None or time.monotonic() - started > 9
     assert b"10 s" in process.communicate(timeout=15)[1]
     assert process.returncode == 125
@@ -1285,7 +1285,7 @@ def test_a_lost_connection_fails_every_question_at_once(proxy: Proxy, caplog: py
     async def ask() -> None:
         tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", None)
         os.kill(tmux.process.get_pid(), signal.SIGKILL)
-        await asyncio.wait_for(tmux.ended.wait(), 3)
+        await asyncio.wait_for(tmux.ended.wait(), 10)
         for _ in range(10):
             with pytest.raises(pp.NoTerminal):
                 await tmux.ask("display-message", "-p", "x")
@@ -1544,10 +1544,11 @@ def test_a_flood_leaves_the_server_small(own: Callable[..., Proxy]) -> None:
 
 
 def test_two_agents_do_not_wait_for_each_other(proxy: Proxy, agent: str) -> None:
-    slow = proxy.start_exec("sleep 1; echo slow", agent_name=agent)
-    started = time.monotonic()
+    go = pathlib.Path(proxy.folder, f"{agent}.go")
+    slow = proxy.start_exec(f"until [ -e {go} ]; do sleep 0.05; done; echo slow", agent_name=agent)
     assert proxy.exec("echo quick", agent_name=f"{agent}b")["stdout"] == "quick\n"
-    assert time.monotonic() - started < 0.9
+    assert not slow.future.done()
+    go.touch()
     assert slow.result()["stdout"] == "slow\n"
 
 
@@ -1710,7 +1711,7 @@ def test_a_continuation_prompt_is_left_and_nothing_of_it_runs(proxy: Proxy, agen
         time.sleep(wait)
         started = time.monotonic()
         assert proxy.exec("echo ok", agent_name=name)["stdout"] == "ok\n"
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10
         assert len(proxy.panes(name)) == 1
         assert not os.path.exists(file)
 
@@ -1763,7 +1764,7 @@ def test_whatever_the_line_editor_is_doing_the_next_command_runs(proxy: Proxy, a
         proxy.type(name, *KEYS[number])
         started = time.monotonic()
         assert proxy.exec("echo ok", agent_name=name)["stdout"] == "ok\n"
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(interrupt, range(len(KEYS))))
@@ -1780,7 +1781,7 @@ def test_a_shell_that_never_answers_is_given_up_for_another(own: Callable[..., P
     time.sleep(0.2)
     started = time.monotonic()
     assert server.exec("echo ok", agent_name="deaf")["stdout"] == "ok\n"
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     assert len(server.panes("deaf")) == 2
 
 
@@ -1810,7 +1811,7 @@ def test_a_timeout_ends_the_whole_tree(proxy: Proxy, agent: str) -> None:
         answer = proxy.exec(f"echo before; {TREES[number]}", agent_name=name, timeout=0.3)
         assert (answer["ended"], answer["exit_code"], answer["stdout"][:7]) == ("timeout", 124, "before\n")
         assert "0.3 s" in answer["error"]
-        assert 0.3 <= time.monotonic() - started < 4
+        assert 0.3 <= time.monotonic() - started < 10
         eventually(lambda: not processes_with(f"POCKETCODER_RUN_ID={answer['run_id']}"))
         assert proxy.exec("echo next", agent_name=name)["stdout"] == "next\n"
 
@@ -1937,14 +1938,14 @@ def test_a_terminal_that_dies_ends_its_command_and_the_next_gets_a_new_one(
     pane = server.pane("poco")
     started = time.monotonic()
     subprocess.run(["bash", "-c", DEATHS[death].format(socket=server.socket, pane=pane)], check=True, env=server.env)
-    answer = call.result(3)
-    assert time.monotonic() - started < 2
+    answer = call.result()
+    assert time.monotonic() - started < 10
     assert (answer["ended"], answer["exit_code"], answer["stdout"]) == ("lost", 137, "before\n")
     assert re.match(LOST, answer["error"])
     eventually(lambda: not processes_with("sleep\x0062."))
     started = time.monotonic()
     assert server.exec("echo next")["stdout"] == "next\n"
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("death", DEATHS)
@@ -1956,7 +1957,7 @@ def test_a_terminal_that_died_idle_is_made_anew(own: Callable[..., Proxy], death
     )
     started = time.monotonic()
     assert server.exec("echo next")["stdout"] == "next\n"
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
 
 
 def test_a_command_that_kills_its_parent_is_lost(proxy: Proxy, agent: str) -> None:
@@ -3295,7 +3296,7 @@ def test_a_child_that_dies_answers_at_once_and_is_started_again(
     started = time.monotonic()
     os.kill(process, signal.SIGKILL)
     failed = waiting.result()
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     assert (failed["code"], "ended with -9" in failed["message"]) == (-32603, True), failed
     assert (state()["state"], "ended with -9" in state()["error"]) == ("failed", True)
     if era == server == "legacy":
@@ -3374,7 +3375,7 @@ def test_whatever_a_server_answers_the_client_gets_an_answer(
         assert client.ask("server/discover")[-1]["result"]["capabilities"] == {}
     started = time.monotonic()
     assert "closed its output" in client.call("close")["message"]
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     assert "Traceback" not in proxy.logged()
 
 
@@ -3387,7 +3388,7 @@ def test_a_child_whose_output_somebody_else_holds_is_noticed_too(
     client = Client(proxy, "legacy", "x", stream)
     started = time.monotonic()
     assert "ended with 3" in client.call("die")["message"]
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     eventually(lambda: not processes_with("sleep\x0082.5"))
 
 
@@ -4134,7 +4135,7 @@ def test_a_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
         reader = subprocess.Popen(f"exec cat {path} >{tmp_path}/copy", shell=True)
         assert call.result()["stdout"] == "hi\n"
     proxy.stop()
-    assert reader.wait(5) == 0
+    assert reader.wait(15) == 0
     assert [line["cmd"] for line in noted(tmp_path / "copy")] == [cmd] * 2
 
 
@@ -5098,7 +5099,7 @@ def test_sigterm_lets_commands_end_cancels_the_rest_and_answers_all(own: Callabl
     assert (answer["ended"], answer["stdout"]) == ("cancelled", "slow\n")
     assert "cancelled" in answer["error"]
     assert server.process.wait(10) == 0
-    assert 4 < time.monotonic() - started < 9
+    assert 4 < time.monotonic() - started < 20
     assert not processes_with("sleep\x0064.5")
     assert "Traceback" not in server.logged()
 
@@ -5152,7 +5153,7 @@ def test_a_server_without_commands_stops_at_once(own: Callable[..., Proxy]) -> N
     server.exec("true")
     started = time.monotonic()
     assert server.stop() == 0
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 4.5
     assert "Traceback" not in server.logged()
 
 
