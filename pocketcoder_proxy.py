@@ -994,9 +994,11 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # no FIFO i
 
 # Sourced by the pane's shell.  Backslashes are against aliases, `&&` is against `set -e`.  INT is
 # trapped, since a command that dies of C-c would take go along.  `read` has a limit, or does not
-# know one and fails: go waits for nobody who may be gone.  The last line is read before the next
-# run may write this file anew; what an older run wrote behind it is never read.
+# know one and fails: go waits for nobody who may be gone.  Where our FIFO was wiped, `<>` makes a
+# file, and a start would be told to nobody.  The last line is read before the next run may write
+# this file anew; what an older run wrote behind it is never read.
 GO = r"""\exec 8<>{run}.done 9<>{status}
+\[ -p {status} ] || {{ \exec 8>&- 9>&-; \return 0; }}
 \trap : INT
 (
 \unset -f cd chpwd echo exec exit export read set 2>/dev/null; \unset chpwd_functions POCKETCODER_TOKEN
@@ -1044,16 +1046,8 @@ def go_script(job: Job, shell: str) -> dict[str, str]:
     outputs = f"1<>{run}.out " + (f"2<>{run}.err" if "err" in job.takes else "2>&1")
     sound = " && ".join(f"[ -p {run}.{name} ]" for name in job.takes)  # else it was wiped, and made as a file
     stdin = f"{run}.in" if job.feed or "in" in files else "/dev/null"
-    parts = {
-        "run": run,
-        "run_id": job.run_id,
-        "token": job.token,
-        "stdin": stdin,
-        "outputs": outputs,
-        "sound": sound,
-        "quiet": QUIET,
-    }
-    parts |= {name: shlex.quote(text) for name, text in texts.items()}
+    parts = {"run": run, "run_id": job.run_id, "token": job.token, "stdin": stdin, "outputs": outputs}
+    parts |= {"sound": sound, "quiet": QUIET, **{name: shlex.quote(text) for name, text in texts.items()}}
     return files | {"go": GO.format(command=shlex.join(command), **parts)}
 
 
