@@ -1004,8 +1004,8 @@ GO = r"""\exec 8<>{run}.done 9<>{status}
 \unset -f cd chpwd echo exec exit export read set 2>/dev/null; \unset chpwd_functions POCKETCODER_TOKEN
 _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \set +xv -C; \echo "$_pc" >{run}.pid || \exit
-\set +C; \exec <{stdin} || \exit
-\exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&- 8>&-; {sound} || \exit
+\set +C; \exec {inputs} || \exit
+\exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&-; {sound} || \exit
 \echo "{token} start $_pc" >&9
 \cd -- {cwd} || \exit
 \export {quiet} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
@@ -1038,15 +1038,16 @@ def go_script(job: Job, shell: str) -> dict[str, str]:
     files = {} if request.stdin is None else {"in": request.stdin}
     command = [shell, "-c", "--", request.cmd, os.path.basename(shell)]
     if len(request.cmd) > MAX_ARGUMENT // 4:  # characters of up to four bytes
-        files["cmd"], command[3] = request.cmd, f'eval " $(cat {run}.cmd || echo exit 125)"'
+        files["cmd"], command[3] = request.cmd, 'eval "exec 8<&-; $(cat <&8 || echo exit 125)"'
     if env := [f"{name}={value}" for name, value in request.env.items() if name not in OURS]:
         command = ["env", "--", *env, *command]  # which takes names that are none for a shell
     texts = {"status": job.files.status_path, "cwd": request.cwd or ".", "agent": request.agent_name}
     texts |= {"session": request.session_id or "", "usage": request.usage_id or ""}
     outputs = f"1<>{run}.out " + (f"2<>{run}.err" if "err" in job.takes else "2>&1")
     sound = " && ".join(f"[ -p {run}.{name} ]" for name in job.takes)  # else it was wiped, and made as a file
-    stdin = f"{run}.in" if job.feed or "in" in files else "/dev/null"
-    parts = {"run": run, "run_id": job.run_id, "token": job.token, "stdin": stdin, "outputs": outputs}
+    inputs = f"<{run}.in" if job.feed or "in" in files else "</dev/null"
+    inputs += f" 8<{run}.cmd" if "cmd" in files else " 8>&-"
+    parts = {"run": run, "run_id": job.run_id, "token": job.token, "inputs": inputs, "outputs": outputs}
     parts |= {"sound": sound, "quiet": QUIET, **{name: shlex.quote(text) for name, text in texts.items()}}
     return files | {"go": GO.format(command=shlex.join(command), **parts)}
 
@@ -1684,7 +1685,8 @@ class Job:
         pane, age, pause = self.shell.pane, time.monotonic() - self.begun, WATCH_PAUSE
         dead = has_ended(pane.pid)
         if not self.pid:
-            late = age - (START_TIMEOUT if self.shell.ran else NEW_SHELL_TIMEOUT)
+            quick = self.shell.ran or not self.files.there()  # a line whose files were wiped never runs
+            late = age - (START_TIMEOUT if quick else NEW_SHELL_TIMEOUT)
             if (dead or late >= 0) and not self.void() and late > START_TIMEOUT:
                 self.end("lost", "it never reported its start")
         elif dead:

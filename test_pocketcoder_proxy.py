@@ -2021,20 +2021,20 @@ def test_a_tmux_that_does_not_answer_is_told_to_all_at_once(own: Callable[..., P
     eventually(lambda: server.post({"cmd": "true"})[0] == 200, 10)
 
 
-@pytest.mark.parametrize("file", ["*.out", "status"])
+@pytest.mark.parametrize("file", ["*.out", "*.cmd", "status"])
 @pytest.mark.slow
 def test_a_run_whose_files_are_wiped_just_before_its_start_is_run_anew(own: Callable[..., Proxy], file: str) -> None:
     server = own()
     server.exec("true")
     base, tmux = pathlib.Path(f"{server.socket}.d"), int(server.tmux("display-message", "-p", "#{pid}"))
     os.kill(tmux, signal.SIGSTOP)  # which is to type the line
-    call = server.start_exec("echo kept")
-    eventually(lambda: [path for path in base.rglob("*.go") if "echo kept" in path.read_text()])
+    call = server.start_exec(f"ls /proc/self/fd; echo kept #{'x' * 40_000}")
+    eventually(lambda: [path for path in base.rglob("*.cmd") if "echo kept" in path.read_text()])
     for path in base.rglob(file):
         path.unlink()
     os.kill(tmux, signal.SIGCONT)
     answer = call.result()
-    assert (answer["stdout"], answer["ended"]) == ("kept\n", "exit")
+    assert (answer["stdout"], answer["ended"]) == ("0\n1\n2\n3\nkept\n", "exit")  # 3 is that of ls
 
 
 def test_a_run_directory_of_somebody_else_is_refused(own: Callable[..., Proxy]) -> None:
