@@ -1155,7 +1155,8 @@ class PaneShell:
                     return "ready"
                 tty = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
                 try:
-                    return "soon" if termios.tcgetattr(tty)[3] & termios.ICANON else "ready"
+                    typed = fcntl.ioctl(tty, termios.FIONREAD, bytes(4))  # ahead, and not read yet
+                    return "soon" if any(typed) or termios.tcgetattr(tty)[3] & termios.ICANON else "ready"
                 finally:
                     os.close(tty)
         except (OSError, termios.error) as wrong:
@@ -1180,10 +1181,10 @@ class PaneShell:
         return state == "ready" or (state == "soon" and not self.shown)
 
     async def clear(self, tmux: Tmux) -> str:
-        """Make sure that nothing is typed at the prompt: its state then, now in `last`; "" if nobody can type yet."""
+        """Make sure that nothing is typed at the prompt: its state then, now in `last`; "" if that is not known."""
         quiet, state = time.monotonic() < self.quiet, self.state
         self.quiet, self.state = 0.0, ""
-        if state or (self.last and quiet):  # in the moment after a run nobody has typed a line
+        if state or (self.last and quiet):  # just after a run: nobody has typed a line, but maybe one during the run
             return state
         if quiet:
             await asyncio.sleep(CLEAR_PAUSE)  # a new shell draws its prompt
@@ -1600,8 +1601,9 @@ class Job:
         state = await self.shell.clear(self.tmux)
         if not self.released:
             self.begun, self.typed = time.monotonic(), True
-            # tmux types it unless somebody else has typed since the pane was in `state`.
-            self.tmux.send_keys(pane, state, line, "Enter").add_done_callback(self._on_typed)
+            # tmux types it unless somebody else has typed since the pane was in `state`; clear as `PaneShell.clear`.
+            keys = [line, "Enter"] if state else ["C-e", "Space", "C-u", line, "Enter"]
+            self.tmux.send_keys(pane, state, *keys).add_done_callback(self._on_typed)
             with contextlib.suppress(OSError):  # no descriptor is left: nobody sees it
                 self.view = View(pane, self.request.cmd, line, int(self.shell.last.split()[0]))
             self._later(START_TIMEOUT, self.tick)

@@ -1677,6 +1677,30 @@ def test_copy_mode_in_every_pane_is_left_rather_than_waited_for(proxy: Proxy, ag
     assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
 
 
+@pytest.mark.parametrize("shell", ["bash --norc -i", "bash --norc -i -o vi", "dash -i"])
+@pytest.mark.parametrize("enter", [[], ["Enter"]], ids=["half", "whole"])
+def test_what_is_typed_during_a_command_is_no_part_of_the_next(
+    proxy: Proxy, agent: str, shell: str, enter: list[str]
+) -> None:
+    proxy.exec("true")
+    proxy.tmux("new-window", "-d", "-n", f"{agent}:terminal", "--", *shell.split())
+    proxy.exec("true", agent_name=agent)
+    for number in range(3):
+        typed, asked = f"{proxy.folder}/{agent}.{number}", f"{proxy.folder}/{agent}.asked.{number}"
+        call = proxy.start_exec(f"until [ -e {asked} ]; do sleep 0.01; done", agent_name=agent)
+        eventually(lambda: processes_with(f"until [ -e {asked} ]"))  # noqa: B023
+        proxy.type(agent, "-l", f"echo >>{typed} one")
+        proxy.type(agent, *enter) if enter else None
+        eventually(lambda: typed in proxy.screen(agent))  # noqa: B023
+        pathlib.Path(asked).touch()
+        call.result()
+        assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
+        if enter:  # as a person at any terminal may
+            eventually(lambda: os.path.exists(typed))  # noqa: B023
+            assert pathlib.Path(typed).read_text() == "one\n"
+        assert os.path.exists(typed) == bool(enter)
+
+
 def test_a_half_typed_line_is_cleared_and_can_be_brought_back(proxy: Proxy, agent: str) -> None:
     proxy.exec("true", agent_name=agent)
     time.sleep(0.3)  # no person is quicker
