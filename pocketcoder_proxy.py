@@ -465,6 +465,7 @@ import math
 import re
 import resource
 import secrets
+import select
 import shlex
 import signal
 import socket
@@ -1951,6 +1952,7 @@ class PocketCoderDriver:
     def __init__(self, socket_path: str, session_name: str, directory: str | None = None) -> None:
         if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f:.#=;$\\]{1,64}", session_name):
             raise complain("session_name", session_name, "a tmux name without `:`, `.`, `#`, `=`, `;`, `$`, `\\`")
+        check_text("socket_path", socket_path, "a path", 4 * KIB)
         self.socket_path, self.session_name = os.path.abspath(socket_path), session_name
         self.shell = find_shell()
         # What tmux runs in a new pane.  Not one word: default-shell, maybe us, would run that.
@@ -2017,15 +2019,15 @@ class PocketCoderDriver:
                     if not job.returned:  # it was typed, into what we do not know
                         job.shell.last = ""
                         job.shell.missed += 1
-                except (asyncio.CancelledError, NoAudit):
-                    job.end("cancelled")
-                    raise
                 except (NoTerminal, OSError) as failure:  # no space, no descriptors; or the terminal has just died
                     terminal.looked_at, why = (None, 0), f"cannot prepare a run in {self.socket_path}.d: {failure}"
                     job.end("lost", why)
                     if job.over.is_set():
                         return job
                     await asyncio.sleep(CLEAR_PAUSE)
+                except BaseException:  # whatever it is, the pane is given back
+                    job.end("cancelled")
+                    raise
             raise NoTerminal(why)
         except BaseException as failure:
             if noted and not job.over.is_set() and job.ending is None:
@@ -2115,7 +2117,8 @@ class PocketCoderDriver:
 
     async def send_keys(self, agent_name: str, text: str, keys: list[str]) -> None:
         """Type `text`, then press `keys`, see KEY, whatever runs there.  Raises NoTerminal."""
-        await self.terminal(agent_name).open()
+        if agent_name not in await self.panes():  # else it may have to wait behind the commands that wait for keys
+            await self.terminal(agent_name).open()
         pane = await self.pane(agent_name)
         assert self.tmux is not None
         target, typed = ["-t", pane.pane_id], [f"{byte:02x}" for byte in text.encode()]
@@ -2473,6 +2476,11 @@ class Outbox:
         self.closed = True
         self.news.set()
 
+    def leave(self) -> None:
+        """Nobody will read it any more, so nobody waits for its reader."""
+        self.close()
+        self.waiting.clear()
+
     async def messages(self) -> AsyncGenerator[Message | None, None]:
         """Each as it comes; None after KEEP_ALIVE seconds without.  What was not delivered stays."""
         mine = self.reader = object()
@@ -2601,21 +2609,23 @@ class Child:
                 except Exception:  # whatever it wrote, others wait for what it writes next
                     log.exception("server %s: skipped %s", self.name, ascii(line[:80]))
                 else:
-                    if outbox:  # a slow reader slows the child down; a little, if others use it too
+                    if outbox and outbox.heard:  # a slow reader slows the child down; a little, if others use it too
                         await outbox.room(CLEAR_PAUSE if len(self.exchanges) > 1 else SLOW_READER_TIMEOUT)
                 await asyncio.sleep(0)  # it may flood us
         except ValueError:
             log.error("server %s: a line of more than %d bytes", self.name, 2 * MAX_BODY)
         self._begin_end()  # without its stdout it is of no use
-        await asyncio.wait({asyncio.ensure_future(self.process.wait()), self.tasks[1]}, timeout=CLEAR_PAUSE)
+        ended = asyncio.ensure_future(self.process.wait())  # it may wait for who else has its pipes; `_watch` does not
+        await asyncio.wait({ended, self.tasks[1]}, timeout=CLEAR_PAUSE)
         how = "closed its output" if self.process.returncode is None else f"ended with {self.process.returncode}"
         said = f"; it said: {' / '.join(self.tail)}" if self.tail else ""
         self.epitaph = f"server {self.name} {how}{said}"
         for number in [*self.exchanges]:
             self.finish(number, refusal(None, RelayError(f"{self.epitaph}, before it answered")))
-        status = await self.process.wait()
+        await asyncio.wait({ended, self.watching}, return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
         for call in self.on_end:
-            call(self, status)
+            call(self, self.process.returncode or 0)
 
     def _take(self, message: Message) -> Outbox | None:
         """Bring a message from the child to whom it belongs."""
@@ -2904,18 +2914,22 @@ class Relay:
         """The client has left: end what was its own."""
         if peer.listening:
             peer.listening.cancel()
-        if peer.child and not peer.child.done():
-            peer.child.cancel()
-        elif peer.child and not peer.child.cancelled() and not peer.child.exception():
-            peer.child.result().end()
+        if peer.child:
+            peer.child.add_done_callback(self._end_own)
+            peer.child.cancel()  # before Python 3.12 wait_for(), and so `_own`, may end well all the same
         peer.child = None
+
+    @staticmethod
+    def _end_own(own: asyncio.Future[Child]) -> None:
+        if not own.cancelled() and not own.exception():
+            own.result().end()
 
     async def repeated(self, message: Message) -> dict[str, str]:
         """Which headers repeat arguments of the tool that a modern client calls, by argument."""
         if time.monotonic() > self.headers_until:
             meta = {name: value for name, value in message["params"]["_meta"].items() if name in (CLAIM, CAPABILITIES)}
             cursor: Message = {}
-            self.headers, peer = {}, Peer(Outbox.nowhere(), int)
+            headers, peer = dict[str, dict[str, str]](), Peer(Outbox.nowhere(), int)
             for _ in range(MAX_ROUNDS):
                 listing = new_request("tools/list", {**cursor, "_meta": meta})
                 found = as_object((await self.respond(peer, listing, True, peer.outbox)).get("result"))
@@ -2923,10 +2937,10 @@ class Relay:
                 for each in map(as_object, tools if isinstance(tools, list) else []):
                     shapes = as_object(as_object(each.get("inputSchema")).get("properties"))
                     marked = {key: as_object(shape).get("x-mcp-header") for key, shape in shapes.items()}
-                    self.headers[str(each.get("name"))] = {key: str(name) for key, name in marked.items() if name}
+                    headers[str(each.get("name"))] = {key: str(name) for key, name in marked.items() if name}
                 if not (cursor := {"cursor": found["nextCursor"]} if "nextCursor" in found else {}):
                     break
-            self.headers_until = time.monotonic() + HEADERS_KEPT
+            self.headers, self.headers_until = headers, time.monotonic() + HEADERS_KEPT
         return self.headers.get(str(message["params"].get("name")), {})
 
     async def close(self) -> None:
@@ -3394,6 +3408,7 @@ class Session:
                 yield messages
         finally:
             self.streams, self.used = self.streams - 1, time.monotonic()
+            self.outbox.heard = self.streams > 0 or self.kept != SESSION_IDLE  # who will come back gets what he missed
             self.expire()
 
     def expire(self) -> None:
@@ -3968,7 +3983,7 @@ class Endpoint(tornado.web.RequestHandler):
         given = self.get_query_argument
         return McpQuery(given("session_id", None) or given("sessionId", None))
 
-    def options(self) -> None:
+    def options(self, name: str = "") -> None:
         self.set_header("Access-Control-Allow-Methods", ", ".join(self._allowed()))
         self.set_status(204)
 
@@ -4266,6 +4281,7 @@ class McpEndpoint(Endpoint):
         try:
             await self.deliver(outbox, modern)
         finally:
+            outbox.leave()
             if modern or (opens and not session.peer.version):  # who leaves, cancels; not so with a session
                 session.end()
 
@@ -4501,6 +4517,16 @@ def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]
     return tuple(configs)
 
 
+async def open_first(driver: PocketCoderDriver) -> None:
+    """Make what the first command would wait for."""
+    try:
+        await driver.terminal(default_agent_name()).open()
+    except (NoTerminal, OSError) as refused:
+        log.warning("no terminal yet: %s", refused)
+    gc.freeze()  # what is here now stays; and a request makes no rubbish that has to go at once
+    gc.set_threshold(10_000)
+
+
 async def serve(options: Commands, token: str) -> None:
     """Listen until SIGTERM or SIGINT.  Raises OSError when it cannot."""
     socket_path = os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET
@@ -4527,6 +4553,9 @@ async def serve(options: Commands, token: str) -> None:
     limits: dict[str, Any] = {"max_body_size": 1 << 40, "max_header_size": MAX_HEADERS}  # Endpoint answers 413
     limits |= {"idle_connection_timeout": IDLE_TIMEOUT, "body_timeout": BODY_TIMEOUT}
     server = application.settings["server"] = HttpServer(application, **limits)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     sockets = tornado.netutil.bind_sockets(int(options.port), options.host)
     for listener in sockets:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER_TIMEOUT * 1000))  # inherited
@@ -4537,16 +4566,9 @@ async def serve(options: Commands, token: str) -> None:
     for file, line in ((sys.stdout, f"listening on http://{address}"), (sys.stderr, f"watch with: {attach}")):
         with contextlib.suppress(OSError):  # whoever should read it has left, or its disk is full
             print(f"pocketcoder: {line}", file=file, flush=True)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    try:
-        await driver.terminal(default_agent_name()).open()
-    except (NoTerminal, OSError) as refused:
-        log.warning("no terminal yet: %s", refused)
-    gc.freeze()  # what is here now stays; and a request makes no rubbish that has to go at once
-    gc.set_threshold(10_000)
+    opening = asyncio.ensure_future(open_first(driver))  # which may take a while
     await stop.wait()
+    opening.cancel()
     for listener in sockets:
         asyncio.get_running_loop().remove_reader(listener)
         listener.close()
@@ -4594,17 +4616,24 @@ def wipe(name: str) -> None:
         log.warning("%s stays in /proc/%d/environ: %s", name, os.getpid(), refused)
 
 
-class PlainText(logging.Formatter):
-    """What relayed servers say may be made for the terminal of who reads the log: it gets no control characters."""
+class Stderr(logging.Handler):
+    """Plain text for whom it may concern: nobody waits for who does not read it, so it may miss some.
 
-    def format(self, record: logging.LogRecord) -> str:
-        return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], super().format(record))
+    What relayed servers say may be made for the terminal of who reads the log: it gets no control characters.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], self.format(record))
+        data, size = f"{text}\n".encode(errors="backslashreplace"), select.PIPE_BUF
+        with contextlib.suppress(OSError):  # it is closed, or its disk is full
+            for at in range(0, len(data), size):
+                if select.select([], [2], [], 0)[1]:  # then a pipe takes that much
+                    os.write(2, data[at : at + size])
 
 
 def log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(PlainText("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    form = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(handlers=[Stderr()], format=form, level=logging.INFO)
     logging.getLogger("tornado.general").setLevel(logging.WARNING)  # else it shows headers that it refuses: tokens
 
 
