@@ -993,13 +993,12 @@ Takes = Mapping[str, Take]  # by stream
 REPORT = re.compile(rb"([0-9a-f]{16}) (start|exit|back) ([0-9]{1,9})\n")  # whatever others write there
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # no FIFO in its place may stop us
 
-# Sourced by the pane's shell.  Backslashes are against aliases, `&&` is against `set -e`.  INT is
-# trapped, since a command that dies of C-c would take go along.  `read` has a limit, or does not
-# know one and fails: go waits for nobody who may be gone.  Where our FIFO was wiped, `<>` makes a
-# file, and a start would be told to nobody.  The last line is read before the next run may write
-# this file anew; what an older run wrote behind it is never read.
-GO = r"""\exec 8<>{run}.done 9<>{status}
-\[ -p {status} ] || {{ \exec 8>&- 9>&-; \return 0; }}
+# Sourced by the pane's shell, which reads all of it before the next run may write this file anew.
+# Backslashes are against aliases; functions of these names matter outside the subshell, so there is
+# no exec and no echo.  `&&` is against `set -e`.  INT is trapped, since a command that dies of C-c
+# would take go along.  `read` has a limit, or does not know one and fails: go waits for nobody who
+# may be gone.  Where our FIFO was wiped, `<>` makes a file, and a start would be told to nobody.
+GO = r"""{{ \[ -p {status} ] || \return 0
 \trap : INT
 (
 \unset -f cd chpwd echo exec exit export read set 2>/dev/null; \unset chpwd_functions POCKETCODER_TOKEN
@@ -1013,10 +1012,11 @@ _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \export POCKETCODER_SESSION_ID={session} POCKETCODER_USAGE_ID={usage}
 \exec {command} 9>&-
 ) && _pc=0 || _pc=$?
-\echo "$_pc" >>{run}.pid
-\echo "{token} exit $_pc" >&9
+\printf '%s\n' "$_pc" >>{run}.pid
+\printf '%s\n' "{token} exit $_pc" >&9
 \read -r -t 1 _pc <&8 2>/dev/null || :
-{{ \echo "{token} back 0" >&9; \exec 8>&- 9>&-; \trap - INT; \unset _pc; \return 0; }}
+\printf '%s\n' "{token} back 0" >&9
+\trap - INT; \unset _pc; \return 0; }} 8<>{run}.done 9<>{status}
 """
 
 
