@@ -185,7 +185,7 @@ def shell_arguments(argv: list[str]) -> list[str] | None:
         return words
     called = words[0] == "shell"
     words = words[called:]
-    if words[:1] in (["--version"], ["--help"], ["-h"]):
+    if words[:1] in (["--version"], ["--help"]) or words == ["-h"]:
         return None
     if not called:
         return words if words[0][:1] in ("-", "+") else None
@@ -599,6 +599,11 @@ def complain(name: str, got: object, expected: str) -> BadMessage:
     return BadMessage(f"`{name}`: got {shown if len(shown) <= 90 else shown[:80] + '...'}, expected {expected}")
 
 
+def whole(text: str) -> float:
+    """An integer of JSON; infinite, where Python would read no more of its digits."""
+    return int(text) if len(text) <= 300 else float(text)
+
+
 def check_text(name: str, got: object, expected: str, limit: int, nul: bool = False) -> str:
     """Return `got`, a string that a process can take; raise BadMessage."""
     if not isinstance(got, str):
@@ -681,7 +686,7 @@ class ExecRequest:
     def from_wire(cls, body: bytes, workspace: str) -> ExecRequest:
         """Read a JSON body: unknown fields are ignored, `cwd` is made absolute."""
         try:
-            got = json.loads(body.decode(), parse_constant=float)
+            got = json.loads(body.decode(), parse_constant=float, parse_int=whole)
         except (ValueError, RecursionError) as wrong:
             raise BadMessage(f"body: expected a JSON object in UTF-8, got: {wrong}") from None
         if not isinstance(got, dict):
@@ -2237,21 +2242,21 @@ def read_message(raw: bytes | str) -> Message:
     """One JSON-RPC message.  Raises NotJson, NotAMessage."""
     odd = list[str]()  # numbers that are none in JSON, though some write them, or would not be when written again
 
-    def number(text: str) -> float:
-        if math.isinf(value := float(text)):
+    def number(text: str, kind: Callable[[str], float] = float) -> float:
+        if math.isinf(value := kind(text)):
             odd.append(text)
         return value
 
     try:
         text = raw if isinstance(raw, str) else raw.decode()
-        got = json.loads(text, parse_float=number, parse_constant=odd.append)
+        got = json.loads(text, parse_float=number, parse_int=partial(number, kind=whole), parse_constant=odd.append)
     except (ValueError, RecursionError) as wrong:
         raise NotJson(f"message: expected JSON in UTF-8, got: {wrong}") from None
     if not isinstance(got, dict):
         raise NotAMessage(f"message: got {type(got).__name__}, expected an object: batches are not served")
     id_, method = got.get("id"), got.get("method")
     if odd:
-        fault = f"message: got {odd[0][:40]}, expected numbers that JSON has"
+        fault = f"message: got {odd[0][:40]}, expected numbers that JSON has, below 1e308"
         raise NotJson(fault, request_id=id_ if is_id(id_) else None)
     fault = ""
     if got.get("jsonrpc") != "2.0":
@@ -3120,11 +3125,9 @@ class Pool:
         asked, can = exchange.message["params"].get("notifications"), child.can()
         if not isinstance(asked, dict):
             raise complain("params.notifications", asked, "an object")
-        honoured = {flag: True for flag in list_flags(can) if asked.get(flag) is True}
+        wanted: Message = {flag: True for flag in list_flags(can) if asked.get(flag) is True}
         uris = asked.get("resourceSubscriptions") if as_object(can.get("resources")).get("subscribe") else None
-        wanted: Message = {**honoured, "resourceSubscriptions": uris if isinstance(uris, list) else []}
-        if not wanted["resourceSubscriptions"]:
-            del wanted["resourceSubscriptions"]
+        wanted |= {"resourceSubscriptions": uris} if isinstance(uris, list) and uris else {}
         meta = {SUBSCRIPTION: exchange.message["id"]}
         acknowledged = {"_meta": meta, "notifications": wanted}
         exchange.outbox.send(notification("notifications/subscriptions/acknowledged", acknowledged))
@@ -3464,7 +3467,8 @@ class AuditLog:
     """
 
     def __init__(self, path: str = "") -> None:
-        self.path, self.fd, self.unwritten = path, -1, b""
+        self.path, self.fd, self.patience = path, -1, AUDIT_TIMEOUT
+        self.unwritten, self.sent = b"", 0  # whole lines, and how much of the first is in the file
 
     async def start(self, fields: Message) -> None:
         """Note a start.  Raises NoAudit."""
@@ -3474,7 +3478,7 @@ class AuditLog:
             try:
                 self.flush()
             except NoAudit:  # nothing is run; but a line that was begun is completed
-                self.unwritten = self.unwritten if self.unwritten != line else b""
+                self.unwritten = b"" if self.unwritten == line and not self.sent else self.unwritten
                 raise
             await self.written()
 
@@ -3482,21 +3486,25 @@ class AuditLog:
         """Note an end; see `written`."""
         if self.path:
             self.unwritten += self._line("end", fields)
-            try:
-                self.flush()
-            except NoAudit as wrong:
-                log.error("%s", wrong)
+            self._try()
+
+    def _try(self) -> None:
+        """Write what waits; a failure is told, and tried again by who writes next."""
+        try:
+            self.flush()
+        except NoAudit as wrong:
+            log.error("%s", wrong)
 
     async def written(self) -> None:
         """Wait until all is written: a pipe may be full, a disk may get space again.  Raises NoAudit."""
-        deadline, failure = time.monotonic() + AUDIT_TIMEOUT, self._refuse("nobody reads it")
+        begun, failure = time.monotonic(), self._refuse("nobody reads it")
         while self.unwritten:
             await asyncio.sleep(AUDIT_PAUSE)
             try:
                 self.flush()
             except NoAudit as wrong:
                 failure = wrong
-            if self.unwritten and time.monotonic() > deadline:
+            if self.unwritten and time.monotonic() > begun + self.patience:
                 raise failure
 
     def _line(self, event: str, fields: Message) -> bytes:
@@ -3516,17 +3524,29 @@ class AuditLog:
                 link = 0 if self.path.startswith("/dev/") else os.O_NOFOLLOW
                 self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | link, 0o600)
                 try:
-                    if stat.S_ISREG(os.fstat(self.fd).st_mode):
-                        os.fchmod(self.fd, 0o600)
+                    self._begin()
                 except OSError:  # another user's
                     self._close()
                     raise
             while self.unwritten:
-                self.unwritten = self.unwritten[os.write(self.fd, self.unwritten) :]
+                self.sent += os.write(self.fd, self.unwritten[self.sent :])
+                whole = self.unwritten.rfind(b"\n", 0, self.sent) + 1
+                self.unwritten, self.sent = self.unwritten[whole:], self.sent - whole
         except BlockingIOError:  # a pipe, and full
             pass
         except OSError as wrong:
             raise self._refuse(wrong.strerror or str(wrong)) from None
+
+    def _begin(self) -> None:
+        """Write whole lines from now on, whatever was there, or was begun elsewhere."""
+        found = os.fstat(self.fd)
+        if stat.S_ISREG(found.st_mode):
+            self.sent = 0
+            os.fchmod(self.fd, 0o600)
+            with open(f"/proc/self/fd/{self.fd}", "rb") as file:
+                file.seek(max(0, found.st_size - 1))
+                if file.read() not in (b"", b"\n"):  # who wrote it was killed, or its disk was full
+                    os.write(self.fd, b"\n")
 
     def _close(self) -> None:
         if self.fd >= 0:
@@ -3534,14 +3554,11 @@ class AuditLog:
             self.fd = -1
 
     def reopen(self) -> None:
-        """After a rotation.  A failure is told, and tried again by who writes next."""
+        """After a rotation."""
         with contextlib.suppress(NoAudit):
             self.flush()
         self._close()
-        try:
-            self.flush()
-        except NoAudit as wrong:
-            log.error("%s", wrong)
+        self._try()
 
 
 @dataclass
@@ -3927,14 +3944,14 @@ class Endpoint(tornado.web.RequestHandler):
         """The gate."""
         headers = self.request.headers
         self.name = (self.path_kwargs or {}).get("name", "")
-        preflight = self.request.method == "OPTIONS"
+        preflight = self.request.method == "OPTIONS" and "Origin" in headers
         self.admit(headers.get("Origin"), self.open_to_all or preflight)
         length = headers.get("Content-Length", "")  # Tornado refuses what is no number
         if length.isdecimal() and (len(length) > 20 or int(length) > 4 * MAX_BODY):
             raise tornado.web.HTTPError(413, f"body: expected at most {MAX_BODY} bytes")
-        if self.name not in self.state.servers:
+        if self.name not in self.state.servers and not preflight:  # which has no token, and learns nothing
             raise tornado.web.HTTPError(404, f"no server {self.name[:80]!r}: see GET /servers")
-        if self.request.method not in self._allowed() or (preflight and "Origin" not in headers):
+        if self.request.method not in self._allowed() or (self.request.method == "OPTIONS" and not preflight):
             raise tornado.web.HTTPError(405)
         kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if self.request.method == "POST" and kind != "application/json":
@@ -4153,6 +4170,11 @@ class ExecEndpoint(Endpoint):
             response = ExecResponse.of(await work, None)
             await output(b"", final=True)
             await self.send_event(f"event: exit\ndata: {response.to_wire()}\n\n")
+        except ProxyError as failure:
+            if not self._headers_written:
+                raise
+            told = ExecResponse(error=str(failure), exit_code=failure.exit_code)
+            await self.send_event(f"event: exit\ndata: {told.to_wire()}\n\n")
         except asyncio.TimeoutError:
             log.warning("stream ended: its reader did not read for %g s", SLOW_READER_TIMEOUT)
             self.peer.close()
@@ -4469,7 +4491,7 @@ class Cli:
         add("--host", default=environ("POCKETCODER_HOST") or "127.0.0.1", metavar="ADDR")
         add("--workspace", default=environ("POCKETCODER_WORKSPACE") or workspace, metavar="DIR")
         add("--allow-origin", action="append", default=[], metavar="ORIGIN")
-        add("--audit-log", default="", metavar="FILE", help="append a JSON line for each command's start and end")
+        add("--audit-log", metavar="FILE", help="append a JSON line for each command's start and end")
         add("--mcp-server", action="append", default=[], metavar="NAME=COMMAND", help="relay a stdio MCP server")
         add("--mcp-config", metavar="FILE", help="the same from a file with `mcpServers`")
         got = parser.parse_args(argv[1:])
@@ -4478,12 +4500,17 @@ class Cli:
         path = os.path.realpath(got.workspace)
         if not os.path.isdir(path) or path.encode(errors="ignore") != os.fsencode(path):
             server.error(f"--workspace: got {got.workspace!r}, expected a directory, its path in UTF-8")
+        if got.audit_log == "":  # an unset variable maybe
+            server.error("--audit-log: got '', expected a file")
+        for origin in got.allow_origin:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
+                server.error(f"--allow-origin: got {origin!r}, expected one like http://name:port")
         try:
             servers = read_servers(got.mcp_server, got.mcp_config)
         except BadMessage as wrong:
             server.error(str(wrong))
         origins = tuple(got.allow_origin)
-        return cls(Commands("server", (), got.port, got.host, path, origins, servers, got.audit_log))
+        return cls(Commands("server", (), got.port, got.host, path, origins, servers, got.audit_log or ""))
 
 
 def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]:
@@ -4569,6 +4596,7 @@ async def serve(options: Commands, token: str) -> None:
     opening = asyncio.ensure_future(open_first(driver))  # which may take a while
     await stop.wait()
     opening.cancel()
+    state.audit.patience = STOP_GRACE / 2  # who waits for the log is answered before the end
     for listener in sockets:
         asyncio.get_running_loop().remove_reader(listener)
         listener.close()

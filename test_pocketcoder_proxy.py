@@ -4233,6 +4233,32 @@ def test_an_end_that_is_never_noted_is_no_answer(audited: tuple[Proxy, pathlib.P
     assert answer["error"].startswith("the command ended with 5, its answer is withheld: cannot write the audit log")
 
 
+@pytest.mark.slow
+def test_a_stream_whose_end_is_never_noted_says_so(audited: tuple[Proxy, pathlib.Path]) -> None:
+    proxy, path = audited
+    for _ in range(8):
+        proxy.exec("true")
+    events = proxy.stream("echo out; sleep 0.5")
+    while next(events)[0] != "output":
+        pass
+    limit_files(proxy, path.stat().st_size)
+    *_, (kind, last, _) = events
+    assert (kind, last["exit_code"], "is withheld" in last["error"]) == ("exit", 125, True)
+
+
+@pytest.mark.slow
+def test_a_server_that_stops_while_its_log_cannot_be_written_answers_all(audited: tuple[Proxy, pathlib.Path]) -> None:
+    proxy, path = audited
+    for _ in range(8):
+        proxy.exec("true")
+    long = Background(lambda: proxy.post({"cmd": "sleep 64.75"}))
+    eventually(lambda: processes_with("sleep\x0064.75"))
+    limit_files(proxy, path.stat().st_size)
+    assert proxy.stop() == 0
+    status, answer = long.result()
+    assert (status, "is withheld" in answer["error"]) == (500, True)
+
+
 def test_a_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
     own: Callable[..., Proxy], tmp_path: pathlib.Path
 ) -> None:
@@ -4285,6 +4311,28 @@ def test_a_server_that_is_killed_loses_no_line_that_was_answered(audited: tuple[
     run_ids = [proxy.exec("true")["run_id"] for _ in range(20)]
     proxy.stop(signal.SIGKILL)
     assert [line["run_id"] for line in noted(path) if line["event"] == "end"] == run_ids
+
+
+def test_a_line_that_was_cut_short_spoils_no_other(audited: tuple[Proxy, pathlib.Path]) -> None:
+    proxy, path = audited
+    with path.open("a") as file:
+        file.write('{"time": "2026-')  # by a server that was killed then
+    proxy.process.send_signal(signal.SIGHUP)
+    for _ in range(8):
+        proxy.exec("true")
+    long = proxy.start_exec("sleep 0.3; exit 5")
+    eventually(lambda: len(path.read_text().splitlines()) == 18)
+    limit_files(proxy, path.stat().st_size + 20)
+    eventually(lambda: "File too large" in proxy.logged())
+    path.rename(cut := path.with_name("cut"))
+    proxy.process.send_signal(signal.SIGHUP)
+    assert long.result()["exit_code"] == 5
+    limit_files(proxy, resource.RLIM_INFINITY)
+    proxy.exec("true")
+    torn, *lines, cut_short = cut.read_text().splitlines()
+    assert (torn, cut_short[:8], len(cut_short)) == ('{"time": "2026-', '{"time":', 20)
+    assert [json.loads(line)["event"] for line in lines] == ["start", "end"] * 8 + ["start"]
+    assert [line["event"] for line in noted(path)] == ["end", "start", "end"]
 
 
 def test_an_audit_log_behind_a_link_is_refused(tmp_path: pathlib.Path) -> None:
@@ -4913,6 +4961,23 @@ def test_what_is_refused_as_http_is_not_logged_with_its_token(own: Callable[...,
     assert "geheim" not in proxy.logged()
 
 
+def test_who_has_no_token_does_not_learn_which_servers_there_are(own: Callable[..., Proxy]) -> None:
+    proxy = own("--allow-origin", "http://app.example.com", "--mcp-server=x=cat", POCKETCODER_TOKEN="t0k")
+    for headers, status in (({}, 401), ({"Origin": "http://app.example.com"}, 204)):
+        for name in ("x", "none"):
+            assert proxy.request("OPTIONS", f"/servers/{name}/mcp", None, headers)[0] == status
+
+
+@pytest.mark.parametrize("digits", [200, 305, 350, 5000])
+def test_numbers_of_any_length_are_told_by_the_name_of_their_field(proxy: Proxy, digits: int) -> None:
+    number = "9" * digits
+    assert proxy.post(f'{{"cmd": "echo ok", "unknown": {number}}}'.encode())[0] == 200
+    status, answer = proxy.post(f'{{"cmd": "true", "timeout": {number}}}'.encode())
+    assert (status, answer["error"].startswith("`timeout`")) == (400, True), answer
+    answer = mcp(proxy, f'{{"jsonrpc": "2.0", "id": 1, "method": "ping", "params": {{"x": {number}}}}}'.encode())[2]
+    assert answer["error"]["code"] in (-32600, -32700)  # of no session, or of no number
+
+
 def test_a_browser_that_may_call_sees_the_session(own: Callable[..., Proxy]) -> None:
     proxy = own("--allow-origin", "http://app.example.com", "--mcp-server=x=cat")
     _, headers, _ = mcp(proxy, request("initialize", INITIALIZE), Origin="http://app.example.com")
@@ -5166,6 +5231,9 @@ WRONG: list[tuple[list[str], dict[str, str], str]] = [
     (["server", "-p", "0"], {"TMUX_SESSION": "a:b"}, "session"),
     (["server", "-p", "0"], {"PATH": "/nowhere"}, "install"),
     (["nonsense"], {}, "nonsense"),
+    (["server", "-p", "0", "--audit-log", ""], {}, "--audit-log"),
+    (["server", "-p", "0", "--allow-origin", "*"], {}, "--allow-origin"),
+    (["server", "-p", "0"], {"TMUX_SOCKET": "/tmp/\udcff/s"}, "socket_path"),
 ]
 
 
