@@ -147,7 +147,7 @@ def default_agent_name() -> str:
 
 
 # ==========================================================================
-# Shell Bridge                                                    budget 355
+# Shell Bridge                                                    budget 356
 # ==========================================================================
 # `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
 #
@@ -585,7 +585,7 @@ class NoAudit(ProxyError):
 
 
 # ==========================================================================
-# Wire types                                                      budget 149
+# Wire types                                                      budget 154
 # ==========================================================================
 # W1  What comes from outside is checked here, once; nobody checks it again.
 # W2  A complaint names the field, what was got and what was expected.
@@ -989,6 +989,7 @@ ENDINGS: dict[str, tuple[int | None, str | None]] = {  # exit code and error; No
 }
 ENDING_LADDER = ((signal.SIGTERM, 2.0), (signal.SIGKILL, 0.2), (signal.SIGKILL, 0.8))  # seconds to the next step
 SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # ours, and says nothing of what was looked for
+CLEAR = ("C-e", "Space", "C-u")  # a line, which C-y brings back; on an empty one C-u alone rings the bell
 STOPPED = range(128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1)  # exit codes of a job that only stopped
 SHELLS = {"bash": True, "zsh": True, "sh": False, "dash": False, "ash": False, "busybox": False}  # edits its line?
 OURS = tuple(f"POCKETCODER_{name}" for name in ("RUN_ID", "AGENT", "SESSION_ID", "USAGE_ID"))  # set for a command
@@ -1200,11 +1201,10 @@ class PaneShell:
             tmux.send(switch, ["copy-mode", "-q", "-t", self.pane.pane_id])
             now = await tmux.state(self.pane)
         if now != self.last and not quiet and self.look() != "busy":
-            # Behind a prompt that we know, C-u clears the line and C-y brings it back; a blank before,
-            # since on an empty line it rings the bell.  Elsewhere it may be a continuation line.
+            # Behind a prompt that we know it clears the line, elsewhere that may be a continuation.
             (column, *place), (before, *known) = now.split(), self.last.split() or [""]
             same = place == known and int(column) > int(before)
-            tmux.send_keys(self.pane, now, *(["C-e", "Space", "C-u"] if same else ["C-c"]))
+            tmux.send_keys(self.pane, now, *(CLEAR if same else ("C-c",)))
             await asyncio.sleep(CLEAR_PAUSE)
             await self.at_prompt()
             now = await tmux.state(self.pane)
@@ -1454,7 +1454,7 @@ class RunFiles:
         self.unread = self.unread[self.unread.rfind(b"\n") + 1 :][-KIB:]
 
     def there(self) -> bool:
-        """False if someone wiped or replaced it; then it closes after its last run."""
+        """False if someone wiped or replaced it: no line of it runs any more, and it closes after its last run."""
         there = False
         with contextlib.suppress(OSError):
             there = os.path.samestat(os.stat(self.status_path), self.found)
@@ -1607,9 +1607,8 @@ class Job:
         state = await self.shell.clear(self.tmux)
         if not self.released:
             self.begun, self.typed = time.monotonic(), True
-            # tmux types it unless somebody else has typed since the pane was in `state`; clear as `PaneShell.clear`.
-            keys = [line, "Enter"] if state else ["C-e", "Space", "C-u", line, "Enter"]
-            self.tmux.send_keys(pane, state, *keys).add_done_callback(self._on_typed)
+            # tmux types it unless somebody else has typed since the pane was in `state`.
+            self.tmux.send_keys(pane, state, *(() if state else CLEAR), line, "Enter").add_done_callback(self._on_typed)
             with contextlib.suppress(OSError):  # no descriptor is left: nobody sees it
                 self.view = View(pane, self.request.cmd, line, int(self.shell.last.split()[0]))
             self._later(START_TIMEOUT, self.tick)
@@ -1693,8 +1692,7 @@ class Job:
         pane, age, pause = self.shell.pane, time.monotonic() - self.begun, WATCH_PAUSE
         dead = has_ended(pane.pid)
         if not self.pid:
-            quick = self.shell.ran or not self.files.there()  # a line whose files were wiped never runs
-            late = age - (START_TIMEOUT if quick else NEW_SHELL_TIMEOUT)
+            late = age - (START_TIMEOUT if self.shell.ran or not self.files.there() else NEW_SHELL_TIMEOUT)
             if (dead or late >= 0) and not self.void() and late > START_TIMEOUT:
                 self.end("lost", "it never reported its start")
         elif dead:
@@ -2415,7 +2413,7 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 
 
 # ==========================================================================
-# Relay                                                           budget 883
+# Relay                                                           budget 892
 # ==========================================================================
 # Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
 #
@@ -3307,7 +3305,7 @@ def to_legacy(answer: Message, method: str) -> Message:
 
 
 # ==========================================================================
-# State and tools                                                 budget 512
+# State and tools                                                 budget 527
 # ==========================================================================
 # What handlers share, built once in `serve` and handed down; sessions; the tools.
 #
@@ -3834,7 +3832,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 611
+# Transports                                                      budget 617
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -4451,7 +4449,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 226
+# Application                                                     budget 246
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
