@@ -600,8 +600,11 @@ def complain(name: str, got: object, expected: str) -> BadMessage:
 
 
 def whole(text: str) -> float:
-    """An integer of JSON; infinite, where Python would read no more of its digits."""
-    return int(text) if len(text) <= 300 else float(text)
+    """An integer of JSON; infinite, where Python reads no more of its digits."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def check_text(name: str, got: object, expected: str, limit: int, nul: bool = False) -> str:
@@ -999,7 +1002,8 @@ Takes = Mapping[str, Take]  # by stream
 REPORT = re.compile(rb"([0-9a-f]{16}) (start|exit|back) ([0-9]{1,9})\n")  # whatever others write there
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # no FIFO in its place may stop us
 
-# Sourced by the pane's shell, which reads all of it before the next run may write this file anew.
+# Sourced by the pane's shell, which reads all of it before the next run may write this file anew,
+# and never what an older run wrote behind it.
 # Backslashes are against aliases; functions of these names matter outside the subshell, so there is
 # no exec and no echo.  `&&` is against `set -e`.  INT is trapped, since a command that dies of C-c
 # would take go along.  `read` has a limit, or does not know one and fails: go waits for nobody who
@@ -1022,7 +1026,7 @@ _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \printf '%s\n' "{token} exit $_pc" >&9
 \read -r -t 1 _pc <&8 2>/dev/null || :
 \printf '%s\n' "{token} back 0" >&9
-\trap - INT; \unset _pc; \return 0; }} 8<>{run}.done 9<>{status}
+\trap - INT; \unset _pc; \return 0; }} 8<>{run}.done 9<>{status} || \return 0
 """
 
 
@@ -1571,8 +1575,7 @@ def let_return(run: str) -> None:
 class Job:
     """One run of a command, from its files to the prompt after it.
 
-    takes  who gets the output: one for both streams, or two
-    fed    whether its stdin comes through `feed`
+    takes  who gets the output: one for both streams, or two; `fed`: its stdin comes through `feed`
     """
 
     shell: PaneShell  # whose pane it has, and the connection to type there: see Terminal.take
@@ -1692,7 +1695,8 @@ class Job:
         pane, age, pause = self.shell.pane, time.monotonic() - self.begun, WATCH_PAUSE
         dead = has_ended(pane.pid)
         if not self.pid:
-            late = age - (START_TIMEOUT if self.shell.ran or not self.files.there() else NEW_SHELL_TIMEOUT)
+            quick = self.shell.ran or (self.typed and not self.files.there())
+            late = age - (START_TIMEOUT if quick else NEW_SHELL_TIMEOUT)
             if (dead or late >= 0) and not self.void() and late > START_TIMEOUT:
                 self.end("lost", "it never reported its start")
         elif dead:
@@ -2120,8 +2124,9 @@ class PocketCoderDriver:
 
     async def send_keys(self, agent_name: str, text: str, keys: list[str]) -> None:
         """Type `text`, then press `keys`, see KEY, whatever runs there.  Raises NoTerminal."""
-        if agent_name not in await self.panes():  # else it may have to wait behind the commands that wait for keys
-            await self.terminal(agent_name).open()
+        terminal = self.terminal(agent_name)
+        if not (terminal.waiting and terminal.shells):  # else it might wait behind commands that wait for keys
+            await terminal.open()
         pane = await self.pane(agent_name)
         assert self.tmux is not None
         target, typed = ["-t", pane.pane_id], [f"{byte:02x}" for byte in text.encode()]
@@ -2241,7 +2246,7 @@ def read_message(raw: bytes | str) -> Message:
     odd = list[str]()  # numbers that are none in JSON, though some write them, or would not be when written again
 
     def number(text: str, kind: Callable[[str], float] = float) -> float:
-        if math.isinf(value := kind(text)):
+        if (value := kind(text)) in (math.inf, -math.inf):
             odd.append(text)
         return value
 
@@ -2254,7 +2259,7 @@ def read_message(raw: bytes | str) -> Message:
         raise NotAMessage(f"message: got {type(got).__name__}, expected an object: batches are not served")
     id_, method = got.get("id"), got.get("method")
     if odd:
-        fault = f"message: got {odd[0][:40]}, expected numbers that JSON has, below 1e308"
+        fault = f"message: got {odd[0][:40]}, expected numbers that JSON has"
         raise NotJson(fault, request_id=id_ if is_id(id_) else None)
     fault = ""
     if got.get("jsonrpc") != "2.0":
@@ -4649,7 +4654,10 @@ class Stderr(logging.Handler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], self.format(record))
+        try:
+            text = re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], self.format(record))
+        except Exception:  # arguments that do not fit are no reason for whoever logs to fail
+            return self.handleError(record)
         data, size = f"{text}\n".encode(errors="backslashreplace"), select.PIPE_BUF
         with contextlib.suppress(OSError):  # it is closed, or its disk is full
             for at in range(0, len(data), size):

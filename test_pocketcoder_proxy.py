@@ -1967,6 +1967,17 @@ def test_a_terminal_that_dies_ends_its_command_and_the_next_gets_a_new_one(
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.slow
+def test_a_shell_without_descriptors_runs_nothing_of_older_commands(own: Callable[..., Proxy]) -> None:
+    server = own()
+    server.exec("cat >/dev/null <<'X'\n" + f"touch {server.folder}/old\n" * 200 + "X")
+    time.sleep(0.2)
+    server.type("poco", "ulimit -S -n 9", "Enter")
+    time.sleep(0.2)
+    assert server.exec("echo ok")["stdout"] == "ok\n"  # in another pane
+    assert not os.path.exists(f"{server.folder}/old")
+
+
 @pytest.mark.parametrize("death", DEATHS)
 def test_a_terminal_that_died_idle_is_made_anew(own: Callable[..., Proxy], death: str) -> None:
     server = own()
@@ -2397,6 +2408,28 @@ def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(tmp_path:
         assert (result.ended, result.exit_code, result.duration_ms < 1900) == ("cancelled", 143, True)
     finally:
         subprocess.run(["tmux", "-S", driver.socket_path, "kill-server"], capture_output=True)
+
+
+def test_what_tmux_tells_while_a_start_is_noted_harms_nothing(tmp_path: pathlib.Path) -> None:
+    class Slow(pp.Watch):
+        async def start(self, run_id: str) -> None:
+            tmux = ["tmux", "-S", f"{tmp_path}/tmux/s", "new-window", "-d", "-t", "=pocketcoder:", "sleep 0.1"]
+            await asyncio.to_thread(subprocess.run, tmux, check=True)
+            await asyncio.sleep(0.5)
+
+    async def use() -> list[dict[str, Any]]:
+        told: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        driver = pp.PocketCoderDriver(f"{tmp_path}/tmux/s", "pocketcoder")
+        job = await driver.start(pp.ExecRequest("exit 3"), {"out": lambda chunk: None}, watch=Slow())
+        assert (await job.result()).exit_code == 3
+        await driver.close()
+        return told
+
+    try:
+        assert asyncio.run(use()) == []
+    finally:
+        subprocess.run(["tmux", "-S", f"{tmp_path}/tmux/s", "kill-server"], capture_output=True)
 
 
 def test_whatever_stops_a_start_the_pane_is_given_back(tmp_path: pathlib.Path) -> None:
@@ -3800,6 +3833,15 @@ def test_a_fault_that_a_model_can_mend_is_a_result_that_names_it(
     result = call(proxy, name, **arguments)
     assert result["isError"] is True
     assert f"`{field}`" in text_of(result)
+
+
+def test_keys_that_make_a_terminal_are_no_part_of_the_next_command(own: Callable[..., Proxy]) -> None:
+    server = own()
+    server.exec("true")
+    server.tmux("kill-server")
+    assert not call(server, "send_keys", text=f"echo >{server.folder}/half one")["isError"]
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+    assert not os.path.exists(f"{server.folder}/half")
 
 
 def test_keys_reach_programs_that_others_wait_for(proxy: Proxy, agent: str) -> None:
