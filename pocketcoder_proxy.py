@@ -585,7 +585,7 @@ class NoAudit(ProxyError):
 
 
 # ==========================================================================
-# Wire types                                                      budget 154
+# Wire types                                                      budget 157
 # ==========================================================================
 # W1  What comes from outside is checked here, once; nobody checks it again.
 # W2  A complaint names the field, what was got and what was expected.
@@ -4454,7 +4454,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 246
+# Application                                                     budget 248
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
