@@ -3533,8 +3533,8 @@ class AuditLog:
                     raise
             while self.unwritten:
                 self.sent += os.write(self.fd, self.unwritten[self.sent :])
-                whole = self.unwritten.rfind(b"\n", 0, self.sent) + 1
-                self.unwritten, self.sent = self.unwritten[whole:], self.sent - whole
+                told = self.unwritten.rfind(b"\n", 0, self.sent) + 1
+                self.unwritten, self.sent = self.unwritten[told:], self.sent - told
         except BlockingIOError:  # a pipe, and full
             pass
         except OSError as wrong:
@@ -3548,7 +3548,7 @@ class AuditLog:
             os.fchmod(self.fd, 0o600)
             with open(f"/proc/self/fd/{self.fd}", "rb") as file:
                 file.seek(max(0, found.st_size - 1))
-                if file.read() not in (b"", b"\n"):  # who wrote it was killed, or its disk was full
+                if file.read(1) not in (b"", b"\n"):  # who wrote it was killed, or its disk was full
                     os.write(self.fd, b"\n")
 
     def _close(self) -> None:
