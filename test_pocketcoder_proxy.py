@@ -590,7 +590,7 @@ def test_trouble_with_its_own_files_is_told_where_it_can_be(engine: Caller) -> N
     assert (code, b"ODD" in err, b"UTF-8" in err, err.count(b"\n")) == (125, True, True, 1)
 
 
-@pytest.mark.parametrize("name", [*NAMES[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[2:])])
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_every_form_of_arguments_does_what_it_does_with_bash(
     engine: Caller, name: str, expected: list[tuple[int, bytes, bytes]]
 ) -> None:
@@ -1589,6 +1589,7 @@ def test_the_queue_is_first_come_first_served_and_ends_in_503(own: Callable[...,
     assert max(abs(place - number) for place, number in enumerate(got)) <= 16
 
 
+@pytest.mark.slow
 def test_two_hundred_clients_at_once_get_their_own_answers(proxy: Proxy) -> None:
     def wrong(number: int) -> dict[str, Any]:
         answer = proxy.exec(f"echo {number}; exit {number % 100}", agent_name=f"many{number % 20}")
@@ -1611,6 +1612,7 @@ def test_a_terminal_of_somebody_else_is_used_as_it_is(own: Callable[..., Proxy])
     "shell",
     ["/bin/sh -i", "dash -i", "zsh -f -i", "busybox ash -i", "bash --norc -o vi -i", "bash -c 'exec bash --norc -i'"],
 )
+@pytest.mark.slow
 def test_any_posix_shell_in_the_pane_will_do(own: Callable[..., Proxy], shell: str) -> None:
     if shutil.which(shell.split()[0]) is None:
         return  # not on this machine
@@ -1678,7 +1680,7 @@ def test_copy_mode_in_every_pane_is_left_rather_than_waited_for(proxy: Proxy, ag
 
 
 @pytest.mark.parametrize("shell", ["bash --norc -i", "bash --norc -i -o vi", "dash -i"])
-@pytest.mark.parametrize("enter", [[], ["Enter"]], ids=["half", "whole"])
+@pytest.mark.parametrize("enter", [[], pytest.param(["Enter"], marks=pytest.mark.slow)], ids=["half", "whole"])
 def test_what_is_typed_during_a_command_is_no_part_of_the_next(
     proxy: Proxy, agent: str, shell: str, enter: list[str]
 ) -> None:
@@ -1776,6 +1778,7 @@ def test_what_a_person_sets_in_the_shell_changes_no_answer(proxy: Proxy, agent: 
 KEYS = [["C-r", "x"], ["Escape"], ["set -o vi", "Enter", "abc", "Escape"], ["C-v"], ["M-5"], ["C-x"]]
 
 
+@pytest.mark.slow
 def test_whatever_the_line_editor_is_doing_the_next_command_runs(proxy: Proxy, agent: str) -> None:
     def interrupt(number: int) -> None:
         name = f"{agent}-{number}"
@@ -1979,6 +1982,7 @@ def test_a_shell_without_descriptors_runs_nothing_of_older_commands(own: Callabl
 
 
 @pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.slow
 def test_a_terminal_that_died_idle_is_made_anew(own: Callable[..., Proxy], death: str) -> None:
     server = own()
     server.exec("true")
@@ -3270,6 +3274,7 @@ def test_headers_repeat_the_arguments_that_a_schema_names(relay: Proxy, stream: 
             assert client.ask("tools/call", params, **wrong)[-1]["error"]["code"] == -32020
 
 
+@pytest.mark.slow
 def test_clients_with_equal_ids_and_tokens_never_meet(relay: Proxy, stream: Callable[..., Stream]) -> None:
     clients = [Client(relay, era, server, stream) for era, server in ERAS for _ in range(4)]
 
@@ -3285,6 +3290,7 @@ def test_clients_with_equal_ids_and_tokens_never_meet(relay: Proxy, stream: Call
         list(pool.map(work, range(len(clients)), clients))
 
 
+@pytest.mark.slow
 def test_two_hundred_calls_in_flight_through_one_child_come_back_right(
     relay: Proxy, stream: Callable[..., Stream]
 ) -> None:
@@ -3477,6 +3483,7 @@ for line in sys.stdin:
 
 
 @pytest.mark.parametrize("kind", ["POST", "GET"])
+@pytest.mark.slow
 def test_a_stream_that_has_left_holds_up_no_server(
     own: Callable[..., Proxy], tmp_path: pathlib.Path, stream: Callable[..., Stream], kind: str
 ) -> None:
@@ -5343,6 +5350,7 @@ def test_a_server_that_stops_answers_calls_of_mcp_and_ends_their_streams(
     assert events.next() is idle.next() is None
 
 
+@pytest.mark.slow
 def test_a_queued_command_is_refused_when_the_server_stops(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
