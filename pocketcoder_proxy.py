@@ -66,7 +66,7 @@ import os
 import sys
 
 # ==========================================================================
-# Settings                                                         budget 81
+# Settings
 # ==========================================================================
 # S1  Every limit, time and default is here, with its unit.  Times in seconds.
 VERSION = "0.1.0"
@@ -147,7 +147,7 @@ def default_agent_name() -> str:
 
 
 # ==========================================================================
-# Shell Bridge                                                    budget 356
+# Shell Bridge
 # ==========================================================================
 # `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
 #
@@ -503,7 +503,7 @@ SIGNAL_NUMBERS = {name: signal.Signals[f"SIG{name}"] for name in ("INT", "TERM",
 
 
 # ==========================================================================
-# Errors                                                           budget 82
+# Errors
 # ==========================================================================
 # E1  A command that fails is a result; a proxy that cannot do its job is an error.
 # E2  Each class carries its answers; nothing else maps errors to numbers.
@@ -585,7 +585,7 @@ class NoAudit(ProxyError):
 
 
 # ==========================================================================
-# Wire types                                                      budget 157
+# Wire types
 # ==========================================================================
 # W1  What comes from outside is checked here, once; nobody checks it again.
 # W2  A complaint names the field, what was got and what was expected.
@@ -742,7 +742,7 @@ class ExecResponse:
 
 
 # ==========================================================================
-# Tmux                                                            budget 232
+# Tmux
 # ==========================================================================
 # The only section that talks to tmux.
 #
@@ -974,7 +974,7 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver                                               budget 1197
+# Execution Driver
 # ==========================================================================
 # Runs commands in the window `<agent>:terminal`, one at a time per pane.
 #
@@ -2171,7 +2171,7 @@ class PocketCoderDriver:
 
 
 # ==========================================================================
-# MCP core                                                        budget 247
+# MCP core
 # ==========================================================================
 # JSON-RPC in, decisions out: no await, no clock, no tmux, no Tornado.
 #
@@ -2418,7 +2418,7 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 
 
 # ==========================================================================
-# Relay                                                           budget 892
+# Relay
 # ==========================================================================
 # Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
 #
@@ -3310,7 +3310,7 @@ def to_legacy(answer: Message, method: str) -> Message:
 
 
 # ==========================================================================
-# State and tools                                                 budget 527
+# State and tools
 # ==========================================================================
 # What handlers share, built once in `serve` and handed down; sessions; the tools.
 #
@@ -3837,7 +3837,7 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports                                                      budget 617
+# Transports
 # ==========================================================================
 # H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
 # H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
@@ -4454,7 +4454,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application                                                     budget 248
+# Application
 # ==========================================================================
 @dataclass(frozen=True)
 class Commands:
