@@ -88,7 +88,9 @@ MAX_COMMAND = 8 * MIB  # bytes of `cmd`
 MAX_ARGUMENT = 128 * KIB  # MAX_ARG_STRLEN, execve(2): one argument with its NUL
 MAX_ENVIRONMENT = 512 * KIB  # of `env`; execve(2) takes a quarter of the stack for all
 MAX_OUTPUT, DEFAULT_OUTPUT = 64 * MIB, MIB  # `max_output`, bytes
-TOOL_OUTPUT = 384 * KIB  # the same of the MCP tool, which sends it twice: SDKs take messages of 1 MiB
+TOOL_OUTPUT = (
+    384 * KIB
+)  # the same of the MCP tool, which sends it twice: SDKs take messages of 1 MiB
 MAX_TIMEOUT, DEFAULT_TIMEOUT = 86400, 300  # `timeout`
 MAX_PANES, MAX_QUEUE = 4, 64  # of one agent
 MAX_VIEW = 64 * KIB  # bytes a run shows to a person: about what tmux keeps, at a few ms of its time
@@ -102,11 +104,17 @@ PROMPT_TIMEOUT = 0.5  # a shell that has just ended a command shows its prompt
 QUEUE_CHECK = 0.5  # look again whether a person's program has ended
 WATCH_PAUSE = 0.5  # look again whether the shell of a run lives: tmux may not tell
 RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
-AUDIT_TIMEOUT, AUDIT_PAUSE = 10.0, 0.05  # an answer waits so long for a line that cannot be written; between tries
+AUDIT_TIMEOUT, AUDIT_PAUSE = (
+    10.0,
+    0.05,
+)  # an answer waits so long for a line that cannot be written; between tries
 CLEAR_PAUSE = 0.05  # for a shell to take a key; shorter than anybody types a line
 DRAIN_PAUSE = 0.01  # between reads of what outlives its run: 100 MB/s
 VIEW_DELAY = 0.005  # a command that ends sooner is shown at its end
-VIEW_PAUSE, VIEW_TRIES = 0.01, 20  # a full terminal is written to again, and may delay the prompt by that
+VIEW_PAUSE, VIEW_TRIES = (
+    0.01,
+    20,
+)  # a full terminal is written to again, and may delay the prompt by that
 DESCRIPTORS_KEPT = 10  # that no further run takes: those that run need some to be watched and ended
 STOP_GRACE = 5.0  # SIGTERM: running commands may still end
 KEEP_ALIVE = 15.0  # between comments on a silent stream
@@ -118,7 +126,9 @@ SIGNAL_PATIENCE = 0.15  # of the shell after a signal: its callers kill it after
 CHILD_TIMEOUT = 300.0  # of a relayed server: for an answer, or the next progress
 CHILD_QUEUE = 32 * MIB  # bytes that wait for it to read
 CHILD_BACKOFF = 30.0  # the longest wait before it is started again
-MAX_CHILDREN = 16  # of one server, calls of modern clients at once that a legacy one may ask back in
+MAX_CHILDREN = (
+    16  # of one server, calls of modern clients at once that a legacy one may ask back in
+)
 CHILD_CEILING = 3600.0  # for an answer, whatever progress it tells of
 CHILD_START = 60.0  # for its first answer
 CHILD_IDLE = 600.0  # until one that nobody uses is ended
@@ -157,11 +167,23 @@ def default_agent_name() -> str:
 SHELL_NAMES = ("sh", "bash", "dash", "ash", "zsh", "ksh")
 SIGNALS = {1: "HUP", 2: "INT", 3: "QUIT", 10: "USR1", 12: "USR2", 15: "TERM"}
 OPTIONS = "-+abefhiklmnoprstuvxBCDEHPTO"  # of bash, with which it would read commands from stdin
-LONG_OPTIONS = ("--init-file", "--login", "--noediting", "--noprofile", "--norc", "--posix", "--rcfile", "--verbose")
+LONG_OPTIONS = (
+    "--init-file",
+    "--login",
+    "--noediting",
+    "--noprofile",
+    "--norc",
+    "--posix",
+    "--rcfile",
+    "--verbose",
+)
 BLOCKED = "[Firewall Blocked] Interactive or raw shell invocation is restricted for security. "
 BLOCKED += "Always execute commands via 'bash -c \"command\"'."
 CHANNELS = "v5.channel.k8s.io"  # the framing of `kubectl exec`
-WS_KEY, WS_ACCEPT = "dGhlIHNhbXBsZSBub25jZQ==", b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455, 1.3: one pair will do
+WS_KEY, WS_ACCEPT = (
+    "dGhlIHNhbXBsZSBub25jZQ==",
+    b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=",
+)  # RFC 6455, 1.3: one pair will do
 ESCAPES = {number: f"\\u{number:04x}" for number in (*range(32), 34, 92)}  # of JSON
 
 
@@ -204,7 +226,12 @@ def command_of(words: list[str]) -> tuple[str, bytes]:
         streams = " 2>&1" * os.path.sameopenfile(1, 2)  # else their order would be lost
     except OSError:  # closed
         streams = ""
-    if words[:1] == ["-c"] and len(words) == 2 + literal and (literal or text[0] not in "-+") and not streams:
+    if (
+        words[:1] == ["-c"]
+        and len(words) == 2 + literal
+        and (literal or text[0] not in "-+")
+        and not streams
+    ):
         return (text if quote(text)[0] == "'" else f"eval ' '{quote(text)}"), b""
     options, long, rest, letters, first = list[str](), list[str](), list(words), "", b""
     while rest and rest[0] not in ("-", "--") and rest[0][:1] in ("-", "+"):
@@ -215,7 +242,9 @@ def command_of(words: list[str]) -> tuple[str, bytes]:
             letters, takes = letters + word, word.count("o") + word.count("O")
         options, rest = options + rest[:takes], rest[takes:]
     rest = rest[rest[:1] in (["-"], ["--"]) :]
-    if "c" not in letters and "s" not in letters and rest:  # a script file, which is here, not there
+    if (
+        "c" not in letters and "s" not in letters and rest
+    ):  # a script file, which is here, not there
         try:
             with open(rest[0], "rb") as file:
                 script = os.fsdecode(file.read())
@@ -226,9 +255,16 @@ def command_of(words: list[str]) -> tuple[str, bytes]:
         if len(script) > 30_000:  # maybe more than an argument can be
             setting = [word for word in options if word[:2] != "--" and word[1:] not in ("l", "i")]
             arguments = " ".join(map(quote, [*setting, "--", *rest[1:]]))
-            return f"BASH_ARGV0={quote(rest[0])}; set {arguments}; {f'exec{streams}; ' * bool(streams)}{script}", b""
+            return (
+                f"BASH_ARGV0={quote(rest[0])}; set {arguments}; {f'exec{streams}; ' * bool(streams)}{script}",
+                b"",
+            )
         options, rest = [*options, "-c"], [script, *rest]
-    elif "c" not in letters and {*letters} <= {*OPTIONS} and all(word in LONG_OPTIONS for word in long):
+    elif (
+        "c" not in letters
+        and {*letters} <= {*OPTIONS}
+        and all(word in LONG_OPTIONS for word in long)
+    ):
         try:
             first = b"" if os.isatty(0) else os.read(0, BRIDGE_CHUNK)
         except OSError:  # closed
@@ -240,7 +276,9 @@ def command_of(words: list[str]) -> tuple[str, bytes]:
 
 
 def json_text(table: dict[str, str]) -> str:
-    pairs = (f'"{name.translate(ESCAPES)}":"{value.translate(ESCAPES)}"' for name, value in table.items())
+    pairs = (
+        f'"{name.translate(ESCAPES)}":"{value.translate(ESCAPES)}"' for name, value in table.items()
+    )
     return "{" + ",".join(pairs) + "}"
 
 
@@ -249,16 +287,26 @@ def request_of(command: str) -> bytes:
     get = os.environ.get
     wanted = [name.strip() for name in get("POCKETCODER_FORWARD_ENV", "").split(",")]
     prefixes = tuple(name[:-1] for name in wanted if name[-1:] == "*")
-    env = {n: v for n, v in os.environ.items() if (n in wanted or n.startswith(prefixes)) and n != "POCKETCODER_TOKEN"}
+    env = {
+        n: v
+        for n, v in os.environ.items()
+        if (n in wanted or n.startswith(prefixes)) and n != "POCKETCODER_TOKEN"
+    }
     try:
-        fields = {"cmd": command, "cwd": os.getcwd(), "agent_name": get("OPENCODE_AGENT") or default_agent_name()}
+        fields = {
+            "cmd": command,
+            "cwd": os.getcwd(),
+            "agent_name": get("OPENCODE_AGENT") or default_agent_name(),
+        }
         ids = {"session_id": get("OPENCODE_SESSION_ID"), "usage_id": get("POCKETCODER_USAGE_ID")}
         fields |= {name: value for name, value in ids.items() if value}
         return f'{json_text(fields)[:-1]},"timeout":{MAX_TIMEOUT},"env":{json_text(env)}}}'.encode()
     except OSError as wrong:
         raise Failed(f"the current directory {get('PWD', '')!r}: {wrong.strerror}", 125) from None
     except UnicodeEncodeError as wrong:
-        raise Failed(f"expected UTF-8, got {wrong.object[max(0, wrong.start - 60) : wrong.end]!a}", 125) from None
+        raise Failed(
+            f"expected UTF-8, got {wrong.object[max(0, wrong.start - 60) : wrong.end]!a}", 125
+        ) from None
 
 
 class Bridge:
@@ -269,7 +317,10 @@ class Bridge:
 
         self.url, self.unread, self.sending = url, b"", _thread.allocate_lock()
         self.sock: Any = None  # once the channel is open
-        self.status, self.over = 0, False  # how to end, once a signal has come; nothing is left to interrupt
+        self.status, self.over = (
+            0,
+            False,
+        )  # how to end, once a signal has come; nothing is left to interrupt
 
     def on_signal(self, number: int, _: object) -> None:
         """Pass it on, and end soon, whatever the command does."""
@@ -320,17 +371,32 @@ class Bridge:
         if scheme != "http" or not host or not port.isdecimal() or not 0 < int(port[:6]) < 65536:
             raise Failed(f"PROXY_URL: got {self.url!r}, expected http://HOST:PORT", 125)
         token, head, failure = os.environ.get("POCKETCODER_TOKEN"), b"", 0
-        lines = ["GET /exec/ws HTTP/1.1", f"Host: {address}", "Connection: Upgrade", "Upgrade: websocket"]
-        lines += ["Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {WS_KEY}", f"Sec-WebSocket-Protocol: {CHANNELS}"]
+        lines = [
+            "GET /exec/ws HTTP/1.1",
+            f"Host: {address}",
+            "Connection: Upgrade",
+            "Upgrade: websocket",
+        ]
+        lines += [
+            "Sec-WebSocket-Version: 13",
+            f"Sec-WebSocket-Key: {WS_KEY}",
+            f"Sec-WebSocket-Protocol: {CHANNELS}",
+        ]
         lines += [f"Authorization: Bearer {token}"] if token else []
-        for family, kind, protocol, _, place in _socket.getaddrinfo(host.strip("[]").encode(), int(port), 0, 1):
+        for family, kind, protocol, _, place in _socket.getaddrinfo(
+            host.strip("[]").encode(), int(port), 0, 1
+        ):
             sock = _socket.socket(family, kind, protocol)
             if not (failure := sock.connect_ex(place)):
                 break
         else:
             raise OSError(failure, os.strerror(failure))
         sock.sendall("\r\n".join([*lines, "", ""]).encode())
-        while b"\r\n\r\n" not in head and len(head) < BRIDGE_CHUNK and (more := sock.recv(BRIDGE_CHUNK)):
+        while (
+            b"\r\n\r\n" not in head
+            and len(head) < BRIDGE_CHUNK
+            and (more := sock.recv(BRIDGE_CHUNK))
+        ):
             head += more
         head, _, self.unread = head.partition(b"\r\n\r\n")
         if head[:13] != b"HTTP/1.1 101 " or WS_ACCEPT not in head:
@@ -338,7 +404,9 @@ class Bridge:
             raise Failed(f"{self.url} refused: {said}; see PROXY_URL, POCKETCODER_TOKEN", 125)
         sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # who reads no stdin hears our end
+        sock.setsockopt(
+            _socket.SOL_SOCKET, _socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
+        )  # who reads no stdin hears our end
         self.sock = sock
 
     def read(self, size: int, all_of_it: bool = True) -> bytes:
@@ -363,7 +431,9 @@ class Bridge:
         try:
             self.connect()
         except (OSError, UnicodeError, OverflowError) as wrong:
-            raise Failed(f"cannot reach the proxy at {self.url}: {wrong}; is it running?", 125) from None
+            raise Failed(
+                f"cannot reach the proxy at {self.url}: {wrong}; is it running?", 125
+            ) from None
         _signal.setitimer(_signal.ITIMER_REAL, 0)
         self.send(1, request)
         _thread.start_new_thread(self.feed, (first,))
@@ -372,7 +442,12 @@ class Bridge:
             if size in (126, 127):
                 size = int.from_bytes(self.read(2 if size == 126 else 8), "big")
             channel, left = self.read(1)[0], size - 1
-            if kind != 0x82 or channel not in (1, 2, 3) or left < 0 or (channel == 3 and left > MIB):
+            if (
+                kind != 0x82
+                or channel not in (1, 2, 3)
+                or left < 0
+                or (channel == 3 and left > MIB)
+            ):
                 raise Failed(f"{self.url} closed the channel, or does not speak {CHANNELS}", 125)
             if channel == 3:
                 return self.end(self.read(left))
@@ -389,7 +464,9 @@ class Bridge:
                 os.set_blocking(fd, True)
             except OSError as wrong:
                 gone = wrong.errno == 32  # EPIPE
-                raise Failed("" if gone else f"cannot write: {wrong.strerror}", 141 if gone else 125) from None
+                raise Failed(
+                    "" if gone else f"cannot write: {wrong.strerror}", 141 if gone else 125
+                ) from None
 
     def end(self, final: bytes) -> int:
         """The exit status that the last message tells, see ExecResponse."""
@@ -400,7 +477,10 @@ class Bridge:
 
         try:
             answer = json.loads(final)
-            text, status = " ".join(answer["error"].split()), answer["exit_code"] & 255 if "ended" in answer else 125
+            text, status = (
+                " ".join(answer["error"].split()),
+                answer["exit_code"] & 255 if "ended" in answer else 125,
+            )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             text, status = f"{self.url} ended with {final[:80]!r}", 125
         raise Failed(text, status)
@@ -414,7 +494,10 @@ def run_shell(words: list[str]) -> int:
         pass
     os.close(fd)
     bridge = Bridge(os.environ.get("PROXY_URL") or f"http://localhost:{DEFAULT_PORT}")
-    heeded = [_signal.SIGALRM, *(number for number in SIGNALS if _signal.getsignal(number) != _signal.SIG_IGN)]
+    heeded = [
+        _signal.SIGALRM,
+        *(number for number in SIGNALS if _signal.getsignal(number) != _signal.SIG_IGN),
+    ]
     before = [(number, _signal.signal(number, bridge.on_signal)) for number in heeded]
     try:
         text, first = command_of(words)
@@ -439,7 +522,9 @@ def run(command: str | None, args: list[str]) -> int:
     The exit status: the command's; 125 if the proxy failed, 141 if nobody reads, 128+n after signal n.
     """
     return run_shell(
-        ["-c", "--", command, *args] if command is not None else shell_arguments(["", "shell", *args]) or []
+        ["-c", "--", command, *args]
+        if command is not None
+        else shell_arguments(["", "shell", *args]) or []
     )
 
 
@@ -474,7 +559,15 @@ import subprocess
 import termios
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+)
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from types import SimpleNamespace
@@ -487,19 +580,39 @@ try:
     import tornado.netutil
     import tornado.web
     import tornado.websocket
-except ModuleNotFoundError:  # the shell and the driver do without; `why_not` tells who wants a server
+except (
+    ModuleNotFoundError
+):  # the shell and the driver do without; `why_not` tells who wants a server
     tornado = SimpleNamespace(  # type: ignore[assignment]
         web=SimpleNamespace(RequestHandler=object),
         httpserver=SimpleNamespace(HTTPServer=object),
         websocket=SimpleNamespace(WebSocketHandler=type("WebSocketHandler", (), {})),
     )
 
-__all__ = ["AppState", "Cli", "CommandResult", "Commands", "ExecRequest", "ExecResponse", "McpQuery"]
-__all__ += ["PocketCoderDriver", "SessionMap", "default_agent_name", "exec_handler", "health_handler", "main"]
+__all__ = [
+    "AppState",
+    "Cli",
+    "CommandResult",
+    "Commands",
+    "ExecRequest",
+    "ExecResponse",
+    "McpQuery",
+]
+__all__ += [
+    "PocketCoderDriver",
+    "SessionMap",
+    "default_agent_name",
+    "exec_handler",
+    "health_handler",
+    "main",
+]
 __all__ += ["sse_handler"]
 log = logging.getLogger("pocketcoder")
 T = TypeVar("T")
-SIGNAL_NUMBERS = {name: signal.Signals[f"SIG{name}"] for name in ("INT", "TERM", "HUP", "QUIT", "KILL", "USR1", "USR2")}
+SIGNAL_NUMBERS = {
+    name: signal.Signals[f"SIG{name}"]
+    for name in ("INT", "TERM", "HUP", "QUIT", "KILL", "USR1", "USR2")
+}
 
 
 # ==========================================================================
@@ -511,7 +624,11 @@ SIGNAL_NUMBERS = {name: signal.Signals[f"SIG{name}"] for name in ("INT", "TERM",
 class ProxyError(Exception):
     """Ours, and unexpected."""
 
-    http_status, rpc_code, exit_code = 500, -32603, 125  # as `timeout` of coreutils: the command could not be run
+    http_status, rpc_code, exit_code = (
+        500,
+        -32603,
+        125,
+    )  # as `timeout` of coreutils: the command could not be run
 
     def __init__(self, text: str, data: object = None, request_id: str | int | None = None) -> None:
         super().__init__(text)
@@ -596,7 +713,9 @@ AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 def complain(name: str, got: object, expected: str) -> BadMessage:
     """A BadMessage that shows the start of what was got."""
     shown = ascii(got[:80] if isinstance(got, str) else got)
-    return BadMessage(f"`{name}`: got {shown if len(shown) <= 90 else shown[:80] + '...'}, expected {expected}")
+    return BadMessage(
+        f"`{name}`: got {shown if len(shown) <= 90 else shown[:80] + '...'}, expected {expected}"
+    )
 
 
 def whole(text: str) -> float:
@@ -646,7 +765,9 @@ class McpQuery:
     session_id: str | None = None
 
     def __post_init__(self) -> None:
-        if self.session_id is not None and not re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", self.session_id):
+        if self.session_id is not None and not re.fullmatch(
+            r"[A-Za-z0-9_.-]{1,128}", self.session_id
+        ):
             raise complain("session_id", self.session_id, "1 to 128 of A-Z a-z 0-9 _ . -")
 
 
@@ -682,7 +803,9 @@ class ExecRequest:
             if not key or "=" in check_text("env", key, "names of variables", 4 * KIB):
                 raise complain("env", key, "names of variables, not empty, without `=`")
             check_text(f"env.{key[:40]}", value, "a string", MAX_ARGUMENT - 5 * KIB)
-        if (size := sum(len(f"{key}{value}".encode()) for key, value in self.env.items())) > MAX_ENVIRONMENT:
+        if (
+            size := sum(len(f"{key}{value}".encode()) for key, value in self.env.items())
+        ) > MAX_ENVIRONMENT:
             raise complain("env", f"{size} bytes", f"at most {MAX_ENVIRONMENT}")
 
     @classmethod
@@ -701,7 +824,9 @@ class ExecRequest:
         """The same from fields that a caller sent."""
         if "cmd" not in got:
             raise BadMessage("`cmd`: got nothing, expected a bash command")
-        got["cwd"] = inside(workspace, check_text("cwd", got.get("cwd", ""), "a directory", 4 * KIB))
+        got["cwd"] = inside(
+            workspace, check_text("cwd", got.get("cwd", ""), "a directory", 4 * KIB)
+        )
         return cls(**{name: got[name] for name in cls.__dataclass_fields__ if name in got})
 
 
@@ -734,7 +859,10 @@ class ExecResponse:
 
     @classmethod
     def of(cls, result: CommandResult, stdout: str | None) -> ExecResponse:
-        return cls(stdout, *(getattr(result, name) for name in cls.__dataclass_fields__ if name != "stdout"))
+        return cls(
+            stdout,
+            *(getattr(result, name) for name in cls.__dataclass_fields__ if name != "stdout"),
+        )
 
     def to_wire(self) -> str:
         shown = {name: value for name, value in vars(self).items() if value is not None}
@@ -749,7 +877,9 @@ class ExecResponse:
 # T1  Commands go down one control connection; replies come back in their order.
 # T2  Panes and windows are addressed by id; names are for finding.
 # T3  Nothing here reads a screen.
-PANE_FORMAT = "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_height} #{pane_tty} "
+PANE_FORMAT = (
+    "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_height} #{pane_tty} "
+)
 PANE_FORMAT += "#{window_name}"
 # Changes when somebody types, or anything is shown; not a person's last look at it.
 PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
@@ -804,8 +934,14 @@ def check_place(path: str) -> None:
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         place = os.stat(folder)
-        found = {f"{folder} itself": os.lstat(folder), folder: place}  # whose link it is, may lead it elsewhere
-        public, owners = place.st_mode & stat.S_IWOTH, {0, user} | ({place.st_uid} if user == 0 else set())
+        found = {
+            f"{folder} itself": os.lstat(folder),
+            folder: place,
+        }  # whose link it is, may lead it elsewhere
+        public, owners = (
+            place.st_mode & stat.S_IWOTH,
+            {0, user} | ({place.st_uid} if user == 0 else set()),
+        )
         if (user or public) and os.path.lexists(path):
             found[path] = os.lstat(path)
     except OSError as missing:
@@ -813,7 +949,9 @@ def check_place(path: str) -> None:
     for name, it in found.items():
         if it.st_uid not in owners or (it is place and is_open(place)):
             got = f"{name}: got user {it.st_uid} and mode {stat.filemode(it.st_mode)}, expected user {user} or root"
-            raise NoTerminal(f"{got}, and that no other may write there: set TMUX_SOCKET to a path in a safe directory")
+            raise NoTerminal(
+                f"{got}, and that no other may write there: set TMUX_SOCKET to a path in a safe directory"
+            )
 
 
 def open_above(path: str) -> list[str]:
@@ -844,12 +982,29 @@ class Tmux(asyncio.SubprocessProtocol):
 
     @classmethod
     async def connect(
-        cls, path: str, session: str, window: list[str] | None, on_notice: Callable[[], object] = int
+        cls,
+        path: str,
+        session: str,
+        window: list[str] | None,
+        on_notice: Callable[[], object] = int,
     ) -> Tmux:
         """Attach to `session` at the socket `path`; make it if it is missing, with this first `window`."""
         hidden = ("POCKETCODER_TOKEN", "POCKETCODER_RUN_ID", "TMUX", "TMUX_PANE")
         variables = {name: value for name, value in os.environ.items() if name not in hidden}
-        words = ["tmux", "-S", path, "-C", "new-session", "-A", "-s", session, "-x", "200", "-y", "50"]
+        words = [
+            "tmux",
+            "-S",
+            path,
+            "-C",
+            "new-session",
+            "-A",
+            "-s",
+            session,
+            "-x",
+            "200",
+            "-y",
+            "50",
+        ]
         words += ["-P", "-F", PANE_FORMAT, "-f", "no-output,ignore-size", *(window or [])]
         words = [re.sub(r";\Z", r"\;", word) for word in words]  # it would end the command
         check_place(path)
@@ -885,7 +1040,9 @@ class Tmux(asyncio.SubprocessProtocol):
             if self.block and word in ("%end", "%error") and rest == self.block:
                 # The flags, last: 1 for the commands of this client, 0 for its own start.
                 ours = rest.endswith(" 1") and self.replies
-                self._answer(self.replies.popleft() if ours else self.attached, word == "%error", self.lines)
+                self._answer(
+                    self.replies.popleft() if ours else self.attached, word == "%error", self.lines
+                )
                 self.block = ""
             elif self.block:
                 self.lines.append(line)
@@ -901,7 +1058,9 @@ class Tmux(asyncio.SubprocessProtocol):
     @staticmethod
     def _answer(future: asyncio.Future[list[str]], failed: bool, lines: list[str]) -> None:
         if failed and not future.done():
-            said = " ".join(lines).replace("failed: No space", "failed, no terminal is left (kernel.pty.max): No space")
+            said = " ".join(lines).replace(
+                "failed: No space", "failed, no terminal is left (kernel.pty.max): No space"
+            )
             future.set_exception(NoTerminal(f"tmux: {said}"))
             future.exception()  # not every reply is waited for
         elif not future.done():
@@ -931,13 +1090,19 @@ class Tmux(asyncio.SubprocessProtocol):
         if self.closed:
             self._answer(futures[-1], True, ["the connection has ended"])
         else:
-            lines = (" ".join(map(quote, words)).replace("\n", "'\"\\n\"'") + "\n" for words in commands if words)
+            lines = (
+                " ".join(map(quote, words)).replace("\n", "'\"\\n\"'") + "\n"
+                for words in commands
+                if words
+            )
             self.process.get_pipe_transport(0).write("".join(lines).encode())
         return futures[-1]
 
     async def reply(self, future: asyncio.Future[list[str]]) -> list[str]:
         """Wait for a reply, TMUX_TIMEOUT seconds at most."""
-        timer = self.loop.call_later(TMUX_TIMEOUT, self.close, f"no answer within {TMUX_TIMEOUT:g} s")
+        timer = self.loop.call_later(
+            TMUX_TIMEOUT, self.close, f"no answer within {TMUX_TIMEOUT:g} s"
+        )
         try:
             return await future
         finally:
@@ -949,7 +1114,12 @@ class Tmux(asyncio.SubprocessProtocol):
 
     async def panes(self) -> list[Pane]:
         """All panes of the session."""
-        return [Pane.parse(x) for x in await self.ask("list-panes", "-s", "-t", f"={self.session}:", "-F", PANE_FORMAT)]
+        return [
+            Pane.parse(x)
+            for x in await self.ask(
+                "list-panes", "-s", "-t", f"={self.session}:", "-F", PANE_FORMAT
+            )
+        ]
 
     async def state(self, pane: Pane) -> str:
         """The pane's PANE_STATE."""
@@ -965,7 +1135,9 @@ class Tmux(asyncio.SubprocessProtocol):
         """
         words = " ".join(map(quote, ["send-keys", "-t", pane.pane_id, *keys]))
         same = f"#{{&&:{NO_MODE},#{{==:{PANE_STATE},{state}}}}}" if state else NO_MODE
-        return self.send(["if-shell", "-F", "-t", pane.pane_id, same, words, "display-message -p no"], [])
+        return self.send(
+            ["if-shell", "-F", "-t", pane.pane_id, same, words, "display-message -p no"], []
+        )
 
     def keep_name(self, pane: Pane) -> None:
         """Let nobody but a person rename its window."""
@@ -986,21 +1158,51 @@ class Tmux(asyncio.SubprocessProtocol):
 # To add a way to end a run: a row in ENDINGS and a test named after it.
 ENDINGS: dict[str, tuple[int | None, str | None]] = {  # exit code and error; None: as reported
     "exit": (None, None),
-    "timeout": (124, "ended after {timeout:g} s: ask for a longer `timeout`, or start it in the background"),
+    "timeout": (
+        124,
+        "ended after {timeout:g} s: ask for a longer `timeout`, or start it in the background",
+    ),
     "cancelled": (None, "cancelled before its end{why}"),
     "lost": (137, "lost: {why}; the next command starts a new terminal"),
 }
-ENDING_LADDER = ((signal.SIGTERM, 2.0), (signal.SIGKILL, 0.2), (signal.SIGKILL, 0.8))  # seconds to the next step
-SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # ours, and says nothing of what was looked for
-CLEAR = ("C-e", "Space", "C-u")  # a line, which C-y brings back; on an empty one C-u alone rings the bell
-STOPPED = range(128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1)  # exit codes of a job that only stopped
-SHELLS = {"bash": True, "zsh": True, "sh": False, "dash": False, "ash": False, "busybox": False}  # edits its line?
-OURS = tuple(f"POCKETCODER_{name}" for name in ("RUN_ID", "AGENT", "SESSION_ID", "USAGE_ID"))  # set for a command
+ENDING_LADDER = (
+    (signal.SIGTERM, 2.0),
+    (signal.SIGKILL, 0.2),
+    (signal.SIGKILL, 0.8),
+)  # seconds to the next step
+SHORTAGE = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)  # ours, and says nothing of what was looked for
+CLEAR = (
+    "C-e",
+    "Space",
+    "C-u",
+)  # a line, which C-y brings back; on an empty one C-u alone rings the bell
+STOPPED = range(
+    128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1
+)  # exit codes of a job that only stopped
+SHELLS = {
+    "bash": True,
+    "zsh": True,
+    "sh": False,
+    "dash": False,
+    "ash": False,
+    "busybox": False,
+}  # edits its line?
+OURS = tuple(
+    f"POCKETCODER_{name}" for name in ("RUN_ID", "AGENT", "SESSION_ID", "USAGE_ID")
+)  # set for a command
 QUIET = " ".join(f"{name}={value}" for name, value in QUIET_PROGRAMS.items())
 Take = Callable[[bytes], "Awaitable[None] | None"]
 Takes = Mapping[str, Take]  # by stream
-REPORT = re.compile(rb"([0-9a-f]{16}) (start|exit|back) ([0-9]{1,9})\n")  # whatever others write there
-NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # no FIFO in its place may stop us
+REPORT = re.compile(
+    rb"([0-9a-f]{16}) (start|exit|back) ([0-9]{1,9})\n"
+)  # whatever others write there
+NEW_FILE = (
+    os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+)  # no FIFO in its place may stop us
 
 # Sourced by the pane's shell, which reads all of it before the next run may write this file anew,
 # and never what an older run wrote behind it.
@@ -1052,14 +1254,30 @@ def go_script(job: Job, shell: str) -> dict[str, str]:
         files["cmd"], command[3] = request.cmd, 'eval "exec 8<&-; $(cat <&8 || echo exit 125)"'
     if env := [f"{name}={value}" for name, value in request.env.items() if name not in OURS]:
         command = ["env", "--", *env, *command]  # which takes names that are none for a shell
-    texts = {"status": job.files.status_path, "cwd": request.cwd or ".", "agent": request.agent_name}
+    texts = {
+        "status": job.files.status_path,
+        "cwd": request.cwd or ".",
+        "agent": request.agent_name,
+    }
     texts |= {"session": request.session_id or "", "usage": request.usage_id or ""}
     outputs = f"1<>{run}.out " + (f"2<>{run}.err" if "err" in job.takes else "2>&1")
-    sound = " && ".join(f"[ -p {run}.{name} ]" for name in job.takes)  # else it was wiped, and made as a file
+    sound = " && ".join(
+        f"[ -p {run}.{name} ]" for name in job.takes
+    )  # else it was wiped, and made as a file
     inputs = f"<{run}.in" if job.feed or "in" in files else "</dev/null"
     inputs += f" 8<{run}.cmd" if "cmd" in files else " 8>&-"
-    parts = {"run": run, "run_id": job.run_id, "token": job.token, "inputs": inputs, "outputs": outputs}
-    parts |= {"sound": sound, "quiet": QUIET, **{name: shlex.quote(text) for name, text in texts.items()}}
+    parts = {
+        "run": run,
+        "run_id": job.run_id,
+        "token": job.token,
+        "inputs": inputs,
+        "outputs": outputs,
+    }
+    parts |= {
+        "sound": sound,
+        "quiet": QUIET,
+        **{name: shlex.quote(text) for name, text in texts.items()},
+    }
     return files | {"go": GO.format(command=shlex.join(command), **parts)}
 
 
@@ -1118,8 +1336,12 @@ async def processes_of(job: Job) -> set[int]:
             if (it := process(pid)) is None or it.began < job.born:
                 continue
             parents[pid] = it.parent
-            ours = it.group == (job.pid or -1) or mark in read_proc(pid, "environ", 4 * MIB).split(b"\0")
-            if ours or any(os.readlink(f"/proc/{pid}/fd/{fd}").startswith(f"{job.run}.") for fd in (1, 2)):
+            ours = it.group == (job.pid or -1) or mark in read_proc(pid, "environ", 4 * MIB).split(
+                b"\0"
+            )
+            if ours or any(
+                os.readlink(f"/proc/{pid}/fd/{fd}").startswith(f"{job.run}.") for fd in (1, 2)
+            ):
                 found.add(pid)
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
@@ -1135,7 +1357,10 @@ class PaneShell:
         self.shown = False  # its prompt, in a way that can be told
         self.missed = 0  # lines in a row that it did not run
         # Nobody has typed: until then, for a new shell and just after a run; while the pane is in that state.
-        self.quiet, self.state = NEW_SHELL_TIMEOUT * new and time.monotonic() + NEW_SHELL_TIMEOUT, ""
+        self.quiet, self.state = (
+            NEW_SHELL_TIMEOUT * new and time.monotonic() + NEW_SHELL_TIMEOUT,
+            "",
+        )
         self.last = ""  # its state at the prompt, when that was last known
         self.noting: asyncio.Task[None] | None = None
         self.held = -1  # its terminal, locked
@@ -1161,17 +1386,28 @@ class PaneShell:
             shell = process(self.pane.pid)
             if shell and shell.name == "tmux: server":  # forked, and about to become the shell
                 return "soon"
-            if shell and shell.foreground == shell.group and shell.name in SHELLS and (self.ran or self._reads_tty()):
+            if (
+                shell
+                and shell.foreground == shell.group
+                and shell.name in SHELLS
+                and (self.ran or self._reads_tty())
+            ):
                 if not SHELLS[shell.name]:
                     return "ready"
                 tty = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
                 try:
                     typed = fcntl.ioctl(tty, termios.FIONREAD, bytes(4))  # ahead, and not read yet
-                    return "soon" if any(typed) or termios.tcgetattr(tty)[3] & termios.ICANON else "ready"
+                    return (
+                        "soon"
+                        if any(typed) or termios.tcgetattr(tty)[3] & termios.ICANON
+                        else "ready"
+                    )
                 finally:
                     os.close(tty)
         except (OSError, termios.error) as wrong:
-            if wrong.args[0] in SHORTAGE:  # else commands would wait for the end of a program that is none
+            if (
+                wrong.args[0] in SHORTAGE
+            ):  # else commands would wait for the end of a program that is none
                 raise NoTerminal(f"cannot look at pane {self.pane.pane_id}: {wrong}") from None
         return "busy"
 
@@ -1179,7 +1415,9 @@ class PaneShell:
         """It was not started with a script or with -c."""
         words = read_proc(self.pane.pid, "cmdline").decode("latin-1").split("\0")[1:-1]
         letters = "".join(word for word in words if re.match(r"[-+]\w", word))
-        return "c" not in letters and ("i" in letters or all(w[:1] in "-+" or w in SHELLS for w in words))
+        return "c" not in letters and (
+            "i" in letters or all(w[:1] in "-+" or w in SHELLS for w in words)
+        )
 
     async def at_prompt(self) -> bool:
         """Whether it waits for a command, or will in a moment."""
@@ -1195,7 +1433,9 @@ class PaneShell:
         """Make sure that nothing is typed at the prompt: its state then, now in `last`; "" if that is not known."""
         quiet, state = time.monotonic() < self.quiet, self.state
         self.quiet, self.state = 0.0, ""
-        if state or (self.last and quiet):  # just after a run: nobody has typed a line, but maybe one during the run
+        if state or (
+            self.last and quiet
+        ):  # just after a run: nobody has typed a line, but maybe one during the run
             return state
         if quiet:
             await asyncio.sleep(CLEAR_PAUSE)  # a new shell draws its prompt
@@ -1227,7 +1467,9 @@ class PaneShell:
             now = await tmux.state(self.pane) if ready else ""
             if self.quiet == quiet:  # else it is used again
                 self.quiet = 0.0
-                same = now.split(" ")[0] == self.last.split(" ")[0]  # else something was typed meanwhile
+                same = (
+                    now.split(" ")[0] == self.last.split(" ")[0]
+                )  # else something was typed meanwhile
                 if same and now.endswith(" 0 0"):
                     self.state = self.last = now
 
@@ -1266,7 +1508,9 @@ class Pipe:
         self.fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
         if not stat.S_ISFIFO(os.fstat(self.fd).st_mode) and not os.isatty(self.fd):
             self.close()
-            raise OSError(f"{path}: expected a FIFO or a terminal: somebody has put something else there")
+            raise OSError(
+                f"{path}: expected a FIFO or a terminal: somebody has put something else there"
+            )
 
     def widen(self) -> None:
         """Let it hold more, as far as the system allows."""
@@ -1312,7 +1556,9 @@ class Output(Pipe):
             chunk = None
         if chunk == b"":
             self.close()
-        elif chunk is None or self.take is None:  # what outlives its run may write on, at no cost to others
+        elif (
+            chunk is None or self.take is None
+        ):  # what outlives its run may write on, at no cost to others
             self.loop.remove_reader(self.fd)
             self.loop.call_later(DRAIN_PAUSE, self._resume)
         else:
@@ -1343,7 +1589,9 @@ class Input(Pipe):
     def __init__(self, path: str) -> None:
         os.mkfifo(path, 0o600)
         self.room = asyncio.Event()
-        super().__init__(path, os.O_RDWR, self.room.set)  # not O_WRONLY: go need not wait for a writer
+        super().__init__(
+            path, os.O_RDWR, self.room.set
+        )  # not O_WRONLY: go need not wait for a writer
 
     async def write(self, data: bytes) -> None:
         """Wait until all is in the pipe, or it is closed."""
@@ -1421,7 +1669,10 @@ class RunFiles:
     runs: making files costs more than all the rest.  Raises NoTerminal, OSError.
     """
 
-    OWN, FIFOS = ("pid", "in", "cmd"), ("done", "out", "err")  # made by each run; for the next of that name
+    OWN, FIFOS = (
+        ("pid", "in", "cmd"),
+        ("done", "out", "err"),
+    )  # made by each run; for the next of that name
 
     def __init__(self, base: str) -> None:
         self.base, self.unread, self.owner = base, b"", os.geteuid()
@@ -1432,16 +1683,26 @@ class RunFiles:
             os.mkdir(base, 0o700)
         found = os.lstat(base)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-            raise NoTerminal(f"{base}: expected a directory that only we may write to; remove what is there")
-        self.adoptions = [asyncio.ensure_future(self._adopt(f"{base}/{name}")) for name in os.listdir(base)]
-        self.folder = f"{base}/{secrets.token_hex(2)}"  # a line typed for one that was wiped finds no other
+            raise NoTerminal(
+                f"{base}: expected a directory that only we may write to; remove what is there"
+            )
+        self.adoptions = [
+            asyncio.ensure_future(self._adopt(f"{base}/{name}")) for name in os.listdir(base)
+        ]
+        self.folder = (
+            f"{base}/{secrets.token_hex(2)}"  # a line typed for one that was wiped finds no other
+        )
         self.status_path = f"{self.folder}/status"
-        with contextlib.ExitStack() as undo:  # when there is no space or no descriptor for all of it
+        with (
+            contextlib.ExitStack() as undo
+        ):  # when there is no space or no descriptor for all of it
             os.mkdir(self.folder, 0o700)
             undo.callback(clear, self.folder)
             self.lock = os.open(self.folder, os.O_RDONLY)
             undo.callback(os.close, self.lock)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a driver that starts now may be adopting it
+            fcntl.flock(
+                self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # a driver that starts now may be adopting it
             os.mkfifo(self.status_path, 0o600)
             self.status = Pipe(self.status_path, os.O_RDWR)
             undo.pop_all()
@@ -1450,7 +1711,9 @@ class RunFiles:
 
     def on_status(self) -> None:
         """Take the reports that there are."""
-        with contextlib.suppress(OSError):  # there are none: it is closed, or somebody else has read it
+        with contextlib.suppress(
+            OSError
+        ):  # there are none: it is closed, or somebody else has read it
             self.unread += os.read(self.status.fd, 64 * KIB)
         for token, word, number in REPORT.findall(self.unread):
             if (job := self.jobs.get(token.decode())) is not None:
@@ -1537,9 +1800,14 @@ class RunFiles:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 names = os.listdir(folder)
                 for run in (name[:-3] for name in names if name.endswith(".go")):
-                    with contextlib.suppress(FileExistsError):  # typed and not started: nobody would know of it
+                    with contextlib.suppress(
+                        FileExistsError
+                    ):  # typed and not started: nobody would know of it
                         os.close(os.open(f"{folder}/{run}.pid", os.O_CREAT | os.O_EXCL))
-                pipes, closed = [name for name in names if name.endswith((".out", ".err"))], asyncio.Event()
+                pipes, closed = (
+                    [name for name in names if name.endswith((".out", ".err"))],
+                    asyncio.Event(),
+                )
                 outputs = list[Output]()
                 for name in pipes:
                     with contextlib.suppress(OSError):  # it is something else by now
@@ -1549,8 +1817,12 @@ class RunFiles:
                 while any(output.fd >= 0 for output in outputs):
                     closed.clear()
                     await closed.wait()
-                await asyncio.sleep(RETURN_TIMEOUT / 10)  # go may just be noting the exit code there
-                await asyncio.to_thread(clear, folder)  # a command may have put a million files there
+                await asyncio.sleep(
+                    RETURN_TIMEOUT / 10
+                )  # go may just be noting the exit code there
+                await asyncio.to_thread(
+                    clear, folder
+                )  # a command may have put a million files there
             finally:
                 os.close(lock)
 
@@ -1582,17 +1854,33 @@ class Job:
     tmux: Tmux
     files: RunFiles
 
-    def __init__(self, terminal: Terminal, request: ExecRequest, takes: Takes, fed: bool, run_id: str) -> None:
-        self.terminal, self.request, self.takes, self.fed, self.run_id = terminal, request, takes, fed, run_id
+    def __init__(
+        self, terminal: Terminal, request: ExecRequest, takes: Takes, fed: bool, run_id: str
+    ) -> None:
+        self.terminal, self.request, self.takes, self.fed, self.run_id = (
+            terminal,
+            request,
+            takes,
+            fed,
+            run_id,
+        )
         self.loop = asyncio.get_running_loop()
-        self.token, self.run = secrets.token_hex(8), ""  # in its reports; the path of its files, but for their suffixes
+        self.token, self.run = (
+            secrets.token_hex(8),
+            "",
+        )  # in its reports; the path of its files, but for their suffixes
         self.on_end = NOBODY.end
         self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
         self.over = asyncio.Event()  # exit_code, duration and all output are known
-        self.typed = self.returned = self.released = False  # go may read the files; has done so; the pane is free
+        self.typed = self.returned = self.released = (
+            False  # go may read the files; has done so; the pane is free
+        )
         self.leaves_nothing = False  # what is left of it at its end is ended too
         self.ended, self.why, self.exit_code = "exit", "", 0
-        self.pid, self.born = 0, ticks() - 1  # of the command's bash, and its process group; no process of it is older
+        self.pid, self.born = (
+            0,
+            ticks() - 1,
+        )  # of the command's bash, and its process group; no process of it is older
         self.begun, self.duration = float("inf"), 0.0  # when it was typed, then when it started
         self.view: View | None = None
         self.feed: Input | None = None
@@ -1611,7 +1899,9 @@ class Job:
         if not self.released:
             self.begun, self.typed = time.monotonic(), True
             # tmux types it unless somebody else has typed since the pane was in `state`.
-            self.tmux.send_keys(pane, state, *(() if state else CLEAR), line, "Enter").add_done_callback(self._on_typed)
+            self.tmux.send_keys(
+                pane, state, *(() if state else CLEAR), line, "Enter"
+            ).add_done_callback(self._on_typed)
             with contextlib.suppress(OSError):  # no descriptor is left: nobody sees it
                 self.view = View(pane, self.request.cmd, line, int(self.shell.last.split()[0]))
             self._later(START_TIMEOUT, self.tick)
@@ -1620,7 +1910,12 @@ class Job:
     def _prepare(self) -> str:
         """Make the files; the line that runs them."""
         self.run = self.files.take(self)
-        for name, take in self.takes.items():  # open before it is typed, since a FIFO forgets what nobody has open
+        for (
+            name,
+            take,
+        ) in (
+            self.takes.items()
+        ):  # open before it is typed, since a FIFO forgets what nobody has open
             self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, take), self._tidy))
         self.outputs[-1].check()
         if self.fed:
@@ -1670,7 +1965,9 @@ class Job:
         elif word == "exit" and self.pid:
             self._finish(number & 255)
         elif word == "exit":
-            self.why = "its shell cannot make the file of the process, or the process: see the terminal"
+            self.why = (
+                "its shell cannot make the file of the process, or the process: see the terminal"
+            )
             let_return(self.run)
         elif word == "back" and not self.released:
             self.returned = True
@@ -1688,7 +1985,9 @@ class Job:
 
     def tick(self) -> None:
         """Look now and then whether its shell lives, and its time is over."""
-        if self.typed:  # a loop that was stopped for a while runs timers first: what is reported was in time
+        if (
+            self.typed
+        ):  # a loop that was stopped for a while runs timers first: what is reported was in time
             self.files.on_status()
         if self.released or self.over.is_set():
             return
@@ -1700,7 +1999,12 @@ class Job:
             if (dead or late >= 0) and not self.void() and late > START_TIMEOUT:
                 self.end("lost", "it never reported its start")
         elif dead:
-            self.end("lost", "tmux has ended" if self.tmux.closed else f"{pane.window_name}, pane {pane.pane_id}, died")
+            self.end(
+                "lost",
+                "tmux has ended"
+                if self.tmux.closed
+                else f"{pane.window_name}, pane {pane.pane_id}, died",
+            )
         elif age >= self.request.timeout:
             self.end("timeout")
         elif self.view:
@@ -1725,7 +2029,10 @@ class Job:
     def _finish(self, exit_code: int) -> None:
         if self.over.is_set():
             return
-        self.exit_code, self.duration = exit_code, time.monotonic() - self.begun if self.pid else 0.0
+        self.exit_code, self.duration = (
+            exit_code,
+            time.monotonic() - self.begun if self.pid else 0.0,
+        )
         for output in self.outputs:
             output.finish()
         self.on_end(self.outcome())
@@ -1739,8 +2046,14 @@ class Job:
         """How it ended, without its output."""
         code, error = ENDINGS[self.ended]
         error = error and error.format(timeout=self.request.timeout, why=self.why)
-        facts = sum(output.total for output in self.outputs), round(self.duration * 1000), self.run_id
-        return CommandResult("", self.exit_code if code is None else code, self.ended, error, False, *facts)
+        facts = (
+            sum(output.total for output in self.outputs),
+            round(self.duration * 1000),
+            self.run_id,
+        )
+        return CommandResult(
+            "", self.exit_code if code is None else code, self.ended, error, False, *facts
+        )
 
     async def _leave(self) -> None:
         """Show the end, and let the prompt come."""
@@ -1777,7 +2090,9 @@ class Job:
         if self.run and self.released and all(output.fd < 0 for output in self.outputs):
             self.files.give_back(self)
 
-    async def result(self, capture: Capture | None = None, patience: float | None = None) -> CommandResult:
+    async def result(
+        self, capture: Capture | None = None, patience: float | None = None
+    ) -> CommandResult:
         """How it ended; its output is in `capture` or with who took it.  Cancelling this cancels the command.
 
         patience  seconds, at most, until what is left of it is taken
@@ -1791,7 +2106,9 @@ class Job:
             self.end("cancelled")  # if it is not over: nobody waits for it any more
         outcome, limit = self.outcome(), self.request.max_output
         text = capture.text(outcome.output_bytes) if capture else ""
-        return replace(outcome, output=text, truncated=capture is not None and outcome.output_bytes > limit)
+        return replace(
+            outcome, output=text, truncated=capture is not None and outcome.output_bytes > limit
+        )
 
 
 async def over_within(job: Job, seconds: float) -> bool:
@@ -1841,7 +2158,10 @@ class Terminal:
     def __init__(self, driver: PocketCoderDriver, name: str) -> None:
         self.driver, self.name = driver, name  # whose tmux and settings it uses
         self.shells: list[PaneShell] = []  # one a pane
-        self.looked_at: tuple[Tmux | None, int] = (None, 0)  # the connection, and its notices by then
+        self.looked_at: tuple[Tmux | None, int] = (
+            None,
+            0,
+        )  # the connection, and its notices by then
         self.jobs: dict[str, Job] = {}  # by pane_id
         self.waiting = 0
         self.lock, self.freed = asyncio.Lock(), asyncio.Event()  # first come, first served
@@ -1849,7 +2169,9 @@ class Terminal:
     async def take(self, job: Job) -> None:
         """Give it a pane where nobody runs anything; wait in the queue for one.  Raises NoTerminal."""
         if len(self.jobs) + self.waiting >= MAX_PANES + MAX_QUEUE:
-            raise NoTerminal(f"{MAX_QUEUE} commands wait for this terminal already: try again later")
+            raise NoTerminal(
+                f"{MAX_QUEUE} commands wait for this terminal already: try again later"
+            )
         self.waiting += 1
         try:
             async with self.lock:
@@ -1885,18 +2207,27 @@ class Terminal:
             return tmux
         try:
             tmux = await self.driver.connect(self)
-            notices, found = tmux.notices, [pane for pane in await tmux.panes() if pane.window_name == self.name]
+            notices, found = (
+                tmux.notices,
+                [pane for pane in await tmux.panes() if pane.window_name == self.name],
+            )
             panes = [pane for pane in found if pane.window_id == found[0].window_id]
             if not panes:
-                panes = [await self._make(tmux, "new-window", "-t", f"={tmux.session}:", "-n", self.name)]
+                panes = [
+                    await self._make(tmux, "new-window", "-t", f"={tmux.session}:", "-n", self.name)
+                ]
                 tmux.keep_name(panes[0])
             for at, pane in enumerate(panes):
                 if has_ended(pane.pid):  # remain-on-exit, or tmux does not know yet
                     await tmux.ask("respawn-pane", "-k", "-t", pane.pane_id, *new_shell)
-                    panes[at] = Pane.parse(*await tmux.ask("display-message", "-p", "-t", pane.pane_id, PANE_FORMAT))
+                    panes[at] = Pane.parse(
+                        *await tmux.ask("display-message", "-p", "-t", pane.pane_id, PANE_FORMAT)
+                    )
                     self.shells.append(PaneShell(panes[at], True))
         except (NoTerminal, ValueError):  # ValueError: what it describes is gone
-            if self.driver.tmux and tries < 3:  # the session may be gone, and we be attached to another
+            if (
+                self.driver.tmux and tries < 3
+            ):  # the session may be gone, and we be attached to another
                 self.driver.tmux.close()  # not at the first try: others wait for replies
             if not tries:
                 raise
@@ -1911,7 +2242,9 @@ class Terminal:
 
     async def _make(self, tmux: Tmux, *words: str) -> Pane:
         """A pane with a new shell in it."""
-        made = Pane.parse(*await tmux.ask(*words, "-d", "-P", "-F", PANE_FORMAT, *self.driver.new_shell))
+        made = Pane.parse(
+            *await tmux.ask(*words, "-d", "-P", "-F", PANE_FORMAT, *self.driver.new_shell)
+        )
         self.shells.append(PaneShell(made, True))
         return made
 
@@ -1958,13 +2291,25 @@ class PocketCoderDriver:
 
     def __init__(self, socket_path: str, session_name: str, directory: str | None = None) -> None:
         if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f:.#=;$\\]{1,64}", session_name):
-            raise complain("session_name", session_name, "a tmux name without `:`, `.`, `#`, `=`, `;`, `$`, `\\`")
+            raise complain(
+                "session_name",
+                session_name,
+                "a tmux name without `:`, `.`, `#`, `=`, `;`, `$`, `\\`",
+            )
         check_text("socket_path", socket_path, "a path", 4 * KIB)
         self.socket_path, self.session_name = os.path.abspath(socket_path), session_name
         self.shell = find_shell()
         # What tmux runs in a new pane.  Not one word: default-shell, maybe us, would run that.
         self.new_shell = ["-c", directory.replace("#", "##")] if directory else []
-        self.new_shell += ["-e", f"SHELL={self.shell}", "-e", "HISTCONTROL=ignoreboth", "--", self.shell, "-i"]
+        self.new_shell += [
+            "-e",
+            f"SHELL={self.shell}",
+            "-e",
+            "HISTCONTROL=ignoreboth",
+            "--",
+            self.shell,
+            "-i",
+        ]
         self.stopping = False
         self._reset()
 
@@ -1972,7 +2317,10 @@ class PocketCoderDriver:
         self.keeper: asyncio.Task[None] | None = None
         self.tmux: Tmux | None = None
         self.connecting = asyncio.Lock()
-        self.silent = 0.0, ""  # until when tmux is not asked again that has not answered; others need not wait in turn
+        self.silent = (
+            0.0,
+            "",
+        )  # until when tmux is not asked again that has not answered; others need not wait in turn
         self.terminals: dict[str, Terminal] = {}
         self.files: RunFiles | None = None
 
@@ -2000,13 +2348,20 @@ class PocketCoderDriver:
         capture = Capture(request.max_output)
         return await (await self.start(request, {"out": capture.add})).result(capture)
 
-    async def start(self, request: ExecRequest, takes: Takes, fed: bool = False, watch: Watch | None = None) -> Job:
+    async def start(
+        self, request: ExecRequest, takes: Takes, fed: bool = False, watch: Watch | None = None
+    ) -> Job:
         """Start a command; return when it runs.
 
         takes  {"out"} for both streams, or {"out", "err"}
         fed    its stdin is what the job's `feed` gets
         """
-        terminal, run_id, watch, noted = self.terminal(request.agent_name), secrets.token_hex(8), watch or NOBODY, False
+        terminal, run_id, watch, noted = (
+            self.terminal(request.agent_name),
+            secrets.token_hex(8),
+            watch or NOBODY,
+            False,
+        )
         why = f"no shell in the window {terminal.name} answers: the terminal shows why"
         try:
             for attempt in range(2 * MAX_PANES):
@@ -2026,8 +2381,14 @@ class PocketCoderDriver:
                     if not job.returned:  # it was typed, into what we do not know
                         job.shell.last = ""
                         job.shell.missed += 1
-                except (NoTerminal, OSError) as failure:  # no space, no descriptors; or the terminal has just died
-                    terminal.looked_at, why = (None, 0), f"cannot prepare a run in {self.socket_path}.d: {failure}"
+                except (
+                    NoTerminal,
+                    OSError,
+                ) as failure:  # no space, no descriptors; or the terminal has just died
+                    terminal.looked_at, why = (
+                        (None, 0),
+                        f"cannot prepare a run in {self.socket_path}.d: {failure}",
+                    )
                     job.end("lost", why)
                     if job.over.is_set():
                         return job
@@ -2039,7 +2400,9 @@ class PocketCoderDriver:
         except BaseException as failure:
             if noted and not job.over.is_set() and job.ending is None:
                 error = f"never started: {failure or 'cancelled'}"
-                watch.end(CommandResult("", ProxyError.exit_code, "cancelled", error, run_id=run_id))
+                watch.end(
+                    CommandResult("", ProxyError.exit_code, "cancelled", error, run_id=run_id)
+                )
             raise
 
     def open_files(self) -> RunFiles:
@@ -2062,7 +2425,9 @@ class PocketCoderDriver:
                     raise NoTerminal(why)
                 window = ["-n", terminal.name, *self.new_shell]
                 try:
-                    self.tmux = await Tmux.connect(self.socket_path, self.session_name, window, self._on_notice)
+                    self.tmux = await Tmux.connect(
+                        self.socket_path, self.session_name, window, self._on_notice
+                    )
                 except NoTerminal as refused:
                     if (now := time.monotonic()) >= begun + TMUX_TIMEOUT:
                         self.silent = now + TMUX_TIMEOUT, str(refused)
@@ -2092,7 +2457,9 @@ class PocketCoderDriver:
 
     async def pane(self, agent_name: str) -> Pane:
         if agent_name not in (panes := await self.panes()):
-            raise NoTerminal(f"`agent_name`: got {agent_name}, which has no terminal yet: run a command there first")
+            raise NoTerminal(
+                f"`agent_name`: got {agent_name}, which has no terminal yet: run a command there first"
+            )
         return panes[agent_name]
 
     async def list_terminals(self) -> list[Message]:
@@ -2114,8 +2481,14 @@ class PocketCoderDriver:
         command = ["tmux", "-S", self.socket_path, "capture-pane", "-p", "-J", "-S", f"-{lines}"]
         command += ["-t", (await self.pane(agent_name)).pane_id]
         try:
-            done = await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=TMUX_TIMEOUT)
-        except (OSError, RuntimeError, subprocess.TimeoutExpired) as wrong:  # RuntimeError: no thread
+            done = await asyncio.to_thread(
+                subprocess.run, command, capture_output=True, timeout=TMUX_TIMEOUT
+            )
+        except (
+            OSError,
+            RuntimeError,
+            subprocess.TimeoutExpired,
+        ) as wrong:  # RuntimeError: no thread
             raise NoTerminal(f"tmux: {wrong}") from None
         if done.returncode:
             raise NoTerminal(f"tmux: {done.stderr.decode(errors='replace').strip()}")
@@ -2125,12 +2498,16 @@ class PocketCoderDriver:
     async def send_keys(self, agent_name: str, text: str, keys: list[str]) -> None:
         """Type `text`, then press `keys`, see KEY, whatever runs there.  Raises NoTerminal."""
         terminal = self.terminal(agent_name)
-        if not (terminal.waiting and terminal.shells):  # else it might wait behind commands that wait for keys
+        if not (
+            terminal.waiting and terminal.shells
+        ):  # else it might wait behind commands that wait for keys
             await terminal.open()
         pane = await self.pane(agent_name)
         assert self.tmux is not None
         target, typed = ["-t", pane.pane_id], [f"{byte:02x}" for byte in text.encode()]
-        commands = [["send-keys", *target, *words] for words in (["-H", *typed], ["--", *keys]) if words[1:]]
+        commands = [
+            ["send-keys", *target, *words] for words in (["-H", *typed], ["--", *keys]) if words[1:]
+        ]
         await self.tmux.reply(self.tmux.send(["copy-mode", "-q", *target], *commands))
 
     def _on_notice(self) -> None:
@@ -2148,7 +2525,9 @@ class PocketCoderDriver:
         await asyncio.gather(*(over_within(job, grace) for job in self.jobs()))
         for job in (jobs := self.jobs()):
             job.end("cancelled")
-        await asyncio.gather(*(job.ending for job in jobs if job.ending is not None), return_exceptions=True)
+        await asyncio.gather(
+            *(job.ending for job in jobs if job.ending is not None), return_exceptions=True
+        )
         for job in jobs:
             job.release()
             if job.over.is_set():
@@ -2185,14 +2564,31 @@ MODERN = "2026-07-28"  # without
 NAMESPACE = "io.modelcontextprotocol/"
 CLAIM, CAPABILITIES = f"{NAMESPACE}protocolVersion", f"{NAMESPACE}clientCapabilities"
 LOG_LEVEL = f"{NAMESPACE}logLevel"
-ROUTED = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}  # what `Mcp-Name` repeats
+ROUTED = {
+    "tools/call": "name",
+    "prompts/get": "name",
+    "resources/read": "uri",
+}  # what `Mcp-Name` repeats
 # Their modern results say for how long they hold.
-CACHED = {"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list"}
+CACHED = {
+    "server/discover",
+    "tools/list",
+    "prompts/list",
+    "resources/list",
+    "resources/templates/list",
+}
 CACHED |= {"resources/read"}
-NOT_RAW = re.compile("[\ud800-\udfff\x85\u2028\u2029]")  # no UTF-8, or ends of lines for some clients of SSE
+NOT_RAW = re.compile(
+    "[\ud800-\udfff\x85\u2028\u2029]"
+)  # no UTF-8, or ends of lines for some clients of SSE
 LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
 # The revision that a field came with.
-SINCE = {"annotations": LEGACY[1], "title": LEGACY[2], "outputSchema": LEGACY[2], "structuredContent": LEGACY[2]}
+SINCE = {
+    "annotations": LEGACY[1],
+    "title": LEGACY[2],
+    "outputSchema": LEGACY[2],
+    "structuredContent": LEGACY[2],
+}
 
 
 @dataclass(frozen=True)
@@ -2243,7 +2639,9 @@ def is_id(value: object) -> TypeGuard[str | int]:
 
 def read_message(raw: bytes | str) -> Message:
     """One JSON-RPC message.  Raises NotJson, NotAMessage."""
-    odd = list[str]()  # numbers that are none in JSON, though some write them, or would not be when written again
+    odd = list[
+        str
+    ]()  # numbers that are none in JSON, though some write them, or would not be when written again
 
     def number(text: str, kind: Callable[[str], float] = float) -> float:
         if (value := kind(text)) in (math.inf, -math.inf):
@@ -2252,11 +2650,18 @@ def read_message(raw: bytes | str) -> Message:
 
     try:
         text = raw if isinstance(raw, str) else raw.decode()
-        got = json.loads(text, parse_float=number, parse_int=partial(number, kind=whole), parse_constant=odd.append)
+        got = json.loads(
+            text,
+            parse_float=number,
+            parse_int=partial(number, kind=whole),
+            parse_constant=odd.append,
+        )
     except (ValueError, RecursionError) as wrong:
         raise NotJson(f"message: expected JSON in UTF-8, got: {wrong}") from None
     if not isinstance(got, dict):
-        raise NotAMessage(f"message: got {type(got).__name__}, expected an object: batches are not served")
+        raise NotAMessage(
+            f"message: got {type(got).__name__}, expected an object: batches are not served"
+        )
     id_, method = got.get("id"), got.get("method")
     if odd:
         fault = f"message: got {odd[0][:40]}, expected numbers that JSON has"
@@ -2290,7 +2695,9 @@ def is_modern(message: Message, header: str | None = None) -> bool:
         if modern:
             raise NotAMessage(f"got a response, expected none in revision {ascii(header)[:40]}")
     elif "id" not in message and header not in (None, MODERN, *LEGACY):
-        raise NotAMessage(f"`MCP-Protocol-Version`: got {ascii(header)[:40]}, expected one of {', '.join(LEGACY)}")
+        raise NotAMessage(
+            f"`MCP-Protocol-Version`: got {ascii(header)[:40]}, expected one of {', '.join(LEGACY)}"
+        )
     elif "id" in message and not claimed and (modern or message["method"] == "server/discover"):
         raise BadMessage(f"`params._meta`: got no `{CLAIM}`, expected it and `{CAPABILITIES}`")
     return modern
@@ -2301,22 +2708,32 @@ def check_envelope(message: Message, headers: Callable[[str], list[str]] | None)
     params, method = message["params"], message["method"]
     version = params["_meta"][CLAIM]
     if not isinstance(version, str) or not isinstance(params["_meta"].get(CAPABILITIES), dict):
-        raise BadMessage(f"`params._meta`: expected a string as `{CLAIM}` and an object as `{CAPABILITIES}`")
+        raise BadMessage(
+            f"`params._meta`: expected a string as `{CLAIM}` and an object as `{CAPABILITIES}`"
+        )
     expected = {"MCP-Protocol-Version": version, "Mcp-Method": method}
-    if (key := ROUTED.get(method, "taskId" * method.startswith("tasks/"))) and isinstance(params.get(key), str):
+    if (key := ROUTED.get(method, "taskId" * method.startswith("tasks/"))) and isinstance(
+        params.get(key), str
+    ):
         expected["Mcp-Name"] = params[key]
     for name, value in expected.items() if headers else ():
         got = [header_value(name, text) for text in headers(name)] if headers else []
         if got != [value]:
-            raise HeaderMismatch(f"`{name}`: got {ascii(got)[:80]}, expected {ascii(value)[:80]} as in the body")
+            raise HeaderMismatch(
+                f"`{name}`: got {ascii(got)[:80]}, expected {ascii(value)[:80]} as in the body"
+            )
     if version != MODERN:
         data = {"supported": [MODERN], "requested": version}
-        raise UnsupportedVersion(f"`{CLAIM}`: got {ascii(version)[:40]}, expected {MODERN}", data=data)
+        raise UnsupportedVersion(
+            f"`{CLAIM}`: got {ascii(version)[:40]}, expected {MODERN}", data=data
+        )
     if (level := params["_meta"].get(LOG_LEVEL)) is not None and level not in LEVELS:
         raise complain(f"params._meta.{LOG_LEVEL}", level, f"one of {', '.join(LEVELS)}")
 
 
-def check_parameters(message: Message, headers: Callable[[str], list[str]], repeated: Mapping[str, str]) -> None:
+def check_parameters(
+    message: Message, headers: Callable[[str], list[str]], repeated: Mapping[str, str]
+) -> None:
     """`Mcp-Param-*` headers, which repeat arguments; `repeated`: by argument.  Raises HeaderMismatch."""
     arguments = message["params"].get("arguments") or {}
     for argument, header in repeated.items() if isinstance(arguments, dict) else ():
@@ -2327,7 +2744,9 @@ def check_parameters(message: Message, headers: Callable[[str], list[str]], repe
             if type(value) in (int, float) and [float(text) for text in got] == [value]:
                 continue
         if got != expected:
-            raise HeaderMismatch(f"`{name}`: got {ascii(got)[:80]}, expected {ascii(expected)[:80]} as in the body")
+            raise HeaderMismatch(
+                f"`{name}`: got {ascii(got)[:80]}, expected {ascii(expected)[:80]} as in the body"
+            )
 
 
 def header_value(name: str, text: str) -> str:
@@ -2338,7 +2757,9 @@ def header_value(name: str, text: str) -> str:
     try:
         return base64.b64decode(text[9:-2], validate=True).decode()
     except ValueError:
-        raise HeaderMismatch(f"`{name}`: got {ascii(text)[:80]}, expected base64 of UTF-8") from None
+        raise HeaderMismatch(
+            f"`{name}`: got {ascii(text)[:80]}, expected base64 of UTF-8"
+        ) from None
 
 
 def success(id_: str | int, fields: Message, method: str, version: str, facts: Facts) -> Message:
@@ -2346,7 +2767,12 @@ def success(id_: str | int, fields: Message, method: str, version: str, facts: F
     if version == MODERN:
         cached = {"ttlMs": 60_000, "cacheScope": "private"} if method in CACHED else {}
         server = {"name": facts.name, "version": facts.version}
-        fields = {"resultType": "complete", **fields, **cached, "_meta": {f"{NAMESPACE}serverInfo": server}}
+        fields = {
+            "resultType": "complete",
+            **fields,
+            **cached,
+            "_meta": {f"{NAMESPACE}serverInfo": server},
+        }
     return {"jsonrpc": "2.0", "id": id_, "result": only_known(fields, version)}
 
 
@@ -2369,7 +2795,11 @@ def notification(method: str, params: Message) -> Message:
 
 def status_of(answer: Message) -> int:
     """Of a modern response."""
-    return {-32601: 404, -32603: 200}.get(answer["error"].get("code"), 400) if "error" in answer else 200
+    return (
+        {-32601: 404, -32603: 200}.get(answer["error"].get("code"), 400)
+        if "error" in answer
+        else 200
+    )
 
 
 def step(message: Message, version: str, facts: Facts) -> list[Decision]:
@@ -2387,7 +2817,11 @@ def step(message: Message, version: str, facts: Facts) -> list[Decision]:
             hello |= {"serverInfo": only_known(server, version), "instructions": facts.instructions}
             return [Send({"jsonrpc": "2.0", "id": id_, "result": hello})]
         case "server/discover" if modern:
-            found = {"supportedVersions": [MODERN], "capabilities": {"tools": {}}, "instructions": facts.instructions}
+            found = {
+                "supportedVersions": [MODERN],
+                "capabilities": {"tools": {}},
+                "instructions": facts.instructions,
+            }
             return [Send(answer(found))]
         case "ping" if not modern:
             return [Send(answer({}))]
@@ -2401,7 +2835,9 @@ def step(message: Message, version: str, facts: Facts) -> list[Decision]:
             return [Send(answer({"tools": [only_known(each, version) for each in facts.tools]}))]
         case "tools/call":
             return [call_tool(id_, params, facts)]
-    raise UnknownMethod(f"`method`: got {ascii(method)[:80]}, which revision {version} of this server does not have")
+    raise UnknownMethod(
+        f"`method`: got {ascii(method)[:80]}, which revision {version} of this server does not have"
+    )
 
 
 def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
@@ -2426,11 +2862,19 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 # R2  What is in flight when a child dies is answered at once; nobody waits for a dead child.
 # R3  A question of a child reaches the one client whose call it serves, or nobody.
 # R4  A child ends with its last user: stdin closed, TERM, KILL, for its process group.
-ASKING = {"elicitation/create": "elicitation", "sampling/createMessage": "sampling", "roots/list": "roots"}
+ASKING = {
+    "elicitation/create": "elicitation",
+    "sampling/createMessage": "sampling",
+    "roots/list": "roots",
+}
 MAY_ASK = ("tools/call", "prompts/get", "resources/read")
 REMOVED = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
 CHANGED = {f"notifications/{what}/list_changed": what for what in ("tools", "prompts", "resources")}
-CHILD_LADDER = ((0, 2.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))  # 0: its stdin is closed; seconds to the next
+CHILD_LADDER = (
+    (0, 2.0),
+    (signal.SIGTERM, 2.0),
+    (signal.SIGKILL, 2.0),
+)  # 0: its stdin is closed; seconds to the next
 SUBSCRIPTION = f"{NAMESPACE}subscriptionId"
 SERVER_INFO, CLIENT_INFO = f"{NAMESPACE}serverInfo", f"{NAMESPACE}clientInfo"
 OURSELVES = {"name": "pocketcoder", "version": VERSION}
@@ -2452,7 +2896,9 @@ class Outbox:
 
     def send(self, message: Message) -> None:
         told = message.get("method") == "notifications/progress" and self.crowded()
-        if self.closed or told or not (self.heard or "id" in message):  # who is away gets answers at least
+        if (
+            self.closed or told or not (self.heard or "id" in message)
+        ):  # who is away gets answers at least
             return
         if len(self.waiting) < MAX_INBOX:
             self.waiting.append(message)
@@ -2536,8 +2982,12 @@ class Exchange:
         meta = message.get("params", {}).get("_meta")
         self.meta: Message = meta if isinstance(meta, dict) else {}
         self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self.questions: asyncio.Queue[Message] = asyncio.Queue()  # of a legacy child to a modern client
-        self.asked: dict[str, Message] = {}  # those that wait for an answer, by the name that we gave them
+        self.questions: asyncio.Queue[Message] = (
+            asyncio.Queue()
+        )  # of a legacy child to a modern client
+        self.asked: dict[
+            str, Message
+        ] = {}  # those that wait for an answer, by the name that we gave them
         self.expiry: asyncio.TimerHandle | None = None
         self.deadline = time.monotonic() + CHILD_CEILING
 
@@ -2563,7 +3013,9 @@ class Child:
     on_end      called when it has ended, with its exit status
     """
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, on_message: OnMessage) -> None:
+    def __init__(
+        self, name: str, process: asyncio.subprocess.Process, on_message: OnMessage
+    ) -> None:
         self.name, self.process, self.on_message = name, process, on_message
         self.on_end: list[Callable[[Child, int], object]] = []
         self.hello: Message = {}  # its answer to `initialize` or `server/discover`
@@ -2579,7 +3031,12 @@ class Child:
     @classmethod
     async def start(cls, config: ServerConfig, on_message: OnMessage) -> Child:
         pipe = asyncio.subprocess.PIPE
-        pipes: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "limit": 2 * MAX_BODY}
+        pipes: dict[str, Any] = {
+            "stdin": pipe,
+            "stdout": pipe,
+            "stderr": pipe,
+            "limit": 2 * MAX_BODY,
+        }
         env = {**os.environ, **config.env}
         try:
             process = await asyncio.create_subprocess_exec(
@@ -2617,15 +3074,25 @@ class Child:
                 except Exception:  # whatever it wrote, others wait for what it writes next
                     log.exception("server %s: skipped %s", self.name, ascii(line[:80]))
                 else:
-                    if outbox and outbox.heard:  # a slow reader slows the child down; a little, if others use it too
-                        await outbox.room(CLEAR_PAUSE if len(self.exchanges) > 1 else SLOW_READER_TIMEOUT)
+                    if (
+                        outbox and outbox.heard
+                    ):  # a slow reader slows the child down; a little, if others use it too
+                        await outbox.room(
+                            CLEAR_PAUSE if len(self.exchanges) > 1 else SLOW_READER_TIMEOUT
+                        )
                 await asyncio.sleep(0)  # it may flood us
         except ValueError:
             log.error("server %s: a line of more than %d bytes", self.name, 2 * MAX_BODY)
         self._begin_end()  # without its stdout it is of no use
-        ended = asyncio.ensure_future(self.process.wait())  # it may wait for who else has its pipes; `_watch` does not
+        ended = asyncio.ensure_future(
+            self.process.wait()
+        )  # it may wait for who else has its pipes; `_watch` does not
         await asyncio.wait({ended, self.tasks[1]}, timeout=CLEAR_PAUSE)
-        how = "closed its output" if self.process.returncode is None else f"ended with {self.process.returncode}"
+        how = (
+            "closed its output"
+            if self.process.returncode is None
+            else f"ended with {self.process.returncode}"
+        )
         said = f"; it said: {' / '.join(self.tail)}" if self.tail else ""
         self.epitaph = f"server {self.name} {how}{said}"
         for number in [*self.exchanges]:
@@ -2643,7 +3110,9 @@ class Child:
             return None
         params = message.get("params", {})
         meta = params.get("_meta")
-        token = params.get("progressToken") if message["method"] == "notifications/progress" else None
+        token = (
+            params.get("progressToken") if message["method"] == "notifications/progress" else None
+        )
         subscription = meta.get(SUBSCRIPTION) if isinstance(meta, dict) else None
         number = subscription if token is None else token
         if type(number) is not int or number not in self.exchanges:
@@ -2665,9 +3134,15 @@ class Child:
         if "result" in answer and isinstance(fields, dict):
             sound = isinstance(fields.get("_meta", {}), dict)
             return answer if sound else {**answer, "result": without(fields, "_meta")}
-        if isinstance(failure, dict) and type(failure.get("code")) is int and isinstance(failure.get("message"), str):
+        if (
+            isinstance(failure, dict)
+            and type(failure.get("code")) is int
+            and isinstance(failure.get("message"), str)
+        ):
             return answer
-        return refusal(None, RelayError(f"server {self.name} answered with {ascii(fields or failure)[:80]}"))
+        return refusal(
+            None, RelayError(f"server {self.name} answered with {ascii(fields or failure)[:80]}")
+        )
 
     def extend(self, exchange: Exchange) -> None:
         """Give it CHILD_TIMEOUT seconds from now, if it is the child's turn."""
@@ -2676,7 +3151,9 @@ class Child:
             exchange.expiry.cancel()
         if exchange.message["method"] != "subscriptions/listen" and not exchange.asked:
             seconds = max(0.0, min(CHILD_TIMEOUT, exchange.deadline - time.monotonic()))
-            failure = refusal(None, RelayError(f"server {self.name} did not answer within {seconds:g} s"))
+            failure = refusal(
+                None, RelayError(f"server {self.name} did not answer within {seconds:g} s")
+            )
             exchange.expiry = loop.call_later(seconds, self.give_up, exchange, failure)
 
     def finish(self, number: object, answer: Message) -> None:
@@ -2712,7 +3189,10 @@ class Child:
         self.count, self.used = self.count + 1, time.monotonic()
         if "progressToken" in exchange.meta:
             params = message["params"]
-            message = {**message, "params": {**params, "_meta": {**params["_meta"], "progressToken": self.count}}}
+            message = {
+                **message,
+                "params": {**params, "_meta": {**params["_meta"], "progressToken": self.count}},
+            }
         self.tell({**message, "id": self.count})
         self.exchanges[self.count] = exchange
         self.extend(exchange)
@@ -2734,7 +3214,10 @@ class Child:
             raise
         fields, id_ = answer.get("result"), exchange.message["id"]
         if isinstance(fields, dict) and SUBSCRIPTION in as_object(fields.get("_meta")):
-            answer = {**answer, "result": {**fields, "_meta": {**fields["_meta"], SUBSCRIPTION: id_}}}
+            answer = {
+                **answer,
+                "result": {**fields, "_meta": {**fields["_meta"], SUBSCRIPTION: id_}},
+            }
         return {**answer, "id": id_}
 
     def can(self) -> Message:
@@ -2789,7 +3272,13 @@ class Relay:
         """For `GET /servers`."""
         state = "running" if self.children else "failed" if self.failure else "idle"
         pid = min((child.process.pid for child in self.children), default=None)
-        shown = {"name": self.name, "state": state, "era": self.era or None, "pid": pid, "restarts": self.restarts}
+        shown = {
+            "name": self.name,
+            "state": state,
+            "era": self.era or None,
+            "pid": pid,
+            "restarts": self.restarts,
+        }
         return {**shown, "error": self.failure} if self.failure else shown
 
     def _failed(self, failure: str) -> None:
@@ -2802,12 +3291,16 @@ class Relay:
         self.shared = None if self.shared is child else self.shared
         self.failures = 0 if child.began + CHILD_BACKOFF < time.monotonic() else self.failures
         if not child.retired:
-            self._failed(f"ended with {status}" + (f"; it said: {child.tail[-1]}" if child.tail else ""))
+            self._failed(
+                f"ended with {status}" + (f"; it said: {child.tail[-1]}" if child.tail else "")
+            )
 
     async def start(self, on_message: OnMessage, hello: Message, probing: bool = False) -> Child:
         """A child that has answered `hello`; if `probing`, it may also be silent, or end."""
         if (left := self.not_before - time.monotonic()) > 0:
-            raise RelayError(f"server {self.name}: {self.failure}; it is started again in {left:.1f} s")
+            raise RelayError(
+                f"server {self.name}: {self.failure}; it is started again in {left:.1f} s"
+            )
         self.restarts += bool(self.failure)
         try:
             child = await Child.start(self.config, on_message)
@@ -2846,9 +3339,15 @@ class Relay:
                 return self.shared
             discover = new_request("server/discover", {"_meta": envelope({}, OURSELVES)})
             child = await self.start(self._from_modern, discover, probing=not self.era)
-            told = as_object(child.hello.get("result") or as_object(child.hello.get("error")).get("data"))
+            told = as_object(
+                child.hello.get("result") or as_object(child.hello.get("error")).get("data")
+            )
             listed = told.get("supportedVersions") or told.get("supported")
-            self.era = "modern" if self.era or (isinstance(listed, list) and MODERN in listed) else "legacy"
+            self.era = (
+                "modern"
+                if self.era or (isinstance(listed, list) and MODERN in listed)
+                else "legacy"
+            )
             if self.era == "legacy":
                 child.end()
                 return None
@@ -2868,7 +3367,9 @@ class Relay:
         """What belongs to no request: a modern server asks nothing, and says nothing but log lines."""
         outbox = None
         if "id" in message:
-            child.tell(refusal(message["id"], UnknownMethod("`method`: this client takes no requests")))
+            child.tell(
+                refusal(message["id"], UnknownMethod("`method`: this client takes no requests"))
+            )
         elif message["method"] == "notifications/message" and (outbox := child.only_wanting_logs()):
             outbox.send(message)
         return outbox
@@ -2877,10 +3378,14 @@ class Relay:
         """The response to a client's request; `outbox` takes what comes before it, on the same stream."""
         shared = await self.modern()
         if modern:
-            return await (shared.ask(message, outbox) if shared else self.pool.respond(peer, message, outbox))
+            return await (
+                shared.ask(message, outbox) if shared else self.pool.respond(peer, message, outbox)
+            )
         if shared:
             return await Translation(self, shared, peer).respond(message, outbox)
-        failed = peer.child and peer.child.done() and (peer.child.cancelled() or peer.child.exception())
+        failed = (
+            peer.child and peer.child.done() and (peer.child.cancelled() or peer.child.exception())
+        )
         if message["method"] == "initialize" or peer.child is None or failed:
             self.leave(peer)
             peer.child = asyncio.ensure_future(self._own(peer, message))
@@ -2894,8 +3399,14 @@ class Relay:
 
         def route(child: Child, message: Message) -> Outbox:
             only = [exchange.outbox for exchange in child.exchanges.values()]
-            change = "id" not in message and message["method"] != "notifications/message" and peer.outbox.heard
-            alone = len(only) == 1 or (only and not peer.outbox.heard)  # nobody would hear it elsewhere
+            change = (
+                "id" not in message
+                and message["method"] != "notifications/message"
+                and peer.outbox.heard
+            )
+            alone = len(only) == 1 or (
+                only and not peer.outbox.heard
+            )  # nobody would hear it elsewhere
             outbox = only[-1] if alone and not change and not only[-1].closed else peer.outbox
             outbox.send(message)
             return outbox
@@ -2935,17 +3446,27 @@ class Relay:
     async def repeated(self, message: Message) -> dict[str, str]:
         """Which headers repeat arguments of the tool that a modern client calls, by argument."""
         if time.monotonic() > self.headers_until:
-            meta = {name: value for name, value in message["params"]["_meta"].items() if name in (CLAIM, CAPABILITIES)}
+            meta = {
+                name: value
+                for name, value in message["params"]["_meta"].items()
+                if name in (CLAIM, CAPABILITIES)
+            }
             cursor: Message = {}
             headers, peer = dict[str, dict[str, str]](), Peer(Outbox.nowhere(), int)
             for _ in range(MAX_ROUNDS):
                 listing = new_request("tools/list", {**cursor, "_meta": meta})
-                found = as_object((await self.respond(peer, listing, True, peer.outbox)).get("result"))
+                found = as_object(
+                    (await self.respond(peer, listing, True, peer.outbox)).get("result")
+                )
                 tools = found.get("tools")
                 for each in map(as_object, tools if isinstance(tools, list) else []):
                     shapes = as_object(as_object(each.get("inputSchema")).get("properties"))
-                    marked = {key: as_object(shape).get("x-mcp-header") for key, shape in shapes.items()}
-                    headers[str(each.get("name"))] = {key: str(name) for key, name in marked.items() if name}
+                    marked = {
+                        key: as_object(shape).get("x-mcp-header") for key, shape in shapes.items()
+                    }
+                    headers[str(each.get("name"))] = {
+                        key: str(name) for key, name in marked.items() if name
+                    }
                 if not (cursor := {"cursor": found["nextCursor"]} if "nextCursor" in found else {}):
                     break
             self.headers, self.headers_until = headers, time.monotonic() + HEADERS_KEPT
@@ -2956,7 +3477,9 @@ class Relay:
         self.not_before, self.failure = math.inf, "the proxy is stopping"
         for child in (children := [*self.children]):
             child.end()
-        await asyncio.gather(*(child.ender for child in children if child.ender), return_exceptions=True)
+        await asyncio.gather(
+            *(child.ender for child in children if child.ender), return_exceptions=True
+        )
 
 
 class Pool:
@@ -2981,7 +3504,9 @@ class Pool:
         if isinstance(state := params.get("requestState"), str):
             child, exchange = self._unpark(state, peer.owner, message, outbox)
             return await self._until_asked(child, exchange)
-        can = {name: meta[CAPABILITIES][name] for name in ASKING.values() if name in meta[CAPABILITIES]}
+        can = {
+            name: meta[CAPABILITIES][name] for name in ASKING.values() if name in meta[CAPABILITIES]
+        }
         exchange = Exchange(message, outbox, peer.owner)
         child = await self._child(can, exchange if can and method in MAY_ASK else None)
         try:
@@ -3002,7 +3527,10 @@ class Pool:
     async def _child(self, can: Message, exchange: Exchange | None) -> Child:
         """A child; `exchange`: it may ask back, so no other one may do so there."""
         async with self.starting:
-            key, running = json.dumps(can, sort_keys=True), [child for each in self.children.values() for child in each]
+            key, running = (
+                json.dumps(can, sort_keys=True),
+                [child for each in self.children.values() for child in each],
+            )
             running = [child for child in running if not child.ender]
             if exchange and len(self.leased) >= MAX_CHILDREN and self.parked:
                 self._forget(next(iter(self.parked)))  # who was asked longest ago
@@ -3013,7 +3541,9 @@ class Pool:
                 if len(running) >= 2 * MAX_CHILDREN:
                     idle = [child for child in running if not (child.exchanges or child.listeners)]
                     if not idle:
-                        raise RelayError(f"server {self.relay.name}: {len(running)} run already: try later")
+                        raise RelayError(
+                            f"server {self.relay.name}: {len(running)} run already: try later"
+                        )
                     min(idle, key=lambda child: child.used).end()
                 child = await self._start(key, can)
             if exchange:
@@ -3025,7 +3555,9 @@ class Pool:
         child = await self.relay.start(self._take, new_request("initialize", hello))
         if "result" not in child.hello:
             child.end()
-            raise RelayError(f"server {self.relay.name} refused `initialize`: {child.hello['error']}")
+            raise RelayError(
+                f"server {self.relay.name} refused `initialize`: {child.hello['error']}"
+            )
         child.tell(notification("notifications/initialized", {}))
         if child in self.relay.children:  # else it has ended meanwhile, and tells nobody any more
             self.children.setdefault(key, []).append(child)
@@ -3045,20 +3577,36 @@ class Pool:
 
     def _take(self, child: Child, message: Message) -> Outbox | None:
         """What belongs to no request of a client."""
-        method, params, asking = message["method"], message.get("params", {}), self.leased.get(child)
+        method, params, asking = (
+            message["method"],
+            message.get("params", {}),
+            self.leased.get(child),
+        )
         if "id" in message:
             if method == "ping":
                 child.tell({"jsonrpc": "2.0", "id": message["id"], "result": {}})
-            elif asking and ASKING.get(method) in asking.meta[CAPABILITIES] and asking.questions.qsize() < MAX_ROUNDS:
+            elif (
+                asking
+                and ASKING.get(method) in asking.meta[CAPABILITIES]
+                and asking.questions.qsize() < MAX_ROUNDS
+            ):
                 asking.questions.put_nowait(message)
             else:
-                child.tell(refusal(message["id"], UnknownMethod(f"`method`: the client cannot be asked {method}")))
+                child.tell(
+                    refusal(
+                        message["id"],
+                        UnknownMethod(f"`method`: the client cannot be asked {method}"),
+                    )
+                )
         elif method == "notifications/message":
             if outbox := child.only_wanting_logs():
                 outbox.send(message)
             return outbox
         for exchange, wanted in self.listeners.items():
-            if wanted.get(f"{CHANGED.get(method)}ListChanged") or params.get("uri") in wanted["resourceSubscriptions"]:
+            if (
+                wanted.get(f"{CHANGED.get(method)}ListChanged")
+                or params.get("uri") in wanted["resourceSubscriptions"]
+            ):
                 meta = {**as_object(params.get("_meta")), SUBSCRIPTION: exchange.message["id"]}
                 exchange.outbox.send({**message, "params": {**params, "_meta": meta}})
         return None
@@ -3071,7 +3619,9 @@ class Pool:
                 await asyncio.wait({exchange.answer, question}, return_when=asyncio.FIRST_COMPLETED)
                 if question.done():
                     await asyncio.sleep(QUESTION_PAUSE)  # it may ask more at once
-                    more = (exchange.questions.get_nowait() for _ in range(exchange.questions.qsize()))
+                    more = (
+                        exchange.questions.get_nowait() for _ in range(exchange.questions.qsize())
+                    )
                     asked = [question.result(), *more]
                     exchange.asked = {f"question-{json.dumps(each['id'])}": each for each in asked}
             if exchange.asked and not exchange.answer.done():
@@ -3091,8 +3641,14 @@ class Pool:
         if exchange.expiry:
             exchange.expiry.cancel()
         state = secrets.token_urlsafe(24)
-        self.parked[state] = (child, exchange, asyncio.get_running_loop().call_later(PARK_TIMEOUT, self._forget, state))
-        asked = {key: without(question, "jsonrpc", "id") for key, question in exchange.asked.items()}
+        self.parked[state] = (
+            child,
+            exchange,
+            asyncio.get_running_loop().call_later(PARK_TIMEOUT, self._forget, state),
+        )
+        asked = {
+            key: without(question, "jsonrpc", "id") for key, question in exchange.asked.items()
+        }
         fields = {"resultType": "input_required", "inputRequests": asked, "requestState": state}
         return {"jsonrpc": "2.0", "id": exchange.message["id"], "result": fields}
 
@@ -3103,23 +3659,35 @@ class Pool:
         child.give_up(exchange)
         self._release(child, exchange)
 
-    def _unpark(self, state: str, owner: str, message: Message, outbox: Outbox) -> tuple[Child, Exchange]:
+    def _unpark(
+        self, state: str, owner: str, message: Message, outbox: Outbox
+    ) -> tuple[Child, Exchange]:
         """The call that a client comes back to; the child gets the answers that it brings."""
         params, bound = message["params"], bound_to(owner, message)
-        if state not in self.parked or bound != bound_to(self.parked[state][1].owner, self.parked[state][1].message):
-            raise BadMessage("`requestState`: got one that is unknown here, or has expired: begin anew")
+        if state not in self.parked or bound != bound_to(
+            self.parked[state][1].owner, self.parked[state][1].message
+        ):
+            raise BadMessage(
+                "`requestState`: got one that is unknown here, or has expired: begin anew"
+            )
         child, exchange, timer = self.parked[state]
         del self.parked[state]
         timer.cancel()
         given = params["inputResponses"] if isinstance(params.get("inputResponses"), dict) else {}
         try:
             for key in [key for key in exchange.asked if isinstance(given.get(key), dict)]:
-                child.tell({"jsonrpc": "2.0", "id": exchange.asked.pop(key)["id"], "result": given[key]})
+                child.tell(
+                    {"jsonrpc": "2.0", "id": exchange.asked.pop(key)["id"], "result": given[key]}
+                )
         except RelayError:
             child.give_up(exchange)
             self._release(child, exchange)
             raise
-        exchange.message, exchange.outbox, exchange.meta = message, outbox, params["_meta"]  # as it is asked now
+        exchange.message, exchange.outbox, exchange.meta = (
+            message,
+            outbox,
+            params["_meta"],
+        )  # as it is asked now
         child.extend(exchange)
         return child, exchange
 
@@ -3129,7 +3697,11 @@ class Pool:
         if not isinstance(asked, dict):
             raise complain("params.notifications", asked, "an object")
         wanted: Message = {flag: True for flag in list_flags(can) if asked.get(flag) is True}
-        uris = asked.get("resourceSubscriptions") if as_object(can.get("resources")).get("subscribe") else None
+        uris = (
+            asked.get("resourceSubscriptions")
+            if as_object(can.get("resources")).get("subscribe")
+            else None
+        )
         wanted |= {"resourceSubscriptions": uris} if isinstance(uris, list) and uris else {}
         meta = {SUBSCRIPTION: exchange.message["id"]}
         acknowledged = {"_meta": meta, "notifications": wanted}
@@ -3143,13 +3715,22 @@ class Pool:
         finally:
             del self.listeners[exchange]
             child.listeners -= 1
-        return {"jsonrpc": "2.0", "id": exchange.message["id"], "result": {"resultType": "complete", "_meta": meta}}
+        return {
+            "jsonrpc": "2.0",
+            "id": exchange.message["id"],
+            "result": {"resultType": "complete", "_meta": meta},
+        }
 
     def _discovered(self, child: Child, message: Message) -> Message:
         hello = child.hello.get("result") or {}
-        found = {"capabilities": without(child.can(), "tasks"), "supportedVersions": [MODERN]}  # not the tasks of now
+        found = {
+            "capabilities": without(child.can(), "tasks"),
+            "supportedVersions": [MODERN],
+        }  # not the tasks of now
         found |= {"instructions": hello["instructions"]} if "instructions" in hello else {}
-        return to_modern({"jsonrpc": "2.0", "id": message["id"], "result": found}, "server/discover", child)
+        return to_modern(
+            {"jsonrpc": "2.0", "id": message["id"], "result": found}, "server/discover", child
+        )
 
 
 @dataclass(frozen=True)
@@ -3176,7 +3757,11 @@ class Translation:
                 self.peer.level = str(level)
                 return done
             case "resources/subscribe" | "resources/unsubscribe":
-                change = self.peer.uris.add if method == "resources/subscribe" else self.peer.uris.discard
+                change = (
+                    self.peer.uris.add
+                    if method == "resources/subscribe"
+                    else self.peer.uris.discard
+                )
                 change(str(params.get("uri")))
                 self._listen()
                 return done
@@ -3188,13 +3773,19 @@ class Translation:
             fields = answer.get("result") or {}
             if fields.get("resultType") != "input_required":
                 return to_legacy(answer, method)
-            extra = {"inputResponses": await self._ask_client(fields.get("inputRequests") or {}, outbox)}
+            extra = {
+                "inputResponses": await self._ask_client(fields.get("inputRequests") or {}, outbox)
+            }
             extra |= {"requestState": fields["requestState"]} if "requestState" in fields else {}
-        raise RelayError(f"server {self.relay.name} asked {MAX_ROUNDS} times, and has no answer yet")
+        raise RelayError(
+            f"server {self.relay.name} asked {MAX_ROUNDS} times, and has no answer yet"
+        )
 
     def _hello(self, asked: object) -> Message:
         found = self.child.hello.get("result") or {}
-        server = as_object(found.get("_meta")).get(SERVER_INFO, {"name": self.relay.name, "version": "0"})
+        server = as_object(found.get("_meta")).get(
+            SERVER_INFO, {"name": self.relay.name, "version": "0"}
+        )
         hello = {"protocolVersion": asked if asked in LEGACY else LEGACY[-1], "serverInfo": server}
         hello |= {"instructions": found["instructions"]} if "instructions" in found else {}
         return {**hello, "capabilities": {**self.child.can(), "logging": {}}}
@@ -3203,7 +3794,9 @@ class Translation:
         """Put a server's questions to the client; its answers."""
         ids = {key: f"pocketcoder-{secrets.token_hex(8)}" for key in questions}
         loop = asyncio.get_running_loop()
-        waiting: dict[str | int, asyncio.Future[Message]] = {id_: loop.create_future() for id_ in ids.values()}
+        waiting: dict[str | int, asyncio.Future[Message]] = {
+            id_: loop.create_future() for id_ in ids.values()
+        }
         self.peer.asked |= waiting
         try:
             for key, question in questions.items():
@@ -3230,7 +3823,9 @@ class Translation:
         self.peer.listens_to = self.child
 
         async def listen() -> None:
-            with contextlib.suppress(RelayError):  # it has ended: the next request finds another one
+            with contextlib.suppress(
+                RelayError
+            ):  # it has ended: the next request finds another one
                 await self.child.ask(message, listener, with_envelope(message, self.peer, {}))
 
         self.peer.listening = asyncio.ensure_future(listen()) if wanted else None
@@ -3246,7 +3841,9 @@ class Listener(Outbox):
     def send(self, message: Message) -> None:
         if message["method"] != "notifications/subscriptions/acknowledged":
             params = message.get("params", {})
-            self.outbox.send({**message, "params": {**params, "_meta": without(params["_meta"], SUBSCRIPTION)}})
+            self.outbox.send(
+                {**message, "params": {**params, "_meta": without(params["_meta"], SUBSCRIPTION)}}
+            )
 
 
 def new_request(method: str, params: Message) -> Message:
@@ -3259,12 +3856,20 @@ def without(fields: Message, *names: str) -> Message:
 
 def bound_to(owner: str, message: Message) -> tuple[object, ...]:
     """What a retry must have in common with the request before it."""
-    return owner, message["method"], without(message["params"], "_meta", "requestState", "inputResponses")
+    return (
+        owner,
+        message["method"],
+        without(message["params"], "_meta", "requestState", "inputResponses"),
+    )
 
 
 def list_flags(can: Message) -> list[str]:
     """Which changes of lists a server tells of, as `subscriptions/listen` names them."""
-    return [f"{what}ListChanged" for what in CHANGED.values() if as_object(can.get(what)).get("listChanged")]
+    return [
+        f"{what}ListChanged"
+        for what in CHANGED.values()
+        if as_object(can.get(what)).get("listChanged")
+    ]
 
 
 def envelope(can: Message, client: Message) -> Message:
@@ -3283,7 +3888,11 @@ def with_envelope(message: Message, peer: Peer, extra: Message) -> Message:
 def without_envelope(message: Message) -> Message:
     """A modern request, as a legacy server wants it."""
     params = without(message["params"], "requestState", "inputResponses", "_meta")
-    meta = {name: value for name, value in message["params"]["_meta"].items() if not name.startswith(NAMESPACE)}
+    meta = {
+        name: value
+        for name, value in message["params"]["_meta"].items()
+        if not name.startswith(NAMESPACE)
+    }
     return {**message, "params": {**params, "_meta": meta} if meta else params}
 
 
@@ -3292,10 +3901,16 @@ def to_modern(answer: Message, method: str, child: Child) -> Message:
     if "error" in answer:
         code = answer["error"].get("code")
         return {**answer, "error": {**answer["error"], "code": -32602 if code == -32002 else code}}
-    server = as_object(child.hello.get("result")).get("serverInfo") or {"name": child.name, "version": "0"}
+    server = as_object(child.hello.get("result")).get("serverInfo") or {
+        "name": child.name,
+        "version": "0",
+    }
     meta = {**as_object(answer["result"].get("_meta")), SERVER_INFO: server}
     cached = {"ttlMs": 0, "cacheScope": "private"} if method in CACHED else {}
-    return {**answer, "result": {"resultType": "complete", **answer["result"], **cached, "_meta": meta}}
+    return {
+        **answer,
+        "result": {"resultType": "complete", **answer["result"], **cached, "_meta": meta},
+    }
 
 
 def to_legacy(answer: Message, method: str) -> Message:
@@ -3326,10 +3941,19 @@ class Session:
     """
 
     def __init__(
-        self, state: AppState, server: Server, transport: str, session_id: str | None, owner: str, kept: float
+        self,
+        state: AppState,
+        server: Server,
+        transport: str,
+        session_id: str | None,
+        owner: str,
+        kept: float,
     ) -> None:
         self.state, self.server, self.owner, self.kept = state, server, owner, kept
-        self.session_id, self.kind = session_id or secrets.token_hex(16), f"{server.name}/{transport}"
+        self.session_id, self.kind = (
+            session_id or secrets.token_hex(16),
+            f"{server.name}/{transport}",
+        )
         self.outbox = Outbox(self.overflow)
         self.outbox.heard = transport != "http"  # or once its GET stream was opened
         self.peer = Peer(self.outbox, self.lose, owner)
@@ -3348,8 +3972,12 @@ class Session:
             self.modern = modern
             if message["id"] in self.calls or len(self.calls) >= MAX_CALLS:
                 shown = ascii(message["id"])[:40]
-                raise NotAMessage(f"`id`: got {shown}, expected one that is not in use, of {MAX_CALLS} at most")
-            task = self.calls[message["id"]] = asyncio.ensure_future(self._call(message, modern, outbox))
+                raise NotAMessage(
+                    f"`id`: got {shown}, expected one that is not in use, of {MAX_CALLS} at most"
+                )
+            task = self.calls[message["id"]] = asyncio.ensure_future(
+                self._call(message, modern, outbox)
+            )
             task.add_done_callback(partial(self._called, message["id"], outbox))
         elif message.get("method") != "notifications/cancelled":
             self.server.notify(self.peer, message)
@@ -3358,7 +3986,9 @@ class Session:
 
     def overflow(self) -> None:
         """Its client does not keep up."""
-        log.error("session end id=%s why=%d messages wait for its client", self.session_id, MAX_INBOX)
+        log.error(
+            "session end id=%s why=%d messages wait for its client", self.session_id, MAX_INBOX
+        )
         self.end()
 
     def lose(self) -> None:
@@ -3414,7 +4044,9 @@ class Session:
                 yield messages
         finally:
             self.streams, self.used = self.streams - 1, time.monotonic()
-            self.outbox.heard = self.streams > 0 or self.kept != SESSION_IDLE  # who will come back gets what he missed
+            self.outbox.heard = (
+                self.streams > 0 or self.kept != SESSION_IDLE
+            )  # who will come back gets what he missed
             self.expire()
 
     def expire(self) -> None:
@@ -3449,8 +4081,14 @@ class SessionMap(dict[str, Session]):
     def find(self, kind: str, session_id: str | None, owner: str) -> Session:
         """Raises UnknownSession, also for one that another credential opened."""
         session = self.get(session_id or "")
-        if session is None or session.kind != kind or not hmac.compare_digest(session.owner.encode(), owner.encode()):
-            raise UnknownSession(f"no session {ascii(session_id)[:140]} here: it has ended, or never began; start anew")
+        if (
+            session is None
+            or session.kind != kind
+            or not hmac.compare_digest(session.owner.encode(), owner.encode())
+        ):
+            raise UnknownSession(
+                f"no session {ascii(session_id)[:140]} here: it has ended, or never began; start anew"
+            )
         return session
 
     def report(self, session_id: str | None, **data: object) -> None:
@@ -3511,11 +4149,17 @@ class AuditLog:
                 raise failure
 
     def _line(self, event: str, fields: Message) -> bytes:
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        now = (
+            datetime.datetime.now(datetime.timezone.utc)
+            .isoformat(timespec="milliseconds")
+            .replace("+00:00", "Z")
+        )
         return json.dumps({"time": now, "event": event, **fields}).encode() + b"\n"
 
     def _refuse(self, why: str) -> NoAudit:
-        return NoAudit(f"cannot write the audit log {self.path}: {why}; until that is mended no command is run")
+        return NoAudit(
+            f"cannot write the audit log {self.path}: {why}; until that is mended no command is run"
+        )
 
     def flush(self) -> None:
         """Write what waits, as far as a pipe takes it.  Raises NoAudit."""
@@ -3525,7 +4169,9 @@ class AuditLog:
             if self.fd < 0:
                 # No link, which somebody else may have put there; but /dev/stderr is one.
                 link = 0 if self.path.startswith("/dev/") else os.O_NOFOLLOW
-                self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | link, 0o600)
+                self.fd = os.open(
+                    self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | link, 0o600
+                )
                 try:
                     self._begin()
                 except OSError:  # another user's
@@ -3548,7 +4194,10 @@ class AuditLog:
             os.fchmod(self.fd, 0o600)
             with open(f"/proc/self/fd/{self.fd}", "rb") as file:
                 file.seek(max(0, found.st_size - 1))
-                if file.read(1) not in (b"", b"\n"):  # who wrote it was killed, or its disk was full
+                if file.read(1) not in (
+                    b"",
+                    b"\n",
+                ):  # who wrote it was killed, or its disk was full
                     os.write(self.fd, b"\n")
 
     def _close(self) -> None:
@@ -3572,8 +4221,12 @@ class AppState:
     driver: PocketCoderDriver
     workspace: str = "/"
     audit: AuditLog = field(default_factory=AuditLog)  # of commands and of keys
-    calls: set[asyncio.Task[Any]] = field(default_factory=set)  # handlers at work; each adds and removes itself
-    servers: dict[str, Server] = field(default_factory=dict)  # of MCP, by name; "" is the built-in one
+    calls: set[asyncio.Task[Any]] = field(
+        default_factory=set
+    )  # handlers at work; each adds and removes itself
+    servers: dict[str, Server] = field(
+        default_factory=dict
+    )  # of MCP, by name; "" is the built-in one
 
     def __post_init__(self) -> None:
         self.servers[""] = Terminals(self)
@@ -3598,10 +4251,15 @@ class Notes(Watch):
 
     async def start(self, run_id: str) -> None:
         await self.state.audit.start(self._fields(run_id))
-        self._report("start", run_id, {"cmd": self.request.cmd[:MAX_VIEW_COMMAND], "cwd": self.request.cwd})
+        self._report(
+            "start", run_id, {"cmd": self.request.cmd[:MAX_VIEW_COMMAND], "cwd": self.request.cwd}
+        )
 
     def end(self, result: CommandResult) -> None:
-        facts = {name: getattr(result, name) for name in ("exit_code", "error", "duration_ms", "output_bytes")}
+        facts = {
+            name: getattr(result, name)
+            for name in ("exit_code", "error", "duration_ms", "output_bytes")
+        }
         self.state.audit.end(self._fields(result.run_id) | facts)
         facts = {name: getattr(result, name) for name in ("exit_code", "ended", "duration_ms")}
         self._report("end", result.run_id, facts)
@@ -3625,7 +4283,9 @@ async def execute(
         try:
             await state.audit.written()
         except NoAudit as wrong:
-            raise ProxyError(f"the command ended with {result.exit_code}, its answer is withheld: {wrong}") from None
+            raise ProxyError(
+                f"the command ended with {result.exit_code}, its answer is withheld: {wrong}"
+            ) from None
         return result
     finally:
         job.end("cancelled")  # if it has not ended yet, nobody is left to read it
@@ -3634,15 +4294,48 @@ async def execute(
 Tell = Callable[[float, str], None]  # progress: seconds, the newest line of output
 Run = Callable[["AppState", Message, "Tell | None"], Awaitable[Message]]
 PARAMETERS: dict[str, Message] = {
-    "cmd": {"type": "string", "minLength": 1, "description": "A bash command; pipes, loops and newlines are fine."},
-    "cwd": {"type": "string", "description": "A directory in the workspace; by default the workspace itself."},
-    "agent_name": {"type": "string", "pattern": f"^{AGENT_NAME.pattern}$", "default": default_agent_name()},
-    "timeout": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT, "default": DEFAULT_TIMEOUT},
-    "stdin": {"type": ["string", "null"], "description": "Fed to the command; by default it reads nothing."},
+    "cmd": {
+        "type": "string",
+        "minLength": 1,
+        "description": "A bash command; pipes, loops and newlines are fine.",
+    },
+    "cwd": {
+        "type": "string",
+        "description": "A directory in the workspace; by default the workspace itself.",
+    },
+    "agent_name": {
+        "type": "string",
+        "pattern": f"^{AGENT_NAME.pattern}$",
+        "default": default_agent_name(),
+    },
+    "timeout": {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "maximum": MAX_TIMEOUT,
+        "default": DEFAULT_TIMEOUT,
+    },
+    "stdin": {
+        "type": ["string", "null"],
+        "description": "Fed to the command; by default it reads nothing.",
+    },
     "max_output": {"type": "integer", "minimum": 1, "maximum": MAX_OUTPUT, "default": TOOL_OUTPUT},
-    "lines": {"type": "integer", "minimum": 1, "maximum": MAX_LINES, "default": 100, "description": "At most."},
-    "text": {"type": "string", "maxLength": MAX_KEYS, "description": "Typed as it is; no Enter is added."},
-    "keys": {"type": "array", "maxItems": MAX_KEYS, "items": {"type": "string", "pattern": f"^{KEY.pattern}$"}},
+    "lines": {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": MAX_LINES,
+        "default": 100,
+        "description": "At most.",
+    },
+    "text": {
+        "type": "string",
+        "maxLength": MAX_KEYS,
+        "description": "Typed as it is; no Enter is added.",
+    },
+    "keys": {
+        "type": "array",
+        "maxItems": MAX_KEYS,
+        "items": {"type": "string", "pattern": f"^{KEY.pattern}$"},
+    },
 }
 PARAMETERS["agent_name"]["description"] = "Whose terminal."
 PARAMETERS["timeout"]["description"] = "Seconds until the command is ended."
@@ -3652,7 +4345,13 @@ PARAMETERS["keys"]["description"] = (
 )
 STRING, FLAG, COUNT = {"type": "string"}, {"type": "boolean"}, {"type": "integer", "minimum": 0}
 TERMINAL = {"agent_name": STRING, "busy": FLAG, "command": STRING, "columns": COUNT, "lines": COUNT}
-ENDED = {"output": STRING, "exit_code": COUNT, "ended": STRING, "truncated": FLAG, "output_bytes": COUNT}
+ENDED = {
+    "output": STRING,
+    "exit_code": COUNT,
+    "ended": STRING,
+    "truncated": FLAG,
+    "output_bytes": COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -3666,7 +4365,9 @@ class Tool:
 TOOLS: dict[str, Tool] = {}
 
 
-def tool(title: str, hints: str, takes: str, needs: list[str], gives: Message | None = None) -> Callable[[Run], Run]:
+def tool(
+    title: str, hints: str, takes: str, needs: list[str], gives: Message | None = None
+) -> Callable[[Run], Run]:
     """Register NAME_tool; its docstring is the description that a model reads.
 
     hints  those that are true of readOnly, destructive, idempotent, openWorld
@@ -3676,7 +4377,10 @@ def tool(title: str, hints: str, takes: str, needs: list[str], gives: Message | 
         known = ("readOnly", "destructive", "idempotent", "openWorld")
         flags = {f"{hint}Hint": hint in hints.split() for hint in known}
         shown: Message = {"name": run.__name__.removesuffix("_tool"), "title": title}
-        shown |= {"description": " ".join((run.__doc__ or "").split()), "annotations": {"title": title, **flags}}
+        shown |= {
+            "description": " ".join((run.__doc__ or "").split()),
+            "annotations": {"title": title, **flags},
+        }
         properties = {name: PARAMETERS[name] for name in takes.split()}
         shown["inputSchema"] = {"type": "object", "properties": properties, "required": needs}
         if gives:
@@ -3693,7 +4397,13 @@ def content(text: str, structured: Message | None = None, failed: bool = False) 
     return fields if structured is None else {**fields, "structuredContent": structured}
 
 
-@tool("Run a command", "destructive openWorld", "cmd cwd agent_name timeout stdin max_output", ["cmd"], ENDED)
+@tool(
+    "Run a command",
+    "destructive openWorld",
+    "cmd cwd agent_name timeout stdin max_output",
+    ["cmd"],
+    ENDED,
+)
 async def exec_tool(state: AppState, arguments: Message, tell: Tell | None) -> Message:
     """Run a bash command in the sandbox and wait for its end. Answers with stdout and stderr as one text, in the
     order written, and with the exit code. Every command starts in a fresh shell: `cd` and variables do not last.
@@ -3702,7 +4412,12 @@ async def exec_tool(state: AppState, arguments: Message, tell: Tell | None) -> M
     taken = TOOLS["exec"].shown["inputSchema"]["properties"]
     fields = {name: value for name, value in arguments.items() if name in taken}
     request = ExecRequest.from_fields({"max_output": TOOL_OUTPUT, **fields}, state.workspace)
-    capture, newest, begun, news = Capture(request.max_output), bytearray(), time.monotonic(), asyncio.Event()
+    capture, newest, begun, news = (
+        Capture(request.max_output),
+        bytearray(),
+        time.monotonic(),
+        asyncio.Event(),
+    )
 
     def take(chunk: bytes) -> None:
         capture.add(chunk)
@@ -3718,7 +4433,10 @@ async def exec_tool(state: AppState, arguments: Message, tell: Tell | None) -> M
             await news.wait()
             timer.cancel()
             lines = newest.decode(errors="replace").split("\n")
-            tell(time.monotonic() - begun, next((line.strip() for line in reversed(lines) if line.strip()), ""))
+            tell(
+                time.monotonic() - begun,
+                next((line.strip() for line in reversed(lines) if line.strip()), ""),
+            )
             await asyncio.sleep(PROGRESS_PAUSE)
 
     telling = asyncio.ensure_future(keep_telling(tell)) if tell else None
@@ -3727,7 +4445,9 @@ async def exec_tool(state: AppState, arguments: Message, tell: Tell | None) -> M
     finally:
         if telling:
             telling.cancel()
-    notes = [f"[exit code {ended.exit_code}]"] * bool(ended.exit_code) + [f"[{ended.error}]"] * bool(ended.error)
+    notes = [f"[exit code {ended.exit_code}]"] * bool(ended.exit_code) + [
+        f"[{ended.error}]"
+    ] * bool(ended.error)
     newline = "\n" * bool(notes and ended.output and not ended.output.endswith("\n"))
     facts = {name: getattr(ended, name) for name in ENDED}
     return content(ended.output + newline + "\n".join(notes), facts, ended.ended != "exit")
@@ -3747,17 +4467,30 @@ async def read_terminal_tool(state: AppState, arguments: Message, tell: Tell | N
 async def send_keys_tool(state: AppState, arguments: Message, tell: Tell | None) -> Message:
     """Type text and press keys in an agent's terminal, as a person would: to answer a program that waits for input,
     or to end one (`keys` of `C-c`). To run a command, use exec instead. See the effect with read_terminal."""
-    text, keys = check_text("text", arguments.get("text", ""), "a string", MAX_KEYS), arguments.get("keys", [])
+    text, keys = (
+        check_text("text", arguments.get("text", ""), "a string", MAX_KEYS),
+        arguments.get("keys", []),
+    )
     if not isinstance(keys, list) or len(keys) > MAX_KEYS:
         raise complain("keys", keys, f"a list of names of keys, {MAX_KEYS} at most")
     for key in keys:
         if not isinstance(key, str) or not KEY.fullmatch(key):
-            raise complain("keys", key, "tmux names of keys such as Enter, C-c, Up; words to type go in `text`")
+            raise complain(
+                "keys", key, "tmux names of keys such as Enter, C-c, Up; words to type go in `text`"
+            )
     if not text and not keys:
         raise BadMessage("`text`, `keys`: got neither, expected one of them")
-    agent_name, begun = check_agent(arguments.get("agent_name", default_agent_name())), time.monotonic()
+    agent_name, begun = (
+        check_agent(arguments.get("agent_name", default_agent_name())),
+        time.monotonic(),
+    )
     error: str | None = "cancelled"
-    typed: Message = {"run_id": secrets.token_hex(8), "usage_id": None, "session_id": None, "agent_name": agent_name}
+    typed: Message = {
+        "run_id": secrets.token_hex(8),
+        "usage_id": None,
+        "session_id": None,
+        "agent_name": agent_name,
+    }
     typed |= {"cwd": None, "cmd": None, "text": text, "keys": keys}
     await state.audit.start(typed)
     try:
@@ -3769,12 +4502,19 @@ async def send_keys_tool(state: AppState, arguments: Message, tell: Tell | None)
     finally:
         ms = round((time.monotonic() - begun) * 1000)
         code = ProxyError.exit_code if error else 0
-        state.audit.end({**typed, "exit_code": code, "error": error, "duration_ms": ms, "output_bytes": 0})
+        state.audit.end(
+            {**typed, "exit_code": code, "error": error, "duration_ms": ms, "output_bytes": 0}
+        )
     await state.audit.written()
     return {"content": [], "isError": False}
 
 
-LISTED = {"terminals": {"type": "array", "items": {"type": "object", "properties": TERMINAL, "required": [*TERMINAL]}}}
+LISTED = {
+    "terminals": {
+        "type": "array",
+        "items": {"type": "object", "properties": TERMINAL, "required": [*TERMINAL]},
+    }
+}
 
 
 @tool("List the terminals", "readOnly idempotent", "", [], LISTED)
@@ -3819,7 +4559,9 @@ class Terminals:
             outbox.send(notification("notifications/progress", told))
 
         try:
-            return await TOOLS[call.name].run(self.state, call.arguments, None if call.token is None else tell)
+            return await TOOLS[call.name].run(
+                self.state, call.arguments, None if call.token is None else tell
+            )
         except ProxyError as wrong:  # a model can mend it
             return content(str(wrong), failed=True)
 
@@ -3859,10 +4601,14 @@ async def channel_handler(job: Job, message: str | bytes) -> None:
     if isinstance(message, str):
         try:
             got = json.loads(message)
-            job.leaves_nothing |= got.get("end") is True  # a shell that ends: nobody is left to care for the rest
+            job.leaves_nothing |= (
+                got.get("end") is True
+            )  # a shell that ends: nobody is left to care for the rest
             signal_group(job, SIGNAL_NUMBERS[got["signal"]])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise complain("signal", message, f"one of {', '.join(SIGNAL_NUMBERS)}, in an object") from None
+            raise complain(
+                "signal", message, f"one of {', '.join(SIGNAL_NUMBERS)}, in an object"
+            ) from None
     elif message[:1] != b"\0" and message != b"\xff\0":
         raise complain("channel", message[:2], "0 for stdin, or 255 and 0 for its end")
     elif job.feed is not None:
@@ -3882,7 +4628,9 @@ async def sse_handler(
         session = state.sessions.find(f"{name}/sse", query.session_id, owner)
     else:
         kept = SESSION_KEPT if query.session_id else 0.0
-        session = state.sessions.open(Session(state, state.servers[name], "sse", query.session_id, owner, kept))
+        session = state.sessions.open(
+            Session(state, state.servers[name], "sse", query.session_id, owner, kept)
+        )
     async with session.stream() as messages:
         path = f"/servers/{name}/messages" if name else "/messages"
         yield f"event: endpoint\ndata: {path}?session_id={session.session_id}{suffix}\n\n"
@@ -3905,7 +4653,11 @@ def sse_event(message: Message | None) -> str:
 def is_loopback(host: str) -> bool:
     """Whether `host`, maybe with a port, is a name or address of this machine for itself."""
     with contextlib.suppress(ValueError):
-        name = host if host.count(":") > 1 and "[" not in host else urlsplit(f"//{host}").hostname or ""
+        name = (
+            host
+            if host.count(":") > 1 and "[" not in host
+            else urlsplit(f"//{host}").hostname or ""
+        )
         return name == "localhost" or ipaddress.ip_address(name).is_loopback
     return False
 
@@ -3934,7 +4686,11 @@ class Endpoint(tornado.web.RequestHandler):
         if (origin := self.request.headers.get("Origin")) in self.settings["origins"]:
             self.set_header("Access-Control-Allow-Origin", str(origin))
             asked = self.request.headers.get("Access-Control-Request-Headers", "").split(",")
-            extra = [name.strip() for name in asked if re.fullmatch(r"\s*mcp-param-[\w-]+\s*", name, re.IGNORECASE)]
+            extra = [
+                name.strip()
+                for name in asked
+                if re.fullmatch(r"\s*mcp-param-[\w-]+\s*", name, re.IGNORECASE)
+            ]
             self.set_header("Access-Control-Allow-Headers", ", ".join([CORS_HEADERS, *extra]))
             self.set_header("Access-Control-Expose-Headers", "Mcp-Session-Id")
             self.set_header("Vary", "Origin")
@@ -3952,26 +4708,42 @@ class Endpoint(tornado.web.RequestHandler):
         length = headers.get("Content-Length", "")  # Tornado refuses what is no number
         if length.isdecimal() and (len(length) > 20 or int(length) > 4 * MAX_BODY):
             raise tornado.web.HTTPError(413, f"body: expected at most {MAX_BODY} bytes")
-        if self.name not in self.state.servers and not preflight:  # which has no token, and learns nothing
+        if (
+            self.name not in self.state.servers and not preflight
+        ):  # which has no token, and learns nothing
             raise tornado.web.HTTPError(404, f"no server {self.name[:80]!r}: see GET /servers")
-        if self.request.method not in self._allowed() or (self.request.method == "OPTIONS" and not preflight):
+        if self.request.method not in self._allowed() or (
+            self.request.method == "OPTIONS" and not preflight
+        ):
             raise tornado.web.HTTPError(405)
         kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if self.request.method == "POST" and kind != "application/json":
-            raise tornado.web.HTTPError(415, f"`Content-Type`: got {kind!r}, expected application/json")
+            raise tornado.web.HTTPError(
+                415, f"`Content-Type`: got {kind!r}, expected application/json"
+            )
 
     def admit(self, origin: str | None, open_to_all: bool) -> None:
         """Who may call.  Raises Forbidden, or HTTPError 401."""
-        token, host = self.settings["token"], self.request.headers.get("Host", "127.0.0.1")  # none: HTTP/1.0
+        token, host = (
+            self.settings["token"],
+            self.request.headers.get("Host", "127.0.0.1"),
+        )  # none: HTTP/1.0
         local = is_loopback(host)
         if not token and not local:  # else a name could be bound to us anew
             raise Forbidden(f"`Host`: got {host[:80]!r}, expected localhost or a loopback address")
         own = f"http://{host}" if local else None
         if origin is not None and origin != own and origin not in self.settings["origins"]:
-            raise Forbidden(f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin")
+            raise Forbidden(
+                f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin"
+            )
         site = self.request.headers.get("Sec-Fetch-Site", "none")
-        if origin is None and site not in ("none", "same-origin"):  # an <img> for instance: no browser says its Origin
-            raise Forbidden(f"`Sec-Fetch-Site`: got {site[:80]!r}, expected a request with an `Origin`")
+        if origin is None and site not in (
+            "none",
+            "same-origin",
+        ):  # an <img> for instance: no browser says its Origin
+            raise Forbidden(
+                f"`Sec-Fetch-Site`: got {site[:80]!r}, expected a request with an `Origin`"
+            )
         scheme, _, self.owner = self.request.headers.get("Authorization", "").partition(" ")
         if self.token_in_query and not scheme:
             scheme, self.owner = "bearer", self.get_query_argument("token", "")
@@ -3985,7 +4757,11 @@ class Endpoint(tornado.web.RequestHandler):
         accept = self.request.headers.get("Accept", "").lower().replace(" ", "")
         family = re.escape(kind.partition("/")[0])
         named = rf"{re.escape(kind)}" + (rf"|{family}/\*|\*/\*" if missing else "")
-        return bool(re.search(rf"(^|,)({named})(?!;q=0(\.0*)?(,|$))(?=[,;]|$)", accept)) if accept else missing
+        return (
+            bool(re.search(rf"(^|,)({named})(?!;q=0(\.0*)?(,|$))(?=[,;]|$)", accept))
+            if accept
+            else missing
+        )
 
     def data_received(self, chunk: bytes) -> None:
         self.received += len(chunk)
@@ -3996,7 +4772,9 @@ class Endpoint(tornado.web.RequestHandler):
 
     def whole_body(self) -> bytes:
         if self.received > MAX_BODY:
-            raise tornado.web.HTTPError(413, f"body: got {self.received} bytes, expected at most {MAX_BODY}")
+            raise tornado.web.HTTPError(
+                413, f"body: got {self.received} bytes, expected at most {MAX_BODY}"
+            )
         return bytes(self.body)
 
     def query(self) -> McpQuery:
@@ -4009,7 +4787,11 @@ class Endpoint(tornado.web.RequestHandler):
 
     def _allowed(self) -> list[str]:
         missing = tornado.web.RequestHandler._unimplemented_method
-        return [name for name in self.SUPPORTED_METHODS if getattr(type(self), name.lower()) is not missing]
+        return [
+            name
+            for name in self.SUPPORTED_METHODS
+            if getattr(type(self), name.lower()) is not missing
+        ]
 
     async def perform(self, work: Coroutine[Any, Any, None]) -> None:
         """Await `work`; cancel it when the caller leaves."""
@@ -4071,12 +4853,20 @@ class Endpoint(tornado.web.RequestHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None))[1]
-        text = (getattr(error, "log_message", None) or f"{status_code} {self._reason}").replace("%%", "%")
+        text = (getattr(error, "log_message", None) or f"{status_code} {self._reason}").replace(
+            "%%", "%"
+        )
         if isinstance(error, MemoryError):
             text = "the proxy has no memory for this: send less, or ask for less with `max_output`"
-        answer = {"error": text, "exit_code": (BadMessage if status_code == 400 else ProxyError).exit_code}
+        answer = {
+            "error": text,
+            "exit_code": (BadMessage if status_code == 400 else ProxyError).exit_code,
+        }
         if isinstance(error, ProxyError):
-            answer, status_code = {"error": str(error), "exit_code": error.exit_code}, error.http_status
+            answer, status_code = (
+                {"error": str(error), "exit_code": error.exit_code},
+                error.http_status,
+            )
         if not self.admitted:
             self.set_header("Connection", "close")
         if status_code == 401:
@@ -4095,7 +4885,9 @@ class HttpServer(tornado.httpserver.HTTPServer):
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
         super().initialize(*args, **kwargs)
-        self.waiting: dict[Any, None] = {}  # connections without a request at work, the oldest first
+        self.waiting: dict[
+            Any, None
+        ] = {}  # connections without a request at work, the oldest first
 
     def listen_on(self, listener: socket.socket) -> None:
         if listener.fileno() >= 0:
@@ -4103,7 +4895,9 @@ class HttpServer(tornado.httpserver.HTTPServer):
 
     def accept(self, listener: socket.socket) -> None:
         """Take what has come.  Tornado's own, out of descriptors, tries for ever and logs each time."""
-        most = min(MAX_WAITING, os.sysconf("SC_OPEN_MAX") // 2)  # the other descriptors are for runs
+        most = min(
+            MAX_WAITING, os.sysconf("SC_OPEN_MAX") // 2
+        )  # the other descriptors are for runs
         try:
             for _ in range(16):  # they are counted in the next turn of the loop
                 connection, address = listener.accept()
@@ -4164,7 +4958,9 @@ class ExecEndpoint(Endpoint):
         async def started(_: Job) -> None:
             await self.send_event(": started\n\n")
 
-        run = execute(self.state, request, {"out": output}, started=started, patience=SLOW_READER_TIMEOUT)
+        run = execute(
+            self.state, request, {"out": output}, started=started, patience=SLOW_READER_TIMEOUT
+        )
         work = asyncio.ensure_future(run)
         try:
             while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
@@ -4195,16 +4991,27 @@ class SocketEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
 
     def on_connection_close(self) -> None:
         super().on_connection_close()
-        Endpoint.on_connection_close(self)  # Tornado's own leaves that out: what waits for a body waited on
+        Endpoint.on_connection_close(
+            self
+        )  # Tornado's own leaves that out: what waits for a body waited on
 
     def select_subprotocol(self, offered: list[str]) -> str | None:
         return self.subprotocol if self.subprotocol in offered else None
 
     async def get(self, **path: str) -> None:
-        names = ("Upgrade", "Connection", "Sec-WebSocket-Key", "Sec-WebSocket-Version")  # what Tornado has no JSON for
-        upgrade, connection, key, version = (self.request.headers.get(name, "").lower() for name in names)
+        names = (
+            "Upgrade",
+            "Connection",
+            "Sec-WebSocket-Key",
+            "Sec-WebSocket-Version",
+        )  # what Tornado has no JSON for
+        upgrade, connection, key, version = (
+            self.request.headers.get(name, "").lower() for name in names
+        )
         if upgrade != "websocket" or "upgrade" not in connection or not key or version != "13":
-            raise tornado.web.HTTPError(400, f"expected a WebSocket of version 13, with {', '.join(names)}")
+            raise tornado.web.HTTPError(
+                400, f"expected a WebSocket of version 13, with {', '.join(names)}"
+            )
         await super().get(**path)
 
 
@@ -4219,7 +5026,9 @@ class ChannelEndpoint(SocketEndpoint):
         self.set_nodelay(True)
         if not self.peer.closed():  # it may have left already
             self.peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            self.peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)  # a pager may rest
+            self.peer.socket.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0
+            )  # a pager may rest
         self.slow = asyncio.get_running_loop().call_later(BODY_TIMEOUT, self.close)
 
     async def on_message(self, message: str | bytes) -> None:
@@ -4241,7 +5050,9 @@ class ChannelEndpoint(SocketEndpoint):
         try:
             body = message.encode() if isinstance(message, str) else message
             request = ExecRequest.from_wire(body, self.state.workspace)
-            result = await execute(self.state, request, takes, started=started, fed=request.stdin is None)
+            result = await execute(
+                self.state, request, takes, started=started, fed=request.stdin is None
+            )
             await self.end(ExecResponse.of(result, None).to_wire())
         except ProxyError as failure:
             await self.end(json.dumps({"error": str(failure), "exit_code": failure.exit_code}))
@@ -4266,7 +5077,10 @@ class ChannelEndpoint(SocketEndpoint):
     async def unless_gone(self, work: asyncio.Future[T]) -> T | None:
         """Wait for it.  Nobody reads the socket meanwhile, so look whether the caller has left."""
         while not (await asyncio.wait({work}, timeout=QUEUE_CHECK))[0]:
-            if self.peer.closed() or self.peer.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != 1:
+            if (
+                self.peer.closed()
+                or self.peer.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != 1
+            ):
                 self.peer.close()
                 return None
         return work.result()
@@ -4281,12 +5095,17 @@ class McpEndpoint(Endpoint):
 
     def check(self) -> None:
         super().check()
-        if self.request.method in ("GET", "DELETE") and "Mcp-Session-Id" not in self.request.headers:
+        if (
+            self.request.method in ("GET", "DELETE")
+            and "Mcp-Session-Id" not in self.request.headers
+        ):
             raise tornado.web.HTTPError(405)
 
     async def post(self, name: str = "") -> None:
         if not (self.accepts("application/json", True) and self.accepts("text/event-stream", True)):
-            raise tornado.web.HTTPError(406, "`Accept`: expected application/json and text/event-stream")
+            raise tornado.web.HTTPError(
+                406, "`Accept`: expected application/json and text/event-stream"
+            )
         await self.perform(self.answer(self.whole_body()))
 
     async def answer(self, body: bytes) -> None:
@@ -4300,14 +5119,18 @@ class McpEndpoint(Endpoint):
             outbox = Outbox(session.overflow)
             session.receive(message, modern, outbox)
         except ProxyError as wrong:
-            return self.finish_json(refusal(message.get("id", wrong.request_id), wrong), wrong.http_status)
+            return self.finish_json(
+                refusal(message.get("id", wrong.request_id), wrong), wrong.http_status
+            )
         if not is_request(message):
             return self.set_status(202)
         try:
             await self.deliver(outbox, modern)
         finally:
             outbox.leave()
-            if modern or (opens and not session.peer.version):  # who leaves, cancels; not so with a session
+            if modern or (
+                opens and not session.peer.version
+            ):  # who leaves, cancels; not so with a session
                 session.end()
 
     async def session_of(self, message: Message, modern: bool) -> tuple[Session, bool]:
@@ -4320,7 +5143,9 @@ class McpEndpoint(Endpoint):
                 check_parameters(message, self.request.headers.get_list, repeated)
             return Session(self.state, server, "once", None, self.owner, 0.0), True
         if message.get("method") == "initialize" and is_request(message):
-            session = self.state.sessions.open(Session(self.state, server, "http", None, self.owner, SESSION_IDLE))
+            session = self.state.sessions.open(
+                Session(self.state, server, "http", None, self.owner, SESSION_IDLE)
+            )
             session.expire()
             self.set_header("Mcp-Session-Id", session.session_id)
             return session, True
@@ -4340,7 +5165,9 @@ class McpEndpoint(Endpoint):
 
     def session(self) -> Session:
         if not (session_id := self.request.headers.get("Mcp-Session-Id")):
-            raise NotAMessage("`Mcp-Session-Id`: got none, expected the one that `initialize` was answered with")
+            raise NotAMessage(
+                "`Mcp-Session-Id`: got none, expected the one that `initialize` was answered with"
+            )
         return self.state.sessions.find(f"{self.name}/http", session_id, self.owner)
 
     async def get(self, name: str = "") -> None:
@@ -4364,8 +5191,12 @@ class SseEndpoint(Endpoint):
 
     async def get(self, name: str = "") -> None:
         given = "" if "Authorization" in self.request.headers else self.owner
-        suffix = given and f"&token={quote_plus(given)}"  # who cannot set a header here, cannot there
-        async with contextlib.aclosing(sse_handler(self.state, self.query(), self.owner, suffix, name)) as events:
+        suffix = (
+            given and f"&token={quote_plus(given)}"
+        )  # who cannot set a header here, cannot there
+        async with contextlib.aclosing(
+            sse_handler(self.state, self.query(), self.owner, suffix, name)
+        ) as events:
             await self.perform(self.pass_on(events))
 
     async def pass_on(self, events: AsyncIterator[str]) -> None:
@@ -4485,24 +5316,40 @@ class Cli:
         commands = parser.add_subparsers(required=True, metavar="{server,shell}")
         server = commands.add_parser("server", help="start the proxy server")
         forms = "pocketcoder shell {-c CMD [ARG0 ARG...], --command CMD, WORD..., -s [ARG...], FILE [ARG...]}"
-        shell = commands.add_parser("shell", help="run a command in the sandbox, as bash would", usage=forms)
+        shell = commands.add_parser(
+            "shell", help="run a command in the sandbox, as bash would", usage=forms
+        )
         for level in (parser, server, shell):
-            level.add_argument("--version", action="version", version=f"pocketcoder-proxy {VERSION}")
+            level.add_argument(
+                "--version", action="version", version=f"pocketcoder-proxy {VERSION}"
+            )
         workspace = "/workspace" if os.path.isdir("/workspace") else os.getcwd()
         environ, add = os.environ.get, server.add_argument
         add("-p", "--port", default=str(DEFAULT_PORT), help="default %(default)s; 0: any free port")
         add("--host", default=environ("POCKETCODER_HOST") or "127.0.0.1", metavar="ADDR")
         add("--workspace", default=environ("POCKETCODER_WORKSPACE") or workspace, metavar="DIR")
         add("--allow-origin", action="append", default=[], metavar="ORIGIN")
-        add("--audit-log", metavar="FILE", help="append a JSON line for each command's start and end")
-        add("--mcp-server", action="append", default=[], metavar="NAME=COMMAND", help="relay a stdio MCP server")
+        add(
+            "--audit-log",
+            metavar="FILE",
+            help="append a JSON line for each command's start and end",
+        )
+        add(
+            "--mcp-server",
+            action="append",
+            default=[],
+            metavar="NAME=COMMAND",
+            help="relay a stdio MCP server",
+        )
         add("--mcp-config", metavar="FILE", help="the same from a file with `mcpServers`")
         got = parser.parse_args(argv[1:])
         if not (got.port.isdecimal() and int(got.port) < 65536):
             server.error(f"--port: got {got.port!r}, expected a number from 0 to 65535")
         path = os.path.realpath(got.workspace)
         if not os.path.isdir(path) or path.encode(errors="ignore") != os.fsencode(path):
-            server.error(f"--workspace: got {got.workspace!r}, expected a directory, its path in UTF-8")
+            server.error(
+                f"--workspace: got {got.workspace!r}, expected a directory, its path in UTF-8"
+            )
         if got.audit_log == "":  # an unset variable maybe
             server.error("--audit-log: got '', expected a file")
         for origin in got.allow_origin:
@@ -4513,7 +5360,9 @@ class Cli:
         except BadMessage as wrong:
             server.error(str(wrong))
         origins = tuple(got.allow_origin)
-        return cls(Commands("server", (), got.port, got.host, path, origins, servers, got.audit_log or ""))
+        return cls(
+            Commands("server", (), got.port, got.host, path, origins, servers, got.audit_log or "")
+        )
 
 
 def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]:
@@ -4524,7 +5373,9 @@ def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]
             with open(path, encoding="utf-8") as file:
                 found.update(json.load(file)["mcpServers"].items())
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as wrong:
-            raise complain("--mcp-config", path, f'a file with {{"mcpServers": {{NAME: …}}}} ({wrong!r})') from None
+            raise complain(
+                "--mcp-config", path, f'a file with {{"mcpServers": {{NAME: …}}}} ({wrong!r})'
+            ) from None
     for word in words:
         name, _, line = word.partition("=")
         try:
@@ -4539,7 +5390,11 @@ def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]
         given = server if isinstance(server, dict) else {}
         command, arguments, env, cwd = (given.get(key) for key in ("command", "args", "env", "cwd"))
         arguments, env = arguments or [], env or {}
-        texts = [command, *arguments, *env.values(), cwd or ""] if type(arguments) is list and type(env) is dict else []
+        texts = (
+            [command, *arguments, *env.values(), cwd or ""]
+            if type(arguments) is list and type(env) is dict
+            else []
+        )
         if not command or not texts or not all(isinstance(text, str) for text in texts):
             expected = '{"command": TEXT, "args": [TEXT…], "env": {NAME: TEXT}, "cwd": TEXT}'
             raise complain(f"MCP server {name}", server, expected)
@@ -4564,7 +5419,9 @@ async def serve(options: Commands, token: str) -> None:
     driver = PocketCoderDriver(socket_path, session, options.workspace)
     check_place(driver.socket_path)
     for folder in open_above(driver.socket_path):
-        log.warning("%s: any user could replace what is in it, the directory of TMUX_SOCKET too", folder)
+        log.warning(
+            "%s: any user could replace what is in it, the directory of TMUX_SOCKET too", folder
+        )
     state = AppState(SessionMap(), driver, options.workspace, AuditLog(options.audit_log))
     state.servers |= {config.name: Relay(config) for config in options.servers}
     if options.audit_log:
@@ -4580,7 +5437,10 @@ async def serve(options: Commands, token: str) -> None:
         origins=frozenset(options.origins),
         websocket_max_message_size=MAX_BODY,
     )
-    limits: dict[str, Any] = {"max_body_size": 1 << 40, "max_header_size": MAX_HEADERS}  # Endpoint answers 413
+    limits: dict[str, Any] = {
+        "max_body_size": 1 << 40,
+        "max_header_size": MAX_HEADERS,
+    }  # Endpoint answers 413
     limits |= {"idle_connection_timeout": IDLE_TIMEOUT, "body_timeout": BODY_TIMEOUT}
     server = application.settings["server"] = HttpServer(application, **limits)
     stop = asyncio.Event()
@@ -4588,12 +5448,17 @@ async def serve(options: Commands, token: str) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     sockets = tornado.netutil.bind_sockets(int(options.port), options.host)
     for listener in sockets:
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER_TIMEOUT * 1000))  # inherited
+        listener.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER_TIMEOUT * 1000)
+        )  # inherited
         server.listen_on(listener)
     host, port = sockets[0].getsockname()[:2]
     attach = shlex.join(["tmux", "-S", driver.socket_path, "attach", "-t", session])
     address = f"{f'[{host}]' if ':' in host else host}:{port}"
-    for file, line in ((sys.stdout, f"listening on http://{address}"), (sys.stderr, f"watch with: {attach}")):
+    for file, line in (
+        (sys.stdout, f"listening on http://{address}"),
+        (sys.stderr, f"watch with: {attach}"),
+    ):
         with contextlib.suppress(OSError):  # whoever should read it has left, or its disk is full
             print(f"pocketcoder: {line}", file=file, flush=True)
     opening = asyncio.ensure_future(open_first(driver))  # which may take a while
@@ -4607,7 +5472,9 @@ async def serve(options: Commands, token: str) -> None:
     await state.sessions.settle(TMUX_TIMEOUT / 10)  # those of commands that had to be ended
     for open_session in [*state.sessions.values()]:
         open_session.end()
-    await asyncio.gather(*(server.close() for server in state.servers.values() if isinstance(server, Relay)))
+    await asyncio.gather(
+        *(server.close() for server in state.servers.values() if isinstance(server, Relay))
+    )
     if state.calls:  # they have their results, and send them now
         await asyncio.wait(state.calls, timeout=STOP_GRACE)
     await server.close_all_connections()
@@ -4625,7 +5492,9 @@ def why_not(options: Commands, token: str) -> str | None:
         return "needs /proc, which is not mounted or not ours to read: it tells what runs in a terminal"
     version = ""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        version = subprocess.run(["tmux", "-V"], capture_output=True, text=True, timeout=TMUX_TIMEOUT).stdout.strip()
+        version = subprocess.run(
+            ["tmux", "-V"], capture_output=True, text=True, timeout=TMUX_TIMEOUT
+        ).stdout.strip()
     number = re.search(r"(\d+)\.(\d+)", version)
     if not version or (number and (int(number[1]), int(number[2])) < (3, 2)):
         return f"needs tmux 3.2 or later, got {version or 'none'}: install it, for instance `apt-get install tmux`"
@@ -4635,7 +5504,9 @@ def why_not(options: Commands, token: str) -> str | None:
 def wipe(name: str) -> None:
     """Overwrite a variable where /proc/PID/environ shows what we were started with: commands can read that."""
     try:
-        first, last = map(int, read_proc(os.getpid(), "stat").rpartition(b")")[2].split()[47:49])  # fields 50 and 51
+        first, last = map(
+            int, read_proc(os.getpid(), "stat").rpartition(b")")[2].split()[47:49]
+        )  # fields 50 and 51
         with open("/proc/self/mem", "r+b", 0) as memory:
             memory.seek(first)
             for variable in memory.read(last - first).split(b"\0"):
@@ -4655,7 +5526,11 @@ class Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], self.format(record))
+            text = re.sub(
+                r"[\0-\x08\x0b-\x1f\x7f-\x9f]",
+                lambda found: ascii(found[0])[1:-1],
+                self.format(record),
+            )
         except Exception:  # arguments that do not fit are no reason for whoever logs to fail
             return self.handleError(record)
         data, size = f"{text}\n".encode(errors="backslashreplace"), select.PIPE_BUF
@@ -4668,7 +5543,9 @@ class Stderr(logging.Handler):
 def log_to_stderr() -> None:
     form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(handlers=[Stderr()], format=form, level=logging.INFO)
-    logging.getLogger("tornado.general").setLevel(logging.WARNING)  # else it shows headers that it refuses: tokens
+    logging.getLogger("tornado.general").setLevel(
+        logging.WARNING
+    )  # else it shows headers that it refuses: tokens
 
 
 def watch_children() -> None:

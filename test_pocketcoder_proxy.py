@@ -43,11 +43,15 @@ MODULE = pathlib.Path(pp.__file__)
 SOURCE = MODULE.read_text()
 T = TypeVar("T")
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # else what we start under nohup ignores them
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # else what we start under nohup ignores them
 for ignored in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(ignored, signal.SIG_DFL)
 if shutil.which("tmux") is None:
-    pytest.exit("tmux is needed: install it, with `apt-get install tmux` for instance", returncode=2)
+    pytest.exit(
+        "tmux is needed: install it, with `apt-get install tmux` for instance", returncode=2
+    )
 
 
 def eventually(fact: Callable[[], T], seconds: float = 15.0) -> T:
@@ -65,7 +69,8 @@ def processes_with(text: str) -> list[int]:
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             words = (
-                pathlib.Path(f"/proc/{pid}/environ").read_bytes() + pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+                pathlib.Path(f"/proc/{pid}/environ").read_bytes()
+                + pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
             )
             state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
             if text.encode() in words and state not in "ZX" and int(pid) != os.getpid():
@@ -93,13 +98,26 @@ class Proxy:
             os.makedirs(f"{self.folder}/{name}", exist_ok=True)
         pathlib.Path(self.folder, "home/.bashrc").write_text("PS1='$ '\n")
         self.env = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("POCKETCODER", "TMUX"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("POCKETCODER", "TMUX"))
+            },
             "HOME": f"{self.folder}/home",
             "TMUX_SOCKET": self.socket,
             **variables,
         }
         self.token = variables.get("POCKETCODER_TOKEN", "")
-        self.words = [sys.executable, str(MODULE), "server", "-p", port, "--workspace", self.workspace, *words]
+        self.words = [
+            sys.executable,
+            str(MODULE),
+            "server",
+            "-p",
+            port,
+            "--workspace",
+            self.workspace,
+            *words,
+        ]
         self.log = open(f"{self.folder}/log", "a+")  # noqa: SIM115
         self.start()
 
@@ -108,7 +126,12 @@ class Proxy:
         if self.log.closed:
             self.log = open(f"{self.folder}/log", "a+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            self.words, stdout=subprocess.PIPE, stderr=self.log, env=self.env, cwd=self.folder, text=True
+            self.words,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env=self.env,
+            cwd=self.folder,
+            text=True,
         )
         assert self.process.stdout
         self.said = self.process.stdout.readline()
@@ -119,7 +142,11 @@ class Proxy:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
 
     def request(
-        self, method: str, path: str, body: bytes | str | None = None, headers: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | str | None = None,
+        headers: dict[str, str] | None = None,
     ) -> tuple[int, dict[str, str], bytes]:
         connection = self.connect()
         try:
@@ -131,7 +158,10 @@ class Proxy:
 
     def post(self, body: Any, path: str = "/exec", **headers: str) -> tuple[int, dict[str, Any]]:
         sent = body if isinstance(body, bytes) else json.dumps(body).encode()
-        given = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
+        given = {
+            "Content-Type": "application/json",
+            **{k.replace("_", "-"): v for k, v in headers.items()},
+        }
         if self.token:
             given.setdefault("Authorization", f"Bearer {self.token}")
         status, _, answer = self.request("POST", path, sent, given)
@@ -146,7 +176,9 @@ class Proxy:
         """The same in a thread."""
         return Background(lambda: self.exec(cmd, **fields))
 
-    def stream(self, cmd: str, **fields: Any) -> Generator[tuple[str, dict[str, Any], float], None, None]:
+    def stream(
+        self, cmd: str, **fields: Any
+    ) -> Generator[tuple[str, dict[str, Any], float], None, None]:
         """Events with the time of their arrival."""
         connection = self.connect()
         accept = {"Content-Type": "application/json", "Accept": "text/event-stream"}
@@ -161,24 +193,38 @@ class Proxy:
             answer.close()
             connection.close()
 
-    def _event(self, line: str, answer: http.client.HTTPResponse) -> Iterator[tuple[str, dict[str, Any], float]]:
+    def _event(
+        self, line: str, answer: http.client.HTTPResponse
+    ) -> Iterator[tuple[str, dict[str, Any], float]]:
         if line.startswith(":"):
             answer.readline()
             yield ":", {}, time.monotonic()
         else:
             data = answer.readline().decode()
             answer.readline()
-            yield line.removeprefix("event: "), json.loads(data.removeprefix("data: ")), time.monotonic()
+            yield (
+                line.removeprefix("event: "),
+                json.loads(data.removeprefix("data: ")),
+                time.monotonic(),
+            )
 
     def tmux(self, *words: str) -> str:
-        done = subprocess.run(["tmux", "-S", self.socket, *words], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["tmux", "-S", self.socket, *words], capture_output=True, text=True, timeout=10
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.rstrip("\n")
 
     def panes(self, agent: str) -> list[str]:
         """pane_id, pid of its shell."""
-        lines = self.tmux("list-panes", "-s", "-t", "=pocketcoder:", "-F", "#{pane_id} #{pane_pid} #{window_name}")
-        return [line.rsplit(" ", 1)[0] for line in lines.split("\n") if line.endswith(f" {agent}:terminal")]
+        lines = self.tmux(
+            "list-panes", "-s", "-t", "=pocketcoder:", "-F", "#{pane_id} #{pane_pid} #{window_name}"
+        )
+        return [
+            line.rsplit(" ", 1)[0]
+            for line in lines.split("\n")
+            if line.endswith(f" {agent}:terminal")
+        ]
 
     def pane(self, agent: str) -> str:
         return eventually(lambda: self.panes(agent))[0].split()[0]
@@ -192,17 +238,29 @@ class Proxy:
     def memory(self) -> int:
         """Resident bytes, and the most there were."""
         return (
-            int(re.findall(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text())[0]) * 1024
+            int(
+                re.findall(
+                    r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+                )[0]
+            )
+            * 1024
         )
 
     def peak(self) -> int:
         return (
-            int(re.findall(r"VmHWM:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text())[0]) * 1024
+            int(
+                re.findall(
+                    r"VmHWM:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+                )[0]
+            )
+            * 1024
         )
 
     def seconds(self) -> float:
         """CPU time used."""
-        words = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        words = (
+            pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        )
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
     def descriptors(self) -> int:
@@ -210,7 +268,10 @@ class Proxy:
 
     def run_files(self) -> int:
         """Open ends of the files of runs."""
-        return sum(bool(re.search(r"/s\.d/\w+/\w+\.\w+", path)) for path in descriptors_of(self.process.pid))
+        return sum(
+            bool(re.search(r"/s\.d/\w+/\w+\.\w+", path))
+            for path in descriptors_of(self.process.pid)
+        )
 
     def logged(self) -> str:
         return pathlib.Path(f"{self.folder}/log").read_text()
@@ -233,7 +294,9 @@ class Proxy:
                 self.stop()
         with contextlib.suppress(Exception):
             self.close_files()
-            subprocess.run(["tmux", "-S", self.socket, "kill-server"], capture_output=True, timeout=10)
+            subprocess.run(
+                ["tmux", "-S", self.socket, "kill-server"], capture_output=True, timeout=10
+            )
             for pid in processes_with(self.folder):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -312,7 +375,11 @@ def spoil(dice: random.Random, data: bytes) -> bytes:
     """Mostly the same bytes; often a few are missing, doubled or others."""
     for _ in range(dice.choice((0, 0, 1, 1, 2, 5)) if data else 0):
         at, end = dice.randrange(len(data)), dice.randrange(9)
-        data = data[:at] + dice.choice((b"", dice.randbytes(end), data[at : at + end] * 2)) + data[at + end :]
+        data = (
+            data[:at]
+            + dice.choice((b"", dice.randbytes(end), data[at : at + end] * 2))
+            + data[at + end :]
+        )
         data = data or b"\0"
     return data
 
@@ -369,8 +436,16 @@ def section_of(line: int) -> int:
 def names_defined(node: ast.stmt) -> list[str]:
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
+    return [
+        name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
+    ]
 
 
 def test_sections_only_know_what_stands_above_them() -> None:
@@ -386,11 +461,17 @@ def test_the_map_lists_every_section_route_and_variable() -> None:
     head = ast.get_docstring(ast.parse(SOURCE)) or ""
     assert [name for name, _ in SECTIONS if name not in head] == []
     assert [path for path, _ in pp.ROUTES if "<name>" not in path and path not in head] == []
-    assert [name for name in re.findall(r"\"(POCKETCODER_[A-Z_]+|TMUX_S[A-Z]+)\"", SOURCE) if name not in head] == []
+    assert [
+        name
+        for name in re.findall(r"\"(POCKETCODER_[A-Z_]+|TMUX_S[A-Z]+)\"", SOURCE)
+        if name not in head
+    ] == []
 
 
 def test_a_copy_of_the_file_carries_its_licence_and_can_be_run() -> None:
-    assert SOURCE.startswith("#!/usr/bin/env python3\n# SPDX-License-Identifier: MIT\n# /// script\n")
+    assert SOURCE.startswith(
+        "#!/usr/bin/env python3\n# SPDX-License-Identifier: MIT\n# /// script\n"
+    )
     assert os.access(MODULE, os.X_OK)
 
 
@@ -416,15 +497,25 @@ class Caller:
 
     def __init__(self, proxy: Proxy, names: str) -> None:
         self.proxy, self.names, self.cwd = proxy, names, proxy.workspace
-        self.env = {**proxy.env, "PROXY_URL": f"http://127.0.0.1:{proxy.port}", "OPENCODE_AGENT": "engine"}
+        self.env = {
+            **proxy.env,
+            "PROXY_URL": f"http://127.0.0.1:{proxy.port}",
+            "OPENCODE_AGENT": "engine",
+        }
         if proxy.token:
             self.env["POCKETCODER_TOKEN"] = proxy.token
 
     def words(self, *arguments: str | bytes, name: str = "bash") -> list[str | bytes]:
         return [sys.executable, f"{self.names}/{name}", *arguments]
 
-    def start(self, *arguments: str | bytes, name: str = "bash", **options: Any) -> subprocess.Popen[bytes]:
-        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    def start(
+        self, *arguments: str | bytes, name: str = "bash", **options: Any
+    ) -> subprocess.Popen[bytes]:
+        options = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        } | options
         options["env"] = self.env | options.get("env", {})
         words, cwd = self.words(*arguments, name=name), options.pop("cwd", self.cwd)
         return cast("subprocess.Popen[bytes]", subprocess.Popen(words, cwd=cwd, **options))
@@ -439,9 +530,18 @@ class Caller:
     def local(
         self, *arguments: str | bytes, input: bytes = b"", stderr: int = subprocess.PIPE
     ) -> tuple[int, bytes, bytes]:
-        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": stderr, "cwd": self.cwd, "env": self.env}
+        options: dict[str, Any] = {
+            "stdout": subprocess.PIPE,
+            "stderr": stderr,
+            "cwd": self.cwd,
+            "env": self.env,
+        }
         done = subprocess.run(["bash", *arguments], executable="/bin/bash", input=input, **options)
-        return done.returncode if done.returncode >= 0 else 128 - done.returncode, done.stdout, done.stderr
+        return (
+            done.returncode if done.returncode >= 0 else 128 - done.returncode,
+            done.stdout,
+            done.stderr,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -458,8 +558,12 @@ def wedged(names: str) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, str]
 
 @pytest.fixture(scope="module")
 def engine(proxy: Proxy, names: str, wedged: object) -> Caller:
-    pathlib.Path(proxy.workspace, "script.sh").write_text('#!/bin/sh\necho "$0|$#|$1"; cat; nosuch; exit 9\n')
-    pathlib.Path(proxy.workspace, "long.sh").write_text(f': {"x" * 200_000}\necho long "$0" "$@"; exit 4\n')
+    pathlib.Path(proxy.workspace, "script.sh").write_text(
+        '#!/bin/sh\necho "$0|$#|$1"; cat; nosuch; exit 9\n'
+    )
+    pathlib.Path(proxy.workspace, "long.sh").write_text(
+        f': {"x" * 200_000}\necho long "$0" "$@"; exit 4\n'
+    )
     return Caller(proxy, names)
 
 
@@ -563,20 +667,35 @@ def test_trouble_with_its_own_files_is_told_where_it_can_be(engine: Caller) -> N
     os.makedirs(f"{engine.cwd}/gone")
     words = ["bash", "-c", 'rmdir ../gone; exec "$@"', "x", *engine.words("-c", "echo no")]
     done = subprocess.run(words, env=engine.env, cwd=f"{engine.cwd}/gone", capture_output=True)
-    assert (done.returncode, done.stdout, b"gone" in done.stderr, done.stderr.count(b"\n")) == (125, b"", True, 1)
-    code, _, err = engine.run("-c", "echo no", env={"ODD": b"\xff", "POCKETCODER_FORWARD_ENV": "ODD"})
+    assert (done.returncode, done.stdout, b"gone" in done.stderr, done.stderr.count(b"\n")) == (
+        125,
+        b"",
+        True,
+        1,
+    )
+    code, _, err = engine.run(
+        "-c", "echo no", env={"ODD": b"\xff", "POCKETCODER_FORWARD_ENV": "ODD"}
+    )
     assert (code, b"ODD" in err, b"UTF-8" in err, err.count(b"\n")) == (125, True, True, 1)
 
 
-@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
+@pytest.mark.parametrize(
+    "name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
+)
 def test_every_form_of_arguments_does_what_it_does_with_bash(
     engine: Caller, name: str, expected: list[tuple[int, bytes, bytes]]
 ) -> None:
     def through_the_bridge(form: list[str | bytes]) -> tuple[int, bytes, bytes]:
-        plain = name == "pocketcoder" and form and str(form[0])[:1] not in "-+"  # there these are one command
+        plain = (
+            name == "pocketcoder" and form and str(form[0])[:1] not in "-+"
+        )  # there these are one command
         ours = name == "pocketcoder" and form == ["--version"]  # there it is our own
-        code, out, err = engine.run(*(["shell", "--norc"] if plain or ours else []), *form, name=name, input=ON_STDIN)
-        missing = form[:1] in (["nosuchscript"], ["."]) and err.startswith(b"pocketcoder: ")  # it is we who read it
+        code, out, err = engine.run(
+            *(["shell", "--norc"] if plain or ours else []), *form, name=name, input=ON_STDIN
+        )
+        missing = form[:1] in (["nosuchscript"], ["."]) and err.startswith(
+            b"pocketcoder: "
+        )  # it is we who read it
         return code, out, engine.local(*form)[2] if missing else err
 
     with ThreadPoolExecutor(4) as pool:
@@ -585,9 +704,14 @@ def test_every_form_of_arguments_does_what_it_does_with_bash(
 
 
 def test_under_the_subcommand_plain_words_are_one_command(engine: Caller) -> None:
-    assert engine.run("shell", "printf", "%s|", "a b", "$HOME", name="pocketcoder")[:2] == (0, b"a b|$HOME|")
+    assert engine.run("shell", "printf", "%s|", "a b", "$HOME", name="pocketcoder")[:2] == (
+        0,
+        b"a b|$HOME|",
+    )
     assert engine.run("shell", "--", "echo", "-n", "x", name="pocketcoder")[:2] == (0, b"x")
-    assert engine.run("shell", "--command", "echo $0 $1; exit 3", "zero", "1", name="pocketcoder")[:2] == (
+    assert engine.run("shell", "--command", "echo $0 $1; exit 3", "zero", "1", name="pocketcoder")[
+        :2
+    ] == (
         3,
         b"zero 1\n",
     )
@@ -597,9 +721,12 @@ def test_under_the_subcommand_plain_words_are_one_command(engine: Caller) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("pocketcoder", ["shell"]), ("pocketcoder", []), ("sh", []), ("bash", ["-s"])]
+    ("name", "words"),
+    [("pocketcoder", ["shell"]), ("pocketcoder", []), ("sh", []), ("bash", ["-s"])],
 )
-def test_without_a_command_it_says_that_it_is_none(engine: Caller, name: str, words: list[str]) -> None:
+def test_without_a_command_it_says_that_it_is_none(
+    engine: Caller, name: str, words: list[str]
+) -> None:
     code, out, err = engine.run(*words, name=name)
     assert (code, out) == (1, b"")
     assert err.decode() == (
@@ -615,48 +742,98 @@ def test_without_a_command_it_says_that_it_is_none(engine: Caller, name: str, wo
 
 
 def test_both_parsers_see_the_same_arguments_and_importers_can_run(engine: Caller) -> None:
-    for argv in (["pocketcoder", "shell", "-c", "x"], ["sh", "x"], ["a/b-shell"], ["pocketcoder", "-lc", "x"]):
+    for argv in (
+        ["pocketcoder", "shell", "-c", "x"],
+        ["sh", "x"],
+        ["a/b-shell"],
+        ["pocketcoder", "-lc", "x"],
+    ):
         command = pp.Cli.parse(argv).command
         assert (command.name, [*command.arguments]) == ("shell", pp.shell_arguments(argv))
     assert pp.shell_arguments(["pocketcoder", "server", "-p", "0"]) is None
     importer = {**engine.env, "PYTHONPATH": str(MODULE.parent)}
-    code = "import sys, pocketcoder_proxy as p; sys.exit(p.run('echo $0 $1; exit 6', ['zero', 'one']))"
-    done = subprocess.run([sys.executable, "-c", code], env=importer, cwd=engine.cwd, capture_output=True)
+    code = (
+        "import sys, pocketcoder_proxy as p; sys.exit(p.run('echo $0 $1; exit 6', ['zero', 'one']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=importer, cwd=engine.cwd, capture_output=True
+    )
     assert (done.returncode, done.stdout) == (6, b"zero one\n"), done.stderr
     code = "import sys, pocketcoder_proxy as p; sys.argv[1:] = ['shell', 'echo', 'a b']; sys.exit(p.main())"
-    done = subprocess.run([sys.executable, "-c", code], env=importer, cwd=engine.cwd, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=importer, cwd=engine.cwd, capture_output=True
+    )
     assert (done.returncode, done.stdout) == (0, b"a b\n"), done.stderr
 
 
 def test_the_way_to_a_command_imports_next_to_nothing(engine: Caller) -> None:
     # -S: what an environment's .pth files import is not ours.
-    words = [sys.executable, "-S", "-X", "importtime", f"{engine.names}/pocketcoder", "shell", "-c", "true"]
+    words = [
+        sys.executable,
+        "-S",
+        "-X",
+        "importtime",
+        f"{engine.names}/pocketcoder",
+        "shell",
+        "-c",
+        "true",
+    ]
     done = subprocess.run(
-        words, env=engine.env, cwd=engine.cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        words,
+        env=engine.env,
+        cwd=engine.cwd,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.split("\n")}
-    slow = ["tornado", "asyncio", "argparse", "json", "http", "urllib", "socket", "typing", "dataclasses", "enum", "re"]
+    slow = [
+        "tornado",
+        "asyncio",
+        "argparse",
+        "json",
+        "http",
+        "urllib",
+        "socket",
+        "typing",
+        "dataclasses",
+        "enum",
+        "re",
+    ]
     assert "_socket" in loaded
     assert not loaded & {*slow, "subprocess"}
 
 
 def test_the_shell_needs_no_tornado_and_the_server_says_that_it_does(engine: Caller) -> None:
     bare = [sys.executable, "-S", f"{engine.names}/pocketcoder"]  # without site-packages
-    done = subprocess.run([*bare, "shell", "-c", "echo hi"], env=engine.env, cwd=engine.cwd, capture_output=True)
+    done = subprocess.run(
+        [*bare, "shell", "-c", "echo hi"], env=engine.env, cwd=engine.cwd, capture_output=True
+    )
     assert (done.returncode, done.stdout) == (0, b"hi\n")
     done = subprocess.run([*bare, "server"], env=engine.env, cwd=engine.cwd, capture_output=True)
-    assert (done.returncode, b"tornado" in done.stderr, b"Traceback" in done.stderr) == (1, True, False)
+    assert (done.returncode, b"tornado" in done.stderr, b"Traceback" in done.stderr) == (
+        1,
+        True,
+        False,
+    )
     code = "import sys; sys.path.insert(0, sys.argv[1]); import pocketcoder_proxy as p; print(p.default_agent_name())"
-    done = subprocess.run([sys.executable, "-S", "-c", code, str(MODULE.parent)], capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code, str(MODULE.parent)], capture_output=True
+    )
     assert done.stdout == b"poco\n", done.stderr
 
 
-def test_what_stands_above_the_line_is_a_shell_by_itself(engine: Caller, tmp_path: pathlib.Path) -> None:
+def test_what_stands_above_the_line_is_a_shell_by_itself(
+    engine: Caller, tmp_path: pathlib.Path
+) -> None:
     head = tmp_path / "sh"
     head.write_text(SOURCE.partition("# ------------------------------- the line")[0])
     done = subprocess.run(
-        [sys.executable, str(head), "-c", "echo $0"], env=engine.env, cwd=engine.cwd, capture_output=True
+        [sys.executable, str(head), "-c", "echo $0"],
+        env=engine.env,
+        cwd=engine.cwd,
+        capture_output=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"bash\n", b"")
 
@@ -670,17 +847,26 @@ def test_the_request_carries_ids_directory_and_chosen_variables_only(engine: Cal
         "LC_A": 'é\t"',
         "LC_B": "",
     }
-    variables |= {"POCKETCODER_FORWARD_ENV": "LC_*, POCKETCODER_TOKEN,ABSENT", "POCKETCODER_TOKEN": "t0k"}
+    variables |= {
+        "POCKETCODER_FORWARD_ENV": "LC_*, POCKETCODER_TOKEN,ABSENT",
+        "POCKETCODER_TOKEN": "t0k",
+    }
     script = 'pwd; echo "$POCKETCODER_AGENT $POCKETCODER_SESSION_ID $POCKETCODER_USAGE_ID|$KEY|$LC_A|${LC_B-unset}|'
     script += '$POCKETCODER_TOKEN"'
     code, out, err = engine.run("-c", script, cwd=f"{engine.cwd}/sub dir", env=variables)
     assert (code, err) == (0, b"")
     assert out.decode() == f'{engine.cwd}/sub dir\nengine s1 u"\\\n1||é\t"||\n'
     read = pp.ExecRequest.from_wire(pp.request_of("ls 'é' \x01\x7f"), os.getcwd())
-    assert (read.cmd, read.cwd, read.timeout) == ("ls 'é' \x01\x7f", os.path.realpath(os.getcwd()), 86400)
+    assert (read.cmd, read.cwd, read.timeout) == (
+        "ls 'é' \x01\x7f",
+        os.path.realpath(os.getcwd()),
+        86400,
+    )
 
 
-def test_a_directory_outside_the_workspace_fails_with_both_names(engine: Caller, tmp_path: pathlib.Path) -> None:
+def test_a_directory_outside_the_workspace_fails_with_both_names(
+    engine: Caller, tmp_path: pathlib.Path
+) -> None:
     code, out, err = engine.run("-c", "echo no", cwd=tmp_path)
     assert (code, out) == (125, b"")
     assert str(tmp_path).encode() in err
@@ -691,7 +877,9 @@ def test_a_directory_outside_the_workspace_fails_with_both_names(engine: Caller,
 def test_stdin_is_forwarded_as_it_comes_and_never_waited_for(engine: Caller) -> None:
     data = os.urandom(3_000_000)
     assert engine.run("-c", "cat", input=data) == (0, data, b"")
-    process = engine.start("-c", "read -r a; echo got $a; read -r b; echo got $b; exit 2", stdin=subprocess.PIPE)
+    process = engine.start(
+        "-c", "read -r a; echo got $a; read -r b; echo got $b; exit 2", stdin=subprocess.PIPE
+    )
     assert process.stdin
     assert process.stdout
     for word in (b"one", b"two"):
@@ -721,7 +909,14 @@ def test_a_slow_command_slows_stdin_and_memory_stays_flat(engine: Caller) -> Non
     assert process.stdout
     assert process.stdout.readline() == b"done\n"
     assert engine.proxy.memory() < 80 * pp.MIB
-    assert int(re.findall(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[0]) < 40_000
+    assert (
+        int(
+            re.findall(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[
+                0
+            ]
+        )
+        < 40_000
+    )
     process.send_signal(signal.SIGTERM)  # also while stdin is stuck
     assert process.wait(10) == 143
     process.communicate()
@@ -769,13 +964,20 @@ def test_a_signal_reaches_the_command_and_ends_the_shell_at_once(engine: Caller)
         out, err = process.communicate()
         assert out in (b"", f"heard {name}\n".encode())
         assert b"pocketcoder" not in err
-        eventually(lambda: not [digit for digit in (3, 4, 5) if processes_with(f"sleep\x006{digit}.{number}")], 6)
+        eventually(
+            lambda: (
+                not [digit for digit in (3, 4, 5) if processes_with(f"sleep\x006{digit}.{number}")]
+            ),
+            6,
+        )
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(deliver, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)))
 
 
-def test_a_signalled_shell_leaves_nothing_behind_even_if_its_command_ends_at_once(engine: Caller) -> None:
+def test_a_signalled_shell_leaves_nothing_behind_even_if_its_command_ends_at_once(
+    engine: Caller,
+) -> None:
     process = engine.start("-c", "setsid sleep 66.5 & echo ready; sleep 66.6")
     assert process.stdout
     process.stdout.readline()
@@ -797,7 +999,9 @@ def test_other_signals_end_the_shell_with_their_number(engine: Caller) -> None:
 
 @pytest.mark.slow
 def test_a_shell_that_is_killed_takes_its_command_along(engine: Caller) -> None:
-    process = engine.start("-c", "trap '' TERM; (setsid sleep 66.1 &); echo ready; sleep 66.2; sleep 66.3")
+    process = engine.start(
+        "-c", "trap '' TERM; (setsid sleep 66.1 &); echo ready; sleep 66.2; sleep 66.3"
+    )
     assert process.stdout
     process.stdout.readline()
     process.kill()
@@ -815,7 +1019,9 @@ def test_a_signal_while_the_output_is_stuck_ends_the_shell_too(engine: Caller) -
     eventually(lambda: not processes_with("stuck67"), 6)
 
 
-def test_the_exit_status_tells_a_lost_terminal_and_a_stopped_server(own: Callable[..., Proxy], names: str) -> None:
+def test_the_exit_status_tells_a_lost_terminal_and_a_stopped_server(
+    own: Callable[..., Proxy], names: str
+) -> None:
     engine = Caller(own(), names)
     process = engine.start("-c", "echo ready; sleep 30")
     assert process.stdout
@@ -849,7 +1055,9 @@ GARBAGE_SERVERS = {
 
 
 @pytest.mark.parametrize("said", GARBAGE_SERVERS, ids=range(len(GARBAGE_SERVERS)))
-def test_a_server_that_answers_garbage_is_told_in_a_line(names: str, tmp_path: pathlib.Path, said: bytes) -> None:
+def test_a_server_that_answers_garbage_is_told_in_a_line(
+    names: str, tmp_path: pathlib.Path, said: bytes
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         env = {**os.environ, "PROXY_URL": f"http://127.0.0.1:{listener.getsockname()[1]}"}
         words = [sys.executable, f"{names}/sh", "-c", "echo no"]
@@ -870,7 +1078,9 @@ def test_a_server_that_never_answers_is_given_up_after_ten_seconds(
     wedged: tuple[subprocess.Popen[bytes], dict[str, str], float], names: str
 ) -> None:
     process, env, started = wedged
-    other = subprocess.Popen([sys.executable, f"{names}/sh", "-c", "echo no"], env=env, stdin=subprocess.DEVNULL)
+    other = subprocess.Popen(
+        [sys.executable, f"{names}/sh", "-c", "echo no"], env=env, stdin=subprocess.DEVNULL
+    )
     eventually(lambda: "socket:" in "".join(descriptors_of(other.pid)), 20)
     other.send_signal(signal.SIGTERM)
     assert other.wait(10) == 143
@@ -892,7 +1102,9 @@ def test_a_server_that_never_answers_is_given_up_after_ten_seconds(
 )
 def test_a_wrong_address_is_told(names: str, url: str, said: str) -> None:
     words = [sys.executable, f"{names}/sh", "-c", "echo no"]
-    done = subprocess.run(words, env={**os.environ, "PROXY_URL": url}, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        words, env={**os.environ, "PROXY_URL": url}, capture_output=True, text=True, timeout=20
+    )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (125, "", 1)
     assert said in done.stderr
 
@@ -938,7 +1150,9 @@ def test_programs_use_it_as_their_shell(engine: Caller) -> None:
     programs["git"] = (["/bin/bash", "-c", git], "hook engine\nalias engine argument\n")
     for program, (words, said) in programs.items():
         if program == "python" or shutil.which(program):
-            done = subprocess.run(words, cwd=here, env=engine.env | path, capture_output=True, text=True, timeout=30)
+            done = subprocess.run(
+                words, cwd=here, env=engine.env | path, capture_output=True, text=True, timeout=30
+            )
             assert done.stdout == said, (program, done.stderr)
     pipe = subprocess.run(
         ["/bin/bash", "-c", f"{shell} -c yes | head -1; echo ${{PIPESTATUS[0]}}"],
@@ -953,7 +1167,9 @@ def test_programs_use_it_as_their_shell(engine: Caller) -> None:
 def test_many_shells_at_once_do_not_mix(engine: Caller) -> None:
     def one(number: int) -> bool:
         agent = {"OPENCODE_AGENT": f"crowd{number % 10}"}
-        return engine.run("-c", f"cat; echo {number} >&2; exit {number}", input=b"%d" % number, env=agent) == (
+        return engine.run(
+            "-c", f"cat; echo {number} >&2; exit {number}", input=b"%d" % number, env=agent
+        ) == (
             number,
             b"%d" % number,
             b"%d\n" % number,
@@ -970,14 +1186,18 @@ def test_any_word_is_quoted_so_that_bash_gives_it_back(locale: str) -> None:
         given = [dice.randbytes(dice.randrange(9)).replace(b"\0", b"") for _ in range(300)]
         given += [os.fsencode(words(dice)) for _ in range(300)]
         script = "printf '%s\\0' " + " ".join(pp.quote(os.fsdecode(word)) for word in given)
-        done = subprocess.run(["bash"], input=os.fsencode(script), capture_output=True, env={"LC_ALL": locale})
+        done = subprocess.run(
+            ["bash"], input=os.fsencode(script), capture_output=True, env={"LC_ALL": locale}
+        )
         assert done.stdout.split(b"\0")[:-1] == given
 
 
 def test_any_table_of_texts_becomes_json() -> None:
     dice = random.Random(2)
     for _ in range(1000 * FUZZ):
-        table = {words(dice): words(dice) + chr(dice.randrange(0xD800)) for _ in range(dice.randrange(4))}
+        table = {
+            words(dice): words(dice) + chr(dice.randrange(0xD800)) for _ in range(dice.randrange(4))
+        }
         assert json.loads(pp.json_text(table)) == table
 
 
@@ -1007,13 +1227,43 @@ def in_the_shell(work: str, cases: list[Any], folder: pathlib.Path, **env: str) 
     for name in ("std1", "std2"):
         (folder / name).touch()
     command = [sys.executable, "-S", "-c", IN_THE_SHELL, str(MODULE), work]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, **env}, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **env}, stdout=subprocess.PIPE, check=True
+    )
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-OPTION_WORDS = ["-c", "-c", "-c", "-ec", "-lc", "-l", "-e", "+e", "-u", "-x", "-o", "pipefail", "-euo", "-O", "extglob"]
+OPTION_WORDS = [
+    "-c",
+    "-c",
+    "-c",
+    "-ec",
+    "-lc",
+    "-l",
+    "-e",
+    "+e",
+    "-u",
+    "-x",
+    "-o",
+    "pipefail",
+    "-euo",
+    "-O",
+    "extglob",
+]
 OPTION_WORDS += ["+O", "-s", "-n", "-v", "-p", "-r", "-B", "+B", "-h", "-C", "-P", "-E"]
-OPTION_WORDS += ["-", "--", "--norc", "--noprofile", "--posix", "--login", "--verbose", "--rcfile", "-cs", "-oc", "-Z"]
+OPTION_WORDS += [
+    "-",
+    "--",
+    "--norc",
+    "--noprofile",
+    "--posix",
+    "--login",
+    "--verbose",
+    "--rcfile",
+    "-cs",
+    "-oc",
+    "-Z",
+]
 COMMANDS = [
     'echo "$0|$#|$*|${-//c}"; exit 3',
     'false; printf "[%s]" "$@"',
@@ -1022,7 +1272,15 @@ COMMANDS = [
     "read x; echo $x",
     "nosuch; $y",
 ]
-COMMANDS += ["script.sh", ".", "nosuchscript", "-n", "+x", "if", "shopt login_shell posix; set -o | grep on"]
+COMMANDS += [
+    "script.sh",
+    ".",
+    "nosuchscript",
+    "-n",
+    "+x",
+    "if",
+    "shopt login_shell posix; set -o | grep on",
+]
 
 
 def test_any_list_of_arguments_means_what_it_means_to_bash(tmp_path: pathlib.Path) -> None:
@@ -1032,18 +1290,27 @@ def test_any_list_of_arguments_means_what_it_means_to_bash(tmp_path: pathlib.Pat
     cases = []
     for _ in range(60 * FUZZ):
         cases.append(dice.choices(OPTION_WORDS, k=dice.randrange(4)))
-        cases[-1] += [dice.choice([dice.choice(COMMANDS), words(dice)]) for _ in range(dice.randrange(4))]
+        cases[-1] += [
+            dice.choice([dice.choice(COMMANDS), words(dice)]) for _ in range(dice.randrange(4))
+        ]
     texts = [text for text, _, _ in in_the_shell("command_of(case)[0]", cases, tmp_path)]
     script = f"cd {tmp_path}\n"
     for number, (case, text) in enumerate(zip(cases, texts, strict=True)):
-        for name, called in ((f"here.{number}", case), (f"there.{number}", ["-c", "--", text, "bash"])):
+        for name, called in (
+            (f"here.{number}", case),
+            (f"there.{number}", ["-c", "--", text, "bash"]),
+        ):
             if isinstance(text, str):
                 script += f"(exec -a bash /bin/bash {' '.join(map(pp.quote, called))}) <std0 >{name} 2>/dev/null\n"
                 script += f"echo $? >>{name}\n"
-    subprocess.run(["bash"], input=os.fsencode(script), env={**os.environ, "HOME": str(tmp_path)}, check=True)
+    subprocess.run(
+        ["bash"], input=os.fsencode(script), env={**os.environ, "HOME": str(tmp_path)}, check=True
+    )
     for number, (case, text) in enumerate(zip(cases, texts, strict=True)):
         if isinstance(text, str):
-            here, there = ((tmp_path / f"{name}.{number}").read_bytes() for name in ("here", "there"))
+            here, there = (
+                (tmp_path / f"{name}.{number}").read_bytes() for name in ("here", "there")
+            )
             assert here == there, (case, text)
         else:  # refused
             assert text[1] in (1, 126, 127), (case, text)
@@ -1073,20 +1340,37 @@ def test_an_end_that_makes_no_sense_is_a_status_and_a_line_too(tmp_path: pathlib
     assert short == [told for _, told in FINALS]
 
 
-def test_whatever_a_server_sends_the_shell_ends_with_a_status_and_a_line(tmp_path: pathlib.Path) -> None:
+def test_whatever_a_server_sends_the_shell_ends_with_a_status_and_a_line(
+    tmp_path: pathlib.Path,
+) -> None:
     dice = random.Random(4)
     (tmp_path / "std0").touch()
-    finals = ['{"exit_code":%s}', '{"exit_code":%s,"ended":"exit"}', '{"error":%s,"exit_code":1}', "%s"]
-    finals += ['{"error":"x","exit_code":%s,"ended":"lost"}', '{"error":%s,"exit_code":7,"ended":"lost"}']
+    finals = [
+        '{"exit_code":%s}',
+        '{"exit_code":%s,"ended":"exit"}',
+        '{"error":%s,"exit_code":1}',
+        "%s",
+    ]
+    finals += [
+        '{"error":"x","exit_code":%s,"ended":"lost"}',
+        '{"error":%s,"exit_code":7,"ended":"lost"}',
+    ]
     hello = f"HTTP/1.1 101 x\r\nSec-WebSocket-Accept: {pp.WS_ACCEPT.decode()}\r\n\r\n".encode()
     said = []
     for _ in range(100 * FUZZ):
         frames = hello
         for _ in range(dice.randrange(4)):
-            value = dice.choice([json.dumps(junk(dice, 0, 255, 256, 3, -1, "two\nlines")), "9" * 5000, "[" * 5000])
+            value = dice.choice(
+                [json.dumps(junk(dice, 0, 255, 256, 3, -1, "two\nlines")), "9" * 5000, "[" * 5000]
+            )
             final = b"\3" + (dice.choice(finals) % value).encode()
-            data = bytes([dice.choice((1, 2, 2, dice.randrange(256)))]) + dice.randbytes(dice.randrange(300))
-            kind, width = dice.choice((0x82, 0x82, 0x82, dice.randrange(256))), dice.choice((0, 0, 2, 8))
+            data = bytes([dice.choice((1, 2, 2, dice.randrange(256)))]) + dice.randbytes(
+                dice.randrange(300)
+            )
+            kind, width = (
+                dice.choice((0x82, 0x82, 0x82, dice.randrange(256))),
+                dice.choice((0, 0, 2, 8)),
+            )
             frames += server_frame(dice.choice((final, data)), kind, width)
         said.append(spoil(dice, frames) if dice.random() < 0.5 else frames)
     with socket.create_server(("127.0.0.1", 0), backlog=5) as listener:
@@ -1133,23 +1417,57 @@ BAD_BODIES: list[tuple[bytes, str]] = [
     (b'{"cmd": "a\\u0000b"}', "cmd"),
     (b'{"cmd": %s}' % SURROGATE, "cmd"),
     (b'{"cmd": "%s"}' % (b"x" * (8 * 1024 * 1024 + 1)), "cmd"),
-    *[(b'{"cmd": "true", "cwd": %s}' % value, "cwd") for value in (b"3", b'"a\\u0000"', b'"nowhere"', b'".."', b'"/"')],
-    *[(b'{"cmd": "true", "agent_name": %s}' % v, "agent_name") for v in (b'""', b'"a b"', b'"-a"', b'"a:b"', b"null")],
+    *[
+        (b'{"cmd": "true", "cwd": %s}' % value, "cwd")
+        for value in (b"3", b'"a\\u0000"', b'"nowhere"', b'".."', b'"/"')
+    ],
+    *[
+        (b'{"cmd": "true", "agent_name": %s}' % v, "agent_name")
+        for v in (b'""', b'"a b"', b'"-a"', b'"a:b"', b"null")
+    ],
     (b'{"cmd": "true", "agent_name": "%s"}' % (b"a" * 65), "agent_name"),
     (b'{"cmd": "true", "agent_name": "a\\n"}', "agent_name"),
-    *[(b'{"cmd": "true", "usage_id": %s}' % value, "usage_id") for value in (b"1", b'"\\u0000"', SURROGATE)],
-    *[(b'{"cmd": "true", "session_id": %s}' % value, "session_id") for value in (b"{}", b'"\\u0000"')],
+    *[
+        (b'{"cmd": "true", "usage_id": %s}' % value, "usage_id")
+        for value in (b"1", b'"\\u0000"', SURROGATE)
+    ],
+    *[
+        (b'{"cmd": "true", "session_id": %s}' % value, "session_id")
+        for value in (b"{}", b'"\\u0000"')
+    ],
     *[
         (b'{"cmd": "true", "timeout": %s}' % value, "timeout")
-        for value in (b"0", b"-1", b"86401", b"true", b"null", b'"5"', b"NaN", b"Infinity", b"1e999", b"9" * 400)
+        for value in (
+            b"0",
+            b"-1",
+            b"86401",
+            b"true",
+            b"null",
+            b'"5"',
+            b"NaN",
+            b"Infinity",
+            b"1e999",
+            b"9" * 400,
+        )
     ],
     *[(b'{"cmd": "true", "stdin": %s}' % value, "stdin") for value in (b"1", b"[]", SURROGATE)],
     *[
         (b'{"cmd": "true", "env": %s}' % value, "env")
-        for value in (b"[]", b"null", b'{"A": 1}', b'{"": "x"}', b'{"A=B": "x"}', b'{"A": "\\u0000"}')
+        for value in (
+            b"[]",
+            b"null",
+            b'{"A": 1}',
+            b'{"": "x"}',
+            b'{"A=B": "x"}',
+            b'{"A": "\\u0000"}',
+        )
     ],
     (b'{"cmd": "true", "env": {"A": "%s"}}' % (b"x" * 200_000), "env"),
-    (b'{"cmd": "true", "env": {%s}}' % b",".join(b'"A%d": "%s"' % (i, b"x" * 60_000) for i in range(12)), "env"),
+    (
+        b'{"cmd": "true", "env": {%s}}'
+        % b",".join(b'"A%d": "%s"' % (i, b"x" * 60_000) for i in range(12)),
+        "env",
+    ),
     *[
         (b'{"cmd": "true", "max_output": %s}' % value, "max_output")
         for value in (b"0", b"-5", b"true", b"1.5", b"null", b"67108865", b'"9"')
@@ -1167,7 +1485,10 @@ def test_bad_input_is_a_400_that_names_the_field(proxy: Proxy, body: bytes, fiel
 
 
 def test_unknown_fields_are_ignored(proxy: Proxy, agent: str) -> None:
-    assert proxy.exec("echo ok", agent_name=agent, unknown={"x": [1]}, nan=float("nan"))["stdout"] == "ok\n"
+    assert (
+        proxy.exec("echo ok", agent_name=agent, unknown={"x": [1]}, nan=float("nan"))["stdout"]
+        == "ok\n"
+    )
 
 
 def test_the_seed_names_can_be_used_as_before() -> None:
@@ -1175,7 +1496,10 @@ def test_the_seed_names_can_be_used_as_before() -> None:
     request = pp.ExecRequest(cmd="ls", cwd="", usage_id=None, session_id=None, agent_name="poco")
     assert (request.timeout, request.max_output) == (300, 1024 * 1024)
     assert pp.CommandResult(output="x", exit_code=0).ended == "exit"
-    assert pp.ExecResponse(stdout="x", exit_code=0, error=None).to_wire() == '{"stdout":"x","exit_code":0}'
+    assert (
+        pp.ExecResponse(stdout="x", exit_code=0, error=None).to_wire()
+        == '{"stdout":"x","exit_code":0}'
+    )
     driver = pp.PocketCoderDriver("/nowhere/at/all", "pocketcoder")
     assert (driver.socket_path, driver.session_name) == ("/nowhere/at/all", "pocketcoder")
     assert pp.AppState(sessions=pp.SessionMap(), driver=driver).driver is driver
@@ -1196,12 +1520,16 @@ FIELDS: dict[str, tuple[Any, ...]] = {  # and what they may be
 }
 
 
-def test_whatever_the_body_is_it_is_a_request_as_promised_or_refused(tmp_path: pathlib.Path) -> None:
+def test_whatever_the_body_is_it_is_a_request_as_promised_or_refused(
+    tmp_path: pathlib.Path,
+) -> None:
     dice, workspace, taken, said = random.Random(5), str(tmp_path), 0, set[str]()
     (tmp_path / "sub").mkdir()
     for _ in range(3000 * FUZZ):
         fields = {"cmd": "true"} if dice.random() < 0.9 else {}
-        fields |= {name: junk(dice, *FIELDS[name]) for name in dice.choices([*FIELDS], k=dice.randrange(4))}
+        fields |= {
+            name: junk(dice, *FIELDS[name]) for name in dice.choices([*FIELDS], k=dice.randrange(4))
+        }
         body = json.dumps(fields if dice.random() < 0.95 else junk(dice, fields)).encode()
         if dice.random() < 0.3:
             body = spoil(dice, body)
@@ -1213,7 +1541,10 @@ def test_whatever_the_body_is_it_is_a_request_as_promised_or_refused(tmp_path: p
         taken += 1
         texts = [got.cmd, got.cwd, got.agent_name, *got.env, *got.env.values()]
         texts += [text for text in (got.usage_id, got.session_id) if text is not None]
-        assert all(isinstance(text, str) and "\0" not in text and text.encode() is not None for text in texts), body
+        assert all(
+            isinstance(text, str) and "\0" not in text and text.encode() is not None
+            for text in texts
+        ), body
         assert got.cmd, body
         assert got.stdin is None or got.stdin.encode() is not None, body
         assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", got.agent_name), body
@@ -1241,7 +1572,16 @@ def test_words_reach_tmux_as_they_are(proxy: Proxy) -> None:
             tmux.close()
             await tmux.ended.wait()
 
-    for word in ("plain", "it's", '"; kill-server', "$HOME ~ {a} ; b \\", "#{pane_id}", "%end 1 2 3", "-x", "é"):
+    for word in (
+        "plain",
+        "it's",
+        '"; kill-server',
+        "$HOME ~ {a} ; b \\",
+        "#{pane_id}",
+        "%end 1 2 3",
+        "-x",
+        "é",
+    ):
         assert asyncio.run(there_and_back(word)) == [word]
 
 
@@ -1259,7 +1599,9 @@ def test_a_refused_command_is_an_error_with_what_tmux_said(proxy: Proxy) -> None
     asyncio.run(ask())
 
 
-def test_a_lost_connection_fails_every_question_at_once(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_connection_fails_every_question_at_once(
+    proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
     async def ask() -> None:
         tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", None)
         os.kill(tmux.process.get_pid(), signal.SIGKILL)
@@ -1274,7 +1616,17 @@ def test_a_lost_connection_fails_every_question_at_once(proxy: Proxy, caplog: py
 
 def test_replies_of_tmux_are_the_same_however_they_are_cut() -> None:
     dice = random.Random(6)
-    lines = ["", "x", "é", "\udcff", "%end 1 2 0", "%error", "%begin 1 2 1", "%exit", "%output %1 x"]
+    lines = [
+        "",
+        "x",
+        "é",
+        "\udcff",
+        "%end 1 2 0",
+        "%error",
+        "%begin 1 2 1",
+        "%exit",
+        "%output %1 x",
+    ]
 
     async def read(pieces: list[bytes], count: int) -> Any:
         told: list[int] = []
@@ -1291,19 +1643,34 @@ def test_replies_of_tmux_are_the_same_however_they_are_cut() -> None:
             wrote, expected, notices = "%begin 1 1 0\nattached\n%end 1 1 0\n", [], 0
             for number in range(dice.randrange(5)):
                 for _ in range(dice.randrange(3)):
-                    wrote += dice.choice(["%window-add @1\n", "%session-changed $1 é\n", "\n", "noise\n"])
+                    wrote += dice.choice(
+                        ["%window-add @1\n", "%session-changed $1 é\n", "\n", "noise\n"]
+                    )
                     notices += 1
-                reply, end = dice.choices(lines, k=dice.randrange(4)), dice.choice(["%end", "%error"])
-                expected.append(
-                    (end, [line.encode(errors="surrogateescape").decode(errors="replace") for line in reply])
+                reply, end = (
+                    dice.choices(lines, k=dice.randrange(4)),
+                    dice.choice(["%end", "%error"]),
                 )
-                wrote += "".join(f"{line}\n" for line in (f"%begin 9 {number} 1", *reply, f"{end} 9 {number} 1"))
+                expected.append(
+                    (
+                        end,
+                        [
+                            line.encode(errors="surrogateescape").decode(errors="replace")
+                            for line in reply
+                        ],
+                    )
+                )
+                wrote += "".join(
+                    f"{line}\n" for line in (f"%begin 9 {number} 1", *reply, f"{end} 9 {number} 1")
+                )
             data = (wrote + dice.choice(["", "%begin", "%beg"])).encode(errors="surrogateescape")
             for pieces in cuts(dice, data):
                 seen, unread, replies = await read(pieces, len(expected))
                 assert (seen, unread) == (notices, data.rpartition(b"\n")[2]), pieces
                 for (end, reply), got in zip(expected, replies, strict=True):
-                    assert str(got) == f"tmux: {' '.join(reply)}" if end == "%error" else got == reply, pieces
+                    assert (
+                        str(got) == f"tmux: {' '.join(reply)}" if end == "%error" else got == reply
+                    ), pieces
 
     asyncio.run(check())
 
@@ -1373,7 +1740,9 @@ def test_a_command_behaves_as_with_bash_c(proxy: Proxy, agent: str, cmd: str) ->
     here = subprocess.run(words, stdin=subprocess.DEVNULL, cwd=proxy.workspace, check=False, **both)  # type: ignore[call-overload]
     there = proxy.exec(cmd, agent_name="alike")
     assert there["stdout"] == here.stdout.decode(errors="replace")
-    assert there["exit_code"] == (here.returncode if here.returncode >= 0 else 128 - here.returncode)
+    assert there["exit_code"] == (
+        here.returncode if here.returncode >= 0 else 128 - here.returncode
+    )
     assert (there["ended"], there["truncated"], there.get("error")) == ("exit", False, None)
     assert there["output_bytes"] == len(here.stdout)
 
@@ -1386,18 +1755,33 @@ def write(proxy: Proxy, text: str) -> str:
 
 def test_the_answer_has_every_field_of_the_contract(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec("sleep 0.1; exit 2", agent_name=agent)
-    assert set(answer) == {"stdout", "exit_code", "ended", "truncated", "output_bytes", "duration_ms", "run_id"}
-    assert 50 <= answer["duration_ms"] < 5000  # it counts from the report of the start, which may come late
+    assert set(answer) == {
+        "stdout",
+        "exit_code",
+        "ended",
+        "truncated",
+        "output_bytes",
+        "duration_ms",
+        "run_id",
+    }
+    assert (
+        50 <= answer["duration_ms"] < 5000
+    )  # it counts from the report of the start, which may come late
     assert answer["run_id"] != proxy.exec("true", agent_name=agent)["run_id"]
 
 
 def test_nothing_of_a_command_reaches_the_next(proxy: Proxy, agent: str) -> None:
-    proxy.exec("cd /; export LEAK=1; alias true=false; set -e; trap 'echo x' EXIT; exit 1", agent_name=agent)
+    proxy.exec(
+        "cd /; export LEAK=1; alias true=false; set -e; trap 'echo x' EXIT; exit 1",
+        agent_name=agent,
+    )
     answer = proxy.exec('echo "${LEAK-none} $PWD"; true; echo $?', agent_name=agent)
     assert answer["stdout"] == f"none {proxy.workspace}\n0\n"
 
 
-def test_the_pane_lends_its_exports_but_no_aliases_functions_or_descriptors(proxy: Proxy, agent: str) -> None:
+def test_the_pane_lends_its_exports_but_no_aliases_functions_or_descriptors(
+    proxy: Proxy, agent: str
+) -> None:
     proxy.exec("true", agent_name=agent)
     proxy.type(
         agent,
@@ -1405,7 +1789,9 @@ def test_the_pane_lends_its_exports_but_no_aliases_functions_or_descriptors(prox
         "Enter",
     )
     eventually(lambda: proxy.exec("echo $SHARED", agent_name=agent)["stdout"] == "yes\n")
-    answer = proxy.exec("ls -d /; type -t ls; ls /proc/self/fd | tr '\\n' ' '; pwd", agent_name=agent, cwd="")
+    answer = proxy.exec(
+        "ls -d /; type -t ls; ls /proc/self/fd | tr '\\n' ' '; pwd", agent_name=agent, cwd=""
+    )
     assert answer["stdout"] == f"/\nfile\n0 1 2 3 {proxy.workspace}\n"
     assert len(proxy.panes(agent)) == 1
 
@@ -1426,11 +1812,29 @@ def test_variables_say_what_runs_and_keep_programs_from_waiting(proxy: Proxy, ag
     names = "POCKETCODER_AGENT POCKETCODER_SESSION_ID POCKETCODER_USAGE_ID PAGER GIT_PAGER MANPAGER GIT_TERMINAL_PROMPT"
     show = f"for n in {names} DEBIAN_FRONTEND; do echo ${{!n}}; done; echo $POCKETCODER_RUN_ID"
     answer = proxy.exec(show, agent_name=agent, session_id="s 'x'", usage_id='u"$y')
-    expected = [agent, "s 'x'", 'u"$y', "cat", "cat", "cat", "0", "noninteractive", answer["run_id"]]
+    expected = [
+        agent,
+        "s 'x'",
+        'u"$y',
+        "cat",
+        "cat",
+        "cat",
+        "0",
+        "noninteractive",
+        answer["run_id"],
+    ]
     assert answer["stdout"].splitlines() == expected
-    asked = {"PAGER": "less", "POCKETCODER_AGENT": "me", "odd.name": "v = 'w'\nx", "UID": "7", "EMPTY": ""}
+    asked = {
+        "PAGER": "less",
+        "POCKETCODER_AGENT": "me",
+        "odd.name": "v = 'w'\nx",
+        "UID": "7",
+        "EMPTY": "",
+    }
     answer = proxy.exec(
-        "env -0 | grep -zE '^(PAGER|POCKETCODER_AGENT|odd.name|EMPTY)=' | sort -z", agent_name=agent, env=asked
+        "env -0 | grep -zE '^(PAGER|POCKETCODER_AGENT|odd.name|EMPTY)=' | sort -z",
+        agent_name=agent,
+        env=asked,
     )
     assert answer["stdout"].split("\0")[:-1] == [
         "EMPTY=",
@@ -1447,7 +1851,19 @@ def test_stdin_is_what_was_given_byte_for_byte(proxy: Proxy, agent: str) -> None
     assert proxy.exec("cat; echo end", agent_name=agent, stdin="")["stdout"] == "end\n"
 
 
-ODD_DIRECTORIES = ["a b", "it's", 'say "hi"', "$(touch evil)", "`x`", "a\nb", "-rf", "é漢", "*", "\\", "#{pane_id}"]
+ODD_DIRECTORIES = [
+    "a b",
+    "it's",
+    'say "hi"',
+    "$(touch evil)",
+    "`x`",
+    "a\nb",
+    "-rf",
+    "é漢",
+    "*",
+    "\\",
+    "#{pane_id}",
+]
 
 
 @pytest.mark.parametrize("name", ODD_DIRECTORIES)
@@ -1459,13 +1875,18 @@ def test_a_directory_may_have_any_name(proxy: Proxy, name: str) -> None:
     assert not pathlib.Path(proxy.workspace, "evil").exists()
 
 
-def test_a_directory_outside_the_workspace_is_refused_also_through_a_link(proxy: Proxy, agent: str) -> None:
+def test_a_directory_outside_the_workspace_is_refused_also_through_a_link(
+    proxy: Proxy, agent: str
+) -> None:
     os.symlink("/etc", f"{proxy.workspace}/link")
     os.symlink(proxy.workspace, f"{proxy.folder}/way")
     for cwd in ("link", "..", "/etc", f"{proxy.workspace}-other", "link/../.."):
         status, answer = proxy.post({"cmd": "pwd", "cwd": cwd, "agent_name": agent})
         assert (status, "cwd" in answer["error"]) == (400, True), cwd
-    assert proxy.exec("pwd", cwd=f"{proxy.folder}/way", agent_name=agent)["stdout"] == f"{proxy.workspace}\n"
+    assert (
+        proxy.exec("pwd", cwd=f"{proxy.folder}/way", agent_name=agent)["stdout"]
+        == f"{proxy.workspace}\n"
+    )
     pathlib.Path(proxy.workspace, "plain").touch()
     assert proxy.post({"cmd": "pwd", "cwd": "plain"})[0] == 400
 
@@ -1480,13 +1901,18 @@ def test_a_long_command_still_says_what_it_is_called(proxy: Proxy, agent: str) -
 def test_output_beyond_the_limit_keeps_both_ends(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec("seq -w 1 100000", agent_name=agent, max_output=1000)
     text, whole = answer["stdout"], "".join(f"{i:06}\n" for i in range(1, 100001))
-    head, gap, tail = re.fullmatch(r"(?s)(.*?\n)\[pocketcoder: (\d+) bytes left out\]\n(.*)", text).groups()  # type: ignore[union-attr]
+    head, gap, tail = re.fullmatch(
+        r"(?s)(.*?\n)\[pocketcoder: (\d+) bytes left out\]\n(.*)", text
+    ).groups()  # type: ignore[union-attr]
     assert whole.startswith(head.rstrip("\n"))
     assert whole.endswith(tail)
     assert (answer["truncated"], answer["output_bytes"]) == (True, len(whole))
     assert len(tail) == 500
     assert int(gap) == len(whole) - 1000
-    assert proxy.exec("head -c 1000 /dev/zero", agent_name=agent, max_output=1000)["truncated"] is False
+    assert (
+        proxy.exec("head -c 1000 /dev/zero", agent_name=agent, max_output=1000)["truncated"]
+        is False
+    )
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 10, 11, 64])
@@ -1530,10 +1956,15 @@ def test_two_agents_do_not_wait_for_each_other(proxy: Proxy, agent: str) -> None
     assert slow.result()["stdout"] == "slow\n"
 
 
-def test_a_busy_pane_sends_the_next_command_to_one_of_its_own_up_to_four(proxy: Proxy, agent: str) -> None:
+def test_a_busy_pane_sends_the_next_command_to_one_of_its_own_up_to_four(
+    proxy: Proxy, agent: str
+) -> None:
     gate = f"{proxy.folder}/{agent}"
     calls = [
-        proxy.start_exec(f"until [ -e {gate} ]; do sleep 0.02; done; tty </dev/tty", agent_name=agent) for _ in range(6)
+        proxy.start_exec(
+            f"until [ -e {gate} ]; do sleep 0.02; done; tty </dev/tty", agent_name=agent
+        )
+        for _ in range(6)
     ]
     eventually(lambda: len(proxy.panes(agent)) == 4)
     time.sleep(0.3)
@@ -1571,7 +2002,11 @@ def test_the_queue_is_first_come_first_served_and_ends_in_503(own: Callable[...,
 def test_two_hundred_clients_at_once_get_their_own_answers(proxy: Proxy) -> None:
     def wrong(number: int) -> dict[str, Any]:
         answer = proxy.exec(f"echo {number}; exit {number % 100}", agent_name=f"many{number % 20}")
-        return answer if (answer["stdout"], answer["exit_code"]) != (f"{number}\n", number % 100) else {}
+        return (
+            answer
+            if (answer["stdout"], answer["exit_code"]) != (f"{number}\n", number % 100)
+            else {}
+        )
 
     with ThreadPoolExecutor(200) as pool:
         assert [answer for answer in pool.map(wrong, range(200)) if answer] == []
@@ -1580,7 +2015,9 @@ def test_two_hundred_clients_at_once_get_their_own_answers(proxy: Proxy) -> None
 def test_a_terminal_of_somebody_else_is_used_as_it_is(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
-    server.tmux("new-window", "-d", "-n", "mine:terminal", "-e", "MINE=1", "--", "/bin/bash", "--norc", "-i")
+    server.tmux(
+        "new-window", "-d", "-n", "mine:terminal", "-e", "MINE=1", "--", "/bin/bash", "--norc", "-i"
+    )
     pane = eventually(lambda: server.panes("mine"))
     assert server.exec("echo $MINE", agent_name="mine")["stdout"] == "1\n"
     assert server.panes("mine") == pane
@@ -1588,7 +2025,14 @@ def test_a_terminal_of_somebody_else_is_used_as_it_is(own: Callable[..., Proxy])
 
 @pytest.mark.parametrize(
     "shell",
-    ["/bin/sh -i", "dash -i", "zsh -f -i", "busybox ash -i", "bash --norc -o vi -i", "bash -c 'exec bash --norc -i'"],
+    [
+        "/bin/sh -i",
+        "dash -i",
+        "zsh -f -i",
+        "busybox ash -i",
+        "bash --norc -o vi -i",
+        "bash -c 'exec bash --norc -i'",
+    ],
 )
 @pytest.mark.slow
 def test_any_posix_shell_in_the_pane_will_do(own: Callable[..., Proxy], shell: str) -> None:
@@ -1612,7 +2056,9 @@ def test_any_posix_shell_in_the_pane_will_do(own: Callable[..., Proxy], shell: s
     ]:
         answer = server.exec(cmd, agent_name="mine")
         assert (answer["stdout"], answer["exit_code"]) == (output, code)
-    assert len(server.panes("mine")) <= 2, server.screen("mine") + server.logged()  # 2: a slow machine
+    assert len(server.panes("mine")) <= 2, (
+        server.screen("mine") + server.logged()
+    )  # 2: a slow machine
 
 
 def test_nothing_is_typed_into_a_program_that_a_person_runs(proxy: Proxy, agent: str) -> None:
@@ -1629,7 +2075,16 @@ def test_nothing_is_typed_into_a_program_that_a_person_runs(proxy: Proxy, agent:
 def test_nothing_is_typed_into_a_script_or_a_builtin_that_reads(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
-    server.tmux("new-window", "-d", "-n", "a:terminal", "--", "bash", "-c", 'while read -r x; do echo "got $x"; done')
+    server.tmux(
+        "new-window",
+        "-d",
+        "-n",
+        "a:terminal",
+        "--",
+        "bash",
+        "-c",
+        'while read -r x; do echo "got $x"; done',
+    )
     server.tmux("new-window", "-d", "-n", "b:terminal", "--", "bash", "--norc", "-i")
     eventually(lambda: "bash" in server.screen("b"))
     server.exec("true", agent_name="b")
@@ -1658,7 +2113,9 @@ def test_copy_mode_in_every_pane_is_left_rather_than_waited_for(proxy: Proxy, ag
 
 
 @pytest.mark.parametrize("shell", ["bash --norc -i", "bash --norc -i -o vi", "dash -i"])
-@pytest.mark.parametrize("enter", [[], pytest.param(["Enter"], marks=pytest.mark.slow)], ids=["half", "whole"])
+@pytest.mark.parametrize(
+    "enter", [[], pytest.param(["Enter"], marks=pytest.mark.slow)], ids=["half", "whole"]
+)
 def test_what_is_typed_during_a_command_is_no_part_of_the_next(
     proxy: Proxy, agent: str, shell: str, enter: list[str]
 ) -> None:
@@ -1705,7 +2162,9 @@ PENDING = [
 
 @pytest.mark.parametrize("wait", [0, 0.3])
 @pytest.mark.slow
-def test_a_continuation_prompt_is_left_and_nothing_of_it_runs(proxy: Proxy, agent: str, wait: float) -> None:
+def test_a_continuation_prompt_is_left_and_nothing_of_it_runs(
+    proxy: Proxy, agent: str, wait: float
+) -> None:
     def leave(number: int) -> None:
         name, file = f"{agent}-{number}", f"{proxy.folder}/{agent}-{number}"
         proxy.exec("true", agent_name=name)
@@ -1729,7 +2188,9 @@ def test_a_program_in_a_synchronized_pane_gets_nothing(proxy: Proxy, agent: str)
     eventually(lambda: os.path.exists(f"{proxy.folder}/{agent}"))
     pane = proxy.pane(agent)
     proxy.exec("true", agent_name=agent)
-    proxy.tmux("set-option", "-w", "-t", pane, "synchronize-panes", "on")  # just before the prompt is noted
+    proxy.tmux(
+        "set-option", "-w", "-t", pane, "synchronize-panes", "on"
+    )  # just before the prompt is noted
     time.sleep(0.2)
     for number in range(3):
         answer = proxy.exec(f"echo {number}", agent_name=agent, timeout=2)
@@ -1742,18 +2203,31 @@ SETTINGS += ["exec() { :; }", "echo() { command echo mine; }"]
 
 
 @pytest.mark.parametrize("typed", SETTINGS)
-def test_what_a_person_sets_in_the_shell_changes_no_answer(proxy: Proxy, agent: str, typed: str) -> None:
+def test_what_a_person_sets_in_the_shell_changes_no_answer(
+    proxy: Proxy, agent: str, typed: str
+) -> None:
     proxy.exec("true", agent_name=agent)
     time.sleep(0.2)
     proxy.type(agent, typed, "Enter")
     time.sleep(0.2)
     for code in (0, 55):
         answer = proxy.exec(f"echo {code}; exit {code}", agent_name=agent, env={"SECRET": "s3cret"})
-        assert (answer["stdout"], answer["exit_code"], answer["ended"]) == (f"{code}\n", code, "exit")
+        assert (answer["stdout"], answer["exit_code"], answer["ended"]) == (
+            f"{code}\n",
+            code,
+            "exit",
+        )
     assert len(proxy.panes(agent)) == 1
 
 
-KEYS = [["C-r", "x"], ["Escape"], ["set -o vi", "Enter", "abc", "Escape"], ["C-v"], ["M-5"], ["C-x"]]
+KEYS = [
+    ["C-r", "x"],
+    ["Escape"],
+    ["set -o vi", "Enter", "abc", "Escape"],
+    ["C-v"],
+    ["M-5"],
+    ["C-x"],
+]
 
 
 @pytest.mark.slow
@@ -1809,7 +2283,11 @@ def test_a_timeout_ends_the_whole_tree(proxy: Proxy, agent: str) -> None:
     def end(number: int) -> None:
         name, started = f"{agent}-{number}", time.monotonic()
         answer = proxy.exec(f"echo before; {TREES[number]}", agent_name=name, timeout=0.3)
-        assert (answer["ended"], answer["exit_code"], answer["stdout"][:7]) == ("timeout", 124, "before\n")
+        assert (answer["ended"], answer["exit_code"], answer["stdout"][:7]) == (
+            "timeout",
+            124,
+            "before\n",
+        )
         assert "0.3 s" in answer["error"]
         assert 0.3 <= time.monotonic() - started < 10
         eventually(lambda: not processes_with(f"POCKETCODER_RUN_ID={answer['run_id']}"))
@@ -1825,7 +2303,9 @@ def test_ending_one_run_does_no_harm_to_the_next_ones(proxy: Proxy, agent: str) 
         name = f"{agent}-{number}"
         assert proxy.exec("sleep 30", agent_name=name, timeout=0.2)["ended"] == "timeout"
         count = 26 // number  # until after the last step of the ladder
-        answers = [proxy.exec(f"sleep {0.1 * number}; echo ok", agent_name=name) for _ in range(count)]
+        answers = [
+            proxy.exec(f"sleep {0.1 * number}; echo ok", agent_name=name) for _ in range(count)
+        ]
         return [(answer["exit_code"], answer["stdout"]) for answer in answers]
 
     with ThreadPoolExecutor(4) as pool:
@@ -1834,13 +2314,17 @@ def test_ending_one_run_does_no_harm_to_the_next_ones(proxy: Proxy, agent: str) 
 
 
 def test_a_command_may_clean_up_when_its_time_is_over(proxy: Proxy, agent: str) -> None:
-    answer = proxy.exec("trap 'echo clean; exit 5' TERM; sleep 60 & wait", agent_name=agent, timeout=0.3)
+    answer = proxy.exec(
+        "trap 'echo clean; exit 5' TERM; sleep 60 & wait", agent_name=agent, timeout=0.3
+    )
     assert (answer["stdout"], answer["exit_code"], answer["ended"]) == ("clean\n", 124, "timeout")
 
 
 @pytest.mark.slow
 def test_waiting_in_the_queue_is_not_counted_as_time(proxy: Proxy, agent: str) -> None:
-    calls = [proxy.start_exec("sleep 0.7; echo done", agent_name=agent, timeout=1.2) for _ in range(8)]
+    calls = [
+        proxy.start_exec("sleep 0.7; echo done", agent_name=agent, timeout=1.2) for _ in range(8)
+    ]
     assert [call.result()["stdout"] for call in calls] == ["done\n"] * 8
 
 
@@ -1848,7 +2332,10 @@ def test_a_caller_that_leaves_takes_its_command_along(proxy: Proxy, agent: str) 
     mark = f"sleep 61.{agent[1:5]}"
     connection = proxy.connect()
     connection.request(
-        "POST", "/exec", json.dumps({"cmd": f"{mark}; true", "agent_name": agent}), {"Content-Type": "application/json"}
+        "POST",
+        "/exec",
+        json.dumps({"cmd": f"{mark}; true", "agent_name": agent}),
+        {"Content-Type": "application/json"},
     )
     eventually(lambda: processes_with(mark.replace(" ", "\0")))
     connection.close()
@@ -1858,7 +2345,10 @@ def test_a_caller_that_leaves_takes_its_command_along(proxy: Proxy, agent: str) 
 
 def test_a_caller_that_leaves_the_queue_is_not_run(proxy: Proxy, agent: str) -> None:
     gate = f"{proxy.folder}/{agent}"
-    running = [proxy.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done", agent_name=agent) for _ in range(4)]
+    running = [
+        proxy.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done", agent_name=agent)
+        for _ in range(4)
+    ]
     eventually(lambda: len(processes_with(f"[ -e {gate} ]")) >= 4)
     connection = proxy.connect()
     connection.request(
@@ -1888,7 +2378,9 @@ def test_background_processes_live_on_and_their_output_is_nobodys(proxy: Proxy, 
     eventually(lambda: os.path.exists(f"{gate}.out"))
 
 
-def test_a_background_flood_blocks_nobody_and_gives_its_descriptor_back(own: Callable[..., Proxy]) -> None:
+def test_a_background_flood_blocks_nobody_and_gives_its_descriptor_back(
+    own: Callable[..., Proxy],
+) -> None:
     server = own()
     assert "on\n" in server.exec("timeout 0.7 yes & echo on", max_output=64 << 20)["stdout"]
     assert server.exec("echo mine")["stdout"] == "mine\n"
@@ -1904,7 +2396,9 @@ def test_a_stopped_command_is_ended(proxy: Proxy, agent: str) -> None:
 
 def test_a_person_can_answer_a_question_and_interrupt(proxy: Proxy, agent: str) -> None:
     proxy.exec("true", agent_name=agent)
-    asked = proxy.start_exec("read -rsp 'Password: ' x </dev/tty 2>/dev/tty; echo \"got $x\"", agent_name=agent)
+    asked = proxy.start_exec(
+        "read -rsp 'Password: ' x </dev/tty 2>/dev/tty; echo \"got $x\"", agent_name=agent
+    )
     eventually(lambda: "Password:" in proxy.screen(agent))
     proxy.type(agent, "secret", "Enter")
     assert asked.result()["stdout"] == "got secret\n"
@@ -1915,7 +2409,9 @@ def test_a_person_can_answer_a_question_and_interrupt(proxy: Proxy, agent: str) 
     assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
 
 
-LOST = r"lost: (tmux has ended|\w+:terminal, pane %\d+, died); the next command starts a new terminal"
+LOST = (
+    r"lost: (tmux has ended|\w+:terminal, pane %\d+, died); the next command starts a new terminal"
+)
 DEATHS = {
     "shell": "kill -9 $(tmux -S {socket} display -p -t {pane} '#{{pane_pid}}')",
     "pane": "tmux -S {socket} kill-pane -t {pane}",
@@ -1933,11 +2429,17 @@ def test_a_terminal_that_dies_ends_its_command_and_the_next_gets_a_new_one(
 ) -> None:
     server = own()
     server.exec("true")
-    call = server.start_exec("echo before; (trap '' HUP TERM; sleep 62.5) & setsid sleep 62.6 & sleep 62.7")
+    call = server.start_exec(
+        "echo before; (trap '' HUP TERM; sleep 62.5) & setsid sleep 62.6 & sleep 62.7"
+    )
     eventually(lambda: len(processes_with("sleep\x0062.")) >= 3)
     pane = server.pane("poco")
     started = time.monotonic()
-    subprocess.run(["bash", "-c", DEATHS[death].format(socket=server.socket, pane=pane)], check=True, env=server.env)
+    subprocess.run(
+        ["bash", "-c", DEATHS[death].format(socket=server.socket, pane=pane)],
+        check=True,
+        env=server.env,
+    )
     answer = call.result()
     assert time.monotonic() - started < 10
     assert (answer["ended"], answer["exit_code"], answer["stdout"]) == ("lost", 137, "before\n")
@@ -1949,7 +2451,9 @@ def test_a_terminal_that_dies_ends_its_command_and_the_next_gets_a_new_one(
 
 
 @pytest.mark.slow
-def test_a_shell_without_descriptors_runs_nothing_of_older_commands(own: Callable[..., Proxy]) -> None:
+def test_a_shell_without_descriptors_runs_nothing_of_older_commands(
+    own: Callable[..., Proxy],
+) -> None:
     server = own()
     server.exec("cat >/dev/null <<'X'\n" + f"touch {server.folder}/old\n" * 200 + "X")
     time.sleep(0.2)
@@ -1965,7 +2469,9 @@ def test_a_terminal_that_died_idle_is_made_anew(own: Callable[..., Proxy], death
     server = own()
     server.exec("true")
     subprocess.run(
-        ["bash", "-c", DEATHS[death].format(socket=server.socket, pane=server.pane("poco"))], check=True, env=server.env
+        ["bash", "-c", DEATHS[death].format(socket=server.socket, pane=server.pane("poco"))],
+        check=True,
+        env=server.env,
     )
     started = time.monotonic()
     assert server.exec("echo next")["stdout"] == "next\n"
@@ -2023,7 +2529,10 @@ def test_a_tmux_that_does_not_answer_is_told_to_all_at_once(own: Callable[..., P
     tmux = int(server.tmux("display-message", "-p", "#{pid}"))
     os.kill(tmux, signal.SIGSTOP)
     begun = time.monotonic()
-    calls = [Background(partial(server.post, {"cmd": "true", "agent_name": f"a{number}"})) for number in range(8)]
+    calls = [
+        Background(partial(server.post, {"cmd": "true", "agent_name": f"a{number}"}))
+        for number in range(8)
+    ]
     for call in calls:
         status, answer = call.result()
         assert (status, "no answer within 5 s" in answer["error"]) == (503, True)
@@ -2035,10 +2544,15 @@ def test_a_tmux_that_does_not_answer_is_told_to_all_at_once(own: Callable[..., P
 
 @pytest.mark.parametrize("file", ["*.out", "*.cmd", "status"])
 @pytest.mark.slow
-def test_a_run_whose_files_are_wiped_just_before_its_start_is_run_anew(own: Callable[..., Proxy], file: str) -> None:
+def test_a_run_whose_files_are_wiped_just_before_its_start_is_run_anew(
+    own: Callable[..., Proxy], file: str
+) -> None:
     server = own()
     server.exec("true")
-    base, tmux = pathlib.Path(f"{server.socket}.d"), int(server.tmux("display-message", "-p", "#{pid}"))
+    base, tmux = (
+        pathlib.Path(f"{server.socket}.d"),
+        int(server.tmux("display-message", "-p", "#{pid}")),
+    )
     os.kill(tmux, signal.SIGSTOP)  # which is to type the line
     call = server.start_exec(f"ls /proc/self/fd; echo kept #{'x' * 40_000}")
     eventually(lambda: [path for path in base.rglob("*.cmd") if "echo kept" in path.read_text()])
@@ -2072,11 +2586,15 @@ PLANTS = {
 
 @pytest.mark.parametrize("plant", PLANTS)
 @pytest.mark.slow
-def test_what_a_command_puts_in_place_of_our_files_harms_no_other(own: Callable[..., Proxy], plant: str) -> None:
+def test_what_a_command_puts_in_place_of_our_files_harms_no_other(
+    own: Callable[..., Proxy], plant: str
+) -> None:
     server = own()
     precious = pathlib.Path(server.folder, "precious")
     precious.write_text("precious")
-    for call in [server.start_exec("true", agent_name=f"a{number}") for number in range(4)]:  # make four names
+    for call in [
+        server.start_exec("true", agent_name=f"a{number}") for number in range(4)
+    ]:  # make four names
         call.result()
     command = (RUNS + PLANTS[plant]).format(socket=server.socket, precious=precious)
     server.exec(command)
@@ -2098,8 +2616,23 @@ def workers() -> Iterator[Proxy]:
     os.makedirs(f"{folder}/tmux")
     os.chown(f"{folder}/tmux", WORKER, -1)
     os.chmod(folder, 0o755)
-    command = ["tmux", "-S", f"{folder}/tmux/s", "new-session", "-d", "-s", "pocketcoder", "-n", "poco:terminal"]
-    subprocess.run([*command, "--", "bash", "--norc", "-i"], check=True, user=WORKER, env={**os.environ, "HOME": "/"})
+    command = [
+        "tmux",
+        "-S",
+        f"{folder}/tmux/s",
+        "new-session",
+        "-d",
+        "-s",
+        "pocketcoder",
+        "-n",
+        "poco:terminal",
+    ]
+    subprocess.run(
+        [*command, "--", "bash", "--norc", "-i"],
+        check=True,
+        user=WORKER,
+        env={**os.environ, "HOME": "/"},
+    )
     server = Proxy(folder=folder)
     yield server
     server.remove()
@@ -2113,7 +2646,9 @@ def test_roots_commands_run_as_the_user_whose_the_terminals_are(workers: Proxy) 
     assert workers.exec("sleep 78.4 & wait", timeout=0.2)["ended"] == "timeout"
     base = pathlib.Path(f"{workers.socket}.d")
     assert (base.stat().st_uid, base.stat().st_mode & 0o777) == (0, 0o711)
-    assert {(path.stat().st_uid, path.stat().st_mode & 0o077) for path in base.glob("*")} == {(WORKER, 0)}
+    assert {(path.stat().st_uid, path.stat().st_mode & 0o077) for path in base.glob("*")} == {
+        (WORKER, 0)
+    }
     assert "those of user 65534" in workers.logged()
 
 
@@ -2133,9 +2668,13 @@ def test_a_worker_cannot_lead_root_to_files_and_processes_that_are_not_his(worke
         assert (precious.read_text(), precious.stat().st_uid) == ("precious", 0)
     victim = subprocess.Popen(["sleep", "77"], start_new_session=True)
     try:
-        workers.type("poco", "trap 'sleep 0.3' DEBUG", "Enter")  # so that the lie comes before the truth
+        workers.type(
+            "poco", "trap 'sleep 0.3' DEBUG", "Enter"
+        )  # so that the lie comes before the truth
         call = workers.start_exec("echo $PPID; sleep 76.5", timeout=0.3)
-        found = eventually(lambda: [text for path in folder.glob("*.go") if "76.5" in (text := path.read_text())])
+        found = eventually(
+            lambda: [text for path in folder.glob("*.go") if "76.5" in (text := path.read_text())]
+        )
         token = re.findall(r'"(\w{16}) start', found[0])[0]
         (folder / "status").write_text(f"{token} start {victim.pid}\n")
         assert call.result()["ended"] in ("timeout", "lost")
@@ -2171,46 +2710,68 @@ def test_runs_leave_no_files_and_no_descriptors(own: Callable[..., Proxy]) -> No
         server.exec(cmd, stdin="x")
     server.exec("sleep 9", timeout=0.1)
     server.post({"cmd": "true", "cwd": "nowhere"})
-    eventually(lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13)  # of up to three names
+    eventually(
+        lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13
+    )  # of up to three names
     before = server.descriptors()
     for number in range(50):
         server.exec(f"exit {number}", stdin="x" * number)
     eventually(lambda: server.descriptors() <= before)
-    eventually(lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13)  # of up to three names
+    eventually(
+        lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13
+    )  # of up to three names
     server.stop()
     assert list(pathlib.Path(f"{server.socket}.d").rglob("*")) == []
 
 
 @pytest.mark.slow
-def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(own: Callable[..., Proxy]) -> None:
+def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(
+    own: Callable[..., Proxy],
+) -> None:
     server = own()
     server.exec("true")
     files = f"{server.socket}.d"
-    for limited, shell in ((server.process.pid, False), (int(server.panes("poco")[0].split()[1]), True)):
+    for limited, shell in (
+        (server.process.pid, False),
+        (int(server.panes("poco")[0].split()[1]), True),
+    ):
         if shell:
             server.type("poco", "trap '' XFSZ", "Enter")
             eventually(lambda: "XFSZ" in server.screen("poco"))
         before = resource.prlimit(limited, resource.RLIMIT_FSIZE, (0, -1))
         began = time.monotonic()
         status, answer = server.post({"cmd": "true"})
-        assert (status, files in answer["error"], time.monotonic() - began < 5) == (503, True, True), answer
+        assert (status, files in answer["error"], time.monotonic() - began < 5) == (
+            503,
+            True,
+            True,
+        ), answer
         assert server.request("GET", "/health")[0] == 200
         resource.prlimit(limited, resource.RLIMIT_FSIZE, before)
         assert server.exec("echo ok")["stdout"] == "ok\n"
-        assert len(list(pathlib.Path(files).rglob("*"))) <= 10, os.listdir(files)  # of up to two names
+        assert len(list(pathlib.Path(files).rglob("*"))) <= 10, os.listdir(
+            files
+        )  # of up to two names
 
 
 @pytest.mark.slow
-def test_without_descriptors_runs_are_refused_and_those_that_run_go_on(own: Callable[..., Proxy]) -> None:
+def test_without_descriptors_runs_are_refused_and_those_that_run_go_on(
+    own: Callable[..., Proxy],
+) -> None:
     server = own()
     server.exec("true")
     kept, panes = server.connect(), server.panes("poco")
     kept.request("GET", "/health")
     assert kept.getresponse().read() == b"ok"
     running = server.start_exec("sleep 0.8; echo done")
-    ends = server.start_exec("trap '' TERM; sleep 9 & wait; sleep 9", agent_name="other", timeout=0.6)
+    ends = server.start_exec(
+        "trap '' TERM; sleep 9 & wait; sleep 9", agent_name="other", timeout=0.6
+    )
     eventually(lambda: processes_with("sleep\x000.8") and processes_with("sleep\x009"))
-    used, before = server.descriptors(), resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+    used, before = (
+        server.descriptors(),
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE),
+    )
     for limit in (used, 1):
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (limit, before[1]))
         kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
@@ -2228,8 +2789,14 @@ def test_without_descriptors_runs_are_refused_and_those_that_run_go_on(own: Call
 def test_a_child_needs_no_thread(own: Callable[..., Proxy]) -> None:
     server = own("--mcp-server", "none=false")
     server.exec("true")
-    size = int(re.findall(r"VmSize:\s+(\d+)", pathlib.Path(f"/proc/{server.process.pid}/status").read_text())[0])
-    resource.prlimit(server.process.pid, resource.RLIMIT_AS, (size * 1024 + 4 * pp.MIB, -1))  # a stack takes 8
+    size = int(
+        re.findall(
+            r"VmSize:\s+(\d+)", pathlib.Path(f"/proc/{server.process.pid}/status").read_text()
+        )[0]
+    )
+    resource.prlimit(
+        server.process.pid, resource.RLIMIT_AS, (size * 1024 + 4 * pp.MIB, -1)
+    )  # a stack takes 8
     answer = mcp(server, request("initialize", INITIALIZE), path="/servers/none/mcp")[2]
     assert "before it answered" in answer["error"]["message"]
     server.tmux("kill-server")
@@ -2237,14 +2804,21 @@ def test_a_child_needs_no_thread(own: Callable[..., Proxy]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_ends_while_its_files_cannot_go_does_not_hinder_the_next(own: Callable[..., Proxy]) -> None:
+def test_a_run_that_ends_while_its_files_cannot_go_does_not_hinder_the_next(
+    own: Callable[..., Proxy],
+) -> None:
     server = own()
     server.exec("true")
     running = server.start_exec("sleep 0.5; echo done")
     pid = eventually(lambda: [*pathlib.Path(f"{server.socket}.d").glob("*/*.pid")])[0]
     folder = pid.parent
-    if not shutil.which("chattr") or subprocess.run(["chattr", "+a", folder], capture_output=True).returncode:
-        pytest.skip("needs a file system and a user that can `chattr +a`")  # so that nothing can be removed
+    if (
+        not shutil.which("chattr")
+        or subprocess.run(["chattr", "+a", folder], capture_output=True).returncode
+    ):
+        pytest.skip(
+            "needs a file system and a user that can `chattr +a`"
+        )  # so that nothing can be removed
     try:
         assert running.result()["stdout"] == "done\n"
         assert server.exec("echo next")["stdout"] == "next\n"
@@ -2255,13 +2829,22 @@ def test_a_run_that_ends_while_its_files_cannot_go_does_not_hinder_the_next(own:
 
 
 @pytest.mark.slow
-def test_without_memory_every_run_is_answered_and_the_server_goes_on(own: Callable[..., Proxy]) -> None:
+def test_without_memory_every_run_is_answered_and_the_server_goes_on(
+    own: Callable[..., Proxy],
+) -> None:
     server = own()
     server.exec("true")
-    size = int(re.findall(r"VmSize:\s+(\d+)", pathlib.Path(f"/proc/{server.process.pid}/status").read_text())[0])
+    size = int(
+        re.findall(
+            r"VmSize:\s+(\d+)", pathlib.Path(f"/proc/{server.process.pid}/status").read_text()
+        )[0]
+    )
     resource.prlimit(server.process.pid, resource.RLIMIT_AS, (size * 1024 + 30 * pp.MIB, -1))
     flood = {"cmd": f"yes {server.folder}", "max_output": pp.MAX_OUTPUT, "timeout": 20}
-    for answer in [Background(partial(server.post, {**flood, "agent_name": f"m{number}"})) for number in range(3)]:
+    for answer in [
+        Background(partial(server.post, {**flood, "agent_name": f"m{number}"}))
+        for number in range(3)
+    ]:
         assert "memory" in answer.result(15)[1]["error"]
     resource.prlimit(server.process.pid, resource.RLIMIT_AS, (-1, -1))
     before = server.seconds()
@@ -2272,7 +2855,9 @@ def test_without_memory_every_run_is_answered_and_the_server_goes_on(own: Callab
 
 
 @pytest.mark.slow
-def test_a_command_that_ended_while_the_server_was_stopped_ended_in_time(own: Callable[..., Proxy]) -> None:
+def test_a_command_that_ended_while_the_server_was_stopped_ended_in_time(
+    own: Callable[..., Proxy],
+) -> None:
     server = own()
     server.exec("true")
     running = server.start_exec("sleep 0.8; echo done; exit 3", timeout=1.5)
@@ -2286,13 +2871,18 @@ def test_a_command_that_ended_while_the_server_was_stopped_ended_in_time(own: Ca
 
 
 @pytest.mark.slow
-def test_a_directory_for_runs_that_cannot_be_made_leaves_no_descriptor(own: Callable[..., Proxy]) -> None:
+def test_a_directory_for_runs_that_cannot_be_made_leaves_no_descriptor(
+    own: Callable[..., Proxy],
+) -> None:
     server = own()
     server.exec("true")
     kept = server.connect()
     kept.request("GET", "/health")
     kept.getresponse().read()
-    used, before = server.descriptors(), resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+    used, before = (
+        server.descriptors(),
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE),
+    )
     for free in range(-4, 4):
         shutil.rmtree(f"{server.socket}.d", ignore_errors=True)
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used + free, before[1]))
@@ -2305,7 +2895,9 @@ def test_a_directory_for_runs_that_cannot_be_made_leaves_no_descriptor(own: Call
 
 
 @pytest.mark.slow
-def test_a_killed_server_leaves_its_commands_alone_and_the_next_drains_them(own: Callable[..., Proxy]) -> None:
+def test_a_killed_server_leaves_its_commands_alone_and_the_next_drains_them(
+    own: Callable[..., Proxy],
+) -> None:
     server = own()
     done = f"{server.folder}/done"
     server.exec("true")
@@ -2321,7 +2913,9 @@ def test_a_killed_server_leaves_its_commands_alone_and_the_next_drains_them(own:
 
 
 @pytest.mark.slow
-def test_a_clean_stop_leaves_background_writers_to_the_next_server(own: Callable[..., Proxy]) -> None:
+def test_a_clean_stop_leaves_background_writers_to_the_next_server(
+    own: Callable[..., Proxy],
+) -> None:
     server = own()
     done = f"{server.folder}/done"
     server.exec(f"(sleep 1; seq 100000; touch {done}) & true")
@@ -2371,12 +2965,16 @@ def test_a_pane_that_another_driver_holds_is_left_to_it(proxy: Proxy, agent: str
     assert proxy.exec("echo $TMUX_PANE", agent_name=agent)["stdout"] == first
 
 
-def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(tmp_path: pathlib.Path) -> None:
+def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(
+    tmp_path: pathlib.Path,
+) -> None:
     driver = pp.PocketCoderDriver(f"{tmp_path}/tmux/s", "pocketcoder")
 
     async def use() -> pp.CommandResult:
         await driver.exec("true", None, "poco")
-        starting = asyncio.ensure_future(driver.start(pp.ExecRequest("sleep 79.25"), {"out": lambda chunk: None}))
+        starting = asyncio.ensure_future(
+            driver.start(pp.ExecRequest("sleep 79.25"), {"out": lambda chunk: None})
+        )
         while not [job for job in driver.jobs() if job.typed and not job.over.is_set()]:  # noqa: ASYNC110
             await asyncio.sleep(0)
         job = driver.jobs()[0]
@@ -2387,7 +2985,11 @@ def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(tmp_path:
 
     try:
         result = asyncio.run(use())
-        assert (result.ended, result.exit_code, result.duration_ms < 1900) == ("cancelled", 143, True)
+        assert (result.ended, result.exit_code, result.duration_ms < 1900) == (
+            "cancelled",
+            143,
+            True,
+        )
     finally:
         subprocess.run(["tmux", "-S", driver.socket_path, "kill-server"], capture_output=True)
 
@@ -2395,7 +2997,16 @@ def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(tmp_path:
 def test_what_tmux_tells_while_a_start_is_noted_harms_nothing(tmp_path: pathlib.Path) -> None:
     class Slow(pp.Watch):
         async def start(self, run_id: str) -> None:
-            tmux = ["tmux", "-S", f"{tmp_path}/tmux/s", "new-window", "-d", "-t", "=pocketcoder:", "sleep 0.1"]
+            tmux = [
+                "tmux",
+                "-S",
+                f"{tmp_path}/tmux/s",
+                "new-window",
+                "-d",
+                "-t",
+                "=pocketcoder:",
+                "sleep 0.1",
+            ]
             await asyncio.to_thread(subprocess.run, tmux, check=True)
             await asyncio.sleep(0.5)
 
@@ -2403,7 +3014,9 @@ def test_what_tmux_tells_while_a_start_is_noted_harms_nothing(tmp_path: pathlib.
         told: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
         driver = pp.PocketCoderDriver(f"{tmp_path}/tmux/s", "pocketcoder")
-        job = await driver.start(pp.ExecRequest("exit 3"), {"out": lambda chunk: None}, watch=Slow())
+        job = await driver.start(
+            pp.ExecRequest("exit 3"), {"out": lambda chunk: None}, watch=Slow()
+        )
         assert (await job.result()).exit_code == 3
         await driver.close()
         return told
@@ -2423,7 +3036,9 @@ def test_whatever_stops_a_start_the_pane_is_given_back(tmp_path: pathlib.Path) -
         driver = pp.PocketCoderDriver(f"{tmp_path}/tmux/s", "pocketcoder")
         for _ in range(pp.MAX_PANES + 1):
             with pytest.raises(ZeroDivisionError):
-                await driver.start(pp.ExecRequest("true"), {"out": lambda chunk: None}, watch=Wrong())
+                await driver.start(
+                    pp.ExecRequest("true"), {"out": lambda chunk: None}, watch=Wrong()
+                )
         result = await asyncio.wait_for(driver.exec("echo ok", None, "poco"), 20)
         await driver.close()
         return result
@@ -2451,9 +3066,15 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
         for _ in range(2):  # each with a loop of its own
             driver.stopping = False
             with contextlib.suppress(subprocess.SubprocessError):
-                subprocess.run(["tmux", "-S", driver.socket_path, "kill-server"], capture_output=True)
+                subprocess.run(
+                    ["tmux", "-S", driver.socket_path, "kill-server"], capture_output=True
+                )
             result = asyncio.run(use())
-            assert (result.output, result.exit_code, result.ended) == (f"{tmp_path}\npoco\n", 3, "exit")
+            assert (result.output, result.exit_code, result.ended) == (
+                f"{tmp_path}\npoco\n",
+                3,
+                "exit",
+            )
         driver.stopping = False
         before = descriptors_of(os.getpid())
         for number in range(3):  # as a script would: nobody closes it
@@ -2491,7 +3112,9 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize(("user", "owner", "mode", "socket_owner", "sound"), PLACES, ids=range(len(PLACES)))
+@pytest.mark.parametrize(
+    ("user", "owner", "mode", "socket_owner", "sound"), PLACES, ids=range(len(PLACES))
+)
 def test_a_socket_that_a_stranger_can_have_made_is_refused(
     user: int, owner: int, mode: int, socket_owner: int | None, sound: bool
 ) -> None:
@@ -2510,7 +3133,11 @@ def test_a_socket_that_a_stranger_can_have_made_is_refused(
         os.chown(folder / "link", user, -1, follow_symlinks=False)
         os.seteuid(user)
         for name in ("place", "link"):
-            with contextlib.nullcontext() if sound else pytest.raises(pp.NoTerminal, match=f"{folder}/(place|{name})"):
+            with (
+                contextlib.nullcontext()
+                if sound
+                else pytest.raises(pp.NoTerminal, match=f"{folder}/(place|{name})")
+            ):
                 pp.check_place(f"{folder}/{name}/s")
         os.seteuid(0)
         os.chown(folder / "link", 9, -1, follow_symlinks=False)
@@ -2526,13 +3153,17 @@ def test_a_server_in_a_directory_of_everybody_does_not_start(tmp_path: pathlib.P
     os.chmod(tmp_path, 0o777)
     variables = {**os.environ, "TMUX_SOCKET": f"{tmp_path}/s"}
     command = [sys.executable, str(MODULE), "server", "-p", "0"]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(
+        command, env=variables, capture_output=True, text=True, timeout=20, check=False
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert f"{tmp_path}: got user {os.geteuid()} and mode drwxrwxrwx, expected" in done.stderr
     assert os.listdir(tmp_path) == []
 
 
-def test_a_directory_of_ours_below_one_of_everybody_will_do_with_a_warning(tmp_path: pathlib.Path) -> None:
+def test_a_directory_of_ours_below_one_of_everybody_will_do_with_a_warning(
+    tmp_path: pathlib.Path,
+) -> None:
     os.chmod(tmp_path, 0o2777)  # as volumes of Kubernetes are
     pp.check_place(f"{tmp_path}/own/s")
     assert pp.open_above(f"{tmp_path}/own/s") == [str(tmp_path)]
@@ -2547,7 +3178,9 @@ def test_a_workspace_may_have_any_name(own: Callable[..., Proxy], tmp_path: path
     server = own("--workspace", str(workspace))
     for agent_name in ("poco", "second"):
         assert server.exec("pwd", agent_name=agent_name)["stdout"] == f"{workspace}\n"
-        path = server.tmux("display-message", "-p", "-t", server.pane(agent_name), "#{pane_current_path}")
+        path = server.tmux(
+            "display-message", "-p", "-t", server.pane(agent_name), "#{pane_current_path}"
+        )
         assert path == str(workspace)
     assert "PWNED" not in server.tmux("show-environment", "-g")
 
@@ -2574,7 +3207,9 @@ def test_a_person_sees_prompt_command_output_and_exit_code(proxy: Proxy, agent: 
         "b",
         "$",
     ]
-    shown = eventually(lambda: [line.rstrip() for line in proxy.screen(agent).split("\n") if line.strip()])
+    shown = eventually(
+        lambda: [line.rstrip() for line in proxy.screen(agent).split("\n") if line.strip()]
+    )
     eventually(lambda: proxy.screen(agent).rstrip().endswith("$"))
     shown = [line.rstrip() for line in proxy.screen(agent).split("\n") if line.strip()]
     assert shown == expected
@@ -2582,7 +3217,9 @@ def test_a_person_sees_prompt_command_output_and_exit_code(proxy: Proxy, agent: 
 
 def test_a_person_sees_output_as_it_comes(proxy: Proxy, agent: str) -> None:
     gate = f"{proxy.folder}/{agent}"
-    call = proxy.start_exec(f"echo live; until [ -e {gate} ]; do sleep 0.02; done", agent_name=agent)
+    call = proxy.start_exec(
+        f"echo live; until [ -e {gate} ]; do sleep 0.02; done", agent_name=agent
+    )
     eventually(lambda: "\nlive" in proxy.screen(agent))
     pathlib.Path(gate).touch()
     assert call.result()["exit_code"] == 0
@@ -2597,9 +3234,14 @@ def test_a_person_is_not_flooded_nor_attacked_by_output(proxy: Proxy, agent: str
         lambda: proxy.screen(agent) if "shown" in proxy.screen(agent) else ""
     )
     assert (
-        proxy.tmux("display-message", "-p", "-t", proxy.pane(agent), "#{alternate_on} #{pane_title}").split()[0] == "0"
+        proxy.tmux(
+            "display-message", "-p", "-t", proxy.pane(agent), "#{alternate_on} #{pane_title}"
+        ).split()[0]
+        == "0"
     )
-    assert "evil" not in proxy.tmux("display-message", "-p", "-t", proxy.pane(agent), "#{pane_title}")
+    assert "evil" not in proxy.tmux(
+        "display-message", "-p", "-t", proxy.pane(agent), "#{pane_title}"
+    )
 
 
 def test_the_typed_line_is_not_kept_in_the_history(proxy: Proxy, agent: str) -> None:
@@ -2671,13 +3313,19 @@ def test_what_is_kept_of_output_is_the_same_however_it_is_cut() -> None:
             assert len(capture.tail) <= 2 * limit + max(map(len, pieces), default=0), pieces
             texts.add(capture.text(len(data)))
         assert len(texts) == 1, (limit, data)
-        text, head, tail = texts.pop(), data[: limit // 2], data[max(0, len(data) - (limit - limit // 2)) :]
+        text, head, tail = (
+            texts.pop(),
+            data[: limit // 2],
+            data[max(0, len(data) - (limit - limit // 2)) :],
+        )
         if len(data) <= limit:
             assert text == data.decode(errors="replace"), (limit, data)
             continue
         match = re.fullmatch(r"(?s)(.*?\n)\[pocketcoder: (\d+) bytes left out\]\n(.*)", text)
         assert match, (limit, data)
-        assert head.decode(errors="ignore").startswith(match[1].rstrip("\n\ufffd").partition("\ufffd")[0]), (
+        assert head.decode(errors="ignore").startswith(
+            match[1].rstrip("\n\ufffd").partition("\ufffd")[0]
+        ), (
             limit,
             data,
         )
@@ -2689,15 +3337,27 @@ def test_what_is_kept_of_output_is_the_same_however_it_is_cut() -> None:
 # MCP core
 # ==========================================================================
 NS = "io.modelcontextprotocol/"
-INITIALIZE = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+INITIALIZE = {
+    "protocolVersion": "2025-11-25",
+    "capabilities": {},
+    "clientInfo": {"name": "t", "version": "1"},
+}
 EXEC = {"name": "exec", "arguments": {"cmd": "echo hi"}}
 
 
 def request(method: str, params: Any = None, id_: Any = 1, **fields: Any) -> dict[str, Any]:
-    return {"jsonrpc": "2.0", "id": id_, "method": method, "params": {} if params is None else params, **fields}
+    return {
+        "jsonrpc": "2.0",
+        "id": id_,
+        "method": method,
+        "params": {} if params is None else params,
+        **fields,
+    }
 
 
-def modern(method: str, params: Any = None, id_: Any = 1, version: Any = "2026-07-28", **meta: Any) -> dict[str, Any]:
+def modern(
+    method: str, params: Any = None, id_: Any = 1, version: Any = "2026-07-28", **meta: Any
+) -> dict[str, Any]:
     envelope = {f"{NS}protocolVersion": version, f"{NS}clientCapabilities": {}, **meta}
     return request(method, {**(params or {}), "_meta": envelope}, id_)
 
@@ -2707,13 +3367,17 @@ def mcp(
 ) -> tuple[int, dict[str, str], Any]:
     """A message to `/mcp` with the headers that its era wants; the status, headers, and JSON or events."""
     given = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
-    if isinstance(body, dict) and NS + "protocolVersion" in (body.get("params") or {}).get("_meta", {}):
+    if isinstance(body, dict) and NS + "protocolVersion" in (body.get("params") or {}).get(
+        "_meta", {}
+    ):
         given["MCP-Protocol-Version"] = str(body["params"]["_meta"][NS + "protocolVersion"])
         given["Mcp-Method"] = body["method"]
         given |= {"Mcp-Name": body["params"]["name"]} if "name" in body["params"] else {}
     given |= {name.replace("_", "-"): value for name, value in headers.items()}
     sent = body if isinstance(body, bytes) else json.dumps(body).encode()
-    status, got, answer = proxy.request(method, path, sent, {name: value for name, value in given.items() if value})
+    status, got, answer = proxy.request(
+        method, path, sent, {name: value for name, value in given.items() if value}
+    )
     if got.get("content-type") == "text/event-stream":
         return status, got, events_of(answer.decode())
     return status, got, json.loads(answer) if answer[:1] == b"{" else None
@@ -2721,12 +3385,16 @@ def mcp(
 
 def events_of(text: str) -> list[Any]:
     assert text.endswith("\n\n") or not text
-    return [json.loads(part.partition("data: ")[2]) for part in text.split("\n\n") if "data: " in part]
+    return [
+        json.loads(part.partition("data: ")[2]) for part in text.split("\n\n") if "data: " in part
+    ]
 
 
 def opened(proxy: Proxy, version: str = "2025-11-25", **headers: str) -> str:
     """A session of Streamable HTTP."""
-    status, got, answer = mcp(proxy, request("initialize", {**INITIALIZE, "protocolVersion": version}), **headers)
+    status, got, answer = mcp(
+        proxy, request("initialize", {**INITIALIZE, "protocolVersion": version}), **headers
+    )
     assert (status, answer["result"]["protocolVersion"]) == (200, version)
     session = got["mcp-session-id"]
     noted = {"jsonrpc": "2.0", "method": "notifications/initialized"}
@@ -2760,7 +3428,9 @@ MALFORMED: list[tuple[bytes, int, Any]] = [
 
 
 @pytest.mark.parametrize(("body", "code", "id_"), MALFORMED, ids=range(len(MALFORMED)))
-def test_what_is_no_message_is_refused_with_its_code(proxy: Proxy, body: bytes, code: int, id_: Any) -> None:
+def test_what_is_no_message_is_refused_with_its_code(
+    proxy: Proxy, body: bytes, code: int, id_: Any
+) -> None:
     status, _, answer = mcp(proxy, body)
     assert (status, answer["error"]["code"], answer["id"]) == (400, code, id_)
     assert "expected" in answer["error"]["message"]
@@ -2774,7 +3444,9 @@ def without(message: dict[str, Any], name: str) -> dict[str, Any]:
     return message
 
 
-FAULTS: list[tuple[Any, dict[str, str], int, int]] = [  # message, headers, status, code: mcp.md, section 4
+FAULTS: list[
+    tuple[Any, dict[str, str], int, int]
+] = [  # message, headers, status, code: mcp.md, section 4
     (without(modern("tools/list"), "clientCapabilities"), {}, 400, -32602),
     (modern("tools/list", **{NS + "clientCapabilities": 3}), {}, 400, -32602),
     (request("tools/list"), {"MCP_Protocol_Version": "2026-07-28"}, 400, -32602),
@@ -2793,7 +3465,14 @@ FAULTS: list[tuple[Any, dict[str, str], int, int]] = [  # message, headers, stat
     (modern("initialize", INITIALIZE), {}, 404, -32601),
     *[
         (modern(method), {}, 404, -32601)
-        for method in ("ping", "logging/setLevel", "prompts/list", "resources/list", "subscriptions/listen", "nope")
+        for method in (
+            "ping",
+            "logging/setLevel",
+            "prompts/list",
+            "resources/list",
+            "subscriptions/listen",
+            "nope",
+        )
     ],
     (modern("tools/call", {"name": "nope"}), {}, 400, -32602),
     (modern("tools/list", {"cursor": "x"}), {}, 400, -32602),
@@ -2801,12 +3480,27 @@ FAULTS: list[tuple[Any, dict[str, str], int, int]] = [  # message, headers, stat
     (modern("tools/call", EXEC, progressToken=1.5), {}, 400, -32602),
     (modern("tools/call", EXEC, **{NS + "logLevel": "loud"}), {}, 400, -32602),
     (modern("tools/list"), {"MCP_Protocol_Version": "2025-11-25", "Mcp_Method": ""}, 400, -32020),
-    ({"jsonrpc": "2.0", "method": "notifications/x"}, {"MCP_Protocol_Version": "1999-01-01"}, 400, -32600),
+    (
+        {"jsonrpc": "2.0", "method": "notifications/x"},
+        {"MCP_Protocol_Version": "1999-01-01"},
+        400,
+        -32600,
+    ),
     ([modern("tools/list")], {"MCP_Protocol_Version": "2026-07-28"}, 400, -32600),
-    ({"jsonrpc": "2.0", "id": 1, "result": {}}, {"MCP_Protocol_Version": "2026-07-28"}, 400, -32600),
+    (
+        {"jsonrpc": "2.0", "id": 1, "result": {}},
+        {"MCP_Protocol_Version": "2026-07-28"},
+        400,
+        -32600,
+    ),
     (request("tools/list"), {}, 400, -32600),
     (request("tools/list"), {"Mcp_Session_Id": "gone"}, 404, -32600),
-    ({"jsonrpc": "2.0", "method": "notifications/initialized"}, {"Mcp_Session_Id": "gone"}, 404, -32600),
+    (
+        {"jsonrpc": "2.0", "method": "notifications/initialized"},
+        {"Mcp_Session_Id": "gone"},
+        404,
+        -32600,
+    ),
     (request("initialize", {**INITIALIZE, "protocolVersion": 7}), {}, 200, -32602),
 ]
 
@@ -2817,7 +3511,9 @@ def test_every_fault_of_a_message_has_its_status_and_code(
 ) -> None:
     got, _, answer = mcp(proxy, message, **headers)
     assert (got, answer["error"]["code"]) == (status, code), answer
-    assert answer["id"] == (message["id"] if isinstance(message, dict) and "id" in message else None)
+    assert answer["id"] == (
+        message["id"] if isinstance(message, dict) and "id" in message else None
+    )
     if code == -32022:
         asked = message["params"]["_meta"][NS + "protocolVersion"]
         assert answer["error"]["data"] == {"supported": ["2026-07-28"], "requested": asked}
@@ -2836,7 +3532,11 @@ def test_a_modern_answer_has_every_modern_field_and_a_legacy_one_none(proxy: Pro
     assert (found["supportedVersions"], found["capabilities"]) == (["2026-07-28"], {"tools": {}})
     listed = mcp(proxy, modern("tools/list"))[2]["result"]
     for result in (found, listed):
-        assert (result["resultType"], result["cacheScope"], type(result["ttlMs"])) == ("complete", "private", int)
+        assert (result["resultType"], result["cacheScope"], type(result["ttlMs"])) == (
+            "complete",
+            "private",
+            int,
+        )
         assert result["_meta"] == {f"{NS}serverInfo": server}
     called = mcp(proxy, modern("tools/call", EXEC))[2]["result"]
     assert (called["resultType"], called["_meta"]) == ("complete", {f"{NS}serverInfo": server})
@@ -2845,7 +3545,10 @@ def test_a_modern_answer_has_every_modern_field_and_a_legacy_one_none(proxy: Pro
     for method, params in (("tools/list", {}), ("tools/call", EXEC), ("ping", {})):
         result = mcp(proxy, request(method, params), Mcp_Session_Id=session)[2]["result"]
         assert {"resultType", "ttlMs", "cacheScope", "_meta"} & set(result) == set()
-    assert listed["tools"] == mcp(proxy, request("tools/list"), Mcp_Session_Id=session)[2]["result"]["tools"]
+    assert (
+        listed["tools"]
+        == mcp(proxy, request("tools/list"), Mcp_Session_Id=session)[2]["result"]["tools"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -2857,7 +3560,9 @@ def test_a_modern_answer_has_every_modern_field_and_a_legacy_one_none(proxy: Pro
         ("2025-11-25", set()),
     ],
 )
-def test_a_client_gets_the_fields_that_its_revision_knows(proxy: Proxy, version: str, missing: set[str]) -> None:
+def test_a_client_gets_the_fields_that_its_revision_knows(
+    proxy: Proxy, version: str, missing: set[str]
+) -> None:
     session = opened(proxy, version)
     tools = mcp(proxy, request("tools/list"), Mcp_Session_Id=session)[2]["result"]["tools"]
     called = mcp(proxy, request("tools/call", EXEC), Mcp_Session_Id=session)[2]["result"]
@@ -2878,7 +3583,11 @@ def test_headers_are_read_as_http_and_mcp_say(proxy: Proxy) -> None:
     connection = proxy.connect()
     body = json.dumps(call).encode()
     connection.putrequest("POST", "/mcp")
-    for name, value in (("MCP-Protocol-Version", "2026-07-28"), ("mcp-method", "tools/call"), ("Mcp-Name", "exec")):
+    for name, value in (
+        ("MCP-Protocol-Version", "2026-07-28"),
+        ("mcp-method", "tools/call"),
+        ("Mcp-Name", "exec"),
+    ):
         connection.putheader(name, value)
     connection.putheader("Mcp-Name", "exec")  # twice: who routes by it may see another one than we
     connection.putheader("Content-Type", "application/json")
@@ -2918,14 +3627,36 @@ def test_messages_that_want_no_answer_get_202(proxy: Proxy) -> None:
 def test_the_core_survives_any_message(proxy: Proxy) -> None:
     """Decisions or a BadMessage, whatever comes; a fixed seed."""
     dice = random.Random(4)
-    methods = ["initialize", "ping", "tools/list", "tools/call", "server/discover", "logging/setLevel", "nope"]
+    methods = [
+        "initialize",
+        "ping",
+        "tools/list",
+        "tools/call",
+        "server/discover",
+        "logging/setLevel",
+        "nope",
+    ]
     methods += ["notifications/cancelled"]
-    values: list[Any] = [None, True, 0, -1, 1.5, "", "exec", [], {}, {"a": []}, "2026-07-28", "\ud800", 10**30]
+    values: list[Any] = [
+        None,
+        True,
+        0,
+        -1,
+        1.5,
+        "",
+        "exec",
+        [],
+        {},
+        {"a": []},
+        "2026-07-28",
+        "\ud800",
+        10**30,
+    ]
     for _ in range(20_000):
         params = {
-            dice.choice(["name", "arguments", "_meta", "level", "cursor", "protocolVersion", "requestId"]): pick(
-                dice, values
-            )
+            dice.choice(
+                ["name", "arguments", "_meta", "level", "cursor", "protocolVersion", "requestId"]
+            ): pick(dice, values)
             for _ in range(dice.randrange(5))
         }
         if dice.random() < 0.5:
@@ -2933,12 +3664,19 @@ def test_the_core_survives_any_message(proxy: Proxy) -> None:
                 NS + "protocolVersion": pick(dice, values),
                 NS + "clientCapabilities": pick(dice, values),
             }
-        message = {"jsonrpc": "2.0", "id": pick(dice, values), "method": dice.choice(methods), "params": params}
+        message = {
+            "jsonrpc": "2.0",
+            "id": pick(dice, values),
+            "method": dice.choice(methods),
+            "params": params,
+        }
         for name in [name for name in message if dice.random() < 0.05]:
             message[name] = pick(dice, values)
         try:
             read = pp.read_message(json.dumps(message))
-            if (era := pp.is_modern(read, dice.choice([None, "2025-11-25", "2026-07-28"]))) and pp.is_request(read):
+            if (
+                era := pp.is_modern(read, dice.choice([None, "2025-11-25", "2026-07-28"]))
+            ) and pp.is_request(read):
                 pp.check_envelope(read, None)
             pp.step(read, pp.MODERN if era else "2025-11-25", pp.FACTS)
         except pp.BadMessage as refused:
@@ -2951,7 +3689,15 @@ def pick(dice: random.Random, values: list[Any]) -> Any:
 
 def test_whatever_a_message_is_its_answer_carries_its_id_in_the_words_of_its_era() -> None:
     dice = random.Random(9)
-    methods = ("initialize", "ping", "tools/list", "tools/call", "server/discover", "logging/setLevel", "prompts/get")
+    methods = (
+        "initialize",
+        "ping",
+        "tools/list",
+        "tools/call",
+        "server/discover",
+        "logging/setLevel",
+        "prompts/get",
+    )
     likely = (
         "exec",
         "info",
@@ -2964,14 +3710,28 @@ def test_whatever_a_message_is_its_answer_carries_its_id_in_the_words_of_its_era
     answered = 0
     for _ in range(2000 * FUZZ):
         names = ("name", "arguments", "_meta", "level", "cursor", "protocolVersion", "uri")
-        params: Any = {name: junk(dice, *likely) for name in dice.choices(names, k=dice.randrange(4))}
+        params: Any = {
+            name: junk(dice, *likely) for name in dice.choices(names, k=dice.randrange(4))
+        }
         if dice.random() < 0.7:
             claims = {NS + "protocolVersion": pp.MODERN, NS + "clientCapabilities": {}}
-            params["_meta"] = {**claims, **({NS + "protocolVersion": junk(dice)} if dice.random() < 0.2 else {})}
-        sent = {"jsonrpc": "2.0", "id": junk(dice, 1, "1"), "method": junk(dice, *methods), "params": params}
+            params["_meta"] = {
+                **claims,
+                **({NS + "protocolVersion": junk(dice)} if dice.random() < 0.2 else {}),
+            }
+        sent = {
+            "jsonrpc": "2.0",
+            "id": junk(dice, 1, "1"),
+            "method": junk(dice, *methods),
+            "params": params,
+        }
         sent |= {dice.choice([*sent]): junk(dice)} if dice.random() < 0.1 else {}
         body = json.dumps(sent).encode()
-        headers = {"MCP-Protocol-Version": pp.MODERN, "Mcp-Method": sent["method"], "Mcp-Name": junk(dice, *likely)}
+        headers = {
+            "MCP-Protocol-Version": pp.MODERN,
+            "Mcp-Method": sent["method"],
+            "Mcp-Name": junk(dice, *likely),
+        }
         headers |= {"Mcp-Param-X": junk(dice, *likely)}
         given = {name: [value] for name, value in headers.items() if isinstance(value, str)}
         headers_of = partial(lambda given, name: given.get(name, []), given)
@@ -2993,9 +3753,11 @@ def test_whatever_a_message_is_its_answer_carries_its_id_in_the_words_of_its_era
             if isinstance(decision, pp.Send):
                 answered += 1
                 answer = json.loads(pp.to_json(decision.message).encode())
-                assert (answer["jsonrpc"], answer["id"], type(answer["id"])) == ("2.0", read["id"], type(read["id"])), (
-                    body
-                )
+                assert (answer["jsonrpc"], answer["id"], type(answer["id"])) == (
+                    "2.0",
+                    read["id"],
+                    type(read["id"]),
+                ), body
                 assert ("resultType" in answer["result"]) == era, body
             elif isinstance(decision, pp.CallTool):
                 assert (decision.id, decision.name in pp.TOOLS) == (read["id"], True), body
@@ -3007,7 +3769,12 @@ def test_an_event_is_the_message_whatever_is_in_it() -> None:
     for _ in range(1000 * FUZZ):
         message = {"jsonrpc": "2.0", "result": [junk(dice) for _ in range(3)]}
         kind, data, *end = pp.sse_event(message).encode().decode().splitlines()
-        assert (kind, data[:6], end, json.loads(data[6:])) == ("event: message", "data: ", [""], message)
+        assert (kind, data[:6], end, json.loads(data[6:])) == (
+            "event: message",
+            "data: ",
+            [""],
+            message,
+        )
 
 
 # ==========================================================================
@@ -3037,7 +3804,9 @@ CAN: dict[str, Any] = {"elicitation": {}, "sampling": {}, "roots": {}}
 class Client:
     """A client of one era at `/servers/NAME/mcp`, with all capabilities."""
 
-    def __init__(self, proxy: Proxy, era: str, name: str, make: Callable[..., Stream], can: Any = None) -> None:
+    def __init__(
+        self, proxy: Proxy, era: str, name: str, make: Callable[..., Stream], can: Any = None
+    ) -> None:
         self.proxy, self.era, self.path, self.make = proxy, era, f"/servers/{name}/mcp", make
         self.can, self.headers = CAN if can is None else can, dict[str, str]()
         if era == "legacy":
@@ -3056,10 +3825,16 @@ class Client:
         message = {"jsonrpc": "2.0", "method": method, "params": params}
         assert mcp(self.proxy, message, path=self.path, **self.headers)[0] == 202
 
-    def ask(self, method: str, params: dict[str, Any] | None = None, id_: Any = 1, **headers: str) -> Any:
+    def ask(
+        self, method: str, params: dict[str, Any] | None = None, id_: Any = 1, **headers: str
+    ) -> Any:
         """All that comes, the response last."""
         status, _, got = mcp(
-            self.proxy, self.message(method, params or {}, id_), path=self.path, **self.headers, **headers
+            self.proxy,
+            self.message(method, params or {}, id_),
+            path=self.path,
+            **self.headers,
+            **headers,
         )
         assert status in (200, 400, 404)
         return got if isinstance(got, list) else [got]
@@ -3093,25 +3868,40 @@ def test_each_era_of_clients_is_served_by_each_era_of_servers(client: Client) ->
     modern_client = client.era == "modern"
     if modern_client:
         found = client.ask("server/discover")[-1]["result"]
-        assert (found["supportedVersions"], found["instructions"]) == (["2026-07-28"], "Fixtures for tests")
+        assert (found["supportedVersions"], found["instructions"]) == (
+            ["2026-07-28"],
+            "Fixtures for tests",
+        )
         assert found["_meta"][NS + "serverInfo"]["name"] == "fixture-server"
     else:
         found = client.hello["result"]
-        assert (found["protocolVersion"], found["serverInfo"]["name"]) == ("2025-11-25", "fixture-server")
+        assert (found["protocolVersion"], found["serverInfo"]["name"]) == (
+            "2025-11-25",
+            "fixture-server",
+        )
         assert client.ask("ping")[-1]["result"] == {}
     assert found["capabilities"]["tools"] == {"listChanged": True}
     listed = client.ask("tools/list")[-1]["result"]
     assert ("ttlMs" in listed, "resultType" in listed) == (modern_client, modern_client)
-    schema = next(each for each in listed["tools"] if each["name"] == "json_schema_2020_12_tool")["inputSchema"]
+    schema = next(each for each in listed["tools"] if each["name"] == "json_schema_2020_12_tool")[
+        "inputSchema"
+    ]
     assert schema["$defs"]["address"]["$anchor"] == "addressDef"
     assert schema["$schema"].endswith("2020-12/schema")
     result = client.call("test_simple_text", id_="s")
     assert text_of(result) == "This is a simple text response for testing."
     assert ("resultType" in result) == modern_client
-    read = client.ask("resources/read", {"uri": "test://static-text"}, Mcp_Name="test://static-text")[-1]["result"]
+    read = client.ask(
+        "resources/read", {"uri": "test://static-text"}, Mcp_Name="test://static-text"
+    )[-1]["result"]
     assert read["contents"][0]["uri"] == "test://static-text"
-    missing = client.ask("resources/read", {"uri": "test://none"}, Mcp_Name="test://none")[-1]["error"]
-    assert (missing["code"], missing["data"]) == (-32602 if modern_client else -32002, {"uri": "test://none"})
+    missing = client.ask("resources/read", {"uri": "test://none"}, Mcp_Name="test://none")[-1][
+        "error"
+    ]
+    assert (missing["code"], missing["data"]) == (
+        -32602 if modern_client else -32002,
+        {"uri": "test://none"},
+    )
     assert client.ask("nope")[-1]["error"]["code"] == -32601
     if modern_client:
         for method in ("ping", "logging/setLevel", "resources/subscribe", "tasks/get"):
@@ -3120,7 +3910,9 @@ def test_each_era_of_clients_is_served_by_each_era_of_servers(client: Client) ->
 
 def test_what_passes_through_arrives_as_it_was_sent(client: Client) -> None:
     extra = {"x": [1, 2.5, None, {"é\u2028": "😀"}], "y": -(10**20)}
-    result = client.call("echo", id_="ä", deep=extra, result={"unknown": extra, "_meta": {"own": extra}})
+    result = client.call(
+        "echo", id_="ä", deep=extra, result={"unknown": extra, "_meta": {"own": extra}}
+    )
     assert result["unknown"] == extra
     assert result["_meta"]["own"] == extra
     got = json.loads(text_of(result))
@@ -3135,7 +3927,11 @@ def test_what_passes_through_arrives_as_it_was_sent(client: Client) -> None:
 
 def test_progress_comes_on_the_requests_own_stream_with_its_own_token(client: Client) -> None:
     for token in (0, "t"):
-        params = {"name": "test_slow", "arguments": {"seconds": 0.4}, "_meta": {"progressToken": token}}
+        params = {
+            "name": "test_slow",
+            "arguments": {"seconds": 0.4},
+            "_meta": {"progressToken": token},
+        }
         *told, answer = client.ask("tools/call", params, id_=token)
         assert [each["params"]["progress"] for each in told] == [1, 2]
         assert [each["params"]["progressToken"] for each in told] == [token] * 2
@@ -3145,7 +3941,11 @@ def test_progress_comes_on_the_requests_own_stream_with_its_own_token(client: Cl
 
 def test_a_cancelled_call_is_cancelled_in_the_child(client: Client, relay: Proxy) -> None:
     label = f"{client.era}{client.path.split('/')[2]}"
-    params = {"name": "test_slow", "arguments": {"seconds": 20, "label": label}, "_meta": {"progressToken": 1}}
+    params = {
+        "name": "test_slow",
+        "arguments": {"seconds": 20, "label": label},
+        "_meta": {"progressToken": 1},
+    }
     going = client.open("tools/call", params, id_=7)
     assert going.next()["method"] == "notifications/progress"
     if client.era == "modern":
@@ -3172,7 +3972,10 @@ def test_a_child_may_ask_the_client_whose_call_it_serves(client: Client) -> None
     else:
         going = client.open("tools/call", params, id_="first")
         question = going.next()
-        assert (question["method"], question["params"]["message"]) == ("elicitation/create", "What is your name?")
+        assert (question["method"], question["params"]["message"]) == (
+            "elicitation/create",
+            "What is your name?",
+        )
         reply = {"jsonrpc": "2.0", "id": question["id"], "result": answer}
         assert mcp(client.proxy, reply, path=client.path, **client.headers)[0] == 202
         result = going.next()
@@ -3198,14 +4001,24 @@ def test_a_state_that_is_not_ours_is_refused(relay: Proxy, stream: Callable[...,
     asked = client.ask("tools/call", params)[-1]["result"]
     ((key, _),) = asked["inputRequests"].items()
     good = {"requestState": asked["requestState"], "inputResponses": {key: {"action": "decline"}}}
-    for wrong in ({**params, **good, "requestState": "x"}, {**params, **good, "arguments": {"a": 1}}):
+    for wrong in (
+        {**params, **good, "requestState": "x"},
+        {**params, **good, "arguments": {"a": 1}},
+    ):
         assert client.ask("tools/call", wrong)[-1]["error"]["code"] == -32602
-    assert client.ask("tools/call", {**params, **good}, Authorization="Bearer x")[-1]["error"]["code"] == -32602
-    missing = client.ask("tools/call", {**params, "requestState": asked["requestState"], "inputResponses": 3})[-1]
+    assert (
+        client.ask("tools/call", {**params, **good}, Authorization="Bearer x")[-1]["error"]["code"]
+        == -32602
+    )
+    missing = client.ask(
+        "tools/call", {**params, "requestState": asked["requestState"], "inputResponses": 3}
+    )[-1]
     assert missing["result"]["inputRequests"] == asked["inputRequests"]  # asked again
     good["requestState"] = missing["result"]["requestState"]
     assert "decline" in text_of(client.ask("tools/call", {**params, **good})[-1]["result"])
-    assert client.ask("tools/call", {**params, **good})[-1]["error"]["code"] == -32602  # answered already
+    assert (
+        client.ask("tools/call", {**params, **good})[-1]["error"]["code"] == -32602
+    )  # answered already
 
 
 def test_changes_are_heard_by_who_wants_to(client: Client) -> None:
@@ -3218,7 +4031,10 @@ def test_changes_are_heard_by_who_wants_to(client: Client) -> None:
         assert first["params"]["_meta"] == {NS + "subscriptionId": "w1"}
     else:
         events = client.make(client.proxy, client.path, None, **client.headers)
-        assert client.ask("resources/subscribe", {"uri": "test://watched-resource"})[-1]["result"] == {}
+        assert (
+            client.ask("resources/subscribe", {"uri": "test://watched-resource"})[-1]["result"]
+            == {}
+        )
     time.sleep(0.2)  # until a modern child has heard of it
     client.call("test_trigger_tool_change", id_=50)
     client.call("test_trigger_resource_change", id_=51, uri="test://watched-resource")
@@ -3242,26 +4058,40 @@ def test_log_lines_reach_who_asked_for_them(client: Client) -> None:
         assert len(client.ask("tools/call", params)) == 1
 
 
-def test_headers_repeat_the_arguments_that_a_schema_names(relay: Proxy, stream: Callable[..., Stream]) -> None:
+def test_headers_repeat_the_arguments_that_a_schema_names(
+    relay: Proxy, stream: Callable[..., Stream]
+) -> None:
     for server in ("legacy", "modern"):
         client = Client(relay, "modern", server, stream)
         params = {"name": "test_x_mcp_header", "arguments": {"region": "Zürich", "priority": 42}}
         good = {"Mcp_Param_Region": "=?base64?WsO8cmljaA==?=", "Mcp_Param_Priority": "42.0"}
         assert "result" in client.ask("tools/call", params, **good)[-1]
-        for wrong in ({}, {**good, "Mcp_Param_Priority": "41"}, {**good, "Mcp_Param_Region": "zurich"}):
+        for wrong in (
+            {},
+            {**good, "Mcp_Param_Priority": "41"},
+            {**good, "Mcp_Param_Region": "zurich"},
+        ):
             assert client.ask("tools/call", params, **wrong)[-1]["error"]["code"] == -32020
 
 
 @pytest.mark.slow
-def test_clients_with_equal_ids_and_tokens_never_meet(relay: Proxy, stream: Callable[..., Stream]) -> None:
+def test_clients_with_equal_ids_and_tokens_never_meet(
+    relay: Proxy, stream: Callable[..., Stream]
+) -> None:
     clients = [Client(relay, era, server, stream) for era, server in ERAS for _ in range(4)]
 
     def work(number: int, client: Client) -> None:
         params = {"name": "echo", "arguments": {"mine": number}, "_meta": {"progressToken": 1}}
         for _ in range(5):
-            assert json.loads(text_of(client.ask("tools/call", params)[-1]["result"]))["arguments"] == {"mine": number}
+            assert json.loads(text_of(client.ask("tools/call", params)[-1]["result"]))[
+                "arguments"
+            ] == {"mine": number}
         steps = 1 + number % 4
-        slow = {"name": "test_slow", "arguments": {"seconds": 0.2 * steps}, "_meta": {"progressToken": 1}}
+        slow = {
+            "name": "test_slow",
+            "arguments": {"seconds": 0.2 * steps},
+            "_meta": {"progressToken": 1},
+        }
         assert len(client.ask("tools/call", slow)) == steps + 1
 
     with ThreadPoolExecutor(len(clients)) as pool:
@@ -3289,12 +4119,16 @@ def test_ten_megabytes_pass(client: Client) -> None:
     assert len(text_of(client.call("big", bytes=10_000_000))) == 10_000_000
 
 
-def test_websockets_and_event_streams_reach_stdio_servers_too(relay: Proxy, stream: Callable[..., Stream]) -> None:
+def test_websockets_and_event_streams_reach_stdio_servers_too(
+    relay: Proxy, stream: Callable[..., Stream]
+) -> None:
     for server in ("legacy", "modern"):
         events = stream(relay, f"/servers/{server}/sse")
         path = events.next()
         assert path.startswith(f"/servers/{server}/messages?session_id=")
-        assert mcp(relay, request("tools/list", id_="without initialize"), path=path)[0] == 202  # it came back
+        assert (
+            mcp(relay, request("tools/list", id_="without initialize"), path=path)[0] == 202
+        )  # it came back
         assert len(events.next()["result"]["tools"]) > 10
         assert mcp(relay, request("initialize", INITIALIZE), path=path)[0] == 202
         assert events.next()["result"]["serverInfo"]["name"] == "fixture-server"
@@ -3308,19 +4142,31 @@ def test_websockets_and_event_streams_reach_stdio_servers_too(relay: Proxy, stre
                 await socket.write_message(json.dumps(message))
                 return json.loads(await asyncio.wait_for(socket.read_message(), 10))
 
-            assert (await ask(request("initialize", {**INITIALIZE, "capabilities": CAN})))["result"]["capabilities"]
-            await socket.write_message(json.dumps({"jsonrpc": "2.0", "method": "notifications/initialized"}))
-            question = await ask(request("tools/call", {"name": "test_input_required_result_elicitation"}, id_="q"))
+            assert (await ask(request("initialize", {**INITIALIZE, "capabilities": CAN})))[
+                "result"
+            ]["capabilities"]
+            await socket.write_message(
+                json.dumps({"jsonrpc": "2.0", "method": "notifications/initialized"})
+            )
+            question = await ask(
+                request("tools/call", {"name": "test_input_required_result_elicitation"}, id_="q")
+            )
             assert question["method"] == "elicitation/create"
-            answer = await ask({"jsonrpc": "2.0", "id": question["id"], "result": {"action": "cancel"}})
+            answer = await ask(
+                {"jsonrpc": "2.0", "id": question["id"], "result": {"action": "cancel"}}
+            )
             assert (answer["id"], "cancel" in text_of(answer["result"])) == ("q", True)
-            assert (await ask(modern("server/discover", id_="m")))["result"]["supportedVersions"] == ["2026-07-28"]
+            assert (await ask(modern("server/discover", id_="m")))["result"][
+                "supportedVersions"
+            ] == ["2026-07-28"]
             await close(socket)
 
         asyncio.run(talk(server))
 
 
-def test_a_legacy_session_has_a_child_of_its_own_that_ends_with_it(relay: Proxy, stream: Callable[..., Stream]) -> None:
+def test_a_legacy_session_has_a_child_of_its_own_that_ends_with_it(
+    relay: Proxy, stream: Callable[..., Stream]
+) -> None:
     one, two = (Client(relay, "legacy", "legacy", stream) for _ in range(2))
     assert [text_of(each.call("counter")) for each in (one, one, two)] == ["1", "2", "1"]
     process = int(text_of(one.call("pid")))
@@ -3329,13 +4175,19 @@ def test_a_legacy_session_has_a_child_of_its_own_that_ends_with_it(relay: Proxy,
     assert text_of(two.call("counter")) == "2"
     modern_one = Client(relay, "modern", "legacy", stream)
     before = int(text_of(modern_one.call("counter")))
-    assert int(text_of(modern_one.call("counter"))) == before + 1  # calls one after the other meet the same child
+    assert (
+        int(text_of(modern_one.call("counter"))) == before + 1
+    )  # calls one after the other meet the same child
 
 
 @pytest.mark.parametrize(("era", "server"), ERAS)
 @pytest.mark.slow
 def test_a_child_that_dies_answers_at_once_and_is_started_again(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream], era: str, server: str
+    own: Callable[..., Proxy],
+    fixtures: pathlib.Path,
+    stream: Callable[..., Stream],
+    era: str,
+    server: str,
 ) -> None:
     proxy = own(f"--mcp-server=x={sys.executable} -S {fixtures} {server}")
 
@@ -3358,7 +4210,9 @@ def test_a_child_that_dies_answers_at_once_and_is_started_again(
     assert (failed["code"], "ended with -9" in failed["message"]) == (-32603, True), failed
     assert (state()["state"], "ended with -9" in state()["error"]) == ("failed", True)
     if era == server == "legacy":
-        eventually(lambda: mcp(proxy, request("ping"), path=client.path, **client.headers)[0] == 404)
+        eventually(
+            lambda: mcp(proxy, request("ping"), path=client.path, **client.headers)[0] == 404
+        )
     eventually(reached)
     assert (state()["state"], state()["restarts"]) == ("running", 1)
     for name in ("die", "half"):
@@ -3373,7 +4227,9 @@ def test_careless_children_are_borne_with(client: Client) -> None:
     *told, answer = client.ask("tools/call", {"name": "flood", "arguments": {"lines": 3000}})
     assert text_of(answer["result"]) == "flooded"
     if client.era == "legacy":
-        assert [each["params"]["data"] for each in told] == [f"log line {number}" for number in range(3000)]
+        assert [each["params"]["data"] for each in told] == [
+            f"log line {number}" for number in range(3000)
+        ]
     assert text_of(client.call("flood", lines=500, to="stderr")) == "flooded"
     assert text_of(client.call("test_simple_text"))
 
@@ -3426,7 +4282,10 @@ def test_whatever_a_server_answers_the_client_gets_an_answer(
     client = Client(proxy, era, "odd", stream)
     for name in ("null", "list", "text", "code", "nan", "infinity"):
         failed = client.call(name)
-        assert (failed["code"], re.search("answered (with|badly)", failed["message"]) is not None) == (-32603, True)
+        assert (
+            failed["code"],
+            re.search("answered (with|badly)", failed["message"]) is not None,
+        ) == (-32603, True)
     *_, answer = client.ask("tools/call", {"name": "notes", "arguments": {}})
     assert answer["result"]["right"] == 1
     if era == "modern":
@@ -3508,7 +4367,9 @@ def test_a_child_that_left_its_log_to_somebody_is_gone_when_it_has_ended(
 
 
 @pytest.mark.slow
-def test_calls_that_are_never_taken_up_again_lock_nothing(relay: Proxy, stream: Callable[..., Stream]) -> None:
+def test_calls_that_are_never_taken_up_again_lock_nothing(
+    relay: Proxy, stream: Callable[..., Stream]
+) -> None:
     for number in range(40):  # more than there may be children
         can = {"elicitation": {"n": number % 20}}
         client = Client(relay, "modern", "legacy", stream, can=can)
@@ -3520,11 +4381,18 @@ def test_calls_that_are_never_taken_up_again_lock_nothing(relay: Proxy, stream: 
 def test_a_server_that_cannot_start_says_why_and_is_held_back(
     own: Callable[..., Proxy], tmp_path: pathlib.Path
 ) -> None:
-    proxy = own("--mcp-server=none=/no/such/program", "--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
-    for name, why in (("none", "No such file"), ("short", "ended with 7; it said: oh no, before it answered")):
+    proxy = own(
+        "--mcp-server=none=/no/such/program", "--mcp-server=short=sh -c 'echo oh no >&2; exit 7'"
+    )
+    for name, why in (
+        ("none", "No such file"),
+        ("short", "ended with 7; it said: oh no, before it answered"),
+    ):
         path = f"/servers/{name}/mcp"
         answer = mcp(proxy, request("initialize", INITIALIZE), path=path)[2]
-        assert (answer["error"]["code"], why in answer["error"]["message"]) == (-32603, True), answer
+        assert (answer["error"]["code"], why in answer["error"]["message"]) == (-32603, True), (
+            answer
+        )
         answers = [mcp(proxy, request("initialize", INITIALIZE), path=path)[2] for _ in range(3)]
         assert any("it is started again in" in each["error"]["message"] for each in answers)
         assert mcp(proxy, modern("tools/list"), path=path)[2]["error"]["code"] == -32603
@@ -3535,7 +4403,9 @@ def test_a_server_that_cannot_start_says_why_and_is_held_back(
 
 @pytest.mark.slow
 def test_a_server_cannot_reach_the_terminal_of_who_reads_the_log(own: Callable[..., Proxy]) -> None:
-    proxy = own("""--mcp-server=loud=sh -c 'printf "\\033]2;evil\\007\\302\\233 \\r1\\n" >&2; exit 7'""")
+    proxy = own(
+        """--mcp-server=loud=sh -c 'printf "\\033]2;evil\\007\\302\\233 \\r1\\n" >&2; exit 7'"""
+    )
     mcp(proxy, request("initialize", INITIALIZE), path="/servers/loud/mcp")
     assert r"server loud: \x1b]2;evil\x07\x9b \r1" in eventually(
         lambda: proxy.logged() if "evil" in proxy.logged() else ""
@@ -3568,7 +4438,10 @@ def test_children_end_as_a_group_and_are_never_orphaned(
 
 
 def test_a_config_file_as_people_have_it_is_read(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, tmp_path: pathlib.Path, stream: Callable[..., Stream]
+    own: Callable[..., Proxy],
+    fixtures: pathlib.Path,
+    tmp_path: pathlib.Path,
+    stream: Callable[..., Stream],
 ) -> None:
     config = tmp_path / "mcp.json"
     server = {
@@ -3589,9 +4462,16 @@ def test_a_config_file_as_people_have_it_is_read(
     call["params"]["arguments"] = {"name": "POCKETCODER_TOKEN"}
     assert text_of(mcp(proxy, call, path="/servers/both/mcp", **headers)[2]["result"]) == ""
     (shown,) = [
-        each for each in json.loads(proxy.request("GET", "/servers", None, headers)[2]) if each["name"] == "both"
+        each
+        for each in json.loads(proxy.request("GET", "/servers", None, headers)[2])
+        if each["name"] == "both"
     ]
-    assert (shown["state"], shown["era"], type(shown["pid"]), shown["restarts"]) == ("running", "modern", int, 0)
+    assert (shown["state"], shown["era"], type(shown["pid"]), shown["restarts"]) == (
+        "running",
+        "modern",
+        int,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -3606,15 +4486,22 @@ def test_a_config_file_as_people_have_it_is_read(
         (["--mcp-config", "{}"], "`--mcp-config`"),
         (["--mcp-config", '{"mcpServers": []}'], "`--mcp-config`"),
         (["--mcp-config", '{"mcpServers": {"a": {"args": []}}}'], "`MCP server a`"),
-        (["--mcp-config", '{"mcpServers": {"a": {"command": "x", "env": {"A": 1}}}}'], "`MCP server a`"),
+        (
+            ["--mcp-config", '{"mcpServers": {"a": {"command": "x", "env": {"A": 1}}}}'],
+            "`MCP server a`",
+        ),
         (["--mcp-config", '{"mcpServers": {"a": {"command": "x", "cwd": 1}}}'], "`MCP server a`"),
     ],
 )
-def test_wrong_servers_end_the_start_with_a_sentence(tmp_path: pathlib.Path, words: list[str], text: str) -> None:
+def test_wrong_servers_end_the_start_with_a_sentence(
+    tmp_path: pathlib.Path, words: list[str], text: str
+) -> None:
     if words[1][:1] == "{":
         (tmp_path / "c.json").write_text(words[1])
         words = [words[0], str(tmp_path / "c.json")]
-    done = subprocess.run([sys.executable, MODULE, "server", *words], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [sys.executable, MODULE, "server", *words], capture_output=True, text=True, timeout=20
+    )
     assert done.returncode == 2
     assert text in done.stderr
 
@@ -3629,17 +4516,25 @@ def test_a_child_that_hangs_or_never_reads_is_given_up(fixtures: pathlib.Path) -
         await relay.respond(peer, modern("tools/list"), True, outbox)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pp, "CHILD_TIMEOUT", 0.3)
-            patch.setattr(pp, "CHILD_LADDER", ((0, 0.1), (signal.SIGTERM, 0.1), (signal.SIGKILL, 2.0)))
+            patch.setattr(
+                pp, "CHILD_LADDER", ((0, 0.1), (signal.SIGTERM, 0.1), (signal.SIGKILL, 2.0))
+            )
             hang = await relay.respond(peer, modern("tools/call", {"name": "hang"}), True, outbox)
             said.append(hang["error"]["message"])
-            slow = modern("tools/call", {"name": "test_slow", "arguments": {"seconds": 1}}, progressToken=1)
-            said.append(text_of((await relay.respond(peer, slow, True, outbox))["result"]))  # progress gives it time
+            slow = modern(
+                "tools/call", {"name": "test_slow", "arguments": {"seconds": 1}}, progressToken=1
+            )
+            said.append(
+                text_of((await relay.respond(peer, slow, True, outbox))["result"])
+            )  # progress gives it time
             patch.setattr(pp, "CHILD_QUEUE", 1000)
             assert relay.shared
             os.kill(relay.shared.process.pid, signal.SIGSTOP)
             for _ in range(20):
                 with contextlib.suppress(pp.RelayError):
-                    await relay.respond(peer, modern("tools/call", {"name": "x" * 100_000}), True, outbox)
+                    await relay.respond(
+                        peer, modern("tools/call", {"name": "x" * 100_000}), True, outbox
+                    )
             with pytest.raises(pp.RelayError) as full:
                 await relay.respond(peer, modern("tools/list"), True, outbox)
             said.append(str(full.value))
@@ -3695,7 +4590,9 @@ def test_whatever_a_child_writes_every_request_has_one_sound_answer(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, era: str
 ) -> None:
     dice = random.Random(11)
-    (tmp_path / "talker.py").write_text(TALKER.replace("2026-07-28", {"modern": pp.MODERN, "legacy": "none"}[era]))
+    (tmp_path / "talker.py").write_text(
+        TALKER.replace("2026-07-28", {"modern": pp.MODERN, "legacy": "none"}[era])
+    )
     methods = [
         "notifications/progress",
         "notifications/message",
@@ -3712,29 +4609,51 @@ def test_whatever_a_child_writes_every_request_has_one_sound_answer(
     )
 
     def line() -> str:
-        fields = {"result": junk(dice, *likely), "error": junk(dice, *likely), "params": junk(dice, *likely)}
+        fields = {
+            "result": junk(dice, *likely),
+            "error": junk(dice, *likely),
+            "params": junk(dice, *likely),
+        }
         fields |= {"id": junk(dice, "=ID=", "=ID="), "method": junk(dice, *methods)}
-        chosen = {"jsonrpc": "2.0"} | {name: fields[name] for name in dice.choices([*fields], k=dice.randrange(5))}
-        text = json.dumps(chosen).replace('"=ID="', "ID").replace("1e+300", dice.choice(("1e300", "1e999")))
-        return text if dice.random() < 0.8 else spoil(dice, text.encode()).decode("latin-1").replace("\n", "")
+        chosen = {"jsonrpc": "2.0"} | {
+            name: fields[name] for name in dice.choices([*fields], k=dice.randrange(5))
+        }
+        text = (
+            json.dumps(chosen)
+            .replace('"=ID="', "ID")
+            .replace("1e+300", dice.choice(("1e300", "1e999")))
+        )
+        return (
+            text
+            if dice.random() < 0.8
+            else spoil(dice, text.encode()).decode("latin-1").replace("\n", "")
+        )
 
     async def check() -> None:
-        relay = pp.Relay(pp.ServerConfig("talker", (sys.executable, "-S", str(tmp_path / "talker.py"))))
+        relay = pp.Relay(
+            pp.ServerConfig("talker", (sys.executable, "-S", str(tmp_path / "talker.py")))
+        )
         outbox, answered = pp.Outbox.nowhere(), list[bool]()
         peer = pp.Peer(outbox, int)
         try:
             for number in range(100 * FUZZ):
                 lines = [line() for _ in range(dice.randrange(6))]
                 meta = {**pp.envelope({"roots": {}}, pp.OURSELVES), "progressToken": "t"}
-                message = pp.new_request("tools/call", {"lines": lines, "_meta": meta}) | {"id": number}
+                message = pp.new_request("tools/call", {"lines": lines, "_meta": meta}) | {
+                    "id": number
+                }
                 try:
-                    answer = await asyncio.wait_for(relay.respond(peer, message, dice.random() < 0.7, outbox), 5)
+                    answer = await asyncio.wait_for(
+                        relay.respond(peer, message, dice.random() < 0.7, outbox), 5
+                    )
                 except pp.RelayError as wrong:
                     answer = pp.refusal(number, wrong)
                 sent = json.loads(pp.to_json(answer).encode(), parse_constant=pytest.fail)
                 answered.append("capabilities" in sent.get("result", {}))
                 assert sent["id"] == number, lines
-                assert isinstance(sent.get("result"), dict) != isinstance(sent.get("error"), dict), lines
+                assert isinstance(sent.get("result"), dict) != isinstance(
+                    sent.get("error"), dict
+                ), lines
                 assert "error" not in sent or type(sent["error"]["code"]) is int, lines
         finally:
             await relay.close()
@@ -3742,7 +4661,9 @@ def test_whatever_a_child_writes_every_request_has_one_sound_answer(
 
     asyncio.run(check())
     assert [
-        each.getMessage() for each in caplog.records if (each.name, each.levelname) == ("pocketcoder", "ERROR")
+        each.getMessage()
+        for each in caplog.records
+        if (each.name, each.levelname) == ("pocketcoder", "ERROR")
     ] == []
 
 
@@ -3762,28 +4683,63 @@ def text_of(result: dict[str, Any]) -> str:
 
 def test_the_tools_are_described_for_models_and_programs(proxy: Proxy) -> None:
     tools = mcp(proxy, modern("tools/list"))[2]["result"]["tools"]
-    assert [tool["name"] for tool in tools] == ["exec", "read_terminal", "send_keys", "list_terminals"]
+    assert [tool["name"] for tool in tools] == [
+        "exec",
+        "read_terminal",
+        "send_keys",
+        "list_terminals",
+    ]
     for tool in tools:
         assert tool["title"]
         assert len(tool["description"]) > 80
-        assert set(tool["annotations"]) >= {"readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"}
+        assert set(tool["annotations"]) >= {
+            "readOnlyHint",
+            "destructiveHint",
+            "idempotentHint",
+            "openWorldHint",
+        }
         assert tool["inputSchema"]["type"] == "object"
         assert all(shape.get("description") for shape in tool["inputSchema"]["properties"].values())
     reads = {tool["name"]: tool["annotations"]["readOnlyHint"] for tool in tools}
-    assert reads == {"exec": False, "read_terminal": True, "send_keys": False, "list_terminals": True}
+    assert reads == {
+        "exec": False,
+        "read_terminal": True,
+        "send_keys": False,
+        "list_terminals": True,
+    }
     assert {tool["name"] for tool in tools if "outputSchema" in tool} == {"exec", "list_terminals"}
 
 
 def test_exec_answers_for_a_model_and_for_a_program(proxy: Proxy, agent: str) -> None:
     result = call(proxy, "exec", cmd="printf 'ä\\n'; printf oops >&2; exit 3", agent_name=agent)
     assert text_of(result) == "ä\noops\n[exit code 3]"
-    expected = {"output": "ä\noops", "exit_code": 3, "ended": "exit", "truncated": False, "output_bytes": 7}
+    expected = {
+        "output": "ä\noops",
+        "exit_code": 3,
+        "ended": "exit",
+        "truncated": False,
+        "output_bytes": 7,
+    }
     assert (result["structuredContent"], result["isError"]) == (expected, False)
     assert text_of(call(proxy, "exec", cmd="printf ok", agent_name=agent)) == "ok"
-    result = call(proxy, "exec", cmd="cat; pwd", agent_name=agent, stdin="in ", cwd="", timeout=9.5, env={"ignored": 1})
+    result = call(
+        proxy,
+        "exec",
+        cmd="cat; pwd",
+        agent_name=agent,
+        stdin="in ",
+        cwd="",
+        timeout=9.5,
+        env={"ignored": 1},
+    )
     assert text_of(result) == f"in {os.path.realpath(proxy.workspace)}\n"
-    result = call(proxy, "exec", cmd="head -c 5000 /dev/zero | tr '\\0' x", agent_name=agent, max_output=100)
-    assert (result["structuredContent"]["truncated"], result["structuredContent"]["output_bytes"]) == (True, 5000)
+    result = call(
+        proxy, "exec", cmd="head -c 5000 /dev/zero | tr '\\0' x", agent_name=agent, max_output=100
+    )
+    assert (
+        result["structuredContent"]["truncated"],
+        result["structuredContent"]["output_bytes"],
+    ) == (True, 5000)
     result = call(proxy, "exec", cmd="echo before; sleep 30", agent_name=agent, timeout=0.3)
     assert (result["isError"], result["structuredContent"]["ended"]) == (True, "timeout")
     assert re.fullmatch(r"before\n\[exit code 124\]\n\[ended after 0.3 s: .+\]", text_of(result))
@@ -3820,22 +4776,31 @@ def test_a_fault_that_a_model_can_mend_is_a_result_that_names_it(
     assert f"`{field}`" in text_of(result)
 
 
-def test_keys_that_make_a_terminal_are_no_part_of_the_next_command(own: Callable[..., Proxy]) -> None:
+def test_keys_that_make_a_terminal_are_no_part_of_the_next_command(
+    own: Callable[..., Proxy],
+) -> None:
     server = own()
     server.exec("true")
     server.tmux("kill-server")
     half = f"echo >{server.folder}/half one"
-    eventually(lambda: not call(server, "send_keys", text=half)["isError"])  # at first tmux may be just dying
+    eventually(
+        lambda: not call(server, "send_keys", text=half)["isError"]
+    )  # at first tmux may be just dying
     assert server.exec("echo ok")["stdout"] == "ok\n"
     assert not os.path.exists(f"{server.folder}/half")
 
 
 def test_keys_reach_programs_that_others_wait_for(proxy: Proxy, agent: str) -> None:
-    asking = [proxy.start_exec("read -r x </dev/tty; echo $x", agent_name=agent) for _ in range(pp.MAX_PANES)]
+    asking = [
+        proxy.start_exec("read -r x </dev/tty; echo $x", agent_name=agent)
+        for _ in range(pp.MAX_PANES)
+    ]
     eventually(lambda: len(proxy.panes(agent)) == pp.MAX_PANES)
     queued = proxy.start_exec("echo queued", agent_name=agent)
     time.sleep(0.3)
-    answer = Background(partial(call, proxy, "send_keys", text="here", keys=["Enter"], agent_name=agent)).result(10)
+    answer = Background(
+        partial(call, proxy, "send_keys", text="here", keys=["Enter"], agent_name=agent)
+    ).result(10)
     assert not answer["isError"]
     assert queued.result()["stdout"] == "queued\n"
     for pane in proxy.panes(agent):
@@ -3845,19 +4810,58 @@ def test_keys_reach_programs_that_others_wait_for(proxy: Proxy, agent: str) -> N
 
 def test_a_program_is_driven_by_keys_and_read_like_a_person_would(proxy: Proxy, agent: str) -> None:
     assert (
-        call(proxy, "send_keys", agent_name=agent, text="read -p 'Name? ' n; echo \"<$n>\"", keys=["Enter"])["content"]
+        call(
+            proxy,
+            "send_keys",
+            agent_name=agent,
+            text="read -p 'Name? ' n; echo \"<$n>\"",
+            keys=["Enter"],
+        )["content"]
         == []
     )
-    eventually(lambda: "Name? " in text_of(call(proxy, "read_terminal", agent_name=agent)).split("\n")[-1] + " ")
-    listed = {each["agent_name"]: each for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]}
-    assert listed[agent] == {"agent_name": agent, "busy": False, "command": "bash", "columns": 200, "lines": 50}
-    call(proxy, "send_keys", agent_name=agent, text='Zoë \'n "$HOME" ; # {}\\', keys=["BSpace", "Enter"])
-    eventually(lambda: '<Zoë \'n "$HOME" ; # {}>' in text_of(call(proxy, "read_terminal", agent_name=agent)))
+    eventually(
+        lambda: (
+            "Name? "
+            in text_of(call(proxy, "read_terminal", agent_name=agent)).split("\n")[-1] + " "
+        )
+    )
+    listed = {
+        each["agent_name"]: each
+        for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
+    }
+    assert listed[agent] == {
+        "agent_name": agent,
+        "busy": False,
+        "command": "bash",
+        "columns": 200,
+        "lines": 50,
+    }
+    call(
+        proxy,
+        "send_keys",
+        agent_name=agent,
+        text='Zoë \'n "$HOME" ; # {}\\',
+        keys=["BSpace", "Enter"],
+    )
+    eventually(
+        lambda: (
+            '<Zoë \'n "$HOME" ; # {}>' in text_of(call(proxy, "read_terminal", agent_name=agent))
+        )
+    )
     running = proxy.start_exec("cat /dev/tty", agent_name=agent, timeout=20)
     eventually(
-        lambda: "cat" in [each["command"] for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]]
+        lambda: (
+            "cat"
+            in [
+                each["command"]
+                for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
+            ]
+        )
     )
-    listed = {each["agent_name"]: each for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]}
+    listed = {
+        each["agent_name"]: each
+        for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
+    }
     assert listed[agent]["busy"] is True
     call(proxy, "send_keys", agent_name=agent, text="seen\n")
     call(proxy, "send_keys", agent_name=agent, keys=["C-d"])
@@ -3871,13 +4875,21 @@ def test_a_wrapped_line_is_read_as_one(proxy: Proxy, agent: str) -> None:
     proxy.exec("printf '%0500d\\n' 7; echo end", agent_name=agent)
     eventually(lambda: f"{7:0500}\nend" in text_of(call(proxy, "read_terminal", agent_name=agent)))
     proxy.exec("seq 3000", agent_name=agent)
-    eventually(lambda: "\n3000\n" in text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000)))
-    assert len(text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000)).split("\n")) == 2000
+    eventually(
+        lambda: "\n3000\n" in text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000))
+    )
+    assert (
+        len(text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000)).split("\n")) == 2000
+    )
 
 
 def test_what_a_terminal_shows_is_no_reply_of_tmux(proxy: Proxy, agent: str) -> None:
-    proxy.exec('for i in $(seq 400); do echo "%end $(date +%s) $i 1"; echo "%exit"; done', agent_name=agent)
-    eventually(lambda: "%exit" in text_of(call(proxy, "read_terminal", agent_name=agent, lines=900)))
+    proxy.exec(
+        'for i in $(seq 400); do echo "%end $(date +%s) $i 1"; echo "%exit"; done', agent_name=agent
+    )
+    eventually(
+        lambda: "%exit" in text_of(call(proxy, "read_terminal", agent_name=agent, lines=900))
+    )
     assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
 
 
@@ -3894,9 +4906,14 @@ class Stream:
 
     def __init__(self, proxy: Proxy, path: str, body: Any = None, **headers: str) -> None:
         self.connection = proxy.connect()
-        given = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
+        given = {
+            "Accept": "application/json, text/event-stream",
+            "Content-Type": "application/json",
+        }
         given |= {name.replace("_", "-"): value for name, value in headers.items()}
-        self.connection.request("POST" if body else "GET", path, json.dumps(body) if body else None, given)
+        self.connection.request(
+            "POST" if body else "GET", path, json.dumps(body) if body else None, given
+        )
         self.answer = self.connection.getresponse()
         self.status = self.answer.status
 
@@ -3951,12 +4968,16 @@ def test_progress_tells_the_newest_line_and_only_grows(proxy: Proxy, agent: str)
 
 
 def test_who_asks_for_no_progress_gets_the_answer_as_json(proxy: Proxy, agent: str) -> None:
-    _, headers, answer = mcp(proxy, modern("tools/call", {"name": "exec", "arguments": {"cmd": "sleep 0.3"}}))
+    _, headers, answer = mcp(
+        proxy, modern("tools/call", {"name": "exec", "arguments": {"cmd": "sleep 0.3"}})
+    )
     assert headers["content-type"] == "application/json"
     assert answer["result"]["structuredContent"]["exit_code"] == 0
 
 
-def test_a_closed_stream_cancels_a_modern_call(proxy: Proxy, agent: str, stream: Callable[..., Stream]) -> None:
+def test_a_closed_stream_cancels_a_modern_call(
+    proxy: Proxy, agent: str, stream: Callable[..., Stream]
+) -> None:
     params = {"name": "exec", "arguments": {"cmd": "echo go; sleep 71.5", "agent_name": agent}}
     message = modern("tools/call", params, progressToken=1)
     names = {"MCP_Protocol_Version": "2026-07-28", "Mcp_Method": "tools/call", "Mcp_Name": "exec"}
@@ -3965,7 +4986,10 @@ def test_a_closed_stream_cancels_a_modern_call(proxy: Proxy, agent: str, stream:
     left.close()
     eventually(lambda: not processes_with("sleep\x0071.5"))
     unanswered = proxy.connect()  # before anything came
-    head = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in names.items()}}
+    head = {
+        "Content-Type": "application/json",
+        **{name.replace("_", "-"): value for name, value in names.items()},
+    }
     params = {"name": "exec", "arguments": {"cmd": "sleep 71.6", "agent_name": agent}}
     unanswered.request("POST", "/mcp", json.dumps(modern("tools/call", params)), head)
     eventually(lambda: processes_with("sleep\x0071.6"))
@@ -3978,15 +5002,23 @@ def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
 ) -> None:
     session, other = opened(proxy), opened(proxy)
     arguments = {"cmd": "echo go; sleep 72.5", "agent_name": agent}
-    message = request("tools/call", {"name": "exec", "arguments": arguments, "_meta": {"progressToken": 1}}, id_=9)
+    message = request(
+        "tools/call", {"name": "exec", "arguments": arguments, "_meta": {"progressToken": 1}}, id_=9
+    )
     left = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
     assert left.next()["params"]["message"] == "go"
     left.close()
     time.sleep(0.5)
     assert processes_with("sleep\x0072.5")
-    cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 9, "reason": "user"}}
+    cancel = {
+        "jsonrpc": "2.0",
+        "method": "notifications/cancelled",
+        "params": {"requestId": 9, "reason": "user"},
+    }
     assert mcp(proxy, cancel, Mcp_Session_Id=other)[0] == 202  # the same id, of another session
-    assert mcp(proxy, {**cancel, "params": {"requestId": "9"}}, Mcp_Session_Id=session)[0] == 202  # another type
+    assert (
+        mcp(proxy, {**cancel, "params": {"requestId": "9"}}, Mcp_Session_Id=session)[0] == 202
+    )  # another type
     time.sleep(0.3)
     assert processes_with("sleep\x0072.5")
     assert mcp(proxy, cancel, Mcp_Session_Id=session)[0] == 202
@@ -3998,10 +5030,14 @@ def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
         assert got["method"] == "notifications/progress"
 
 
-def test_an_id_in_flight_is_not_taken_twice(proxy: Proxy, agent: str, stream: Callable[..., Stream]) -> None:
+def test_an_id_in_flight_is_not_taken_twice(
+    proxy: Proxy, agent: str, stream: Callable[..., Stream]
+) -> None:
     session = opened(proxy)
     arguments = {"cmd": "echo go; sleep 73.5", "agent_name": agent}
-    message = request("tools/call", {"name": "exec", "arguments": arguments, "_meta": {"progressToken": 1}}, id_=9)
+    message = request(
+        "tools/call", {"name": "exec", "arguments": arguments, "_meta": {"progressToken": 1}}, id_=9
+    )
     first = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
     assert first.next()["params"]["message"] == "go"
     assert mcp(proxy, message, Mcp_Session_Id=session)[2]["error"]["code"] == -32600
@@ -4019,11 +5055,21 @@ def test_a_session_belongs_to_the_credential_that_opened_it(
     session = opened(proxy, Authorization="Bearer mine")
     for header in ("", "Bearer yours"):
         assert mcp(proxy, request("ping"), Mcp_Session_Id=session, Authorization=header)[0] == 404
-    assert mcp(proxy, request("ping"), Mcp_Session_Id=session, Authorization="Bearer mine")[0] == 200
-    assert stream(proxy, "/sse?session_id=named&token=mine").next() == "/messages?session_id=named&token=mine"
+    assert (
+        mcp(proxy, request("ping"), Mcp_Session_Id=session, Authorization="Bearer mine")[0] == 200
+    )
+    assert (
+        stream(proxy, "/sse?session_id=named&token=mine").next()
+        == "/messages?session_id=named&token=mine"
+    )
     assert stream(proxy, "/sse?session_id=named&token=yours").status == 404
     assert mcp(proxy, request("ping"), path="/messages?session_id=named&token=yours")[0] == 404
-    assert mcp(proxy, request("ping"), path="/messages?session_id=named", Authorization="Bearer mine")[0] == 202
+    assert (
+        mcp(proxy, request("ping"), path="/messages?session_id=named", Authorization="Bearer mine")[
+            0
+        ]
+        == 202
+    )
     assert (
         mcp(proxy, request("ping"), Mcp_Session_Id="named", Authorization="Bearer mine")[0] == 404
     )  # another transport's
@@ -4040,12 +5086,19 @@ def test_commands_of_exec_are_reported_to_the_session_they_name(
         assert told["method"] == "notifications/message"
         assert (told["params"]["level"], told["params"]["logger"]) == ("info", "exec")
         data = told["params"]["data"]
-        assert (data["event"], data["run_id"], data["agent_name"]) == (event, answer["run_id"], agent)
+        assert (data["event"], data["run_id"], data["agent_name"]) == (
+            event,
+            answer["run_id"],
+            agent,
+        )
     assert begun["params"]["data"]["cmd"] == "echo told; exit 4"
     assert (ended["params"]["data"]["exit_code"], ended["params"]["data"]["ended"]) == (4, "exit")
     left = proxy.connect()
     left.request(
-        "POST", "/exec", json.dumps({"cmd": "sleep 77.5", "agent_name": agent, "session_id": agent}), JSON_TYPE
+        "POST",
+        "/exec",
+        json.dumps({"cmd": "sleep 77.5", "agent_name": agent, "session_id": agent}),
+        JSON_TYPE,
     )
     eventually(lambda: processes_with("sleep\x0077.5"))
     left.close()
@@ -4057,10 +5110,15 @@ def test_commands_of_exec_are_reported_to_the_session_they_name(
     get = stream(proxy, "/mcp", None, Mcp_Session_Id=session)
     proxy.exec("echo second", agent_name=agent, session_id=session)
     assert get.next()["params"]["data"]["cmd"] == "echo second"
-    assert mcp(proxy, request("logging/setLevel", {"level": "error"}), Mcp_Session_Id=session)[0] == 200
+    assert (
+        mcp(proxy, request("logging/setLevel", {"level": "error"}), Mcp_Session_Id=session)[0]
+        == 200
+    )
     assert get.next()["params"]["data"]["event"] == "end"
     proxy.exec("echo third", agent_name=agent, session_id=session)
-    assert mcp(proxy, request("logging/setLevel", {"level": "info"}), Mcp_Session_Id=session)[0] == 200
+    assert (
+        mcp(proxy, request("logging/setLevel", {"level": "info"}), Mcp_Session_Id=session)[0] == 200
+    )
     proxy.exec("echo fourth", agent_name=agent, session_id=session)
     assert get.next()["params"]["data"]["cmd"] == "echo fourth"
 
@@ -4072,7 +5130,12 @@ def test_who_comes_back_gets_what_was_missed_and_calls_went_on(
     first = stream(proxy, f"/sse?session_id={agent}")
     assert first.next() == path
     arguments = {"cmd": "sleep 0.7; echo done", "agent_name": agent}
-    assert mcp(proxy, request("tools/call", {"name": "exec", "arguments": arguments}, id_=5), path=path)[0] == 202
+    assert (
+        mcp(
+            proxy, request("tools/call", {"name": "exec", "arguments": arguments}, id_=5), path=path
+        )[0]
+        == 202
+    )
     first.close()
     time.sleep(0.3)
     for number in range(3):
@@ -4096,7 +5159,10 @@ def test_a_minted_session_ends_with_its_stream_and_its_calls_with_it(
     path = opened.next()
     assert re.fullmatch(r"/messages\?session_id=[0-9a-f]{32}", path)
     arguments = {"cmd": "sleep 74.5", "agent_name": agent}
-    assert mcp(proxy, request("tools/call", {"name": "exec", "arguments": arguments}), path=path)[0] == 202
+    assert (
+        mcp(proxy, request("tools/call", {"name": "exec", "arguments": arguments}), path=path)[0]
+        == 202
+    )
     eventually(lambda: processes_with("sleep\x0074.5"))
     opened.close()
     eventually(lambda: not processes_with("sleep\x0074.5"))
@@ -4114,7 +5180,9 @@ def test_too_many_waiting_messages_end_the_session_with_a_line_in_the_log(
     assert "session end id=away why=100 messages wait" in proxy.logged()
 
 
-def test_named_sessions_and_idle_ones_expire(own: Callable[..., Proxy], stream: Callable[..., Stream]) -> None:
+def test_named_sessions_and_idle_ones_expire(
+    own: Callable[..., Proxy], stream: Callable[..., Stream]
+) -> None:
     async def expiring() -> list[str]:
         driver = pp.PocketCoderDriver("/nowhere/at/all", "x")
         state = pp.AppState(pp.SessionMap(), driver)
@@ -4159,17 +5227,29 @@ def noted(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_audit_log_has_the_start_and_the_end_of_each_command(audited: tuple[Proxy, pathlib.Path]) -> None:
+def test_the_audit_log_has_the_start_and_the_end_of_each_command(
+    audited: tuple[Proxy, pathlib.Path],
+) -> None:
     proxy, path = audited
     ids = {"usage_id": "u\n\u2028", "session_id": "s", "agent_name": "a"}
     cmd = f"grep -c $POCKETCODER_RUN_ID {path}; exit 3"
     answer = proxy.exec(cmd, **ids)
     assert answer["stdout"] == "1\n"  # the start is there before it runs
     start, end = noted(path)  # the end, before it is answered
-    fields = {"run_id": answer["run_id"], **ids, "cwd": os.path.realpath(proxy.workspace), "cmd": cmd}
+    fields = {
+        "run_id": answer["run_id"],
+        **ids,
+        "cwd": os.path.realpath(proxy.workspace),
+        "cmd": cmd,
+    }
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", start["time"])
     assert start == {"time": start["time"], "event": "start", **fields}
-    result = {"exit_code": 3, "error": None, "duration_ms": answer["duration_ms"], "output_bytes": 2}
+    result = {
+        "exit_code": 3,
+        "error": None,
+        "duration_ms": answer["duration_ms"],
+        "output_bytes": 2,
+    }
     assert end == {"time": end["time"], "event": "end", **fields, **result}
     assert start["time"] <= end["time"]
     assert path.stat().st_mode & 0o777 == 0o600
@@ -4194,8 +5274,13 @@ def test_the_audit_log_has_the_commands_of_every_door(audited: tuple[Proxy, path
     eventually(lambda: len(noted(path)) == 10)
     lines = noted(path)
     assert [line["event"] for line in lines] == ["start", "end"] * 5
-    assert all(start["run_id"] == end["run_id"] for start, end in zip(lines[::2], lines[1::2], strict=True))
-    ends = [(line["cmd"], line["exit_code"], line["error"] and line["error"][:9]) for line in lines[1::2]]
+    assert all(
+        start["run_id"] == end["run_id"] for start, end in zip(lines[::2], lines[1::2], strict=True)
+    )
+    ends = [
+        (line["cmd"], line["exit_code"], line["error"] and line["error"][:9])
+        for line in lines[1::2]
+    ]
     assert ends == [
         ("echo stream", 0, None),
         ("echo channel; kill -9 $$", 137, None),
@@ -4223,7 +5308,9 @@ def test_nothing_runs_and_nothing_is_answered_while_the_audit_log_cannot_be_writ
 ) -> None:
     proxy, path = audited
     long = proxy.start_exec("sleep 0.3; exit 5", agent_name="a")
-    eventually(lambda: proxy.exec("true") and len(noted(path)) > 8)  # longer than the files of a run
+    eventually(
+        lambda: proxy.exec("true") and len(noted(path)) > 8
+    )  # longer than the files of a run
     limit_files(proxy, size := path.stat().st_size + 20)  # bytes: a part of a line is written
     eventually(lambda: "File too large" in proxy.logged())  # the end of `long`
     for _ in range(3):
@@ -4240,12 +5327,16 @@ def test_nothing_runs_and_nothing_is_answered_while_the_audit_log_cannot_be_writ
     assert long.result()["exit_code"] == 5
     assert proxy.exec("ls")["stdout"] == ""
     limit_files(proxy, path.stat().st_size)
-    assert proxy.post({"cmd": "touch ran"})[0] == 503  # of its start nothing is written, and nothing waits
+    assert (
+        proxy.post({"cmd": "touch ran"})[0] == 503
+    )  # of its start nothing is written, and nothing waits
     limit_files(proxy, resource.RLIM_INFINITY)
     assert proxy.exec("ls")["stdout"] == ""
     lines = noted(path)
     assert [line["event"] for line in lines].count("start") == len(lines) / 2
-    assert [line["exit_code"] for line in lines if line["event"] == "end" and line["agent_name"] == "a"] == [5]
+    assert [
+        line["exit_code"] for line in lines if line["event"] == "end" and line["agent_name"] == "a"
+    ] == [5]
 
 
 @pytest.mark.slow
@@ -4258,7 +5349,9 @@ def test_an_end_that_is_never_noted_is_no_answer(audited: tuple[Proxy, pathlib.P
     limit_files(proxy, path.stat().st_size)
     status, answer = began.result()
     assert (status, answer["exit_code"], set(answer)) == (500, 125, {"error", "exit_code"})
-    assert answer["error"].startswith("the command ended with 5, its answer is withheld: cannot write the audit log")
+    assert answer["error"].startswith(
+        "the command ended with 5, its answer is withheld: cannot write the audit log"
+    )
 
 
 @pytest.mark.slow
@@ -4275,7 +5368,9 @@ def test_a_stream_whose_end_is_never_noted_says_so(audited: tuple[Proxy, pathlib
 
 
 @pytest.mark.slow
-def test_a_server_that_stops_while_its_log_cannot_be_written_answers_all(audited: tuple[Proxy, pathlib.Path]) -> None:
+def test_a_server_that_stops_while_its_log_cannot_be_written_answers_all(
+    audited: tuple[Proxy, pathlib.Path],
+) -> None:
     proxy, path = audited
     for _ in range(8):
         proxy.exec("true")
@@ -4291,7 +5386,9 @@ def test_a_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
     own: Callable[..., Proxy], tmp_path: pathlib.Path
 ) -> None:
     os.mkfifo(path := tmp_path / "audit")
-    with contextlib.closing(open(os.open(path, os.O_RDONLY | os.O_NONBLOCK))):  # there, and reads nothing
+    with contextlib.closing(
+        open(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    ):  # there, and reads nothing
         proxy = own("--audit-log", str(path))
         cmd = "#" * 300_000 + f"\n[ -s {tmp_path}/copy ] && echo hi"  # it has been read before
         call = proxy.start_exec(cmd)
@@ -4309,7 +5406,9 @@ def test_a_command_that_is_tried_again_is_noted_once(audited: tuple[Proxy, pathl
     proxy.tmux("split-window", "-d", "-t", proxy.pane("poco"), "sleep 79")
     proxy.tmux("set-option", "-w", "-t", proxy.pane("poco"), "synchronize-panes", "on")
     answers = [proxy.exec("true")["run_id"] for _ in range(3)]  # not typed at first
-    assert [line["run_id"] for line in noted(path)[2:]] == [run_id for run_id in answers for _ in range(2)]
+    assert [line["run_id"] for line in noted(path)[2:]] == [
+        run_id for run_id in answers for _ in range(2)
+    ]
 
 
 def test_hup_opens_the_audit_log_anew(audited: tuple[Proxy, pathlib.Path]) -> None:
@@ -4334,7 +5433,9 @@ def test_hup_opens_the_audit_log_anew(audited: tuple[Proxy, pathlib.Path]) -> No
         path.unlink()
 
 
-def test_a_server_that_is_killed_loses_no_line_that_was_answered(audited: tuple[Proxy, pathlib.Path]) -> None:
+def test_a_server_that_is_killed_loses_no_line_that_was_answered(
+    audited: tuple[Proxy, pathlib.Path],
+) -> None:
     proxy, path = audited
     run_ids = [proxy.exec("true")["run_id"] for _ in range(20)]
     proxy.stop(signal.SIGKILL)
@@ -4368,7 +5469,10 @@ def test_an_audit_log_behind_a_link_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "audit").symlink_to(tmp_path / "theirs")
     done = run("server", "-p", "0", "--audit-log", str(tmp_path / "audit"))
     assert (done.returncode, done.stdout) == (1, "")
-    assert f"cannot write the audit log {tmp_path}/audit: Too many levels of symbolic links" in done.stderr
+    assert (
+        f"cannot write the audit log {tmp_path}/audit: Too many levels of symbolic links"
+        in done.stderr
+    )
 
 
 # ==========================================================================
@@ -4417,7 +5521,9 @@ REFUSED: list[tuple[str, str, dict[str, str], int]] = [
 def test_the_gate_refuses_with_a_json_error(
     proxy: Proxy, method: str, path: str, headers: dict[str, str], status: int
 ) -> None:
-    got, answer_headers, answer = proxy.request(method, path, BODY if method == "POST" else None, headers)
+    got, answer_headers, answer = proxy.request(
+        method, path, BODY if method == "POST" else None, headers
+    )
     assert got == status
     assert json.loads(answer)["exit_code"] == 125
     assert json.loads(answer)["error"]
@@ -4447,15 +5553,27 @@ def test_the_token_is_demanded_and_never_shown(own: Callable[..., Proxy]) -> Non
         "Bearer Geheim-1",
         "Bearer \xff",
     ):
-        status, headers, answer = server.request("POST", "/exec", BODY, {**JSON_TYPE, "Authorization": given})
-        assert (status, headers["www-authenticate"], json.loads(answer)["exit_code"]) == (401, "Bearer", 125)
+        status, headers, answer = server.request(
+            "POST", "/exec", BODY, {**JSON_TYPE, "Authorization": given}
+        )
+        assert (status, headers["www-authenticate"], json.loads(answer)["exit_code"]) == (
+            401,
+            "Bearer",
+            125,
+        )
     status, _, _ = server.request(
-        "POST", "/exec", BODY, {**JSON_TYPE, "Authorization": "Bearer geheim-1", "Origin": "http://a.b"}
+        "POST",
+        "/exec",
+        BODY,
+        {**JSON_TYPE, "Authorization": "Bearer geheim-1", "Origin": "http://a.b"},
     )
     assert status == 403
     headers = {**JSON_TYPE, "Authorization": "Bearer geheim-1", "Host": "sandbox:3001"}
     status, _, answer = server.request(
-        "POST", "/exec", b'{"cmd": "env; tr \\"\\\\\\\\0\\" \\"\\\\\\\\n\\" </proc/$PPID/environ"}', headers
+        "POST",
+        "/exec",
+        b'{"cmd": "env; tr \\"\\\\\\\\0\\" \\"\\\\\\\\n\\" </proc/$PPID/environ"}',
+        headers,
     )
     assert status == 200
     assert "geheim" not in answer.decode()
@@ -4466,12 +5584,18 @@ def test_the_token_is_demanded_and_never_shown(own: Callable[..., Proxy]) -> Non
 def test_an_allowed_origin_may_call_and_no_other(own: Callable[..., Proxy]) -> None:
     server = own("--allow-origin", "http://ui.example:8080")
     good = {"Origin": "http://ui.example:8080"}
-    status, headers, _ = server.request("OPTIONS", "/exec", None, {**good, "Access-Control-Request-Method": "POST"})
+    status, headers, _ = server.request(
+        "OPTIONS", "/exec", None, {**good, "Access-Control-Request-Method": "POST"}
+    )
     assert (status, headers["access-control-allow-origin"]) == (204, "http://ui.example:8080")
     assert "POST" in headers["access-control-allow-methods"]
     status, headers, _ = server.request("POST", "/exec", b'{"cmd": "true"}', {**JSON_TYPE, **good})
     assert (status, headers["access-control-allow-origin"]) == (200, "http://ui.example:8080")
-    for origin in ("http://ui.example", "https://ui.example:8080", "http://ui.example:8080.evil.example"):
+    for origin in (
+        "http://ui.example",
+        "https://ui.example:8080",
+        "http://ui.example:8080.evil.example",
+    ):
         assert server.request("POST", "/exec", BODY, {**JSON_TYPE, "Origin": origin})[0] == 403
 
 
@@ -4494,7 +5618,9 @@ def test_a_body_beyond_the_limit_is_413_declared_or_chunked(proxy: Proxy) -> Non
 def test_requests_on_one_connection_are_answered_in_turn(proxy: Proxy, agent: str) -> None:
     connection = proxy.connect()
     for number in range(5):
-        connection.request("POST", "/exec", json.dumps({"cmd": f"echo {number}", "agent_name": agent}), JSON_TYPE)
+        connection.request(
+            "POST", "/exec", json.dumps({"cmd": f"echo {number}", "agent_name": agent}), JSON_TYPE
+        )
         assert json.loads(connection.getresponse().read())["stdout"] == f"{number}\n"
         connection.request("POST", "/exec", "{", JSON_TYPE)
         answer = connection.getresponse()
@@ -4513,7 +5639,10 @@ def test_requests_on_one_connection_are_answered_in_turn(proxy: Proxy, agent: st
     ],
 )
 def test_garbage_ends_only_its_connection(proxy: Proxy, garbage: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as raw, contextlib.suppress(OSError):
+    with (
+        socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as raw,
+        contextlib.suppress(OSError),
+    ):
         raw.sendall(garbage)
         raw.shutdown(socket.SHUT_WR)
         while raw.recv(4096):
@@ -4521,7 +5650,9 @@ def test_garbage_ends_only_its_connection(proxy: Proxy, garbage: bytes) -> None:
     assert proxy.request("GET", "/health")[0] == 200
 
 
-def test_a_stream_brings_output_as_it_is_written_and_the_result_at_its_end(proxy: Proxy, agent: str) -> None:
+def test_a_stream_brings_output_as_it_is_written_and_the_result_at_its_end(
+    proxy: Proxy, agent: str
+) -> None:
     gate = f"{proxy.folder}/{agent}"
     got: list[tuple[str, dict[str, Any]]] = []
     for event, data, _ in proxy.stream(
@@ -4539,7 +5670,11 @@ def test_a_stream_brings_output_as_it_is_written_and_the_result_at_its_end(proxy
 
 def test_a_stream_never_halves_a_character(proxy: Proxy, agent: str) -> None:
     cmd = "for b in 360 237 231 202; do printf \"\\\\$b\"; sleep 0.03; done; printf '\\303'"
-    texts = [data["stdout"] for event, data, _ in proxy.stream(cmd, agent_name=agent) if event == "output"]
+    texts = [
+        data["stdout"]
+        for event, data, _ in proxy.stream(cmd, agent_name=agent)
+        if event == "output"
+    ]
     assert texts == ["🙂", "\ufffd"]
 
 
@@ -4551,13 +5686,20 @@ def test_a_stream_never_halves_a_character_wherever_it_is_cut(proxy: Proxy, agen
         pieces = [data[begin:end] for begin, end in pairwise([0, *ends, len(data)])]
         octal = ("".join(f"\\{byte:03o}" for byte in piece) for piece in pieces)
         cmd = "; sleep 0.004; ".join(f"printf '{piece}'" for piece in octal)
-        texts = [got["stdout"] for event, got, _ in proxy.stream(cmd, agent_name=agent) if event == "output"]
+        texts = [
+            got["stdout"]
+            for event, got, _ in proxy.stream(cmd, agent_name=agent)
+            if event == "output"
+        ]
         assert "".join(texts) == data.decode(errors="replace"), pieces
         assert all(texts), pieces
 
 
 def test_a_stream_is_whole_however_large(proxy: Proxy, agent: str) -> None:
-    events = [(event, data) for event, data, _ in proxy.stream("seq 1 300000", agent_name=agent, max_output=10)]
+    events = [
+        (event, data)
+        for event, data, _ in proxy.stream("seq 1 300000", agent_name=agent, max_output=10)
+    ]
     assert "".join(data["stdout"] for event, data in events if event == "output") == "".join(
         f"{n}\n" for n in range(1, 300_001)
     )
@@ -4572,7 +5714,10 @@ def test_a_slow_reader_slows_the_command_and_not_the_server(own: Callable[..., P
     connection = server.connect()
     accept = {**JSON_TYPE, "Accept": "text/event-stream"}
     connection.request(
-        "POST", "/exec", json.dumps({"cmd": "head -c 200000000 /dev/zero | tr '\\0' x; touch done"}), accept
+        "POST",
+        "/exec",
+        json.dumps({"cmd": "head -c 200000000 /dev/zero | tr '\\0' x; touch done"}),
+        accept,
     )
     answer = connection.getresponse()
     time.sleep(1)
@@ -4638,7 +5783,9 @@ class Channel:
 def test_a_channel_keeps_streams_apart_and_ends_with_the_result(proxy: Proxy, agent: str) -> None:
     async def talk() -> None:
         async with Channel(proxy) as channel:
-            await channel.send({"cmd": "cat; echo err >&2; printf '\\377'; exit 3", "agent_name": agent})
+            await channel.send(
+                {"cmd": "cat; echo err >&2; printf '\\377'; exit 3", "agent_name": agent}
+            )
             for part in (b"one ", b"", b"two\n"):
                 await channel.send(b"\0" + part)
             await channel.send(b"\xff\0")
@@ -4667,10 +5814,15 @@ def test_a_channel_signals_the_whole_group(proxy: Proxy, agent: str, name: str) 
         async with Channel(proxy) as channel:
             await channel.send({"cmd": "echo ready; sleep 68.5", "agent_name": agent})
             await channel.next()
-            await asyncio.to_thread(eventually, lambda: processes_with("sleep\x0068.5"))  # bash itself ignores QUIT
+            await asyncio.to_thread(
+                eventually, lambda: processes_with("sleep\x0068.5")
+            )  # bash itself ignores QUIT
             await channel.send({"signal": name})
             final = await channel.end()
-            assert (final["exit_code"], final["ended"]) == (128 + signal.Signals[f"SIG{name}"], "exit")
+            assert (final["exit_code"], final["ended"]) == (
+                128 + signal.Signals[f"SIG{name}"],
+                "exit",
+            )
 
     asyncio.run(talk())
     eventually(lambda: not processes_with("sleep\x0068.5"))
@@ -4708,7 +5860,11 @@ def test_a_bad_message_ends_the_channel_with_an_error_that_names_it(
             for message in messages:
                 await channel.send(message)
             final = await channel.end()
-            assert (final["exit_code"], said in final["error"], "ended" in final) == (2, True, False)
+            assert (final["exit_code"], said in final["error"], "ended" in final) == (
+                2,
+                True,
+                False,
+            )
 
     asyncio.run(talk())
     eventually(lambda: not processes_with("sleep\x0069.5"))
@@ -4732,9 +5888,16 @@ def test_a_channel_passes_the_gate_and_is_for_websockets_only(own: Callable[...,
     assert refused(token) == 101
     assert refused({**token, "Origin": "http://evil.example"}) == 403
     assert refused({**token, "Origin": "http://good.example"}) == 101
-    shake = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": "x", "Sec-WebSocket-Version": "13"}
+    shake = {
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Key": "x",
+        "Sec-WebSocket-Version": "13",
+    }
     for name, wrong in zip(shake, ("h2c", "close", "", "8"), strict=True):
-        status, _, answer = server.request("GET", "/exec/ws", headers={**token, **shake, name: wrong})
+        status, _, answer = server.request(
+            "GET", "/exec/ws", headers={**token, **shake, name: wrong}
+        )
         assert (status, json.loads(answer)["exit_code"]) == (400, 2)
     assert server.post({"cmd": "true"}, "/exec/ws")[0] == 405
     assert "Traceback" not in server.logged()
@@ -4745,7 +5908,9 @@ def test_a_caller_that_leaves_a_full_channel_is_noticed(proxy: Proxy, agent: str
         async with Channel(proxy) as channel:
             await channel.send({"cmd": "echo ready; exec sleep 68.7", "agent_name": agent})
             await channel.next()
-            waiting = [asyncio.ensure_future(channel.send(b"\0" * 100_000)) for _ in range(40)]  # nobody reads them
+            waiting = [
+                asyncio.ensure_future(channel.send(b"\0" * 100_000)) for _ in range(40)
+            ]  # nobody reads them
             await asyncio.wait(waiting, timeout=0.3)
             stream: Any = channel.socket.protocol and channel.socket.protocol.stream
             stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -4757,7 +5922,12 @@ def test_a_caller_that_leaves_a_full_channel_is_noticed(proxy: Proxy, agent: str
 
 
 def test_streamable_http_wants_both_types_and_knows_its_methods(proxy: Proxy) -> None:
-    for accept, status in (("application/json", 406), ("text/event-stream", 406), ("*/*", 200), ("", 200)):
+    for accept, status in (
+        ("application/json", 406),
+        ("text/event-stream", 406),
+        ("*/*", 200),
+        ("", 200),
+    ):
         assert mcp(proxy, modern("tools/list"), Accept=accept)[0] == status
     both = "text/event-stream;q=0.9,application/*"
     assert mcp(proxy, modern("tools/list"), Accept=both)[0] == 200
@@ -4767,7 +5937,9 @@ def test_streamable_http_wants_both_types_and_knows_its_methods(proxy: Proxy) ->
     assert mcp(proxy, b"", "GET", Mcp_Session_Id="gone")[0] == 404
     assert mcp(proxy, b"", "DELETE", Mcp_Session_Id="gone")[0] == 404
     assert mcp(proxy, b"", "PUT")[0] == 405
-    assert mcp(proxy, request("ping"), path="/sse")[0] == 405  # tells a client that tries POST first to GET
+    assert (
+        mcp(proxy, request("ping"), path="/sse")[0] == 405
+    )  # tells a client that tries POST first to GET
     assert mcp(proxy, b"", "GET", path="/messages")[0] == 405
     assert mcp(proxy, b"x" * (16 * 1024 * 1024 + 1))[0] == 413
     assert mcp(proxy, modern("tools/list"), Origin="http://127.0.0.1.evil.com")[0] == 403
@@ -4779,7 +5951,12 @@ def test_the_token_may_come_as_a_parameter_where_headers_cannot(
 ) -> None:
     proxy = own(POCKETCODER_TOKEN="s3cret+/=")
     assert mcp(proxy, modern("tools/list"))[0] == 401
-    assert proxy.request("POST", "/mcp?token=s3cret%2B/=", b"{}", {"Content-Type": "application/json"})[0] == 401
+    assert (
+        proxy.request(
+            "POST", "/mcp?token=s3cret%2B/=", b"{}", {"Content-Type": "application/json"}
+        )[0]
+        == 401
+    )
     assert stream(proxy, "/sse").status == 401
     opened = stream(proxy, "/sse?token=s3cret%2B/=")
     path = opened.next()
@@ -4814,7 +5991,9 @@ def test_a_client_of_either_era_is_served_on_an_event_stream(
         return events.next()
 
     assert (
-        ask(request("initialize", {**INITIALIZE, "protocolVersion": "2024-11-05"}))["result"]["protocolVersion"]
+        ask(request("initialize", {**INITIALIZE, "protocolVersion": "2024-11-05"}))["result"][
+            "protocolVersion"
+        ]
         == "2024-11-05"
     )
     assert "annotations" not in ask(request("tools/list"))["result"]["tools"][0]
@@ -4829,7 +6008,14 @@ def test_a_client_of_either_era_is_served_on_an_event_stream(
     assert mcp(proxy, request("ping"), path="/messages")[0] == 404
     assert stream(proxy, "/sse?session_id=a%20b").status == 400
     arguments = {"cmd": "sleep 75.5", "agent_name": agent}
-    assert mcp(proxy, modern("tools/call", {"name": "exec", "arguments": arguments}, id_="c"), path=path)[0] == 202
+    assert (
+        mcp(
+            proxy,
+            modern("tools/call", {"name": "exec", "arguments": arguments}, id_="c"),
+            path=path,
+        )[0]
+        == 202
+    )
     eventually(lambda: processes_with("sleep\x0075.5"))
     cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "c"}}
     assert mcp(proxy, cancel, path=path)[0] == 202
@@ -4860,7 +6046,9 @@ def test_a_websocket_is_a_session_that_nothing_but_its_end_ends(proxy: Proxy, ag
         assert (await ask(b"\xff"))["error"]["code"] == -32700
         assert (await ask("[]"))["id"] is None
         assert (await ask(request("initialize", INITIALIZE, id_="a")))["id"] == "a"
-        assert (await ask(request("tools/call", EXEC, id_=0)))["result"]["structuredContent"]["output"] == "hi\n"
+        assert (await ask(request("tools/call", EXEC, id_=0)))["result"]["structuredContent"][
+            "output"
+        ] == "hi\n"
         assert (await ask(modern("server/discover")))["result"]["resultType"] == "complete"
         params = {"name": "exec", "arguments": {"cmd": "echo go; sleep 76.5", "agent_name": agent}}
         told = await ask(request("tools/call", {**params, "_meta": {"progressToken": "x"}}, id_=3))
@@ -4876,7 +6064,10 @@ def test_a_websocket_is_a_session_that_nothing_but_its_end_ends(proxy: Proxy, ag
         "Sec-WebSocket-Version": "13",
         "Sec-WebSocket-Key": pp.WS_KEY,
     }
-    assert proxy.request("GET", "/mcp/ws", headers={**head, "Origin": "http://evil.example.com"})[0] == 403
+    assert (
+        proxy.request("GET", "/mcp/ws", headers={**head, "Origin": "http://evil.example.com"})[0]
+        == 403
+    )
 
 
 def frame(text: str) -> bytes:
@@ -4889,7 +6080,9 @@ def frame(text: str) -> bytes:
 def shaken(proxy: Proxy, path: str, after: bytes = b"") -> socket.socket:
     """A WebSocket whose handshake and first frames come in one piece."""
     peer = socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
-    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    head = (
+        f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    )
     head += f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {pp.WS_KEY}\r\nSec-WebSocket-Protocol: mcp\r\n\r\n"
     peer.sendall(head.encode() + after)
     return peer
@@ -4913,7 +6106,11 @@ def test_what_comes_and_goes_at_once_leaves_nothing(own: Callable[..., Proxy]) -
     params = {"name": "exec", "arguments": {"cmd": "sleep 78.5"}}
     cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
     for _ in range(10):
-        shaken(proxy, "/mcp/ws", frame(json.dumps(request("tools/call", params))) + b"\x88\x80" + bytes(4)).close()
+        shaken(
+            proxy,
+            "/mcp/ws",
+            frame(json.dumps(request("tools/call", params))) + b"\x88\x80" + bytes(4),
+        ).close()
         half = socket.create_connection(("127.0.0.1", proxy.port))
         half.sendall(
             b"POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
@@ -4945,7 +6142,9 @@ def test_the_gate_comes_before_the_body_of_an_upgrade_too(own: Callable[..., Pro
     before = proxy.memory()
     for path in ("/mcp/ws", "/exec/ws"):
         with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
-            peer.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 400000000\r\n\r\n".encode())
+            peer.sendall(
+                f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 400000000\r\n\r\n".encode()
+            )
             with contextlib.suppress(OSError):
                 for _ in range(100):
                     peer.sendall(bytes(1_000_000))
@@ -4962,7 +6161,9 @@ def test_a_body_that_serves_nobody_takes_no_memory(own: Callable[..., Proxy]) ->
         for number, start in enumerate(unread + ["POST /exec"] * 5):
             head = f"{start} HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\n"
             head += "Content-Type: application/json\r\nContent-Length: 16000000\r\n\r\n"
-            peer = held.enter_context(socket.create_connection(("127.0.0.1", proxy.port), timeout=10))
+            peer = held.enter_context(
+                socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
+            )
             peer.sendall(head.encode() + bytes(15_000_000))
             if number + 1 >= len(unread):  # it leaves before the end of its body
                 held.close()
@@ -4971,7 +6172,9 @@ def test_a_body_that_serves_nobody_takes_no_memory(own: Callable[..., Proxy]) ->
 
 
 @pytest.mark.parametrize(("length", "status"), [("abc", 400), ("9" * 5000, 413)])
-def test_a_length_that_is_no_number_is_the_callers_fault(own: Callable[..., Proxy], length: str, status: int) -> None:
+def test_a_length_that_is_no_number_is_the_callers_fault(
+    own: Callable[..., Proxy], length: str, status: int
+) -> None:
     proxy = own()
     head = "POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
@@ -4990,19 +6193,26 @@ def test_what_is_refused_as_http_is_not_logged_with_its_token(own: Callable[...,
 
 
 def test_who_has_no_token_does_not_learn_which_servers_there_are(own: Callable[..., Proxy]) -> None:
-    proxy = own("--allow-origin", "http://app.example.com", "--mcp-server=x=cat", POCKETCODER_TOKEN="t0k")
+    proxy = own(
+        "--allow-origin", "http://app.example.com", "--mcp-server=x=cat", POCKETCODER_TOKEN="t0k"
+    )
     for headers, status in (({}, 401), ({"Origin": "http://app.example.com"}, 204)):
         for name in ("x", "none"):
             assert proxy.request("OPTIONS", f"/servers/{name}/mcp", None, headers)[0] == status
 
 
 @pytest.mark.parametrize("digits", [200, 305, 350, 5000])
-def test_numbers_of_any_length_are_told_by_the_name_of_their_field(proxy: Proxy, digits: int) -> None:
+def test_numbers_of_any_length_are_told_by_the_name_of_their_field(
+    proxy: Proxy, digits: int
+) -> None:
     number = "9" * digits
     assert proxy.post(f'{{"cmd": "echo ok", "unknown": {number}}}'.encode())[0] == 200
     status, answer = proxy.post(f'{{"cmd": "true", "timeout": {number}}}'.encode())
     assert (status, answer["error"].startswith("`timeout`")) == (400, True), answer
-    answer = mcp(proxy, f'{{"jsonrpc": "2.0", "id": 1, "method": "ping", "params": {{"x": {number}}}}}'.encode())[2]
+    answer = mcp(
+        proxy,
+        f'{{"jsonrpc": "2.0", "id": 1, "method": "ping", "params": {{"x": {number}}}}}'.encode(),
+    )[2]
     assert answer["error"]["code"] in (-32600, -32700)  # of no session, or of no number
 
 
@@ -5075,7 +6285,11 @@ def test_headers_beyond_the_limit_end_the_connection(proxy: Proxy) -> None:
     with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
         got = b""
         with contextlib.suppress(ConnectionError):
-            peer.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * pp.MAX_HEADERS + b"\r\n\r\n")
+            peer.sendall(
+                b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "
+                + b"a" * pp.MAX_HEADERS
+                + b"\r\n\r\n"
+            )
             got = peer.recv(100)
     assert got == b""
 
@@ -5094,7 +6308,12 @@ def test_a_server_without_descriptors_rests_and_recovers(own: Callable[..., Prox
 
 
 def test_an_error_before_the_body_is_read_says_that_the_connection_ends(proxy: Proxy) -> None:
-    wrong = [("POST", "/exec", {}), ("POST", "/nowhere", JSON_TYPE), ("GET", "/exec", {}), ("GET", "/mcp", {})]
+    wrong = [
+        ("POST", "/exec", {}),
+        ("POST", "/nowhere", JSON_TYPE),
+        ("GET", "/exec", {}),
+        ("GET", "/mcp", {}),
+    ]
     for method, path, headers in wrong:
         assert proxy.request(method, path, b"{}", headers)[1]["connection"] == "close"
     connection = proxy.connect()
@@ -5109,7 +6328,10 @@ def test_an_error_before_the_body_is_read_says_that_the_connection_ends(proxy: P
 def exchange(proxy: Proxy, sent: bytes) -> bytes:
     """All that the server says to that."""
     got = b""
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer, contextlib.suppress(ConnectionError):
+    with (
+        socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer,
+        contextlib.suppress(ConnectionError),
+    ):
         peer.sendall(sent)
         peer.shutdown(socket.SHUT_WR)
         while piece := peer.recv(65536):
@@ -5120,9 +6342,35 @@ def exchange(proxy: Proxy, sent: bytes) -> bytes:
 def test_whatever_comes_over_http_has_an_answer_in_its_shape(proxy: Proxy) -> None:
     dice = random.Random(12)
     types = ("application/json", "application/json; charset=utf-8", "text/plain", "\xff", "")
-    names = ["Accept", "Origin", "Authorization", "Mcp-Session-Id", "MCP-Protocol-Version", "Mcp-Method", "Mcp-Name"]
-    names += ["Content-Type", "Host", "Upgrade", "Connection", "Cookie", "Expect", "Last-Event-ID", "X-Forwarded-For"]
-    values = [*types, "*/*", "text/event-stream;q=0", "null", "http://localhost", "Bearer", "Bearer x", "websocket"]
+    names = [
+        "Accept",
+        "Origin",
+        "Authorization",
+        "Mcp-Session-Id",
+        "MCP-Protocol-Version",
+        "Mcp-Method",
+        "Mcp-Name",
+    ]
+    names += [
+        "Content-Type",
+        "Host",
+        "Upgrade",
+        "Connection",
+        "Cookie",
+        "Expect",
+        "Last-Event-ID",
+        "X-Forwarded-For",
+    ]
+    values = [
+        *types,
+        "*/*",
+        "text/event-stream;q=0",
+        "null",
+        "http://localhost",
+        "Bearer",
+        "Bearer x",
+        "websocket",
+    ]
     values += [
         "Upgrade",
         pp.MODERN,
@@ -5147,16 +6395,35 @@ def test_whatever_comes_over_http_has_an_answer_in_its_shape(proxy: Proxy) -> No
         "//",
         "*",
     ]
-    paths += ["/exec?a=%ff", "/messages?session_id=%ff", "/sse?session_id=" + "x" * 200, "/mcp/ws?token=%00", "/\xe9"]
+    paths += [
+        "/exec?a=%ff",
+        "/messages?session_id=%ff",
+        "/sse?session_id=" + "x" * 200,
+        "/mcp/ws?token=%00",
+        "/\xe9",
+    ]
     for _ in range(60 * FUZZ):
-        body = dice.choice([b"", b"{}", b'{"cmd": ""}', json.dumps(request("ping")).encode(), dice.randbytes(20)])
-        lines = [f"{dice.choice(('GET', 'POST', 'DELETE', 'OPTIONS', 'PUT', 'X'))} {dice.choice(paths)} HTTP/1.1"]
+        body = dice.choice(
+            [b"", b"{}", b'{"cmd": ""}', json.dumps(request("ping")).encode(), dice.randbytes(20)]
+        )
+        lines = [
+            f"{dice.choice(('GET', 'POST', 'DELETE', 'OPTIONS', 'PUT', 'X'))} {dice.choice(paths)} HTTP/1.1"
+        ]
         lines += ["Host: localhost", "Connection: close"] if dice.random() < 0.9 else []
-        lines += [f"Content-Length: {len(body)}"] if dice.random() < 0.9 else ["Content-Length: \xb2"]
+        lines += (
+            [f"Content-Length: {len(body)}"] if dice.random() < 0.9 else ["Content-Length: \xb2"]
+        )
         lines += [f"Content-Type: {dice.choice(types)}"] if dice.random() < 0.8 else []
         for _ in range(dice.randrange(3)):
-            lines.append(f"{dice.choice(names)}: {dice.choice([dice.choice(values), words(dice).strip()])}")
-        sent = "\r\n".join([*lines, "", ""]).encode("utf-8" if dice.random() < 0.5 else "latin-1", "replace") + body
+            lines.append(
+                f"{dice.choice(names)}: {dice.choice([dice.choice(values), words(dice).strip()])}"
+            )
+        sent = (
+            "\r\n".join([*lines, "", ""]).encode(
+                "utf-8" if dice.random() < 0.5 else "latin-1", "replace"
+            )
+            + body
+        )
         sent = spoil(dice, sent) if dice.random() < 0.4 else sent
         got = exchange(proxy, sent)
         while got.startswith(b"HTTP/1.1 100 "):
@@ -5165,7 +6432,13 @@ def test_whatever_comes_over_http_has_an_answer_in_its_shape(proxy: Proxy) -> No
         status = int((re.match(rb"HTTP/1\.1 (\d{3}) ", head) or [b"", b"0"])[1])
         assert not got or status, (sent, got)
         assert status < 500, (sent, got)
-        if status >= 400 and answer and b"HTTP/1.1 " not in answer and b"/messages" not in sent and b"/mcp" not in sent:
+        if (
+            status >= 400
+            and answer
+            and b"HTTP/1.1 " not in answer
+            and b"/messages" not in sent
+            and b"/mcp" not in sent
+        ):
             assert isinstance(json.loads(answer)["error"], str), (sent, got)
             assert json.loads(answer)["exit_code"] in (2, 125), (sent, got)
     assert proxy.request("GET", "/health")[0] == 200
@@ -5176,20 +6449,34 @@ def client_frame(dice: random.Random, data: bytes, opcode: int) -> bytes:
     """A WebSocket frame of a client, masked."""
     mask, size = dice.randbytes(4), len(data)
     length = bytes([128 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
-    return bytes([opcode]) + length + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
+    return (
+        bytes([opcode]) + length + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
+    )
 
 
 @pytest.mark.parametrize("path", ["/exec/ws", "/mcp/ws"])
-def test_whatever_frames_come_the_socket_ends_and_nothing_is_left(proxy: Proxy, agent: str, path: str) -> None:
+def test_whatever_frames_come_the_socket_ends_and_nothing_is_left(
+    proxy: Proxy, agent: str, path: str
+) -> None:
     dice, before = random.Random(13), proxy.descriptors()
     opcodes = (0x81, 0x82, 0x81, 0x82, 0x01, 0x02, 0x00, 0x80, 0x88, 0x89, 0x8A)
     run = {"cmd": "cat; exec sleep 74.25", "agent_name": agent}
-    calls = [request("tools/call", {"name": "exec", "arguments": run}, id_=number) for number in (1, "x")]
-    texts = [json.dumps(each).encode() for each in (run, *calls, request("ping"), {"signal": "INT"}, [], {"cmd": ""})]
+    calls = [
+        request("tools/call", {"name": "exec", "arguments": run}, id_=number) for number in (1, "x")
+    ]
+    texts = [
+        json.dumps(each).encode()
+        for each in (run, *calls, request("ping"), {"signal": "INT"}, [], {"cmd": ""})
+    ]
     for _ in range(20 * FUZZ):
         sent = b""
         for _ in range(dice.randrange(6)):
-            data = dice.choice([dice.choice(texts), dice.choice([b"\0stdin", b"\xff\0", b"\xff", b"", b"\x03\xe8"])])
+            data = dice.choice(
+                [
+                    dice.choice(texts),
+                    dice.choice([b"\0stdin", b"\xff\0", b"\xff", b"", b"\x03\xe8"]),
+                ]
+            )
             data = spoil(dice, data) if dice.random() < 0.3 else data
             sent += client_frame(dice, data, dice.choice((*opcodes, dice.randrange(256))))
         sent = spoil(dice, sent) if dice.random() < 0.3 else sent
@@ -5206,9 +6493,17 @@ def test_whatever_frames_come_the_socket_ends_and_nothing_is_left(proxy: Proxy, 
 # Application
 # ==========================================================================
 def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("POCKETCODER", "TMUX"))}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("POCKETCODER", "TMUX"))
+    }
     return subprocess.run(
-        [sys.executable, str(MODULE), *words], capture_output=True, text=True, timeout=20, env=env | variables
+        [sys.executable, str(MODULE), *words],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        env=env | variables,
     )
 
 
@@ -5229,7 +6524,8 @@ def test_the_server_says_where_it_listens_and_how_to_watch(own: Callable[..., Pr
     eventually(
         lambda: (
             subprocess.run(
-                ["tmux", "-S", server.socket, "has-session", "-t", "=pocketcoder"], capture_output=True
+                ["tmux", "-S", server.socket, "has-session", "-t", "=pocketcoder"],
+                capture_output=True,
             ).returncode
             == 0
         )
@@ -5266,7 +6562,9 @@ WRONG: list[tuple[list[str], dict[str, str], str]] = [
 
 
 @pytest.mark.parametrize(("words", "variables", "said"), WRONG, ids=range(len(WRONG)))
-def test_wrong_settings_end_the_start_with_a_sentence(words: list[str], variables: dict[str, str], said: str) -> None:
+def test_wrong_settings_end_the_start_with_a_sentence(
+    words: list[str], variables: dict[str, str], said: str
+) -> None:
     done = run(*words, **variables)
     assert done.returncode != 0
     assert said in done.stderr
@@ -5285,7 +6583,9 @@ def test_a_port_that_is_taken_is_told(proxy: Proxy) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_beyond_loopback_it_listens_with_a_token_that_no_command_finds(own: Callable[..., Proxy]) -> None:
+def test_beyond_loopback_it_listens_with_a_token_that_no_command_finds(
+    own: Callable[..., Proxy],
+) -> None:
     server = own("--host", "0.0.0.0", POCKETCODER_TOKEN="g3heim", POCKETCODER_TOKEN_2="kept")
     pid = server.process.pid
     search = f"exec 2>/dev/null; tr '\\0' '\\n' </proc/{pid}/environ | grep TOKEN; grep -l g[3]heim /proc/*/environ"
@@ -5294,7 +6594,9 @@ def test_beyond_loopback_it_listens_with_a_token_that_no_command_finds(own: Call
 
 
 @pytest.mark.slow
-def test_sigterm_lets_commands_end_cancels_the_rest_and_answers_all(own: Callable[..., Proxy]) -> None:
+def test_sigterm_lets_commands_end_cancels_the_rest_and_answers_all(
+    own: Callable[..., Proxy],
+) -> None:
     server = own()
     server.exec("true")
     quick = server.start_exec("sleep 1; echo quick")
@@ -5442,7 +6744,9 @@ def test_bench_a_small_command(own: Callable[..., Proxy]) -> None:
     pairs = [(local(), timed(call)) for _ in range(1000)]  # in turn: both see the same machine
     floor, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
     p95 = sorted(pair[1] for pair in pairs)[950] * 1000
-    print(f"\nPOST /exec true: {ours:.2f} ms, bash -c true: {floor:.2f} ms, ratio {ours / floor:.2f} (bound 2.5)")
+    print(
+        f"\nPOST /exec true: {ours:.2f} ms, bash -c true: {floor:.2f} ms, ratio {ours / floor:.2f} (bound 2.5)"
+    )
     print(f"p95 {p95:.2f} ms, {p95 / ours:.2f} x its median (bound 3)")
     call.close()  # type: ignore[attr-defined]
 
@@ -5467,8 +6771,12 @@ def test_bench_the_audit_log(own: Callable[..., Proxy], tmp_path: pathlib.Path) 
         lines.append(timed(lambda: audit.end(fields)))
         time.sleep(pause)
     cost = 2 * statistics.median(lines) * 1000
-    print(f"\nPOST /exec true: {plain:.2f} ms, audited {ours:.2f} ms, ratio {ours / plain:.3f} (bound 1.05)")
-    print(f"two lines, at 2,000 a second: {cost:.3f} ms, {cost / plain:.1%} of a command (bound 5 %)")
+    print(
+        f"\nPOST /exec true: {plain:.2f} ms, audited {ours:.2f} ms, ratio {ours / plain:.3f} (bound 1.05)"
+    )
+    print(
+        f"two lines, at 2,000 a second: {cost:.3f} ms, {cost / plain:.1%} of a command (bound 5 %)"
+    )
     os.close(audit.fd)
     for call in calls:
         call.close()  # type: ignore[attr-defined]
@@ -5485,7 +6793,10 @@ def test_bench_a_small_command_as_a_tool(own: Callable[..., Proxy]) -> None:
     def tool(message: dict[str, Any], **headers: str) -> None:
         given = {**JSON_TYPE, "Accept": "application/json, text/event-stream", **headers}
         connection.request("POST", "/mcp", json.dumps(message), given)
-        assert json.loads(connection.getresponse().read())["result"]["structuredContent"]["exit_code"] == 0
+        assert (
+            json.loads(connection.getresponse().read())["result"]["structuredContent"]["exit_code"]
+            == 0
+        )
 
     eras = {
         "modern": lambda: tool(modern("tools/call", exec_true), **names),
@@ -5502,7 +6813,9 @@ def test_bench_a_small_command_as_a_tool(own: Callable[..., Proxy]) -> None:
 
 
 @pytest.mark.bench
-def test_bench_a_thousand_idle_sessions(own: Callable[..., Proxy], stream: Callable[..., Stream]) -> None:
+def test_bench_a_thousand_idle_sessions(
+    own: Callable[..., Proxy], stream: Callable[..., Stream]
+) -> None:
     proxy = own()
     for _ in range(20):
         stream(proxy, "/sse").next()
@@ -5520,15 +6833,25 @@ def test_bench_a_thousand_idle_sessions(own: Callable[..., Proxy], stream: Calla
 def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pathlib.Path) -> None:
     command = [sys.executable, "-S", str(fixtures), "modern"]
     proxy = own(f"--mcp-server=x={shlex.join(command)}")
-    connection, names = proxy.connect(), {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call"}
-    given = {**JSON_TYPE, "Accept": "application/json, text/event-stream", **names, "Mcp-Name": "test_simple_text"}
+    connection, names = (
+        proxy.connect(),
+        {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call"},
+    )
+    given = {
+        **JSON_TYPE,
+        "Accept": "application/json, text/event-stream",
+        **names,
+        "Mcp-Name": "test_simple_text",
+    }
     message = json.dumps(modern("tools/call", {"name": "test_simple_text"}))
 
     def relayed() -> None:
         connection.request("POST", "/servers/x/mcp", message, given)
         assert b"simple text" in connection.getresponse().read()
 
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as child:
         assert child.stdin
         assert child.stdout
 
@@ -5561,7 +6884,9 @@ def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pat
         started, done, sent = time.perf_counter(), 0, 0
         while done < 5000:
             while sent < 5000 and sent - done < 60:
-                socket.write_message(json.dumps(modern("tools/call", {"name": "test_simple_text"}, id_=sent)))
+                socket.write_message(
+                    json.dumps(modern("tools/call", {"name": "test_simple_text"}, id_=sent))
+                )
                 sent += 1
             await socket.read_message()
             done += 1
@@ -5590,7 +6915,9 @@ def test_bench_twenty_agents_at_once(own: Callable[..., Proxy]) -> None:
 
             ours = 400 / timed(lambda: list(pool.map(work, range(20))))
         ratios.append(ours / floor)
-        print(f"\n20 agents: {ours:.0f}/s, 4 threads of bash -c: {floor:.0f}/s, ratio {ours / floor:.2f} (bound 0.33)")
+        print(
+            f"\n20 agents: {ours:.0f}/s, 4 threads of bash -c: {floor:.0f}/s, ratio {ours / floor:.2f} (bound 0.33)"
+        )
     print(f"median ratio {statistics.median(ratios):.2f}")
     for call in calls:
         call.close()  # type: ignore[attr-defined]
@@ -5608,7 +6935,9 @@ def test_bench_a_hundred_megabytes(own: Callable[..., Proxy]) -> None:
     cmd = "head -c 100000000 /dev/zero"
     pairs = [(local(f"{cmd} | cat >/dev/null"), timed(lambda: server.exec(cmd))) for _ in range(7)]
     floor, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
-    print(f"100 MB from /dev/zero itself: {ours:.0f} ms, into cat: {floor:.0f} ms, ratio {ours / floor:.2f}")
+    print(
+        f"100 MB from /dev/zero itself: {ours:.0f} ms, into cat: {floor:.0f} ms, ratio {ours / floor:.2f}"
+    )
     print(f"peak {server.peak() / 1e6:.0f} MB, idle {idle / 1e6:.0f} MB (bound idle + 84 MB)")
 
 
@@ -5632,12 +6961,30 @@ def test_bench_the_shell(engine: Caller, tmp_path: pathlib.Path) -> None:
     ways = {
         "python3 -I -S -c pass": [*python, "-I", "-S", "-c", "pass"],
         "python3 -c pass": [*python, "-c", "pass"],
-        "python3 -c compile(this file)": [*python, "-c", f"compile(open({str(MODULE)!r}).read(), '', 'exec')"],
-        "python3 pocketcoder shell -c true": [*python, f"{engine.names}/pocketcoder", "shell", "-c", "true"],
+        "python3 -c compile(this file)": [
+            *python,
+            "-c",
+            f"compile(open({str(MODULE)!r}).read(), '', 'exec')",
+        ],
+        "python3 pocketcoder shell -c true": [
+            *python,
+            f"{engine.names}/pocketcoder",
+            "shell",
+            "-c",
+            "true",
+        ],
         "the same for the file cut at the line": [*python, str(head), "shell", "-c", "true"],
     }
-    both: dict[str, Any] = {"env": engine.env, "cwd": engine.cwd, "stdin": subprocess.DEVNULL, "check": True}
-    times = [[timed(partial(subprocess.run, words, **both)) for words in ways.values()] for _ in range(100)]
+    both: dict[str, Any] = {
+        "env": engine.env,
+        "cwd": engine.cwd,
+        "stdin": subprocess.DEVNULL,
+        "check": True,
+    }
+    times = [
+        [timed(partial(subprocess.run, words, **both)) for words in ways.values()]
+        for _ in range(100)
+    ]
     medians = [statistics.median(column) * 1000 for column in zip(*times, strict=True)]
     for way, median in zip(ways, medians, strict=True):
         print(f"\n{way}: {median:.1f} ms, ratio {median / medians[0]:.2f} (bound 2.5)", end="")
@@ -5645,10 +6992,14 @@ def test_bench_the_shell(engine: Caller, tmp_path: pathlib.Path) -> None:
     assert process.stdout
     late = [time.time() - float(line) for line in process.stdout]
     process.communicate()
-    print(f"\noutput arrives {statistics.median(late) * 1000:.1f} ms after it was written (bound 50)")
+    print(
+        f"\noutput arrives {statistics.median(late) * 1000:.1f} ms after it was written (bound 50)"
+    )
 
 
-def peak_memory(words: list[str | bytes], engine: Caller, source: str, sink: str) -> tuple[float, int]:
+def peak_memory(
+    words: list[str | bytes], engine: Caller, source: str, sink: str
+) -> tuple[float, int]:
     """Seconds, and the most memory of the shell in kilobytes."""
     pipe = ["bash", "-c", f'{source} | "$@" {sink}', "x", *words]
     started = time.perf_counter()
@@ -5670,7 +7021,10 @@ def test_bench_a_gigabyte_through_the_shell(engine: Caller) -> None:
         ("in", "cat >/dev/null", "head -c 1000000000 /dev/zero", ""),
     ):
         seconds, most = peak_memory(engine.words("-c", command), engine, source, sink)
-        print(f"\n1 GB {way}: {1000 / seconds:.0f} MB/s (bound 150), the shell's memory {most / 1024:.0f} MiB", end="")
+        print(
+            f"\n1 GB {way}: {1000 / seconds:.0f} MB/s (bound 150), the shell's memory {most / 1024:.0f} MiB",
+            end="",
+        )
     print(f"\nthe server's peak {engine.proxy.peak() / 2**20:.0f} MiB")
 
 
@@ -5693,15 +7047,21 @@ def test_bench_twenty_thousand_mixed_commands(own: Callable[..., Proxy]) -> None
     def rounds(start: int, total: int) -> int:
         each = total // 16
         with ThreadPoolExecutor(16) as pool:
-            return sum(pool.map(lambda worker: work(worker, start + worker * each, each), range(16)))
+            return sum(
+                pool.map(lambda worker: work(worker, start + worker * each, each), range(16))
+            )
 
     wrong = rounds(0, 2000)
     time.sleep(1)
     before, files = server.memory(), server.descriptors()
-    taken = timed(lambda: print(f"\nwrong answers: {wrong + rounds(2000, 18000)} of 20,000 (bound 0)"))
+    taken = timed(
+        lambda: print(f"\nwrong answers: {wrong + rounds(2000, 18000)} of 20,000 (bound 0)")
+    )
     time.sleep(1)
     grown, more = (server.memory() - before) / 2**20, server.descriptors() - files
-    print(f"after the first 2,000: {grown:+.1f} MiB (bound 5), {more:+d} descriptors, {18000 / taken:.0f} commands/s")
+    print(
+        f"after the first 2,000: {grown:+.1f} MiB (bound 5), {more:+d} descriptors, {18000 / taken:.0f} commands/s"
+    )
     for call in calls:
         call.close()  # type: ignore[attr-defined]
 
@@ -5718,8 +7078,12 @@ LINGER = "sleep 30."  # what a timeout, a signal or a caller that leaves ends, l
 
 
 class Bearer(http.client.HTTPConnection):
-    def request(self, method: str, url: str, body: Any = None, headers: Any = None, **more: Any) -> None:
-        super().request(method, url, body, {**(headers or {}), "Authorization": f"Bearer {SECRET}"}, **more)
+    def request(
+        self, method: str, url: str, body: Any = None, headers: Any = None, **more: Any
+    ) -> None:
+        super().request(
+            method, url, body, {**(headers or {}), "Authorization": f"Bearer {SECRET}"}, **more
+        )
 
 
 class Guarded(Proxy):
@@ -5758,12 +7122,20 @@ class Lost(Exception): ...  # a child died
 
 def ordered(chance: random.Random, tag: str, agent: str, folder: str, door: str) -> Order:
     number, given = chance.randrange(256), f"{tag}é\n" * chance.randrange(1, 20_000)
-    count, name = int(10 ** chance.uniform(1, 5.3)), chance.choice(["KILL", "TERM", "INT", "HUP", "USR1"])
+    count, name = (
+        int(10 ** chance.uniform(1, 5.3)),
+        chance.choice(["KILL", "TERM", "INT", "HUP", "USR1"]),
+    )
     code = 128 + signal.Signals[f"SIG{name}"]
     later = f"(sleep 1; echo {tag} >{folder}/late.{tag}) {chance.choice(['', '>/dev/null 2>&1'])} &"
     orders = [
         Order({"cmd": f"echo {tag}; exit {number}"}, f"{tag}\n", "", number),
-        Order({"cmd": f"echo {tag}; echo err {tag} >&2; kill -{name} $$"}, f"{tag}\n", f"err {tag}\n", code),
+        Order(
+            {"cmd": f"echo {tag}; echo err {tag} >&2; kill -{name} $$"},
+            f"{tag}\n",
+            f"err {tag}\n",
+            code,
+        ),
         Order({"cmd": f"yes {tag} | head -n {count}", "max_output": 64 << 20}, f"{tag}\n" * count),
         Order({"cmd": "cat; exit 3", "stdin": given, "max_output": 64 << 20}, given, "", 3),
         Order(
@@ -5776,10 +7148,19 @@ def ordered(chance: random.Random, tag: str, agent: str, folder: str, door: str)
         Order({"cmd": f"for i in 1 2 3; do echo {tag}; sleep 0.{number}; done"}, f"{tag}\n" * 3),
     ]
     if door == "channel" and number < 60:
-        return Order({"cmd": f"echo {tag}; {LINGER}{tag.replace('x', '00')}", "signal": name}, f"{tag}\n", "", code)
+        return Order(
+            {"cmd": f"echo {tag}; {LINGER}{tag.replace('x', '00')}", "signal": name},
+            f"{tag}\n",
+            "",
+            code,
+        )
     if door != "shell" and number < 90:
         return Order(
-            {"cmd": f"echo {tag}; {LINGER}{tag.replace('x', '00')}", "timeout": 0.3}, f"{tag}\n", "", 124, "timeout"
+            {"cmd": f"echo {tag}; {LINGER}{tag.replace('x', '00')}", "timeout": 0.3},
+            f"{tag}\n",
+            "",
+            124,
+            "timeout",
         )
     return chance.choice(orders)
 
@@ -5795,7 +7176,9 @@ class Soak:
         self.done: dict[str, list[tuple[str, float]]] = {}  # by door: verdict, seconds
         self.since: dict[int, float] = {}  # by worker, when it asked
         self.runs: dict[str, int] = {}  # exit code by run_id
-        self.late: dict[str, tuple[str, float]] = {}  # what background processes will write: agent, begin
+        self.late: dict[
+            str, tuple[str, float]
+        ] = {}  # what background processes will write: agent, begin
         self.sessions: dict[int, tuple[int, str]] = {}
         self.samples: list[tuple[int, float, int, int]] = []
 
@@ -5808,7 +7191,9 @@ class Soak:
         return Answer(facts["stdout"], None, facts)
 
     def stream(self, worker: int, order: Order) -> Answer:
-        with contextlib.closing(Stream(self.server, "/exec", order.fields, Accept="text/event-stream")) as events:
+        with contextlib.closing(
+            Stream(self.server, "/exec", order.fields, Accept="text/event-stream")
+        ) as events:
             if events.status != 200:
                 raise Refused(f"{events.status} {events.answer.read()!r}")
             got = []
@@ -5821,7 +7206,9 @@ class Soak:
         stdin, number = fields.pop("stdin", "").encode(), fields.pop("signal", None)
 
         async def talk() -> Answer:
-            async with Channel(self.server, headers={"Authorization": f"Bearer {SECRET}"}) as channel:
+            async with Channel(
+                self.server, headers={"Authorization": f"Bearer {SECRET}"}
+            ) as channel:
                 channel.patience = 60.0
                 await channel.send(fields)
                 for at in range(0, len(stdin), 50_000):
@@ -5841,11 +7228,16 @@ class Soak:
         caller.env["OPENCODE_AGENT"] = fields["agent_name"]
         where = os.path.join(caller.cwd, fields.get("cwd", ""))
         with caller.start("-c", fields["cmd"], stdin=subprocess.PIPE, cwd=where) as process:
-            out, err = (part.decode() for part in process.communicate(fields.get("stdin", "").encode(), timeout=60))
+            out, err = (
+                part.decode()
+                for part in process.communicate(fields.get("stdin", "").encode(), timeout=60)
+            )
         ours = [line for line in err.split("\n") if line.startswith("pocketcoder: ")]
         if process.returncode == 125 and ours:
             raise Refused(err)
-        ended = next((ended for ended in ("lost", "cancelled") if ours and ended in ours[0]), "exit")
+        ended = next(
+            (ended for ended in ("lost", "cancelled") if ours and ended in ours[0]), "exit"
+        )
         return Answer(out, err, {"exit_code": process.returncode, "ended": ended})
 
     def told(self, result: dict[str, Any]) -> Answer:
@@ -5863,7 +7255,11 @@ class Soak:
                 life = self.life
                 self.sessions[worker] = life, opened(self.server)
             params["_meta"] = {"progressToken": id_}
-            got = mcp(self.server, request("tools/call", params, id_), Mcp_Session_Id=self.sessions[worker][1])[2]
+            got = mcp(
+                self.server,
+                request("tools/call", params, id_),
+                Mcp_Session_Id=self.sessions[worker][1],
+            )[2]
         answer = got[-1] if isinstance(got, list) else got
         assert answer["id"] == id_, answer
         return self.told(answer)
@@ -5871,10 +7267,16 @@ class Soak:
     def socket(self, worker: int, order: Order) -> Answer:
         async def talk() -> Answer:
             url = f"ws://127.0.0.1:{self.server.port}/mcp/ws?token={SECRET}"
-            socket = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"], max_message_size=64 << 20)
+            socket = await tornado.websocket.websocket_connect(
+                url, subprotocols=["mcp"], max_message_size=64 << 20
+            )
             for message in (
                 request("initialize", INITIALIZE, "hello"),
-                request("tools/call", {"name": "exec", "arguments": order.fields}, order.fields["usage_id"]),
+                request(
+                    "tools/call",
+                    {"name": "exec", "arguments": order.fields},
+                    order.fields["usage_id"],
+                ),
             ):
                 await socket.write_message(json.dumps(message))
                 got = json.loads(cast(str, await asyncio.wait_for(socket.read_message(), 60)))
@@ -5891,7 +7293,9 @@ class Soak:
         path = first.next()
         if worker % 2:
             first.close()
-        message = request("tools/call", {"name": "exec", "arguments": order.fields}, order.fields["usage_id"])
+        message = request(
+            "tools/call", {"name": "exec", "arguments": order.fields}, order.fields["usage_id"]
+        )
         assert mcp(self.server, message, path=path)[0] == 202
         with contextlib.closing(Stream(self.server, name) if worker % 2 else first) as stream:
             got = stream.next()
@@ -5902,15 +7306,23 @@ class Soak:
     def keys(self, worker: int, order: Order) -> Answer:
         """A question at the terminal, answered there."""
         agent, tag = order.fields["agent_name"], order.fields["usage_id"]
-        ask = {"cmd": f"echo ready; read -r x </dev/tty; echo {tag} $x; exit 5", "agent_name": agent, "timeout": 20}
-        with contextlib.closing(Stream(self.server, "/exec", ask, Accept="text/event-stream")) as stream:
+        ask = {
+            "cmd": f"echo ready; read -r x </dev/tty; echo {tag} $x; exit 5",
+            "agent_name": agent,
+            "timeout": 20,
+        }
+        with contextlib.closing(
+            Stream(self.server, "/exec", ask, Accept="text/event-stream")
+        ) as stream:
             assert stream.next() == {"stdout": "ready\n"}
             for name, arguments in (
                 ("send_keys", {"agent_name": agent, "text": f"word {tag}", "keys": ["Enter"]}),
                 ("list_terminals", {}),
                 ("read_terminal", {"agent_name": agent, "lines": 50}),
             ):
-                got = mcp(self.server, modern("tools/call", {"name": name, "arguments": arguments}))[2]["result"]
+                got = mcp(
+                    self.server, modern("tools/call", {"name": name, "arguments": arguments})
+                )[2]["result"]
                 assert not got["isError"], got
             assert stream.next() == {"stdout": f"{tag} word {tag}\n"}
             facts = stream.next()
@@ -5923,13 +7335,22 @@ class Soak:
             client = Client(self.server, era, server, partial(Stream))
         except KeyError as none:
             raise Lost("no session") from none
-        for name, arguments in (("echo", {"n": order.fields["usage_id"]}), ("test_slow", {"seconds": 0.4})):
-            got = client.ask("tools/call", {"name": name, "arguments": arguments}, id_=order.fields["usage_id"])[-1]
+        for name, arguments in (
+            ("echo", {"n": order.fields["usage_id"]}),
+            ("test_slow", {"seconds": 0.4}),
+        ):
+            got = client.ask(
+                "tools/call", {"name": name, "arguments": arguments}, id_=order.fields["usage_id"]
+            )[-1]
             if "error" in got:
                 raise Lost(str(got))
             text = text_of(got["result"])
             assert got["id"] == order.fields["usage_id"], got
-            assert text == "slept 0.4 s" if name == "test_slow" else json.loads(text)["arguments"] == arguments, got
+            assert (
+                text == "slept 0.4 s"
+                if name == "test_slow"
+                else json.loads(text)["arguments"] == arguments
+            ), got
         if era == "legacy":
             assert mcp(self.server, b"", "DELETE", path=client.path, **client.headers)[0] == 204
         return Answer(order.out, order.err, {"exit_code": order.code, "ended": order.ended})
@@ -5950,7 +7371,11 @@ class Soak:
 
     def hit(self, begin: float, agent: str, *kinds: str, grace: float = 2.0) -> bool:
         """Whether one of these could have hit who began then."""
-        hits = (fault for fault in list(self.faults) if fault.kind in kinds and fault.agent in (None, agent))
+        hits = (
+            fault
+            for fault in list(self.faults)
+            if fault.kind in kinds and fault.agent in (None, agent)
+        )
         return any(fault.end + grace >= begin for fault in hits)
 
     def work(self, worker: int) -> None:
@@ -5979,9 +7404,16 @@ class Soak:
         except Refused as refused:
             verdict, excused, said = "refused", self.hit(begin, agent, *RESTARTS), str(refused)
         except Lost as lost:
-            verdict, excused, said = "lost", self.hit(begin, agent, *RESTARTS, "child", grace=40), str(lost)
+            verdict, excused, said = (
+                "lost",
+                self.hit(begin, agent, *RESTARTS, "child", grace=40),
+                str(lost),
+            )
         except Exception as gone:  # the connection, mostly
-            kinds = (*RESTARTS, *(terminal if door == "keys" else ["child"] if door == "relay" else []))
+            kinds = (
+                *RESTARTS,
+                *(terminal if door == "keys" else ["child"] if door == "relay" else []),
+            )
             verdict, excused = "gone", self.hit(begin, agent, *kinds)
             said = "".join(traceback.format_exception(gone))[-1500:]
         else:
@@ -5990,13 +7422,18 @@ class Soak:
                 self.late[tag] = f"{agent} {door} {verdict} {order.fields['cmd']}", begin
         if not excused:
             now = time.monotonic()
-            past = [f"{each.kind} {each.agent or ''} {now - each.begin:.2f} s ago" for each in self.faults[-4:]]
+            past = [
+                f"{each.kind} {each.agent or ''} {now - each.begin:.2f} s ago"
+                for each in self.faults[-4:]
+            ]
             at = f"{door} {agent}, {now - begin:.2f} s, after {past}"
             self.wrong.append(f"{verdict} at {at}: {order.fields['cmd'][-200:]!r}: {said[:1500]}")
             print("WRONG", self.wrong[-1], flush=True)
         return verdict
 
-    def compare(self, order: Order, answer: Answer, begin: float, agent: str) -> tuple[str, bool, str]:
+    def compare(
+        self, order: Order, answer: Answer, begin: float, agent: str
+    ) -> tuple[str, bool, str]:
         facts, combined = answer.facts, answer.err is None
         ended, got = facts["ended"], (answer.out, answer.err or "")
         if "run_id" in facts:
@@ -6034,7 +7471,9 @@ class Soak:
             server.start()
             self.life += 1
         elif kind == "child":
-            children = [pid for pid in processes_with(str(self.fixtures)) if pid != server.process.pid]
+            children = [
+                pid for pid in processes_with(str(self.fixtures)) if pid != server.process.pid
+            ]
             if children:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(chance.choice(children), signal.SIGKILL)
@@ -6043,18 +7482,32 @@ class Soak:
         elif kind == "half request":
             head = f"POST /exec HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {SECRET}\r\n"
             with socket.create_connection(("127.0.0.1", server.port)) as half:
-                half.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{{".encode())
-            params = {"name": "exec", "arguments": {"cmd": f"{LINGER}{number}", "agent_name": agent}}
+                half.sendall(
+                    f"{head}Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{{".encode()
+                )
+            params = {
+                "name": "exec",
+                "arguments": {"cmd": f"{LINGER}{number}", "agent_name": agent},
+            }
             call = frame(json.dumps(request("tools/call", params)))
             with shaken(server, f"/mcp/ws?token={SECRET}", call + call[: number % 20]):
                 time.sleep(chance.uniform(0, 0.2))
         elif kind == "wipe":
             shutil.rmtree(f"{server.socket}.d", ignore_errors=True)
         else:
-            keys = {"half a line": [f"touch {server.folder}/half.{number}"], "sleep": ["C-u", "sleep 2", "Enter"]}
-            words = ["send-keys", "-t", pane, *keys[kind]] if kind in keys else ["copy-mode", "-t", pane]
+            keys = {
+                "half a line": [f"touch {server.folder}/half.{number}"],
+                "sleep": ["C-u", "sleep 2", "Enter"],
+            }
+            words = (
+                ["send-keys", "-t", pane, *keys[kind]]
+                if kind in keys
+                else ["copy-mode", "-t", pane]
+            )
             with contextlib.suppress(AssertionError):
-                server.tmux("copy-mode", "-q", "-t", pane)  # where a key may ask something, and tmux wait for good
+                server.tmux(
+                    "copy-mode", "-q", "-t", pane
+                )  # where a key may ask something, and tmux wait for good
                 server.tmux(*words)
         fault.end = time.monotonic()
 
@@ -6067,7 +7520,9 @@ class Soak:
             process.stdout.readline()
             process.kill()
         cmd = [f"echo go; {LINGER}{number}", "yes"][number % 2]
-        left = Stream(self.server, "/exec", {"cmd": cmd, "agent_name": agent}, Accept="text/event-stream")
+        left = Stream(
+            self.server, "/exec", {"cmd": cmd, "agent_name": agent}, Accept="text/event-stream"
+        )
         left.next()
         left.close()
 
@@ -6075,10 +7530,16 @@ class Soak:
         """Sample the server; nothing hangs, and what was to end has."""
         now, server = time.monotonic(), self.server
         self.samples.append((self.life, now - begin, server.memory(), server.descriptors()))
-        self.wrong += [f"worker {worker} hangs" for worker, since in list(self.since.items()) if now - since > 100]
+        self.wrong += [
+            f"worker {worker} hangs"
+            for worker, since in list(self.since.items())
+            if now - since > 100
+        ]
         for pid in processes_with("sleep\x0030."):
             with contextlib.suppress(OSError):
-                ticks = int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+                ticks = int(
+                    pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+                )
                 age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
                 words = pathlib.Path(f"/proc/{pid}/cmdline").read_text().split("\0")
                 if age > 12 and not self.hit(now - age, "", "kill"):
@@ -6096,7 +7557,9 @@ def left_over(server: Proxy, fixtures: pathlib.Path) -> list[str]:
     for pid in set(processes_with(server.folder)) - known:
         with contextlib.suppress(OSError):
             if (it := pp.process(pid)) and it.parent != server.process.pid:
-                found.append(f"{pid} {pathlib.Path(f'/proc/{pid}/cmdline').read_text()[:200]!r} of {it.parent}")
+                found.append(
+                    f"{pid} {pathlib.Path(f'/proc/{pid}/cmdline').read_text()[:200]!r} of {it.parent}"
+                )
     return found
 
 
@@ -6105,9 +7568,16 @@ def unaudited(audit: pathlib.Path, runs: dict[str, int]) -> list[str]:
     found: dict[str, list[dict[str, Any]]] = {}
     for line in audit.read_text().splitlines():
         found.setdefault((entry := json.loads(line)).get("run_id"), []).append(entry)
-    told = {run: [(entry["event"], entry.get("exit_code")) for entry in entries] for run, entries in found.items()}
+    told = {
+        run: [(entry["event"], entry.get("exit_code")) for entry in entries]
+        for run, entries in found.items()
+    }
     due = {run: [("start", None), ("end", code)] for run, code in runs.items()}
-    return [f"audit of {run}: {told.get(run)}, not {due[run]}" for run in due if told.get(run) != due[run]]
+    return [
+        f"audit of {run}: {told.get(run)}, not {due[run]}"
+        for run in due
+        if told.get(run) != due[run]
+    ]
 
 
 def drift(samples: list[tuple[int, float, int, int]]) -> tuple[float, float]:
@@ -6121,10 +7591,14 @@ def drift(samples: list[tuple[int, float, int, int]]) -> tuple[float, float]:
 
 
 @pytest.mark.soak
-@pytest.mark.filterwarnings("ignore")  # clients that are cut off leave sockets to the garbage collector
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # clients that are cut off leave sockets to the garbage collector
 def test_soak_mixed_load_with_faults(names: str, fixtures: pathlib.Path) -> None:
     seconds = float(os.environ.get("POCKETCODER_SOAK", "3600"))
-    servers = [f"--mcp-server={era}={sys.executable} -S {fixtures} {era}" for era in ("legacy", "modern")]
+    servers = [
+        f"--mcp-server={era}={sys.executable} -S {fixtures} {era}" for era in ("legacy", "modern")
+    ]
     audit = ["--audit-log", f"{fixtures.parent}/audit"] if '"--audit-log"' in SOURCE else []
     server = Guarded(*servers, *audit, POCKETCODER_TOKEN=SECRET)
     try:
@@ -6143,7 +7617,9 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     with ThreadPoolExecutor(26) as pool:
         workers = [pool.submit(soak.work, worker) for worker in range(26)]
         while (now := time.monotonic()) < soak.until and len(soak.wrong) < 20:
-            restarts = [*RESTARTS] * 2 if now - begin < 0.4 * seconds else []  # then a long life, to see it is flat
+            restarts = (
+                [*RESTARTS] * 2 if now - begin < 0.4 * seconds else []
+            )  # then a long life, to see it is flat
             soak.hurt(chance.choice(faults + restarts), chance)
             if now - looked > 10:
                 looked = now
@@ -6155,13 +7631,19 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     soak.hurt("copy mode", chance)
     time.sleep(pp.NEW_SHELL_TIMEOUT + 5)  # files of lines that were given up stay for so long
     soak.look(begin)
-    print(f"\n{'door':10}{'n':>7}{'ok':>7}{'lost':>6}{'cancel':>7}{'refused':>8}{'gone':>6}{'ms':>8}{'p99':>8}")
+    print(
+        f"\n{'door':10}{'n':>7}{'ok':>7}{'lost':>6}{'cancel':>7}{'refused':>8}{'gone':>6}{'ms':>8}{'p99':>8}"
+    )
     for door, done in soak.done.items():
         times = sorted(seconds for verdict, seconds in done if verdict == "ok") or [0.0]
         counts = [
-            sum(verdict == each for verdict, _ in done) for each in ("ok", "lost", "cancelled", "refused", "gone")
+            sum(verdict == each for verdict, _ in done)
+            for each in ("ok", "lost", "cancelled", "refused", "gone")
         ]
-        print(f"{door:10}{len(done):7}{counts[0]:7}{counts[1]:6}{counts[2]:7}{counts[3]:8}{counts[4]:6}", end="")
+        print(
+            f"{door:10}{len(done):7}{counts[0]:7}{counts[1]:6}{counts[2]:7}{counts[3]:8}{counts[4]:6}",
+            end="",
+        )
         print(f"{statistics.median(times) * 1000:8.1f}{times[len(times) * 99 // 100] * 1000:8.0f}")
     kinds = sorted(fault.kind for fault in soak.faults)
     print(f"{sum(map(len, soak.done.values())) / (ended - begin):.0f} calls/s; faults:", end=" ")
@@ -6173,8 +7655,14 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     print(
         f"MiB {memory[0]:.1f} first, {statistics.median(memory):.1f} median, {memory[-1]:.1f} last, {more:+.1f} drift"
     )
-    print(f"descriptors {files[0]} first, {statistics.median(files)} median, {files[-1]} last, {more_files:+} drift")
-    lines = [line for line in server.logged().split("\n") if re.match(r"\S+ \S+ (WARNING|ERROR|CRITICAL)", line)]
+    print(
+        f"descriptors {files[0]} first, {statistics.median(files)} median, {files[-1]} last, {more_files:+} drift"
+    )
+    lines = [
+        line
+        for line in server.logged().split("\n")
+        if re.match(r"\S+ \S+ (WARNING|ERROR|CRITICAL)", line)
+    ]
     print(f"warnings {len(lines)}")
     children = json.loads(server.request("GET", "/servers")[2])
     print("children", children)
@@ -6185,17 +7673,35 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
             excused = soak.hit(since, agent.split()[0], *PANE_DIES, *TMUX_DIES)
             wrong += [] if excused else [f"a background process of {agent} did not live on: {tag}"]
     wrong += unaudited(audit, soak.runs) if audit.exists() else []
-    wrong += [f"a half-typed line was run: {name}" for name in os.listdir(server.folder) if name.startswith("half.")]
+    wrong += [
+        f"a half-typed line was run: {name}"
+        for name in os.listdir(server.folder)
+        if name.startswith("half.")
+    ]
     wrong += [f"left over: {each}" for each in left_over(server, soak.fixtures)]
-    wrong += [f"logged: {line}" for line in server.logged().split("\n") if re.search("Traceback|ERROR|CRITICAL", line)]
+    wrong += [
+        f"logged: {line}"
+        for line in server.logged().split("\n")
+        if re.search("Traceback|ERROR|CRITICAL", line)
+    ]
     own = [
-        path.name for path in pathlib.Path(f"{server.socket}.d").rglob("*") if path.suffix in (".pid", ".in", ".cmd")
+        path.name
+        for path in pathlib.Path(f"{server.socket}.d").rglob("*")
+        if path.suffix in (".pid", ".in", ".cmd")
     ]
     wrong += [f"files of runs: {own}"] if own else []
-    wrong += [f"descriptors {files_before} at first, {files[-1]} at last"] if files[-1] > files_before + 30 else []
+    wrong += (
+        [f"descriptors {files_before} at first, {files[-1]} at last"]
+        if files[-1] > files_before + 30
+        else []
+    )
     wrong += [f"memory grows: {more:+.1f} MiB"] if more > 10 else []
     assert server.stop() == 0
-    wrong += [f"files left: {found}"] if (found := [*pathlib.Path(f"{server.socket}.d").rglob("*")]) else []
+    wrong += (
+        [f"files left: {found}"]
+        if (found := [*pathlib.Path(f"{server.socket}.d").rglob("*")])
+        else []
+    )
     assert not wrong, "\n".join(wrong)
 
 
@@ -6636,4 +8142,4 @@ if __name__ == "__main__":
         if LINE.strip():
             SERVER.receive(LINE)
     os._exit(0)  # whatever still runs
-'''  # noqa: E501
+'''
