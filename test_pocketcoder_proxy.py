@@ -1762,6 +1762,7 @@ def test_the_answer_has_every_field_of_the_contract(proxy: Proxy, agent: str) ->
         "truncated",
         "output_bytes",
         "duration_ms",
+        "waited_ms",
         "run_id",
     }
     assert (
@@ -1976,26 +1977,51 @@ def test_a_busy_pane_sends_the_next_command_to_one_of_its_own_up_to_four(
     assert proxy.exec("echo x", agent_name=agent)["stdout"] == "x\n"
 
 
-def test_the_queue_is_first_come_first_served_and_ends_in_503(own: Callable[..., Proxy]) -> None:
+def test_the_queue_is_first_come_first_served(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
     gate, order = f"{server.folder}/gate", f"{server.folder}/order"
     running = [server.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done") for _ in range(4)]
     eventually(lambda: len(processes_with("until [ -e")) >= 4)
     queued = []
-    for number in range(64):
+    for number in range(80):
         queued.append(server.start_exec(f"flock {order} -c 'echo {number} >> {order}'"))
         time.sleep(0.01)
-    eventually(lambda: server.post({"cmd": "true"})[0] == 503)
-    status, answer = server.post({"cmd": "true"})
-    assert (status, answer["exit_code"]) == (503, 125)
-    assert "64" in answer["error"]
     assert server.exec("echo other", agent_name="other")["stdout"] == "other\n"
     pathlib.Path(gate).touch()
     assert {call.result()["exit_code"] for call in [*running, *queued]} == {0}
+    assert queued[-1].result()["waited_ms"] > queued[0].result()["waited_ms"]
     got = [int(line) for line in pathlib.Path(order).read_text().split()]
-    # Four run at a time, and one that is slow to write may be overtaken some times; in no order it were by 40.
+    # Four run at a time, and one that is slow to write may be overtaken some times.
+    # In no order it were by 40.
     assert max(abs(place - number) for place, number in enumerate(got)) <= 16
+
+
+@pytest.mark.slow
+def test_a_thousand_commands_wait_and_the_next_gets_503(own: Callable[..., Proxy]) -> None:
+    server = own()
+    server.exec("true")
+    gate = f"{server.folder}/gate"
+    running = [server.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done") for _ in range(4)]
+    eventually(lambda: len(processes_with("until [ -e")) >= 4)
+    queued = []
+    for number in range(1000):
+        connection = server.connect()
+        connection.request("POST", "/exec", json.dumps({"cmd": f"exit {number % 99}"}), JSON_TYPE)
+        queued.append(connection)
+    eventually(lambda: server.post({"cmd": "true"})[0] == 503)
+    status, answer = server.post({"cmd": "true"})
+    assert status == 503
+    assert answer["exit_code"] == 125
+    assert "1000" in answer["error"]
+
+    pathlib.Path(gate).touch()
+    assert {call.result()["exit_code"] for call in running} == {0}
+    got = []
+    for connection in queued:
+        got.append(json.loads(connection.getresponse().read())["exit_code"])
+        connection.close()
+    assert got == [number % 99 for number in range(1000)]
 
 
 @pytest.mark.slow
@@ -2382,10 +2408,217 @@ def test_a_background_flood_blocks_nobody_and_gives_its_descriptor_back(
     own: Callable[..., Proxy],
 ) -> None:
     server = own()
-    assert "on\n" in server.exec("timeout 0.7 yes & echo on", max_output=64 << 20)["stdout"]
+    assert "on\n" in server.exec("timeout 2.5 yes & echo on", max_output=64 << 20)["stdout"]
     assert server.exec("echo mine")["stdout"] == "mine\n"
     assert server.run_files() >= 1
     eventually(lambda: server.run_files() == 0)
+
+
+READS = {
+    "stdout": "os.write(1, b'x'); os.read(1, 1)",
+    "stderr": "os.write(2, b'x'); os.read(2, 1)",
+}
+
+
+@pytest.mark.parametrize("code", READS.values(), ids=READS)
+def test_a_program_cannot_read_its_own_output(proxy: Proxy, agent: str, code: str) -> None:
+    answer = proxy.exec(f'{sys.executable} -c "import os; {code}"', agent_name=agent)
+    assert answer["stdout"].endswith("OSError: [Errno 9] Bad file descriptor\n")
+    assert answer["exit_code"] == 1
+
+
+def test_an_editor_does_not_take_its_screen_for_keys(proxy: Proxy, agent: str) -> None:
+    """As vim does, which reads keys from descriptor 2 where stdin is no terminal."""
+    editor = f"{sys.executable} -c \"import os; os.write(1, b'touch'); print(os.read(2, 9))\""
+    assert "Bad file descriptor" in proxy.exec(editor, agent_name=agent, timeout=3)["stdout"]
+
+
+LATE = {
+    "process substitution": ("echo hi > >(cat)", "hi\n"),
+    "exec into tee": ("exec > >(tee /dev/null) 2>&1; echo hi", "hi\n"),
+    "stderr through sed": ("echo no >&2 2> >(sed s/^/E:/ >&2)", "no\n"),
+    "stderr of ls": ("(echo no >&2) 2> >(sed s/^/E:/ >&2)", "E:no\n"),
+    "a child that writes later": ("(sleep 0.15; echo late) & echo now", "now\nlate\n"),
+    "twice later": ("(for i in 1 2 3 4; do sleep 0.08; echo $i; done) &", "1\n2\n3\n4\n"),
+}
+
+
+@pytest.mark.parametrize(("cmd", "output"), LATE.values(), ids=LATE)
+def test_what_late_children_write_is_in_the_answer(
+    proxy: Proxy, agent: str, cmd: str, output: str
+) -> None:
+    assert [proxy.exec(cmd, agent_name=agent)["stdout"] for _ in range(5)] == [output] * 5
+
+
+def test_a_silent_background_process_delays_the_answer_a_little(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    started = time.monotonic()
+    answer = proxy.exec("sleep 79.75 & echo on", agent_name=agent)
+    assert answer["stdout"] == "on\n"
+    assert answer["duration_ms"] < 100
+    assert 0.1 < time.monotonic() - started < 0.9
+    for pid in processes_with("sleep\x0079.75"):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_background_process_that_goes_on_writing_delays_the_answer_by_a_second(
+    proxy: Proxy, agent: str
+) -> None:
+    proxy.exec("true", agent_name=agent)
+    started = time.monotonic()
+    answer = proxy.exec("(while sleep 0.01; do echo tick; done) & echo $!", agent_name=agent)
+    assert 0.9 < time.monotonic() - started < 2.5
+    os.kill(int(answer["stdout"].split()[0]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
+def test_a_background_process_goes_on_when_the_server_goes(
+    own: Callable[..., Proxy], number: int
+) -> None:
+    server = own()
+    count = f"{server.folder}/count"
+    # More than any pipe holds, and SIGPIPE would end it.
+    loop = (
+        f"(while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done) & echo $! > pid"
+    )
+    server.exec(loop, max_output=8)
+    pid = int(pathlib.Path(server.workspace, "pid").read_text())
+    server.stop(number)
+    before = os.path.getsize(count)
+    eventually(lambda: os.path.getsize(count) > before + 100)
+    os.kill(pid, signal.SIGKILL)
+    # Nobody reads on for a writer that is no more.
+    eventually(lambda: not processes_with("exec 3<&0 4<&1"))
+
+
+def test_a_command_whose_server_is_killed_leaves_its_background_processes_alone(
+    own: Callable[..., Proxy],
+) -> None:
+    server = own()
+    count, gate = f"{server.folder}/count", f"{server.folder}/gate"
+    loop = f"(while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done) & echo $! > {gate}; sleep 1"
+    connection = server.connect()
+    connection.request("POST", "/exec", json.dumps({"cmd": loop}), JSON_TYPE)
+    eventually(lambda: os.path.exists(gate) and pathlib.Path(gate).read_text())
+    server.stop(signal.SIGKILL)
+    connection.close()
+    time.sleep(1.5)  # its command has ended, with nobody to report to
+    before = os.path.getsize(count)
+    eventually(lambda: os.path.getsize(count) > before + 100)
+    os.kill(int(pathlib.Path(gate).read_text()), signal.SIGKILL)
+
+
+def type_early(server: Proxy, window: str, text: str) -> None:
+    """Type while the shell of a new window reads its start-up files."""
+    eventually(lambda: os.path.exists(server.socket))
+    eventually(lambda: server.panes(window))
+    time.sleep(0.3)
+    server.tmux("send-keys", "-t", server.panes(window)[-1].split()[0], "-l", text)
+
+
+@pytest.mark.parametrize("where", ["first-window", "new-agent", "second-pane"])
+def test_keys_typed_while_a_new_shell_starts_are_never_run(
+    own: Callable[..., Proxy], where: str
+) -> None:
+    server = own()
+    rc = pathlib.Path(server.folder, "home/.bashrc")
+    precious = pathlib.Path(server.folder, "precious")
+    precious.touch()
+    agent = "poco"
+    if where == "new-agent":
+        server.exec("true")
+        agent = "other"
+    elif where == "second-pane":
+        busy = server.start_exec("sleep 4")
+        eventually(lambda: processes_with("sleep\x004\x00"))
+
+    rc.write_text("sleep 1; PS1='$ '\n")
+    running = server.start_exec("echo ok", agent_name=agent)
+    if where == "second-pane":
+        eventually(lambda: len(server.panes(agent)) == 2)
+    type_early(server, agent, f"rm -f {precious} ;")
+    answer = running.result()
+    assert answer["stdout"] == "ok\n"
+    assert answer["waited_ms"] + answer["duration_ms"] < 4000
+    assert precious.exists()
+    if where == "second-pane":
+        busy.result()
+
+
+def test_a_run_that_is_recalled_from_the_history_does_nothing(own: Callable[..., Proxy]) -> None:
+    server = own()
+    pathlib.Path(server.folder, "home/.bashrc").write_text("PS1='$ '; HISTCONTROL=ignoredups\n")
+    count = f"{server.folder}/count"
+    server.exec(f"echo x >> {count}")
+    for _ in range(2):
+        server.type("poco", "Up", "Enter")
+        server.type("poco", "-l", f"touch {server.folder}/typed")
+        server.type("poco", "Enter")
+        eventually(lambda: os.path.exists(f"{server.folder}/typed"))
+        os.unlink(f"{server.folder}/typed")
+    assert pathlib.Path(count).read_text() == "x\n"
+
+    # Nor does it end the next one, which has the same files.
+    running = server.start_exec(f"sleep 1; echo y >> {count}; exit 7")
+    eventually(lambda: processes_with("sleep\x001\x00"))
+    server.tmux("split-window", "-d", "-t", server.pane("poco"), "bash", "-i")
+    go = server.tmux("list-panes", "-s", "-F", "#{pane_id}").split()[-1]
+    files = sorted(pathlib.Path(server.folder).glob("tmux/s.d/*/*.go"))
+    server.tmux("send-keys", "-t", go, f". {files[0]}", "Enter")
+    assert running.result()["exit_code"] == 7
+    assert pathlib.Path(count).read_text() == "x\ny\n"
+
+
+def test_the_tmux_of_a_command_is_its_own(proxy: Proxy, agent: str) -> None:
+    answer = proxy.exec('echo "${TMUX-none} ${TMUX_PANE-none}"', agent_name=agent)
+    assert answer["stdout"] == "none none\n"
+    killed = proxy.exec("TMUX_TMPDIR=/nonexistent tmux kill-server; echo on", agent_name=agent)
+    assert killed["stdout"].endswith("on\n")
+    assert proxy.panes(agent)
+
+
+def test_a_program_that_asks_on_its_terminal_shows_in_the_answer_of_a_timeout(
+    proxy: Proxy, agent: str
+) -> None:
+    ask = "echo out; sleep 0.1; read -p 'Continue connecting (yes/no)? ' x </dev/tty 2>/dev/tty"
+    answer = proxy.exec(ask, agent_name=agent, timeout=0.5)
+    assert answer["ended"] == "timeout"
+    assert answer["terminal"] == "Continue connecting (yes/no)?"
+
+
+QUIET_TIMEOUTS = {
+    "nothing was written": "sleep 60",
+    "the last line is output": "echo out; sleep 60",
+    "no newline": "printf half; sleep 60",
+    "tabs and colours": "printf 'a\\tb\\033[31mred\\033[0m c'; sleep 60",
+    "a command of two lines": "true\nsleep 60",
+}
+
+
+@pytest.mark.parametrize("cmd", QUIET_TIMEOUTS.values(), ids=QUIET_TIMEOUTS)
+def test_output_and_the_command_are_no_question(proxy: Proxy, agent: str, cmd: str) -> None:
+    answer = proxy.exec(cmd, agent_name=agent, timeout=0.3)
+    assert answer["ended"] == "timeout"
+    assert "terminal" not in answer
+
+
+def test_unknown_fields_are_named(proxy: Proxy, agent: str) -> None:
+    answer = proxy.exec("true", agent_name=agent, agent="x", time_out=3)
+    assert answer["ignored"] == ["agent", "time_out"]
+    many = {f"field{number}" + "x" * 100: 0 for number in range(1000)}
+    assert len(proxy.exec("true", agent_name=agent, **many)["ignored"]) == pp.MAX_IGNORED
+    assert proxy.exec("true", agent_name=agent, ignored=["cmd"])["ignored"] == ["ignored"]
+    assert "ignored" not in proxy.exec("true", agent_name=agent)
+
+
+def test_the_time_in_the_queue_is_in_the_answer(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    running = [proxy.start_exec("sleep 0.5", agent_name=agent) for _ in range(4)]
+    eventually(lambda: len(processes_with("sleep\x000.5\x00")) == 4)
+    answer = proxy.exec("true", agent_name=agent)
+    assert answer["waited_ms"] > 100
+    assert answer["duration_ms"] < 400
+    assert [call.result()["exit_code"] for call in running] == [0] * 4
 
 
 def test_a_stopped_command_is_ended(proxy: Proxy, agent: str) -> None:
@@ -2954,15 +3187,15 @@ def test_two_servers_on_one_socket_share_it(own: Callable[..., Proxy]) -> None:
 
 
 def test_a_pane_that_another_driver_holds_is_left_to_it(proxy: Proxy, agent: str) -> None:
-    first = proxy.exec("echo $TMUX_PANE", agent_name=agent)["stdout"]
-    tty = proxy.tmux("display-message", "-p", "-t", first.strip(), "#{pane_tty}")
+    first = proxy.exec("echo $PPID", agent_name=agent)["stdout"]
+    tty = proxy.tmux("display-message", "-p", "-t", proxy.pane(agent), "#{pane_tty}")
     held = os.open(tty, os.O_RDONLY | os.O_NOCTTY)
     fcntl.flock(held, fcntl.LOCK_EX)
     try:
-        assert proxy.exec("echo $TMUX_PANE", agent_name=agent)["stdout"] != first
+        assert proxy.exec("echo $PPID", agent_name=agent)["stdout"] != first
     finally:
         os.close(held)
-    assert proxy.exec("echo $TMUX_PANE", agent_name=agent)["stdout"] == first
+    assert proxy.exec("echo $PPID", agent_name=agent)["stdout"] == first
 
 
 def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(
@@ -2975,7 +3208,7 @@ def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(
         starting = asyncio.ensure_future(
             driver.start(pp.ExecRequest("sleep 79.25"), {"out": lambda chunk: None})
         )
-        while not [job for job in driver.jobs() if job.typed and not job.over.is_set()]:  # noqa: ASYNC110
+        while not [job for job in driver.jobs() if job.is_typed and not job.over.is_set()]:  # noqa: ASYNC110
             await asyncio.sleep(0)
         job = driver.jobs()[0]
         while not os.path.exists(f"{job.run}.pid"):  # noqa: ASYNC240  it has begun, and its report is not read
@@ -3098,7 +3331,7 @@ PLACES = [
     (0, 0, 0o1777, 0, True),
     (0, 7, 0o1777, 7, True),
     (0, 0, 0o1777, 7, False),
-    (0, 0, 0o777, 0, False),
+    (0, 0, 0o777, 0, True),
     (0, 7, 0o777, 7, False),
     (7, 7, 0o700, None, True),
     (7, 7, 0o775, 7, True),
@@ -3108,7 +3341,7 @@ PLACES = [
     (7, 0, 0o1777, 8, False),
     (7, 8, 0o700, None, False),
     (7, 8, 0o1777, 7, False),
-    (7, 7, 0o777, 7, False),
+    (7, 7, 0o777, 7, True),
 ]
 
 
@@ -3149,16 +3382,13 @@ def test_a_socket_that_a_stranger_can_have_made_is_refused(
         shutil.rmtree(folder)
 
 
-def test_a_server_in_a_directory_of_everybody_does_not_start(tmp_path: pathlib.Path) -> None:
+def test_a_directory_of_ours_that_is_open_to_all_gets_the_sticky_bit(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
     os.chmod(tmp_path, 0o777)
-    variables = {**os.environ, "TMUX_SOCKET": f"{tmp_path}/s"}
-    command = [sys.executable, str(MODULE), "server", "-p", "0"]
-    done = subprocess.run(
-        command, env=variables, capture_output=True, text=True, timeout=20, check=False
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert f"{tmp_path}: got user {os.geteuid()} and mode drwxrwxrwx, expected" in done.stderr
-    assert os.listdir(tmp_path) == []
+    pp.check_place(f"{tmp_path}/s")
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
+    assert f"{tmp_path}: any user could replace what is in it" in caplog.text
 
 
 def test_a_directory_of_ours_below_one_of_everybody_will_do_with_a_warning(
@@ -4808,23 +5038,42 @@ def test_keys_reach_programs_that_others_wait_for(proxy: Proxy, agent: str) -> N
     assert sorted(each.result()["stdout"] for each in asking) == ["", "", "", "here\n"]
 
 
+def test_keys_go_to_the_program_that_somebody_started(proxy: Proxy, agent: str) -> None:
+    call(proxy, "send_keys", agent_name=agent, text=f"{sys.executable} -q", keys=["Enter"])
+    eventually(lambda: ">>>" in text_of(call(proxy, "read_terminal", agent_name=agent)))
+    running = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
+    eventually(lambda: processes_with("read -r x </dev/tty; echo got"))
+
+    shown = call(proxy, "send_keys", agent_name=agent, text="print(6*7)", keys=["Enter"])
+    assert "\n42\n" in text_of(shown)
+    both = text_of(call(proxy, "read_terminal", agent_name=agent))
+    assert "\n42\n" in both
+    assert "read -r x" in both
+
+    (run_id,) = {
+        word.split("=")[1]
+        for pid in processes_with("echo got")
+        for word in pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0")
+        if word.startswith("POCKETCODER_RUN_ID=")
+    }
+    call(proxy, "send_keys", agent_name=agent, text="aimed", keys=["Enter"], run_id=run_id)
+    assert running.result()["stdout"] == "got aimed\n"
+    refused = call(proxy, "send_keys", agent_name=agent, text="x", run_id=run_id)
+    assert refused["isError"]
+    assert "run_id" in text_of(refused)
+
+    call(proxy, "send_keys", agent_name=agent, keys=["C-d"])
+    again = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
+    eventually(lambda: processes_with("read -r x </dev/tty; echo got"))
+    call(proxy, "send_keys", agent_name=agent, text="newest", keys=["Enter"])
+    assert again.result()["stdout"] == "got newest\n"
+
+
 def test_a_program_is_driven_by_keys_and_read_like_a_person_would(proxy: Proxy, agent: str) -> None:
-    assert (
-        call(
-            proxy,
-            "send_keys",
-            agent_name=agent,
-            text="read -p 'Name? ' n; echo \"<$n>\"",
-            keys=["Enter"],
-        )["content"]
-        == []
-    )
-    eventually(
-        lambda: (
-            "Name? "
-            in text_of(call(proxy, "read_terminal", agent_name=agent)).split("\n")[-1] + " "
-        )
-    )
+    ask = "read -p 'Name? ' n; echo \"<$n>\""
+    shown = text_of(call(proxy, "send_keys", agent_name=agent, text=ask, keys=["Enter"]))
+    assert shown.endswith(f"$ {ask}\nName?")
+    assert text_of(call(proxy, "read_terminal", agent_name=agent)) == shown
     listed = {
         each["agent_name"]: each
         for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
@@ -5238,6 +5487,7 @@ def test_the_audit_log_has_the_start_and_the_end_of_each_command(
     start, end = noted(path)  # the end, before it is answered
     fields = {
         "run_id": answer["run_id"],
+        "door": "exec",
         **ids,
         "cwd": os.path.realpath(proxy.workspace),
         "cmd": cmd,
@@ -5246,7 +5496,9 @@ def test_the_audit_log_has_the_start_and_the_end_of_each_command(
     assert start == {"time": start["time"], "event": "start", **fields}
     result = {
         "exit_code": 3,
+        "ended": "exit",
         "error": None,
+        "waited_ms": answer["waited_ms"],
         "duration_ms": answer["duration_ms"],
         "output_bytes": 2,
     }
@@ -6520,16 +6772,17 @@ def test_a_log_that_cannot_be_written_hinders_nothing(own: Callable[..., Proxy])
 def test_the_server_says_where_it_listens_and_how_to_watch(own: Callable[..., Proxy]) -> None:
     server = own()
     assert server.said == f"pocketcoder: listening on http://127.0.0.1:{server.port}\n"
-    eventually(lambda: f"tmux -S {server.socket} attach -t pocketcoder" in server.logged())
-    eventually(
-        lambda: (
-            subprocess.run(
-                ["tmux", "-S", server.socket, "has-session", "-t", "=pocketcoder"],
-                capture_output=True,
-            ).returncode
-            == 0
-        )
-    )
+    attach = f"tmux -S {server.socket} new-session -A -s pocketcoder"
+    eventually(lambda: attach in server.logged())
+
+
+def test_a_server_makes_no_session_before_it_is_needed(own: Callable[..., Proxy]) -> None:
+    server = own()
+    assert server.request("GET", "/health")[0] == 200
+    assert call(server, "list_terminals")["structuredContent"] == {"terminals": []}
+    assert call(server, "read_terminal")["isError"]
+    assert not os.path.exists(server.socket)
+    assert server.exec("echo made")["stdout"] == "made\n"
 
 
 @pytest.mark.parametrize("words", [["--version"], ["server", "--version"]])
@@ -6649,8 +6902,14 @@ def test_a_queued_command_is_refused_when_the_server_stops(own: Callable[..., Pr
 
 def test_what_a_person_typed_before_the_first_command_is_not_run(own: Callable[..., Proxy]) -> None:
     server = own()
-    there = ["tmux", "-S", server.socket, "has-session", "-t", "=pocketcoder"]
-    eventually(lambda: subprocess.run(there, capture_output=True).returncode == 0)
+    subprocess.run(
+        [
+            *("tmux", "-S", server.socket, "new-session", "-d", "-s", "pocketcoder"),
+            *("-n", "poco:terminal", "--", "/bin/bash", "-i"),
+        ],
+        env=server.env,
+        check=True,
+    )
     eventually(lambda: server.screen("poco").rstrip().endswith("$"))
     time.sleep(0.3)
     server.type("poco", f"touch {server.folder}/typed &&", "Enter")
@@ -6666,10 +6925,13 @@ def test_a_server_whose_first_terminal_is_slow_stops_at_once(own: Callable[..., 
     pathlib.Path(server.folder, "home/.bashrc").write_text("sleep 12\n")
     server.tmux("kill-server")
     server.start()
+    waiting = server.start_exec("true")
     eventually(lambda: processes_with("sleep\x0012\x00"))
     started = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() - started < 4.5
+    with pytest.raises(AssertionError, match="stopping"):
+        waiting.result()
 
 
 def test_a_log_that_nobody_reads_holds_up_nobody(own: Callable[..., Proxy]) -> None:
@@ -6715,7 +6977,7 @@ def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(own: Callable[..
 def local(cmd: str = "true") -> float:
     """Seconds that bash -c takes from here: the floor."""
     started = time.perf_counter()
-    subprocess.run(["bash", "-c", cmd], check=True)
+    subprocess.run(["bash", "-c", cmd], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 
