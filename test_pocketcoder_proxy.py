@@ -20,6 +20,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import statistics
 import struct
 import subprocess
@@ -28,7 +29,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
@@ -6832,7 +6833,7 @@ SIGNALLED = [
     pytest.param("sleep 5 & jobs | sed 's/  */ /g'; kill %%; wait 2>/dev/null; echo $?", id="jobs"),
     pytest.param("sleep 5 & disown; jobs; kill $!; echo $?", id="disowned"),
     pytest.param("set -m; sleep 5 & kill -TERM -- -$!; wait $!; echo $?", id="a-job-as-a-group"),
-    pytest.param("set -m; true & fg; echo $?; (exit 5) & fg >/dev/null; echo $?", id="foreground"),
+    pytest.param("set -m; (sleep 0.05; exit 5) & fg >/dev/null; echo $?", id="foreground"),
     pytest.param("fg; bg; echo $?", id="no-job-control"),
     pytest.param("trap 'echo bye' EXIT; exit 4", id="trap-exit"),
     pytest.param("trap 'echo bye; exit 9' EXIT; exit 4", id="trap-exit-with-a-status"),
@@ -6859,7 +6860,7 @@ SIGNALLED = [
     pytest.param("kill -9 $$; sleep 1", id="killed"),
     pytest.param("kill -INT $$; sleep 1", id="interrupted"),
     pytest.param("kill -HUP $$; sleep 1", id="hung-up"),
-    pytest.param("kill -QUIT $$; sleep 1", id="quit"),
+    pytest.param("kill -QUIT $$; echo on", id="quit"),
     pytest.param("kill -USR1 $$; sleep 1", id="usr1"),
     pytest.param("kill -PIPE $$; sleep 1", id="broken-pipe"),
     pytest.param("kill -ALRM $$; sleep 1", id="alarm"),
@@ -7128,40 +7129,64 @@ def doors(proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Doors:
     return Doors(proxy, tmp_path_factory.mktemp("doors"))
 
 
-class Compared:
-    """Runs lines by plain bash and through each door, several lines at once."""
+def through(lines: list[Any], *doors: str) -> list[Any]:
+    """A case for each line and each door; those through any but these doors are slow ones."""
+    return [
+        pytest.param(
+            *line.values,
+            door,
+            id=f"{line.id}-{door}",
+            marks=() if door in doors else pytest.mark.slow,
+        )
+        for line in lines
+        for door in ("exec", "stream", "shell")
+    ]
 
-    def __init__(self, doors: Doors, commands: list[str]) -> None:
+
+CASES = [
+    *through(SAYING, "exec", "stream"),
+    *through(ENDING, "exec"),
+    *through(STRICT),
+    *through(EXPANDING),
+    *through(REDIRECTED, "exec", "shell"),
+    *through(PIPED, "exec", "stream", "shell"),
+    *through(SIGNALLED, "exec", "shell"),
+    *through(AROUND, "exec"),
+    *through(PROGRAMS),
+    *through(FED, "exec", "stream", "shell"),
+]
+
+
+class Comparison:
+    """Runs lines with plain bash and through doors, several at once."""
+
+    def __init__(self, doors: Doors, cases: list[tuple[str, str]]) -> None:
         self.doors = doors
         self.fed = {line.values[0] for line in FED}
         self.pool = ThreadPoolExecutor(5)
-        self.ends = {
-            cmd: self.pool.submit(self.compare, cmd, f"line{number}", f"line{number % 3}")
-            for number, cmd in enumerate(commands)
-        }
+        self.ends: dict[tuple[str, str], Future[tuple[Ended, Ended]]] = {}
+        # One line after the other, since its runs share a directory.
+        by_line: dict[str, list[str]] = {}
+        for line, door in cases:
+            by_line.setdefault(line, []).append(door)
+            self.ends[line, door] = Future()
+        for number, (line, chosen) in enumerate(by_line.items()):
+            self.pool.submit(self.compare, line, chosen, f"line{number}", f"line{number % 3}")
 
-    def compare(self, cmd: str, cwd: str, agent: str) -> dict[str, tuple[Ended, Ended] | None]:
-        """For each door how the line ended there, and how with plain bash."""
-        stdin = GIVEN if cmd in self.fed else None
-        self.lay_out(cwd)
-        together = self.doors.plain(cmd, cwd, stdin)
-        self.lay_out(cwd)
-        apart = self.doors.plain(cmd, cwd, stdin, apart=True)
-
-        ends: dict[str, tuple[Ended, Ended] | None] = {}
-        for name, door in self.ways().items():
-            self.lay_out(cwd)
+    def compare(self, line: str, chosen: list[str], cwd: str, agent: str) -> None:
+        stdin = GIVEN if line in self.fed else None
+        expected: dict[bool, Ended] = {}
+        for door in chosen:
+            apart = door == "shell"
             try:
-                ends[name] = (
-                    door(cmd, cwd, stdin, agent),
-                    apart if name == "shell" else together,
-                )
-            except subprocess.TimeoutExpired:
-                ends[name] = None
-        return ends
-
-    def ways(self) -> dict[str, Callable[[str, str, str | None, str], Ended]]:
-        return {"exec": self.doors.exec, "stream": self.doors.stream, "shell": self.doors.shell}
+                if apart not in expected:
+                    self.lay_out(cwd)
+                    expected[apart] = self.doors.plain(line, cwd, stdin, apart)
+                self.lay_out(cwd)
+                got: Ended = getattr(self.doors, door)(line, cwd, stdin, agent)
+                self.ends[line, door].set_result((got, expected[apart]))
+            except Exception as error:
+                self.ends[line, door].set_exception(error)
 
     def lay_out(self, cwd: str) -> None:
         """The same files before each run."""
@@ -7176,37 +7201,24 @@ class Compared:
 
 
 @pytest.fixture(scope="module")
-def compared(request: pytest.FixtureRequest, doors: Doors) -> Iterator[Compared]:
-    """The lines that this session of pytest has selected, all on their way."""
+def comparison(request: pytest.FixtureRequest, doors: Doors) -> Iterator[Comparison]:
+    """The cases that this session of pytest has selected, all on their way."""
     calls = [getattr(item, "callspec", None) for item in request.session.items]
-    commands = [call.params["line"] for call in calls if call and "line" in call.params]
-    comparison = Compared(doors, list(dict.fromkeys(commands)))
-    yield comparison
-    comparison.close()
+    cases = [
+        (call.params["line"], call.params["door"])
+        for call in calls
+        if call and "line" in call.params
+    ]
+    started = Comparison(doors, cases)
+    yield started
+    started.close()
 
 
-@pytest.mark.parametrize("door", ["exec", "stream", "shell"])
-@pytest.mark.parametrize(
-    "line",
-    [
-        *SAYING,
-        *ENDING,
-        *STRICT,
-        *EXPANDING,
-        *REDIRECTED,
-        *PIPED,
-        *SIGNALLED,
-        *AROUND,
-        *PROGRAMS,
-        *FED,
-    ],
-)
+@pytest.mark.parametrize(("line", "door"), CASES)
 def test_a_line_does_through_every_door_what_it_does_with_bash(
-    compared: Compared, line: str, door: str
+    comparison: Comparison, line: str, door: str
 ) -> None:
-    ends = compared.ends[line].result(60)[door]
-    assert ends is not None, "it hangs"
-    got, expected = ends
+    got, expected = comparison.ends[line, door].result(60)
     assert got.code == expected.code
     assert got.out == expected.out
     assert got.err == expected.err
@@ -7476,6 +7488,117 @@ def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(own: Callable[..
     assert server.request("GET", "/health")[0] == 200
     os.unlink(f"{server.folder}/tmux")
     assert server.exec("echo back")["stdout"] == "back\n"
+
+
+@pytest.fixture
+def image() -> Iterator[str]:
+    """A folder as an image of PocketCoder's sandbox has it: `tmux` in it is open to all."""
+    folder = tempfile.mkdtemp(prefix="pc")
+    subprocess.run(
+        ["bash", "-c", 'rm -rf "$1"/*; mkdir -p "$1"; chmod 777 "$1"', "bash", f"{folder}/tmux"],
+        check=True,
+    )
+    yield folder
+    # Also where no server took the session over.
+    subprocess.run(["tmux", "-S", f"{folder}/tmux/s", "kill-server"], capture_output=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+ENTRYPOINT = lines(  # what that image's own does, some seconds after it started the server
+    "set -e",
+    "tmux -S $1/tmux/s new-session -d -s pocketcoder -n system",
+    "chmod 777 $1/tmux/s",
+    "tmux -S $1/tmux/s new-window -t pocketcoder -n poco-terminal -c $1/work",
+)
+
+
+def enter(folder: str) -> subprocess.CompletedProcess[str]:
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("POCKETCODER", "TMUX"))
+    }
+    os.makedirs(f"{folder}/work", exist_ok=True)
+    words = ["bash", "-c", ENTRYPOINT, "bash", folder]
+    return subprocess.run(
+        words,
+        env=env | {"HOME": f"{folder}/home"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def has_session(server: Proxy) -> bool:
+    words = ["tmux", "-S", server.socket, "has-session", "-t", "=pocketcoder"]
+    return subprocess.run(words, capture_output=True, check=False).returncode == 0
+
+
+def windows(server: Proxy) -> list[str]:
+    """Names of windows, once for each pane."""
+    there = server.tmux("list-panes", "-s", "-t", "=pocketcoder:", "-F", "#{window_name}")
+    return there.split("\n")
+
+
+WHERE = "cut -d' ' -f7 /proc/$$/stat"  # the number of its terminal
+
+
+def terminal_of(server: Proxy, window: str) -> int:
+    tty = server.tmux("display-message", "-p", "-t", f"=pocketcoder:={window}", "#{pane_tty}")
+    return os.stat(tty).st_rdev
+
+
+def test_an_entrypoint_may_start_the_server_first_and_its_session_later(
+    image: str, own: Callable[..., Proxy]
+) -> None:
+    server = own(folder=image)
+    assert server.request("GET", "/health")[0] == 200
+    time.sleep(0.3)  # it does nothing, so there is nothing to wait for
+    assert not has_session(server)
+
+    done = enter(image)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco-terminal')}\n"
+    assert server.exec("pwd")["stdout"] == f"{server.workspace}\n"
+    assert windows(server) == ["system", "poco-terminal"]
+
+    assert server.exec(WHERE, agent_name="alice")["exit_code"] == 0
+    assert windows(server) == ["system", "poco-terminal", "alice:terminal"]
+
+
+def test_a_directory_open_to_all_gets_the_sticky_bit_and_a_line_in_the_log(
+    image: str, own: Callable[..., Proxy]
+) -> None:
+    server = own(folder=image)
+    assert stat.S_IMODE(os.stat(f"{image}/tmux").st_mode) == 0o1777
+    told = [line for line in server.logged().splitlines() if "sticky" in line]
+    assert len(told) == 1
+    assert f"{image}/tmux" in told[0]
+
+
+def test_a_server_alone_makes_its_session_with_the_first_command(
+    image: str, own: Callable[..., Proxy]
+) -> None:
+    server = own(folder=image)
+    assert server.request("GET", "/health")[0] == 200
+    time.sleep(0.3)  # it does nothing, so there is nothing to wait for
+    assert not has_session(server)
+    assert server.exec("echo first")["stdout"] == "first\n"
+    assert windows(server) == ["poco:terminal"]
+    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco:terminal')}\n"
+
+
+def test_a_session_that_is_there_before_the_server_is_used(
+    image: str, own: Callable[..., Proxy]
+) -> None:
+    assert enter(image).returncode == 0
+    server = own(folder=image)
+    assert windows(server) == ["system", "poco-terminal"]
+    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco-terminal')}\n"
+    assert windows(server) == ["system", "poco-terminal"]
 
 
 # ==========================================================================
