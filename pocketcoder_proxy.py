@@ -105,6 +105,9 @@ FIRST_QUIET_TIME = 0.2
 QUIET_TIME = 0.1
 SETTLE_TIMEOUT = 1.0
 LOOK_PAUSE = 0.001  # between looks at a shell that is about to show its prompt
+# Between looks whether the stdin of a command, at its end, is opened once more: at first, at most.
+OPEN_PAUSE = 0.01
+MAX_OPEN_PAUSE = 0.25
 SHOW_PAUSE = 0.2  # from keys to the screen that shows what they did
 QUESTION_TIMEOUT = 0.5  # to look at the screen of a command whose time is over
 START_TIMEOUT = 1.0  # from the typed line to the start report
@@ -1296,6 +1299,9 @@ NEW_FILE = (
     os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 )  # no FIFO in its place may stop us
 
+# Keeps our lines out of the history of a shell that we start; in an order by which go knows it, and
+# does not hand it on to commands.
+HISTORY = "ignorespace:ignoredups"
 # Sourced by the pane's shell, which reads all of it before the next run may write this file anew,
 # and never what an older run wrote behind it.
 #
@@ -1315,13 +1321,14 @@ GO = r"""{{ \[ -p {status} ] || \return 0
 \trap : INT
 {{ (
 \unset -f cd chpwd echo exec exit export read set 2>/dev/null
-\unset chpwd_functions POCKETCODER_TOKEN TMUX TMUX_PANE
+\unset chpwd_functions POCKETCODER_TOKEN TMUX TMUX_PANE TERM_PROGRAM TERM_PROGRAM_VERSION
+[ "${{HISTCONTROL-}}" != {history} ] || \unset HISTCONTROL
 _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \set +xv -C; \echo "$_pc" >{run}.pid || \exit
 \set +C; \exec {inputs} || \exit
 \exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&-; {sound} || \exit
 \echo "{token} start $_pc" >&9
-\cd -- {cwd} || \exit
+\cd -- {cwd} || \exit; \unset OLDPWD
 \export {quiet} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
 \export POCKETCODER_SESSION_ID={session} POCKETCODER_USAGE_ID={usage}
 \exec {command} 9>&-
@@ -1390,6 +1397,7 @@ def go_script(job: Job, shell: str) -> dict[str, str]:
     parts |= {
         "sound": sound,
         "quiet": QUIET,
+        "history": HISTORY,
         **{name: shlex.quote(text) for name, text in texts.items()},
     }
     return files | {"go": GO.format(command=shlex.join(command), **parts)}
@@ -1505,6 +1513,14 @@ class PaneShell:
         self.settled_by = 0.0
         # Its terminal, locked; -1: it is not.
         self.held = -1
+        # Nobody waits for it any more.
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Wait for nothing: the driver closes."""
+        self.stopped = True
+        if self.learning:
+            self.learning.cancel()
 
     async def hold(self) -> bool:
         """Lock the pane's tty if its shell waits for a command and no other driver holds it.
@@ -1584,7 +1600,7 @@ class PaneShell:
             look = self.look()
             if look is Look.READY:
                 self.shown = True
-            if look is not Look.SOON:
+            if look is not Look.SOON or self.stopped:
                 return look is Look.READY
             # One that never tells is taken at its word.
             if not self.shown and (self.ran or time.monotonic() >= deadline):
@@ -1861,12 +1877,14 @@ class Output(Pipe):
 class Input(Pipe):
     """What a run reads: its stdin, as it comes."""
 
+    # Lets in whoever opens it by name after its end.
+    opening: asyncio.TimerHandle | None = None
+
     def __init__(self, path: str) -> None:
         os.mkfifo(path, 0o600)
         self.room = asyncio.Event()
-        super().__init__(
-            path, os.O_RDWR, self.room.set
-        )  # not O_WRONLY: go need not wait for a writer
+        # Not O_WRONLY: go need not wait for a writer.
+        super().__init__(path, os.O_RDWR, self.room.set)
 
     async def write(self, data: bytes) -> None:
         """Wait until all is in the pipe, or it is closed."""
@@ -1883,6 +1901,27 @@ class Input(Pipe):
     def _wake(self) -> None:
         self.loop.remove_writer(self.fd)
         self.room.set()
+
+    def finish(self) -> None:
+        """No more comes: let the command meet the end, until `close`."""
+        super().close()
+        self._let_in(OPEN_PAUSE)
+
+    def _let_in(self, pause: float) -> None:
+        """Be a writer for a moment.
+
+        A FIFO that is opened by name (`/dev/stdin`) waits for one, and an anonymous pipe does not.
+        """
+        # OSError: nobody has it open.
+        with contextlib.suppress(OSError):
+            os.close(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
+        longer = min(2 * pause, MAX_OPEN_PAUSE)
+        self.opening = self.loop.call_later(pause, self._let_in, longer)
+
+    def close(self) -> None:
+        super().close()
+        if self.opening is not None:
+            self.opening.cancel()
 
 
 class View(Pipe):
@@ -2833,7 +2872,7 @@ class PocketCoderDriver:
             "-e",
             f"SHELL={self.shell}",
             "-e",
-            "HISTCONTROL=ignoreboth",
+            f"HISTCONTROL={HISTORY}",
             "--",
             self.shell,
             "-i",
@@ -3105,6 +3144,8 @@ class PocketCoderDriver:
         self.stopping = True
         for terminal in self.terminals.values():
             terminal.freed.set()
+            for shell in terminal.shells:
+                shell.stop()
         await asyncio.gather(*(over_within(job, grace) for job in self.jobs()))
         for job in (jobs := self.jobs()):
             job.end("cancelled")
@@ -3117,9 +3158,6 @@ class PocketCoderDriver:
                 await asyncio.wait({job.leaving})
             if job.view:
                 job.view.close()
-        for shell in (shell for terminal in self.terminals.values() for shell in terminal.shells):
-            if shell.learning:
-                shell.learning.cancel()
         if self.tmux is not None:
             self.tmux.close()
             await self.tmux.ended.wait()
@@ -5238,7 +5276,7 @@ async def channel_handler(job: Job, message: str | bytes) -> None:
     elif message[:1] != b"\0" and message != b"\xff\0":
         raise complain("channel", message[:2], "0 for stdin, or 255 and 0 for its end")
     elif job.feed is not None:
-        await job.feed.write(message[1:]) if message[0] == 0 else job.feed.close()
+        await job.feed.write(message[1:]) if message[0] == 0 else job.feed.finish()
 
 
 async def sse_handler(

@@ -1991,7 +1991,6 @@ def test_the_queue_is_first_come_first_served(own: Callable[..., Proxy]) -> None
     assert server.exec("echo other", agent_name="other")["stdout"] == "other\n"
     pathlib.Path(gate).touch()
     assert {call.result()["exit_code"] for call in [*running, *queued]} == {0}
-    assert queued[-1].result()["waited_ms"] > queued[0].result()["waited_ms"]
     got = [int(line) for line in pathlib.Path(order).read_text().split()]
     # Four run at a time, and one that is slow to write may be overtaken some times.
     # In no order it were by 40.
@@ -2415,36 +2414,24 @@ def test_a_background_flood_blocks_nobody_and_gives_its_descriptor_back(
     eventually(lambda: server.run_files() == 0)
 
 
-READS = {
-    "stdout": "os.write(1, b'x'); os.read(1, 1)",
-    "stderr": "os.write(2, b'x'); os.read(2, 1)",
-}
-
-
-@pytest.mark.parametrize("code", READS.values(), ids=READS)
-def test_a_program_cannot_read_its_own_output(proxy: Proxy, agent: str, code: str) -> None:
-    answer = proxy.exec(f'{sys.executable} -c "import os; {code}"', agent_name=agent)
-    assert answer["stdout"].endswith("OSError: [Errno 9] Bad file descriptor\n")
-    assert answer["exit_code"] == 1
-
-
 def test_an_editor_does_not_take_its_screen_for_keys(proxy: Proxy, agent: str) -> None:
     """As vim does, which reads keys from descriptor 2 where stdin is no terminal."""
     editor = f"{sys.executable} -c \"import os; os.write(1, b'touch'); print(os.read(2, 9))\""
     assert "Bad file descriptor" in proxy.exec(editor, agent_name=agent, timeout=3)["stdout"]
 
 
-LATE = {
-    "process substitution": ("echo hi > >(cat)", "hi\n"),
-    "exec into tee": ("exec > >(tee /dev/null) 2>&1; echo hi", "hi\n"),
-    "stderr through sed": ("echo no >&2 2> >(sed s/^/E:/ >&2)", "no\n"),
-    "stderr of ls": ("(echo no >&2) 2> >(sed s/^/E:/ >&2)", "E:no\n"),
-    "a child that writes later": ("(sleep 0.15; echo late) & echo now", "now\nlate\n"),
-    "twice later": ("(for i in 1 2 3 4; do sleep 0.08; echo $i; done) &", "1\n2\n3\n4\n"),
-}
+LATE_CHILDREN = [
+    pytest.param("echo hi > >(cat)", "hi\n", id="process-substitution"),
+    pytest.param("exec > >(tee /dev/null) 2>&1; echo hi", "hi\n", id="tee-for-good"),
+    pytest.param("(echo no >&2) 2> >(sed s/^/E:/ >&2)", "E:no\n", id="stderr-filtered"),
+    pytest.param("(sleep 0.15; echo late) & echo now", "now\nlate\n", id="once-later"),
+    pytest.param(
+        "(for n in 1 2 3 4; do sleep 0.08; echo $n; done) &", "1\n2\n3\n4\n", id="some-times-later"
+    ),
+]
 
 
-@pytest.mark.parametrize(("cmd", "output"), LATE.values(), ids=LATE)
+@pytest.mark.parametrize(("cmd", "output"), LATE_CHILDREN)
 def test_what_late_children_write_is_in_the_answer(
     proxy: Proxy, agent: str, cmd: str, output: str
 ) -> None:
