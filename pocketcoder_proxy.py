@@ -1761,6 +1761,8 @@ class Output(Pipe):
 
     # Our end of the pipe that the keeper waits at, see `_keep`.
     lifeline = -1
+    # It may read on for a moment after the end: no later run can have this FIFO.
+    has_keeper = False
 
     def __init__(
         self, path: str, take: Take | None, on_close: Callable[[], object] = ignore
@@ -1844,6 +1846,7 @@ class Output(Pipe):
         It waits for the end of a pipe that only we hold: when we close that, or are killed, it
         discards what comes until nobody can write any more.
         """
+        self.has_keeper = True
         with contextlib.ExitStack() as opened:
             try:
                 # O_NONBLOCK: the last writer may just have gone.
@@ -2081,7 +2084,11 @@ class RunFiles:
         # Go cannot have seen these files, and we cannot trust what is there now.
         if not job.is_typed:
             self._remove(job.run, everything)
-        elif job.returned and job.ending is None:  # else `processes_of` would find the next run too
+        elif (
+            job.returned
+            and job.ending is None
+            and not any(output.has_keeper for output in job.outputs)
+        ):  # else `processes_of` would find the next run too
             reusable = self._remove(job.run, self.OWN)
             self.free += [job.run] * reusable
         else:  # its line may have been read already, or `go` may be just noting the exit code

@@ -2459,6 +2459,21 @@ def test_a_background_process_that_goes_on_writing_delays_the_answer_by_a_second
     os.kill(int(answer["stdout"].split()[0]), signal.SIGKILL)
 
 
+def test_the_end_of_a_background_process_takes_no_output_of_a_later_command(
+    proxy: Proxy, agent: str
+) -> None:
+    call = kept(proxy)
+    ending = [
+        Background(lambda: [proxy.exec("sleep 0.3 &", agent_name=f"{agent}{n}") for _ in range(5)])
+        for n in range(4)
+    ]
+    said = set()
+    while not all(each.future.done() for each in ending):
+        said.add(call("echo whole", agent_name=agent)["stdout"])
+    call.close()  # type: ignore[attr-defined]
+    assert said == {"whole\n"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
 def test_a_background_process_goes_on_when_the_server_goes(
     own: Callable[..., Proxy], number: int
@@ -8861,7 +8876,7 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     own = [
         path.name
         for path in pathlib.Path(f"{server.socket}.d").rglob("*")
-        if path.suffix in (".pid", ".in", ".cmd")
+        if path.suffix in (".in", ".cmd")
     ]
     wrong += [f"files of runs: {own}"] if own else []
     wrong += (
