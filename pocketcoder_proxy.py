@@ -1693,9 +1693,8 @@ class RunFiles:
             f"{base}/{secrets.token_hex(2)}"  # a line typed for one that was wiped finds no other
         )
         self.status_path = f"{self.folder}/status"
-        with (
-            contextlib.ExitStack() as undo
-        ):  # when there is no space or no descriptor for all of it
+        # There may be no space, or no descriptor, for all of it.
+        with contextlib.ExitStack() as undo:
             os.mkdir(self.folder, 0o700)
             undo.callback(clear, self.folder)
             self.lock = os.open(self.folder, os.O_RDONLY)
@@ -2807,34 +2806,45 @@ def step(message: Message, version: str, facts: Facts) -> list[Decision]:
     id_, method, params = message["id"], message["method"], message.get("params", {})
     modern = version == MODERN
     answer = partial(success, id_, method=method, version=version, facts=facts)
-    match method:
-        case "initialize" if not modern:
-            if not isinstance(asked := params.get("protocolVersion"), str):
-                raise complain("params.protocolVersion", asked, "a revision of MCP")
-            version = asked if asked in LEGACY else LEGACY[-1]
-            server = {"name": facts.name, "title": facts.name, "version": facts.version}
-            hello = {"protocolVersion": version, "capabilities": {"tools": {}, "logging": {}}}
-            hello |= {"serverInfo": only_known(server, version), "instructions": facts.instructions}
-            return [Send({"jsonrpc": "2.0", "id": id_, "result": hello})]
-        case "server/discover" if modern:
-            found = {
-                "supportedVersions": [MODERN],
-                "capabilities": {"tools": {}},
-                "instructions": facts.instructions,
-            }
-            return [Send(answer(found))]
-        case "ping" if not modern:
-            return [Send(answer({}))]
-        case "logging/setLevel" if not modern:
-            if (level := params.get("level")) not in LEVELS:
-                raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
-            return [SetLevel(level), Send(answer({}))]
-        case "tools/list":
-            if params.get("cursor") is not None:
-                raise complain("params.cursor", params["cursor"], "none: there is one page")
-            return [Send(answer({"tools": [only_known(each, version) for each in facts.tools]}))]
-        case "tools/call":
-            return [call_tool(id_, params, facts)]
+    if method == "initialize" and not modern:
+        asked = params.get("protocolVersion")
+        if not isinstance(asked, str):
+            raise complain("params.protocolVersion", asked, "a revision of MCP")
+        version = asked if asked in LEGACY else LEGACY[-1]
+        server = {"name": facts.name, "title": facts.name, "version": facts.version}
+        hello = {
+            "protocolVersion": version,
+            "capabilities": {"tools": {}, "logging": {}},
+            "serverInfo": only_known(server, version),
+            "instructions": facts.instructions,
+        }
+        return [Send({"jsonrpc": "2.0", "id": id_, "result": hello})]
+
+    if method == "server/discover" and modern:
+        found = {
+            "supportedVersions": [MODERN],
+            "capabilities": {"tools": {}},
+            "instructions": facts.instructions,
+        }
+        return [Send(answer(found))]
+
+    if method == "ping" and not modern:
+        return [Send(answer({}))]
+
+    if method == "logging/setLevel" and not modern:
+        level = params.get("level")
+        if level not in LEVELS:
+            raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
+        return [SetLevel(level), Send(answer({}))]
+
+    if method == "tools/list":
+        if params.get("cursor") is not None:
+            raise complain("params.cursor", params["cursor"], "none: there is one page")
+        return [Send(answer({"tools": [only_known(each, version) for each in facts.tools]}))]
+
+    if method == "tools/call":
+        return [call_tool(id_, params, facts)]
+
     raise UnknownMethod(
         f"`method`: got {ascii(method)[:80]}, which revision {version} of this server does not have"
     )
@@ -3744,27 +3754,27 @@ class Translation:
     async def respond(self, message: Message, outbox: Outbox) -> Message:
         method, params = message["method"], message.get("params", {})
         done = {"jsonrpc": "2.0", "id": message["id"], "result": {}}
-        match method:
-            case "ping":
-                return done
-            case "initialize":
-                self.peer.hello = params
-                self._listen()
-                return {**done, "result": self._hello(params.get("protocolVersion"))}
-            case "logging/setLevel":
-                if (level := params.get("level")) not in LEVELS:
-                    raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
-                self.peer.level = str(level)
-                return done
-            case "resources/subscribe" | "resources/unsubscribe":
-                change = (
-                    self.peer.uris.add
-                    if method == "resources/subscribe"
-                    else self.peer.uris.discard
-                )
-                change(str(params.get("uri")))
-                self._listen()
-                return done
+        if method == "ping":
+            return done
+        if method == "initialize":
+            self.peer.hello = params
+            self._listen()
+            return {**done, "result": self._hello(params.get("protocolVersion"))}
+        if method == "logging/setLevel":
+            level = params.get("level")
+            if level not in LEVELS:
+                raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
+            self.peer.level = str(level)
+            return done
+        if method == "resources/subscribe":
+            self.peer.uris.add(str(params.get("uri")))
+            self._listen()
+            return done
+        if method == "resources/unsubscribe":
+            self.peer.uris.discard(str(params.get("uri")))
+            self._listen()
+            return done
+
         if self.peer.listens_to and self.peer.listens_to is not self.child:
             self._listen()  # it was started again
         extra: Message = {}
@@ -4542,14 +4552,13 @@ class Terminals:
         version = MODERN if modern else peer.version or LEGACY[-1]
         answer: Message = {}
         for decision in step(message, version, FACTS):
-            match decision:
-                case Send():
-                    answer = decision.message
-                case SetLevel():
-                    peer.level = decision.level
-                case CallTool():
-                    fields = await self._call(decision, outbox)
-                    answer = success(decision.id, fields, "tools/call", version, FACTS)
+            if isinstance(decision, Send):
+                answer = decision.message
+            elif isinstance(decision, SetLevel):
+                peer.level = decision.level
+            else:
+                fields = await self._call(decision, outbox)
+                answer = success(decision.id, fields, "tools/call", version, FACTS)
         return answer
 
     async def _call(self, call: CallTool, outbox: Outbox) -> Message:
