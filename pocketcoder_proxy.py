@@ -4,12 +4,12 @@
 # requires-python = ">=3.10"
 # dependencies = ["tornado>=6.2"]
 # ///
-"""pocketcoder-proxy: run an agent's commands in a tmux window of its sandbox.
+r"""pocketcoder-proxy: run an agent's commands in a tmux window of its sandbox.
 
     shell ──▶ GET /exec/ws ┐
               POST /exec ──┴▶ Endpoint ─▶ PocketCoderDriver ─▶ Tmux (tmux -C) ─▶ pane's shell
                                  ▲               │  ▲                                │
-                                 │               │  └── status   "start" "exit"  ◀───┤ . RUN.go
+                                 │               │  └── status   "start" "exit"  ◀───┤ \. RUN.go
                               answer ◀─ Output ◀─┼───── RUN.out  its output      ◀───┘
                                                  └────▶ the pane's tty: a person watches
 
@@ -24,7 +24,7 @@ Sections, top to bottom; each uses only what stands above it:
   Relay             stdio MCP servers of the sandbox, for clients of either era
   State and tools   what handlers share, sessions, the tools of MCP
   Transports        HTTP: the gate, handlers, endpoints, ROUTES
-  Application       command line, start and stop
+  Application       command line, `install`, start and stop
 
 Routes:     GET /health, POST /exec, GET /exec/ws; of MCP POST GET DELETE /mcp, GET /mcp/ws,
             GET /sse, POST /messages, the same under /servers/NAME; GET /servers
@@ -33,8 +33,8 @@ MCP:        initialize, ping, logging/setLevel (legacy); server/discover (modern
             the relay knows those of ASKING, MAY_ASK, REMOVED, CHANGED, and passes on all others
 Read from the environment: POCKETCODER_HOST POCKETCODER_TOKEN POCKETCODER_WORKSPACE
             TMUX_SESSION TMUX_SOCKET; by the shell OPENCODE_AGENT OPENCODE_SESSION_ID
-            POCKETCODER_FORWARD_ENV POCKETCODER_TOKEN POCKETCODER_USAGE_ID PROXY_URL
-Set for a command: POCKETCODER_RUN_ID POCKETCODER_AGENT POCKETCODER_SESSION_ID
+            POCKETCODER_FORWARD_ENV POCKETCODER_TOKEN POCKETCODER_USAGE_ID PROXY_URL PWD
+Set for a command: PWD POCKETCODER_RUN_ID POCKETCODER_AGENT POCKETCODER_SESSION_ID
             POCKETCODER_USAGE_ID, and QUIET_PROGRAMS
 tmux:       new-session -A      the one long-lived control connection
             new-window split-window respawn-pane   make a terminal, as new-session does
@@ -714,6 +714,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import marshal
 import math
 import re
 import resource
@@ -5566,6 +5567,20 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 INSTALLED = "pocketcoder-shell"
 INSTALLED_MARK = "# Written by `pocketcoder_proxy.py install`, which may replace it.\n"
 FIRST_LINE = 127  # bytes of a first line that every Linux reads
+# To compile the text takes half of the time in which the shell starts.
+INSTALLED_FORM = f"""{{first}}
+# SPDX-License-Identifier: MIT
+{INSTALLED_MARK}\
+# The shell of pocketcoder-proxy: its text, and below it the same as one Python compiles it.
+import marshal
+import sys
+
+TEXT = r'''
+{{text}}'''
+CODE = {{code!r}}
+exec(marshal.loads(CODE) if sys.hexversion == {{python}} else TEXT)
+sys.exit("pocketcoder: only the shell is here: `{INSTALLED} -c CMD`, `pocketcoder shell`")
+"""
 
 
 @dataclass(frozen=True)
@@ -5674,21 +5689,19 @@ class Cli:
 
 def installed_text() -> str:
     """The shell alone: this file down to the line, for this interpreter.  Raises ProxyError, OSError."""
-    # Without the interpreter's settings of the user and without `site`, which it does not need.
-    first = f"#!{sys.executable} -IS\n"
-    if not sys.executable or len(first.encode(errors="replace")) > FIRST_LINE:
-        raise ProxyError(f"a first line cannot hold this interpreter: {first.strip()}")
+    # It needs neither `site` nor what PYTHON… variables say.
+    first = f"#!{sys.executable} -IS"
+    if not sys.executable or len(os.fsencode(first)) >= FIRST_LINE:
+        raise ProxyError(f"a first line cannot hold this interpreter: {first}")
     if " " in sys.executable:
         raise ProxyError(f"a first line cannot hold a path with a blank: {sys.executable}")
 
     with open(__file__, encoding="utf-8") as file:
         head = file.read().partition("\n# ------------------------------- the line")[0]
     # The settings of the script above that are for a server stay behind.
-    body = head[head.index('"""') :]
-    end = f"""
-sys.exit("pocketcoder: only the shell is here, `{INSTALLED} -c CMD` or `pocketcoder shell`")
-"""
-    return f"{first}# SPDX-License-Identifier: MIT\n{INSTALLED_MARK}{body.rstrip()}\n{end}"
+    text = head[head.index('r"""') :].rstrip() + "\n"
+    code = marshal.dumps(compile(text, INSTALLED, "exec", dont_inherit=True))
+    return INSTALLED_FORM.format(first=first, text=text, code=code, python=sys.hexversion)
 
 
 def is_installed(path: str) -> bool:
