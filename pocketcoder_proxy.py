@@ -263,16 +263,18 @@ def asks_about_us(words: list[str]) -> bool:
 
 
 def plain_command(words: list[str]) -> str:
-    """The command that is these words, whatever is in them."""
-    if words[0] in KEYWORDS:
-        return " ".join([f"'{words[0]}'", *map(quote, words[1:])])
-    return " ".join(map(quote, words))
+    """The command that is these words, with quotes where they need some."""
+    parts: list[str] = []
+    for word in words:
+        is_plain = word != "" and word.strip(PLAIN) == ""
+        is_keyword = not parts and word in KEYWORDS
+        parts.append(word if is_plain and not is_keyword else quote(word))
+    return " ".join(parts)
 
 
 def quote(word: str) -> str:
-    """A word for bash, in quotes where it needs them."""
-    is_plain = word != "" and word.strip(PLAIN) == ""
-    return word if is_plain else "'" + word.replace("'", "'\\''") + "'"
+    """A word for bash, in quotes."""
+    return "'" + word.replace("'", "'\\''") + "'"
 
 
 def split_options(words: list[str]) -> tuple[str, list[str], list[str]]:
