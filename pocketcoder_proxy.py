@@ -5580,7 +5580,7 @@ import sys
 TEXT = r'''
 {{text}}'''
 CODE = {{code!r}}
-exec(marshal.loads(CODE) if sys.hexversion == {{python}} else TEXT)
+exec(marshal.loads(CODE) if sys.version == {{python!r}} else TEXT)
 sys.exit("pocketcoder: only the shell is here: `{INSTALLED} -c CMD`, `pocketcoder shell`")
 """
 
@@ -5703,7 +5703,7 @@ def installed_text() -> str:
     # The settings of the script above that are for a server stay behind.
     text = head[head.index('r"""') :].rstrip() + "\n"
     code = marshal.dumps(compile(text, INSTALLED, "exec", dont_inherit=True))
-    return INSTALLED_FORM.format(first=first, text=text, code=code, python=sys.hexversion)
+    return INSTALLED_FORM.format(first=first, text=text, code=code, python=sys.version)
 
 
 def is_installed(path: str) -> bool:

@@ -1135,6 +1135,19 @@ def test_what_install_writes_is_the_shell_under_every_name(
     assert b"only the shell is here" in got.stderr
 
 
+def test_what_install_writes_is_compiled_for_its_python_only(
+    engine: Caller, tmp_path: pathlib.Path
+) -> None:
+    # Only the text ends with 9.
+    path = tmp_path / pp.INSTALLED
+    path.write_text(pp.installed_text().replace("\nimport os\n", "\nimport os; os._exit(9)\n", 1))
+    both: dict[str, Any] = {"env": engine.env, "cwd": engine.cwd, "capture_output": True}
+    done = subprocess.run([sys.executable, str(path), "-c", "echo hi"], **both)
+    assert done.stdout == b"hi\n", done.stderr
+    done = subprocess.run([old_python("3.8"), str(path), "-c", "echo hi"], **both)
+    assert done.returncode == 9
+
+
 def test_install_replaces_what_it_wrote_and_nothing_else(tmp_path: pathlib.Path) -> None:
     assert run("install", str(tmp_path), "sh").returncode == 0
     installed = tmp_path / pp.INSTALLED
