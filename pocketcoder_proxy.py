@@ -426,7 +426,8 @@ def parse_url(url: str) -> tuple[str, int]:
 
     host, colon, port = place.rpartition(":")
     if not colon or place.endswith("]"):
-        host, port = place, "80"
+        host = place
+        port = "80"
     is_port = port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536
     if scheme != "http" or not host or not is_port:
         raise Failed(f"PROXY_URL: got {url!a}, {URL_FORMS}", 125)

@@ -1617,7 +1617,8 @@ def test_a_server_that_answers_garbage_is_told_in_a_line(
         connection = listener.accept()[0]
         connection.recv(1000)
         connection.sendall(said)
-        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # the shell may have gone already
+            connection.shutdown(socket.SHUT_WR)
         out, err = process.communicate(timeout=20)
         connection.close()
     assert (process.returncode, out, err.count(b"\n")) == (125, b"", 1)
@@ -2535,10 +2536,9 @@ def test_a_directory_outside_the_workspace_is_refused_also_through_a_link(
     for cwd in ("link", "..", "/etc", f"{proxy.workspace}-other", "link/../.."):
         status, answer = proxy.post({"cmd": "pwd", "cwd": cwd, "agent_name": agent})
         assert (status, "cwd" in answer["error"]) == (400, True), cwd
-    assert (
-        proxy.exec("pwd", cwd=f"{proxy.folder}/way", agent_name=agent)["stdout"]
-        == f"{proxy.workspace}\n"
-    )
+    way = f"{proxy.folder}/way"
+    assert proxy.exec("pwd", cwd=way, agent_name=agent)["stdout"] == f"{way}\n"
+    assert proxy.exec("pwd -P", cwd=way, agent_name=agent)["stdout"] == f"{proxy.workspace}\n"
     pathlib.Path(proxy.workspace, "plain").touch()
     assert proxy.post({"cmd": "pwd", "cwd": "plain"})[0] == 400
 
