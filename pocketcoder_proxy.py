@@ -92,12 +92,24 @@ TOOL_OUTPUT = (
     384 * KIB
 )  # the same of the MCP tool, which sends it twice: SDKs take messages of 1 MiB
 MAX_TIMEOUT, DEFAULT_TIMEOUT = 86400, 300  # `timeout`
-MAX_PANES, MAX_QUEUE = 4, 64  # of one agent
+MAX_PANES, MAX_QUEUE = 4, 1000  # of one agent
 MAX_VIEW = 64 * KIB  # bytes a run shows to a person: about what tmux keeps, at a few ms of its time
+MAX_IGNORED = 20  # names of unknown fields that an answer repeats, of 80 characters each
 MAX_VIEW_COMMAND = 4 * KIB  # characters of the command shown
 CHUNK = MIB  # bytes read at once; also the size wanted of a pipe
 
 TMUX_TIMEOUT = 5.0  # a reply of tmux
+# After a command, while something that it started can still write: quiet for so long, before the
+# first byte and after each one, and at most so long in all.
+FIRST_QUIET_TIME = 0.2
+QUIET_TIME = 0.1
+SETTLE_TIMEOUT = 1.0
+LOOK_PAUSE = 0.001  # between looks at a shell that is about to show its prompt
+# Between looks whether the stdin of a command, at its end, is opened once more: at first, at most.
+OPEN_PAUSE = 0.01
+MAX_OPEN_PAUSE = 0.25
+SHOW_PAUSE = 0.2  # from keys to the screen that shows what they did
+QUESTION_TIMEOUT = 0.5  # to look at the screen of a command whose time is over
 START_TIMEOUT = 1.0  # from the typed line to the start report
 NEW_SHELL_TIMEOUT = 15.0  # the same while a new shell may read its start-up files
 PROMPT_TIMEOUT = 0.5  # a shell that has just ended a command shows its prompt
@@ -710,6 +722,7 @@ import base64
 import codecs
 import contextlib
 import datetime
+import enum
 import errno
 import fcntl
 import gc
@@ -783,6 +796,12 @@ __all__ += [
 __all__ += ["sse_handler"]
 log = logging.getLogger("pocketcoder")
 T = TypeVar("T")
+
+
+def ignore(*_: object) -> None:
+    """A callback that does nothing."""
+
+
 SIGNAL_NUMBERS = {
     name: signal.Signals[f"SIG{name}"]
     for name in ("INT", "TERM", "HUP", "QUIT", "KILL", "USR1", "USR2")
@@ -881,6 +900,7 @@ class NoAudit(ProxyError):
 # W1  What comes from outside is checked here, once; nobody checks it again.
 # W2  A complaint names the field, what was got and what was expected.
 Message = dict[str, Any]
+RUN_ID = re.compile(r"[0-9a-f]{16}")
 AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -952,6 +972,13 @@ def check_agent(got: object) -> str:
     return got
 
 
+def check_run_id(got: object) -> str:
+    """Return `got`, the id of a run; raise BadMessage."""
+    if not (isinstance(got, str) and RUN_ID.fullmatch(got)):
+        raise complain("run_id", got, "the `run_id` of a command: 16 of 0-9 a-f")
+    return got
+
+
 def inside(workspace: str, cwd: str) -> str:
     """A directory that leads into `workspace`, by the name that it has in `cwd`, absolute.
 
@@ -1001,6 +1028,8 @@ class ExecRequest:
     argv: tuple[str, ...] | None = None
     # stdout and stderr are one stream, in the order written; a channel has two otherwise.
     combined: bool = False
+    # Names of fields that the caller sent and that mean nothing here.
+    ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.argv is not None:
@@ -1054,7 +1083,10 @@ class ExecRequest:
         got["cwd"] = inside(
             workspace, check_text("cwd", got.get("cwd", ""), "a directory", 4 * KIB)
         )
-        return cls(**{name: got[name] for name in cls.__dataclass_fields__ if name in got})
+        known = cls.__dataclass_fields__.keys() - {"ignored"}
+        unknown = [name[:80].encode(errors="replace").decode() for name in got if name not in known]
+        given = {name: got[name] for name in known if name in got}
+        return cls(**given, ignored=tuple(unknown[:MAX_IGNORED]))
 
 
 @dataclass(frozen=True)
@@ -1068,6 +1100,10 @@ class CommandResult:
     truncated: bool = False
     output_bytes: int = 0
     duration_ms: int = 0
+    # How long it waited for a pane.
+    waited_ms: int = 0
+    # The last line of the terminal when its time was over, if that is no output: it may ask there.
+    terminal: str | None = None
     run_id: str = ""
 
 
@@ -1082,13 +1118,26 @@ class ExecResponse:
     truncated: bool | None = None
     output_bytes: int | None = None
     duration_ms: int | None = None
+    waited_ms: int | None = None
+    terminal: str | None = None
     run_id: str | None = None
+    ignored: list[str] | None = None
 
     @classmethod
-    def of(cls, result: CommandResult, stdout: str | None) -> ExecResponse:
+    def of(cls, request: ExecRequest, result: CommandResult, stdout: str | None) -> ExecResponse:
+        """The answer to `request`; `stdout` is None where its output was streamed."""
         return cls(
-            stdout,
-            *(getattr(result, name) for name in cls.__dataclass_fields__ if name != "stdout"),
+            stdout=stdout,
+            exit_code=result.exit_code,
+            error=result.error,
+            ended=result.ended,
+            truncated=result.truncated,
+            output_bytes=result.output_bytes,
+            duration_ms=result.duration_ms,
+            waited_ms=result.waited_ms,
+            terminal=result.terminal,
+            run_id=result.run_id,
+            ignored=[*request.ignored] or None,
         )
 
     def to_wire(self) -> str:
@@ -1147,37 +1196,48 @@ def find_shell() -> str:
 
 
 def is_open(folder: os.stat_result) -> bool:
-    """Whether anybody may move files there that are not his."""
+    """Whether any user may move other users' files there."""
     return folder.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH
 
 
-def check_place(path: str) -> None:
-    """Refuse a tmux socket that a stranger can have put at `path`: he would get every command.  Raises NoTerminal.
+def close_to_others(folder: str) -> None:
+    """Set the sticky bit on a directory of ours that is open to all, as sandbox images make it."""
+    place = os.stat(folder)
+    if is_open(place) and place.st_uid == os.geteuid():
+        os.chmod(folder, stat.S_IMODE(place.st_mode) | stat.S_ISVTX)
+        log.warning("%s: any user could replace what is in it: it has the sticky bit now", folder)
 
-    It is to be ours or root's, in such a directory, where nobody else may move files.  For root,
-    whose terminals may be a worker's, the owner of the directory may be anybody.
+
+def check_place(path: str) -> None:
+    """Refuse a tmux socket that another user can have put at `path`: he would get every command.
+
+    The socket, its directory and a link to that must belong to us or root, and nobody else may move
+    files there.  For root, whose terminals may be a worker's, anybody may own the directory.
+    Raises NoTerminal.
     """
-    folder, user = os.path.dirname(path), os.geteuid()
+    folder = os.path.dirname(path)
+    user = os.geteuid()
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
+        close_to_others(folder)
         place = os.stat(folder)
-        found = {
-            f"{folder} itself": os.lstat(folder),
-            folder: place,
-        }  # whose link it is, may lead it elsewhere
-        public, owners = (
-            place.st_mode & stat.S_IWOTH,
-            {0, user} | ({place.st_uid} if user == 0 else set()),
-        )
-        if (user or public) and os.path.lexists(path):
+        # Whoever owns a symlink there can redirect it.
+        found = {f"{folder} itself": os.lstat(folder), folder: place}
+        is_public = place.st_mode & stat.S_IWOTH
+        if (user or is_public) and os.path.lexists(path):
             found[path] = os.lstat(path)
     except OSError as missing:
         raise NoTerminal(f"no directory for the socket {path}: {missing}") from None
+
+    owners = {0, user}
+    if user == 0:
+        owners.add(place.st_uid)
     for name, it in found.items():
         if it.st_uid not in owners or (it is place and is_open(place)):
-            got = f"{name}: got user {it.st_uid} and mode {stat.filemode(it.st_mode)}, expected user {user} or root"
             raise NoTerminal(
-                f"{got}, and that no other may write there: set TMUX_SOCKET to a path in a safe directory"
+                f"{name}: got user {it.st_uid} and mode {stat.filemode(it.st_mode)}, expected user"
+                f" {user} or root, and that no other may write there: set TMUX_SOCKET to a path in"
+                " a safe directory"
             )
 
 
@@ -1188,6 +1248,39 @@ def open_above(path: str) -> list[str]:
         found += [way] * is_open(os.stat(way))
         way = os.path.dirname(way)
     return found
+
+
+async def capture_pane(
+    socket_path: str, pane_id: str, lines: int = 0, timeout: float = TMUX_TIMEOUT
+) -> str:
+    """What a pane shows, behind `lines` of what has scrolled away; wrapped lines joined, ends cut.
+
+    By a process of its own: on the control connection, what a command prints could pass for a
+    reply of tmux.  Raises NoTerminal.
+    """
+    command = [
+        "tmux",
+        "-S",
+        socket_path,
+        "capture-pane",
+        "-p",
+        "-J",
+        "-S",
+        f"-{lines}",
+        "-t",
+        pane_id,
+    ]
+    try:
+        done = await asyncio.to_thread(
+            subprocess.run, command, capture_output=True, timeout=timeout
+        )
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as wrong:
+        # RuntimeError: no thread.
+        raise NoTerminal(f"tmux: {wrong}") from None
+    if done.returncode:
+        raise NoTerminal(f"tmux: {done.stderr.decode(errors='replace').strip()}")
+    text = done.stdout.decode(errors="replace").rstrip()
+    return "\n".join(line.rstrip() for line in text.split("\n"))
 
 
 class Tmux(asyncio.SubprocessProtocol):
@@ -1213,7 +1306,7 @@ class Tmux(asyncio.SubprocessProtocol):
         path: str,
         session: str,
         window: list[str] | None,
-        on_notice: Callable[[], object] = int,
+        on_notice: Callable[[], object] = ignore,
     ) -> Tmux:
         """Attach to `session` at the socket `path`; make it if it is missing, with this first `window`."""
         hidden = ("POCKETCODER_TOKEN", "POCKETCODER_RUN_ID", "TMUX", "TMUX_PANE")
@@ -1392,11 +1485,9 @@ ENDINGS: dict[str, tuple[int | None, str | None]] = {  # exit code and error; No
     "cancelled": (None, "cancelled before its end{why}"),
     "lost": (137, "lost: {why}; the next command starts a new terminal"),
 }
-ENDING_LADDER = (
-    (signal.SIGTERM, 2.0),
-    (signal.SIGKILL, 0.2),
-    (signal.SIGKILL, 0.8),
-)  # seconds to the next step
+# Signals, and seconds until the next one.
+KILL_AT_ONCE = ((signal.SIGKILL, 0.2), (signal.SIGKILL, 0.8))
+TERM_THEN_KILL = ((signal.SIGTERM, 2.0), *KILL_AT_ONCE)
 SHORTAGE = (
     errno.EMFILE,
     errno.ENFILE,
@@ -1427,33 +1518,53 @@ Takes = Mapping[str, Take]  # by stream
 REPORT = re.compile(
     rb"([0-9a-f]{16}) (start|exit|back) ([0-9]{1,9})\n"
 )  # whatever others write there
+# Waits at descriptor 0 for our end, then discards what comes from 1.  In the background, so that
+# it is nobody's child: we need not wait for it.
+KEEPER = "exec 3<&0 4<&1 >/dev/null; (read -r _ <&3; exec cat <&4) &"
+USUAL_PIPE = 64 * KIB  # bytes that a pipe holds unless it is widened, pipe(7)
 NEW_FILE = (
     os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 )  # no FIFO in its place may stop us
 
+# Keeps our lines out of the history of a shell that we start; in an order by which go knows it, and
+# does not hand it on to commands.
+HISTORY = "ignorespace:ignoredups"
 # Sourced by the pane's shell, which reads all of it before the next run may write this file anew,
 # and never what an older run wrote behind it.
-# Backslashes are against aliases; functions of these names matter outside the subshell, so there is
-# no exec and no echo.  `&&` is against `set -e`.  INT is trapped, since a command that dies of C-c
-# would take go along.  `read` has a limit, or does not know one and fails: go waits for nobody who
-# may be gone.  Where our FIFO was wiped, `<>` makes a file, and a start would be told to nobody.
+#
+# A run starts once: RUN.pid stays until the next run of that name is prepared, so that a line that
+# a person recalls from the history does nothing.
+# Backslashes keep aliases out.  Functions of these names matter outside the subshell, so there is
+# no exec and no echo there.  `&&` keeps `set -e` out.  INT is trapped, since a command that dies of
+# C-c would take go along.  `read` has a limit, or does not know one and fails: go does not wait for
+# a server that may be gone.  Where our FIFO was wiped, `<>` makes a file, and nobody would learn of
+# a start.
+# Descriptors 6 and 7 keep a reader and a writer of the outputs open around the command, and only
+# there: opening never waits for a server that has gone, a command whose server is killed gets no
+# SIGPIPE, and at the exit report the server sees the end of the output if nothing of the command is
+# left.  Otherwise, where the server has gone, `cat` reads what comes.
 GO = r"""{{ \[ -p {status} ] || \return 0
+\[ -e {run}.pid ] && \return 0
 \trap : INT
-(
-\unset -f cd chpwd echo exec exit export read set 2>/dev/null; \unset chpwd_functions POCKETCODER_TOKEN
+{{ (
+\unset -f cd chpwd echo exec exit export read set 2>/dev/null
+\unset chpwd_functions POCKETCODER_TOKEN TMUX TMUX_PANE TERM_PROGRAM TERM_PROGRAM_VERSION
+[ "${{HISTCONTROL-}}" != {history} ] || \unset HISTCONTROL
 _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \set +xv -C; \echo "$_pc" >{run}.pid || \exit
 \set +C; \exec {inputs} || \exit
 \exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&-; {sound} || \exit
 \echo "{token} start $_pc" >&9
-\cd -- {cwd} || \exit
+\cd -- {cwd} || \exit; \unset OLDPWD
 \export {quiet} {named} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
 \export POCKETCODER_SESSION_ID={session} POCKETCODER_USAGE_ID={usage}
 \exec {command} 9>&-
 ) && _pc=0 || _pc=$?
-\printf '%s\n' "$_pc" >>{run}.pid
-\printf '%s\n' "{token} exit $_pc" >&9
-\read -r -t 1 _pc <&8 2>/dev/null || :
+\[ -d /proc/{server} ] || ({drains})
+}} {held}
+\printf '%s\n' "${{_pc:-1}}" >>{run}.pid
+\printf '%s\n' "{token} exit ${{_pc:-1}}" >&9
+\read -r -t {patience} _pc <&8 2>/dev/null || :
 \printf '%s\n' "{token} back 0" >&9
 \trap - INT; \unset _pc; \return 0; }} 8<>{run}.done 9<>{status} || \return 0
 """
@@ -1521,10 +1632,16 @@ def go_script(job: Job, shell: str) -> dict[str, str]:
         "agent": request.agent_name,
     }
     texts |= {"session": request.session_id or "", "usage": request.usage_id or ""}
-    outputs = f"1<>{run}.out " + (f"2<>{run}.err" if "err" in job.takes else "2>&1")
-    sound = " && ".join(
-        f"[ -p {run}.{name} ]" for name in job.takes
-    )  # else it was wiped, and made as a file
+    # By stream: the command's descriptor, and the one that go holds around it.
+    descriptors = {"out": (1, 7), "err": (2, 6)}
+    outputs = " ".join(f"{descriptors[name][0]}>{run}.{name}" for name in job.takes)
+    if "err" not in job.takes:
+        outputs += " 2>&1"
+    # A FIFO that was wiped is no FIFO now: opening it made a file.
+    sound = " && ".join(f"[ -p {run}.{name} ]" for name in job.takes)
+    held = " ".join(f"{descriptors[name][1]}<>{run}.{name}" for name in job.takes)
+    closed = "6>&- 7>&- 8>&- 9>&-"
+    drains = " ".join(rf"\cat <{run}.{name} >/dev/null {closed} &" for name in job.takes)
     inputs = f"<{run}.in" if job.feed or "in" in files else "</dev/null"
     inputs += f" 8<{run}.cmd" if "cmd" in files else " 8>&-"
     parts = {
@@ -1533,12 +1650,17 @@ def go_script(job: Job, shell: str) -> dict[str, str]:
         "token": job.token,
         "inputs": inputs,
         "outputs": outputs,
+        "server": os.getpid(),
+        "drains": drains,
+        "held": held,
+        "patience": math.ceil(SETTLE_TIMEOUT + RETURN_TIMEOUT),
     }
     # The command's bash takes the name of its directory from there, whatever `cd` has made of it.
     parts["named"] = f"PWD={shlex.quote(request.cwd)}" if request.cwd else ""
     parts |= {
         "sound": sound,
         "quiet": QUIET,
+        "history": HISTORY,
         **{name: shlex.quote(text) for name, text in texts.items()},
     }
     return files | {"go": GO.format(command=shlex.join(command), **parts)}
@@ -1599,9 +1721,7 @@ async def processes_of(job: Job) -> set[int]:
             if (it := process(pid)) is None or it.began < job.born:
                 continue
             parents[pid] = it.parent
-            ours = it.group == (job.pid or -1) or mark in read_proc(pid, "environ", 4 * MIB).split(
-                b"\0"
-            )
+            ours = it.group == job.pid or mark in read_proc(pid, "environ", 4 * MIB).split(b"\0")
             if ours or any(
                 os.readlink(f"/proc/{pid}/fd/{fd}").startswith(f"{job.run}.") for fd in (1, 2)
             ):
@@ -1611,130 +1731,224 @@ async def processes_of(job: Job) -> set[int]:
     return found - {os.getpid()}
 
 
+class Look(enum.Enum):
+    """Whether a shell waits for a command."""
+
+    READY = enum.auto()  # as far as it can be told
+    SOON = enum.auto()  # it is about to
+    BUSY = enum.auto()  # a program runs there
+
+
+class Prompt(enum.Enum):
+    """What is known of the line at a shell's prompt.
+
+    | state    | what clears it                              | then              |
+    |----------|---------------------------------------------|-------------------|
+    | STARTING | CLEAR, once the prompt is there             | typed with CLEAR  |
+    | SETTLING | nothing more                                | typed with CLEAR  |
+    | KNOWN    | nothing                                     | typed if unchanged|
+    | STALE    | nothing, if the pane is in the state that   | typed if unchanged|
+    |          | was last known; CLEAR at that prompt; C-c   | typed with CLEAR  |
+    """
+
+    STARTING = enum.auto()  # a new shell: anything may have been typed while it read its files
+    SETTLING = enum.auto()  # a run has just ended: a line may have been typed during it
+    KNOWN = enum.auto()  # it is empty, while the pane is in the state `last`
+    STALE = enum.auto()  # anybody may have typed
+
+
 class PaneShell:
-    """The shell in a pane: whether it waits for a command, and whether somebody has typed there."""
+    """The shell in a pane: whether it waits for a command, and what stands at its prompt."""
 
     def __init__(self, pane: Pane, new: bool = False) -> None:
         self.pane = pane
-        self.ran = False  # a line of ours: it is through with its start-up files, and no script
-        self.shown = False  # its prompt, in a way that can be told
-        self.missed = 0  # lines in a row that it did not run
-        # Nobody has typed: until then, for a new shell and just after a run; while the pane is in that state.
-        self.quiet, self.state = (
-            NEW_SHELL_TIMEOUT * new and time.monotonic() + NEW_SHELL_TIMEOUT,
-            "",
-        )
-        self.last = ""  # its state at the prompt, when that was last known
-        self.noting: asyncio.Task[None] | None = None
-        self.held = -1  # its terminal, locked
+        # It ran a line of ours: it is through with its start-up files, and is no script.
+        self.ran = False
+        # It has shown its prompt, in a way that can be told.
+        self.shown = False
+        # Lines in a row that it did not run.
+        self.missed = 0
+        self.prompt = Prompt.STARTING if new else Prompt.STALE
+        # PANE_STATE at the empty prompt when that was last known; "": it never was.
+        self.last = ""
+        # Learns that state after a run; until when it may take.
+        self.learning: asyncio.Task[None] | None = None
+        self.settled_by = 0.0
+        # Its terminal, locked; -1: it is not.
+        self.held = -1
+        # Nobody waits for it any more.
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Wait for nothing: the driver closes."""
+        self.stopped = True
+        if self.learning:
+            self.learning.cancel()
 
     async def hold(self) -> bool:
-        """Have it, if it waits for a command and no other driver has it, until `let_go` or the end of our process."""
-        if self.held < 0 and await self.at_prompt():
-            with contextlib.suppress(OSError):
-                self.held = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
-                try:
-                    fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    self.let_go()
+        """Lock the pane's tty if its shell waits for a command and no other driver holds it.
+
+        Until `let_go`, or the end of our process.
+        """
+        if self.held >= 0:
+            return True
+        if not await self.at_prompt():
+            return False
+        with contextlib.suppress(OSError):
+            self.held = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            try:
+                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.let_go()
         return self.held >= 0
 
     def let_go(self) -> None:
         os.close(self.held)
         self.held = -1
 
-    def look(self) -> str:
-        """Whether it waits for a command: "ready" (as far as it tells), "soon", "busy".  Raises NoTerminal."""
+    def answered(self) -> None:
+        """It runs a line of ours."""
+        self.ran = True
+        self.missed = 0
+
+    def did_not_answer(self) -> None:
+        """A line was typed, into what we do not know."""
+        self.last = ""
+        self.missed += 1
+
+    def column(self) -> int:
+        """Where its prompt ends, as far as it is known."""
+        return int(self.last.split()[0]) if self.last else 0
+
+    def look(self) -> Look:
+        """Whether it waits for a command now.  Raises NoTerminal."""
         try:
             shell = process(self.pane.pid)
-            if shell and shell.name == "tmux: server":  # forked, and about to become the shell
-                return "soon"
-            if (
-                shell
-                and shell.foreground == shell.group
-                and shell.name in SHELLS
-                and (self.ran or self._reads_tty())
-            ):
-                if not SHELLS[shell.name]:
-                    return "ready"
-                tty = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
-                try:
-                    typed = fcntl.ioctl(tty, termios.FIONREAD, bytes(4))  # ahead, and not read yet
-                    return (
-                        "soon"
-                        if any(typed) or termios.tcgetattr(tty)[3] & termios.ICANON
-                        else "ready"
-                    )
-                finally:
-                    os.close(tty)
+            if shell and shell.name == "tmux: server":
+                # Forked, and about to become the shell.
+                return Look.SOON
+            if not shell or shell.foreground != shell.group or shell.name not in SHELLS:
+                return Look.BUSY
+            if not self.ran and not self._reads_tty():
+                return Look.BUSY
+            return self._look_at_tty() if SHELLS[shell.name] else Look.READY
         except (OSError, termios.error) as wrong:
-            if (
-                wrong.args[0] in SHORTAGE
-            ):  # else commands would wait for the end of a program that is none
+            # Otherwise commands would wait for the end of a program that does not run.
+            if wrong.args[0] in SHORTAGE:
                 raise NoTerminal(f"cannot look at pane {self.pane.pane_id}: {wrong}") from None
-        return "busy"
+        return Look.BUSY
+
+    def _look_at_tty(self) -> Look:
+        """A shell that edits its line has switched its terminal to single keys, and has read all."""
+        tty = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        try:
+            typed_ahead = any(fcntl.ioctl(tty, termios.FIONREAD, bytes(4)))
+            by_line = termios.tcgetattr(tty)[3] & termios.ICANON
+            return Look.SOON if typed_ahead or by_line else Look.READY
+        finally:
+            os.close(tty)
 
     def _reads_tty(self) -> bool:
         """It was not started with a script or with -c."""
         words = read_proc(self.pane.pid, "cmdline").decode("latin-1").split("\0")[1:-1]
         letters = "".join(word for word in words if re.match(r"[-+]\w", word))
-        return "c" not in letters and (
-            "i" in letters or all(w[:1] in "-+" or w in SHELLS for w in words)
-        )
+        if "c" in letters:
+            return False
+        return "i" in letters or all(word[:1] in "-+" or word in SHELLS for word in words)
 
     async def at_prompt(self) -> bool:
         """Whether it waits for a command, or will in a moment."""
         deadline = time.monotonic() + (PROMPT_TIMEOUT if self.ran else NEW_SHELL_TIMEOUT)
-        while (state := self.look()) == "soon" and time.monotonic() < deadline:
-            if self.ran and not self.shown:  # it never tells
+        while True:
+            look = self.look()
+            if look is Look.READY:
+                self.shown = True
+            if look is not Look.SOON or self.stopped:
+                return look is Look.READY
+            # One that never tells is taken at its word.
+            if not self.shown and (self.ran or time.monotonic() >= deadline):
                 return True
-            await asyncio.sleep(0.001)  # a shell announces its prompt to nobody
-        self.shown |= state == "ready"
-        return state == "ready" or (state == "soon" and not self.shown)
+            if time.monotonic() >= deadline:
+                return False
+            # A shell announces its prompt to nobody.
+            await asyncio.sleep(LOOK_PAUSE)
 
     async def clear(self, tmux: Tmux) -> str:
-        """Make sure that nothing is typed at the prompt: its state then, now in `last`; "" if that is not known."""
-        quiet, state = time.monotonic() < self.quiet, self.state
-        self.quiet, self.state = 0.0, ""
-        if state or (
-            self.last and quiet
-        ):  # just after a run: nobody has typed a line, but maybe one during the run
-            return state
-        if quiet:
-            await asyncio.sleep(CLEAR_PAUSE)  # a new shell draws its prompt
+        """Make sure that nothing is typed at the prompt.
+
+        The state in which it is empty: type only in that.  "": type CLEAR first, with the line.
+        """
+        prompt = self.prompt
+        self.prompt = Prompt.STALE
+        if prompt is Prompt.KNOWN:
+            return self.last
+        if prompt is Prompt.SETTLING and self.last and time.monotonic() < self.settled_by:
+            return ""
+
         now = await tmux.state(self.pane)
         if not now.endswith(" 0 0"):
-            switch = ["set-option", "-w", "-t", self.pane.window_id, "synchronize-panes", "off"]
-            tmux.send(switch, ["copy-mode", "-q", "-t", self.pane.pane_id])
-            now = await tmux.state(self.pane)
-        if now != self.last and not quiet and self.look() != "busy":
-            # Behind a prompt that we know it clears the line, elsewhere that may be a continuation.
-            (column, *place), (before, *known) = now.split(), self.last.split() or [""]
-            same = place == known and int(column) > int(before)
-            tmux.send_keys(self.pane, now, *(CLEAR if same else ("C-c",)))
+            now = await self._leave_modes(tmux)
+        if now == self.last:
+            return now
+
+        if self.look() is not Look.BUSY:
+            if prompt is Prompt.STALE and not self._is_behind_prompt(now):
+                tmux.send_keys(self.pane, now, "C-c")
+            else:
+                tmux.send_keys(self.pane, "", *CLEAR)
             await asyncio.sleep(CLEAR_PAUSE)
             await self.at_prompt()
             now = await tmux.state(self.pane)
-        self.last = now  # if nobody uses it now, it is known later
-        return now
+
+        # In another column somebody may be typing: then the line comes with CLEAR.
+        is_empty = self._is_empty(now)
+        self.last = now
+        return now if is_empty else ""
+
+    def _is_empty(self, now: str) -> bool:
+        """Whether the cursor is in the column where the known prompt ends, and in no mode."""
+        return now.split()[0] == self.last.partition(" ")[0] and now.endswith(" 0 0")
+
+    async def _leave_modes(self, tmux: Tmux) -> str:
+        """Leave copy mode, and type into no other pane; the state then."""
+        alone = ["set-option", "-w", "-t", self.pane.window_id, "synchronize-panes", "off"]
+        tmux.send(alone, ["copy-mode", "-q", "-t", self.pane.pane_id])
+        return await tmux.state(self.pane)
+
+    def _is_behind_prompt(self, now: str) -> bool:
+        """Whether the cursor is right of where the known prompt ends, in the same line.
+
+        There CLEAR clears the line.  Anywhere else it may be a continuation prompt: C-c ends that.
+        """
+        if not self.last:
+            return False
+        column, *place = now.split()
+        last_column, *last_place = self.last.split()
+        return place == last_place and int(column) > int(last_column)
 
     def back(self, tmux: Tmux) -> None:
-        """A run has ended: learn in what state the prompt is then.  Who types, changes that."""
-        self.quiet = time.monotonic() + PROMPT_TIMEOUT  # or until it is known
-        self.noting = asyncio.ensure_future(self._note(tmux, self.quiet))
+        """A run has ended: learn in what state the prompt is then.  Anything typed later changes it."""
+        self.prompt = Prompt.SETTLING
+        self.settled_by = time.monotonic() + PROMPT_TIMEOUT
+        self.learning = asyncio.ensure_future(self._learn(tmux))
 
-    async def _note(self, tmux: Tmux, quiet: float) -> None:
+    async def _learn(self, tmux: Tmux) -> None:
         with contextlib.suppress(NoTerminal):
             await asyncio.sleep(CLEAR_PAUSE)
-            ready = self.quiet == quiet and await self.at_prompt()
-            now = await tmux.state(self.pane) if ready else ""
-            if self.quiet == quiet:  # else it is used again
-                self.quiet = 0.0
-                same = (
-                    now.split(" ")[0] == self.last.split(" ")[0]
-                )  # else something was typed meanwhile
-                if same and now.endswith(" 0 0"):
-                    self.state = self.last = now
+            if not self._is_learning() or not await self.at_prompt():
+                return
+            now = await tmux.state(self.pane)
+            if not self._is_learning():
+                return
+            # In another column something was typed during the run.
+            self.prompt = Prompt.STALE
+            if self._is_empty(now):
+                self.last = now
+                self.prompt = Prompt.KNOWN
+
+    def _is_learning(self) -> bool:
+        """No later command uses it."""
+        return self.prompt is Prompt.SETTLING and self.learning is asyncio.current_task()
 
 
 class Capture:
@@ -1764,11 +1978,18 @@ class Capture:
 
 
 class Pipe:
-    """Our end of a FIFO, or a terminal."""
+    """Our end of a FIFO, or a terminal.
 
-    def __init__(self, path: str, flags: int, on_close: Callable[[], object] = int) -> None:
-        self.loop, self.on_close = asyncio.get_running_loop(), on_close
+    on_close  called once, after it was closed
+    """
+
+    def __init__(self, path: str, flags: int, on_close: Callable[[], object] = ignore) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.path = path
+        self.on_close = on_close
+        # -1: it is closed.
         self.fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
+
         if not stat.S_ISFIFO(os.fstat(self.fd).st_mode) and not os.isatty(self.fd):
             self.close()
             raise OSError(
@@ -1778,32 +1999,50 @@ class Pipe:
     def widen(self) -> None:
         """Let it hold more, as far as the system allows."""
         with contextlib.suppress(OSError):
-            fcntl.fcntl(self.fd, 1031, CHUNK)  # F_SETPIPE_SZ
+            fcntl.fcntl(self.fd, fcntl.F_SETPIPE_SZ, CHUNK)
 
     def close(self) -> None:
-        if self.fd >= 0:
-            self.loop.remove_reader(self.fd)
-            self.loop.remove_writer(self.fd)
-            os.close(self.fd)
-            self.fd, on_close, self.on_close = -1, self.on_close, int  # it may hold who holds us
-            on_close()
+        if self.fd < 0:
+            return
+        self.loop.remove_reader(self.fd)
+        self.loop.remove_writer(self.fd)
+        os.close(self.fd)
+        self.fd = -1
+
+        # Break the cycle: the callback refers to our owner.
+        on_close = self.on_close
+        self.on_close = ignore
+        on_close()
 
 
 class Output(Pipe):
-    """What a run writes: handed to `take` while the run lasts, then drained.
+    """What a run writes: handed to `take` until the run is over, then discarded slowly.
 
     An awaitable that `take` returns stops the reading until it is done: back-pressure.
+    At the end of the file, when nothing of the run can write any more, it closes itself.
     """
 
-    def __init__(self, path: str, take: Take | None, on_close: Callable[[], object] = int) -> None:
+    # Our end of the pipe that the keeper waits at, see `_keep`.
+    lifeline = -1
+
+    def __init__(
+        self, path: str, take: Take | None, on_close: Callable[[], object] = ignore
+    ) -> None:
         super().__init__(path, os.O_RDONLY, on_close)
-        self.take, self.total = take, 0
+        self.take = take
+        # Bytes taken.
+        self.total = 0
+        # What `take` still works at.
         self.taken: asyncio.Future[None] | None = None
         self._resume()
 
     def _resume(self) -> None:
         if self.fd >= 0:
             self.loop.add_reader(self.fd, self.read)
+
+    def is_paused(self) -> bool:
+        """Whether its reader is slower than the command."""
+        return self.taken is not None and not self.taken.done()
 
     def check(self) -> None:
         """Raise OSError if too few descriptors are left."""
@@ -1815,46 +2054,100 @@ class Output(Pipe):
             chunk = os.read(self.fd, CHUNK)
         except BlockingIOError:
             return
-        except MemoryError:  # else the loop would call this again at once, and again
-            chunk = None
-        if chunk == b"":
+        except MemoryError:
+            # The loop would call this again at once, and again.
+            self._pause()
+            return
+
+        if not chunk:
             self.close()
-        elif (
-            chunk is None or self.take is None
-        ):  # what outlives its run may write on, at no cost to others
+            return
+        if self.take is None:
+            # A background process may keep writing: discard it slowly.
+            self._pause()
+            return
+
+        self.total += len(chunk)
+        if len(chunk) == USUAL_PIPE:
+            self.widen()
+        wait = self.take(chunk)
+        if wait is not None:
             self.loop.remove_reader(self.fd)
-            self.loop.call_later(DRAIN_PAUSE, self._resume)
-        else:
-            self.total += len(chunk)
-            if len(chunk) == 64 * KIB:  # a pipe of the usual size, full
-                self.widen()
-            if (wait := self.take(chunk)) is not None:
-                self.loop.remove_reader(self.fd)
-                self.taken = asyncio.ensure_future(self._wait(self.taken, wait))
+            self.taken = asyncio.ensure_future(self._wait(self.taken, wait))
+
+    def _pause(self) -> None:
+        self.loop.remove_reader(self.fd)
+        self.loop.call_later(DRAIN_PAUSE, self._resume)
 
     async def _wait(self, *steps: Awaitable[None] | None) -> None:
-        with contextlib.suppress(OSError):  # the reader has left
+        # OSError: the reader has left.
+        with contextlib.suppress(OSError):
             for each in filter(None, steps):
                 await each
         self._resume()
 
+    def read_rest(self) -> None:
+        """Take what is in the pipe; close at its end.  A pipe holds no more than CHUNK bytes."""
+        for _ in ("what there is", "the end"):
+            if self.fd >= 0:
+                self.read()
+
     def finish(self) -> None:
-        """The command has ended: take what it left in the pipe, drain what others write."""
-        if self.fd >= 0 and self.take:
-            self.read()
+        """The run is over: discard what others still write."""
+        if self.take is None:
+            return
         self.take = None
-        self._resume()
+        if self.fd >= 0:
+            self._resume()
+            self._keep()
+
+    def _keep(self) -> None:
+        """Have a process read on when ours has gone, so that no writer blocks or gets SIGPIPE.
+
+        It waits for the end of a pipe that only we hold: when we close that, or are killed, it
+        discards what comes until nobody can write any more.
+        """
+        with contextlib.ExitStack() as opened:
+            try:
+                # O_NONBLOCK: the last writer may just have gone.
+                fifo = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+                opened.callback(os.close, fifo)
+                os.set_blocking(fifo, True)
+                theirs, self.lifeline = os.pipe()
+                opened.callback(os.close, theirs)
+                subprocess.run(
+                    [find_shell(), "-c", KEEPER],
+                    stdin=theirs,
+                    stdout=fifo,
+                    stderr=subprocess.DEVNULL,
+                    cwd="/",
+                    env={"PATH": os.environ.get("PATH", os.defpath)},
+                    start_new_session=True,
+                    timeout=TMUX_TIMEOUT,
+                )
+            except (OSError, ProxyError, subprocess.TimeoutExpired) as failure:
+                log.warning(
+                    "%s: nothing would read it if this process were killed: %s", self.path, failure
+                )
+
+    def close(self) -> None:
+        super().close()
+        if self.lifeline >= 0:
+            os.close(self.lifeline)
+            self.lifeline = -1
 
 
 class Input(Pipe):
     """What a run reads: its stdin, as it comes."""
 
+    # Lets in whoever opens it by name after its end.
+    opening: asyncio.TimerHandle | None = None
+
     def __init__(self, path: str) -> None:
         os.mkfifo(path, 0o600)
         self.room = asyncio.Event()
-        super().__init__(
-            path, os.O_RDWR, self.room.set
-        )  # not O_WRONLY: go need not wait for a writer
+        # Not O_WRONLY: go need not wait for a writer.
+        super().__init__(path, os.O_RDWR, self.room.set)
 
     async def write(self, data: bytes) -> None:
         """Wait until all is in the pipe, or it is closed."""
@@ -1872,6 +2165,27 @@ class Input(Pipe):
         self.loop.remove_writer(self.fd)
         self.room.set()
 
+    def finish(self) -> None:
+        """No more comes: let the command meet the end, until `close`."""
+        super().close()
+        self._let_in(OPEN_PAUSE)
+
+    def _let_in(self, pause: float) -> None:
+        """Be a writer for a moment.
+
+        A FIFO that is opened by name (`/dev/stdin`) waits for one, and an anonymous pipe does not.
+        """
+        # OSError: nobody has it open.
+        with contextlib.suppress(OSError):
+            os.close(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
+        longer = min(2 * pause, MAX_OPEN_PAUSE)
+        self.opening = self.loop.call_later(pause, self._let_in, longer)
+
+    def close(self) -> None:
+        super().close()
+        if self.opening is not None:
+            self.opening.cancel()
+
 
 class View(Pipe):
     """A run's output copied to the pane's tty for a person: best effort, nobody waits for it."""
@@ -1887,6 +2201,9 @@ class View(Pipe):
         shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
         safe = self.UNSAFE.sub(b"", shown.encode(errors="replace")).replace(b"\x1b", b"")
         self.unwritten = bytearray(b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, safe))
+        # What stands before any question: the command, and the end of its output.
+        self.command = safe
+        self.tail = b""
 
     def write(self) -> None:
         """Show what there is, and from now on what comes, as far as the terminal takes it."""
@@ -1898,8 +2215,20 @@ class View(Pipe):
         shown = self.UNSAFE.sub(b"", chunk[: max(0, MAX_VIEW - self.seen)])
         self.seen, self.last = self.seen + len(chunk), shown[-1:] or self.last
         self.unwritten += shown
+        self.tail = (self.tail + shown[-MAX_LINE:])[-2 * MAX_LINE :]
         if self.begun and shown:
             self.write()
+
+    def has_shown(self, line: str) -> bool:
+        """Whether a line of the terminal is the command, behind its prompt, or part of its output."""
+        seen = self._text(line.encode())
+        is_command = not self.tail and seen.endswith(self._text(self.command.rpartition(b"\n")[2]))
+        return is_command or seen in self._text(self.tail)
+
+    @staticmethod
+    def _text(shown: bytes) -> bytes:
+        """Without blanks and colours, which a terminal shows in its own way."""
+        return re.sub(rb"\x1b\[[0-9;:]*[A-Za-z]|\s+", b"", shown)
 
     async def end(self, exit_code: int) -> None:
         """Mark the end, and wait a moment until all is on the terminal."""
@@ -1933,7 +2262,7 @@ class RunFiles:
     """
 
     OWN, FIFOS = (
-        ("pid", "in", "cmd"),
+        ("in", "cmd"),
         ("done", "out", "err"),
     )  # made by each run; for the next of that name
 
@@ -2008,9 +2337,11 @@ class RunFiles:
 
     def give_back(self, job: Job) -> None:
         """`job` and all that it left have closed them."""
-        del self.jobs[job.token]
-        everything = (*self.OWN, *self.FIFOS, "go")
-        if not job.typed:  # who knows what is in its place
+        if self.jobs.pop(job.token, None) is None:
+            return
+        everything = (*self.OWN, *self.FIFOS, "pid", "go")
+        # Go cannot have seen these files, and we cannot trust what is there now.
+        if not job.is_typed:
             self._remove(job.run, everything)
         elif job.returned and job.ending is None:  # else `processes_of` would find the next run too
             reusable = self._remove(job.run, self.OWN)
@@ -2095,7 +2426,7 @@ class RunFiles:
             if not self.jobs:
                 clear(self.folder)
             for output in (output for job in self.jobs.values() for output in job.outputs):
-                output.on_close = int  # its files stay
+                output.on_close = ignore  # its files stay
                 output.close()
             os.close(self.lock)
 
@@ -2106,90 +2437,166 @@ def let_return(run: str) -> None:
         os.write(done.fd, b"\n")
 
 
+class Phase(enum.IntEnum):
+    """How far a run is.  Only `Job._enter` changes it."""
+
+    HELD = 0  # it has a pane; its files are being made
+    TYPED = 1  # tmux was asked to type the line that runs it
+    RUNNING = 2  # go has reported its start
+    SETTLING = 3  # its end is reported, and something that it started may still write
+    OVER = 4  # exit code, duration and all output are known
+    RELEASED = 5  # the pane is free
+
+
 class Job:
     """One run of a command, from its files to the prompt after it.
 
-    takes  who gets the output: one for both streams, or two; `fed`: its stdin comes through `feed`
+    takes  who gets the output: one for both streams, or two
+    fed    its stdin comes through `feed`
+
+    | event              | HELD     | TYPED             | RUNNING  | SETTLING | OVER     |
+    |--------------------|----------|-------------------|----------|----------|----------|
+    | tmux did not type  |          | RELEASED          |          |          |          |
+    | report start       |          | RUNNING           |          |          |          |
+    | report exit        |          | it cannot start   | SETTLING |          |          |
+    | all is read        |          |                   |          | OVER     |          |
+    | report back        |          | RELEASED          | lost     |          | RELEASED |
+    | cancelled, timeout | RELEASED | void, or ladder   | ladder   | OVER     |          |
+    | its shell died     | RELEASED | void, or lost     | lost     | OVER     |          |
+
+    void: it never starts, RELEASED.  lost: OVER, then RELEASED.  ladder: see `climb`.
     """
 
-    shell: PaneShell  # whose pane it has, and the connection to type there: see Terminal.take
+    # Its pane, and the connection to type there: see Terminal.take.
+    shell: PaneShell
     tmux: Tmux
     files: RunFiles
+    # Shows the end and lets the prompt come, from OVER on.
+    leaving: asyncio.Task[None]
 
     def __init__(
-        self, terminal: Terminal, request: ExecRequest, takes: Takes, fed: bool, run_id: str
+        self,
+        terminal: Terminal,
+        request: ExecRequest,
+        takes: Takes,
+        fed: bool,
+        run_id: str,
+        asked_at: float,
     ) -> None:
-        self.terminal, self.request, self.takes, self.fed, self.run_id = (
-            terminal,
-            request,
-            takes,
-            fed,
-            run_id,
-        )
+        self.terminal = terminal
+        self.request = request
+        self.takes = takes
+        self.fed = fed
+        self.run_id = run_id
         self.loop = asyncio.get_running_loop()
-        self.token, self.run = (
-            secrets.token_hex(8),
-            "",
-        )  # in its reports; the path of its files, but for their suffixes
+        self.phase = Phase.HELD
+        # Marks its reports.
+        self.token = secrets.token_hex(8)
+        # The path of its files, but for their suffixes.
+        self.run = ""
         self.on_end = NOBODY.end
-        self.started: asyncio.Future[bool] = self.loop.create_future()  # False: it never will
-        self.over = asyncio.Event()  # exit_code, duration and all output are known
-        self.typed = self.returned = self.released = (
-            False  # go may read the files; has done so; the pane is free
-        )
-        self.leaves_nothing = False  # what is left of it at its end is ended too
-        self.ended, self.why, self.exit_code = "exit", "", 0
-        self.pid, self.born = (
-            0,
-            ticks() - 1,
-        )  # of the command's bash, and its process group; no process of it is older
-        self.begun, self.duration = float("inf"), 0.0  # when it was typed, then when it started
+        # False: it never will.
+        self.started: asyncio.Future[bool] = self.loop.create_future()
+        self.over = asyncio.Event()
+        # Go has read its files, or never will: its line was not typed.
+        self.returned = False
+        # Whatever is left of it at its end is ended too.
+        self.leaves_nothing = False
+        # A key of ENDINGS, and the reason.
+        self.ended = "exit"
+        self.why = ""
+        self.exit_code = 0
+        # The process group of the command's bash, from RUNNING on; None: unknown, or not to be signalled.
+        self.pid: int | None = None
+        # In ticks: no process of it is older.
+        self.born = ticks() - 1
+        # Seconds of time.monotonic(): when it was asked for, typed, started; inf: it was not.
+        self.asked_at = asked_at
+        self.typed_at = math.inf
+        self.started_at = math.inf
+        # Seconds from its start to its end; and before, for a pane.
+        self.duration = 0.0
+        self.waited = 0.0
+        # The last line of the terminal when its time was over, if that is no output.
+        self.terminal_line: str | None = None
         self.view: View | None = None
         self.feed: Input | None = None
         self.outputs: list[Output] = []
         self.timer: asyncio.TimerHandle | None = None
+        # When it is no longer waited for what still writes.
+        self.settled_by = math.inf
         self.ending: asyncio.Task[None] | None = None
+
+    def take_pane(self, shell: PaneShell, tmux: Tmux) -> None:
+        """It may type there, until it is released."""
+        self.shell = shell
+        self.tmux = tmux
+        self.waited = time.monotonic() - self.asked_at
+
+    def _enter(self, phase: Phase) -> None:
+        """Be in this phase from now on."""
+        assert phase > self.phase, f"{self.phase.name} to {phase.name}"
+        log.debug("run=%s phase=%s was=%s", self.run_id, phase.name, self.phase.name)
+        self.phase = phase
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether go may have read its files."""
+        return self.typed_at != math.inf
 
     async def start(self) -> bool:
         """Type the line that runs it; whether it runs.  Raises NoTerminal, OSError."""
-        if self.released:  # its terminal died while the start was noted
+        # Its terminal may die while its start is recorded, or while the line is cleared.
+        if self.phase is Phase.RELEASED:
             return False
-        pane, self.files = self.shell.pane, self.terminal.driver.open_files()
-        with self.files.made_by(os.stat(pane.tty).st_uid):
+        self.files = self.terminal.driver.open_files()
+        with self.files.made_by(os.stat(self.shell.pane.tty).st_uid):
             line = self._prepare()
+
         state = await self.shell.clear(self.tmux)
-        if not self.released:
-            self.begun, self.typed = time.monotonic(), True
-            # tmux types it unless somebody else has typed since the pane was in `state`.
-            self.tmux.send_keys(
-                pane, state, *(() if state else CLEAR), line, "Enter"
-            ).add_done_callback(self._on_typed)
-            with contextlib.suppress(OSError):  # no descriptor is left: nobody sees it
-                self.view = View(pane, self.request.cmd, line, int(self.shell.last.split()[0]))
-            self._later(START_TIMEOUT, self.tick)
+        if self.phase is Phase.HELD:
+            self._type(line, state)
         return await self.started
 
     def _prepare(self) -> str:
         """Make the files; the line that runs them."""
         self.run = self.files.take(self)
-        for (
-            name,
-            take,
-        ) in (
-            self.takes.items()
-        ):  # open before it is typed, since a FIFO forgets what nobody has open
-            self.outputs.append(Output(f"{self.run}.{name}", partial(self._take, take), self._tidy))
+        # Open before it is typed: a FIFO forgets what nobody has open.
+        for name, take in self.takes.items():
+            output = Output(f"{self.run}.{name}", partial(self._take, take), self._on_output_closed)
+            self.outputs.append(output)
         self.outputs[-1].check()
         if self.fed:
             self.feed = Input(f"{self.run}.in")
+
+        # Not truncated, which goes to the disk: see GO.
         for name, text in go_script(self, self.terminal.driver.shell).items():
             with open(os.open(f"{self.run}.{name}", NEW_FILE, 0o600), "wb") as file:
                 # Not truncated, which goes to the disk: see GO.
                 file.write(text.encode(errors="surrogateescape"))
+        # From here on go runs, once.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.run}.pid")
         # A space keeps it out of the history, a backslash from aliases.
         return f" \\. {shlex.quote(self.run)}.go"
 
+    def _type(self, line: str, state: str) -> None:
+        """Have tmux type `line`, unless somebody has typed since the pane was in `state`."""
+        pane = self.shell.pane
+        self._enter(Phase.TYPED)
+        self.typed_at = time.monotonic()
+        clearing = () if state else CLEAR
+        reply = self.tmux.send_keys(pane, state, *clearing, line, "Enter")
+        reply.add_done_callback(self._on_typed)
+
+        # No descriptor is left: nobody sees it.
+        with contextlib.suppress(OSError):
+            self.view = View(pane, self.request.cmd, line, self.shell.column())
+        self._later(START_TIMEOUT, self.tick)
+
     def _take(self, take: Take, chunk: bytes) -> Awaitable[None] | None:
+        if self.phase is Phase.SETTLING:
+            self._wait_for_quiet(QUIET_TIME)
         try:
             if self.view:
                 self.view.add(chunk)
@@ -2201,164 +2608,281 @@ class Job:
     def _on_typed(self, reply: asyncio.Future[list[str]]) -> None:
         if reply.exception():
             self.void()
-        elif reply.result():  # it was not typed
+        elif reply.result():
+            # It was not typed.
             self.returned = True
             self.release()
 
     def void(self) -> bool:
         """Make sure that it never starts; False: it already has."""
-        try:
-            if self.typed and not self.released:
+        if self.phase is Phase.TYPED:
+            try:
                 os.close(os.open(f"{self.run}.pid", os.O_CREAT | os.O_EXCL, 0o600))
-        except (FileNotFoundError, NotADirectoryError):  # wiped: go cannot make it either
-            pass
-        except OSError:  # go has made it, or we have no descriptor
-            return False
+            except (FileNotFoundError, NotADirectoryError):
+                # Wiped: go cannot make it either.
+                pass
+            except OSError:
+                # Go has made it, or we have no descriptor.
+                return False
         self.release()
         return True
 
     def on_report(self, word: str, number: int) -> None:
-        if word == "start" and not self.pid and not self.released:
-            self.pid, self.begun = number if self.files.is_owners(number) else -1, time.monotonic()
-            self.shell.ran, self.shell.missed = True, 0
-            self._later(VIEW_DELAY, self.tick)
-            if self.ending is not None:  # before we knew whom to signal
-                signal_group(self, signal.SIGTERM)
-            if not self.started.done():  # it may have been cancelled
-                self.started.set_result(True)
-        elif word == "exit" and self.pid:
-            self._finish(number & 255)
-        elif word == "exit":
+        """Take what go reports: `start` with its pid, `exit` with the code, `back`."""
+        if word == "start" and self.phase is Phase.TYPED:
+            self._on_start(number)
+        elif word == "exit" and self.phase is Phase.RUNNING:
+            self._settle(number & 255)
+        elif word == "exit" and self.phase is Phase.TYPED:
             self.why = (
                 "its shell cannot make the file of the process, or the process: see the terminal"
             )
             let_return(self.run)
-        elif word == "back" and not self.released:
+        elif word == "back" and self.phase < Phase.RELEASED:
             self.returned = True
-            if self.pid and not self.over.is_set():  # somebody has read its report
+            if self.phase is Phase.RUNNING:
+                # Somebody has read its report.
                 self.end("lost", "its shell did not report the end")
-            self.release()
-            self.shell.back(self.tmux)
+            if self.phase is not Phase.SETTLING:
+                self.release()
+                self.shell.back(self.tmux)
+
+    def _on_start(self, pid: int) -> None:
+        self._enter(Phase.RUNNING)
+        self.started_at = time.monotonic()
+        if self.files.is_owners(pid):
+            self.pid = pid
+        self.shell.answered()
+        # The command stands on the terminal before anything that it writes there by itself.
+        if self.view:
+            self.view.write()
+        self._later(min(WATCH_PAUSE, self.request.timeout), self.tick)
+
+        # It may have been cancelled before we knew whom to signal.
+        if self.ending is not None:
+            signal_group(self, signal.SIGTERM)
+        if not self.started.done():
+            self.started.set_result(True)
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         """Call that then, and nothing else before."""
+        self._stop_timer()
+        self.timer = self.loop.call_later(seconds, call)
+
+    def _stop_timer(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
-        if not self.released:
-            self.timer = self.loop.call_later(seconds, call)
 
     def tick(self) -> None:
-        """Look now and then whether its shell lives, and its time is over."""
-        if (
-            self.typed
-        ):  # a loop that was stopped for a while runs timers first: what is reported was in time
+        """Look now and then whether its shell lives, and whether its time is over."""
+        # A loop that was stopped for a while runs timers first: what is reported was in time.
+        if self.is_typed:
             self.files.on_status()
-        if self.released or self.over.is_set():
+        if self.phase > Phase.RUNNING:
             return
-        pane, age, pause = self.shell.pane, time.monotonic() - self.begun, WATCH_PAUSE
-        dead = has_ended(pane.pid)
-        if not self.pid:
-            quick = self.shell.ran or (self.typed and not self.files.there())
-            late = age - (START_TIMEOUT if quick else NEW_SHELL_TIMEOUT)
-            if (dead or late >= 0) and not self.void() and late > START_TIMEOUT:
-                self.end("lost", "it never reported its start")
-        elif dead:
-            self.end(
-                "lost",
-                "tmux has ended"
-                if self.tmux.closed
-                else f"{pane.window_name}, pane {pane.pane_id}, died",
-            )
-        elif age >= self.request.timeout:
+
+        if self.phase is Phase.RUNNING:
+            pause = self._watch()
+        else:
+            pause = WATCH_PAUSE
+            self._watch_start()
+        if self.phase <= Phase.RUNNING:
+            self._later(pause, self.tick)
+
+    def _watch_start(self) -> None:
+        """Give up a line that no shell runs."""
+        patience = NEW_SHELL_TIMEOUT
+        if self.shell.ran or (self.is_typed and not self.files.there()):
+            patience = START_TIMEOUT
+        age = time.monotonic() - self.typed_at
+        if age < patience and not has_ended(self.shell.pane.pid):
+            return
+        if not self.void() and age > patience + START_TIMEOUT:
+            self.end("lost", "it never reported its start")
+
+    def _watch(self) -> float:
+        """End a command whose shell died, or whose time is over; seconds until the next look."""
+        pane = self.shell.pane
+        left = self.started_at + self.request.timeout - time.monotonic()
+        if has_ended(pane.pid):
+            died = f"{pane.window_name}, pane {pane.pane_id}, died"
+            self.end("lost", "tmux has ended" if self.tmux.closed else died)
+        elif left <= 0:
             self.end("timeout")
         elif self.view:
             self.view.write()
-            pause = min(pause, self.request.timeout - age)
-        self._later(pause, self.tick)
+            return min(WATCH_PAUSE, left)
+        return WATCH_PAUSE
 
     def end(self, ended: str, why: str = "") -> None:
         """End it, `over` tells when that is done.  The first reason counts."""
-        if self.over.is_set() or (not self.pid and self.void()):
+        if self.phase is Phase.SETTLING:
+            # It has ended by itself: the answer waits no longer for what still writes.
+            self._finish()
+        if self.phase >= Phase.OVER or (self.phase < Phase.RUNNING and self.void()):
             return
-        first, lost = self.ended == "exit", ended == "lost"
-        if first:
-            self.ended, self.why = ended, why
-        if lost:  # its terminal died: answer with what there is
-            self._finish(128 + signal.SIGKILL)
-        if first or lost:
-            self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[lost:]))
-        if lost:
-            self.release()
 
-    def _finish(self, exit_code: int) -> None:
-        if self.over.is_set():
+        first = self.ended == "exit"
+        if first:
+            self.ended = ended
+            self.why = why
+        if ended == "lost":
+            # Its terminal died: answer with what there is.
+            self._note_end(128 + signal.SIGKILL)
+            self._finish()
+            self.ending = asyncio.ensure_future(climb(self, KILL_AT_ONCE))
+            self.release()
+        elif first:
+            self.ending = asyncio.ensure_future(climb(self, TERM_THEN_KILL))
+
+    def _note_end(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        if self.started_at != math.inf:
+            self.duration = time.monotonic() - self.started_at
+
+    def _settle(self, exit_code: int) -> None:
+        """The command has ended: it is over when nobody writes any more, or after some quiet."""
+        self._note_end(exit_code)
+        self._enter(Phase.SETTLING)
+        self.settled_by = time.monotonic() + SETTLE_TIMEOUT
+        # The last one to close finishes it.
+        for output in self.outputs:
+            output.read_rest()
+        self._on_output_closed()
+        if self.phase is Phase.SETTLING:
+            self._wait_for_quiet(FIRST_QUIET_TIME)
+
+    def _wait_for_quiet(self, seconds: float) -> None:
+        left = self.settled_by - time.monotonic()
+        self._later(min(seconds, left), self._on_quiet)
+
+    def _on_quiet(self) -> None:
+        # A slow reader is no quiet of the command's.
+        paused = any(output.is_paused() for output in self.outputs)
+        if paused and time.monotonic() < self.settled_by:
+            self._wait_for_quiet(QUIET_TIME)
+        else:
+            self._finish()
+
+    def _finish(self) -> None:
+        """All that the answer needs is known."""
+        if self.phase >= Phase.OVER:
             return
-        self.exit_code, self.duration = (
-            exit_code,
-            time.monotonic() - self.begun if self.pid else 0.0,
-        )
+        self._enter(Phase.OVER)
+        self._stop_timer()
         for output in self.outputs:
             output.finish()
         self.on_end(self.outcome())
         self.over.set()
-        self.leaving = asyncio.ensure_future(self._leave())  # who waits for the answer comes first
-        stopped = exit_code in STOPPED and not has_ended(self.pid)  # nobody will continue it
-        if (stopped or self.leaves_nothing) and self.ending is None:
-            self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[bool(stopped) :]))
+        # A task: whoever waits for the answer comes first.
+        self.leaving = asyncio.ensure_future(self._leave())
+
+        if self.ending is None:
+            # Nobody will continue a command that only stopped.
+            if self.exit_code in STOPPED and self.pid is not None and not has_ended(self.pid):
+                self.ending = asyncio.ensure_future(climb(self, KILL_AT_ONCE))
+            elif self.leaves_nothing:
+                self.ending = asyncio.ensure_future(climb(self, TERM_THEN_KILL))
 
     def outcome(self) -> CommandResult:
         """How it ended, without its output."""
         code, error = ENDINGS[self.ended]
-        error = error and error.format(timeout=self.request.timeout, why=self.why)
-        facts = (
-            sum(output.total for output in self.outputs),
-            round(self.duration * 1000),
-            self.run_id,
-        )
         return CommandResult(
-            "", self.exit_code if code is None else code, self.ended, error, False, *facts
+            output="",
+            exit_code=self.exit_code if code is None else code,
+            ended=self.ended,
+            error=error and error.format(timeout=self.request.timeout, why=self.why),
+            output_bytes=sum(output.total for output in self.outputs),
+            duration_ms=round(self.duration * 1000),
+            waited_ms=round(self.waited * 1000),
+            terminal=self.terminal_line,
+            run_id=self.run_id,
         )
+
+    async def look_for_question(self) -> None:
+        """Note the last line of its terminal, unless that is the command or its output."""
+        # The pane may be gone, or tmux be slow: the answer does not depend on it.
+        with contextlib.suppress(NoTerminal):
+            text = await capture_pane(
+                self.terminal.driver.socket_path, self.shell.pane.pane_id, timeout=QUESTION_TIMEOUT
+            )
+            line = text.rpartition("\n")[2]
+            if self.view and not self.view.has_shown(line):
+                self.terminal_line = line[:MAX_LINE]
 
     async def _leave(self) -> None:
         """Show the end, and let the prompt come."""
         self._later(RETURN_TIMEOUT, self.release)
-        os.sched_yield()  # who got the answer often waits for this very CPU
+        # Whoever got the answer often waits for this very CPU.
+        os.sched_yield()
         end = self.outcome()
-        facts = (self.request.agent_name, self.run_id, end.ended, end.exit_code, end.duration_ms)
-        log.info("exec end agent=%s run=%s ended=%s exit=%d ms=%d", *facts)
+        log.info(
+            "exec end agent=%s run=%s ended=%s exit=%d ms=%d",
+            self.request.agent_name,
+            self.run_id,
+            end.ended,
+            end.exit_code,
+            end.duration_ms,
+        )
         if self.view:
             await self.view.end(self.exit_code)
         let_return(self.run)
+        # A shell whose `read` knows no limit did not wait for us.
+        if self.returned and self.phase is Phase.OVER:
+            self.release()
+            self.shell.back(self.tmux)
 
     def release(self) -> None:
         """Give the pane back; the files go when nobody writes any more."""
-        if self.released:
+        if self.phase is Phase.RELEASED:
             return
+        was_over = self.phase is Phase.OVER
+        has_run = self.started_at != math.inf
+        self._enter(Phase.RELEASED)
+        self._stop_timer()
         if self.feed:
             self.feed.close()
-        if self.view and not self.over.is_set():  # else it ends in a moment
+        # The view of a run that is over ends by itself.
+        if self.view and not was_over:
             self.view.close()
-        for output in self.outputs:
-            output.finish() if self.pid else output.close()  # before its start nobody has opened it to write
-        self.released, self.takes, self.on_end = True, {}, NOBODY.end  # who was told is not kept
-        self._later(0, self.tick)  # no more
-        self._tidy()
-        if not self.started.done():
-            self.started.set_result(self.over.is_set())
-        del self.terminal.jobs[self.shell.pane.pane_id]
-        self.shell.let_go()
-        self.terminal.freed.set()
 
-    def _tidy(self) -> None:
-        """Give the names of the files back, once nobody has them open."""
-        if self.run and self.released and all(output.fd < 0 for output in self.outputs):
+        for output in self.outputs:
+            # Before its start nobody has opened it to write.
+            if has_run:
+                output.finish()
+            else:
+                output.close()
+        self._forget_callers()
+        self._give_files_back()
+        if not self.started.done():
+            self.started.set_result(was_over)
+        self.terminal.let_go(self)
+
+    def _forget_callers(self) -> None:
+        """Refer to nobody who took output, or was told of the end."""
+        self.takes = {}
+        self.on_end = NOBODY.end
+
+    def _on_output_closed(self) -> None:
+        if any(output.fd >= 0 for output in self.outputs):
+            return
+        if self.phase is Phase.SETTLING:
+            self._finish()
+        else:
+            self._give_files_back()
+
+    def _give_files_back(self) -> None:
+        """Let another run have the names of the files, once nobody has them open."""
+        is_open = any(output.fd >= 0 for output in self.outputs)
+        if self.run and self.phase is Phase.RELEASED and not is_open:
             self.files.give_back(self)
 
     async def result(
         self, capture: Capture | None = None, patience: float | None = None
     ) -> CommandResult:
-        """How it ended; its output is in `capture` or with who took it.  Cancelling this cancels the command.
+        """How it ended; its output is in `capture` or with whoever took it.
 
+        Cancelling this cancels the command.
         patience  seconds, at most, until what is left of it is taken
         """
         try:
@@ -2367,11 +2891,16 @@ class Job:
                 if output.taken is not None:
                     await asyncio.wait_for(output.taken, patience)
         finally:
-            self.end("cancelled")  # if it is not over: nobody waits for it any more
-        outcome, limit = self.outcome(), self.request.max_output
-        text = capture.text(outcome.output_bytes) if capture else ""
+            # If it is not over: nobody waits for it any more.
+            self.end("cancelled")
+
+        outcome = self.outcome()
+        if capture is None:
+            return outcome
         return replace(
-            outcome, output=text, truncated=capture is not None and outcome.output_bytes > limit
+            outcome,
+            output=capture.text(outcome.output_bytes),
+            truncated=outcome.output_bytes > self.request.max_output,
         )
 
 
@@ -2385,7 +2914,7 @@ async def over_within(job: Job, seconds: float) -> bool:
 def signal_group(job: Job, number: int) -> None:
     """Signal the command's process group.  In a shell without job control it has none."""
     with contextlib.suppress(OSError):
-        if job.pid and not job.over.is_set() and os.getpgid(job.pid) == job.pid:
+        if job.pid and job.phase is Phase.RUNNING and os.getpgid(job.pid) == job.pid:
             os.killpg(job.pid, number)
 
 
@@ -2405,13 +2934,16 @@ async def kill(job: Job, number: int) -> int:
 
 async def climb(job: Job, ladder: tuple[tuple[int, float], ...]) -> None:
     """End a run, and what escaped from it."""
+    if job.ended == "timeout":
+        await job.look_for_question()
     for number, patience in ladder:
         next_step = time.monotonic() + patience
         await kill(job, number)
         await over_within(job, patience)
         if not await kill(job, 0):
             break
-        await asyncio.sleep(next_step - time.monotonic())  # the same for what escaped
+        # The same time for what escaped.
+        await asyncio.sleep(next_step - time.monotonic())
     if not await over_within(job, RETURN_TIMEOUT):
         job.end("lost", "its shell does not report the end")
 
@@ -2421,6 +2953,8 @@ class Terminal:
 
     def __init__(self, driver: PocketCoderDriver, name: str) -> None:
         self.driver, self.name = driver, name  # whose tmux and settings it uses
+        # Whoever made the window may have called it by either name.
+        self.names = (name, name.replace(":", "-"))
         self.shells: list[PaneShell] = []  # one a pane
         self.looked_at: tuple[Tmux | None, int] = (
             None,
@@ -2446,7 +2980,7 @@ class Terminal:
                     if shell and self.driver.stopping:
                         shell.let_go()
                     elif shell:
-                        job.shell, job.tmux = shell, tmux
+                        job.take_pane(shell, tmux)
                         self.jobs[shell.pane.pane_id] = job
                         return
                     # tmux does not tell when a person's program ends, so look now and then.
@@ -2457,12 +2991,19 @@ class Terminal:
             self.waiting -= 1
         raise NoTerminal("the proxy is stopping")
 
+    def let_go(self, job: Job) -> None:
+        """It needs its pane no longer."""
+        del self.jobs[job.shell.pane.pane_id]
+        job.shell.let_go()
+        self.freed.set()
+
     async def open(self) -> None:
         """Make the window if it is missing, and know its prompt before anybody types."""
         async with self.lock:
             tmux = await self._look()
-            if self.shells[0].quiet and await self.shells[0].at_prompt():
-                await self.shells[0].clear(tmux)
+            shell = self.shells[0]
+            if shell.prompt is Prompt.STARTING and await shell.at_prompt():
+                await shell.clear(tmux)
 
     async def _look(self, tries: int = 3) -> Tmux:
         """Know the panes; make the window, with all around it, if it is missing.  Needs the lock."""
@@ -2471,10 +3012,9 @@ class Terminal:
             return tmux
         try:
             tmux = await self.driver.connect(self)
-            notices, found = (
-                tmux.notices,
-                [pane for pane in await tmux.panes() if pane.window_name == self.name],
-            )
+            notices = tmux.notices
+            found = [pane for pane in await tmux.panes() if pane.window_name in self.names]
+            found.sort(key=lambda pane: self.names.index(pane.window_name))
             panes = [pane for pane in found if pane.window_id == found[0].window_id]
             if not panes:
                 panes = [
@@ -2546,6 +3086,33 @@ class Terminal:
         return False
 
 
+# The window of an agent, by either of its names.
+WINDOW_NAME = re.compile(rf"({AGENT_NAME.pattern})[:-]terminal")
+
+
+def foreground_of(pane: Pane) -> Process | None:
+    """The process that the pane's terminal listens to."""
+    shell = process(pane.pid)
+    return process(shell.foreground) if shell and shell.foreground > 0 else None
+
+
+def is_idle(pane: Pane) -> bool:
+    """Whether its shell is in the foreground: nobody runs a program there."""
+    shell = process(pane.pid)
+    return shell is not None and shell.foreground == shell.group and shell.name in SHELLS
+
+
+def began(process: Process | None) -> int:
+    """In ticks since the machine started."""
+    return process.began if process else 0
+
+
+def name_of(pane: Pane) -> str:
+    """For people: the pane and what runs in it."""
+    front = foreground_of(pane)
+    return f"pane {pane.pane_id}: {front.name if front else 'ended'}"
+
+
 class PocketCoderDriver:
     """Runs commands in the tmux session `session_name` at the socket `socket_path`.
 
@@ -2569,7 +3136,7 @@ class PocketCoderDriver:
             "-e",
             f"SHELL={self.shell}",
             "-e",
-            "HISTCONTROL=ignoreboth",
+            f"HISTCONTROL={HISTORY}",
             "--",
             self.shell,
             "-i",
@@ -2627,9 +3194,10 @@ class PocketCoderDriver:
             False,
         )
         why = f"no shell in the window {terminal.name} answers: the terminal shows why"
+        asked_at = time.monotonic()
         try:
             for attempt in range(2 * MAX_PANES):
-                job = Job(terminal, request, takes, fed, run_id)
+                job = Job(terminal, request, takes, fed, run_id, asked_at)
                 await terminal.take(job)
                 try:
                     if not noted:
@@ -2642,9 +3210,8 @@ class PocketCoderDriver:
                         why = f"cannot begin a run in {job.run}: {job.why}"
                         if attempt:  # the first time somebody may just have wiped it
                             break
-                    if not job.returned:  # it was typed, into what we do not know
-                        job.shell.last = ""
-                        job.shell.missed += 1
+                    if not job.returned:
+                        job.shell.did_not_answer()
                 except (
                     NoTerminal,
                     OSError,
@@ -2707,72 +3274,127 @@ class PocketCoderDriver:
             await self.close()
             self.stopping = False
 
-    async def panes(self) -> dict[str, Pane]:
-        """By agent, where its newest command runs, else the first of its window.  Raises NoTerminal."""
+    async def windows(self) -> dict[str, list[Pane]]:
+        """The panes of each agent's window, by agent; makes nothing.  Raises NoTerminal."""
+        if self.tmux is None or self.tmux.closed:
+            try:
+                exists = await asyncio.to_thread(self.session_exists, self.session_name)
+            except (OSError, RuntimeError, subprocess.TimeoutExpired) as wrong:
+                # RuntimeError: no thread.
+                raise NoTerminal(f"tmux: {wrong}") from None
+            if not exists:
+                return {}
         tmux = await self.connect(self.terminal(default_agent_name()))
-        found: dict[str, Pane] = {}
+
+        found: dict[str, list[Pane]] = {}
         for pane in await tmux.panes():
-            agent_name, colon, rest = pane.window_name.partition(":")
-            if colon and rest == "terminal" and AGENT_NAME.fullmatch(agent_name):
-                busy = self.terminals[agent_name].jobs if agent_name in self.terminals else {}
-                if agent_name not in found or pane.pane_id == next(reversed(busy), ""):
-                    found[agent_name] = pane
+            named = WINDOW_NAME.fullmatch(pane.window_name)
+            if named is None:
+                continue
+            panes = found.setdefault(named[1], [])
+            # The first window of an agent is the one.
+            if not panes or panes[0].window_id == pane.window_id:
+                panes.append(pane)
         return found
 
-    async def pane(self, agent_name: str) -> Pane:
-        if agent_name not in (panes := await self.panes()):
+    async def window(self, agent_name: str) -> list[Pane]:
+        """The panes of this agent's window.  Raises NoTerminal."""
+        windows = await self.windows()
+        if agent_name not in windows:
             raise NoTerminal(
                 f"`agent_name`: got {agent_name}, which has no terminal yet: run a command there first"
             )
-        return panes[agent_name]
+        return windows[agent_name]
+
+    def jobs_of(self, agent_name: str) -> dict[str, Job]:
+        """The commands that run in this agent's window, by pane; the newest is the last."""
+        terminal = self.terminals.get(agent_name)
+        return terminal.jobs if terminal else {}
 
     async def list_terminals(self) -> list[Message]:
-        """Who has one, and what runs in it.  Raises NoTerminal."""
+        """Each agent's terminal, and the newest command or else what runs in it.  Raises NoTerminal."""
         found = []
-        for agent_name, pane in sorted((await self.panes()).items()):
-            shell = process(pane.pid)
-            front = process(shell.foreground) if shell and shell.foreground > 0 else None
-            terminal = self.terminals.get(agent_name)
-            idle = shell and shell.foreground == shell.group and shell.name in SHELLS
-            busy = not idle or bool(terminal and terminal.jobs)
-            facts = {"agent_name": agent_name, "busy": busy, "command": front.name if front else ""}
-            found.append({**facts, "columns": pane.width, "lines": pane.height})
+        for agent_name, panes in sorted((await self.windows()).items()):
+            jobs = self.jobs_of(agent_name)
+            newest = next(reversed(jobs), "")
+            pane = next((pane for pane in panes if pane.pane_id == newest), panes[0])
+            front = foreground_of(pane)
+            found.append(
+                {
+                    "agent_name": agent_name,
+                    "busy": bool(jobs) or any(not is_idle(pane) for pane in panes),
+                    "command": front.name if front else "",
+                    "columns": pane.width,
+                    "lines": pane.height,
+                }
+            )
         return found
 
     async def read_terminal(self, agent_name: str, lines: int) -> str:
-        """The last lines of text there, wrapped ones joined.  Raises NoTerminal."""
-        # A process: in the control connection, what a command prints could pass for a reply of tmux.
-        command = ["tmux", "-S", self.socket_path, "capture-pane", "-p", "-J", "-S", f"-{lines}"]
-        command += ["-t", (await self.pane(agent_name)).pane_id]
-        try:
-            done = await asyncio.to_thread(
-                subprocess.run, command, capture_output=True, timeout=TMUX_TIMEOUT
-            )
-        except (
-            OSError,
-            RuntimeError,
-            subprocess.TimeoutExpired,
-        ) as wrong:  # RuntimeError: no thread
-            raise NoTerminal(f"tmux: {wrong}") from None
-        if done.returncode:
-            raise NoTerminal(f"tmux: {done.stderr.decode(errors='replace').strip()}")
-        text = [line.rstrip() for line in done.stdout.decode(errors="replace").rstrip().split("\n")]
-        return "\n".join(text[-lines:])
+        """The last `lines` of each pane that has something in it, wrapped ones joined.
 
-    async def send_keys(self, agent_name: str, text: str, keys: list[str]) -> None:
-        """Type `text`, then press `keys`, see KEY, whatever runs there.  Raises NoTerminal."""
+        Raises NoTerminal.
+        """
+        texts: list[tuple[Pane, str]] = []
+        for pane in await self.window(agent_name):
+            text = await capture_pane(self.socket_path, pane.pane_id, lines)
+            # A prompt alone is nothing to read.
+            if "\n" in text or not is_idle(pane) or not texts:
+                texts.append((pane, "\n".join(text.split("\n")[-lines:])))
+        if len(texts) > 1 and "\n" not in texts[0][1] and is_idle(texts[0][0]):
+            del texts[0]
+        if len(texts) == 1:
+            return texts[0][1]
+        return "\n".join(f"[{name_of(pane)}]\n{text}" for pane, text in texts)
+
+    async def send_keys(
+        self, agent_name: str, text: str, keys: list[str], run_id: str | None = None
+    ) -> str:
+        """Type `text`, then press `keys`, see KEY; what the terminal shows a moment later.
+
+        run_id  into the pane of this command; None: into the program that somebody started in the
+                terminal, else into the newest command, else at the prompt
+        Raises NoTerminal, BadMessage.
+        """
         terminal = self.terminal(agent_name)
-        if not (
-            terminal.waiting and terminal.shells
-        ):  # else it might wait behind commands that wait for keys
+        # Otherwise it might wait behind commands that wait for keys.
+        if not (terminal.waiting and terminal.shells) and run_id is None:
             await terminal.open()
-        pane = await self.pane(agent_name)
+        pane = self._target(await self.window(agent_name), self.jobs_of(agent_name), run_id)
+
         assert self.tmux is not None
-        target, typed = ["-t", pane.pane_id], [f"{byte:02x}" for byte in text.encode()]
-        commands = [
-            ["send-keys", *target, *words] for words in (["-H", *typed], ["--", *keys]) if words[1:]
-        ]
-        await self.tmux.reply(self.tmux.send(["copy-mode", "-q", *target], *commands))
+        target = ["-t", pane.pane_id]
+        commands = [["copy-mode", "-q", *target]]
+        if text:
+            commands.append(
+                ["send-keys", *target, "-H", *(f"{byte:02x}" for byte in text.encode())]
+            )
+        if keys:
+            commands.append(["send-keys", *target, "--", *keys])
+        await self.tmux.reply(self.tmux.send(*commands))
+
+        await asyncio.sleep(SHOW_PAUSE)
+        try:
+            return await capture_pane(self.socket_path, pane.pane_id)
+        except NoTerminal:
+            return f"[pane {pane.pane_id} has ended]"
+
+    @staticmethod
+    def _target(panes: list[Pane], jobs: dict[str, Job], run_id: str | None) -> Pane:
+        """Where keys go, see `send_keys`.  Raises BadMessage."""
+        if run_id is not None:
+            for pane in panes:
+                job = jobs.get(pane.pane_id)
+                if job is not None and job.run_id == run_id:
+                    return pane
+            raise complain("run_id", run_id, "a command that runs in this agent's terminal now")
+
+        programs = [pane for pane in panes if pane.pane_id not in jobs and not is_idle(pane)]
+        if programs:
+            # The one that was started last.
+            return max(programs, key=lambda pane: began(foreground_of(pane)))
+        newest = next(reversed(jobs), "")
+        return next((pane for pane in panes if pane.pane_id == newest), panes[0])
 
     def _on_notice(self) -> None:
         """Something may have died."""
@@ -2786,6 +3408,8 @@ class PocketCoderDriver:
         self.stopping = True
         for terminal in self.terminals.values():
             terminal.freed.set()
+            for shell in terminal.shells:
+                shell.stop()
         await asyncio.gather(*(over_within(job, grace) for job in self.jobs()))
         for job in (jobs := self.jobs()):
             job.end("cancelled")
@@ -2798,9 +3422,6 @@ class PocketCoderDriver:
                 await asyncio.wait({job.leaving})
             if job.view:
                 job.view.close()
-        for shell in (shell for terminal in self.terminals.values() for shell in terminal.shells):
-            if shell.noting:
-                shell.noting.cancel()
         if self.tmux is not None:
             self.tmux.close()
             await self.tmux.ended.wait()
@@ -4512,12 +5133,22 @@ class AppState:
 class Notes(Watch):
     """Tells the audit log, and the session that a command names, of its run."""
 
-    def __init__(self, state: AppState, request: ExecRequest) -> None:
-        self.state, self.request = state, request
+    def __init__(self, state: AppState, request: ExecRequest, door: str) -> None:
+        self.state = state
+        self.request = request
+        # How it came in: exec, stream, shell, mcp.
+        self.door = door
 
     def _fields(self, run_id: str) -> Message:
-        names = ("usage_id", "session_id", "agent_name", "cwd", "cmd")
-        fields = {"run_id": run_id, **{name: getattr(self.request, name) for name in names}}
+        fields: Message = {
+            "run_id": run_id,
+            "door": self.door,
+            "usage_id": self.request.usage_id,
+            "session_id": self.request.session_id,
+            "agent_name": self.request.agent_name,
+            "cwd": self.request.cwd,
+            "cmd": self.request.cmd,
+        }
         if self.request.argv is not None:
             fields["argv"] = self.request.argv
         return fields
@@ -4535,25 +5166,34 @@ class Notes(Watch):
 
     def end(self, result: CommandResult) -> None:
         facts = {
-            name: getattr(result, name)
-            for name in ("exit_code", "error", "duration_ms", "output_bytes")
+            "exit_code": result.exit_code,
+            "ended": result.ended,
+            "error": result.error,
+            "waited_ms": result.waited_ms,
+            "duration_ms": result.duration_ms,
+            "output_bytes": result.output_bytes,
         }
         self.state.audit.end(self._fields(result.run_id) | facts)
-        facts = {name: getattr(result, name) for name in ("exit_code", "ended", "duration_ms")}
-        self._report("end", result.run_id, facts)
+        reported = ("exit_code", "ended", "duration_ms")
+        self._report("end", result.run_id, {name: facts[name] for name in reported})
 
 
 async def execute(
     state: AppState,
     request: ExecRequest,
+    door: str,
     takes: Takes,
     capture: Capture | None = None,
     started: Callable[[Job], Awaitable[None]] | None = None,
     patience: float | None = None,
     fed: bool = False,
 ) -> CommandResult:
-    """Run a command to its end; see `PocketCoderDriver.start` and `Job.result`.  Cancelling this cancels it."""
-    job = await state.driver.start(request, takes, fed, Notes(state, request))
+    """Run a command to its end; see `PocketCoderDriver.start` and `Job.result`.
+
+    door  how it came in, for the audit log
+    Cancelling this cancels it.
+    """
+    job = await state.driver.start(request, takes, fed, Notes(state, request, door))
     try:
         if started:
             await started(job)
@@ -4613,6 +5253,11 @@ PARAMETERS: dict[str, Message] = {
         "type": "array",
         "maxItems": MAX_KEYS,
         "items": {"type": "string", "pattern": f"^{KEY.pattern}$"},
+    },
+    "run_id": {
+        "type": "string",
+        "pattern": f"^{RUN_ID.pattern}$",
+        "description": "Into the terminal of this command.",
     },
 }
 PARAMETERS["agent_name"]["description"] = "Whose terminal."
@@ -4719,7 +5364,7 @@ async def exec_tool(state: AppState, arguments: Message, tell: Tell | None) -> M
 
     telling = asyncio.ensure_future(keep_telling(tell)) if tell else None
     try:
-        ended = await execute(state, request, {"out": take}, capture)
+        ended = await execute(state, request, "mcp", {"out": take}, capture)
     finally:
         if telling:
             telling.cancel()
@@ -4741,14 +5386,10 @@ async def read_terminal_tool(state: AppState, arguments: Message, tell: Tell | N
     return content(await state.driver.read_terminal(agent_name, lines))
 
 
-@tool("Type into the terminal", "destructive openWorld", "agent_name text keys", [])
-async def send_keys_tool(state: AppState, arguments: Message, tell: Tell | None) -> Message:
-    """Type text and press keys in an agent's terminal, as a person would: to answer a program that waits for input,
-    or to end one (`keys` of `C-c`). To run a command, use exec instead. See the effect with read_terminal."""
-    text, keys = (
-        check_text("text", arguments.get("text", ""), "a string", MAX_KEYS),
-        arguments.get("keys", []),
-    )
+def keys_of(arguments: Message) -> tuple[str, list[str]]:
+    """The text to type, and the keys to press after it.  Raises BadMessage."""
+    text = check_text("text", arguments.get("text", ""), "a string", MAX_KEYS)
+    keys = arguments.get("keys", [])
     if not isinstance(keys, list) or len(keys) > MAX_KEYS:
         raise complain("keys", keys, f"a list of names of keys, {MAX_KEYS} at most")
     for key in keys:
@@ -4758,33 +5399,56 @@ async def send_keys_tool(state: AppState, arguments: Message, tell: Tell | None)
             )
     if not text and not keys:
         raise BadMessage("`text`, `keys`: got neither, expected one of them")
-    agent_name, begun = (
-        check_agent(arguments.get("agent_name", default_agent_name())),
-        time.monotonic(),
-    )
-    error: str | None = "cancelled"
-    typed: Message = {
+    return text, keys
+
+
+@tool("Type into the terminal", "destructive openWorld", "agent_name text keys run_id", [])
+async def send_keys_tool(state: AppState, arguments: Message, tell: Tell | None) -> Message:
+    """Type text and press keys in an agent's terminal, as a person would: to answer a program that waits for input,
+    or to end one (`keys` of `C-c`). They go to the program that was started there with keys, else to the newest
+    command, or with `run_id` to that command. Returns what the terminal shows a moment later.
+    To run a command, use exec instead."""
+    text, keys = keys_of(arguments)
+    run_id = arguments.get("run_id")
+    if run_id is not None:
+        check_run_id(run_id)
+    agent_name = check_agent(arguments.get("agent_name", default_agent_name()))
+
+    record: Message = {
         "run_id": secrets.token_hex(8),
+        "door": "mcp",
         "usage_id": None,
         "session_id": None,
         "agent_name": agent_name,
+        "cwd": None,
+        "cmd": None,
+        "text": text,
+        "keys": keys,
+        "into_run_id": run_id,
     }
-    typed |= {"cwd": None, "cmd": None, "text": text, "keys": keys}
-    await state.audit.start(typed)
+    started_at = time.monotonic()
+    error: str | None = "cancelled"
+    await state.audit.start(record)
     try:
-        await state.driver.send_keys(agent_name, text, keys)
+        screen = await state.driver.send_keys(agent_name, text, keys, run_id)
         error = None
     except ProxyError as wrong:
         error = str(wrong)
         raise
     finally:
-        ms = round((time.monotonic() - begun) * 1000)
-        code = ProxyError.exit_code if error else 0
         state.audit.end(
-            {**typed, "exit_code": code, "error": error, "duration_ms": ms, "output_bytes": 0}
+            {
+                **record,
+                "exit_code": ProxyError.exit_code if error else 0,
+                "ended": "cancelled" if error else "exit",
+                "error": error,
+                "waited_ms": 0,
+                "duration_ms": round((time.monotonic() - started_at) * 1000),
+                "output_bytes": 0,
+            }
         )
     await state.audit.written()
-    return {"content": [], "isError": False}
+    return content(screen)
 
 
 LISTED = {
@@ -4869,8 +5533,8 @@ async def health_handler() -> str:
 async def exec_handler(state: AppState, request: ExecRequest) -> ExecResponse:
     """Run a command to its end.  Cancelling this cancels the command."""
     capture = Capture(request.max_output)
-    result = await execute(state, request, {"out": capture.add}, capture)
-    return ExecResponse.of(result, result.output)
+    result = await execute(state, request, "exec", {"out": capture.add}, capture)
+    return ExecResponse.of(request, result, result.output)
 
 
 async def channel_handler(job: Job, message: str | bytes) -> None:
@@ -4889,7 +5553,7 @@ async def channel_handler(job: Job, message: str | bytes) -> None:
     elif message[:1] != b"\0" and message != b"\xff\0":
         raise complain("channel", message[:2], "0 for stdin, or 255 and 0 for its end")
     elif job.feed is not None:
-        await job.feed.write(message[1:]) if message[0] == 0 else job.feed.close()
+        await job.feed.write(message[1:]) if message[0] == 0 else job.feed.finish()
 
 
 async def sse_handler(
@@ -5236,14 +5900,19 @@ class ExecEndpoint(Endpoint):
             await self.send_event(": started\n\n")
 
         run = execute(
-            self.state, request, {"out": output}, started=started, patience=SLOW_READER_TIMEOUT
+            self.state,
+            request,
+            "stream",
+            {"out": output},
+            started=started,
+            patience=SLOW_READER_TIMEOUT,
         )
         work = asyncio.ensure_future(run)
         try:
             while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
                 if self._headers_written and not self.sending.locked():
                     await self.send_event(": keep-alive\n\n")
-            response = ExecResponse.of(await work, None)
+            response = ExecResponse.of(request, await work, None)
             await output(b"", final=True)
             await self.send_event(f"event: exit\ndata: {response.to_wire()}\n\n")
         except ProxyError as failure:
@@ -5330,9 +5999,14 @@ class ChannelEndpoint(SocketEndpoint):
             if not request.combined:
                 takes["err"] = partial(self.send, 2)
             result = await execute(
-                self.state, request, takes, started=started, fed=request.stdin is None
+                self.state,
+                request,
+                "shell",
+                takes,
+                started=started,
+                fed=request.stdin is None,
             )
-            await self.end(ExecResponse.of(result, None).to_wire())
+            await self.end(ExecResponse.of(request, result, None).to_wire())
         except ProxyError as failure:
             await self.end(json.dumps({"error": str(failure), "exit_code": failure.exit_code}))
         finally:
@@ -5792,16 +6466,6 @@ def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]
     return tuple(configs)
 
 
-async def open_first(driver: PocketCoderDriver) -> None:
-    """Make what the first command would wait for."""
-    try:
-        await driver.terminal(default_agent_name()).open()
-    except (NoTerminal, OSError) as refused:
-        log.warning("no terminal yet: %s", refused)
-    gc.freeze()  # what is here now stays; and a request makes no rubbish that has to go at once
-    gc.set_threshold(10_000)
-
-
 async def serve(options: Commands, token: str) -> None:
     """Listen until SIGTERM or SIGINT.  Raises OSError when it cannot."""
     socket_path = os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET
@@ -5843,17 +6507,18 @@ async def serve(options: Commands, token: str) -> None:
         )  # inherited
         server.listen_on(listener)
     host, port = sockets[0].getsockname()[:2]
-    attach = shlex.join(["tmux", "-S", driver.socket_path, "attach", "-t", session])
+    attach = ["tmux", "-S", driver.socket_path, "new-session", "-A", "-s", session]
     address = f"{f'[{host}]' if ':' in host else host}:{port}"
     for file, line in (
         (sys.stdout, f"listening on http://{address}"),
-        (sys.stderr, f"watch with: {attach}"),
+        (sys.stderr, f"watch with: {shlex.join(attach)}"),
     ):
         with contextlib.suppress(OSError):  # whoever should read it has left, or its disk is full
             print(f"pocketcoder: {line}", file=file, flush=True)
-    opening = asyncio.ensure_future(open_first(driver))  # which may take a while
+    # What is here now stays, and requests create few cycles, so collect rarely.
+    gc.freeze()
+    gc.set_threshold(10_000)
     await stop.wait()
-    opening.cancel()
     state.audit.patience = STOP_GRACE / 2  # who waits for the log is answered before the end
     for listener in sockets:
         asyncio.get_running_loop().remove_reader(listener)

@@ -20,6 +20,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import statistics
 import struct
 import subprocess
@@ -28,7 +29,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
@@ -2415,6 +2416,7 @@ def test_the_answer_has_every_field_of_the_contract(proxy: Proxy, agent: str) ->
         "truncated",
         "output_bytes",
         "duration_ms",
+        "waited_ms",
         "run_id",
     }
     assert (
@@ -2628,26 +2630,50 @@ def test_a_busy_pane_sends_the_next_command_to_one_of_its_own_up_to_four(
     assert proxy.exec("echo x", agent_name=agent)["stdout"] == "x\n"
 
 
-def test_the_queue_is_first_come_first_served_and_ends_in_503(own: Callable[..., Proxy]) -> None:
+def test_the_queue_is_first_come_first_served(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
     gate, order = f"{server.folder}/gate", f"{server.folder}/order"
     running = [server.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done") for _ in range(4)]
     eventually(lambda: len(processes_with("until [ -e")) >= 4)
     queued = []
-    for number in range(64):
+    for number in range(80):
         queued.append(server.start_exec(f"flock {order} -c 'echo {number} >> {order}'"))
         time.sleep(0.01)
-    eventually(lambda: server.post({"cmd": "true"})[0] == 503)
-    status, answer = server.post({"cmd": "true"})
-    assert (status, answer["exit_code"]) == (503, 125)
-    assert "64" in answer["error"]
     assert server.exec("echo other", agent_name="other")["stdout"] == "other\n"
     pathlib.Path(gate).touch()
     assert {call.result()["exit_code"] for call in [*running, *queued]} == {0}
     got = [int(line) for line in pathlib.Path(order).read_text().split()]
-    # Four run at a time, and one that is slow to write may be overtaken some times; in no order it were by 40.
+    # Four run at a time, and one that is slow to write may be overtaken some times.
+    # In no order it were by 40.
     assert max(abs(place - number) for place, number in enumerate(got)) <= 16
+
+
+@pytest.mark.slow
+def test_a_thousand_commands_wait_and_the_next_gets_503(own: Callable[..., Proxy]) -> None:
+    server = own()
+    server.exec("true")
+    gate = f"{server.folder}/gate"
+    running = [server.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done") for _ in range(4)]
+    eventually(lambda: len(processes_with("until [ -e")) >= 4)
+    queued = []
+    for number in range(1000):
+        connection = server.connect()
+        connection.request("POST", "/exec", json.dumps({"cmd": f"exit {number % 99}"}), JSON_TYPE)
+        queued.append(connection)
+    eventually(lambda: server.post({"cmd": "true"})[0] == 503)
+    status, answer = server.post({"cmd": "true"})
+    assert status == 503
+    assert answer["exit_code"] == 125
+    assert "1000" in answer["error"]
+
+    pathlib.Path(gate).touch()
+    assert {call.result()["exit_code"] for call in running} == {0}
+    got = []
+    for connection in queued:
+        got.append(json.loads(connection.getresponse().read())["exit_code"])
+        connection.close()
+    assert got == [number % 99 for number in range(1000)]
 
 
 @pytest.mark.slow
@@ -3034,10 +3060,205 @@ def test_a_background_flood_blocks_nobody_and_gives_its_descriptor_back(
     own: Callable[..., Proxy],
 ) -> None:
     server = own()
-    assert "on\n" in server.exec("timeout 0.7 yes & echo on", max_output=64 << 20)["stdout"]
+    assert "on\n" in server.exec("timeout 2.5 yes & echo on", max_output=64 << 20)["stdout"]
     assert server.exec("echo mine")["stdout"] == "mine\n"
     assert server.run_files() >= 1
     eventually(lambda: server.run_files() == 0)
+
+
+def test_an_editor_does_not_take_its_screen_for_keys(proxy: Proxy, agent: str) -> None:
+    """As vim does, which reads keys from descriptor 2 where stdin is no terminal."""
+    editor = f"{sys.executable} -c \"import os; os.write(1, b'touch'); print(os.read(2, 9))\""
+    assert "Bad file descriptor" in proxy.exec(editor, agent_name=agent, timeout=3)["stdout"]
+
+
+LATE_CHILDREN = [
+    pytest.param("echo hi > >(cat)", "hi\n", id="process-substitution"),
+    pytest.param("exec > >(tee /dev/null) 2>&1; echo hi", "hi\n", id="tee-for-good"),
+    pytest.param("(echo no >&2) 2> >(sed s/^/E:/ >&2)", "E:no\n", id="stderr-filtered"),
+    pytest.param("(sleep 0.15; echo late) & echo now", "now\nlate\n", id="once-later"),
+    pytest.param(
+        "(for n in 1 2 3 4; do sleep 0.08; echo $n; done) &", "1\n2\n3\n4\n", id="some-times-later"
+    ),
+]
+
+
+@pytest.mark.parametrize(("cmd", "output"), LATE_CHILDREN)
+def test_what_late_children_write_is_in_the_answer(
+    proxy: Proxy, agent: str, cmd: str, output: str
+) -> None:
+    assert [proxy.exec(cmd, agent_name=agent)["stdout"] for _ in range(5)] == [output] * 5
+
+
+def test_a_silent_background_process_delays_the_answer_a_little(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    started = time.monotonic()
+    answer = proxy.exec("sleep 79.75 & echo on", agent_name=agent)
+    assert answer["stdout"] == "on\n"
+    assert answer["duration_ms"] < 100
+    assert 0.1 < time.monotonic() - started < 0.9
+    for pid in processes_with("sleep\x0079.75"):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_background_process_that_goes_on_writing_delays_the_answer_by_a_second(
+    proxy: Proxy, agent: str
+) -> None:
+    proxy.exec("true", agent_name=agent)
+    started = time.monotonic()
+    answer = proxy.exec("(while sleep 0.01; do echo tick; done) & echo $!", agent_name=agent)
+    assert 0.9 < time.monotonic() - started < 2.5
+    os.kill(int(answer["stdout"].split()[0]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
+def test_a_background_process_goes_on_when_the_server_goes(
+    own: Callable[..., Proxy], number: int
+) -> None:
+    server = own()
+    count = f"{server.folder}/count"
+    # More than any pipe holds, and SIGPIPE would end it.
+    loop = (
+        f"(while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done) & echo $! > pid"
+    )
+    server.exec(loop, max_output=8)
+    pid = int(pathlib.Path(server.workspace, "pid").read_text())
+    server.stop(number)
+    before = os.path.getsize(count)
+    eventually(lambda: os.path.getsize(count) > before + 100)
+    os.kill(pid, signal.SIGKILL)
+    # Nobody reads on for a writer that is no more.
+    eventually(lambda: not processes_with("exec 3<&0 4<&1"))
+
+
+def test_a_command_whose_server_is_killed_leaves_its_background_processes_alone(
+    own: Callable[..., Proxy],
+) -> None:
+    server = own()
+    count, gate = f"{server.folder}/count", f"{server.folder}/gate"
+    loop = f"(while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done) & echo $! > {gate}; sleep 1"
+    connection = server.connect()
+    connection.request("POST", "/exec", json.dumps({"cmd": loop}), JSON_TYPE)
+    eventually(lambda: os.path.exists(gate) and pathlib.Path(gate).read_text())
+    server.stop(signal.SIGKILL)
+    connection.close()
+    time.sleep(1.5)  # its command has ended, with nobody to report to
+    before = os.path.getsize(count)
+    eventually(lambda: os.path.getsize(count) > before + 100)
+    os.kill(int(pathlib.Path(gate).read_text()), signal.SIGKILL)
+
+
+def type_early(server: Proxy, window: str, text: str) -> None:
+    """Type while the shell of a new window reads its start-up files."""
+    eventually(lambda: os.path.exists(server.socket))
+    eventually(lambda: server.panes(window))
+    time.sleep(0.3)
+    server.tmux("send-keys", "-t", server.panes(window)[-1].split()[0], "-l", text)
+
+
+@pytest.mark.parametrize("where", ["first-window", "new-agent", "second-pane"])
+def test_keys_typed_while_a_new_shell_starts_are_never_run(
+    own: Callable[..., Proxy], where: str
+) -> None:
+    server = own()
+    rc = pathlib.Path(server.folder, "home/.bashrc")
+    precious = pathlib.Path(server.folder, "precious")
+    precious.touch()
+    agent = "poco"
+    if where == "new-agent":
+        server.exec("true")
+        agent = "other"
+    elif where == "second-pane":
+        busy = server.start_exec("sleep 4")
+        eventually(lambda: processes_with("sleep\x004\x00"))
+
+    rc.write_text("sleep 1; PS1='$ '\n")
+    running = server.start_exec("echo ok", agent_name=agent)
+    if where == "second-pane":
+        eventually(lambda: len(server.panes(agent)) == 2)
+    type_early(server, agent, f"rm -f {precious} ;")
+    answer = running.result()
+    assert answer["stdout"] == "ok\n"
+    assert answer["waited_ms"] + answer["duration_ms"] < 4000
+    assert precious.exists()
+    if where == "second-pane":
+        busy.result()
+
+
+def test_a_run_that_is_recalled_from_the_history_does_nothing(own: Callable[..., Proxy]) -> None:
+    server = own()
+    pathlib.Path(server.folder, "home/.bashrc").write_text("PS1='$ '; HISTCONTROL=ignoredups\n")
+    count = f"{server.folder}/count"
+    server.exec(f"echo x >> {count}")
+    for _ in range(2):
+        server.type("poco", "Up", "Enter")
+        server.type("poco", "-l", f"touch {server.folder}/typed")
+        server.type("poco", "Enter")
+        eventually(lambda: os.path.exists(f"{server.folder}/typed"))
+        os.unlink(f"{server.folder}/typed")
+    assert pathlib.Path(count).read_text() == "x\n"
+
+    # Nor does it end the next one, which has the same files.
+    running = server.start_exec(f"sleep 1; echo y >> {count}; exit 7")
+    eventually(lambda: processes_with("sleep\x001\x00"))
+    server.tmux("split-window", "-d", "-t", server.pane("poco"), "bash", "-i")
+    go = server.tmux("list-panes", "-s", "-F", "#{pane_id}").split()[-1]
+    files = sorted(pathlib.Path(server.folder).glob("tmux/s.d/*/*.go"))
+    server.tmux("send-keys", "-t", go, f". {files[0]}", "Enter")
+    assert running.result()["exit_code"] == 7
+    assert pathlib.Path(count).read_text() == "x\ny\n"
+
+
+def test_the_tmux_of_a_command_is_its_own(proxy: Proxy, agent: str) -> None:
+    answer = proxy.exec('echo "${TMUX-none} ${TMUX_PANE-none}"', agent_name=agent)
+    assert answer["stdout"] == "none none\n"
+    killed = proxy.exec("TMUX_TMPDIR=/nonexistent tmux kill-server; echo on", agent_name=agent)
+    assert killed["stdout"].endswith("on\n")
+    assert proxy.panes(agent)
+
+
+def test_a_program_that_asks_on_its_terminal_shows_in_the_answer_of_a_timeout(
+    proxy: Proxy, agent: str
+) -> None:
+    ask = "echo out; sleep 0.1; read -p 'Continue connecting (yes/no)? ' x </dev/tty 2>/dev/tty"
+    answer = proxy.exec(ask, agent_name=agent, timeout=0.5)
+    assert answer["ended"] == "timeout"
+    assert answer["terminal"] == "Continue connecting (yes/no)?"
+
+
+QUIET_TIMEOUTS = {
+    "nothing was written": "sleep 60",
+    "the last line is output": "echo out; sleep 60",
+    "no newline": "printf half; sleep 60",
+    "tabs and colours": "printf 'a\\tb\\033[31mred\\033[0m c'; sleep 60",
+    "a command of two lines": "true\nsleep 60",
+}
+
+
+@pytest.mark.parametrize("cmd", QUIET_TIMEOUTS.values(), ids=QUIET_TIMEOUTS)
+def test_output_and_the_command_are_no_question(proxy: Proxy, agent: str, cmd: str) -> None:
+    answer = proxy.exec(cmd, agent_name=agent, timeout=0.3)
+    assert answer["ended"] == "timeout"
+    assert "terminal" not in answer
+
+
+def test_unknown_fields_are_named(proxy: Proxy, agent: str) -> None:
+    answer = proxy.exec("true", agent_name=agent, agent="x", time_out=3)
+    assert answer["ignored"] == ["agent", "time_out"]
+    many = {f"field{number}" + "x" * 100: 0 for number in range(1000)}
+    assert len(proxy.exec("true", agent_name=agent, **many)["ignored"]) == pp.MAX_IGNORED
+    assert proxy.exec("true", agent_name=agent, ignored=["cmd"])["ignored"] == ["ignored"]
+    assert "ignored" not in proxy.exec("true", agent_name=agent)
+
+
+def test_the_time_in_the_queue_is_in_the_answer(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    running = [proxy.start_exec("sleep 0.5", agent_name=agent) for _ in range(4)]
+    eventually(lambda: len(processes_with("sleep\x000.5\x00")) == 4)
+    answer = proxy.exec("true", agent_name=agent)
+    assert answer["waited_ms"] > 100
+    assert answer["duration_ms"] < 400
+    assert [call.result()["exit_code"] for call in running] == [0] * 4
 
 
 def test_a_stopped_command_is_ended(proxy: Proxy, agent: str) -> None:
@@ -3606,15 +3827,15 @@ def test_two_servers_on_one_socket_share_it(own: Callable[..., Proxy]) -> None:
 
 
 def test_a_pane_that_another_driver_holds_is_left_to_it(proxy: Proxy, agent: str) -> None:
-    first = proxy.exec("echo $TMUX_PANE", agent_name=agent)["stdout"]
-    tty = proxy.tmux("display-message", "-p", "-t", first.strip(), "#{pane_tty}")
+    first = proxy.exec("echo $PPID", agent_name=agent)["stdout"]
+    tty = proxy.tmux("display-message", "-p", "-t", proxy.pane(agent), "#{pane_tty}")
     held = os.open(tty, os.O_RDONLY | os.O_NOCTTY)
     fcntl.flock(held, fcntl.LOCK_EX)
     try:
-        assert proxy.exec("echo $TMUX_PANE", agent_name=agent)["stdout"] != first
+        assert proxy.exec("echo $PPID", agent_name=agent)["stdout"] != first
     finally:
         os.close(held)
-    assert proxy.exec("echo $TMUX_PANE", agent_name=agent)["stdout"] == first
+    assert proxy.exec("echo $PPID", agent_name=agent)["stdout"] == first
 
 
 def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(
@@ -3627,7 +3848,7 @@ def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(
         starting = asyncio.ensure_future(
             driver.start(pp.ExecRequest("sleep 79.25"), {"out": lambda chunk: None})
         )
-        while not [job for job in driver.jobs() if job.typed and not job.over.is_set()]:  # noqa: ASYNC110
+        while not [job for job in driver.jobs() if job.is_typed and not job.over.is_set()]:  # noqa: ASYNC110
             await asyncio.sleep(0)
         job = driver.jobs()[0]
         while not os.path.exists(f"{job.run}.pid"):  # noqa: ASYNC240  it has begun, and its report is not read
@@ -3750,7 +3971,7 @@ PLACES = [
     (0, 0, 0o1777, 0, True),
     (0, 7, 0o1777, 7, True),
     (0, 0, 0o1777, 7, False),
-    (0, 0, 0o777, 0, False),
+    (0, 0, 0o777, 0, True),
     (0, 7, 0o777, 7, False),
     (7, 7, 0o700, None, True),
     (7, 7, 0o775, 7, True),
@@ -3760,7 +3981,7 @@ PLACES = [
     (7, 0, 0o1777, 8, False),
     (7, 8, 0o700, None, False),
     (7, 8, 0o1777, 7, False),
-    (7, 7, 0o777, 7, False),
+    (7, 7, 0o777, 7, True),
 ]
 
 
@@ -3801,16 +4022,13 @@ def test_a_socket_that_a_stranger_can_have_made_is_refused(
         shutil.rmtree(folder)
 
 
-def test_a_server_in_a_directory_of_everybody_does_not_start(tmp_path: pathlib.Path) -> None:
+def test_a_directory_of_ours_that_is_open_to_all_gets_the_sticky_bit(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
     os.chmod(tmp_path, 0o777)
-    variables = {**os.environ, "TMUX_SOCKET": f"{tmp_path}/s"}
-    command = [sys.executable, str(MODULE), "server", "-p", "0"]
-    done = subprocess.run(
-        command, env=variables, capture_output=True, text=True, timeout=20, check=False
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert f"{tmp_path}: got user {os.geteuid()} and mode drwxrwxrwx, expected" in done.stderr
-    assert os.listdir(tmp_path) == []
+    pp.check_place(f"{tmp_path}/s")
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
+    assert f"{tmp_path}: any user could replace what is in it" in caplog.text
 
 
 def test_a_directory_of_ours_below_one_of_everybody_will_do_with_a_warning(
@@ -5478,23 +5696,42 @@ def test_keys_reach_programs_that_others_wait_for(proxy: Proxy, agent: str) -> N
     assert sorted(each.result()["stdout"] for each in asking) == ["", "", "", "here\n"]
 
 
+def test_keys_go_to_the_program_that_somebody_started(proxy: Proxy, agent: str) -> None:
+    call(proxy, "send_keys", agent_name=agent, text=f"{sys.executable} -q", keys=["Enter"])
+    eventually(lambda: ">>>" in text_of(call(proxy, "read_terminal", agent_name=agent)))
+    running = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
+    eventually(lambda: processes_with("read -r x </dev/tty; echo got"))
+
+    shown = call(proxy, "send_keys", agent_name=agent, text="print(6*7)", keys=["Enter"])
+    assert "\n42\n" in text_of(shown)
+    both = text_of(call(proxy, "read_terminal", agent_name=agent))
+    assert "\n42\n" in both
+    assert "read -r x" in both
+
+    (run_id,) = {
+        word.split("=")[1]
+        for pid in processes_with("echo got")
+        for word in pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0")
+        if word.startswith("POCKETCODER_RUN_ID=")
+    }
+    call(proxy, "send_keys", agent_name=agent, text="aimed", keys=["Enter"], run_id=run_id)
+    assert running.result()["stdout"] == "got aimed\n"
+    refused = call(proxy, "send_keys", agent_name=agent, text="x", run_id=run_id)
+    assert refused["isError"]
+    assert "run_id" in text_of(refused)
+
+    call(proxy, "send_keys", agent_name=agent, keys=["C-d"])
+    again = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
+    eventually(lambda: processes_with("read -r x </dev/tty; echo got"))
+    call(proxy, "send_keys", agent_name=agent, text="newest", keys=["Enter"])
+    assert again.result()["stdout"] == "got newest\n"
+
+
 def test_a_program_is_driven_by_keys_and_read_like_a_person_would(proxy: Proxy, agent: str) -> None:
-    assert (
-        call(
-            proxy,
-            "send_keys",
-            agent_name=agent,
-            text="read -p 'Name? ' n; echo \"<$n>\"",
-            keys=["Enter"],
-        )["content"]
-        == []
-    )
-    eventually(
-        lambda: (
-            "Name? "
-            in text_of(call(proxy, "read_terminal", agent_name=agent)).split("\n")[-1] + " "
-        )
-    )
+    ask = "read -p 'Name? ' n; echo \"<$n>\""
+    shown = text_of(call(proxy, "send_keys", agent_name=agent, text=ask, keys=["Enter"]))
+    assert shown.endswith(f"$ {ask}\nName?")
+    assert text_of(call(proxy, "read_terminal", agent_name=agent)) == shown
     listed = {
         each["agent_name"]: each
         for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
@@ -5898,6 +6135,7 @@ def test_the_audit_log_has_the_start_and_the_end_of_each_command(
     start, end = noted(path)  # the end, before it is answered
     fields = {
         "run_id": answer["run_id"],
+        "door": "exec",
         **ids,
         "cwd": os.path.realpath(proxy.workspace),
         "cmd": cmd,
@@ -5906,7 +6144,9 @@ def test_the_audit_log_has_the_start_and_the_end_of_each_command(
     assert start == {"time": start["time"], "event": "start", **fields}
     result = {
         "exit_code": 3,
+        "ended": "exit",
         "error": None,
+        "waited_ms": answer["waited_ms"],
         "duration_ms": answer["duration_ms"],
         "output_bytes": 2,
     }
@@ -7149,6 +7389,819 @@ def test_whatever_frames_come_the_socket_ends_and_nothing_is_left(
     assert "Traceback" not in proxy.logged(), proxy.logged()[-3000:]
 
 
+# What `bash -c` makes of a line, every door makes of it.  Each line runs in a directory of its own
+# that has the FILES.  None depends on times, on process ids or on the machine.
+FILES = {
+    "a.txt": "one\ntwo\nthree\n",
+    "b.txt": "two\nfour\n",
+    "c d.txt": "",
+    ".hidden": "",
+    "sub/e.txt": "",
+}
+# Variables whose values are the sandbox's: those of the terminal, of the shell in it, and our own.
+OWN = "_|SHELL|SHLVL|OLDPWD|TERM|TERM_PROGRAM|TERM_PROGRAM_VERSION|POCKETCODER_[A-Z_]*"
+SAYING = [
+    pytest.param("echo out; echo err >&2; echo out; echo err >&2", id="out-and-err-in-turn"),
+    pytest.param("printf 'no newline'", id="no-newline-at-the-end"),
+    pytest.param("printf 'no newline' >&2", id="no-newline-at-the-end-of-stderr"),
+    pytest.param(r"printf 'a\n\n\n  b  \n\n\n'", id="blank-lines-and-blanks-at-the-end"),
+    pytest.param(":", id="no-output"),
+    pytest.param("echo", id="a-blank-line"),
+    pytest.param("echo -n -e 'a\\tb\\c hidden'", id="echo-with-options"),
+    pytest.param("# only a comment", id="a-comment"),
+    pytest.param("echo é ü 漢字 🙂 👩‍👩‍👧", id="unicode"),
+    pytest.param("x=é漢🙂; echo ${#x} ${x:1:1} ${x^^}", id="unicode-counted"),
+    pytest.param("echo $'\\u00e9\\x41\\e[0m\\a' | od -An -c", id="escapes-of-dollar-quotes"),
+    pytest.param(r"printf '\000\001\177\200\376\377'", id="binary-bytes"),
+    pytest.param(r"printf '\360\237'; printf '\231\202\n'", id="half-a-character-twice"),
+    pytest.param(r"printf '\355\240\200|\300\200|\364\220\200\200|\342\202'", id="wrong-utf-8"),
+    pytest.param(r"printf '\r\n\033[2J\033]0;title\007\b\f\v'", id="control-characters"),
+    pytest.param("head -c 200000 /dev/zero", id="many-nul-bytes"),
+    pytest.param("seq 1 20000", id="large-output"),
+    pytest.param("seq 1 20000 >&2", id="large-stderr"),
+    pytest.param("head -c 300000 /dev/zero | tr '\\0' x", id="one-long-line"),
+    pytest.param(
+        "for i in {1..300}; do echo o$i; echo e$i >&2; done", id="out-and-err-in-turn-often"
+    ),
+    pytest.param("yes é | head -c 99999", id="large-and-cut-inside-a-character"),
+    pytest.param("echo 'it'\\''s' \"a\\\"b\" 'c\"d' \\' \\\"", id="quotes-in-quotes"),
+    pytest.param('echo "$(echo "nested $(echo \'deep  er\')")"', id="nested-substitutions"),
+    pytest.param("echo `echo \\`echo back\\``", id="nested-backquotes"),
+    pytest.param("echo a\\\nb 'c\nd' \"e\\\nf\"", id="continued-lines"),
+    pytest.param("echo '!' !! \"!x\" !$", id="no-history-expansion"),
+    pytest.param("echo [EXIT] $? __END__ '[exit 3]'", id="words-like-markers"),
+    pytest.param("echo one\recho two", id="a-carriage-return-is-no-newline"),
+    pytest.param("\n\n  echo indented\n\n", id="blank-lines-around"),
+    pytest.param("echo tab\there   many", id="tabs-and-blanks"),
+    pytest.param(
+        "printf '%5.2f|%-5s|%05d|%q|%b|%x\\n' 3.14159 ab 42 'a b' 'x\\ty' 255", id="printf"
+    ),
+    pytest.param(
+        "printf '%s-%s\\n' a b c; printf -v v %03d 7; echo $v", id="printf-again-and-to-v"
+    ),
+    pytest.param("printf '%d\\n' abc; echo $?", id="printf-of-no-number"),
+    pytest.param("echo {1..5} {a..e..2} {01..03} x{,y,z}", id="braces"),
+    pytest.param('echo ~ ~/x | sed "s|$HOME|HOME|g"', id="tildes"),
+]
+ENDING = [
+    pytest.param("exit 0; echo never", id="exit-0"),
+    pytest.param("exit 256", id="exit-256"),
+    pytest.param("exit -1", id="exit-minus-1"),
+    pytest.param("exit abc; echo never", id="exit-of-no-number"),
+    pytest.param("exit 1 2; echo here", id="exit-with-two-numbers"),
+    pytest.param("false; exit", id="exit-with-the-last-status"),
+    pytest.param("(exit 7); echo $?; (exit 8)", id="exit-in-a-subshell"),
+    pytest.param("{ exit 9; }; echo never", id="exit-in-a-group"),
+    pytest.param("f() { exit 11; }; f; echo never", id="exit-in-a-function"),
+    pytest.param("f() { return 12; echo never; }; f", id="return-in-a-function"),
+    pytest.param("return 3; echo $?", id="return-outside"),
+    pytest.param("break; continue; echo $?", id="break-outside"),
+    pytest.param("x=$(exit 13); echo $?; x=$(exit 14)", id="exit-in-a-substitution"),
+    pytest.param("local x=$(false); echo $?", id="local-outside"),
+    pytest.param("for i in 1 2 3; do [ $i = 2 ] && exit 5; echo $i; done", id="exit-in-a-loop"),
+    pytest.param("while :; do exit 6; done | cat; echo $?", id="exit-in-a-pipe"),
+    pytest.param("eval 'exit 15'; echo never", id="exit-in-eval"),
+    pytest.param("echo 'exit 16' >s; . ./s; echo never", id="exit-in-a-sourced-file"),
+    pytest.param("! true", id="not-true"),
+    pytest.param("! false | true; echo $? ${PIPESTATUS[*]}", id="not-a-pipe"),
+    pytest.param("nosuch --option", id="no-such-command"),
+    pytest.param("./nosuch; ./sub; ./a.txt", id="what-cannot-be-run"),
+    pytest.param("nosuch 2>/dev/null || echo $?", id="no-such-command-caught"),
+    pytest.param("if then", id="a-syntax-error"),
+    pytest.param("echo before\necho 'open", id="an-open-quote"),
+    pytest.param("echo before; echo $(", id="an-open-substitution"),
+    pytest.param("echo one\necho two; ;; echo three", id="a-syntax-error-on-the-second-line"),
+    pytest.param("echo before\nfi\necho after", id="a-word-out-of-place"),
+    pytest.param("for", id="half-a-loop"),
+    pytest.param("cat <<E\nno end", id="a-here-document-without-end"),
+    pytest.param("eval 'if'; echo $?", id="a-syntax-error-in-eval"),
+    pytest.param("}", id="a-brace-too-many"),
+    pytest.param(")", id="a-parenthesis-too-many"),
+    pytest.param("echo $((1 +)); echo never", id="an-arithmetic-error"),
+    pytest.param("echo $((1 / 0)); echo never", id="a-division-by-zero"),
+    pytest.param("echo ${x!y}; echo never", id="a-bad-substitution"),
+    pytest.param("echo ${x:?is needed}; echo never", id="a-needed-variable"),
+    pytest.param("readonly r=1; r=2; echo never", id="a-readonly-variable"),
+    pytest.param("\n\nnosuch\n\nnosuch2", id="line-numbers-in-messages"),
+    pytest.param("f() {\n nosuch\n}\n\nf; echo $LINENO", id="line-numbers-in-functions"),
+    pytest.param("exec nosuch; echo never", id="exec-of-nothing"),
+    pytest.param("exec echo replaced; echo never", id="exec-of-a-program"),
+    pytest.param("exec bash -c 'exit 21'", id="exec-of-a-shell"),
+    pytest.param("exec -a other bash -c 'echo $0'", id="exec-under-another-name"),
+    pytest.param("command exit 22; echo never", id="exit-by-command"),
+]
+STRICT = [
+    pytest.param("set -e; false; echo never", id="errexit"),
+    pytest.param("set -e; false || true; if false; then :; fi; echo here", id="errexit-spared"),
+    pytest.param("set -e; (false; echo never); echo never", id="errexit-in-a-subshell"),
+    pytest.param('set -e; x=$(false; echo inside); echo "[$x]"', id="errexit-in-a-substitution"),
+    pytest.param("set -e; f() { false; echo here; }; f && echo too", id="errexit-in-a-condition"),
+    pytest.param("set -e; false | true; echo here", id="errexit-and-a-pipe"),
+    pytest.param("set -eo pipefail; false | true; echo never", id="errexit-and-pipefail"),
+    pytest.param("set -o pipefail; exit 3 | exit 4 | true; echo $?", id="pipefail"),
+    pytest.param("set -u; echo ${x-unset}; echo $x; echo never", id="nounset"),
+    pytest.param('set -u; a=(); echo "${a[@]}" here; echo $1', id="nounset-and-arrays"),
+    pytest.param("set -x; echo traced $((1+1)); f() { :; }; f", id="xtrace"),
+    pytest.param("PS4='+$LINENO '; set -x; echo a\necho b", id="xtrace-with-a-prompt"),
+    pytest.param("set -v; echo one\necho two", id="verbose"),
+    pytest.param("set -n; echo never", id="noexec"),
+    pytest.param("set -f; echo *; set +f; echo *", id="noglob"),
+    pytest.param("set -C; echo x >a.txt; echo $?; echo y >|a.txt; cat a.txt", id="noclobber"),
+    pytest.param("set -a; x=1; env | grep ^x=", id="allexport"),
+    pytest.param("set -m; set -o | grep -c on; echo $-", id="monitor"),
+    pytest.param("set -o posix; set -o; echo $-", id="all-options"),
+    pytest.param("shopt", id="all-shell-options"),
+    pytest.param("echo $-; set -eu; echo $-", id="flags"),
+    pytest.param(
+        "set -- a 'b c' d; echo $# \"$2\"; shift 2; echo $*; shift 9; echo $?", id="shift"
+    ),
+    pytest.param(
+        "while getopts ab:c o -a -b x -d; do echo $o $OPTARG; done; echo $OPTIND", id="getopts"
+    ),
+    pytest.param("set -E; trap 'echo trapped $?' ERR; f() { false; }; f; echo on", id="errtrace"),
+    pytest.param("set -eE; trap 'echo at $LINENO' ERR\nx=$(false)\necho never", id="errtrace-exit"),
+]
+EXPANDING = [
+    pytest.param("echo $((2**10)) $((7/2)) $((-7%3)) $((0x1f)) $((2#101)) $((1?2:3))", id="sums"),
+    pytest.param("((x=5, x+=2)); echo $x $?; ((0)); echo $?; let y=x*2; echo $y", id="let"),
+    pytest.param("echo $((08)); echo never", id="a-wrong-octal"),
+    pytest.param("echo $((9223372036854775807 + 1))", id="an-overflow"),
+    pytest.param(
+        "a=(x 'y z' w); echo ${#a[@]} ${a[1]} ${!a[@]} \"${a[@]:1}\" ${a[-1]}", id="arrays"
+    ),
+    pytest.param(
+        "declare -A m=([k]=v [l]=w); echo ${m[k]} ${#m[@]}; unset 'm[k]'; declare -p m", id="maps"
+    ),
+    pytest.param("mapfile -t l <a.txt; echo ${#l[@]}; printf '[%s]' \"${l[@]}\"", id="mapfile"),
+    pytest.param("a=(1 2); a+=(3); a[7]=8; declare -p a", id="sparse-arrays"),
+    pytest.param("declare -n r=v; v=1; r=2; echo $v; declare -i n=2+3; echo $n", id="namerefs"),
+    pytest.param(
+        "x=path/to/file.tar.gz; echo ${x##*/} ${x%.*} ${x%%.*} ${x#*/} ${x/t/T}", id="cuts"
+    ),
+    pytest.param("x=abcdef; echo ${x:2} ${x:1:3} ${x: -2} ${x^} ${x@Q} ${x//[bd]/-}", id="slices"),
+    pytest.param("echo ${x:-default} ${x:=set} ${x:+there} ${y+no}; echo $x", id="defaults"),
+    pytest.param(
+        'x=\'a  b\'; echo $x "$x"; IFS=:; y=a:b:c; set -- $y; echo $# "$*"', id="words-split"
+    ),
+    pytest.param("echo *; echo .h*; echo */*; echo no*such; echo ?.txt [!a].txt", id="globs"),
+    pytest.param(
+        "shopt -s nullglob; echo no*such; shopt -s dotglob; echo *", id="globs-of-nothing"
+    ),
+    pytest.param("shopt -s failglob; echo no*such; echo never", id="failglob"),
+    pytest.param("shopt -s extglob\necho !(a|b).txt @(a|b).txt", id="extended-globs"),
+    pytest.param('shopt -s globstar; echo **; for f in *.txt; do echo "<$f>"; done', id="globstar"),
+    pytest.param(
+        "[[ abc =~ ^a(.)c$ ]] && echo ${BASH_REMATCH[1]}; [[ a < b ]]; echo $?", id="matches"
+    ),
+    pytest.param(
+        "[ 1 -lt 2 -a x = x ] && [ -f a.txt ] && [ ! -e no ]; echo $?; [ a b c", id="tests"
+    ),
+    pytest.param("case a.txt in *.md) echo 1;; *.t?t) echo 2;;& a*) echo 3;; esac", id="cases"),
+    pytest.param(
+        "for ((i=0;i<3;i++)); do echo $i; done; until [ $((i--)) = 0 ]; do :; done", id="loops"
+    ),
+    pytest.param(
+        "f() { local x=in; g; }; g() { echo $x ${FUNCNAME[*]}; }; x=out; f; echo $x", id="scopes"
+    ),
+    pytest.param(
+        "f() { echo $# \"$@\"; }; f 'a b' '' c; declare -f f; unset -f f; f", id="functions"
+    ),
+    pytest.param(
+        "f() ( cd sub; x=1; ls ); f; echo ${x-unset}; ls -d sub", id="a-function-as-subshell"
+    ),
+    pytest.param(
+        "fact() { (($1 < 2)) && echo 1 || echo $(($1 * $(fact $(($1-1))))); }; fact 6",
+        id="recursion",
+    ),
+    pytest.param("alias ll=echo; ll x; shopt -s expand_aliases\nalias lm=echo\nlm y", id="aliases"),
+    pytest.param("echo $'a\\'b' $\"translated\" \"$'not'\"", id="dollar-quotes"),
+    pytest.param("select x in a b; do echo $x; done; echo $?", id="select-without-input"),
+    pytest.param(
+        "echo $BASH_SUBSHELL $(echo $BASH_SUBSHELL) $( (echo $BASH_SUBSHELL) )", id="depths"
+    ),
+    pytest.param(
+        'echo "${BASH_SOURCE[*]}|$BASH_EXECUTION_STRING|${#BASH_ARGV[@]}"', id="bash-variables"
+    ),
+]
+# Octal flags of open(2), without O_LARGEFILE: a pipe without a name never has it.
+FLAGS = "while read k v; do [ $k = flags: ] && echo $((8#$v & ~8#100000)); done </proc/$$/fdinfo/{}"
+REDIRECTED = [
+    pytest.param("cat <<E\n$((1+1)) `echo x` \\$y\nE", id="here-document"),
+    pytest.param("cat <<'E'\n$((1+1)) `echo x` \\$y\nE", id="here-document-quoted"),
+    pytest.param("cat <<-E\n\t\tindented\n\tE\necho end", id="here-document-indented"),
+    pytest.param("cat <<A; cat <<B\none\nA\ntwo\nB", id="here-documents-in-turn"),
+    pytest.param(
+        "cat <<A - <(cat <<B\ninner\nB\n)\nouter\nA", id="here-document-in-a-substitution"
+    ),
+    pytest.param("cat <<<\"$(printf 'a\\nb')\"; wc -c <<<''", id="here-string"),
+    pytest.param(
+        "cat <<E | wc -c\n$(head -c 200000 /dev/zero | tr '\\0' y)\nE", id="here-document-large"
+    ),
+    pytest.param('read x; echo "$? [$x]"; cat; wc -c', id="read-from-empty-stdin"),
+    pytest.param('while read -r l; do echo "<$l>"; done; echo end', id="loop-over-empty-stdin"),
+    pytest.param(
+        "read -t 1 x; echo $?; read -n 1 y; echo $?; mapfile z; echo ${#z[@]}", id="reads"
+    ),
+    pytest.param("readlink /proc/self/fd/0", id="what-stdin-is"),
+    pytest.param("[ -p /dev/stdin ]; echo $?; [ -c /dev/stdin ]; echo $?", id="what-kind-stdin-is"),
+    pytest.param("[ -t 0 ] || [ -t 1 ] || [ -t 2 ]; echo $?; tty", id="no-terminal"),
+    pytest.param("read x <&1; echo $?", id="read-from-stdout"),
+    pytest.param("read x <&2; echo $?", id="read-from-stderr"),
+    pytest.param("cat <&1; echo $?", id="a-program-reads-stdout"),
+    pytest.param("cat <&2; echo $?", id="a-program-reads-stderr"),
+    pytest.param("echo x >&0; echo $?", id="write-to-stdin"),
+    pytest.param(FLAGS.format(1), id="stdout-is-open-for-writing-only"),
+    pytest.param(FLAGS.format(2), id="stderr-is-open-for-writing-only"),
+    pytest.param(
+        "for f in 1 2; do [ -p /dev/fd/$f ]; echo $?; done", id="stdout-and-stderr-are-pipes"
+    ),
+    pytest.param("[ /dev/fd/1 -ef /dev/fd/2 ]; echo $?", id="whether-stdout-and-stderr-are-one"),
+    pytest.param("ls /proc/$$/fd", id="descriptors-of-the-shell"),
+    pytest.param("ls /proc/self/fd | cat", id="descriptors-of-a-program"),
+    pytest.param(
+        "echo x >/dev/stdout; echo y >/dev/stderr; echo z >>/dev/stderr", id="opened-again"
+    ),
+    pytest.param(
+        "echo x >/dev/fd/1; echo y >/proc/self/fd/2; echo z | tee /dev/stderr", id="by-number"
+    ),
+    pytest.param("cat /dev/stdin; cat /dev/fd/0; echo $?", id="stdin-opened-again"),
+    pytest.param("echo hidden >&-; echo $?", id="closed-stdout"),
+    pytest.param("exec >&-; echo hidden; echo $? >&2", id="closed-stdout-for-good"),
+    pytest.param("exec 2>&-; nosuch; echo $?", id="closed-stderr"),
+    pytest.param("exec 0<&-; cat; echo $?; read x; echo $?", id="closed-stdin"),
+    pytest.param("exec >&- 2>&- <&-; exit 17", id="everything-closed"),
+    pytest.param("exec 1>&- 2>&-; sleep 0.1; exit 18", id="closed-long-before-the-end"),
+    pytest.param("exec 3>&1 1>&2 2>&3 3>&-; echo to-err; echo to-out >&2", id="swapped"),
+    pytest.param(
+        "{ echo out; echo err >&2; } 2>&1 >/dev/null | sed s/^/E:/", id="only-stderr-piped"
+    ),
+    pytest.param(
+        "echo both &>f; cat f; echo more &>>f; cat f; nosuch |& sed s/^/P:/", id="both-at-once"
+    ),
+    pytest.param(
+        "exec 3>f; echo three >&3; exec 3>&-; cat f; echo no >&3; echo $?", id="descriptor-3"
+    ),
+    pytest.param(
+        "exec 9<a.txt; read x <&9; cat <&9; echo $x; echo y >&9; echo $?", id="descriptor-9"
+    ),
+    pytest.param("for f in {3..9}; do echo $f >&$f; done 2>&1", id="descriptors-3-to-9-are-closed"),
+    pytest.param("for f in 10 63 255; do [ -e /dev/fd/$f ]; echo $?; done", id="high-descriptors"),
+    pytest.param(
+        "exec {f}<a.txt; cat <&$f; echo $((f >= 10)); exec {f}<&-", id="a-named-descriptor"
+    ),
+    pytest.param("exec 7<>f; echo x >&7; exec 7<f; cat <&7", id="read-write"),
+    pytest.param("exec 5>&1; (echo in >&5) | cat; echo x 1>&5-; echo $?", id="moved-descriptors"),
+    pytest.param("echo x >no/such/file; echo $?", id="no-such-directory"),
+    pytest.param("cat <nosuch; echo $?; : >sub; echo $?", id="no-such-file"),
+    pytest.param(">new; ls -s new; >>new <a.txt; echo $?", id="only-redirections"),
+    pytest.param(
+        "echo x >'sp ace' >last; ls; cat last; <a.txt cat; 2>/dev/null nosuch", id="anywhere"
+    ),
+    pytest.param("exec <a.txt; read x; echo $x; cat", id="stdin-for-good"),
+    pytest.param("exec >f; echo in; exec >&2; cat f", id="stdout-for-good"),
+    pytest.param("cat a.txt - <b.txt; tac <a.txt | cat - b.txt", id="stdin-as-an-argument"),
+    pytest.param("echo x >/dev/full; echo $?", id="a-full-disk"),
+    pytest.param("if read x; then echo $x; fi <a.txt; { cat; } <b.txt; (cat) <b.txt", id="blocks"),
+    pytest.param("dd if=/dev/zero of=/dev/stdout bs=1 count=3 status=none | od -An -c", id="dd"),
+]
+PIPED = [
+    pytest.param("yes | head -3; echo ${PIPESTATUS[*]}", id="a-reader-that-leaves"),
+    pytest.param("true | false | (exit 3); echo ${PIPESTATUS[@]} $?", id="statuses-of-a-pipe"),
+    pytest.param(
+        'echo x | read y; echo "[$y]"; shopt -s lastpipe; echo x | read y; echo "[$y]"',
+        id="lastpipe",
+    ),
+    pytest.param("seq 100000 | sort -rn | sed -n '1p;$p' | tr '\\n' ,", id="a-long-pipe"),
+    pytest.param(
+        "seq 5 | while read n; do x=$n; echo $((n*n)); done; echo ${x-unset}", id="a-loop-in-a-pipe"
+    ),
+    pytest.param("cat <(echo one) <(echo two)", id="process-substitution-read"),
+    pytest.param("diff <(seq 3) <(seq 2 4); echo $?", id="process-substitution-diff"),
+    pytest.param(
+        'while read l; do echo "<$l>"; done < <(cat a.txt)', id="process-substitution-loop"
+    ),
+    pytest.param("echo hi > >(cat)", id="process-substitution-written"),
+    pytest.param("echo hi | tee >(sed s/^/A:/) >/dev/null", id="process-substitution-tee"),
+    pytest.param("exec > >(tee /dev/null) 2>&1; echo hi", id="process-substitution-for-good"),
+    pytest.param(
+        "exec > >(sed s/^/L:/); echo one; echo two; exit 5", id="process-substitution-and-exit"
+    ),
+    pytest.param(
+        "exec 2> >(sed s/^/E:/ >&2); ls /nope; exit 6", id="process-substitution-for-stderr"
+    ),
+    pytest.param("ls /nope 2> >(sed s/^/E:/ >&2)", id="process-substitution-of-stderr"),
+    pytest.param("seq 30000 > >(tail -n 1)", id="process-substitution-of-much"),
+    pytest.param("seq 30000 > >(cat)", id="process-substitution-that-writes-much"),
+    pytest.param("echo x > >(cat >f); wait $!; cat f", id="process-substitution-waited-for"),
+    pytest.param("(sleep 0.03; echo late) & exit 4", id="a-child-that-is-a-little-late"),
+    pytest.param("(sleep 0.03; echo late >&2) & echo now", id="a-child-that-is-late-on-stderr"),
+    pytest.param("setsid -f bash -c 'sleep 0.03; echo late'; echo now", id="a-late-session"),
+    pytest.param(
+        "coproc cat; echo hi >&${COPROC[1]}; read x <&${COPROC[0]}; echo $x", id="coprocess"
+    ),
+    pytest.param(
+        'coproc UP { tr a-z A-Z; }; exec 5<&${UP[0]} 6>&${UP[1]}; eval "exec ${UP[1]}>&-"; '
+        "echo hi >&6; exec 6>&-; cat <&5; wait; echo $?",
+        id="coprocess-with-a-name",
+    ),
+    pytest.param("mkfifo p; echo through >p & cat p; wait; echo $?", id="a-named-pipe"),
+    pytest.param("mkfifo p; exec 3<>p; echo x >&3; read y <&3; echo $y", id="a-named-pipe-alone"),
+    pytest.param("(trap '' PIPE; yes 2>&1 | :; echo ${PIPESTATUS[0]})", id="ignored-sigpipe"),
+    pytest.param("bash -c 'kill -PIPE $$'; echo $?", id="sigpipe-kills"),
+    pytest.param("echo 'echo piped $0; exit 3' | bash; echo $?", id="a-script-piped-to-bash"),
+    pytest.param(
+        "bash -s a b <<< 'echo $# $2'; bash <<'E'\necho here\nexit 4\nE", id="scripts-on-stdin"
+    ),
+    pytest.param("(echo a; (echo b; (echo c; exit 3); echo $?))", id="subshells-in-subshells"),
+    pytest.param('x=$(cat <&0); echo "[$x]"; y=$(<a.txt); echo "$y"', id="substitutions-that-read"),
+]
+SIGNALLED = [
+    pytest.param("sleep 0.02 & wait; echo $?", id="background-waited-for"),
+    pytest.param("(exit 7) & wait $!; echo $?; wait 1; echo $?", id="background-with-a-status"),
+    pytest.param("true & false & wait -n; wait; echo $?", id="several-in-background"),
+    pytest.param(
+        "(sleep 0.05; exit 3) & (sleep 0.05; exit 4) & wait %1; echo $?; wait $!; echo $?",
+        id="jobs-by-number",
+    ),
+    pytest.param("sleep 5 & kill $!; wait $!; echo $?", id="background-terminated"),
+    pytest.param("sleep 5 & kill -9 %1; wait %1 2>/dev/null; echo $?", id="background-killed"),
+    pytest.param("cat & wait; echo $?", id="background-reads-nothing"),
+    pytest.param("sleep 5 & jobs | sed 's/  */ /g'; kill %%; wait 2>/dev/null; echo $?", id="jobs"),
+    pytest.param("sleep 5 & disown; jobs; kill $!; echo $?", id="disowned"),
+    pytest.param("set -m; sleep 5 & kill -TERM -- -$!; wait $!; echo $?", id="a-job-as-a-group"),
+    pytest.param("set -m; (sleep 0.05; exit 5) & fg >/dev/null; echo $?", id="foreground"),
+    pytest.param("fg; bg; echo $?", id="no-job-control"),
+    pytest.param("trap 'echo bye' EXIT; exit 4", id="trap-exit"),
+    pytest.param("trap 'echo bye; exit 9' EXIT; exit 4", id="trap-exit-with-a-status"),
+    pytest.param("trap 'echo $?' EXIT; false", id="trap-exit-sees-the-status"),
+    pytest.param("trap 'echo bye' EXIT; kill $$; sleep 1; echo never", id="trap-exit-and-term"),
+    pytest.param("trap 'echo bye' EXIT; exec true", id="trap-exit-and-exec"),
+    pytest.param("trap 'echo bye' EXIT; (echo in); nosuch", id="trap-exit-and-a-subshell"),
+    pytest.param("trap 'echo term' TERM; kill $$; echo on; exit 3", id="trap-term"),
+    pytest.param("trap 'echo int' INT; kill -INT $$; echo on", id="trap-int"),
+    pytest.param("trap '' TERM; kill $$; bash -c 'kill $$; echo ignored'", id="trap-ignored"),
+    pytest.param("trap 'echo err $?' ERR; false; (exit 5); true", id="trap-err"),
+    pytest.param("trap 'echo $BASH_COMMAND' DEBUG; x=1; echo a", id="trap-debug"),
+    pytest.param("f() { trap 'echo left' RETURN; :; }; f; echo on", id="trap-return"),
+    pytest.param(
+        "trap 'echo u1' USR1; trap 'echo u2' USR2; kill -USR1 $$; kill -USR2 $$", id="trap-usr"
+    ),
+    pytest.param("trap 'echo chld' CHLD; set -m; /bin/true & wait $!; trap - CHLD", id="trap-chld"),
+    pytest.param("trap 'echo a' TERM EXIT; trap -p; trap - TERM EXIT; trap", id="traps-listed"),
+    pytest.param("trap; trap -p INT TERM HUP QUIT PIPE", id="no-traps-at-the-start"),
+    pytest.param(
+        "trap 'echo got; exit 3' TERM; (sleep 0.02; kill $$) & wait; echo never", id="trap-in-wait"
+    ),
+    pytest.param("kill $$; sleep 1", id="terminated"),
+    pytest.param("kill -9 $$; sleep 1", id="killed"),
+    pytest.param("kill -INT $$; sleep 1", id="interrupted"),
+    pytest.param("kill -HUP $$; sleep 1", id="hung-up"),
+    pytest.param("kill -QUIT $$; echo on", id="quit"),
+    pytest.param("kill -USR1 $$; sleep 1", id="usr1"),
+    pytest.param("kill -PIPE $$; sleep 1", id="broken-pipe"),
+    pytest.param("kill -ALRM $$; sleep 1", id="alarm"),
+    pytest.param("ulimit -c 0; kill -SEGV $$; sleep 1", id="segmentation-fault"),
+    pytest.param("ulimit -c 0; kill -ABRT $$; sleep 1", id="aborted"),
+    pytest.param("kill -RTMIN $$; sleep 1", id="a-real-time-signal"),
+    pytest.param("echo before; kill -9 $BASHPID", id="killed-by-bashpid"),
+    pytest.param(
+        "bash -c '(kill -9 $BASHPID); echo $?' 2>&1 | sed 's/: *[0-9]* K/: PID K/'",
+        id="a-subshell-killed",
+    ),
+    pytest.param("bash -c 'kill -9 $$' 2>&1 | cat; echo ${PIPESTATUS[0]}", id="killed-in-a-pipe"),
+    pytest.param("bash -c 'kill -TERM $$'; echo $?", id="a-child-terminated"),
+    pytest.param(
+        "bash -c \"ulimit -c 0; bash -c 'kill -SEGV \\$\\$'; echo \\$?\" 2>&1 | sed 's/: *[0-9]* S/: PID S/'",
+        id="a-child-with-a-fault",
+    ),
+    pytest.param("bash -c 'kill -9 $PPID'; sleep 1; echo never", id="killed-by-its-child"),
+    pytest.param("grep -E '^Sig(Blk|Ign|Cgt)' /proc/$$/status", id="signals-blocked-and-ignored"),
+    pytest.param("grep -E '^Sig(Blk|Ign)' /proc/self/status", id="signals-of-a-program"),
+    pytest.param(
+        "sleep 5 & kill -STOP $!; kill -CONT $!; kill $!; wait $!; echo $?",
+        id="stopped-and-continued",
+    ),
+    pytest.param(
+        "kill -0 $$; echo $?; kill -0 99999999; kill -l 15; kill -NOSUCH $$", id="kill-itself"
+    ),
+    pytest.param("kill -TERM 0; sleep 1; echo never", id="the-whole-group"),
+    pytest.param("trap 'echo all' TERM; kill -TERM 0; echo on", id="the-whole-group-trapped"),
+]
+AROUND = [
+    pytest.param('echo "$0|$#|$*"', id="name-and-arguments"),
+    pytest.param("[ $$ = $BASHPID ]; echo $?; ([ $$ = $BASHPID ]; echo $?)", id="pid-and-bashpid"),
+    pytest.param("echo $(( $$ == $(echo $$) ))", id="pid-in-a-substitution"),
+    pytest.param("cat /proc/$$/comm", id="name-of-its-process"),
+    pytest.param("umask; umask 077; umask -S; touch f; stat -c %a f; (umask 0); umask", id="umask"),
+    pytest.param("ulimit -a", id="limits"),
+    pytest.param("ulimit -Ha", id="hard-limits"),
+    pytest.param(
+        "ulimit -n 50; ulimit -n; ulimit -f 1; (trap '' XFSZ; head -c 9999 /dev/zero >f); echo $?",
+        id="limits-set",
+    ),
+    pytest.param("nice; cat /proc/$$/oom_score_adj; grep Seccomp: /proc/$$/status", id="niceness"),
+    pytest.param(
+        "id -u; id -g; id -G; grep -E '^(Cap|NoNew|Groups)' /proc/$$/status", id="identity"
+    ),
+    pytest.param("pwd; cd sub; pwd; cd - >/dev/null; pwd; echo $OLDPWD", id="cd-and-back"),
+    pytest.param("cd nosuch; echo $?; cd a.txt; echo $?; cd ''; pwd", id="cd-nowhere"),
+    pytest.param("ln -s sub l; cd l; pwd; pwd -P; cd ..; pwd", id="cd-through-a-link"),
+    pytest.param(
+        "mkdir gone; cd gone; rmdir ../gone; pwd; ls; cd ..; pwd", id="a-directory-that-is-gone"
+    ),
+    pytest.param("pushd sub; popd; dirs; CDPATH=sub; cd .; cd /; pwd", id="directory-stack"),
+    pytest.param('echo $PWD; [ "$PWD" = "$(/bin/pwd)" ]; echo $?', id="working-directory"),
+    pytest.param(f"env | cut -d= -f1 | grep -vxE '{OWN}' | sort", id="names-of-the-environment"),
+    pytest.param(
+        f"env -0 | tr '\\n\\0' ' \\n' | grep -vE '^({OWN})=' | sort", id="the-environment"
+    ),
+    pytest.param(
+        f"tr '\\n\\0' ' \\n' </proc/$$/environ | grep -vE '^({OWN})=' | sort",
+        id="the-environment-as-it-was-given",
+    ),
+    pytest.param("echo ${TMUX-unset} ${TMUX_PANE-unset}", id="no-tmux"),
+    pytest.param(f"compgen -v | grep -vxE '{OWN}' | sort", id="names-of-variables"),
+    pytest.param(
+        "declare -F; alias; compgen -A function; bind -p 2>&1 | head -1", id="no-functions"
+    ),
+    pytest.param("complete -p; hash; history; dirs; caller; echo $?", id="nothing-learned-yet"),
+    pytest.param(
+        'x=$SHLVL; bash -c "echo \\$((SHLVL - $x))"; (echo $((SHLVL - x)))', id="level-of-the-shell"
+    ),
+    pytest.param(": x; echo $_; echo a b; echo $_", id="last-argument"),
+    pytest.param(
+        'echo "$IFS" | od -An -c; echo $PATH $HOME $BASH $BASH_VERSION', id="well-known-variables"
+    ),
+    pytest.param('echo "${PS1-unset}|$PS2|${PS4}|${PROMPT_COMMAND-unset}"', id="prompts"),
+    pytest.param(
+        "echo ${COLUMNS-unset} ${LINES-unset} ${HISTFILE-unset} ${BASH_ENV-unset}", id="no-size"
+    ),
+    pytest.param(
+        "X=1 bash -c 'echo $X'; echo ${X-unset}; export X=2; env | grep ^X=", id="exports"
+    ),
+    pytest.param(
+        "env -i bash -c 'echo ${HOME-none} $-'; env -i /bin/echo x", id="an-empty-environment"
+    ),
+    pytest.param("export -n HOME; bash -c 'echo ${HOME-none}'; unset PATH; ls", id="taken-away"),
+    pytest.param("export X=$'a\\nb\\xff'; bash -c 'printf %s \"$X\"'", id="odd-values"),
+    pytest.param("f() { echo exported; }; export -f f; bash -c f", id="exported-functions"),
+    pytest.param(
+        "RANDOM=1; a=$RANDOM; RANDOM=1; [ $a = $RANDOM ]; echo $?; SECONDS=0; echo $SECONDS",
+        id="counters",
+    ),
+    pytest.param("LC_ALL=C; x=é; echo ${#x}; LC_ALL=C sort a.txt b.txt", id="locale"),
+    pytest.param("times | wc -l; TIMEFORMAT=timed; time true; time (exit 3); echo $?", id="timed"),
+    pytest.param("type echo ls if nosuch; command -v cd; which nosuch; echo $?", id="types"),
+    pytest.param("ls -A; stat -c '%F' . a.txt", id="the-files-there"),
+    pytest.param(
+        "cut -d' ' -f5 /proc/$$/stat | sed \"s/^$$\\$/leader/;s/^[0-9]*$/member/\"", id="its-group"
+    ),
+    pytest.param(
+        "bash -ic 'echo $-' 2>/dev/null | grep -c i; bash -lc 'echo login'",
+        id="other-kinds-of-shells",
+    ),
+]
+PROGRAMS = [
+    pytest.param("seq 5 | xargs -n 2 echo x; echo a b | xargs -I{} echo '<{}>'", id="xargs"),
+    pytest.param(
+        "echo 1 2 | xargs -n 1 bash -c 'exit $0'; echo $?; xargs echo none", id="xargs-that-fails"
+    ),
+    pytest.param("seq 4 | xargs -P 4 -n 1 bash -c 'echo $0' | sort", id="xargs-at-once"),
+    pytest.param(
+        "timeout 0.05 sleep 5; echo $?; timeout -s INT 0.05 bash -c 'sleep 5'; echo $?",
+        id="timeout",
+    ),
+    pytest.param("timeout 5 bash -c 'echo in; exit 3'", id="timeout-in-time"),
+    pytest.param("timeout --foreground 5 cat; echo $?", id="timeout-in-the-foreground"),
+    pytest.param("nohup echo hi; echo $?; ls", id="nohup"),
+    pytest.param("nohup bash -c 'kill -HUP $$; echo lives' 2>&1", id="nohup-ignores"),
+    pytest.param("setsid -w bash -c 'echo new; exit 5'; echo $?", id="setsid"),
+    pytest.param("setsid bash -c 'echo replaced'", id="setsid-alone"),
+    pytest.param("env -C sub ls; env X=1 -u HOME bash -c 'echo $X ${HOME-none}'", id="env"),
+    pytest.param("find . -name '*.txt' -print0 | sort -z | tr '\\0' ,", id="find"),
+    pytest.param("find . -type f -exec sh -c 'echo $#' x {} +", id="find-with-a-shell"),
+    pytest.param("awk 'BEGIN{print 1 > \"/dev/stderr\"; print 2; exit 3}'", id="awk"),
+    pytest.param("sed -n '2p;2q' a.txt; grep -c . a.txt b.txt; grep no a.txt", id="sed-and-grep"),
+    pytest.param("sh -c 'echo $0 $1; exit 2' zero one; echo $?", id="sh"),
+    pytest.param(
+        "printf '#!/bin/bash\\necho \"$0\" $1; exit 7' >s; chmod +x s; ./s x", id="a-script"
+    ),
+    pytest.param(
+        "printf 'echo plain $0' >s; chmod +x s; ./s; PATH=.:$PATH; s", id="a-script-without-a-line"
+    ),
+    pytest.param(
+        "printf '#!/no/such\\n' >s; chmod +x s; ./s; echo $?", id="a-script-without-interpreter"
+    ),
+    pytest.param(
+        "echo 'f() { echo sourced $1; return 4; }' >s; . ./s; f x; . nosuch", id="sourced"
+    ),
+    pytest.param(
+        "ls nosuch a.txt; echo $?; rm nosuch; mkdir sub; cat sub; cp a.txt no/", id="complaints"
+    ),
+    pytest.param(
+        "stdbuf -o0 printf x; : >/dev/no/such; dirname /a/b; basename /a/b.c .c", id="odds-and-ends"
+    ),
+    pytest.param("perl -e '$| = 1; print STDOUT 1; print STDERR 2; print 3; exit 4'", id="perl"),
+    pytest.param("tar c a.txt | tar tv | wc -l; gzip -c a.txt | gunzip", id="archives"),
+    pytest.param(
+        "sort -u a.txt b.txt | tee f | wc -l; cmp a.txt f; comm -12 a.txt b.txt",
+        id="files-compared",
+    ),
+    pytest.param("bash -c 'echo $- $0' name; bash -euc 'echo $x'; bash -xc ':'", id="bash-in-bash"),
+    pytest.param('bash -c \'exec bash -c "exec bash -c \\"echo deep\\""\'', id="bash-by-exec"),
+    pytest.param("ls -la / >/dev/null & ls nosuch; wait; echo $?", id="beside-each-other"),
+]
+GIVEN = "one\n  two\\\nécho three\nno newline"  # what the lines below have on stdin
+FED = [
+    pytest.param("cat", id="fed-whole"),
+    pytest.param("wc -c; cat; echo $?", id="fed-once"),
+    pytest.param('read x; echo "[$x]"; read -r y; echo "[$y]"; cat', id="fed-by-lines"),
+    pytest.param('while IFS= read -r l; do echo "<$l>"; done; echo "$l"', id="fed-loop"),
+    pytest.param("cat /dev/stdin", id="fed-by-name"),
+    pytest.param("sleep 0.05; cat /dev/stdin; echo $?", id="fed-by-name-when-all-is-written"),
+    pytest.param("read -r x; cat /proc/self/fd/0; echo $?", id="fed-by-name-after-a-line"),
+    pytest.param("wc -l </dev/stdin; wc -c /dev/fd/0", id="fed-and-read-to-its-end-twice"),
+    pytest.param("exec 3<&0 0</dev/null; cat; cat <&3", id="fed-on-another-descriptor"),
+    pytest.param("cat & wait; cat", id="fed-and-background"),
+    pytest.param("cat <<<x; cat", id="fed-and-a-here-string"),
+    pytest.param("true | cat; (cat); cat", id="fed-to-a-subshell"),
+    pytest.param('x=$(cat); echo "[$x]"', id="fed-to-a-substitution"),
+    pytest.param(
+        "cat <(cat <&0); diff <(sort) /dev/null | wc -l", id="fed-to-process-substitutions"
+    ),
+    pytest.param('mapfile -t l; echo ${#l[@]} "${l[3]}"', id="fed-to-mapfile"),
+    pytest.param("tee f | cat -A; cmp f f; tail -c 3 f", id="fed-to-tee"),
+    pytest.param("exit 3", id="fed-for-nothing"),
+    pytest.param("exec <&-; cat; echo $?", id="fed-and-closed"),
+    pytest.param("[ -t 0 ]; echo $?; xargs -n 1 echo", id="fed-to-xargs"),
+]
+
+HANGS = 8  # s: no line takes that long
+
+
+class Ended(NamedTuple):
+    """How a command line ended."""
+
+    code: int
+    out: bytes
+    err: bytes  # empty where both come as one
+
+
+class Doors:
+    """Plain bash, and every way to run a command through a server, as functions of the same kind."""
+
+    def __init__(self, proxy: Proxy, folder: pathlib.Path) -> None:
+        self.proxy = proxy
+        self.folder = folder
+        # What `install` writes: it starts faster than the whole file.
+        self.head = folder / "pocketcoder"
+        self.head.write_text(SOURCE.partition("# ------------------------------- the line")[0])
+        (folder / "given").write_text(GIVEN)
+
+    def plain(self, cmd: str, cwd: str, stdin: str | None, apart: bool = False) -> Ended:
+        env = {**self.proxy.env, **pp.QUIET_PROGRAMS, "PWD": f"{self.proxy.workspace}/{cwd}"}
+        done = self.run(["bash", "-c", cmd], cwd, stdin, env, apart)
+        # Where a signal ended it, a shell reports 128 + n.
+        code = done.returncode if done.returncode >= 0 else 128 - done.returncode
+        if apart:
+            return Ended(code, done.stdout, done.stderr)
+        return Ended(code, done.stdout.decode(errors="replace").encode(), b"")
+
+    def exec(self, cmd: str, cwd: str, stdin: str | None, agent: str) -> Ended:
+        answer = self.proxy.exec(cmd, cwd=cwd, stdin=stdin, agent_name=agent, timeout=HANGS)
+        return Ended(answer["exit_code"], answer["stdout"].encode(), b"")
+
+    def stream(self, cmd: str, cwd: str, stdin: str | None, agent: str) -> Ended:
+        events = list(self.proxy.stream(cmd, cwd=cwd, stdin=stdin, agent_name=agent, timeout=HANGS))
+        out = "".join(data["stdout"] for name, data, _ in events if name == "output")
+        return Ended(events[-1][1]["exit_code"], out.encode(), b"")
+
+    def shell(self, cmd: str, cwd: str, stdin: str | None, agent: str) -> Ended:
+        env = {
+            **self.proxy.env,
+            "PROXY_URL": f"http://127.0.0.1:{self.proxy.port}",
+            "OPENCODE_AGENT": agent,
+            "PWD": f"{self.proxy.workspace}/{cwd}",
+        }
+        words = [sys.executable, "-I", "-S", str(self.head), "shell", "-c", cmd]
+        done = self.run(words, cwd, stdin, env, apart=True)
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    def mcp(self, cmd: str, cwd: str, stdin: str | None, agent: str) -> Ended:
+        arguments = {"cmd": cmd, "cwd": cwd, "agent_name": agent, "timeout": HANGS}
+        if stdin is not None:
+            arguments["stdin"] = stdin
+        result = call(self.proxy, "exec", **arguments)["structuredContent"]
+        return Ended(result["exit_code"], result["output"].encode(), b"")
+
+    def run(
+        self, words: list[str], cwd: str, stdin: str | None, env: dict[str, str], apart: bool
+    ) -> subprocess.CompletedProcess[bytes]:
+        """The shell is given a pipe; what `stdin` of a request holds is a file to the command."""
+        with contextlib.ExitStack() as stack:
+            if stdin is None:
+                given = os.open("/dev/null", os.O_RDONLY)
+            elif apart:
+                given, write = os.pipe()
+                os.write(write, stdin.encode())
+                os.close(write)
+            else:
+                given = os.open(self.folder / "given", os.O_RDONLY)
+            stack.callback(os.close, given)
+
+            return subprocess.run(
+                words,
+                stdin=given,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if apart else subprocess.STDOUT,
+                cwd=f"{self.proxy.workspace}/{cwd}",
+                env=env,
+                start_new_session=True,
+                timeout=HANGS + 2,
+                check=False,
+            )
+
+
+@pytest.fixture(scope="module")
+def doors(proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Doors:
+    return Doors(proxy, tmp_path_factory.mktemp("doors"))
+
+
+# A command beyond MAX_ARGUMENT goes another way.  Bash alone gets these with a shorter first line.
+# Two things differ: a syntax error names `eval` in place of `-c`, and xtrace says `++` for `+`.
+LONG = [
+    pytest.param("#long\necho out; echo err >&2; exit 3", id="long"),
+    pytest.param("#long\nnosuch; echo $?", id="long-no-such-command"),
+    pytest.param("#long\n\necho ${x:?is needed}; echo never", id="long-needed-variable"),
+    pytest.param('#long\necho "$0|$#|$-|$LINENO|$BASH_SUBSHELL"', id="long-name-and-arguments"),
+    pytest.param("#long\nls /proc/$$/fd; ls /proc/self/fd | cat", id="long-descriptors"),
+    pytest.param("#long\nreadlink /proc/$$/fd/0; cat; read x; echo $?", id="long-stdin"),
+    pytest.param("#long\n[ $$ = $BASHPID ]; echo $?; kill $$; sleep 1", id="long-terminated"),
+    pytest.param("#long\ntrap 'echo bye' EXIT; (exit 5); false", id="long-trap-exit"),
+    pytest.param("#long\nset -e\ntrap 'echo at $LINENO' ERR\nfalse\necho x", id="long-errexit"),
+    pytest.param("#long\ntrap 'echo $BASH_COMMAND' DEBUG; :; echo x", id="long-trap-debug"),
+    pytest.param("#long\nreturn 3; echo $?; local x; break; echo $?", id="long-return-outside"),
+    pytest.param("#long\nf() { local x=1; return 6; }; f; exit", id="long-function"),
+    pytest.param("#long\nexec bash -c 'exit 7'", id="long-exec"),
+    pytest.param("#long\n(sleep 0.02; exit 8) & wait $!", id="long-background"),
+    pytest.param(
+        "#long\ncat <<'E' | wc -c\n$x\nE\nexport X=1; env | grep ^X=", id="long-here-document"
+    ),
+    pytest.param(
+        "#long\ncompgen -v | grep -vxE \"$(compgen -e | tr '\\n' '|')_|PIPESTATUS\"",
+        id="long-variables",
+    ),
+]
+
+
+def through(lines: list[Any], *doors: str) -> list[Any]:
+    """A case for each line and each door; those through any but these doors are slow ones."""
+    return [
+        pytest.param(
+            *line.values,
+            door,
+            id=f"{line.id}-{door}",
+            marks=() if door in doors else pytest.mark.slow,
+        )
+        for line in lines
+        for door in ("exec", "stream", "shell")
+    ]
+
+
+CASES = [
+    *through(SAYING, "exec", "stream"),
+    *through(ENDING, "exec"),
+    *through(STRICT),
+    *through(EXPANDING),
+    *through(REDIRECTED, "exec", "shell"),
+    *through(PIPED, "exec", "stream", "shell"),
+    *through(SIGNALLED, "exec", "shell"),
+    *through(AROUND, "exec"),
+    *through(PROGRAMS),
+    *through(FED, "exec", "stream", "shell"),
+    *(case for case in through(LONG, "exec") if case.values[1] != "shell"),
+]
+
+
+class Comparison:
+    """Runs lines with plain bash and through doors, several at once."""
+
+    def __init__(self, doors: Doors, cases: list[tuple[str, str]]) -> None:
+        self.doors = doors
+        self.fed = {line.values[0] for line in FED}
+        self.pool = ThreadPoolExecutor(5)
+        self.ends: dict[tuple[str, str], Future[tuple[Ended, Ended]]] = {}
+        # One line after the other, since its runs share a directory.
+        by_line: dict[str, list[str]] = {}
+        for line, door in cases:
+            by_line.setdefault(line, []).append(door)
+            self.ends[line, door] = Future()
+        for number, (line, chosen) in enumerate(by_line.items()):
+            self.pool.submit(self.compare, line, chosen, f"line{number}", f"line{number % 3}")
+
+    def compare(self, line: str, chosen: list[str], cwd: str, agent: str) -> None:
+        stdin = GIVEN if line in self.fed else None
+        expected: dict[bool, Ended] = {}
+        for door in chosen:
+            apart = door == "shell"
+            try:
+                if apart not in expected:
+                    self.lay_out(cwd)
+                    expected[apart] = self.doors.plain(line, cwd, stdin, apart)
+                self.lay_out(cwd)
+                sent = line.replace("#long", "#" + "x" * pp.MAX_ARGUMENT)
+                got: Ended = getattr(self.doors, door)(sent, cwd, stdin, agent)
+                self.ends[line, door].set_result((got, expected[apart]))
+            except Exception as error:
+                self.ends[line, door].set_exception(error)
+
+    def lay_out(self, cwd: str) -> None:
+        """The same files before each run."""
+        folder = pathlib.Path(self.doors.proxy.workspace, cwd)
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "sub").mkdir(parents=True)
+        for name, text in FILES.items():
+            (folder / name).write_text(text)
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def comparison(request: pytest.FixtureRequest, doors: Doors) -> Iterator[Comparison]:
+    """The cases that this session of pytest has selected, all on their way."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    cases = [
+        (call.params["line"], call.params["door"])
+        for call in calls
+        if call and "line" in call.params
+    ]
+    started = Comparison(doors, cases)
+    yield started
+    started.close()
+
+
+@pytest.mark.parametrize(("line", "door"), CASES)
+def test_a_line_does_through_every_door_what_it_does_with_bash(
+    comparison: Comparison, line: str, door: str
+) -> None:
+    got, expected = comparison.ends[line, door].result(60)
+    assert got.code == expected.code
+    assert got.out == expected.out
+    assert got.err == expected.err
+
+
+@pytest.mark.parametrize("descriptor", [1, 2])
+@pytest.mark.parametrize("door", ["exec", "stream", "shell", "mcp"])
+def test_a_program_cannot_read_its_own_output_back(
+    doors: Doors, agent: str, door: str, descriptor: int
+) -> None:
+    code = f"import os; os.write({descriptor}, b'hello\\n'); os.read({descriptor}, 3)"
+    cmd = f"exec {shlex.join([sys.executable, '-I', '-S', '-c', code])}"
+    ended: Ended = getattr(doors, door)(cmd, "", None, agent)
+    said = ended.out + ended.err
+    assert ended.code == 1
+    assert said.startswith(b"hello\n")
+    assert said.endswith(b"OSError: [Errno 9] Bad file descriptor\n")
+
+
+# What such children write is waited for, as long as there is no long quiet in between.
+LATE = [
+    pytest.param("echo hi > >(cat)", b"hi\n", id="process-substitution"),
+    pytest.param("exec > >(tee /dev/null) 2>&1; echo hi", b"hi\n", id="tee-for-good"),
+    pytest.param(
+        "cd /; LC_ALL=C ls /nope 2> >(sed s/^/E:/ >&2)",
+        b"E:ls: cannot access '/nope': No such file or directory\n",
+        id="stderr-filtered",
+    ),
+    pytest.param(
+        "(for n in 1 2 3; do sleep 0.05; echo $n; done) & echo 0",
+        b"0\n1\n2\n3\n",
+        id="a-child-that-writes-until-0.15-s-later",
+    ),
+    pytest.param(
+        "(sleep 0.15; echo late) & echo now",
+        b"now\nlate\n",
+        id="a-child-that-writes-0.15-s-later",
+    ),
+]
+
+
+@pytest.mark.parametrize("door", ["exec", "stream", "shell", "mcp"])
+@pytest.mark.parametrize(("cmd", "expected"), LATE)
+@pytest.mark.slow
+def test_what_late_children_write_is_whole_in_each_of_a_thousand_tries(
+    doors: Doors, agent: str, cmd: str, expected: bytes, door: str
+) -> None:
+    def attempt(number: int) -> bytes:
+        ended: Ended = getattr(doors, door)(cmd, "", None, f"{agent}{number % 2}")
+        return ended.out + ended.err
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(attempt, range(1000 // (4 * len(LATE)))))
+    assert [text for text in said if text != expected] == []
+
+
 # ==========================================================================
 # Application
 # ==========================================================================
@@ -7165,16 +8218,17 @@ def test_a_log_that_cannot_be_written_hinders_nothing(own: Callable[..., Proxy])
 def test_the_server_says_where_it_listens_and_how_to_watch(own: Callable[..., Proxy]) -> None:
     server = own()
     assert server.said == f"pocketcoder: listening on http://127.0.0.1:{server.port}\n"
-    eventually(lambda: f"tmux -S {server.socket} attach -t pocketcoder" in server.logged())
-    eventually(
-        lambda: (
-            subprocess.run(
-                ["tmux", "-S", server.socket, "has-session", "-t", "=pocketcoder"],
-                capture_output=True,
-            ).returncode
-            == 0
-        )
-    )
+    attach = f"tmux -S {server.socket} new-session -A -s pocketcoder"
+    eventually(lambda: attach in server.logged())
+
+
+def test_a_server_makes_no_session_before_it_is_needed(own: Callable[..., Proxy]) -> None:
+    server = own()
+    assert server.request("GET", "/health")[0] == 200
+    assert call(server, "list_terminals")["structuredContent"] == {"terminals": []}
+    assert call(server, "read_terminal")["isError"]
+    assert not os.path.exists(server.socket)
+    assert server.exec("echo made")["stdout"] == "made\n"
 
 
 @pytest.mark.parametrize("words", [["--version"], ["server", "--version"]])
@@ -7294,8 +8348,14 @@ def test_a_queued_command_is_refused_when_the_server_stops(own: Callable[..., Pr
 
 def test_what_a_person_typed_before_the_first_command_is_not_run(own: Callable[..., Proxy]) -> None:
     server = own()
-    there = ["tmux", "-S", server.socket, "has-session", "-t", "=pocketcoder"]
-    eventually(lambda: subprocess.run(there, capture_output=True).returncode == 0)
+    subprocess.run(
+        [
+            *("tmux", "-S", server.socket, "new-session", "-d", "-s", "pocketcoder"),
+            *("-n", "poco:terminal", "--", "/bin/bash", "-i"),
+        ],
+        env=server.env,
+        check=True,
+    )
     eventually(lambda: server.screen("poco").rstrip().endswith("$"))
     time.sleep(0.3)
     server.type("poco", f"touch {server.folder}/typed &&", "Enter")
@@ -7311,10 +8371,13 @@ def test_a_server_whose_first_terminal_is_slow_stops_at_once(own: Callable[..., 
     pathlib.Path(server.folder, "home/.bashrc").write_text("sleep 12\n")
     server.tmux("kill-server")
     server.start()
+    waiting = server.start_exec("true")
     eventually(lambda: processes_with("sleep\x0012\x00"))
     started = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() - started < 4.5
+    with pytest.raises(AssertionError, match="stopping"):
+        waiting.result()
 
 
 def test_a_log_that_nobody_reads_holds_up_nobody(own: Callable[..., Proxy]) -> None:
@@ -7354,13 +8417,124 @@ def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(own: Callable[..
     assert server.exec("echo back")["stdout"] == "back\n"
 
 
+@pytest.fixture
+def image() -> Iterator[str]:
+    """A folder as an image of PocketCoder's sandbox has it: `tmux` in it is open to all."""
+    folder = tempfile.mkdtemp(prefix="pc")
+    subprocess.run(
+        ["bash", "-c", 'rm -rf "$1"/*; mkdir -p "$1"; chmod 777 "$1"', "bash", f"{folder}/tmux"],
+        check=True,
+    )
+    yield folder
+    # Also where no server took the session over.
+    subprocess.run(["tmux", "-S", f"{folder}/tmux/s", "kill-server"], capture_output=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+ENTRYPOINT = lines(  # what that image's own does, some seconds after it started the server
+    "set -e",
+    "tmux -S $1/tmux/s new-session -d -s pocketcoder -n system",
+    "chmod 777 $1/tmux/s",
+    "tmux -S $1/tmux/s new-window -t pocketcoder -n poco-terminal -c $1/work",
+)
+
+
+def enter(folder: str) -> subprocess.CompletedProcess[str]:
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("POCKETCODER", "TMUX"))
+    }
+    os.makedirs(f"{folder}/work", exist_ok=True)
+    words = ["bash", "-c", ENTRYPOINT, "bash", folder]
+    return subprocess.run(
+        words,
+        env=env | {"HOME": f"{folder}/home"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def has_session(server: Proxy) -> bool:
+    words = ["tmux", "-S", server.socket, "has-session", "-t", "=pocketcoder"]
+    return subprocess.run(words, capture_output=True, check=False).returncode == 0
+
+
+def windows(server: Proxy) -> list[str]:
+    """Names of windows, once for each pane."""
+    there = server.tmux("list-panes", "-s", "-t", "=pocketcoder:", "-F", "#{window_name}")
+    return there.split("\n")
+
+
+WHERE = "cut -d' ' -f7 /proc/$$/stat"  # the number of its terminal
+
+
+def terminal_of(server: Proxy, window: str) -> int:
+    tty = server.tmux("display-message", "-p", "-t", f"=pocketcoder:={window}", "#{pane_tty}")
+    return os.stat(tty).st_rdev
+
+
+def test_an_entrypoint_may_start_the_server_first_and_its_session_later(
+    image: str, own: Callable[..., Proxy]
+) -> None:
+    server = own(folder=image)
+    assert server.request("GET", "/health")[0] == 200
+    time.sleep(0.3)  # it does nothing, so there is nothing to wait for
+    assert not has_session(server)
+
+    done = enter(image)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco-terminal')}\n"
+    assert server.exec("pwd")["stdout"] == f"{server.workspace}\n"
+    assert windows(server) == ["system", "poco-terminal"]
+
+    assert server.exec(WHERE, agent_name="alice")["exit_code"] == 0
+    assert windows(server) == ["system", "poco-terminal", "alice:terminal"]
+
+
+def test_a_directory_open_to_all_gets_the_sticky_bit_and_a_line_in_the_log(
+    image: str, own: Callable[..., Proxy]
+) -> None:
+    server = own(folder=image)
+    assert stat.S_IMODE(os.stat(f"{image}/tmux").st_mode) == 0o1777
+    told = [line for line in server.logged().splitlines() if "sticky" in line]
+    assert len(told) == 1
+    assert f"{image}/tmux" in told[0]
+
+
+def test_a_server_alone_makes_its_session_with_the_first_command(
+    image: str, own: Callable[..., Proxy]
+) -> None:
+    server = own(folder=image)
+    assert server.request("GET", "/health")[0] == 200
+    time.sleep(0.3)  # it does nothing, so there is nothing to wait for
+    assert not has_session(server)
+    assert server.exec("echo first")["stdout"] == "first\n"
+    assert windows(server) == ["poco:terminal"]
+    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco:terminal')}\n"
+
+
+def test_a_session_that_is_there_before_the_server_is_used(
+    image: str, own: Callable[..., Proxy]
+) -> None:
+    assert enter(image).returncode == 0
+    server = own(folder=image)
+    assert windows(server) == ["system", "poco-terminal"]
+    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco-terminal')}\n"
+    assert windows(server) == ["system", "poco-terminal"]
+
+
 # ==========================================================================
 # Benchmarks: python -m pytest -m bench -s
 # ==========================================================================
 def local(cmd: str = "true") -> float:
     """Seconds that bash -c takes from here: the floor."""
     started = time.perf_counter()
-    subprocess.run(["bash", "-c", cmd], check=True)
+    subprocess.run(["bash", "-c", cmd], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 
