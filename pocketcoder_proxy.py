@@ -4,12 +4,12 @@
 # requires-python = ">=3.10"
 # dependencies = ["tornado>=6.2"]
 # ///
-"""pocketcoder-proxy: run an agent's commands in a tmux window of its sandbox.
+r"""pocketcoder-proxy: run an agent's commands in a tmux window of its sandbox.
 
     shell ──▶ GET /exec/ws ┐
               POST /exec ──┴▶ Endpoint ─▶ PocketCoderDriver ─▶ Tmux (tmux -C) ─▶ pane's shell
                                  ▲               │  ▲                                │
-                                 │               │  └── status   "start" "exit"  ◀───┤ . RUN.go
+                                 │               │  └── status   "start" "exit"  ◀───┤ \. RUN.go
                               answer ◀─ Output ◀─┼───── RUN.out  its output      ◀───┘
                                                  └────▶ the pane's tty: a person watches
 
@@ -24,7 +24,7 @@ Sections, top to bottom; each uses only what stands above it:
   Relay             stdio MCP servers of the sandbox, for clients of either era
   State and tools   what handlers share, sessions, the tools of MCP
   Transports        HTTP: the gate, handlers, endpoints, ROUTES
-  Application       command line, start and stop
+  Application       command line, `install`, start and stop
 
 Routes:     GET /health, POST /exec, GET /exec/ws; of MCP POST GET DELETE /mcp, GET /mcp/ws,
             GET /sse, POST /messages, the same under /servers/NAME; GET /servers
@@ -33,8 +33,8 @@ MCP:        initialize, ping, logging/setLevel (legacy); server/discover (modern
             the relay knows those of ASKING, MAY_ASK, REMOVED, CHANGED, and passes on all others
 Read from the environment: POCKETCODER_HOST POCKETCODER_TOKEN POCKETCODER_WORKSPACE
             TMUX_SESSION TMUX_SOCKET; by the shell OPENCODE_AGENT OPENCODE_SESSION_ID
-            POCKETCODER_FORWARD_ENV POCKETCODER_TOKEN POCKETCODER_USAGE_ID PROXY_URL
-Set for a command: POCKETCODER_RUN_ID POCKETCODER_AGENT POCKETCODER_SESSION_ID
+            POCKETCODER_FORWARD_ENV POCKETCODER_TOKEN POCKETCODER_USAGE_ID PROXY_URL PWD
+Set for a command: PWD POCKETCODER_RUN_ID POCKETCODER_AGENT POCKETCODER_SESSION_ID
             POCKETCODER_USAGE_ID, and QUIET_PROGRAMS
 tmux:       new-session -A      the one long-lived control connection
             new-window split-window respawn-pane   make a terminal, as new-session does
@@ -172,184 +172,320 @@ def default_agent_name() -> str:
 # Shell Bridge
 # ==========================================================================
 # `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
+# It runs on Python 3.8 and later.  What `install` writes is the file down to the line.
 #
 # B1  Nothing is ever run here: what the proxy cannot run fails, with 125.
 # B2  It ends with an exit code, never by a signal: some callers hang on that.
 # B3  stdout and stderr are the command's; ours is one line there, when the proxy fails.
 SHELL_NAMES = ("sh", "bash", "dash", "ash", "zsh", "ksh")
+SUBCOMMANDS = ("server", "shell", "install")
 SIGNALS = {1: "HUP", 2: "INT", 3: "QUIT", 10: "USR1", 12: "USR2", 15: "TERM"}
-OPTIONS = "-+abefhiklmnoprstuvxBCDEHPTO"  # of bash, with which it would read commands from stdin
+
+# Options of bash with which it reads commands from stdin, where it gets no others.
+SHORT_OPTIONS = "-+abefhiklmnoprstuvxBCDEHPTO"
 LONG_OPTIONS = (
-    "--init-file",
-    "--login",
-    "--noediting",
-    "--noprofile",
-    "--norc",
-    "--posix",
-    "--rcfile",
-    "--verbose",
+    "debugger",
+    "init-file",
+    "login",
+    "noediting",
+    "noprofile",
+    "norc",
+    "posix",
+    "rcfile",
+    "restricted",
+    "verbose",
 )
+# The long ones that take a word; of the short ones these are `o` and `O`.
+TAKE_A_WORD = ("init-file", "rcfile")
+
+# What bash reads otherwise than as the name of a command, where it is the first word.
+KEYWORDS: tuple[str, ...] = ("if", "then", "elif", "else", "fi", "case", "esac", "for", "select")
+KEYWORDS += ("while", "until", "do", "done", "in", "function", "time", "coproc")
+
+# Characters that need no quotes in a word for bash.
+PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-+@%:,./"
+
 BLOCKED = "[Firewall Blocked] Interactive or raw shell invocation is restricted for security. "
 BLOCKED += "Always execute commands via 'bash -c \"command\"'."
+URL_FORMS = "expected http://HOST:PORT or http://HOST, without a user, a password or a path"
 CHANNELS = "v5.channel.k8s.io"  # the framing of `kubectl exec`
-WS_KEY, WS_ACCEPT = (
-    "dGhlIHNhbXBsZSBub25jZQ==",
-    b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=",
-)  # RFC 6455, 1.3: one pair will do
-ESCAPES = {number: f"\\u{number:04x}" for number in (*range(32), 34, 92)}  # of JSON
+
+# RFC 6455, 1.3: one pair will do.
+WS_KEY = "dGhlIHNhbXBsZSBub25jZQ=="
+WS_ACCEPT = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
+# Of JSON; the last ones stand for bytes that are not UTF-8, as Python reads them.
+ESCAPES = {number: f"\\u{number:04x}" for number in (*range(32), 34, 92, *range(0xDC80, 0xDD00))}
 
 
 class Failed(Exception):
-    """What to say on stderr, and the exit status."""
+    """Ends the shell, with a line on stderr, where there is a text, and an exit status."""
 
-
-def quote(word: str) -> str:
-    """A word for bash, whatever is in it: bytes that are not UTF-8 by their number."""
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        return "$'" + "".join(f"\\{byte:03o}" for byte in os.fsencode(word)) + "'"
-    return "'" + word.replace("'", "'\\''") + "'"
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text, status)
+        self.text = text
+        self.status = status
 
 
 def shell_arguments(argv: list[str]) -> list[str] | None:
-    """What in `argv` is for the shell, as arguments of bash; None: it is not called."""
-    name, words = os.path.basename(argv[0]), argv[1:]
-    if name in SHELL_NAMES or name.endswith("-shell") or not words:
+    """What in `argv` is for the shell, as arguments of bash; None: the shell is not called."""
+    name = os.path.basename(argv[0])
+    words = argv[1:]
+    if name in SHELL_NAMES or name.endswith("-shell"):
         return words
-    called = words[0] == "shell"
-    words = words[called:]
-    if words[:1] in (["--version"], ["--help"]) or words == ["-h"]:
+
+    if not words:
+        # A person gets the help; otherwise a script may come.
+        return None if os.isatty(0) else []
+
+    first = words[0]
+    if first == "shell":
+        return subcommand_arguments(words[1:])
+    if first in SUBCOMMANDS or asks_about_us(words):
         return None
-    if not called:
-        return words if words[0][:1] in ("-", "+") else None
-    option, equals, value = "".join(words[:1]).partition("=")
-    if option == "--command":
-        return ["-c", "--", *[value][: len(equals)], *words[1:]]
-    if words and (option == "--" or words[0][:1] not in ("-", "+")):  # plain words are one command
-        return ["-c", " ".join(map(quote, words[option == "--" :]))]
+    if first[:1] in ("-", "+"):
+        return words
+    if os.path.exists(first) and not os.path.isdir(first):
+        return words
+    return None
+
+
+def subcommand_arguments(words: list[str]) -> list[str] | None:
+    """The same for what stands behind `shell`, where plain words are one command."""
+    if not words:
+        return []
+    if asks_about_us(words):
+        return None
+
+    first = words[0]
+    if first == "--command":
+        return ["-c", "--", *words[1:]]
+    if first.startswith("--command="):
+        return ["-c", "--", first[len("--command=") :], *words[1:]]
+    if first == "--" and len(words) > 1:
+        return ["-c", "--", plain_command(words[1:])]
+    if first[:1] in ("-", "+"):
+        return words
+    return ["-c", "--", plain_command(words)]
+
+
+def asks_about_us(words: list[str]) -> bool:
+    """Whether `--help` or `--version` stands where ours is meant, and not that of bash."""
+    return words[0] in ("--help", "--version") or words == ["-h"]
+
+
+def plain_command(words: list[str]) -> str:
+    """The command that is these words, with quotes where they need some."""
+    parts: list[str] = []
+    for word in words:
+        is_plain = word != "" and word.strip(PLAIN) == ""
+        is_keyword = not parts and word in KEYWORDS
+        parts.append(word if is_plain and not is_keyword else quote(word))
+    return " ".join(parts)
+
+
+def quote(word: str) -> str:
+    """A word for bash, in quotes."""
+    return "'" + word.replace("'", "'\\''") + "'"
+
+
+def split_options(words: list[str]) -> tuple[str, list[str], list[str]]:
+    """Split arguments of bash into its options, with the words that they take, and the operands.
+
+    The first value has the letters of the short options, and a `?` for each long one that
+    ends bash, or is none.
+    """
+    letters = ""
+    at = 0
+    while at < len(words):
+        word = words[at]
+        if word in ("-", "--"):
+            return letters, words[:at], words[at + 1 :]
+        if word[:1] not in ("-", "+"):
+            break
+
+        at += 1
+        # Long ones come first, and one dash will do for them.
+        name = word[2:] if word[:2] == "--" else word[1:]
+        if name in LONG_OPTIONS and letters == "":
+            if name in TAKE_A_WORD:
+                at += 1
+        elif word[:2] == "--":
+            letters += "?"
+        else:
+            letters += word[1:]
+            at += word.count("o") + word.count("O")
+    return letters, words[:at], words[at:]
+
+
+def arguments_of(words: list[str]) -> list[str]:
+    """The arguments with which the sandbox's bash does what `bash WORDS` does here.
+
+    Raises Failed, where that would be an interactive shell, or a script that cannot be read.
+    """
+    letters, options, operands = split_options(words)
+    # With an option of another kind bash reads no commands, or it complains.
+    reads_commands = all(letter in SHORT_OPTIONS for letter in letters)
+    if "c" in letters or not reads_commands:
+        return words
+
+    if operands and "s" not in letters:
+        # The script file is here, not there.
+        return [*options, "-c", "--", read_script(operands[0]), *operands]
+
+    if not has_stdin():
+        raise Failed(BLOCKED, 1)
     return words
 
 
-def command_of(words: list[str]) -> tuple[str, bytes]:
-    """The text for the sandbox's bash that does what `bash WORDS` does here, and what was read of stdin."""
-    literal, text = words[:2] == ["-c", "--"], "".join(words[-1:]) or ":"
+def read_script(path: str) -> str:
+    """The text of a script file.  Raises Failed, with the exit status of bash."""
     try:
-        streams = " 2>&1" * os.path.sameopenfile(1, 2)  # else their order would be lost
-    except OSError:  # closed
-        streams = ""
-    if (
-        words[:1] == ["-c"]
-        and len(words) == 2 + literal
-        and (literal or text[0] not in "-+")
-        and not streams
-    ):
-        return (text if quote(text)[0] == "'" else f"eval ' '{quote(text)}"), b""
-    options, long, rest, letters, first = list[str](), list[str](), list(words), "", b""
-    while rest and rest[0] not in ("-", "--") and rest[0][:1] in ("-", "+"):
-        options.append(word := rest.pop(0))
-        if word[:2] == "--":
-            long, takes = [*long, word], int(word in ("--rcfile", "--init-file"))
-        else:
-            letters, takes = letters + word, word.count("o") + word.count("O")
-        options, rest = options + rest[:takes], rest[takes:]
-    rest = rest[rest[:1] in (["-"], ["--"]) :]
-    if (
-        "c" not in letters and "s" not in letters and rest
-    ):  # a script file, which is here, not there
-        try:
-            with open(rest[0], "rb") as file:
-                script = os.fsdecode(file.read())
-        except OSError as wrong:
-            raise Failed(f"{rest[0]}: {wrong.strerror}", 126 + (wrong.errno == 2)) from None
-        if "\0" in script:
-            raise Failed(f"{rest[0]}: cannot execute binary file", 126)
-        if len(script) > 30_000:  # maybe more than an argument can be
-            setting = [word for word in options if word[:2] != "--" and word[1:] not in ("l", "i")]
-            arguments = " ".join(map(quote, [*setting, "--", *rest[1:]]))
-            return (
-                f"BASH_ARGV0={quote(rest[0])}; set {arguments}; {f'exec{streams}; ' * bool(streams)}{script}",
-                b"",
-            )
-        options, rest = [*options, "-c"], [script, *rest]
-    elif (
-        "c" not in letters
-        and {*letters} <= {*OPTIONS}
-        and all(word in LONG_OPTIONS for word in long)
-    ):
-        try:
-            first = b"" if os.isatty(0) else os.read(0, BRIDGE_CHUNK)
-        except OSError:  # closed
-            first = b""
-        if not first:
-            raise Failed(BLOCKED, 1)
-    called = [*options, "--", *rest] if rest else options
-    return 'exec ${BASH:+-a "$0"} "${BASH:-sh}" ' + " ".join(map(quote, called)) + streams, first
-
-
-def json_text(table: dict[str, str]) -> str:
-    pairs = (
-        f'"{name.translate(ESCAPES)}":"{value.translate(ESCAPES)}"' for name, value in table.items()
-    )
-    return "{" + ",".join(pairs) + "}"
-
-
-def request_of(command: str) -> bytes:
-    """The first message, see ExecRequest.  Raises Failed."""
-    get = os.environ.get
-    wanted = [name.strip() for name in get("POCKETCODER_FORWARD_ENV", "").split(",")]
-    prefixes = tuple(name[:-1] for name in wanted if name[-1:] == "*")
-    env = {
-        n: v
-        for n, v in os.environ.items()
-        if (n in wanted or n.startswith(prefixes)) and n != "POCKETCODER_TOKEN"
-    }
-    try:
-        fields = {
-            "cmd": command,
-            "cwd": os.getcwd(),
-            "agent_name": get("OPENCODE_AGENT") or default_agent_name(),
-        }
-        ids = {"session_id": get("OPENCODE_SESSION_ID"), "usage_id": get("POCKETCODER_USAGE_ID")}
-        fields |= {name: value for name, value in ids.items() if value}
-        return f'{json_text(fields)[:-1]},"timeout":{MAX_TIMEOUT},"env":{json_text(env)}}}'.encode()
+        with open(path, "rb") as file:
+            script = os.fsdecode(file.read())
+    except FileNotFoundError as wrong:
+        raise Failed(f"{path}: {wrong.strerror}", 127) from None
     except OSError as wrong:
-        raise Failed(f"the current directory {get('PWD', '')!r}: {wrong.strerror}", 125) from None
-    except UnicodeEncodeError as wrong:
-        raise Failed(
-            f"expected UTF-8, got {wrong.object[max(0, wrong.start - 60) : wrong.end]!a}", 125
-        ) from None
+        raise Failed(f"{path}: {wrong.strerror}", 126) from None
+    if "\0" in script:
+        raise Failed(f"{path}: cannot execute binary file", 126)
+    return script
+
+
+def has_stdin() -> bool:
+    """Whether descriptor 0 is something to read, and no terminal and not /dev/null.
+
+    A closed one is /dev/null here, see `run_shell`.
+    """
+    if os.isatty(0):
+        return False
+    # By its number: containers have a /dev/null of their own.  What is no device has 0.
+    device = os.fstat(0).st_rdev
+    return device == 0 or device != os.stat(os.devnull).st_rdev
+
+
+def current_directory() -> str:
+    """The directory, by the name that the caller has for it.  Raises Failed."""
+    named = os.path.normpath(os.environ.get("PWD", ""))
+    try:
+        if named[:1] == "/" and os.path.samefile(named, "."):
+            return named
+    except OSError:  # the name leads nowhere
+        pass
+    try:
+        return os.getcwd()
+    except OSError as wrong:
+        raise Failed(f"the current directory {named!a}: {wrong.strerror}", 125) from None
+
+
+def forwarded_environment() -> dict[str, str]:
+    """The variables that POCKETCODER_FORWARD_ENV names; never the token."""
+    wanted = [name.strip() for name in os.environ.get("POCKETCODER_FORWARD_ENV", "").split(",")]
+    prefixes = tuple(name[:-1] for name in wanted if name[-1:] == "*")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if (name in wanted or name.startswith(prefixes)) and name != "POCKETCODER_TOKEN"
+    }
+
+
+def request_of(argv: list[str]) -> bytes:
+    """The first message of the channel, see ExecRequest.  Raises Failed."""
+    variables = os.environ
+    fields = {
+        "argv": argv,
+        "cwd": current_directory(),
+        "agent_name": variables.get("OPENCODE_AGENT") or default_agent_name(),
+        "timeout": MAX_TIMEOUT,
+        "env": forwarded_environment(),
+        # As two streams they would lose the order of what is written.
+        "combined": os.path.sameopenfile(1, 2),
+    }
+    if not has_stdin():
+        fields["stdin"] = ""
+    if variables.get("OPENCODE_SESSION_ID"):
+        fields["session_id"] = variables["OPENCODE_SESSION_ID"]
+    if variables.get("POCKETCODER_USAGE_ID"):
+        fields["usage_id"] = variables["POCKETCODER_USAGE_ID"]
+    return json_text(fields).encode()
+
+
+def json_text(value: object) -> str:
+    """JSON of texts as the system has them, lists and tables of them, numbers and truth values."""
+    if isinstance(value, str):
+        # From any locale to UTF-8.
+        text = os.fsencode(value).decode(errors="surrogateescape")
+        return '"' + text.translate(ESCAPES) + '"'
+    if isinstance(value, list):
+        return "[" + ",".join(map(json_text, value)) + "]"
+    if isinstance(value, dict):
+        pairs = (f"{json_text(name)}:{json_text(each)}" for name, each in value.items())
+        return "{" + ",".join(pairs) + "}"
+    return str(value).lower()
+
+
+def parse_url(url: str) -> tuple[str, int]:
+    """Host and port of PROXY_URL.  Raises Failed, with nothing in it that may be a password."""
+    if "@" in url:
+        raise Failed(f"PROXY_URL: got one with a user or a password, {URL_FORMS}", 125)
+
+    scheme, _, address = url.rstrip("/").partition("://")
+    place = address
+    for mark in "/?#":
+        place = place.partition(mark)[0]
+    if place != address:
+        raise Failed(f"PROXY_URL: got one with a path behind {place!a}, {URL_FORMS}", 125)
+
+    host, colon, port = place.rpartition(":")
+    if not colon or place.endswith("]"):
+        host = place
+        port = "80"
+    is_port = port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536
+    if scheme != "http" or not host or not is_port:
+        raise Failed(f"PROXY_URL: got {url!a}, {URL_FORMS}", 125)
+    return host, int(port)
 
 
 class Bridge:
-    """One connection to `GET /exec/ws`, for stdin, stdout, stderr and signals of this process.  Raises Failed."""
+    """One connection to `GET /exec/ws`, for stdin, stdout, stderr and signals of this process.
+
+    Its methods raise Failed.
+    """
 
     def __init__(self, url: str) -> None:
         import _thread
 
-        self.url, self.unread, self.sending = url, b"", _thread.allocate_lock()
+        self.url = url
         self.sock: Any = None  # once the channel is open
-        self.status, self.over = (
-            0,
-            False,
-        )  # how to end, once a signal has come; nothing is left to interrupt
+        self.unread = b""
+        self.sending = _thread.allocate_lock()
+        # How to end, once a signal has come.
+        self.status = 0
+        # Nothing is left to interrupt.
+        self.over = False
 
     def on_signal(self, number: int, _: object) -> None:
         """Pass it on, and end soon, whatever the command does."""
         import _signal  # type: ignore[import-not-found]
 
-        if number == _signal.SIGALRM and self.sock is None and not self.status and not self.over:
-            raise Failed(f"{self.url}: no answer within {CONNECT_TIMEOUT:g} s", 125)
-        again, self.status = self.status, self.status or 128 + number
         if self.over:
+            self.status = self.status or 128 + number
             return
-        if again or self.sock is None or number == _signal.SIGALRM:
+
+        is_alarm = number == _signal.SIGALRM
+        if is_alarm and self.sock is None and not self.status:
+            raise Failed(f"{self.url}: no answer within {CONNECT_TIMEOUT:g} s", 125)
+
+        is_first = not self.status
+        if is_first:
+            self.status = 128 + number
+        if not is_first or self.sock is None or is_alarm:
             raise Failed("", self.status)
         _signal.setitimer(_signal.ITIMER_REAL, SIGNAL_PATIENCE)
         self.send(1, b'{"signal":"%s","end":true}' % SIGNALS[number].encode(), wait=False)
 
     def send(self, opcode: int, data: bytes, wait: bool = True) -> None:
-        """A frame.  Its mask is zero: masks are for browsers, and cost a step a byte."""
+        """Send a frame.  Its mask is zero: masks are for browsers, and cost a step a byte."""
         size = len(data)
         length = bytes([128 | size]) if size < 126 else b"\xff" + size.to_bytes(8, "big")
         if self.sending.acquire(wait):
@@ -360,17 +496,14 @@ class Bridge:
             finally:
                 self.sending.release()
 
-    def feed(self, data: bytes) -> None:
-        """Send `data` and all of stdin.  In a thread of its own, which nobody waits for."""
+    def feed(self) -> None:
+        """Send all of stdin.  In a thread of its own, which nobody waits for."""
         try:
-            ours = os.tcgetpgrp(0) == os.getpgrp()  # else reading would stop us
-        except OSError:  # no terminal
-            ours = True
-        try:
-            while ours and (data or (data := os.read(0, BRIDGE_CHUNK))):
+            data = os.read(0, BRIDGE_CHUNK)
+            while data:
                 self.send(2, b"\0" + data)
-                data = b""
-        except OSError:  # there is none
+                data = os.read(0, BRIDGE_CHUNK)
+        except OSError:  # a directory, or only to be written to
             pass
         self.send(2, b"\xff\0")
 
@@ -378,52 +511,53 @@ class Bridge:
         """Open the channel.  Raises OSError too."""
         import _socket
 
-        scheme, _, address = self.url.rstrip("/").partition("://")
-        host, _, port = (address if ":" in address else f"{address}:80").rpartition(":")
-        if scheme != "http" or not host or not port.isdecimal() or not 0 < int(port[:6]) < 65536:
-            raise Failed(f"PROXY_URL: got {self.url!r}, expected http://HOST:PORT", 125)
-        token, head, failure = os.environ.get("POCKETCODER_TOKEN"), b"", 0
+        host, port = parse_url(self.url)
+        failure = 0
+        for family, kind, protocol, _, place in _socket.getaddrinfo(
+            host.strip("[]").encode(), port, 0, _socket.SOCK_STREAM
+        ):
+            sock = _socket.socket(family, kind, protocol)
+            failure = sock.connect_ex(place)
+            if not failure:
+                break
+        else:
+            raise OSError(failure, os.strerror(failure))
+
         lines = [
             "GET /exec/ws HTTP/1.1",
-            f"Host: {address}",
+            f"Host: {host}:{port}",
             "Connection: Upgrade",
             "Upgrade: websocket",
-        ]
-        lines += [
             "Sec-WebSocket-Version: 13",
             f"Sec-WebSocket-Key: {WS_KEY}",
             f"Sec-WebSocket-Protocol: {CHANNELS}",
         ]
-        lines += [f"Authorization: Bearer {token}"] if token else []
-        for family, kind, protocol, _, place in _socket.getaddrinfo(
-            host.strip("[]").encode(), int(port), 0, 1
-        ):
-            sock = _socket.socket(family, kind, protocol)
-            if not (failure := sock.connect_ex(place)):
-                break
-        else:
-            raise OSError(failure, os.strerror(failure))
+        token = os.environ.get("POCKETCODER_TOKEN")
+        if token:
+            lines.append(f"Authorization: Bearer {token}")
         sock.sendall("\r\n".join([*lines, "", ""]).encode())
-        while (
-            b"\r\n\r\n" not in head
-            and len(head) < BRIDGE_CHUNK
-            and (more := sock.recv(BRIDGE_CHUNK))
-        ):
-            head += more
-        head, _, self.unread = head.partition(b"\r\n\r\n")
+
+        answer = b""
+        while b"\r\n\r\n" not in answer and len(answer) < BRIDGE_CHUNK:
+            more = sock.recv(BRIDGE_CHUNK)
+            if not more:
+                break
+            answer += more
+        head, _, self.unread = answer.partition(b"\r\n\r\n")
         if head[:13] != b"HTTP/1.1 101 " or WS_ACCEPT not in head:
             said = ascii(head[:80].partition(b"\r")[0].decode("latin-1"))
             raise Failed(f"{self.url} refused: {said}; see PROXY_URL, POCKETCODER_TOKEN", 125)
+
         sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(
-            _socket.SOL_SOCKET, _socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
-        )  # who reads no stdin hears our end
+        # Close with RST, so that a proxy that has stopped reading stdin notices our end.
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self.sock = sock
 
     def read(self, size: int, all_of_it: bool = True) -> bytes:
         """So many bytes from the proxy, or what there is of them."""
-        while len(self.unread) < (size if all_of_it else 1):
+        enough = size if all_of_it else 1
+        while len(self.unread) < enough:
             try:
                 more = self.sock.recv(BRIDGE_CHUNK)
             except OSError:
@@ -431,11 +565,12 @@ class Bridge:
             if not more:
                 raise Failed(f"{self.url} closed the connection before the end of the command", 125)
             self.unread = self.unread + more if self.unread else more
-        data, self.unread = self.unread[:size], self.unread[size:]
+        data = self.unread[:size]
+        self.unread = self.unread[size:]
         return data
 
-    def run(self, request: bytes, first: bytes) -> int:
-        """Carry everything both ways; the exit status.  `first`: read from stdin already."""
+    def run(self, request: bytes, feeds: bool) -> int:
+        """Carry everything both ways; `feeds`: stdin too.  The exit status."""
         import _signal
         import _thread
 
@@ -443,58 +578,66 @@ class Bridge:
         try:
             self.connect()
         except (OSError, UnicodeError, OverflowError) as wrong:
-            raise Failed(
-                f"cannot reach the proxy at {self.url}: {wrong}; is it running?", 125
-            ) from None
+            text = f"cannot reach the proxy at {self.url}: {wrong}; is it running?"
+            raise Failed(text, 125) from None
         _signal.setitimer(_signal.ITIMER_REAL, 0)
+
         self.send(1, request)
-        _thread.start_new_thread(self.feed, (first,))
+        if feeds:
+            _thread.start_new_thread(self.feed, ())
+
         while True:
-            kind, size = self.read(2)
-            if size in (126, 127):
-                size = int.from_bytes(self.read(2 if size == 126 else 8), "big")
-            channel, left = self.read(1)[0], size - 1
-            if (
-                kind != 0x82
-                or channel not in (1, 2, 3)
-                or left < 0
-                or (channel == 3 and left > MIB)
-            ):
-                raise Failed(f"{self.url} closed the channel, or does not speak {CHANNELS}", 125)
+            channel, left = self.read_header()
             if channel == 3:
                 return self.end(self.read(left))
             while left:
-                piece = self.read(left, False)
+                piece = self.read(left, all_of_it=False)
                 left -= len(piece)
                 self.write(channel, piece)
 
+    def read_header(self) -> tuple[int, int]:
+        """The channel of the next message, and how many bytes follow for it."""
+        kind, size = self.read(2)
+        if size == 126:
+            size = int.from_bytes(self.read(2), "big")
+        elif size == 127:
+            size = int.from_bytes(self.read(8), "big")
+        channel = self.read(1)[0]
+        left = size - 1
+
+        is_output = channel in (1, 2)
+        is_end = channel == 3 and left <= MIB
+        if kind != 0x82 or left < 0 or not (is_output or is_end):
+            raise Failed(f"{self.url} closed the channel, or does not speak {CHANNELS}", 125)
+        return channel, left
+
     def write(self, fd: int, data: bytes) -> None:
+        """Write all of it to stdout or stderr."""
         while data:
             try:
                 data = data[os.write(fd, data) :]
-            except BlockingIOError:  # whoever shares it has made it so
+            except BlockingIOError:  # another process that has it open has made it so
                 os.set_blocking(fd, True)
+            except BrokenPipeError:
+                raise Failed("", 141) from None
             except OSError as wrong:
-                gone = wrong.errno == 32  # EPIPE
-                raise Failed(
-                    "" if gone else f"cannot write: {wrong.strerror}", 141 if gone else 125
-                ) from None
+                raise Failed(f"cannot write: {wrong.strerror}", 125) from None
 
     def end(self, final: bytes) -> int:
         """The exit status that the last message tells, see ExecResponse."""
         code = final.partition(b'"exit_code":')[2].partition(b",")[0].strip()
         if code.isdigit() and len(code) < 4 and b'"error"' not in final:
             return int(code) & 255
+
         import json
 
         try:
             answer = json.loads(final)
-            text, status = (
-                " ".join(answer["error"].split()),
-                answer["exit_code"] & 255 if "ended" in answer else 125,
-            )
+            text = " ".join(answer["error"].split())
+            status = answer["exit_code"] & 255 if "ended" in answer else 125
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            text, status = f"{self.url} ended with {final[:80]!r}", 125
+            said = ascii(final[:80].decode("latin-1"))
+            raise Failed(f"{self.url} ended with {said}", 125) from None
         raise Failed(text, status)
 
 
@@ -502,30 +645,40 @@ def run_shell(words: list[str]) -> int:
     """Do as `bash WORDS`, in the sandbox; see `run`."""
     import _signal
 
-    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:  # so that no socket gets to be stdout
-        pass
+    # So that what is closed is /dev/null, and no socket gets to be stdout.
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd < 3:
+        fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
+
     bridge = Bridge(os.environ.get("PROXY_URL") or f"http://localhost:{DEFAULT_PORT}")
-    heeded = [
-        _signal.SIGALRM,
-        *(number for number in SIGNALS if _signal.getsignal(number) != _signal.SIG_IGN),
-    ]
-    before = [(number, _signal.signal(number, bridge.on_signal)) for number in heeded]
+    before = {}
+    for number in (_signal.SIGALRM, *SIGNALS):
+        if number == _signal.SIGALRM or _signal.getsignal(number) != _signal.SIG_IGN:
+            before[number] = _signal.signal(number, bridge.on_signal)
+
     try:
-        text, first = command_of(words)
-        status = bridge.run(request_of(text), first)
+        if sys.version_info < (3, 8):  # noqa: UP036
+            raise Failed(f"the shell needs Python 3.8 or later, this is {python_version()}", 125)
+        status = bridge.run(request_of(arguments_of(words)), has_stdin())
         bridge.over = True
     except Failed as failure:
         bridge.over = True
-        text, status = failure.args
+        status = failure.status
         try:
-            os.write(2, f"pocketcoder: {text}\n".encode(errors="replace") if text else b"")
+            if failure.text:
+                os.write(2, f"pocketcoder: {failure.text}\n".encode(errors="replace"))
         except OSError:  # nobody listens
             status = status or 125
+
     _signal.setitimer(_signal.ITIMER_REAL, 0)
-    for number, handler in before:
+    for number, handler in before.items():
         _signal.signal(number, handler)
     return bridge.status or status
+
+
+def python_version() -> str:
+    return ".".join(map(str, sys.version_info[:3]))
 
 
 def run(command: str | None, args: list[str]) -> int:
@@ -533,18 +686,36 @@ def run(command: str | None, args: list[str]) -> int:
 
     The exit status: the command's; 125 if the proxy failed, 141 if nobody reads, 128+n after signal n.
     """
-    return run_shell(
-        ["-c", "--", command, *args]
-        if command is not None
-        else shell_arguments(["", "shell", *args]) or []
-    )
+    if command is not None:
+        return run_shell(["-c", "--", command, *args])
+    return run_shell(subcommand_arguments(args) or [])
 
 
-if __name__ == "__main__" and (_words := shell_arguments(sys.argv)) is not None:
-    os._exit(run_shell(_words))  # all is written, and there is nothing to tear down
+def is_our_process() -> bool:
+    """Whether this process is this file, or the script that pip makes for it, by whatever link.
+
+    The script imports this module first: so its shell needs not wait for what the server needs.
+    """
+    if __name__ == "__main__":
+        return True
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    return script is not None and os.path.basename(os.path.realpath(script)) == "pocketcoder"
+
+
+if is_our_process():
+    _words = shell_arguments(sys.argv)
+    if _words is not None:
+        # All is written, and there is nothing to tear down.
+        os._exit(run_shell(_words))
 
 
 # ------------------------------- the line ---------------------------------
+if sys.version_info < (3, 10):
+    _needs = f"needs Python 3.10 or later, and its shell 3.8; this is {python_version()}"
+    if __name__ == "__main__":
+        sys.exit(f"pocketcoder: {_needs}")
+    raise ImportError(f"pocketcoder_proxy {_needs}")
+
 import argparse
 import asyncio
 import base64
@@ -559,6 +730,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import marshal
 import math
 import re
 import resource
@@ -569,6 +741,7 @@ import signal
 import socket
 import stat
 import subprocess
+import tempfile
 import termios
 import time
 from collections import deque
@@ -580,6 +753,7 @@ from collections.abc import (
     Coroutine,
     Iterator,
     Mapping,
+    Sequence,
 )
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -755,10 +929,40 @@ def check_text(name: str, got: object, expected: str, limit: int, nul: bool = Fa
     try:
         size = len(got.encode())
     except UnicodeEncodeError:
-        raise complain(name, got, f"{expected} in Unicode, without lone surrogates") from None
+        raise complain(name, got, f"{expected} in UTF-8, without lone surrogates") from None
     if size > limit:
         raise complain(name, got, f"{expected} of at most {limit} bytes (it has {size})")
     return got
+
+
+def check_argv(got: object) -> tuple[str, ...]:
+    """Return `got`, arguments of bash; raise BadMessage.
+
+    Bytes that are not UTF-8 are U+DC80 to U+DCFF in them, as Python has them.
+    """
+    expected = "an array of strings, the arguments of bash"
+    if not isinstance(got, (list, tuple)):
+        raise complain("argv", got, expected)
+    for word in got:
+        if not isinstance(word, str):
+            raise complain("argv", word, expected)
+        if "\0" in word:
+            raise complain("argv", word, f"{expected}, without NUL")
+        try:
+            size = len(word.encode(errors="surrogateescape"))
+        except UnicodeEncodeError:
+            raise complain("argv", word, f"{expected}, in UTF-8 or as U+DC80 to U+DCFF") from None
+        if size > MAX_COMMAND:
+            raise complain("argv", word, f"at most {MAX_COMMAND} bytes a string (it has {size})")
+    return tuple(got)
+
+
+def command_text(argv: Sequence[str]) -> str:
+    """What `bash ARGV` runs, for people: the text of `-c`, else the line as it would be typed."""
+    letters, _, operands = split_options([*argv])
+    if "c" in letters and operands:
+        return operands[0]
+    return shlex.join(["bash", *argv])
 
 
 def check_agent(got: object) -> str:
@@ -776,13 +980,22 @@ def check_run_id(got: object) -> str:
 
 
 def inside(workspace: str, cwd: str) -> str:
-    """The real path of a directory in `workspace`, itself a real path.  Raises BadMessage."""
-    path = os.path.realpath(os.path.join(workspace, cwd)) if cwd else workspace
-    if cwd and os.path.commonpath([workspace, path]) != workspace:
+    """A directory that leads into `workspace`, by the name that it has in `cwd`, absolute.
+
+    workspace  a real path
+    Raises BadMessage.
+    """
+    if not cwd:
+        named = workspace
+    else:
+        # `..` goes back by the name, as `cd` of a shell does.
+        named = os.path.normpath(os.path.join(workspace, cwd))
+    real = os.path.realpath(named)
+    if os.path.commonpath([workspace, real]) != workspace:
         raise complain("cwd", cwd, f"a directory inside the workspace {workspace}")
-    if not os.path.isdir(path):
-        raise complain("cwd", cwd, f"a directory (there is none at {path})")
-    return path
+    if not os.path.isdir(real):
+        raise complain("cwd", cwd, f"a directory (there is none at {real})")
+    return named
 
 
 @dataclass(frozen=True)
@@ -811,12 +1024,21 @@ class ExecRequest:
     stdin: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     max_output: int = DEFAULT_OUTPUT  # bytes
+    # Arguments of bash, which are run in place of `cmd`: that is their text for people then.
+    argv: tuple[str, ...] | None = None
+    # stdout and stderr are one stream, in the order written; a channel has two otherwise.
+    combined: bool = False
     # Names of fields that the caller sent and that mean nothing here.
     ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not check_text("cmd", self.cmd, "a bash command", MAX_COMMAND):
+        if self.argv is not None:
+            if self.cmd != command_text(check_argv(self.argv)):
+                raise complain("cmd", self.cmd, "no `cmd` beside `argv`")
+        elif not check_text("cmd", self.cmd, "a bash command", MAX_COMMAND):
             raise complain("cmd", self.cmd, "a bash command, not an empty string")
+        if not isinstance(self.combined, bool):
+            raise complain("combined", self.combined, "true or false")
         check_text("cwd", self.cwd, "a directory in the workspace", 4 * KIB)
         for name, limit in (("usage_id", 4 * KIB), ("session_id", 4 * KIB), ("stdin", MAX_BODY)):
             if (value := getattr(self, name)) is not None:
@@ -851,8 +1073,13 @@ class ExecRequest:
     @classmethod
     def from_fields(cls, got: Message, workspace: str) -> ExecRequest:
         """The same from fields that a caller sent."""
-        if "cmd" not in got:
-            raise BadMessage("`cmd`: got nothing, expected a bash command")
+        if "argv" in got:
+            if "cmd" in got:
+                raise complain("cmd", got["cmd"], "no `cmd` beside `argv`")
+            got["argv"] = check_argv(got["argv"])
+            got["cmd"] = command_text(got["argv"])
+        elif "cmd" not in got:
+            raise BadMessage("`cmd`: got nothing, expected a bash command, or `argv`")
         got["cwd"] = inside(
             workspace, check_text("cwd", got.get("cwd", ""), "a directory", 4 * KIB)
         )
@@ -1329,7 +1556,7 @@ _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&-; {sound} || \exit
 \echo "{token} start $_pc" >&9
 \cd -- {cwd} || \exit; \unset OLDPWD
-\export {quiet} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
+\export {quiet} {named} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
 \export POCKETCODER_SESSION_ID={session} POCKETCODER_USAGE_ID={usage}
 \exec {command} 9>&-
 ) && _pc=0 || _pc=$?
@@ -1341,6 +1568,13 @@ _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \printf '%s\n' "{token} back 0" >&9
 \trap - INT; \unset _pc; \return 0; }} 8<>{run}.done 9<>{status} || \return 0
 """
+
+
+# Of these options, and `c`, bash never complains.
+SURE_OPTIONS = "abcefhiklmnptuvxBCEHPT"
+
+# A command that is too long for an argument.
+READ_COMMAND = 'eval "exec 8<&-; $(cat <&8 || echo exit 125)"'
 
 
 class Watch:
@@ -1356,13 +1590,40 @@ class Watch:
 NOBODY = Watch()
 
 
+def bash_command(request: ExecRequest, shell: str) -> tuple[list[str], str | None]:
+    """The words that run a command; and its text, where that is too long to be one of them.
+
+    The words read the text from descriptor 8 then.
+    """
+    name = os.path.basename(shell)
+    arguments = ["-c", "--", request.cmd] if request.argv is None else [*request.argv]
+    letters, _, operands = split_options(arguments)
+    has_text = "c" in letters and bool(operands)
+    long_text = None
+    if has_text:
+        at = len(arguments) - len(operands)
+        # In characters of up to four bytes.
+        if len(arguments[at]) > MAX_ARGUMENT // 4:
+            long_text = arguments[at]
+            arguments[at] = READ_COMMAND
+        if len(operands) == 1:
+            arguments.append(name)
+
+    # Bash shows its own name where it has no other, and where it complains of an option.
+    shows_own_name = not has_text or any(letter not in SURE_OPTIONS for letter in letters)
+    if shows_own_name and name == "bash":
+        return [shell, "-c", 'exec -a "$0" "$@"', name, shell, *arguments], long_text
+    return [shell, *arguments], long_text
+
+
 def go_script(job: Job, shell: str) -> dict[str, str]:
     """The files of a run: `go`; `in`, its stdin; `cmd`, where it is too long for an argument."""
     request, run = job.request, shlex.quote(job.run)
-    files = {} if request.stdin is None else {"in": request.stdin}
-    command = [shell, "-c", "--", request.cmd, os.path.basename(shell)]
-    if len(request.cmd) > MAX_ARGUMENT // 4:  # characters of up to four bytes
-        files["cmd"], command[3] = request.cmd, 'eval "exec 8<&-; $(cat <&8 || echo exit 125)"'
+    # Where there is nothing to read, stdin is /dev/null itself: programs look at what it is.
+    files = {"in": request.stdin} if request.stdin else {}
+    command, long_text = bash_command(request, shell)
+    if long_text is not None:
+        files["cmd"] = long_text
     if env := [f"{name}={value}" for name, value in request.env.items() if name not in OURS]:
         command = ["env", "--", *env, *command]  # which takes names that are none for a shell
     texts = {
@@ -1394,6 +1655,8 @@ def go_script(job: Job, shell: str) -> dict[str, str]:
         "held": held,
         "patience": math.ceil(SETTLE_TIMEOUT + RETURN_TIMEOUT),
     }
+    # The command's bash takes the name of its directory from there, whatever `cd` has made of it.
+    parts["named"] = f"PWD={shlex.quote(request.cwd)}" if request.cwd else ""
     parts |= {
         "sound": sound,
         "quiet": QUIET,
@@ -1939,7 +2202,7 @@ class View(Pipe):
         self.seen, self.begun, self.last = 0, False, b"\n"
         rows = 1 + (column + len(line)) // max(1, pane.width)
         shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
-        safe = self.UNSAFE.sub(b"", shown.encode()).replace(b"\x1b", b"")
+        safe = self.UNSAFE.sub(b"", shown.encode(errors="replace")).replace(b"\x1b", b"")
         self.unwritten = bytearray(b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, safe))
         # What stands before any question: the command, and the end of its output.
         self.command = safe
@@ -2025,9 +2288,8 @@ class RunFiles:
             f"{base}/{secrets.token_hex(2)}"  # a line typed for one that was wiped finds no other
         )
         self.status_path = f"{self.folder}/status"
-        with (
-            contextlib.ExitStack() as undo
-        ):  # when there is no space or no descriptor for all of it
+        # There may be no space, or no descriptor, for all of it.
+        with contextlib.ExitStack() as undo:
             os.mkdir(self.folder, 0o700)
             undo.callback(clear, self.folder)
             self.lock = os.open(self.folder, os.O_RDONLY)
@@ -2317,11 +2579,13 @@ class Job:
         # Not truncated, which goes to the disk: see GO.
         for name, text in go_script(self, self.terminal.driver.shell).items():
             with open(os.open(f"{self.run}.{name}", NEW_FILE, 0o600), "wb") as file:
-                file.write(text.encode())
+                # Not truncated, which goes to the disk: see GO.
+                file.write(text.encode(errors="surrogateescape"))
         # From here on go runs, once.
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{self.run}.pid")
-        return f" . {shlex.quote(self.run)}.go"
+        # A space keeps it out of the history, a backslash from aliases.
+        return f" \\. {shlex.quote(self.run)}.go"
 
     def _type(self, line: str, state: str) -> None:
         """Have tmux type `line`, unless somebody has typed since the pane was in `state`."""
@@ -3435,34 +3699,45 @@ def step(message: Message, version: str, facts: Facts) -> list[Decision]:
     id_, method, params = message["id"], message["method"], message.get("params", {})
     modern = version == MODERN
     answer = partial(success, id_, method=method, version=version, facts=facts)
-    match method:
-        case "initialize" if not modern:
-            if not isinstance(asked := params.get("protocolVersion"), str):
-                raise complain("params.protocolVersion", asked, "a revision of MCP")
-            version = asked if asked in LEGACY else LEGACY[-1]
-            server = {"name": facts.name, "title": facts.name, "version": facts.version}
-            hello = {"protocolVersion": version, "capabilities": {"tools": {}, "logging": {}}}
-            hello |= {"serverInfo": only_known(server, version), "instructions": facts.instructions}
-            return [Send({"jsonrpc": "2.0", "id": id_, "result": hello})]
-        case "server/discover" if modern:
-            found = {
-                "supportedVersions": [MODERN],
-                "capabilities": {"tools": {}},
-                "instructions": facts.instructions,
-            }
-            return [Send(answer(found))]
-        case "ping" if not modern:
-            return [Send(answer({}))]
-        case "logging/setLevel" if not modern:
-            if (level := params.get("level")) not in LEVELS:
-                raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
-            return [SetLevel(level), Send(answer({}))]
-        case "tools/list":
-            if params.get("cursor") is not None:
-                raise complain("params.cursor", params["cursor"], "none: there is one page")
-            return [Send(answer({"tools": [only_known(each, version) for each in facts.tools]}))]
-        case "tools/call":
-            return [call_tool(id_, params, facts)]
+    if method == "initialize" and not modern:
+        asked = params.get("protocolVersion")
+        if not isinstance(asked, str):
+            raise complain("params.protocolVersion", asked, "a revision of MCP")
+        version = asked if asked in LEGACY else LEGACY[-1]
+        server = {"name": facts.name, "title": facts.name, "version": facts.version}
+        hello = {
+            "protocolVersion": version,
+            "capabilities": {"tools": {}, "logging": {}},
+            "serverInfo": only_known(server, version),
+            "instructions": facts.instructions,
+        }
+        return [Send({"jsonrpc": "2.0", "id": id_, "result": hello})]
+
+    if method == "server/discover" and modern:
+        found = {
+            "supportedVersions": [MODERN],
+            "capabilities": {"tools": {}},
+            "instructions": facts.instructions,
+        }
+        return [Send(answer(found))]
+
+    if method == "ping" and not modern:
+        return [Send(answer({}))]
+
+    if method == "logging/setLevel" and not modern:
+        level = params.get("level")
+        if level not in LEVELS:
+            raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
+        return [SetLevel(level), Send(answer({}))]
+
+    if method == "tools/list":
+        if params.get("cursor") is not None:
+            raise complain("params.cursor", params["cursor"], "none: there is one page")
+        return [Send(answer({"tools": [only_known(each, version) for each in facts.tools]}))]
+
+    if method == "tools/call":
+        return [call_tool(id_, params, facts)]
+
     raise UnknownMethod(
         f"`method`: got {ascii(method)[:80]}, which revision {version} of this server does not have"
     )
@@ -4372,27 +4647,27 @@ class Translation:
     async def respond(self, message: Message, outbox: Outbox) -> Message:
         method, params = message["method"], message.get("params", {})
         done = {"jsonrpc": "2.0", "id": message["id"], "result": {}}
-        match method:
-            case "ping":
-                return done
-            case "initialize":
-                self.peer.hello = params
-                self._listen()
-                return {**done, "result": self._hello(params.get("protocolVersion"))}
-            case "logging/setLevel":
-                if (level := params.get("level")) not in LEVELS:
-                    raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
-                self.peer.level = str(level)
-                return done
-            case "resources/subscribe" | "resources/unsubscribe":
-                change = (
-                    self.peer.uris.add
-                    if method == "resources/subscribe"
-                    else self.peer.uris.discard
-                )
-                change(str(params.get("uri")))
-                self._listen()
-                return done
+        if method == "ping":
+            return done
+        if method == "initialize":
+            self.peer.hello = params
+            self._listen()
+            return {**done, "result": self._hello(params.get("protocolVersion"))}
+        if method == "logging/setLevel":
+            level = params.get("level")
+            if level not in LEVELS:
+                raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
+            self.peer.level = str(level)
+            return done
+        if method == "resources/subscribe":
+            self.peer.uris.add(str(params.get("uri")))
+            self._listen()
+            return done
+        if method == "resources/unsubscribe":
+            self.peer.uris.discard(str(params.get("uri")))
+            self._listen()
+            return done
+
         if self.peer.listens_to and self.peer.listens_to is not self.child:
             self._listen()  # it was started again
         extra: Message = {}
@@ -4872,7 +5147,7 @@ class Notes(Watch):
         self.door = door
 
     def _fields(self, run_id: str) -> Message:
-        return {
+        fields: Message = {
             "run_id": run_id,
             "door": self.door,
             "usage_id": self.request.usage_id,
@@ -4881,6 +5156,9 @@ class Notes(Watch):
             "cwd": self.request.cwd,
             "cmd": self.request.cmd,
         }
+        if self.request.argv is not None:
+            fields["argv"] = self.request.argv
+        return fields
 
     def _report(self, event: str, run_id: str, facts: Message) -> None:
         request = self.request
@@ -5213,14 +5491,13 @@ class Terminals:
         version = MODERN if modern else peer.version or LEGACY[-1]
         answer: Message = {}
         for decision in step(message, version, FACTS):
-            match decision:
-                case Send():
-                    answer = decision.message
-                case SetLevel():
-                    peer.level = decision.level
-                case CallTool():
-                    fields = await self._call(decision, outbox)
-                    answer = success(decision.id, fields, "tools/call", version, FACTS)
+            if isinstance(decision, Send):
+                answer = decision.message
+            elif isinstance(decision, SetLevel):
+                peer.level = decision.level
+            else:
+                fields = await self._call(decision, outbox)
+                answer = success(decision.id, fields, "tools/call", version, FACTS)
         return answer
 
     async def _call(self, call: CallTool, outbox: Outbox) -> Message:
@@ -5722,10 +5999,12 @@ class ChannelEndpoint(SocketEndpoint):
         async def started(job: Job) -> None:
             self.job.set_result(job)
 
-        takes = {"out": partial(self.send, 1), "err": partial(self.send, 2)}
         try:
             body = message.encode() if isinstance(message, str) else message
             request = ExecRequest.from_wire(body, self.state.workspace)
+            takes = {"out": partial(self.send, 1)}
+            if not request.combined:
+                takes["err"] = partial(self.send, 2)
             result = await execute(
                 self.state,
                 request,
@@ -5968,12 +6247,33 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 # ==========================================================================
 # Application
 # ==========================================================================
+# What `install` writes, and the line by which it knows its own files.
+INSTALLED = "pocketcoder-shell"
+INSTALLED_MARK = "# Written by `pocketcoder_proxy.py install`, which may replace it.\n"
+FIRST_LINE = 127  # bytes of a first line that every Linux reads
+# To compile the text takes half of the time in which the shell starts.
+INSTALLED_FORM = f"""{{first}}
+# SPDX-License-Identifier: MIT
+{INSTALLED_MARK}\
+# The shell of pocketcoder-proxy: its text, and below it the same as one Python compiles it.
+import marshal
+import sys
+
+TEXT = r'''
+{{text}}'''
+CODE = {{code!r}}
+exec(marshal.loads(CODE) if sys.version == {{python!r}} else TEXT)
+sys.exit("pocketcoder: only the shell is here: `{INSTALLED} -c CMD`, `pocketcoder shell`")
+"""
+
+
 @dataclass(frozen=True)
 class Commands:
-    """What the command line asks for: `server` or `shell`, and its options."""
+    """What the command line asks for: `server`, `shell` or `install`, and its options."""
 
     name: str
-    arguments: tuple[str, ...] = ()  # of the shell
+    # Of the shell; of `install` a directory and names.
+    arguments: tuple[str, ...] = ()
     port: str = str(DEFAULT_PORT)
     host: str = "127.0.0.1"
     workspace: str = "/"
@@ -5993,14 +6293,37 @@ class Cli:
         """Exits with 2 and a message when the words are wrong."""
         if (words := shell_arguments(argv)) is not None:
             return cls(Commands("shell", tuple(words)))
-        parser = argparse.ArgumentParser(prog="pocketcoder", description=__doc__.split("\n")[0])
-        commands = parser.add_subparsers(required=True, metavar="{server,shell}")
+        parser = argparse.ArgumentParser(
+            prog="pocketcoder",
+            description=__doc__.split("\n")[0],
+            epilog="Called as a shell (sh, bash, ...-shell), or with an option of one (-c, -lc), or "
+            "with a script file, it is `pocketcoder shell`.",
+        )
+        commands = parser.add_subparsers(
+            dest="command", required=True, metavar="{server,shell,install}"
+        )
         server = commands.add_parser("server", help="start the proxy server")
         forms = "pocketcoder shell {-c CMD [ARG0 ARG...], --command CMD, WORD..., -s [ARG...], FILE [ARG...]}"
         shell = commands.add_parser(
             "shell", help="run a command in the sandbox, as bash would", usage=forms
         )
-        for level in (parser, server, shell):
+        installer = commands.add_parser(
+            "install",
+            help="write the shell alone, which starts fastest, into a directory",
+            description=f"Write the shell alone, which starts fastest, as DIR/{INSTALLED}.",
+        )
+        installer.add_argument("folder", metavar="DIR")
+        installer.add_argument(
+            "names",
+            metavar="NAME",
+            nargs="*",
+            help=f"links to it: {', '.join(SHELL_NAMES)}, pocketcoder, or a name that ends in -shell",
+        )
+        if len(argv) == 1:
+            # A person, see `shell_arguments`.
+            parser.print_help(sys.stderr)
+            parser.exit(2)
+        for level in (parser, server, shell, installer):
             level.add_argument(
                 "--version", action="version", version=f"pocketcoder-proxy {VERSION}"
             )
@@ -6024,6 +6347,8 @@ class Cli:
         )
         add("--mcp-config", metavar="FILE", help="the same from a file with `mcpServers`")
         got = parser.parse_args(argv[1:])
+        if got.command == "install":
+            return cls(Commands("install", (got.folder, *got.names)))
         if not (got.port.isdecimal() and int(got.port) < 65536):
             server.error(f"--port: got {got.port!r}, expected a number from 0 to 65535")
         path = os.path.realpath(got.workspace)
@@ -6044,6 +6369,71 @@ class Cli:
         return cls(
             Commands("server", (), got.port, got.host, path, origins, servers, got.audit_log or "")
         )
+
+
+def installed_text() -> str:
+    """The shell alone: this file down to the line, for this interpreter.  Raises ProxyError, OSError."""
+    # It needs neither `site` nor what PYTHON… variables say.
+    first = f"#!{sys.executable} -IS"
+    if not sys.executable or len(os.fsencode(first)) >= FIRST_LINE:
+        raise ProxyError(f"a first line cannot hold this interpreter: {first}")
+    if " " in sys.executable:
+        raise ProxyError(f"a first line cannot hold a path with a blank: {sys.executable}")
+
+    with open(__file__, encoding="utf-8") as file:
+        head = file.read().partition("\n# ------------------------------- the line")[0]
+    # The settings of the script above that are for a server stay behind.
+    text = head[head.index('r"""') :].rstrip() + "\n"
+    code = marshal.dumps(compile(text, INSTALLED, "exec", dont_inherit=True))
+    return INSTALLED_FORM.format(first=first, text=text, code=code, python=sys.version)
+
+
+def is_installed(path: str) -> bool:
+    """Whether a file is one that `install` wrote, or a link to one."""
+    try:
+        with open(path, "rb") as file:
+            return INSTALLED_MARK.encode() in file.read(KIB)
+    except OSError:  # a directory, a link to nowhere, or not ours to read
+        return False
+
+
+def install(folder: str, names: list[str]) -> str:
+    """Write the shell into `folder`, with links of these names to it; what was done, in a sentence.
+
+    All names are checked before anything is written.  Raises ProxyError, OSError.
+    """
+    links = [name for name in names if name != INSTALLED]
+    for name in links:
+        is_ours = name in (*SHELL_NAMES, "pocketcoder") or name.endswith("-shell")
+        if not is_ours or "/" in name:
+            expected = f"one of {', '.join(SHELL_NAMES)}, pocketcoder, or …-shell"
+            raise complain("NAME", name, expected)
+    if not os.path.isdir(folder):
+        raise complain("DIR", folder, "a directory")
+    for name in (INSTALLED, *links):
+        path = os.path.join(folder, name)
+        if os.path.lexists(path) and not is_installed(path):
+            raise ProxyError(
+                f"{path} is not a file that `install` wrote: remove it, then try again"
+            )
+
+    # Each is made under another name and put in its place at once: others may be starting it.
+    target = os.path.join(folder, INSTALLED)
+    made, new = tempfile.mkstemp(prefix=f".{INSTALLED}-", dir=folder)
+    try:
+        with open(made, "w", encoding="utf-8") as file:
+            file.write(installed_text())
+            os.fchmod(made, 0o755)
+        os.replace(new, target)
+        for name in links:
+            os.symlink(INSTALLED, new)
+            os.replace(new, os.path.join(folder, name))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise
+    beside = f", and beside it {', '.join(links)}" if links else ""
+    return f"wrote {target}{beside}"
 
 
 def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]:
@@ -6233,6 +6623,16 @@ def main() -> int:
     options = Cli.parse(sys.argv).command
     if options.name == "shell":
         return run_shell([*options.arguments])
+    if options.name == "install":
+        folder, *names = options.arguments
+        try:
+            print(f"pocketcoder: {install(folder, names)}")
+            return 0
+        except ProxyError as failure:
+            print(f"pocketcoder: {failure}", file=sys.stderr)
+        except OSError as failure:
+            print(f"pocketcoder: {failure.filename}: {failure.strerror}", file=sys.stderr)
+        return 1
     token = os.environ.pop("POCKETCODER_TOKEN", "")
     log_to_stderr()
     if token:
