@@ -18,8 +18,12 @@ Sections, top to bottom; each uses only what stands above it:
   Shell Bridge      `pocketcoder shell`: arguments in; streams, signals, exit code through
   Errors            one hierarchy, and what each error answers
   Wire types        what callers send and get
-  Tmux              the control connection: commands, replies, notices
-  Execution Driver  terminals, runs, output, exit codes, cancel, timeouts
+  Processes         what /proc tells, and which shell there is
+  Tmux              every tmux command there is, and the control connection
+  Streams           pipes, output, input, what a person sees
+  Run files         the go script, the FIFOs, their directory, what a killed server left
+  Terminals         panes, prompts, who may type
+  Runs              one run from files to prompt; PocketCoderDriver
   MCP core          JSON-RPC, both eras: messages in, decisions out
   Relay             stdio MCP servers of the sandbox, for clients of either era
   State and tools   what handlers share, sessions, the tools of MCP
@@ -110,6 +114,11 @@ OPEN_PAUSE = 0.01
 MAX_OPEN_PAUSE = 0.25
 SHOW_PAUSE = 0.2  # from keys to the screen that shows what they did
 QUESTION_TIMEOUT = 0.5  # to look at the screen of a command whose time is over
+RETRY_PAUSE = 0.05  # before another try with a tmux that is just ending, or a place just wiped
+LOOK_TRIES = 4  # at the panes of a window
+START_TRIES = 8  # of a command, each in another pane or after another failure
+MAX_MISSED = 2  # lines in a row that a shell did not run, until it is left alone
+ADOPT_PAUSE = 0.2  # for the last words of a run whose server was killed
 START_TIMEOUT = 1.0  # from the typed line to the start report
 NEW_SHELL_TIMEOUT = 15.0  # the same while a new shell may read its start-up files
 PROMPT_TIMEOUT = 0.5  # a shell that has just ended a command shows its prompt
@@ -802,6 +811,13 @@ def ignore(*_: object) -> None:
     """A callback that does nothing."""
 
 
+async def set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event, `seconds` at most; whether it is set."""
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
+    return event.is_set()
+
+
 SIGNAL_NUMBERS = {
     name: signal.Signals[f"SIG{name}"]
     for name in ("INT", "TERM", "HUP", "QUIT", "KILL", "USR1", "USR2")
@@ -1146,25 +1162,155 @@ class ExecResponse:
 
 
 # ==========================================================================
+# Processes
+# ==========================================================================
+# What /proc tells, and which shell there is.
+#
+# P1  A process that cannot be looked at for lack of descriptors or memory counts as alive.
+# P2  Nothing here waits.
+#
+# Errors of ours that say nothing about what was looked for.
+SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def find_shell() -> str:
+    """The path of bash, else of sh, that is not this very file under a shell's name.
+
+    Raises NoTerminal.
+    """
+    folders = [*os.environ.get("PATH", "").split(":"), "/bin", "/usr/bin", "/usr/local/bin"]
+    for name in ("bash", "sh"):
+        for folder in filter(None, folders):
+            path = f"{folder}/{name}"
+            if os.access(path, os.X_OK) and not os.path.samefile(path, __file__):
+                return path
+    raise NoTerminal("no bash and no sh in PATH: install one")
+
+
+def read_proc(pid: int, name: str, size: int = 4 * KIB) -> bytes:
+    """A file of /proc/PID, in one read: it may change in between.  Raises OSError."""
+    with open(f"/proc/{pid}/{name}", "rb", 0) as file:
+        return file.read(size)
+
+
+class Process(NamedTuple):
+    """What /proc/PID/stat says of a process, see proc(5)."""
+
+    name: str
+    parent: int
+    group: int
+    # The process group that its terminal listens to; -1 without a terminal.
+    foreground: int
+    # In ticks since the machine started.
+    started_at: int
+
+
+def process(pid: int) -> Process | None:
+    """None: there is none, or it has ended.  Raises OSError if nobody can look now."""
+    try:
+        head, _, tail = read_proc(pid, "stat").decode("latin-1").rpartition(")")
+    except OSError as wrong:
+        if wrong.errno in SHORTAGE:
+            raise
+        return None
+    state, parent, group, _, _, foreground, *rest = tail.split()
+    if state in "ZX":
+        return None
+    return Process(
+        name=head.partition("(")[2],
+        parent=int(parent),
+        group=int(group),
+        foreground=int(foreground),
+        started_at=int(rest[13]),
+    )
+
+
+def ticks() -> int:
+    """Now, as Process.started_at counts."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
+def has_ended(pid: int) -> bool:
+    """Whether it certainly has."""
+    try:
+        return process(pid) is None
+    except OSError:
+        return False
+
+
+class RunTraits(NamedTuple):
+    """How processes of a run can be known."""
+
+    run_id: str
+    # The process group of its command, if that is known.
+    group: int | None
+    # The path of its files, but for the suffixes.
+    path: str
+    # In ticks: no process of it is older.
+    born: int
+
+    def fit(self, pid: int, found: Process) -> bool:
+        """Whether it is in the run's group, carries its name, or writes its output.
+
+        Raises OSError if it has ended, or is another user's.
+        """
+        if found.group == self.group:
+            return True
+        mark = f"POCKETCODER_RUN_ID={self.run_id}".encode()
+        if mark in read_proc(pid, "environ", 4 * MIB).split(b"\0"):
+            return True
+        links = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (1, 2))
+        return any(link.startswith(f"{self.path}.") for link in links)
+
+
+async def processes_of(run: RunTraits) -> set[int]:
+    """The processes that fit, and all that descend from them.  Raises OSError.
+
+    In pieces: a thread would wait for its turn at each file of /proc while the loop is busy.
+    """
+    found = set[int]()
+    parents = dict[int, int]()
+    pids = map(int, filter(str.isdecimal, os.listdir("/proc")))
+    for count, pid in enumerate(pids):
+        if count % 16 == 0:
+            await asyncio.sleep(0)
+        # It has ended, or is another user's.
+        with contextlib.suppress(OSError):
+            seen = process(pid)
+            if seen is None or seen.started_at < run.born:
+                continue
+            parents[pid] = seen.parent
+            if run.fit(pid, seen):
+                found.add(pid)
+
+    while True:
+        children = {pid for pid, parent in parents.items() if parent in found} - found
+        if not children:
+            return found - {os.getpid()}
+        found |= children
+
+
+# ==========================================================================
 # Tmux
 # ==========================================================================
-# The only section that talks to tmux.
+# Every tmux command there is.
 #
 # T1  Commands go down one control connection; replies come back in their order.
 # T2  Panes and windows are addressed by id; names are for finding.
-# T3  Nothing here reads a screen.
+# T3  What a pane shows is read by a process of its own: on the control connection, what a command
+#     prints could pass for a reply of tmux.
 PANE_FORMAT = (
-    "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_height} #{pane_tty} "
+    "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_height}"
+    " #{pane_tty} #{window_name}"
 )
-PANE_FORMAT += "#{window_name}"
-# Changes when somebody types, or anything is shown; not a person's last look at it.
+# Changes when somebody types, or anything is shown; not when a person only looks.
 PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
 # No copy mode, no synchronized panes: the state ends with " 0 0".
 NO_MODE = "#{==:#{pane_in_mode}#{pane_synchronized},00}"
 
 KEY = re.compile(
-    r"(?:[CMS]-)*(?:[!-~]|Enter|Escape|B?Tab|Space|BSpace|Up|Down|Left|Right|Home|End|Insert|Delete|IC|DC"
-    r"|[PN]Page|Page(?:Up|Down)|Pg(?:Up|Dn)|F(?:[1-9]|1[0-2]))"
+    r"(?:[CMS]-)*(?:[!-~]|Enter|Escape|B?Tab|Space|BSpace|Up|Down|Left|Right|Home|End|Insert|Delete"
+    r"|IC|DC|[PN]Page|Page(?:Up|Down)|Pg(?:Up|Dn)|F(?:[1-9]|1[0-2]))"
 )
 
 
@@ -1173,26 +1319,30 @@ class Pane(NamedTuple):
 
     pane_id: str
     window_id: str
+    # The process that was started in it: its shell.
     pid: int
     in_mode: bool
+    # In characters.
     width: int
     height: int
+    # The path of its terminal.
     tty: str
     window_name: str
 
     @classmethod
     def parse(cls, line: str) -> Pane:
-        pane, window, pid, mode, width, height, tty, name = line.split(" ", 7)
-        return cls(pane, window, int(pid), mode != "0", int(width), int(height), tty, name)
-
-
-def find_shell() -> str:
-    """The path of bash, else of sh, that is not this very file under a shell's name."""
-    folders = [*os.environ.get("PATH", "").split(":"), "/bin", "/usr/bin", "/usr/local/bin"]
-    for shell in (f"{folder}/{name}" for name in ("bash", "sh") for folder in folders if folder):
-        if os.access(shell, os.X_OK) and not os.path.samefile(shell, __file__):
-            return shell
-    raise NoTerminal("no bash and no sh in PATH: install one")
+        """From a line of PANE_FORMAT.  Raises ValueError."""
+        pane_id, window_id, pid, in_mode, width, height, tty, name = line.split(" ", 7)
+        return cls(
+            pane_id=pane_id,
+            window_id=window_id,
+            pid=int(pid),
+            in_mode=in_mode != "0",
+            width=int(width),
+            height=int(height),
+            tty=tty,
+            window_name=name,
+        )
 
 
 def is_open(folder: os.stat_result) -> bool:
@@ -1242,34 +1392,47 @@ def check_place(path: str) -> None:
 
 
 def open_above(path: str) -> list[str]:
-    """Directories above the socket's own in which anybody could put another in its place: volumes may be like that."""
-    way, found = os.path.dirname(os.path.realpath(os.path.dirname(path))), list[str]()
-    while way != "/":
-        found += [way] * is_open(os.stat(way))
-        way = os.path.dirname(way)
+    """Directories above the socket's own in which any user could replace the next one.
+
+    Volumes may be like that.
+    """
+    found = list[str]()
+    folder = os.path.dirname(os.path.realpath(os.path.dirname(path)))
+    while folder != "/":
+        if is_open(os.stat(folder)):
+            found.append(folder)
+        folder = os.path.dirname(folder)
     return found
+
+
+def tmux_version() -> str:
+    """What `tmux -V` prints; "": there is none."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(["tmux", "-V"], capture_output=True, text=True, timeout=TMUX_TIMEOUT)
+        return done.stdout.strip()
+    return ""
+
+
+def attach_command(socket_path: str, session: str) -> str:
+    """What a person types to watch, whether or not there is a session yet."""
+    return shlex.join(["tmux", "-S", socket_path, "new-session", "-A", "-s", session])
+
+
+def has_session(socket_path: str, session: str) -> bool:
+    """Whether tmux has a session of exactly this name.  Raises OSError, TimeoutExpired."""
+    command = ["tmux", "-S", socket_path, "has-session", "-t", f"={session}"]
+    return subprocess.run(command, capture_output=True, timeout=TMUX_TIMEOUT).returncode == 0
 
 
 async def capture_pane(
     socket_path: str, pane_id: str, lines: int = 0, timeout: float = TMUX_TIMEOUT
 ) -> str:
-    """What a pane shows, behind `lines` of what has scrolled away; wrapped lines joined, ends cut.
+    """What a pane shows, behind `lines` of what has scrolled away.  Raises NoTerminal.
 
-    By a process of its own: on the control connection, what a command prints could pass for a
-    reply of tmux.  Raises NoTerminal.
+    Wrapped lines are joined; blanks at the end of lines and of the text are cut.
     """
-    command = [
-        "tmux",
-        "-S",
-        socket_path,
-        "capture-pane",
-        "-p",
-        "-J",
-        "-S",
-        f"-{lines}",
-        "-t",
-        pane_id,
-    ]
+    target = ["-S", f"-{lines}", "-t", pane_id]
+    command = ["tmux", "-S", socket_path, "capture-pane", "-p", "-J", *target]
     try:
         done = await asyncio.to_thread(
             subprocess.run, command, capture_output=True, timeout=timeout
@@ -1289,59 +1452,47 @@ class Tmux(asyncio.SubprocessProtocol):
     on_notice  called after tmux told of changes, and at the end
     """
 
+    process: Any
+
     def __init__(self, session: str, on_notice: Callable[[], object]) -> None:
-        self.session, self.on_notice = session, on_notice
+        self.session = session
+        self.on_notice = on_notice
         self.loop = asyncio.get_running_loop()
         self.attached: asyncio.Future[list[str]] = self.loop.create_future()
         self.replies: deque[asyncio.Future[list[str]]] = deque()
-        self.unread, self.lines = b"", list[str]()
-        self.block = ""  # what stood behind `%begin`, and will behind `%end`
-        self.closed, self.ended = False, asyncio.Event()  # of no use any more; its process is gone
-        self.notices = 0  # how many there were: what was asked before may be old
-        self.made = list[Pane]()  # with the session, if that was missing
+        # A line that has not ended.
+        self.unread = b""
+        # The reply that is being read: its lines, and what stood behind `%begin`.
+        self.lines = list[str]()
+        self.block = ""
+        # Of no use any more.
+        self.closed = False
+        # Its process is gone.
+        self.ended = asyncio.Event()
+        # How many there were: what was asked before may have changed.
+        self.notices = 0
+        # Panes that were made with the session, if that was missing.
+        self.made = list[Pane]()
 
     @classmethod
     async def connect(
         cls,
         path: str,
         session: str,
-        window: list[str] | None,
+        window: list[str],
         on_notice: Callable[[], object] = ignore,
     ) -> Tmux:
-        """Attach to `session` at the socket `path`; make it if it is missing, with this first `window`."""
-        hidden = ("POCKETCODER_TOKEN", "POCKETCODER_RUN_ID", "TMUX", "TMUX_PANE")
-        variables = {name: value for name, value in os.environ.items() if name not in hidden}
-        words = [
-            "tmux",
-            "-S",
-            path,
-            "-C",
-            "new-session",
-            "-A",
-            "-s",
-            session,
-            "-x",
-            "200",
-            "-y",
-            "50",
-        ]
-        words += ["-P", "-F", PANE_FORMAT, "-f", "no-output,ignore-size", *(window or [])]
-        words = [re.sub(r";\Z", r"\;", word) for word in words]  # it would end the command
+        """Attach to `session` at the socket `path`; make it with this `window` if it is missing."""
         check_place(path)
-        try:  # default-shell is taken from SHELL, which may be this very file
-            _, self = await asyncio.get_running_loop().subprocess_exec(
-                lambda: cls(session, on_notice), *words, env=variables | {"SHELL": find_shell()}
-            )
-        except FileNotFoundError as missing:
-            raise NoTerminal(f"cannot run tmux ({missing}): install tmux 3.2 or later") from None
-        except (OSError, RuntimeError) as refused:  # RuntimeError: no thread
-            raise NoTerminal(f"cannot run tmux at {path}: {refused}") from None
+        self = await cls._start(path, session, window, on_notice)
         try:
             self.made = [Pane.parse(line) for line in await self.reply(self.attached)]
-            check_place(path)  # in a directory like /tmp somebody may just have made it
+            # In a directory like /tmp somebody may just have made it.
+            check_place(path)
         except BaseException as refused:
             self.close()
-            if isinstance(refused, NoTerminal) and not self.made:  # tmux does not tell why
+            if isinstance(refused, NoTerminal) and not self.made:
+                # Tmux does not tell why.
                 refused.args = (f"{refused}; is there a place, and space, for its socket {path}?",)
             raise
         self.send(["set-option", "-t", f"={session}:", "default-size", "200x50"])
@@ -1349,42 +1500,75 @@ class Tmux(asyncio.SubprocessProtocol):
             self.keep_name(pane)
         return self
 
+    @classmethod
+    async def _start(
+        cls, path: str, session: str, window: list[str], on_notice: Callable[[], object]
+    ) -> Tmux:
+        hidden = ("POCKETCODER_TOKEN", "POCKETCODER_RUN_ID", "TMUX", "TMUX_PANE")
+        variables = {name: value for name, value in os.environ.items() if name not in hidden}
+        # Tmux takes default-shell from SHELL, which may be this very file.
+        variables["SHELL"] = find_shell()
+        words = [
+            *("tmux", "-S", path, "-C"),
+            *("new-session", "-A", "-s", session, "-x", "200", "-y", "50"),
+            *("-P", "-F", PANE_FORMAT, "-f", "no-output,ignore-size"),
+            *window,
+        ]
+        # A `;` at the end of a word would end the command.
+        words = [re.sub(r";\Z", r"\;", word) for word in words]
+        try:
+            _, self = await asyncio.get_running_loop().subprocess_exec(
+                lambda: cls(session, on_notice), *words, env=variables
+            )
+        except FileNotFoundError as missing:
+            raise NoTerminal(f"cannot run tmux ({missing}): install tmux 3.2 or later") from None
+        except (OSError, RuntimeError) as refused:
+            # RuntimeError: no thread.
+            raise NoTerminal(f"cannot run tmux at {path}: {refused}") from None
+        return self
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.process: Any = transport
+        self.process = transport
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         *lines, self.unread = (self.unread + data).split(b"\n")
         before = self.notices
-        for line in (raw.decode(errors="replace") for raw in lines):
-            word, _, rest = line.partition(" ")
-            if self.block and word in ("%end", "%error") and rest == self.block:
-                # The flags, last: 1 for the commands of this client, 0 for its own start.
-                ours = rest.endswith(" 1") and self.replies
-                self._answer(
-                    self.replies.popleft() if ours else self.attached, word == "%error", self.lines
-                )
-                self.block = ""
-            elif self.block:
-                self.lines.append(line)
-            elif word == "%begin":
-                self.block, self.lines = rest, []
-            elif fd == 2 or word == "%exit":
-                self._answer(self.attached, True, [line])
-            else:
-                self.notices += 1
+        for line in lines:
+            self._take_line(fd, line.decode(errors="replace"))
         if self.notices > before:
             self.on_notice()
 
+    def _take_line(self, fd: int, line: str) -> None:
+        word, _, rest = line.partition(" ")
+        if self.block and word in ("%end", "%error") and rest == self.block:
+            # The flags, last: 1 for the commands of this client, 0 for its own start.
+            is_reply = rest.endswith(" 1") and bool(self.replies)
+            future = self.replies.popleft() if is_reply else self.attached
+            self._answer(future, word == "%error", self.lines)
+            self.block = ""
+        elif self.block:
+            self.lines.append(line)
+        elif word == "%begin":
+            self.block = rest
+            self.lines = []
+        elif fd == 2 or word == "%exit":
+            self._answer(self.attached, True, [line])
+        else:
+            self.notices += 1
+
     @staticmethod
     def _answer(future: asyncio.Future[list[str]], failed: bool, lines: list[str]) -> None:
-        if failed and not future.done():
-            said = " ".join(lines).replace(
-                "failed: No space", "failed, no terminal is left (kernel.pty.max): No space"
-            )
-            future.set_exception(NoTerminal(f"tmux: {said}"))
-            future.exception()  # not every reply is waited for
-        elif not future.done():
+        if future.done():
+            return
+        if not failed:
             future.set_result(lines)
+            return
+        said = " ".join(lines).replace(
+            "failed: No space", "failed, no terminal is left (kernel.pty.max): No space"
+        )
+        future.set_exception(NoTerminal(f"tmux: {said}"))
+        # Not every reply is waited for, and asyncio would complain.
+        future.exception()
 
     def process_exited(self) -> None:
         self.close()
@@ -1409,20 +1593,19 @@ class Tmux(asyncio.SubprocessProtocol):
         self.replies.extend(futures)
         if self.closed:
             self._answer(futures[-1], True, ["the connection has ended"])
-        else:
-            lines = (
-                " ".join(map(quote, words)).replace("\n", "'\"\\n\"'") + "\n"
-                for words in commands
-                if words
-            )
-            self.process.get_pipe_transport(0).write("".join(lines).encode())
+            return futures[-1]
+
+        lines = list[str]()
+        for words in filter(None, commands):
+            line = " ".join(map(quote, words))
+            lines.append(line.replace("\n", "'\"\\n\"'") + "\n")
+        self.process.get_pipe_transport(0).write("".join(lines).encode())
         return futures[-1]
 
     async def reply(self, future: asyncio.Future[list[str]]) -> list[str]:
         """Wait for a reply, TMUX_TIMEOUT seconds at most."""
-        timer = self.loop.call_later(
-            TMUX_TIMEOUT, self.close, f"no answer within {TMUX_TIMEOUT:g} s"
-        )
+        why = f"no answer within {TMUX_TIMEOUT:g} s"
+        timer = self.loop.call_later(TMUX_TIMEOUT, self.close, why)
         try:
             return await future
         finally:
@@ -1433,13 +1616,34 @@ class Tmux(asyncio.SubprocessProtocol):
         return await self.reply(self.send(list(words)))
 
     async def panes(self) -> list[Pane]:
-        """All panes of the session."""
-        return [
-            Pane.parse(x)
-            for x in await self.ask(
-                "list-panes", "-s", "-t", f"={self.session}:", "-F", PANE_FORMAT
-            )
-        ]
+        """All panes of the session.  Raises ValueError if one is just going."""
+        session = f"={self.session}:"
+        lines = await self.ask("list-panes", "-s", "-t", session, "-F", PANE_FORMAT)
+        return [Pane.parse(line) for line in lines]
+
+    async def new_window(self, name: str, shell: list[str]) -> Pane:
+        """Make a window, whose name nobody but a person changes.  Raises ValueError."""
+        place = ["-t", f"={self.session}:", "-n", name]
+        pane = await self._make("new-window", *place, shell=shell)
+        self.keep_name(pane)
+        return pane
+
+    async def split(self, pane: Pane, shell: list[str]) -> Pane:
+        """Make one more pane beside this one.  Raises ValueError."""
+        return await self._make("split-window", "-Z", "-t", pane.pane_id, shell=shell)
+
+    async def _make(self, *words: str, shell: list[str]) -> Pane:
+        return Pane.parse(*await self.ask(*words, "-d", "-P", "-F", PANE_FORMAT, *shell))
+
+    def tile(self, pane: Pane) -> None:
+        """Make room for one more pane in its window."""
+        self.send(["select-layout", "-t", pane.window_id, "tiled"])
+
+    async def respawn(self, pane: Pane, shell: list[str]) -> Pane:
+        """Start a shell in a pane whose process has ended.  Raises ValueError."""
+        target = ["-t", pane.pane_id]
+        await self.ask("respawn-pane", "-k", *target, *shell)
+        return Pane.parse(*await self.ask("display-message", "-p", *target, PANE_FORMAT))
 
     async def state(self, pane: Pane) -> str:
         """The pane's PANE_STATE."""
@@ -1448,16 +1652,32 @@ class Tmux(asyncio.SubprocessProtocol):
             raise NoTerminal(f"pane {pane.pane_id} is gone")
         return state
 
+    async def leave_modes(self, pane: Pane) -> str:
+        """Leave copy mode, and type into no other pane with this one; the state then."""
+        alone = ["set-option", "-w", "-t", pane.window_id, "synchronize-panes", "off"]
+        self.send(alone, ["copy-mode", "-q", "-t", pane.pane_id])
+        return await self.state(pane)
+
     def send_keys(self, pane: Pane, state: str, *keys: str) -> asyncio.Future[list[str]]:
         """Press keys if the pane is in this state still; "": if only no mode would take them.
 
         The reply is empty if they were pressed.
         """
         words = " ".join(map(quote, ["send-keys", "-t", pane.pane_id, *keys]))
-        same = f"#{{&&:{NO_MODE},#{{==:{PANE_STATE},{state}}}}}" if state else NO_MODE
-        return self.send(
-            ["if-shell", "-F", "-t", pane.pane_id, same, words, "display-message -p no"], []
-        )
+        is_same = f"#{{&&:{NO_MODE},#{{==:{PANE_STATE},{state}}}}}" if state else NO_MODE
+        target = ["-t", pane.pane_id]
+        return self.send(["if-shell", "-F", *target, is_same, words, "display-message -p no"], [])
+
+    async def type(self, pane: Pane, text: str, keys: list[str]) -> None:
+        """Type `text` as it is, then press `keys`, whatever runs there."""
+        target = ["-t", pane.pane_id]
+        commands = [["copy-mode", "-q", *target]]
+        if text:
+            codes = [f"{byte:02x}" for byte in text.encode()]
+            commands.append(["send-keys", *target, "-H", *codes])
+        if keys:
+            commands.append(["send-keys", *target, "--", *keys])
+        await self.reply(self.send(*commands))
 
     def keep_name(self, pane: Pane) -> None:
         """Let nobody but a person rename its window."""
@@ -1466,515 +1686,56 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
-# Execution Driver
+# Streams
 # ==========================================================================
-# Runs commands in the window `<agent>:terminal`, one at a time per pane.
+# What goes in and out of a command.
 #
-# D1  A run ends exactly once: by itself, timed out, cancelled or lost.
-# D2  The exit code is what the shell reported, never guessed from output.
-# D3  Only the run that holds a pane may type into it, and only at a prompt.
-# D4  A line that was given up never starts: RUN.pid is made once, by go or by us.
+# S1  A run's output is read as it comes; a slow reader slows the command, nobody else.
+# S2  What a person sees is best effort: nobody waits for it.
 #
-# To add a way to end a run: a row in ENDINGS and a test named after it.
-ENDINGS: dict[str, tuple[int | None, str | None]] = {  # exit code and error; None: as reported
-    "exit": (None, None),
-    "timeout": (
-        124,
-        "ended after {timeout:g} s: ask for a longer `timeout`, or start it in the background",
-    ),
-    "cancelled": (None, "cancelled before its end{why}"),
-    "lost": (137, "lost: {why}; the next command starts a new terminal"),
-}
-# Signals, and seconds until the next one.
-KILL_AT_ONCE = ((signal.SIGKILL, 0.2), (signal.SIGKILL, 0.8))
-TERM_THEN_KILL = ((signal.SIGTERM, 2.0), *KILL_AT_ONCE)
-SHORTAGE = (
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-)  # ours, and says nothing of what was looked for
-CLEAR = (
-    "C-e",
-    "Space",
-    "C-u",
-)  # a line, which C-y brings back; on an empty one C-u alone rings the bell
-STOPPED = range(
-    128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1
-)  # exit codes of a job that only stopped
-SHELLS = {
-    "bash": True,
-    "zsh": True,
-    "sh": False,
-    "dash": False,
-    "ash": False,
-    "busybox": False,
-}  # edits its line?
-OURS = tuple(
-    f"POCKETCODER_{name}" for name in ("RUN_ID", "AGENT", "SESSION_ID", "USAGE_ID")
-)  # set for a command
-QUIET = " ".join(f"{name}={value}" for name, value in QUIET_PROGRAMS.items())
+# Takes what a stream brings; what it returns is awaited before more is read.
 Take = Callable[[bytes], "Awaitable[None] | None"]
-Takes = Mapping[str, Take]  # by stream
-REPORT = re.compile(
-    rb"([0-9a-f]{16}) (start|exit|back) ([0-9]{1,9})\n"
-)  # whatever others write there
+# By the name of the stream: `out` for both, or `out` and `err`.
+Takes = Mapping[str, Take]
+USUAL_PIPE = 64 * KIB  # bytes that a pipe holds unless it is widened, pipe(7)
 # Waits at descriptor 0 for our end, then discards what comes from 1.  In the background, so that
 # it is nobody's child: we need not wait for it.
 KEEPER = "exec 3<&0 4<&1 >/dev/null; (read -r _ <&3; exec cat <&4) &"
-USUAL_PIPE = 64 * KIB  # bytes that a pipe holds unless it is widened, pipe(7)
-NEW_FILE = (
-    os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-)  # no FIFO in its place may stop us
-
-# Keeps our lines out of the history of a shell that we start; in an order by which go knows it, and
-# does not hand it on to commands.
-HISTORY = "ignorespace:ignoredups"
-# Sourced by the pane's shell, which reads all of it before the next run may write this file anew,
-# and never what an older run wrote behind it.
-#
-# A run starts once: RUN.pid stays until the next run of that name is prepared, so that a line that
-# a person recalls from the history does nothing.
-# Backslashes keep aliases out.  Functions of these names matter outside the subshell, so there is
-# no exec and no echo there.  `&&` keeps `set -e` out.  INT is trapped, since a command that dies of
-# C-c would take go along.  `read` has a limit, or does not know one and fails: go does not wait for
-# a server that may be gone.  Where our FIFO was wiped, `<>` makes a file, and nobody would learn of
-# a start.
-# Descriptors 6 and 7 keep a reader and a writer of the outputs open around the command, and only
-# there: opening never waits for a server that has gone, a command whose server is killed gets no
-# SIGPIPE, and at the exit report the server sees the end of the output if nothing of the command is
-# left.  Otherwise, where the server has gone, `cat` reads what comes.
-GO = r"""{{ \[ -p {status} ] || \return 0
-\[ -e {run}.pid ] && \return 0
-\trap : INT
-{{ (
-\unset -f cd chpwd echo exec exit export read set 2>/dev/null
-\unset chpwd_functions POCKETCODER_TOKEN TMUX TMUX_PANE TERM_PROGRAM TERM_PROGRAM_VERSION
-[ "${{HISTCONTROL-}}" != {history} ] || \unset HISTCONTROL
-_pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
-\set +xv -C; \echo "$_pc" >{run}.pid || \exit
-\set +C; \exec {inputs} || \exit
-\exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&-; {sound} || \exit
-\echo "{token} start $_pc" >&9
-\cd -- {cwd} || \exit; \unset OLDPWD
-\export {quiet} {named} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
-\export POCKETCODER_SESSION_ID={session} POCKETCODER_USAGE_ID={usage}
-\exec {command} 9>&-
-) && _pc=0 || _pc=$?
-\[ -d /proc/{server} ] || ({drains})
-}} {held}
-\printf '%s\n' "${{_pc:-1}}" >>{run}.pid
-\printf '%s\n' "{token} exit ${{_pc:-1}}" >&9
-\read -r -t {patience} _pc <&8 2>/dev/null || :
-\printf '%s\n' "{token} back 0" >&9
-\trap - INT; \unset _pc; \return 0; }} 8<>{run}.done 9<>{status} || \return 0
-"""
-
-
-# Of these options, and `c`, bash never complains.
-SURE_OPTIONS = "abcefhiklmnptuvxBCEHPT"
-
-# A command that is too long for an argument.
-READ_COMMAND = 'eval "exec 8<&-; $(cat <&8 || echo exit 125)"'
-
-
-class Watch:
-    """Is told of a run, once before it starts, and once of its end, or that it never started."""
-
-    async def start(self, run_id: str) -> None:
-        """What this raises stops the start."""
-
-    def end(self, result: CommandResult) -> None:
-        """`result` is without the output."""
-
-
-NOBODY = Watch()
-
-
-def bash_command(request: ExecRequest, shell: str) -> tuple[list[str], str | None]:
-    """The words that run a command; and its text, where that is too long to be one of them.
-
-    The words read the text from descriptor 8 then.
-    """
-    name = os.path.basename(shell)
-    arguments = ["-c", "--", request.cmd] if request.argv is None else [*request.argv]
-    letters, _, operands = split_options(arguments)
-    has_text = "c" in letters and bool(operands)
-    long_text = None
-    if has_text:
-        at = len(arguments) - len(operands)
-        # In characters of up to four bytes.
-        if len(arguments[at]) > MAX_ARGUMENT // 4:
-            long_text = arguments[at]
-            arguments[at] = READ_COMMAND
-        if len(operands) == 1:
-            arguments.append(name)
-
-    # Bash shows its own name where it has no other, and where it complains of an option.
-    shows_own_name = not has_text or any(letter not in SURE_OPTIONS for letter in letters)
-    if shows_own_name and name == "bash":
-        return [shell, "-c", 'exec -a "$0" "$@"', name, shell, *arguments], long_text
-    return [shell, *arguments], long_text
-
-
-def go_script(job: Job, shell: str) -> dict[str, str]:
-    """The files of a run: `go`; `in`, its stdin; `cmd`, where it is too long for an argument."""
-    request, run = job.request, shlex.quote(job.run)
-    # Where there is nothing to read, stdin is /dev/null itself: programs look at what it is.
-    files = {"in": request.stdin} if request.stdin else {}
-    command, long_text = bash_command(request, shell)
-    if long_text is not None:
-        files["cmd"] = long_text
-    if env := [f"{name}={value}" for name, value in request.env.items() if name not in OURS]:
-        command = ["env", "--", *env, *command]  # which takes names that are none for a shell
-    texts = {
-        "status": job.files.status_path,
-        "cwd": request.cwd or ".",
-        "agent": request.agent_name,
-    }
-    texts |= {"session": request.session_id or "", "usage": request.usage_id or ""}
-    # By stream: the command's descriptor, and the one that go holds around it.
-    descriptors = {"out": (1, 7), "err": (2, 6)}
-    outputs = " ".join(f"{descriptors[name][0]}>{run}.{name}" for name in job.takes)
-    if "err" not in job.takes:
-        outputs += " 2>&1"
-    # A FIFO that was wiped is no FIFO now: opening it made a file.
-    sound = " && ".join(f"[ -p {run}.{name} ]" for name in job.takes)
-    held = " ".join(f"{descriptors[name][1]}<>{run}.{name}" for name in job.takes)
-    closed = "6>&- 7>&- 8>&- 9>&-"
-    drains = " ".join(rf"\cat <{run}.{name} >/dev/null {closed} &" for name in job.takes)
-    inputs = f"<{run}.in" if job.feed or "in" in files else "</dev/null"
-    inputs += f" 8<{run}.cmd" if "cmd" in files else " 8>&-"
-    parts = {
-        "run": run,
-        "run_id": job.run_id,
-        "token": job.token,
-        "inputs": inputs,
-        "outputs": outputs,
-        "server": os.getpid(),
-        "drains": drains,
-        "held": held,
-        "patience": math.ceil(SETTLE_TIMEOUT + RETURN_TIMEOUT),
-    }
-    # The command's bash takes the name of its directory from there, whatever `cd` has made of it.
-    parts["named"] = f"PWD={shlex.quote(request.cwd)}" if request.cwd else ""
-    parts |= {
-        "sound": sound,
-        "quiet": QUIET,
-        "history": HISTORY,
-        **{name: shlex.quote(text) for name, text in texts.items()},
-    }
-    return files | {"go": GO.format(command=shlex.join(command), **parts)}
-
-
-def read_proc(pid: int, name: str, size: int = 4 * KIB) -> bytes:
-    """A file of /proc, in one read: it may change in between.  Raises OSError."""
-    with open(f"/proc/{pid}/{name}", "rb", 0) as file:
-        return file.read(size)
-
-
-class Process(NamedTuple):
-    """Of /proc/PID/stat, see proc(5)."""
-
-    name: str
-    parent: int
-    group: int
-    foreground: int  # the process group that its terminal listens to
-    began: int  # in ticks since the machine started
-
-
-def process(pid: int) -> Process | None:
-    """None: there is none, or it has ended.  Raises OSError when nobody can look now."""
-    try:
-        head, _, tail = read_proc(pid, "stat").decode("latin-1").rpartition(")")
-    except OSError as wrong:
-        if wrong.errno in SHORTAGE:
-            raise
-        return None
-    state, parent, group, _, _, foreground, *rest = tail.split()
-    name, began = head.partition("(")[2], int(rest[13])
-    return None if state in "ZX" else Process(name, int(parent), int(group), int(foreground), began)
-
-
-def ticks() -> int:
-    """As in /proc/PID/stat."""
-    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
-
-
-def has_ended(pid: int) -> bool:
-    """Whether it certainly has."""
-    try:
-        return process(pid) is None
-    except OSError:
-        return False
-
-
-async def processes_of(job: Job) -> set[int]:
-    """The run's processes: its group, what carries its name or its output, and what descends from these.
-
-    In pieces, since a thread would wait for its turn at each file of /proc while the loop is busy.
-    """
-    mark, found, parents = f"POCKETCODER_RUN_ID={job.run_id}".encode(), set[int](), dict[int, int]()
-    for count, pid in enumerate(map(int, filter(str.isdecimal, os.listdir("/proc")))):
-        if count % 16 == 0:
-            await asyncio.sleep(0)
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if (it := process(pid)) is None or it.began < job.born:
-                continue
-            parents[pid] = it.parent
-            ours = it.group == job.pid or mark in read_proc(pid, "environ", 4 * MIB).split(b"\0")
-            if ours or any(
-                os.readlink(f"/proc/{pid}/fd/{fd}").startswith(f"{job.run}.") for fd in (1, 2)
-            ):
-                found.add(pid)
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {os.getpid()}
-
-
-class Look(enum.Enum):
-    """Whether a shell waits for a command."""
-
-    READY = enum.auto()  # as far as it can be told
-    SOON = enum.auto()  # it is about to
-    BUSY = enum.auto()  # a program runs there
-
-
-class Prompt(enum.Enum):
-    """What is known of the line at a shell's prompt.
-
-    | state    | what clears it                              | then              |
-    |----------|---------------------------------------------|-------------------|
-    | STARTING | CLEAR, once the prompt is there             | typed with CLEAR  |
-    | SETTLING | nothing more                                | typed with CLEAR  |
-    | KNOWN    | nothing                                     | typed if unchanged|
-    | STALE    | nothing, if the pane is in the state that   | typed if unchanged|
-    |          | was last known; CLEAR at that prompt; C-c   | typed with CLEAR  |
-    """
-
-    STARTING = enum.auto()  # a new shell: anything may have been typed while it read its files
-    SETTLING = enum.auto()  # a run has just ended: a line may have been typed during it
-    KNOWN = enum.auto()  # it is empty, while the pane is in the state `last`
-    STALE = enum.auto()  # anybody may have typed
-
-
-class PaneShell:
-    """The shell in a pane: whether it waits for a command, and what stands at its prompt."""
-
-    def __init__(self, pane: Pane, new: bool = False) -> None:
-        self.pane = pane
-        # It ran a line of ours: it is through with its start-up files, and is no script.
-        self.ran = False
-        # It has shown its prompt, in a way that can be told.
-        self.shown = False
-        # Lines in a row that it did not run.
-        self.missed = 0
-        self.prompt = Prompt.STARTING if new else Prompt.STALE
-        # PANE_STATE at the empty prompt when that was last known; "": it never was.
-        self.last = ""
-        # Learns that state after a run; until when it may take.
-        self.learning: asyncio.Task[None] | None = None
-        self.settled_by = 0.0
-        # Its terminal, locked; -1: it is not.
-        self.held = -1
-        # Nobody waits for it any more.
-        self.stopped = False
-
-    def stop(self) -> None:
-        """Wait for nothing: the driver closes."""
-        self.stopped = True
-        if self.learning:
-            self.learning.cancel()
-
-    async def hold(self) -> bool:
-        """Lock the pane's tty if its shell waits for a command and no other driver holds it.
-
-        Until `let_go`, or the end of our process.
-        """
-        if self.held >= 0:
-            return True
-        if not await self.at_prompt():
-            return False
-        with contextlib.suppress(OSError):
-            self.held = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
-            try:
-                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.let_go()
-        return self.held >= 0
-
-    def let_go(self) -> None:
-        os.close(self.held)
-        self.held = -1
-
-    def answered(self) -> None:
-        """It runs a line of ours."""
-        self.ran = True
-        self.missed = 0
-
-    def did_not_answer(self) -> None:
-        """A line was typed, into what we do not know."""
-        self.last = ""
-        self.missed += 1
-
-    def column(self) -> int:
-        """Where its prompt ends, as far as it is known."""
-        return int(self.last.split()[0]) if self.last else 0
-
-    def look(self) -> Look:
-        """Whether it waits for a command now.  Raises NoTerminal."""
-        try:
-            shell = process(self.pane.pid)
-            if shell and shell.name == "tmux: server":
-                # Forked, and about to become the shell.
-                return Look.SOON
-            if not shell or shell.foreground != shell.group or shell.name not in SHELLS:
-                return Look.BUSY
-            if not self.ran and not self._reads_tty():
-                return Look.BUSY
-            return self._look_at_tty() if SHELLS[shell.name] else Look.READY
-        except (OSError, termios.error) as wrong:
-            # Otherwise commands would wait for the end of a program that does not run.
-            if wrong.args[0] in SHORTAGE:
-                raise NoTerminal(f"cannot look at pane {self.pane.pane_id}: {wrong}") from None
-        return Look.BUSY
-
-    def _look_at_tty(self) -> Look:
-        """A shell that edits its line has switched its terminal to single keys, and has read all."""
-        tty = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
-        try:
-            typed_ahead = any(fcntl.ioctl(tty, termios.FIONREAD, bytes(4)))
-            by_line = termios.tcgetattr(tty)[3] & termios.ICANON
-            return Look.SOON if typed_ahead or by_line else Look.READY
-        finally:
-            os.close(tty)
-
-    def _reads_tty(self) -> bool:
-        """It was not started with a script or with -c."""
-        words = read_proc(self.pane.pid, "cmdline").decode("latin-1").split("\0")[1:-1]
-        letters = "".join(word for word in words if re.match(r"[-+]\w", word))
-        if "c" in letters:
-            return False
-        return "i" in letters or all(word[:1] in "-+" or word in SHELLS for word in words)
-
-    async def at_prompt(self) -> bool:
-        """Whether it waits for a command, or will in a moment."""
-        deadline = time.monotonic() + (PROMPT_TIMEOUT if self.ran else NEW_SHELL_TIMEOUT)
-        while True:
-            look = self.look()
-            if look is Look.READY:
-                self.shown = True
-            if look is not Look.SOON or self.stopped:
-                return look is Look.READY
-            # One that never tells is taken at its word.
-            if not self.shown and (self.ran or time.monotonic() >= deadline):
-                return True
-            if time.monotonic() >= deadline:
-                return False
-            # A shell announces its prompt to nobody.
-            await asyncio.sleep(LOOK_PAUSE)
-
-    async def clear(self, tmux: Tmux) -> str:
-        """Make sure that nothing is typed at the prompt.
-
-        The state in which it is empty: type only in that.  "": type CLEAR first, with the line.
-        """
-        prompt = self.prompt
-        self.prompt = Prompt.STALE
-        if prompt is Prompt.KNOWN:
-            return self.last
-        if prompt is Prompt.SETTLING and self.last and time.monotonic() < self.settled_by:
-            return ""
-
-        now = await tmux.state(self.pane)
-        if not now.endswith(" 0 0"):
-            now = await self._leave_modes(tmux)
-        if now == self.last:
-            return now
-
-        if self.look() is not Look.BUSY:
-            if prompt is Prompt.STALE and not self._is_behind_prompt(now):
-                tmux.send_keys(self.pane, now, "C-c")
-            else:
-                tmux.send_keys(self.pane, "", *CLEAR)
-            await asyncio.sleep(CLEAR_PAUSE)
-            await self.at_prompt()
-            now = await tmux.state(self.pane)
-
-        # In another column somebody may be typing: then the line comes with CLEAR.
-        is_empty = self._is_empty(now)
-        self.last = now
-        return now if is_empty else ""
-
-    def _is_empty(self, now: str) -> bool:
-        """Whether the cursor is in the column where the known prompt ends, and in no mode."""
-        return now.split()[0] == self.last.partition(" ")[0] and now.endswith(" 0 0")
-
-    async def _leave_modes(self, tmux: Tmux) -> str:
-        """Leave copy mode, and type into no other pane; the state then."""
-        alone = ["set-option", "-w", "-t", self.pane.window_id, "synchronize-panes", "off"]
-        tmux.send(alone, ["copy-mode", "-q", "-t", self.pane.pane_id])
-        return await tmux.state(self.pane)
-
-    def _is_behind_prompt(self, now: str) -> bool:
-        """Whether the cursor is right of where the known prompt ends, in the same line.
-
-        There CLEAR clears the line.  Anywhere else it may be a continuation prompt: C-c ends that.
-        """
-        if not self.last:
-            return False
-        column, *place = now.split()
-        last_column, *last_place = self.last.split()
-        return place == last_place and int(column) > int(last_column)
-
-    def back(self, tmux: Tmux) -> None:
-        """A run has ended: learn in what state the prompt is then.  Anything typed later changes it."""
-        self.prompt = Prompt.SETTLING
-        self.settled_by = time.monotonic() + PROMPT_TIMEOUT
-        self.learning = asyncio.ensure_future(self._learn(tmux))
-
-    async def _learn(self, tmux: Tmux) -> None:
-        with contextlib.suppress(NoTerminal):
-            await asyncio.sleep(CLEAR_PAUSE)
-            if not self._is_learning() or not await self.at_prompt():
-                return
-            now = await tmux.state(self.pane)
-            if not self._is_learning():
-                return
-            # In another column something was typed during the run.
-            self.prompt = Prompt.STALE
-            if self._is_empty(now):
-                self.last = now
-                self.prompt = Prompt.KNOWN
-
-    def _is_learning(self) -> bool:
-        """No later command uses it."""
-        return self.prompt is Prompt.SETTLING and self.learning is asyncio.current_task()
 
 
 class Capture:
     """Keeps the first and the last half of `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
-        self.first, self.last = limit // 2, limit - limit // 2
-        self.head, self.tail = bytearray(), bytearray()
+        self.head_size = limit // 2
+        self.tail_size = limit - self.head_size
+        self.head = bytearray()
+        # At most twice its size, since cutting it costs.
+        self.tail = bytearray()
 
     def add(self, chunk: bytes) -> None:
-        space = self.first - len(self.head)
+        space = self.head_size - len(self.head)
         self.head += chunk[:space]
-        self.tail += chunk[max(space, len(chunk) - self.last) :]
-        if len(self.tail) > 2 * self.last:
-            del self.tail[: -self.last]
+        self.tail += chunk[max(space, len(chunk) - self.tail_size) :]
+        if len(self.tail) > 2 * self.tail_size:
+            del self.tail[: -self.tail_size]
 
     def text(self, total: int) -> str:
-        """What was kept of `total` bytes; a line tells of the gap, which halves no character."""
-        head, tail = bytes(self.head), bytes(self.tail[-self.last :])
-        if total <= self.first + self.last:
+        """What was kept of `total` bytes; a line names the gap, which halves no character."""
+        head = bytes(self.head)
+        tail = bytes(self.tail[-self.tail_size :])
+        if total <= self.head_size + self.tail_size:
             return (head + tail).decode(errors="replace")
-        begin = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
+
+        start = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
+        # The rest of a character that began before the tail.
         tail = re.sub(rb"\A[\x80-\xbf]{1,3}", b"", tail)
-        missing = total - len(tail) - len(begin.encode() if "\ufffd" not in begin else head)
-        newline = "" if begin.endswith("\n") else "\n"
-        return f"{begin}{newline}[pocketcoder: {missing} bytes left out]\n{tail.decode(errors='replace')}"
+        # A head that is valid UTF-8 may end in half a character, which is left out.
+        shown = len(head) if "\ufffd" in start else len(start.encode())
+        missing = total - len(tail) - shown
+        newline = "" if start.endswith("\n") else "\n"
+        end = tail.decode(errors="replace")
+        return f"{start}{newline}[pocketcoder: {missing} bytes left out]\n{end}"
 
 
 class Pipe:
@@ -2046,6 +1807,11 @@ class Output(Pipe):
         """Whether its reader is slower than the command."""
         return self.taken is not None and not self.taken.done()
 
+    def leave(self) -> None:
+        """Close, and tell nobody: its files stay."""
+        self.on_close = ignore
+        self.close()
+
     def check(self) -> None:
         """Raise OSError if too few descriptors are left."""
         if self.fd > resource.getrlimit(resource.RLIMIT_NOFILE)[0] - DESCRIPTORS_KEPT:
@@ -2055,10 +1821,6 @@ class Output(Pipe):
         try:
             chunk = os.read(self.fd, CHUNK)
         except BlockingIOError:
-            return
-        except MemoryError:
-            # The loop would call this again at once, and again.
-            self._pause()
             return
 
         if not chunk:
@@ -2197,48 +1959,65 @@ class View(Pipe):
     UNSAFE = re.compile(rb"[\0-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[[0-9;:]*[A-HJKSTfm])")
 
     def __init__(self, pane: Pane, command: str, line: str, column: int) -> None:
-        """The typed `line` is to be replaced by `command`, behind the prompt that ends at `column`."""
+        """Replace the typed `line` by `command`, behind the prompt that ends at `column`."""
         super().__init__(pane.tty, os.O_WRONLY)
-        self.seen, self.begun, self.last = 0, False, b"\n"
-        rows = 1 + (column + len(line)) // max(1, pane.width)
-        shown = command[:MAX_VIEW_COMMAND] + "…" * (len(command) > MAX_VIEW_COMMAND)
-        safe = self.UNSAFE.sub(b"", shown.encode(errors="replace")).replace(b"\x1b", b"")
-        self.unwritten = bytearray(b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, safe))
+        # Bytes of output so far, and the last one that was shown.
+        self.seen = 0
+        self.last = b"\n"
+        # It is on the terminal already: what comes is shown as it comes.
+        self.is_shown = False
+
+        shown = command[:MAX_VIEW_COMMAND]
+        if len(command) > MAX_VIEW_COMMAND:
+            shown += "…"
         # What stands before any question: the command, and the end of its output.
-        self.command = safe
+        self.command = self.UNSAFE.sub(b"", shown.encode(errors="replace")).replace(b"\x1b", b"")
         self.tail = b""
+
+        # Up to the line's start, right to its column, clear to the end.
+        rows = 1 + (column + len(line)) // max(1, pane.width)
+        replacing = b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, self.command)
+        self.unwritten = bytearray(replacing)
 
     def write(self) -> None:
         """Show what there is, and from now on what comes, as far as the terminal takes it."""
-        self.begun = True
-        with contextlib.suppress(OSError):  # it is full, or gone
+        self.is_shown = True
+        # It is full, or gone.
+        with contextlib.suppress(OSError):
             del self.unwritten[: os.write(self.fd, self.unwritten)]
 
     def add(self, chunk: bytes) -> None:
         shown = self.UNSAFE.sub(b"", chunk[: max(0, MAX_VIEW - self.seen)])
-        self.seen, self.last = self.seen + len(chunk), shown[-1:] or self.last
+        self.seen += len(chunk)
+        if not shown:
+            return
+        self.last = shown[-1:]
         self.unwritten += shown
         self.tail = (self.tail + shown[-MAX_LINE:])[-2 * MAX_LINE :]
-        if self.begun and shown:
+        if self.is_shown:
             self.write()
 
     def has_shown(self, line: str) -> bool:
         """Whether a line of the terminal is the command, behind its prompt, or part of its output."""
-        seen = self._text(line.encode())
-        is_command = not self.tail and seen.endswith(self._text(self.command.rpartition(b"\n")[2]))
-        return is_command or seen in self._text(self.tail)
+        seen = self._without_layout(line.encode())
+        if seen in self._without_layout(self.tail):
+            return True
+        command = self._without_layout(self.command.rpartition(b"\n")[2])
+        return not self.tail and seen.endswith(command)
 
     @staticmethod
-    def _text(shown: bytes) -> bytes:
+    def _without_layout(shown: bytes) -> bytes:
         """Without blanks and colours, which a terminal shows in its own way."""
         return re.sub(rb"\x1b\[[0-9;:]*[A-Za-z]|\s+", b"", shown)
 
     async def end(self, exit_code: int) -> None:
         """Mark the end, and wait a moment until all is on the terminal."""
-        text = "\n" * (self.last != b"\n")
+        text = "" if self.last == b"\n" else "\n"
         if self.seen > MAX_VIEW:
             text += f"[pocketcoder: {self.seen - MAX_VIEW} more bytes not shown here]\n"
-        self.unwritten += (text + f"[exit {exit_code}]\n" * (exit_code != 0)).encode()
+        if exit_code != 0:
+            text += f"[exit {exit_code}]\n"
+        self.unwritten += text.encode()
         for _ in range(VIEW_TRIES):
             self.write()
             if not self.unwritten:
@@ -2247,8 +2026,91 @@ class View(Pipe):
         self.close()
 
 
-def clear(folder: str) -> None:
-    """Remove a directory of files.  We make no others in it, so those that somebody else made stay, with it."""
+# ==========================================================================
+# Run files
+# ==========================================================================
+# The script that a pane's shell sources, the FIFOs through which it speaks, and their directory.
+#
+# F1  A line that was given up never starts: RUN.pid is made once, by go or by us.
+# F2  Go never waits for a server that has gone.
+# F3  What a run that ended still has open is used by no later run.
+#
+# Exclusive to a run; kept for the next run of that name.
+OWN_FILES = ("in", "cmd")
+FIFOS = ("done", "out", "err")
+ALL_FILES = (*OWN_FILES, *FIFOS, "pid", "go")
+# Not truncated, which goes to the disk: see GO.  No link or FIFO in its place may stop us.
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+# A report of go; others may write anything there.
+REPORT = re.compile(rb"([0-9a-f]{16}) (start|exit|back) ([0-9]{1,9})\n")
+# Variables that are set for a command, whatever its caller says.
+OURS = tuple(f"POCKETCODER_{name}" for name in ("RUN_ID", "AGENT", "SESSION_ID", "USAGE_ID"))
+QUIET = " ".join(f"{name}={value}" for name, value in QUIET_PROGRAMS.items())
+# Of these options, and `c`, bash never complains.
+SURE_OPTIONS = "abcefhiklmnptuvxBCEHPT"
+# A command that is too long for an argument.
+READ_COMMAND = 'eval "exec 8<&-; $(cat <&8 || echo exit 125)"'
+# By stream: the command's descriptor, and the one that go holds around it.
+DESCRIPTORS = {"out": (1, 7), "err": (2, 6)}
+# Keeps our lines out of the history of a shell that we start; in an order by which go knows it, and
+# does not hand it on to commands.
+HISTORY = "ignorespace:ignoredups"
+# Sourced by the pane's shell, which reads all of it before the next run may write this file anew,
+# and never what an older run wrote behind it.
+#
+# A run starts once: RUN.pid stays until the next run of that name is prepared, so that a line that
+# a person recalls from the history does nothing.
+# Backslashes keep aliases out.  Functions of these names matter outside the subshell, so there is
+# no exec and no echo there.  `&&` keeps `set -e` out.  INT is trapped, since a command that dies of
+# C-c would take go along.  `read` has a limit, or does not know one and fails: go does not wait for
+# a server that may be gone.  Where our FIFO was wiped, `<>` makes a file, and nobody would learn of
+# a start.
+# Descriptors 6 and 7 keep a reader and a writer of the outputs open around the command, and only
+# there: opening never waits for a server that has gone, a command whose server is killed gets no
+# SIGPIPE, and at the exit report the server sees the end of the output if nothing of the command is
+# left.  Otherwise, where the server has gone, `cat` reads what comes.
+GO = r"""{{ \[ -p {status} ] || \return 0
+\[ -e {run}.pid ] && \return 0
+\trap : INT
+{{ (
+\unset -f cd chpwd echo exec exit export read set 2>/dev/null
+\unset chpwd_functions POCKETCODER_TOKEN TMUX TMUX_PANE TERM_PROGRAM TERM_PROGRAM_VERSION
+[ "${{HISTCONTROL-}}" != {history} ] || \unset HISTCONTROL
+_pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
+\set +xv -C; \echo "$_pc" >{run}.pid || \exit
+\set +C; \exec {inputs} || \exit
+\exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&-; {sound} || \exit
+\echo "{token} start $_pc" >&9
+\cd -- {cwd} || \exit; \unset OLDPWD
+\export {quiet} {named} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
+\export POCKETCODER_SESSION_ID={session} POCKETCODER_USAGE_ID={usage}
+\exec {command} 9>&-
+) && _pc=0 || _pc=$?
+\[ -d /proc/{server} ] || ({drains})
+}} {held}
+\printf '%s\n' "${{_pc:-1}}" >>{run}.pid
+\printf '%s\n' "{token} exit ${{_pc:-1}}" >&9
+\read -r -t {patience} _pc <&8 2>/dev/null || :
+\printf '%s\n' "{token} back 0" >&9
+\trap - INT; \unset _pc; \return 0; }} 8<>{run}.done 9<>{status} || \return 0
+"""
+
+
+def remove_files(path: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether they are gone: a file system may have become read-only."""
+    gone = True
+    for suffix in suffixes:
+        try:
+            os.unlink(f"{path}.{suffix}")
+        except FileNotFoundError:
+            pass
+        except OSError:
+            gone = False
+    return gone
+
+
+def remove_folder(folder: str) -> None:
+    """Remove a directory and its files.  What else somebody made in it stays, with it."""
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
             with contextlib.suppress(OSError):
@@ -2257,125 +2119,258 @@ def clear(folder: str) -> None:
 
 
 class RunFiles:
-    """A directory for runs beside the socket, `SOCKET.d/N`.  Each driver has its own, locked: it lives.
+    """The files of one run: `path` with suffixes, see the Map.  Made by RunFolder.open.
+
+    on_report  called with what go reports: `start`, `exit` or `back`, and a number
+    on_closed  called when the last output has closed itself: nobody writes any more
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        path: str,
+        on_report: Callable[[str, int], object],
+        on_closed: Callable[[], object],
+    ) -> None:
+        self.folder = folder
+        self.path = path
+        # Marks its reports.
+        self.token = secrets.token_hex(8)
+        self.on_report = on_report
+        self.on_closed = on_closed
+        self.outputs: list[Output] = []
+        self.feed: Input | None = None
+        # No run needs them any more; then, whether the next one can have the names.
+        self.released = False
+        self.reusable = False
+
+    def open(self, takes: Takes, fed: bool) -> None:
+        """Open our ends.  Before the line is typed: a FIFO forgets what nobody has open.
+
+        Raises OSError.
+        """
+        for name, take in takes.items():
+            self.outputs.append(Output(f"{self.path}.{name}", take, self._on_output_closed))
+        self.outputs[-1].check()
+        if fed:
+            self.feed = Input(f"{self.path}.in")
+
+    def write(self, texts: Mapping[str, str]) -> None:
+        """Write `go` and what it reads.  From then on it can start, once.  Raises OSError."""
+        for suffix, text in texts.items():
+            with open(os.open(f"{self.path}.{suffix}", NEW_FILE, 0o600), "wb") as file:
+                file.write(text.encode(errors="surrogateescape"))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.path}.pid")
+
+    def line(self) -> str:
+        """What is typed: the blank keeps it out of most histories, the backslash from aliases."""
+        return f" \\. {shlex.quote(self.path)}.go"
+
+    def void(self) -> bool:
+        """Make sure that it never starts; False: it already has, or we cannot know."""
+        try:
+            os.close(os.open(f"{self.path}.pid", os.O_CREAT | os.O_EXCL, 0o600))
+        except (FileNotFoundError, NotADirectoryError):
+            # Wiped: go cannot make it either.
+            return True
+        except OSError:
+            # Go has made it, or we have no descriptor.
+            return False
+        return True
+
+    def let_return(self) -> None:
+        """Go need not wait for us any more."""
+        with contextlib.suppress(OSError):
+            done = Pipe(f"{self.path}.done", os.O_WRONLY)
+            with contextlib.closing(done):
+                os.write(done.fd, b"\n")
+
+    def streams(self) -> list[str]:
+        """The names of its outputs."""
+        return [output.path.rpartition(".")[2] for output in self.outputs]
+
+    def is_open(self) -> bool:
+        """Whether somebody may still write."""
+        return any(output.fd >= 0 for output in self.outputs)
+
+    def is_paused(self) -> bool:
+        """Whether a reader is slower than the command."""
+        return any(output.is_paused() for output in self.outputs)
+
+    def read_rest(self) -> bool:
+        """Take what is there; whether that was the end of it."""
+        for output in self.outputs:
+            output.read_rest()
+        return not self.is_open()
+
+    def finish(self) -> None:
+        """The run is over: discard what others still write."""
+        for output in self.outputs:
+            output.finish()
+
+    def written(self) -> int:
+        """Bytes of output so far."""
+        return sum(output.total for output in self.outputs)
+
+    def release(self, has_run: bool, was_typed: bool, reusable: bool) -> None:
+        """No run needs them any more; they go when nobody writes any more.
+
+        reusable  go has read them to its end, and nothing of the run is being ended
+        """
+        self.released = True
+        self.reusable = reusable
+        if self.feed:
+            self.feed.close()
+        if not was_typed:
+            # Go cannot have seen these files, and we cannot trust what is there now.
+            remove_files(self.path, ALL_FILES)
+            self.reusable = False
+        for output in self.outputs:
+            # Before its start nobody has opened it to write.
+            if has_run:
+                output.finish()
+            else:
+                output.close()
+        self._give_back()
+
+    def _on_output_closed(self) -> None:
+        if self.is_open():
+            return
+        self._give_back()
+        self.on_closed()
+
+    def _give_back(self) -> None:
+        if self.released and not self.is_open():
+            self.on_closed = ignore
+            self.folder.give_back(self)
+
+    def abandon(self) -> None:
+        """Leave what is still written to: the next driver here reads it."""
+        for output in self.outputs:
+            output.leave()
+
+
+class RunFolder:
+    """The directory of a driver's runs, beside the socket: `SOCKET.d/N`, locked while it lives.
 
     `status` is a FIFO for the reports of all runs, lines of token, word, number.  A run has the
     files `SOCKET.d/N/RUN.*`.  Names are short, since they are typed, and used again by later
     runs: making files costs more than all the rest.  Raises NoTerminal, OSError.
     """
 
-    OWN, FIFOS = (
-        ("in", "cmd"),
-        ("done", "out", "err"),
-    )  # made by each run; for the next of that name
-
     def __init__(self, base: str) -> None:
-        self.base, self.unread, self.owner = base, b"", os.geteuid()
-        self.count, self.free = 0, list[str]()  # names there were; those to use again
-        self.jobs: dict[str, Job] = {}  # by token, those that have files
-        check_place(base)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(base, 0o700)
-        found = os.lstat(base)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-            raise NoTerminal(
-                f"{base}: expected a directory that only we may write to; remove what is there"
-            )
+        self.base = base
+        self._check_base()
+        # Names there were, and those to use again.
+        self.count = 0
+        self.free = list[str]()
+        # Those of runs that somebody may still write to, by token.
+        self.runs: dict[str, RunFiles] = {}
+        # The user whose the panes are.
+        self.owner = os.geteuid()
+        # A report that has not ended.
+        self.unread = b""
         self.adoptions = [
-            asyncio.ensure_future(self._adopt(f"{base}/{name}")) for name in os.listdir(base)
+            asyncio.ensure_future(adopt(f"{base}/{name}")) for name in os.listdir(base)
         ]
-        self.folder = (
-            f"{base}/{secrets.token_hex(2)}"  # a line typed for one that was wiped finds no other
-        )
-        self.status_path = f"{self.folder}/status"
-        # There may be no space, or no descriptor, for all of it.
+        # A line that was typed for one that was wiped finds no other.
+        self.path = f"{base}/{secrets.token_hex(2)}"
+        self.status_path = f"{self.path}/status"
+        # There may be no space or no descriptor for all of it.
         with contextlib.ExitStack() as undo:
-            os.mkdir(self.folder, 0o700)
-            undo.callback(clear, self.folder)
-            self.lock = os.open(self.folder, os.O_RDONLY)
+            os.mkdir(self.path, 0o700)
+            undo.callback(remove_folder, self.path)
+            self.lock = os.open(self.path, os.O_RDONLY)
             undo.callback(os.close, self.lock)
-            fcntl.flock(
-                self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # a driver that starts now may be adopting it
+            # A driver that starts now may be adopting it.
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.mkfifo(self.status_path, 0o600)
             self.status = Pipe(self.status_path, os.O_RDWR)
             undo.pop_all()
         self.found = os.fstat(self.status.fd)
         self.status.loop.add_reader(self.status.fd, self.on_status)
 
+    def _check_base(self) -> None:
+        check_place(self.base)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.base, 0o700)
+        found = os.lstat(self.base)
+        is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+        if not is_ours or found.st_mode & 0o022:
+            raise NoTerminal(
+                f"{self.base}: expected a directory that only we may write to; remove what is there"
+            )
+
     def on_status(self) -> None:
         """Take the reports that there are."""
-        with contextlib.suppress(
-            OSError
-        ):  # there are none: it is closed, or somebody else has read it
+        # There are none: it is closed, or somebody else has read it.
+        with contextlib.suppress(OSError):
             self.unread += os.read(self.status.fd, 64 * KIB)
         for token, word, number in REPORT.findall(self.unread):
-            if (job := self.jobs.get(token.decode())) is not None:
-                job.on_report(word.decode(), int(number))
+            files = self.runs.get(token.decode())
+            if files is not None:
+                files.on_report(word.decode(), int(number))
         self.unread = self.unread[self.unread.rfind(b"\n") + 1 :][-KIB:]
 
-    def there(self) -> bool:
-        """False if someone wiped or replaced it: no line of it runs any more, and it closes after its last run."""
-        there = False
+    def is_there(self) -> bool:
+        """False if somebody wiped or replaced it: no line of it runs any more.
+
+        Then it closes after its last run.
+        """
+        is_there = False
         with contextlib.suppress(OSError):
-            there = os.path.samestat(os.stat(self.status_path), self.found)
-        if not there and not self.jobs:
+            is_there = os.path.samestat(os.stat(self.status_path), self.found)
+        if not is_there and not self.runs:
             self.close()
-        return there
+        return is_there
 
-    def take(self, job: Job) -> str:
-        """A path for its files, but for the suffixes."""
+    def open(
+        self, on_report: Callable[[str, int], object], on_closed: Callable[[], object]
+    ) -> RunFiles:
+        """Files for a run.  Raises OSError."""
         if not self.free:
-            self.count += 1
-            run = f"{self.folder}/{self.count:x}"
-            try:
-                for name in self.FIFOS:
-                    os.mkfifo(f"{run}.{name}", 0o600)
-            except OSError:
-                self._remove(run, self.FIFOS)
-                raise
-            self.free.append(run)
-        self.jobs[job.token] = job
-        return self.free.pop()
+            self.free.append(self._make_fifos())
+        files = RunFiles(self, self.free.pop(), on_report, on_closed)
+        self.runs[files.token] = files
+        return files
 
-    def give_back(self, job: Job) -> None:
-        """`job` and all that it left have closed them."""
-        if self.jobs.pop(job.token, None) is None:
+    def _make_fifos(self) -> str:
+        self.count += 1
+        path = f"{self.path}/{self.count:x}"
+        try:
+            for name in FIFOS:
+                os.mkfifo(f"{path}.{name}", 0o600)
+        except OSError:
+            remove_files(path, FIFOS)
+            raise
+        return path
+
+    def give_back(self, files: RunFiles) -> None:
+        """Nobody has them open any more."""
+        if self.runs.pop(files.token, None) is None:
             return
-        everything = (*self.OWN, *self.FIFOS, "pid", "go")
-        # Go cannot have seen these files, and we cannot trust what is there now.
-        if not job.is_typed:
-            self._remove(job.run, everything)
-        elif (
-            job.returned
-            and job.ending is None
-            and not any(output.has_keeper for output in job.outputs)
-        ):  # else `processes_of` would find the next run too
-            reusable = self._remove(job.run, self.OWN)
-            self.free += [job.run] * reusable
-        else:  # its line may have been read already, or `go` may be just noting the exit code
-            self.status.loop.call_later(NEW_SHELL_TIMEOUT, self._remove, job.run, everything)
-        self.there()
-
-    def _remove(self, run: str, names: tuple[str, ...]) -> bool:
-        """Whether they are gone: a file system may have become read-only."""
-        gone = True
-        for name in names:
-            try:
-                os.unlink(f"{run}.{name}")
-            except OSError as wrong:
-                gone &= wrong.errno == errno.ENOENT
-        return gone
+        # A keeper may read on for a moment.
+        is_kept = any(output.has_keeper for output in files.outputs)
+        if is_kept or not files.reusable:
+            # Its line may have been read already, or go may be just noting the exit code.
+            self.status.loop.call_later(NEW_SHELL_TIMEOUT, remove_files, files.path, ALL_FILES)
+        elif remove_files(files.path, OWN_FILES):
+            self.free.append(files.path)
+        self.is_there()
 
     @contextlib.contextmanager
     def made_by(self, owner: int) -> Iterator[None]:
-        """Make files as the user whose the panes are: where a worker can move files, root could be led anywhere."""
+        """Make files as the user whose the panes are.
+
+        Where a worker can move files, root could be led anywhere.
+        """
         user = os.geteuid()
         if owner != self.owner:
-            log.warning("the terminals are those of user %d, who can read every command", owner)
+            log.warning("the terminals belong to user %d, who can read every command", owner)
             os.chmod(self.base, 0o711)
-            for name in (*os.listdir(self.folder), "."):
-                os.chown(f"{self.folder}/{name}", owner, -1, follow_symlinks=False)
+            for name in (*os.listdir(self.path), "."):
+                os.chown(f"{self.path}/{name}", owner, -1, follow_symlinks=False)
             self.owner = owner
         try:
             if owner != user:
@@ -2389,59 +2384,732 @@ class RunFiles:
         """A worker may not have root end what is not his.  For ourselves we need not ask."""
         try:
             return self.owner == os.geteuid() or os.stat(f"/proc/{pid}").st_uid == self.owner
-        except OSError:  # it has just ended
+        except OSError:
+            # It has just ended.
             return False
 
-    async def _adopt(self, folder: str) -> None:
-        """Drain and remove what a killed proxy left; its commands run to their end."""
-        with contextlib.suppress(OSError):  # its proxy lives, or it is no directory of ours
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                names = os.listdir(folder)
-                for run in (name[:-3] for name in names if name.endswith(".go")):
-                    with contextlib.suppress(
-                        FileExistsError
-                    ):  # typed and not started: nobody would know of it
-                        os.close(os.open(f"{folder}/{run}.pid", os.O_CREAT | os.O_EXCL))
-                pipes, closed = (
-                    [name for name in names if name.endswith((".out", ".err"))],
-                    asyncio.Event(),
-                )
-                outputs = list[Output]()
-                for name in pipes:
-                    with contextlib.suppress(OSError):  # it is something else by now
-                        outputs.append(Output(f"{folder}/{name}", None, closed.set))
-                for output in outputs:
-                    output.read()  # nobody may have it open, of which epoll(7) does not tell
-                while any(output.fd >= 0 for output in outputs):
-                    closed.clear()
-                    await closed.wait()
-                await asyncio.sleep(
-                    RETURN_TIMEOUT / 10
-                )  # go may just be noting the exit code there
-                await asyncio.to_thread(
-                    clear, folder
-                )  # a command may have put a million files there
-            finally:
-                os.close(lock)
-
     def close(self) -> None:
-        """Leave what is still written to: the next driver here drains it."""
-        if self.status.fd >= 0:
-            self.status.close()
-            if not self.jobs:
-                clear(self.folder)
-            for output in (output for job in self.jobs.values() for output in job.outputs):
-                output.on_close = ignore  # its files stay
-                output.close()
-            os.close(self.lock)
+        """Leave what is still written to."""
+        if self.status.fd < 0:
+            return
+        self.status.close()
+        if not self.runs:
+            remove_folder(self.path)
+        for files in self.runs.values():
+            files.abandon()
+        os.close(self.lock)
 
 
-def let_return(run: str) -> None:
-    """Go need not wait for us any more."""
-    with contextlib.suppress(OSError), contextlib.closing(Pipe(f"{run}.done", os.O_WRONLY)) as done:
-        os.write(done.fd, b"\n")
+async def adopt(folder: str) -> None:
+    """Read to its end, and remove, what a killed driver left; its commands run to their end."""
+    # Its driver lives, or it is no directory of ours.
+    with contextlib.suppress(OSError):
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            names = os.listdir(folder)
+            void_all(folder, names)
+            await read_all(folder, names)
+            # Go may just be noting the exit code there.
+            await asyncio.sleep(ADOPT_PAUSE)
+            # A command may have put a million files there.
+            await asyncio.to_thread(remove_folder, folder)
+        finally:
+            os.close(lock)
+
+
+def void_all(folder: str, names: list[str]) -> None:
+    """Let nothing start that was typed and has not: nobody would know of it."""
+    for name in names:
+        path, _, suffix = name.rpartition(".")
+        if suffix == "go":
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(f"{folder}/{path}.pid", os.O_CREAT | os.O_EXCL))
+
+
+async def read_all(folder: str, names: list[str]) -> None:
+    """Discard what its runs write, until nobody can write any more."""
+    closed = asyncio.Event()
+    outputs = list[Output]()
+    for name in names:
+        if name.endswith((".out", ".err")):
+            # It is something else by now.
+            with contextlib.suppress(OSError):
+                outputs.append(Output(f"{folder}/{name}", None, closed.set))
+    for output in outputs:
+        # Nobody may have it open, of which epoll(7) does not tell.
+        output.read()
+    while any(output.fd >= 0 for output in outputs):
+        closed.clear()
+        await closed.wait()
+
+
+def bash_command(request: ExecRequest, shell: str) -> tuple[list[str], str | None]:
+    """The words that run a command; and its text, where that is too long to be one of them.
+
+    The words read the text from descriptor 8 then.
+    """
+    name = os.path.basename(shell)
+    arguments = ["-c", "--", request.cmd] if request.argv is None else [*request.argv]
+    letters, _, operands = split_options(arguments)
+    has_text = "c" in letters and bool(operands)
+    long_text = None
+    if has_text:
+        at = len(arguments) - len(operands)
+        # In characters of up to four bytes.
+        if len(arguments[at]) > MAX_ARGUMENT // 4:
+            long_text = arguments[at]
+            arguments[at] = READ_COMMAND
+        if len(operands) == 1:
+            arguments.append(name)
+
+    # Bash shows its own name where it has no other, and where it complains of an option.
+    shows_own_name = not has_text or any(letter not in SURE_OPTIONS for letter in letters)
+    if shows_own_name and name == "bash":
+        return [shell, "-c", 'exec -a "$0" "$@"', name, shell, *arguments], long_text
+    return [shell, *arguments], long_text
+
+
+def go_script(request: ExecRequest, files: RunFiles, run_id: str, shell: str) -> dict[str, str]:
+    """The texts of a run's files, by suffix.
+
+    `go`; `in`, its stdin; `cmd`, where that is too long for an argument.
+    """
+    texts = dict[str, str]()
+    # Where there is nothing to read, stdin is /dev/null itself: programs look at what it is.
+    if request.stdin:
+        texts["in"] = request.stdin
+    command, long_text = bash_command(request, shell)
+    if long_text is not None:
+        texts["cmd"] = long_text
+    env = [f"{name}={value}" for name, value in request.env.items() if name not in OURS]
+    if env:
+        # `env` takes names that are none for a shell.
+        command = ["env", "--", *env, *command]
+
+    path = shlex.quote(files.path)
+    inputs = f"<{path}.in" if files.feed or "in" in texts else "</dev/null"
+    inputs += f" 8<{path}.cmd" if "cmd" in texts else " 8>&-"
+
+    streams = files.streams()
+    outputs = [f"{DESCRIPTORS[name][0]}>{path}.{name}" for name in streams]
+    if "err" not in streams:
+        outputs.append("2>&1")
+    closed = "6>&- 7>&- 8>&- 9>&-"
+
+    texts["go"] = GO.format(
+        run=path,
+        run_id=run_id,
+        token=files.token,
+        status=shlex.quote(files.folder.status_path),
+        server=os.getpid(),
+        inputs=inputs,
+        outputs=" ".join(outputs),
+        # A FIFO that was wiped is no FIFO now: opening it made a file.
+        sound=" && ".join(f"[ -p {path}.{name} ]" for name in streams),
+        held=" ".join(f"{DESCRIPTORS[name][1]}<>{path}.{name}" for name in streams),
+        drains=" ".join(rf"\cat <{path}.{name} >/dev/null {closed} &" for name in streams),
+        # `read` knows whole seconds only in some shells.
+        patience=math.ceil(SETTLE_TIMEOUT + RETURN_TIMEOUT),
+        history=HISTORY,
+        quiet=QUIET,
+        cwd=shlex.quote(request.cwd or "."),
+        # The command's bash takes the name of its directory from there, whatever `cd` makes of it.
+        named=f"PWD={shlex.quote(request.cwd)}" if request.cwd else "",
+        agent=shlex.quote(request.agent_name),
+        session=shlex.quote(request.session_id or ""),
+        usage=shlex.quote(request.usage_id or ""),
+        command=shlex.join(command),
+    )
+    return texts
+
+
+# ==========================================================================
+# Terminals
+# ==========================================================================
+# Panes, what stands at their prompts, and who may type there.
+#
+# L1  Whoever holds a pane types there, nobody else of ours, and only at a prompt.
+# L2  Nothing that a person has typed is run by us.
+# L3  Where nothing is asked of tmux, nothing is made.
+#
+# Clears a line, which C-y brings back; on an empty one C-u alone would ring the bell.
+CLEAR = ("C-e", "Space", "C-u")
+# By name of the program: whether it edits its line, and so shows when it waits for a command.
+SHELLS = {"bash": True, "zsh": True, "sh": False, "dash": False, "ash": False, "busybox": False}
+# The window of an agent, by either of its names.
+WINDOW_NAME = re.compile(rf"({AGENT_NAME.pattern})[:-]terminal")
+
+
+class Look(enum.Enum):
+    """Whether a shell waits for a command."""
+
+    READY = enum.auto()  # as far as it can be told
+    SOON = enum.auto()  # it is about to
+    BUSY = enum.auto()  # a program runs there
+
+
+class Prompt(enum.Enum):
+    """What is known of the line at a shell's prompt.
+
+    | state    | what clears it                              | then              |
+    |----------|---------------------------------------------|-------------------|
+    | STARTING | CLEAR, once the prompt is there             | typed with CLEAR  |
+    | SETTLING | nothing more                                | typed with CLEAR  |
+    | KNOWN    | nothing                                     | typed if unchanged|
+    | STALE    | nothing, if the pane is in the state that   | typed if unchanged|
+    |          | was last known; CLEAR at that prompt; C-c   | typed with CLEAR  |
+    """
+
+    STARTING = enum.auto()  # a new shell: anything may have been typed while it read its files
+    SETTLING = enum.auto()  # a run has just ended: a line may have been typed during it
+    KNOWN = enum.auto()  # it is empty, while the pane is in the state `last`
+    STALE = enum.auto()  # anybody may have typed
+
+
+class PaneShell:
+    """The shell in a pane: whether it waits for a command, and what stands at its prompt."""
+
+    def __init__(self, pane: Pane, new: bool = False) -> None:
+        self.pane = pane
+        # It ran a line of ours: it is through with its start-up files, and is no script.
+        self.ran = False
+        # It has shown its prompt, in a way that can be told.
+        self.shown = False
+        # Lines in a row that it did not run.
+        self.missed = 0
+        self.prompt = Prompt.STARTING if new else Prompt.STALE
+        # PANE_STATE at the empty prompt when that was last known; "": it never was.
+        self.last = ""
+        # Learns that state after a run; until when it may take.
+        self.learning: asyncio.Task[None] | None = None
+        self.settled_by = 0.0
+        # Its terminal, locked; -1: it is not.
+        self.held = -1
+        # Nobody waits for it any more.
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Wait for nothing: the driver closes."""
+        self.stopped = True
+        if self.learning:
+            self.learning.cancel()
+
+    async def hold(self) -> bool:
+        """Lock the pane's tty if its shell waits for a command and no other driver holds it.
+
+        Until `let_go`, or the end of our process.
+        """
+        if self.held >= 0:
+            return True
+        if not await self.at_prompt():
+            return False
+        with contextlib.suppress(OSError):
+            self.held = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            try:
+                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.let_go()
+        return self.held >= 0
+
+    def let_go(self) -> None:
+        os.close(self.held)
+        self.held = -1
+
+    def answered(self) -> None:
+        """It runs a line of ours."""
+        self.ran = True
+        self.missed = 0
+
+    def did_not_answer(self) -> None:
+        """A line was typed, into what we do not know."""
+        self.last = ""
+        self.missed += 1
+
+    def forgive(self) -> None:
+        """Try it once more."""
+        self.missed = 0
+
+    def moved(self, pane: Pane) -> None:
+        """Its pane is described anew: another size, or a mode."""
+        self.pane = pane
+
+    def column(self) -> int:
+        """Where its prompt ends, as far as it is known."""
+        return int(self.last.split()[0]) if self.last else 0
+
+    def look(self) -> Look:
+        """Whether it waits for a command now.  Raises NoTerminal."""
+        try:
+            shell = process(self.pane.pid)
+            if shell and shell.name == "tmux: server":
+                # Forked, and about to become the shell.
+                return Look.SOON
+            if not shell or shell.foreground != shell.group or shell.name not in SHELLS:
+                return Look.BUSY
+            if not self.ran and not self._reads_tty():
+                return Look.BUSY
+            return self._look_at_tty() if SHELLS[shell.name] else Look.READY
+        except (OSError, termios.error) as wrong:
+            # Otherwise commands would wait for the end of a program that does not run.
+            if wrong.args[0] in SHORTAGE:
+                raise NoTerminal(f"cannot look at pane {self.pane.pane_id}: {wrong}") from None
+        return Look.BUSY
+
+    def _look_at_tty(self) -> Look:
+        """A shell that edits its line has switched its terminal to single keys, and has read all."""
+        tty = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        try:
+            typed_ahead = any(fcntl.ioctl(tty, termios.FIONREAD, bytes(4)))
+            by_line = termios.tcgetattr(tty)[3] & termios.ICANON
+            return Look.SOON if typed_ahead or by_line else Look.READY
+        finally:
+            os.close(tty)
+
+    def _reads_tty(self) -> bool:
+        """It was not started with a script or with -c."""
+        words = read_proc(self.pane.pid, "cmdline").decode("latin-1").split("\0")[1:-1]
+        letters = "".join(word for word in words if re.match(r"[-+]\w", word))
+        if "c" in letters:
+            return False
+        return "i" in letters or all(word[:1] in "-+" or word in SHELLS for word in words)
+
+    async def at_prompt(self) -> bool:
+        """Whether it waits for a command, or will in a moment."""
+        deadline = time.monotonic() + (PROMPT_TIMEOUT if self.ran else NEW_SHELL_TIMEOUT)
+        while True:
+            look = self.look()
+            if look is Look.READY:
+                self.shown = True
+            if look is not Look.SOON or self.stopped:
+                return look is Look.READY
+            # One that never tells is taken at its word.
+            if not self.shown and (self.ran or time.monotonic() >= deadline):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            # A shell announces its prompt to nobody.
+            await asyncio.sleep(LOOK_PAUSE)
+
+    async def clear(self, tmux: Tmux) -> str:
+        """Make sure that nothing is typed at the prompt.
+
+        The state in which it is empty: type only in that.  "": type CLEAR first, with the line.
+        """
+        prompt = self.prompt
+        self.prompt = Prompt.STALE
+        if prompt is Prompt.KNOWN:
+            return self.last
+        if prompt is Prompt.SETTLING and self.last and time.monotonic() < self.settled_by:
+            return ""
+
+        now = await tmux.state(self.pane)
+        if not now.endswith(" 0 0"):
+            now = await tmux.leave_modes(self.pane)
+        if now == self.last:
+            return now
+
+        if self.look() is not Look.BUSY:
+            if prompt is Prompt.STALE and not self._is_behind_prompt(now):
+                tmux.send_keys(self.pane, now, "C-c")
+            else:
+                tmux.send_keys(self.pane, "", *CLEAR)
+            await asyncio.sleep(CLEAR_PAUSE)
+            await self.at_prompt()
+            now = await tmux.state(self.pane)
+
+        # In another column somebody may be typing: then the line comes with CLEAR.
+        is_empty = self._is_empty(now)
+        self.last = now
+        return now if is_empty else ""
+
+    def _is_empty(self, now: str) -> bool:
+        """Whether the cursor is in the column where the known prompt ends, and in no mode."""
+        return now.split()[0] == self.last.partition(" ")[0] and now.endswith(" 0 0")
+
+    def _is_behind_prompt(self, now: str) -> bool:
+        """Whether the cursor is right of where the known prompt ends, in the same line.
+
+        There CLEAR clears the line.  Anywhere else it may be a continuation prompt: C-c ends that.
+        """
+        if not self.last:
+            return False
+        column, *place = now.split()
+        last_column, *last_place = self.last.split()
+        return place == last_place and int(column) > int(last_column)
+
+    def back(self, tmux: Tmux) -> None:
+        """A run has ended: learn in what state the prompt is then.  Anything typed later changes it."""
+        self.prompt = Prompt.SETTLING
+        self.settled_by = time.monotonic() + PROMPT_TIMEOUT
+        self.learning = asyncio.ensure_future(self._learn(tmux))
+
+    async def _learn(self, tmux: Tmux) -> None:
+        with contextlib.suppress(NoTerminal):
+            await asyncio.sleep(CLEAR_PAUSE)
+            if not self._is_learning() or not await self.at_prompt():
+                return
+            now = await tmux.state(self.pane)
+            if not self._is_learning():
+                return
+            # In another column something was typed during the run.
+            self.prompt = Prompt.STALE
+            if self._is_empty(now):
+                self.last = now
+                self.prompt = Prompt.KNOWN
+
+    def _is_learning(self) -> bool:
+        """No later command uses it."""
+        return self.prompt is Prompt.SETTLING and self.learning is asyncio.current_task()
+
+
+def foreground_of(pane: Pane) -> Process | None:
+    """The process that the pane's terminal listens to."""
+    shell = process(pane.pid)
+    return process(shell.foreground) if shell and shell.foreground > 0 else None
+
+
+def is_idle(pane: Pane) -> bool:
+    """Whether its shell is in the foreground: nobody runs a program there."""
+    shell = process(pane.pid)
+    return shell is not None and shell.foreground == shell.group and shell.name in SHELLS
+
+
+def age_rank(pane: Pane) -> int:
+    """Larger, the later the program in its foreground was started."""
+    front = foreground_of(pane)
+    return front.started_at if front else 0
+
+
+def title_of(pane: Pane) -> str:
+    """For people: the pane, and what runs in it."""
+    front = foreground_of(pane)
+    return f"pane {pane.pane_id}: {front.name if front else 'ended'}"
+
+
+class Sandbox:
+    """Our tmux session at the socket: the connection to it, and the directory for runs.
+
+    directory  where new terminals start; None: where tmux does
+    on_notice  called when something may have died
+    """
+
+    def __init__(
+        self,
+        socket_path: str,
+        session_name: str,
+        directory: str | None,
+        on_notice: Callable[[], object],
+    ) -> None:
+        self.socket_path = socket_path
+        self.session_name = session_name
+        self.on_notice = on_notice
+        self.shell = find_shell()
+        # What tmux runs in a new pane.  Not one word: default-shell, maybe us, would run that.
+        self.new_shell = [
+            *(["-c", directory.replace("#", "##")] if directory else []),
+            *("-e", f"SHELL={self.shell}", "-e", f"HISTCONTROL={HISTORY}"),
+            *("--", self.shell, "-i"),
+        ]
+        self.stopping = False
+        self.tmux: Tmux | None = None
+        self.folder: RunFolder | None = None
+        self.connecting = asyncio.Lock()
+        # Tmux did not answer: until when it is not asked again, and what is said meanwhile.
+        # Otherwise each caller would wait in its turn.
+        self.silent_until = 0.0
+        self.silence = ""
+
+    def open_folder(self) -> RunFolder:
+        """The directory for runs, a new one if somebody wiped it.  Raises NoTerminal, OSError."""
+        if self.folder is None or not self.folder.is_there():
+            self.folder = RunFolder(f"{self.socket_path}.d")
+        return self.folder
+
+    async def connect(self, window_name: str) -> Tmux:
+        """The connection to tmux.  If there is no session yet, this is its first window.
+
+        Raises NoTerminal.
+        """
+        async with self.connecting:
+            if self.tmux is not None and not self.tmux.closed:
+                return self.tmux
+            try:
+                self.open_folder()
+            except OSError as refused:
+                # Tmux, which needs the same place, would not tell why.
+                raise NoTerminal(f"cannot prepare runs: {refused}") from None
+
+            asked_at = time.monotonic()
+            if asked_at < self.silent_until:
+                raise NoTerminal(self.silence)
+            window = ["-n", window_name, *self.new_shell]
+            try:
+                self.tmux = await Tmux.connect(
+                    self.socket_path, self.session_name, window, self.on_notice
+                )
+            except NoTerminal as refused:
+                now = time.monotonic()
+                if now >= asked_at + TMUX_TIMEOUT:
+                    self.silent_until = now + TMUX_TIMEOUT
+                    self.silence = str(refused)
+                raise
+            return self.tmux
+
+    def has_session(self, name: str) -> bool:
+        """Whether tmux has a session of exactly this name.  Raises NoTerminal."""
+        check_place(self.socket_path)
+        try:
+            return has_session(self.socket_path, name)
+        except (OSError, subprocess.TimeoutExpired) as wrong:
+            raise NoTerminal(f"tmux: {wrong}") from None
+
+    async def windows(self) -> dict[str, list[Pane]]:
+        """The panes of each agent's window, by agent; makes nothing.  Raises NoTerminal."""
+        if self.tmux is None or self.tmux.closed:
+            try:
+                exists = await asyncio.to_thread(self.has_session, self.session_name)
+            except RuntimeError as no_thread:
+                raise NoTerminal(f"tmux: {no_thread}") from None
+            if not exists:
+                return {}
+        tmux = await self.connect(f"{default_agent_name()}:terminal")
+
+        found: dict[str, list[Pane]] = {}
+        for pane in await tmux.panes():
+            named = WINDOW_NAME.fullmatch(pane.window_name)
+            if named is None:
+                continue
+            panes = found.setdefault(named[1], [])
+            # The first window of an agent is the one.
+            if not panes or panes[0].window_id == pane.window_id:
+                panes.append(pane)
+        return found
+
+    async def close(self) -> None:
+        """End the connection, not the session."""
+        if self.tmux is not None:
+            self.tmux.close()
+            await self.tmux.ended.wait()
+        if self.folder is not None:
+            self.folder.close()
+
+
+class Terminal:
+    """An agent's window, `name`: its panes, which of them are in use, and who waits."""
+
+    def __init__(self, sandbox: Sandbox, name: str) -> None:
+        self.sandbox = sandbox
+        self.name = name
+        # Whoever made the window may have called it by either name.
+        self.names = (name, name.replace(":", "-"))
+        # One for each pane.
+        self.shells: list[PaneShell] = []
+        # The connection when they were looked at, and its notices by then.
+        self.looked_at: tuple[Tmux, int] | None = None
+        # Panes in use, by id, the newest last; True: the command has ended, its prompt comes soon.
+        self.used: dict[str, bool] = {}
+        self.waiting = 0
+        # First come, first served.
+        self.lock = asyncio.Lock()
+        self.freed = asyncio.Event()
+
+    async def take(self) -> tuple[PaneShell, Tmux]:
+        """A shell at its prompt, until `let_go`, and the connection; waits in the queue for one.
+
+        Raises NoTerminal.
+        """
+        if len(self.used) + self.waiting >= MAX_PANES + MAX_QUEUE:
+            raise NoTerminal(
+                f"{MAX_QUEUE} commands wait for this terminal already: try again later"
+            )
+        self.waiting += 1
+        try:
+            async with self.lock:
+                return await self._wait_for_shell()
+        finally:
+            self.waiting -= 1
+
+    async def _wait_for_shell(self) -> tuple[PaneShell, Tmux]:
+        while not self.sandbox.stopping:
+            self.freed.clear()
+            tmux = await self._look()
+            shell = await self._choose(tmux)
+            if shell and self.sandbox.stopping:
+                shell.let_go()
+                break
+            if shell:
+                self.used[shell.pane.pane_id] = False
+                return shell, tmux
+            # Tmux does not tell when a person's program ends, so look now and then.
+            timer = tmux.loop.call_later(QUEUE_CHECK, self.freed.set)
+            await self.freed.wait()
+            timer.cancel()
+        raise NoTerminal("the proxy is stopping")
+
+    def will_return(self, shell: PaneShell) -> None:
+        """Its command has ended, and the prompt comes soon."""
+        self.used[shell.pane.pane_id] = True
+
+    def let_go(self, shell: PaneShell) -> None:
+        """Others may use it."""
+        del self.used[shell.pane.pane_id]
+        shell.let_go()
+        self.freed.set()
+
+    def forget(self) -> None:
+        """Look at its panes again before the next command."""
+        self.looked_at = None
+
+    async def open(self) -> None:
+        """Make the window if it is missing, and know its prompt before anybody types."""
+        async with self.lock:
+            tmux = await self._look()
+            shell = self.shells[0]
+            if shell.prompt is Prompt.STARTING and await shell.at_prompt():
+                await shell.clear(tmux)
+
+    def stop(self) -> None:
+        """Wait for nothing any more."""
+        self.freed.set()
+        for shell in self.shells:
+            shell.stop()
+
+    async def _look(self) -> Tmux:
+        """Know the panes; make the window, with all around it, if it is missing.  Needs the lock.
+
+        Raises NoTerminal.
+        """
+        tmux = self.sandbox.tmux
+        if tmux and not tmux.closed and self.looked_at == (tmux, tmux.notices):
+            return tmux
+        for attempt in range(LOOK_TRIES):
+            is_last = attempt == LOOK_TRIES - 1
+            try:
+                return await self._look_once()
+            except (NoTerminal, ValueError) as failure:
+                # ValueError: what tmux describes is just going.
+                if is_last:
+                    raise NoTerminal(str(failure)) from None
+            # The session may be gone, and we be attached to another.  Not at the first try: others
+            # wait for replies.
+            if attempt > 0 and self.sandbox.tmux:
+                self.sandbox.tmux.close()
+            # A tmux that is just ending fails once.
+            await asyncio.sleep(RETRY_PAUSE)
+        raise AssertionError("the last try returns or raises")
+
+    async def _look_once(self) -> Tmux:
+        tmux = await self.sandbox.connect(self.name)
+        notices = tmux.notices
+        panes = self._own(await tmux.panes())
+        new = [pane.pid for pane in tmux.made]
+        if not panes:
+            panes = [await tmux.new_window(self.name, self.sandbox.new_shell)]
+            new.append(panes[0].pid)
+        for at, pane in enumerate(panes):
+            # remain-on-exit, or tmux does not know yet.
+            if has_ended(pane.pid):
+                panes[at] = await tmux.respawn(pane, self.sandbox.new_shell)
+                new.append(panes[at].pid)
+
+        known = {shell.pane.pid: shell for shell in self.shells}
+        self.shells = []
+        for pane in panes:
+            shell = known.get(pane.pid) or PaneShell(pane, pane.pid in new)
+            shell.moved(pane)
+            self.shells.append(shell)
+        self.looked_at = (tmux, notices)
+        return tmux
+
+    def _own(self, panes: list[Pane]) -> list[Pane]:
+        """Those of the window that is ours: the first by our name for it, else by the other."""
+        for name in self.names:
+            found = [pane for pane in panes if pane.window_name == name]
+            if found:
+                return [pane for pane in found if pane.window_id == found[0].window_id]
+        return []
+
+    async def _choose(self, tmux: Tmux) -> PaneShell | None:
+        """A shell at its prompt; else a new one; else one in copy mode; else None."""
+        free = [shell for shell in self.shells if shell.pane.pane_id not in self.used]
+        sound = [shell for shell in free if shell.missed < MAX_MISSED]
+        for shell in sound:
+            if not shell.pane.in_mode and await shell.hold():
+                return shell
+
+        if any(has_ended(shell.pane.pid) for shell in free):
+            # Look again, at once.
+            self.forget()
+            self.freed.set()
+            return None
+
+        one_returns = any(self.used.values())
+        if len(self.shells) < MAX_PANES and not one_returns and await self._split(tmux):
+            return self.shells[-1] if await self.shells[-1].hold() else None
+
+        # Rather than let a command wait for a person who reads.
+        for shell in sound:
+            if shell.pane.in_mode and await shell.hold():
+                return shell
+
+        if free == self.shells and not sound:
+            for shell in free:
+                shell.forgive()
+            raise NoTerminal(f"no shell in the window {self.name} answers: the terminal shows why")
+        return None
+
+    async def _split(self, tmux: Tmux) -> bool:
+        """Make one more pane."""
+        beside = self.shells[-1].pane
+        for _ in ("as it is", "with room made"):
+            with contextlib.suppress(NoTerminal):
+                pane = await tmux.split(beside, self.sandbox.new_shell)
+                self.shells.append(PaneShell(pane, True))
+                return True
+            tmux.tile(beside)
+        return False
+
+
+# ==========================================================================
+# Runs
+# ==========================================================================
+# One command from its files to the prompt after it, and the driver that callers use.
+#
+# D1  A run ends exactly once: by itself, timed out, cancelled or lost.
+# D2  The exit code is what the shell reported, never guessed from output.
+# D3  Whatever happens, the pane is given back.
+#
+# To add a way to end a run: a row in ENDINGS and a test named after it.
+#
+# Exit code and error; None: as reported.
+ENDINGS: dict[str, tuple[int | None, str | None]] = {
+    "exit": (None, None),
+    "timeout": (
+        124,
+        "ended after {timeout:g} s: ask for a longer `timeout`, or start it in the background",
+    ),
+    "cancelled": (None, "cancelled before its end{why}"),
+    "lost": (137, "lost: {why}; the next command starts a new terminal"),
+}
+# Signals, and seconds until the next one.
+KILL_AT_ONCE = ((signal.SIGKILL, 0.2), (signal.SIGKILL, 0.8))
+TERM_THEN_KILL = ((signal.SIGTERM, 2.0), *KILL_AT_ONCE)
+# Exit codes of a job that only stopped.
+STOPPED = range(128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1)
+
+
+class Watch:
+    """Is told of a run: once before it starts, and once of its end, or that it never started."""
+
+    async def start(self, run_id: str) -> None:
+        """What this raises stops the start."""
+
+    def end(self, result: CommandResult) -> None:
+        """`result` is without the output."""
+
+
+NOBODY = Watch()
 
 
 class Phase(enum.IntEnum):
@@ -2458,8 +3126,10 @@ class Phase(enum.IntEnum):
 class Job:
     """One run of a command, from its files to the prompt after it.
 
-    takes  who gets the output: one for both streams, or two
-    fed    its stdin comes through `feed`
+    takes       who gets the output: {"out"} for both streams, or {"out", "err"}
+    fed         its stdin comes through `feed`
+    on_end      called with the result, without the output, once the command is over
+    on_release  called when the pane is free
 
     | event              | HELD     | TYPED             | RUNNING  | SETTLING | OVER     |
     |--------------------|----------|-------------------|----------|----------|----------|
@@ -2474,71 +3144,69 @@ class Job:
     void: it never starts, RELEASED.  lost: OVER, then RELEASED.  ladder: see `climb`.
     """
 
-    # Its pane, and the connection to type there: see Terminal.take.
-    shell: PaneShell
-    tmux: Tmux
-    files: RunFiles
+    # From start() on.
+    files: RunFiles | None = None
     # Shows the end and lets the prompt come, from OVER on.
-    leaving: asyncio.Task[None]
+    leaving: asyncio.Task[None] | None = None
+    # Ends it: see `climb`.
+    ending: asyncio.Task[None] | None = None
+    timer: asyncio.TimerHandle | None = None
+    view: View | None = None
 
     def __init__(
         self,
         terminal: Terminal,
+        shell: PaneShell,
+        tmux: Tmux,
         request: ExecRequest,
         takes: Takes,
         fed: bool,
         run_id: str,
         asked_at: float,
+        on_end: Callable[[CommandResult], object],
+        on_release: Callable[[Job], object],
     ) -> None:
         self.terminal = terminal
+        self.sandbox = terminal.sandbox
+        # Its pane, and the connection to type there.
+        self.shell = shell
+        self.tmux = tmux
         self.request = request
         self.takes = takes
         self.fed = fed
         self.run_id = run_id
+        self.on_end = on_end
+        self.on_release = on_release
         self.loop = asyncio.get_running_loop()
+
         self.phase = Phase.HELD
-        # Marks its reports.
-        self.token = secrets.token_hex(8)
-        # The path of its files, but for their suffixes.
-        self.run = ""
-        self.on_end = NOBODY.end
         # False: it never will.
         self.started: asyncio.Future[bool] = self.loop.create_future()
         self.over = asyncio.Event()
-        # Go has read its files, or never will: its line was not typed.
+        # Go has read its files to the end, or never will: its line was not typed.
         self.returned = False
         # Whatever is left of it at its end is ended too.
         self.leaves_nothing = False
+
         # A key of ENDINGS, and the reason.
         self.ended = "exit"
         self.why = ""
         self.exit_code = 0
-        # The process group of the command's bash, from RUNNING on; None: unknown, or not to be signalled.
-        self.pid: int | None = None
+        # The process group of its command, while that runs; None: unknown, or not to be signalled.
+        self.group: int | None = None
         # In ticks: no process of it is older.
         self.born = ticks() - 1
-        # Seconds of time.monotonic(): when it was asked for, typed, started; inf: it was not.
-        self.asked_at = asked_at
+
+        # Seconds of time.monotonic(); inf: not yet.
         self.typed_at = math.inf
         self.started_at = math.inf
-        # Seconds from its start to its end; and before, for a pane.
-        self.duration = 0.0
-        self.waited = 0.0
-        # The last line of the terminal when its time was over, if that is no output.
-        self.terminal_line: str | None = None
-        self.view: View | None = None
-        self.feed: Input | None = None
-        self.outputs: list[Output] = []
-        self.timer: asyncio.TimerHandle | None = None
         # When it is no longer waited for what still writes.
         self.settled_by = math.inf
-        self.ending: asyncio.Task[None] | None = None
-
-    def take_pane(self, shell: PaneShell, tmux: Tmux) -> None:
-        """It may type there, until it is released."""
-        self.shell = shell
-        self.tmux = tmux
-        self.waited = time.monotonic() - self.asked_at
+        # Seconds: for a pane, and from its start to its end.
+        self.waited = time.monotonic() - asked_at
+        self.duration = 0.0
+        # The last line of the terminal when its time was over, if that is no output.
+        self.terminal_line: str | None = None
 
     def _enter(self, phase: Phase) -> None:
         """Be in this phase from now on."""
@@ -2546,46 +3214,30 @@ class Job:
         log.debug("run=%s phase=%s was=%s", self.run_id, phase.name, self.phase.name)
         self.phase = phase
 
-    @property
-    def is_typed(self) -> bool:
-        """Whether go may have read its files."""
-        return self.typed_at != math.inf
-
     async def start(self) -> bool:
         """Type the line that runs it; whether it runs.  Raises NoTerminal, OSError."""
         # Its terminal may die while its start is recorded, or while the line is cleared.
         if self.phase is Phase.RELEASED:
             return False
-        self.files = self.terminal.driver.open_files()
-        with self.files.made_by(os.stat(self.shell.pane.tty).st_uid):
-            line = self._prepare()
-
+        line = self._prepare(self.sandbox.open_folder())
         state = await self.shell.clear(self.tmux)
         if self.phase is Phase.HELD:
             self._type(line, state)
         return await self.started
 
-    def _prepare(self) -> str:
+    def _prepare(self, folder: RunFolder) -> str:
         """Make the files; the line that runs them."""
-        self.run = self.files.take(self)
-        # Open before it is typed: a FIFO forgets what nobody has open.
-        for name, take in self.takes.items():
-            output = Output(f"{self.run}.{name}", partial(self._take, take), self._on_output_closed)
-            self.outputs.append(output)
-        self.outputs[-1].check()
-        if self.fed:
-            self.feed = Input(f"{self.run}.in")
+        with folder.made_by(os.stat(self.shell.pane.tty).st_uid):
+            files = self.files = folder.open(self._on_report, self._on_all_read)
+            takes = {name: partial(self._take, take) for name, take in self.takes.items()}
+            files.open(takes, self.fed)
+            files.write(go_script(self.request, files, self.run_id, self.sandbox.shell))
+        return files.line()
 
-        # Not truncated, which goes to the disk: see GO.
-        for name, text in go_script(self, self.terminal.driver.shell).items():
-            with open(os.open(f"{self.run}.{name}", NEW_FILE, 0o600), "wb") as file:
-                # Not truncated, which goes to the disk: see GO.
-                file.write(text.encode(errors="surrogateescape"))
-        # From here on go runs, once.
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self.run}.pid")
-        # A space keeps it out of the history, a backslash from aliases.
-        return f" \\. {shlex.quote(self.run)}.go"
+    @property
+    def feed(self) -> Input | None:
+        """Its stdin, if that comes from the caller."""
+        return self.files.feed if self.files else None
 
     def _type(self, line: str, state: str) -> None:
         """Have tmux type `line`, unless somebody has typed since the pane was in `state`."""
@@ -2601,17 +3253,6 @@ class Job:
             self.view = View(pane, self.request.cmd, line, self.shell.column())
         self._later(START_TIMEOUT, self.tick)
 
-    def _take(self, take: Take, chunk: bytes) -> Awaitable[None] | None:
-        if self.phase is Phase.SETTLING:
-            self._wait_for_quiet(QUIET_TIME)
-        try:
-            if self.view:
-                self.view.add(chunk)
-            return take(chunk)
-        except MemoryError:
-            self.end("cancelled", ": the proxy has no memory for its output")
-        return None
-
     def _on_typed(self, reply: asyncio.Future[list[str]]) -> None:
         if reply.exception():
             self.void()
@@ -2622,43 +3263,37 @@ class Job:
 
     def void(self) -> bool:
         """Make sure that it never starts; False: it already has."""
-        if self.phase is Phase.TYPED:
-            try:
-                os.close(os.open(f"{self.run}.pid", os.O_CREAT | os.O_EXCL, 0o600))
-            except (FileNotFoundError, NotADirectoryError):
-                # Wiped: go cannot make it either.
-                pass
-            except OSError:
-                # Go has made it, or we have no descriptor.
-                return False
+        if self.phase is Phase.TYPED and self.files and not self.files.void():
+            return False
         self.release()
         return True
 
-    def on_report(self, word: str, number: int) -> None:
+    def _take(self, take: Take, chunk: bytes) -> Awaitable[None] | None:
+        if self.phase is Phase.SETTLING:
+            self._wait_for_quiet(QUIET_TIME)
+        if self.view:
+            self.view.add(chunk)
+        return take(chunk)
+
+    def _on_report(self, word: str, number: int) -> None:
         """Take what go reports: `start` with its pid, `exit` with the code, `back`."""
         if word == "start" and self.phase is Phase.TYPED:
             self._on_start(number)
         elif word == "exit" and self.phase is Phase.RUNNING:
             self._settle(number & 255)
-        elif word == "exit" and self.phase is Phase.TYPED:
+        elif word == "exit" and self.phase is Phase.TYPED and self.files:
             self.why = (
                 "its shell cannot make the file of the process, or the process: see the terminal"
             )
-            let_return(self.run)
+            self.files.let_return()
         elif word == "back" and self.phase < Phase.RELEASED:
-            self.returned = True
-            if self.phase is Phase.RUNNING:
-                # Somebody has read its report.
-                self.end("lost", "its shell did not report the end")
-            if self.phase is not Phase.SETTLING:
-                self.release()
-                self.shell.back(self.tmux)
+            self._on_back()
 
     def _on_start(self, pid: int) -> None:
         self._enter(Phase.RUNNING)
         self.started_at = time.monotonic()
-        if self.files.is_owners(pid):
-            self.pid = pid
+        if self.files and self.files.folder.is_owners(pid):
+            self.group = pid
         self.shell.answered()
         # The command stands on the terminal before anything that it writes there by itself.
         if self.view:
@@ -2670,6 +3305,17 @@ class Job:
             signal_group(self, signal.SIGTERM)
         if not self.started.done():
             self.started.set_result(True)
+
+    def _on_back(self) -> None:
+        """Go has returned: the prompt comes."""
+        self.returned = True
+        if self.phase is Phase.RUNNING:
+            # Somebody has read its report.
+            self.end("lost", "its shell did not report the end")
+        # While it settles, what still writes is read first.
+        if self.phase is not Phase.SETTLING:
+            self.release()
+            self.shell.back(self.tmux)
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         """Call that then, and nothing else before."""
@@ -2683,24 +3329,20 @@ class Job:
     def tick(self) -> None:
         """Look now and then whether its shell lives, and whether its time is over."""
         # A loop that was stopped for a while runs timers first: what is reported was in time.
-        if self.is_typed:
-            self.files.on_status()
-        if self.phase > Phase.RUNNING:
-            return
-
+        if self.phase >= Phase.TYPED and self.files:
+            self.files.folder.on_status()
+        pause = WATCH_PAUSE
         if self.phase is Phase.RUNNING:
             pause = self._watch()
-        else:
-            pause = WATCH_PAUSE
+        elif self.phase < Phase.RUNNING:
             self._watch_start()
         if self.phase <= Phase.RUNNING:
             self._later(pause, self.tick)
 
     def _watch_start(self) -> None:
         """Give up a line that no shell runs."""
-        patience = NEW_SHELL_TIMEOUT
-        if self.shell.ran or (self.is_typed and not self.files.there()):
-            patience = START_TIMEOUT
+        is_wiped = self.files is not None and not self.files.folder.is_there()
+        patience = START_TIMEOUT if self.shell.ran or is_wiped else NEW_SHELL_TIMEOUT
         age = time.monotonic() - self.typed_at
         if age < patience and not has_ended(self.shell.pane.pid):
             return
@@ -2729,8 +3371,8 @@ class Job:
         if self.phase >= Phase.OVER or (self.phase < Phase.RUNNING and self.void()):
             return
 
-        first = self.ended == "exit"
-        if first:
+        is_first = self.ended == "exit"
+        if is_first:
             self.ended = ended
             self.why = why
         if ended == "lost":
@@ -2739,8 +3381,12 @@ class Job:
             self._finish()
             self.ending = asyncio.ensure_future(climb(self, KILL_AT_ONCE))
             self.release()
-        elif first:
+        elif is_first:
             self.ending = asyncio.ensure_future(climb(self, TERM_THEN_KILL))
+
+    def leave_nothing(self) -> None:
+        """End whatever is left at its end: its caller is a shell that has gone."""
+        self.leaves_nothing = True
 
     def _note_end(self, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -2752,12 +3398,16 @@ class Job:
         self._note_end(exit_code)
         self._enter(Phase.SETTLING)
         self.settled_by = time.monotonic() + SETTLE_TIMEOUT
-        # The last one to close finishes it.
-        for output in self.outputs:
-            output.read_rest()
-        self._on_output_closed()
-        if self.phase is Phase.SETTLING:
+        assert self.files is not None
+        if self.files.read_rest():
+            self._on_all_read()
+        else:
             self._wait_for_quiet(FIRST_QUIET_TIME)
+
+    def _on_all_read(self) -> None:
+        """Nobody can write any more."""
+        if self.phase is Phase.SETTLING:
+            self._finish()
 
     def _wait_for_quiet(self, seconds: float) -> None:
         left = self.settled_by - time.monotonic()
@@ -2765,8 +3415,8 @@ class Job:
 
     def _on_quiet(self) -> None:
         # A slow reader is no quiet of the command's.
-        paused = any(output.is_paused() for output in self.outputs)
-        if paused and time.monotonic() < self.settled_by:
+        is_paused = self.files is not None and self.files.is_paused()
+        if is_paused and time.monotonic() < self.settled_by:
             self._wait_for_quiet(QUIET_TIME)
         else:
             self._finish()
@@ -2777,8 +3427,9 @@ class Job:
             return
         self._enter(Phase.OVER)
         self._stop_timer()
-        for output in self.outputs:
-            output.finish()
+        if self.files:
+            self.files.finish()
+        self.terminal.will_return(self.shell)
         self.on_end(self.outcome())
         self.over.set()
         # A task: whoever waits for the answer comes first.
@@ -2786,7 +3437,7 @@ class Job:
 
         if self.ending is None:
             # Nobody will continue a command that only stopped.
-            if self.exit_code in STOPPED and self.pid is not None and not has_ended(self.pid):
+            if self.exit_code in STOPPED and self.group and not has_ended(self.group):
                 self.ending = asyncio.ensure_future(climb(self, KILL_AT_ONCE))
             elif self.leaves_nothing:
                 self.ending = asyncio.ensure_future(climb(self, TERM_THEN_KILL))
@@ -2799,7 +3450,7 @@ class Job:
             exit_code=self.exit_code if code is None else code,
             ended=self.ended,
             error=error and error.format(timeout=self.request.timeout, why=self.why),
-            output_bytes=sum(output.total for output in self.outputs),
+            output_bytes=self.files.written() if self.files else 0,
             duration_ms=round(self.duration * 1000),
             waited_ms=round(self.waited * 1000),
             terminal=self.terminal_line,
@@ -2811,7 +3462,7 @@ class Job:
         # The pane may be gone, or tmux be slow: the answer does not depend on it.
         with contextlib.suppress(NoTerminal):
             text = await capture_pane(
-                self.terminal.driver.socket_path, self.shell.pane.pane_id, timeout=QUESTION_TIMEOUT
+                self.sandbox.socket_path, self.shell.pane.pane_id, timeout=QUESTION_TIMEOUT
             )
             line = text.rpartition("\n")[2]
             if self.view and not self.view.has_shown(line):
@@ -2820,8 +3471,6 @@ class Job:
     async def _leave(self) -> None:
         """Show the end, and let the prompt come."""
         self._later(RETURN_TIMEOUT, self.release)
-        # Whoever got the answer often waits for this very CPU.
-        os.sched_yield()
         end = self.outcome()
         log.info(
             "exec end agent=%s run=%s ended=%s exit=%d ms=%d",
@@ -2833,7 +3482,8 @@ class Job:
         )
         if self.view:
             await self.view.end(self.exit_code)
-        let_return(self.run)
+        if self.files:
+            self.files.let_return()
         # A shell whose `read` knows no limit did not wait for us.
         if self.returned and self.phase is Phase.OVER:
             self.release()
@@ -2844,45 +3494,27 @@ class Job:
         if self.phase is Phase.RELEASED:
             return
         was_over = self.phase is Phase.OVER
-        has_run = self.started_at != math.inf
+        was_typed = self.phase > Phase.HELD
         self._enter(Phase.RELEASED)
         self._stop_timer()
-        if self.feed:
-            self.feed.close()
         # The view of a run that is over ends by itself.
         if self.view and not was_over:
             self.view.close()
+        if self.files:
+            self.files.release(
+                has_run=self.started_at != math.inf,
+                was_typed=was_typed,
+                # Otherwise `processes_of` would find the next run too.
+                reusable=self.returned and self.ending is None,
+            )
 
-        for output in self.outputs:
-            # Before its start nobody has opened it to write.
-            if has_run:
-                output.finish()
-            else:
-                output.close()
-        self._forget_callers()
-        self._give_files_back()
+        # Refer to nobody who took output, or was told of the end.
+        self.takes = {}
+        self.on_end = ignore
         if not self.started.done():
             self.started.set_result(was_over)
-        self.terminal.let_go(self)
-
-    def _forget_callers(self) -> None:
-        """Refer to nobody who took output, or was told of the end."""
-        self.takes = {}
-        self.on_end = NOBODY.end
-
-    def _on_output_closed(self) -> None:
-        if any(output.fd >= 0 for output in self.outputs):
-            return
-        if self.phase is Phase.SETTLING:
-            self._finish()
-        else:
-            self._give_files_back()
-
-    def _give_files_back(self) -> None:
-        """Let another run have the names of the files, once nobody has them open."""
-        is_open = any(output.fd >= 0 for output in self.outputs)
-        if self.run and self.phase is Phase.RELEASED and not is_open:
-            self.files.give_back(self)
+        self.terminal.let_go(self.shell)
+        self.on_release(self)
 
     async def result(
         self, capture: Capture | None = None, patience: float | None = None
@@ -2894,7 +3526,7 @@ class Job:
         """
         try:
             await self.over.wait()
-            for output in self.outputs:
+            for output in self.files.outputs if self.files else ():
                 if output.taken is not None:
                     await asyncio.wait_for(output.taken, patience)
         finally:
@@ -2910,31 +3542,46 @@ class Job:
             truncated=outcome.output_bytes > self.request.max_output,
         )
 
+    async def close(self) -> None:
+        """It has ended, or is given up: leave nothing open."""
+        self.release()
+        if self.leaving is not None:
+            await asyncio.wait({self.leaving})
+        if self.view:
+            self.view.close()
+
+    def traits(self) -> RunTraits:
+        """How its processes can be known."""
+        path = self.files.path if self.files else ""
+        return RunTraits(run_id=self.run_id, group=self.group, path=path, born=self.born)
+
 
 async def over_within(job: Job, seconds: float) -> bool:
     """Wait for its end, `seconds` at most."""
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(job.over.wait(), seconds)
-    return job.over.is_set()
+    return await set_within(job.over, seconds)
 
 
 def signal_group(job: Job, number: int) -> None:
     """Signal the command's process group.  In a shell without job control it has none."""
+    if job.group is None or job.phase is not Phase.RUNNING:
+        return
     with contextlib.suppress(OSError):
-        if job.pid and job.phase is Phase.RUNNING and os.getpgid(job.pid) == job.pid:
-            os.killpg(job.pid, number)
+        if os.getpgid(job.group) == job.group:
+            os.killpg(job.group, number)
 
 
 async def kill(job: Job, number: int) -> int:
     """Signal all its processes, wherever they are; how many there were."""
     signal_group(job, number)
     try:
-        found = await processes_of(job)
-    except OSError:  # no descriptor to look with: there may be some
+        found = await processes_of(job.traits())
+    except OSError:
+        # No descriptor to look with: there may be some.
         return 1
     for pid in found:
         with contextlib.suppress(OSError):
-            if os.getpgid(pid) != job.pid or job.over.is_set():  # some take a second signal amiss
+            # Those in the group have the signal; some take a second one amiss.
+            if os.getpgid(pid) != job.group or job.over.is_set():
                 os.kill(pid, number)
     return len(found)
 
@@ -2955,171 +3602,6 @@ async def climb(job: Job, ladder: tuple[tuple[int, float], ...]) -> None:
         job.end("lost", "its shell does not report the end")
 
 
-class Terminal:
-    """An agent's window, `name`: its panes, the runs in them, and who waits."""
-
-    def __init__(self, driver: PocketCoderDriver, name: str) -> None:
-        self.driver, self.name = driver, name  # whose tmux and settings it uses
-        # Whoever made the window may have called it by either name.
-        self.names = (name, name.replace(":", "-"))
-        self.shells: list[PaneShell] = []  # one a pane
-        self.looked_at: tuple[Tmux | None, int] = (
-            None,
-            0,
-        )  # the connection, and its notices by then
-        self.jobs: dict[str, Job] = {}  # by pane_id
-        self.waiting = 0
-        self.lock, self.freed = asyncio.Lock(), asyncio.Event()  # first come, first served
-
-    async def take(self, job: Job) -> None:
-        """Give it a pane where nobody runs anything; wait in the queue for one.  Raises NoTerminal."""
-        if len(self.jobs) + self.waiting >= MAX_PANES + MAX_QUEUE:
-            raise NoTerminal(
-                f"{MAX_QUEUE} commands wait for this terminal already: try again later"
-            )
-        self.waiting += 1
-        try:
-            async with self.lock:
-                while not self.driver.stopping:
-                    self.freed.clear()
-                    tmux = await self._look()
-                    shell = await self._choose(tmux)
-                    if shell and self.driver.stopping:
-                        shell.let_go()
-                    elif shell:
-                        job.take_pane(shell, tmux)
-                        self.jobs[shell.pane.pane_id] = job
-                        return
-                    # tmux does not tell when a person's program ends, so look now and then.
-                    timer = tmux.loop.call_later(QUEUE_CHECK, self.freed.set)
-                    await self.freed.wait()
-                    timer.cancel()
-        finally:
-            self.waiting -= 1
-        raise NoTerminal("the proxy is stopping")
-
-    def let_go(self, job: Job) -> None:
-        """It needs its pane no longer."""
-        del self.jobs[job.shell.pane.pane_id]
-        job.shell.let_go()
-        self.freed.set()
-
-    async def open(self) -> None:
-        """Make the window if it is missing, and know its prompt before anybody types."""
-        async with self.lock:
-            tmux = await self._look()
-            shell = self.shells[0]
-            if shell.prompt is Prompt.STARTING and await shell.at_prompt():
-                await shell.clear(tmux)
-
-    async def _look(self, tries: int = 3) -> Tmux:
-        """Know the panes; make the window, with all around it, if it is missing.  Needs the lock."""
-        tmux, new_shell = self.driver.tmux, self.driver.new_shell
-        if tmux and not tmux.closed and self.looked_at == (tmux, tmux.notices):
-            return tmux
-        try:
-            tmux = await self.driver.connect(self)
-            notices = tmux.notices
-            found = [pane for pane in await tmux.panes() if pane.window_name in self.names]
-            found.sort(key=lambda pane: self.names.index(pane.window_name))
-            panes = [pane for pane in found if pane.window_id == found[0].window_id]
-            if not panes:
-                panes = [
-                    await self._make(tmux, "new-window", "-t", f"={tmux.session}:", "-n", self.name)
-                ]
-                tmux.keep_name(panes[0])
-            for at, pane in enumerate(panes):
-                if has_ended(pane.pid):  # remain-on-exit, or tmux does not know yet
-                    await tmux.ask("respawn-pane", "-k", "-t", pane.pane_id, *new_shell)
-                    panes[at] = Pane.parse(
-                        *await tmux.ask("display-message", "-p", "-t", pane.pane_id, PANE_FORMAT)
-                    )
-                    self.shells.append(PaneShell(panes[at], True))
-        except (NoTerminal, ValueError):  # ValueError: what it describes is gone
-            if (
-                self.driver.tmux and tries < 3
-            ):  # the session may be gone, and we be attached to another
-                self.driver.tmux.close()  # not at the first try: others wait for replies
-            if not tries:
-                raise
-            await asyncio.sleep(CLEAR_PAUSE)  # a tmux that is just ending fails once
-            return await self._look(tries - 1)
-        known = {shell.pane.pid: shell for shell in self.shells}
-        self.shells = [known.get(pane.pid) or PaneShell(pane) for pane in panes]
-        for pane, shell in zip(panes, self.shells, strict=True):
-            shell.pane = pane
-        self.looked_at = (tmux, notices)
-        return tmux
-
-    async def _make(self, tmux: Tmux, *words: str) -> Pane:
-        """A pane with a new shell in it."""
-        made = Pane.parse(
-            *await tmux.ask(*words, "-d", "-P", "-F", PANE_FORMAT, *self.driver.new_shell)
-        )
-        self.shells.append(PaneShell(made, True))
-        return made
-
-    async def _choose(self, tmux: Tmux) -> PaneShell | None:
-        """A shell at its prompt; else a new one; else one in copy mode; else None."""
-        free = [shell for shell in self.shells if shell.pane.pane_id not in self.jobs]
-        sound = [shell for shell in free if shell.missed < 2]
-        for shell in sound:
-            if not shell.pane.in_mode and await shell.hold():
-                return shell
-        if any(has_ended(shell.pane.pid) for shell in free):  # look again, at once
-            self.looked_at = (None, 0)
-            self.freed.set()
-            return None
-        returning = any(job.over.is_set() for job in self.jobs.values())
-        if len(self.shells) < MAX_PANES and not returning and await self._split(tmux):
-            return self.shells[-1] if await self.shells[-1].hold() else None
-        for shell in sound:  # rather than let a command wait for a person who reads
-            if shell.pane.in_mode and await shell.hold():
-                return shell
-        if free == self.shells and not sound:
-            for shell in free:
-                shell.missed = 0
-            raise NoTerminal(f"no shell in the window {self.name} answers: the terminal shows why")
-        return None
-
-    async def _split(self, tmux: Tmux) -> bool:
-        """Make one more pane."""
-        pane = self.shells[-1].pane
-        for _ in range(2):
-            with contextlib.suppress(NoTerminal):
-                await self._make(tmux, "split-window", "-Z", "-t", pane.pane_id)
-                return True
-            tmux.send(["select-layout", "-t", pane.window_id, "tiled"])  # no space: make some
-        return False
-
-
-# The window of an agent, by either of its names.
-WINDOW_NAME = re.compile(rf"({AGENT_NAME.pattern})[:-]terminal")
-
-
-def foreground_of(pane: Pane) -> Process | None:
-    """The process that the pane's terminal listens to."""
-    shell = process(pane.pid)
-    return process(shell.foreground) if shell and shell.foreground > 0 else None
-
-
-def is_idle(pane: Pane) -> bool:
-    """Whether its shell is in the foreground: nobody runs a program there."""
-    shell = process(pane.pid)
-    return shell is not None and shell.foreground == shell.group and shell.name in SHELLS
-
-
-def began(process: Process | None) -> int:
-    """In ticks since the machine started."""
-    return process.began if process else 0
-
-
-def name_of(pane: Pane) -> str:
-    """For people: the pane and what runs in it."""
-    front = foreground_of(pane)
-    return f"pane {pane.pane_id}: {front.name if front else 'ended'}"
-
-
 class PocketCoderDriver:
     """Runs commands in the tmux session `session_name` at the socket `socket_path`.
 
@@ -3127,51 +3609,45 @@ class PocketCoderDriver:
     directory  where new terminals start; None: where tmux does
     """
 
+    # Closes with the event loop.
+    keeper: asyncio.Task[None] | None = None
+
     def __init__(self, socket_path: str, session_name: str, directory: str | None = None) -> None:
         if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f:.#=;$\\]{1,64}", session_name):
-            raise complain(
-                "session_name",
-                session_name,
-                "a tmux name without `:`, `.`, `#`, `=`, `;`, `$`, `\\`",
-            )
+            expected = "a tmux name without `:`, `.`, `#`, `=`, `;`, `$`, `\\`"
+            raise complain("session_name", session_name, expected)
         check_text("socket_path", socket_path, "a path", 4 * KIB)
-        self.socket_path, self.session_name = os.path.abspath(socket_path), session_name
-        self.shell = find_shell()
-        # What tmux runs in a new pane.  Not one word: default-shell, maybe us, would run that.
-        self.new_shell = ["-c", directory.replace("#", "##")] if directory else []
-        self.new_shell += [
-            "-e",
-            f"SHELL={self.shell}",
-            "-e",
-            f"HISTCONTROL={HISTORY}",
-            "--",
-            self.shell,
-            "-i",
-        ]
-        self.stopping = False
+        self.socket_path = os.path.abspath(socket_path)
+        self.session_name = session_name
+        self.directory = directory
         self._reset()
 
     def _reset(self) -> None:
-        self.keeper: asyncio.Task[None] | None = None
-        self.tmux: Tmux | None = None
-        self.connecting = asyncio.Lock()
-        self.silent = (
-            0.0,
-            "",
-        )  # until when tmux is not asked again that has not answered; others need not wait in turn
+        self.sandbox = Sandbox(self.socket_path, self.session_name, self.directory, self._on_notice)
+        # By agent.
         self.terminals: dict[str, Terminal] = {}
-        self.files: RunFiles | None = None
+        # Those that hold a pane, by run_id; the newest is the last.
+        self.running: dict[str, Job] = {}
 
     def session_exists(self, session: str) -> bool:
         """Whether tmux has a session of exactly this name.  Raises NoTerminal."""
-        check_place(self.socket_path)
-        command = ["tmux", "-S", self.socket_path, "has-session", "-t", f"={session}"]
-        return subprocess.run(command, capture_output=True, timeout=TMUX_TIMEOUT).returncode == 0
+        return self.sandbox.has_session(session)
 
     def terminal(self, agent_name: str) -> Terminal:
+        """This agent's, which need not exist yet."""
+        self.keeper = self.keeper or asyncio.ensure_future(self._keep())
         if agent_name not in self.terminals:
-            self.terminals[agent_name] = Terminal(self, f"{agent_name}:terminal")
+            self.terminals[agent_name] = Terminal(self.sandbox, f"{agent_name}:terminal")
         return self.terminals[agent_name]
+
+    async def _keep(self) -> None:
+        """Close with the event loop: the next one begins anew."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await self.close()
+            self.keeper = None
+            self._reset()
 
     async def exec(self, cmd: str, cwd: str | None, agent_name: str) -> CommandResult:
         """Run `cmd` in the agent's terminal and wait for its end.
@@ -3184,125 +3660,97 @@ class PocketCoderDriver:
     async def run(self, request: ExecRequest) -> CommandResult:
         """The same for a request.  Cancelling this cancels the command."""
         capture = Capture(request.max_output)
-        return await (await self.start(request, {"out": capture.add})).result(capture)
+        job = await self.start(request, {"out": capture.add})
+        return await job.result(capture)
 
     async def start(
-        self, request: ExecRequest, takes: Takes, fed: bool = False, watch: Watch | None = None
+        self, request: ExecRequest, takes: Takes, fed: bool = False, watch: Watch = NOBODY
     ) -> Job:
         """Start a command; return when it runs.
 
         takes  {"out"} for both streams, or {"out", "err"}
         fed    its stdin is what the job's `feed` gets
+        Raises NoTerminal, and what `watch` raises.
         """
-        terminal, run_id, watch, noted = (
-            self.terminal(request.agent_name),
-            secrets.token_hex(8),
-            watch or NOBODY,
-            False,
-        )
-        why = f"no shell in the window {terminal.name} answers: the terminal shows why"
+        terminal = self.terminal(request.agent_name)
+        run_id = secrets.token_hex(8)
         asked_at = time.monotonic()
+        is_told = False
+        job = None
+        why = f"no shell in the window {terminal.name} answers: the terminal shows why"
         try:
-            for attempt in range(2 * MAX_PANES):
-                job = Job(terminal, request, takes, fed, run_id, asked_at)
-                await terminal.take(job)
+            for attempt in range(START_TRIES):
+                shell, tmux = await terminal.take()
+                job = Job(
+                    terminal=terminal,
+                    shell=shell,
+                    tmux=tmux,
+                    request=request,
+                    takes=takes,
+                    fed=fed,
+                    run_id=run_id,
+                    asked_at=asked_at,
+                    on_end=watch.end,
+                    on_release=self._forget,
+                )
+                self.running[run_id] = job
                 try:
-                    if not noted:
+                    if not is_told:
                         await watch.start(run_id)
-                        noted = True
-                    job.on_end = watch.end
-                    if await job.start():
-                        return job
-                    if job.why:
-                        why = f"cannot begin a run in {job.run}: {job.why}"
-                        if attempt:  # the first time somebody may just have wiped it
-                            break
-                    if not job.returned:
-                        job.shell.did_not_answer()
-                except (
-                    NoTerminal,
-                    OSError,
-                ) as failure:  # no space, no descriptors; or the terminal has just died
-                    terminal.looked_at, why = (
-                        (None, 0),
-                        f"cannot prepare a run in {self.socket_path}.d: {failure}",
-                    )
-                    job.end("lost", why)
-                    if job.over.is_set():
-                        return job
-                    await asyncio.sleep(CLEAR_PAUSE)
-                except BaseException:  # whatever it is, the pane is given back
+                        is_told = True
+                    problem = await self._try(job)
+                except BaseException:
+                    # Whatever it is, the pane is given back.
                     job.end("cancelled")
                     raise
+                if problem is None:
+                    return job
+                why = problem or why
+                # The first time somebody may just have wiped its files.
+                if job.why and attempt > 0:
+                    break
             raise NoTerminal(why)
         except BaseException as failure:
-            if noted and not job.over.is_set() and job.ending is None:
-                error = f"never started: {failure or 'cancelled'}"
+            if is_told and job and not job.over.is_set() and job.ending is None:
                 watch.end(
-                    CommandResult("", ProxyError.exit_code, "cancelled", error, run_id=run_id)
+                    CommandResult(
+                        output="",
+                        exit_code=ProxyError.exit_code,
+                        ended="cancelled",
+                        error=f"never started: {failure or 'cancelled'}",
+                        run_id=run_id,
+                    )
                 )
             raise
 
-    def open_files(self) -> RunFiles:
-        """The directory for runs, a new one if someone wiped it.  Raises NoTerminal, OSError."""
-        if self.files is None or not self.files.there():
-            self.files = RunFiles(f"{self.socket_path}.d")
-        return self.files
-
-    async def connect(self, terminal: Terminal) -> Tmux:
-        """The connection to tmux.  If there is no session yet, the window of `terminal` is its first."""
-        async with self.connecting:
-            self.keeper = self.keeper or asyncio.ensure_future(self._keep())
-            if self.tmux is None or self.tmux.closed:
-                try:
-                    self.open_files()
-                except OSError as refused:  # tmux, which needs the same place, would not tell why
-                    raise NoTerminal(f"cannot prepare runs: {refused}") from None
-                begun, (until, why) = time.monotonic(), self.silent
-                if begun < until:
-                    raise NoTerminal(why)
-                window = ["-n", terminal.name, *self.new_shell]
-                try:
-                    self.tmux = await Tmux.connect(
-                        self.socket_path, self.session_name, window, self._on_notice
-                    )
-                except NoTerminal as refused:
-                    if (now := time.monotonic()) >= begun + TMUX_TIMEOUT:
-                        self.silent = now + TMUX_TIMEOUT, str(refused)
-                    raise
-                terminal.shells += [PaneShell(pane, True) for pane in self.tmux.made]
-            return self.tmux
-
-    async def _keep(self) -> None:
-        """Close with the event loop: the next one begins anew."""
+    async def _try(self, job: Job) -> str | None:
+        """Start it where it has a pane.  None: it runs, or has ended; else why not, "" is unknown."""
         try:
-            await asyncio.Event().wait()
-        finally:
-            await self.close()
-            self.stopping = False
+            if await job.start():
+                return None
+        except (NoTerminal, OSError) as failure:
+            # No space, no descriptors; or the terminal has just died.
+            job.terminal.forget()
+            why = f"cannot prepare a run in {self.socket_path}.d: {failure}"
+            job.end("lost", why)
+            if job.over.is_set():
+                return None
+            await asyncio.sleep(RETRY_PAUSE)
+            return why
+        if not job.returned:
+            job.shell.did_not_answer()
+        if job.why and job.files:
+            return f"cannot begin a run in {job.files.path}: {job.why}"
+        return ""
+
+    def _forget(self, job: Job) -> None:
+        """It holds no pane any more."""
+        del self.running[job.run_id]
 
     async def windows(self) -> dict[str, list[Pane]]:
         """The panes of each agent's window, by agent; makes nothing.  Raises NoTerminal."""
-        if self.tmux is None or self.tmux.closed:
-            try:
-                exists = await asyncio.to_thread(self.session_exists, self.session_name)
-            except (OSError, RuntimeError, subprocess.TimeoutExpired) as wrong:
-                # RuntimeError: no thread.
-                raise NoTerminal(f"tmux: {wrong}") from None
-            if not exists:
-                return {}
-        tmux = await self.connect(self.terminal(default_agent_name()))
-
-        found: dict[str, list[Pane]] = {}
-        for pane in await tmux.panes():
-            named = WINDOW_NAME.fullmatch(pane.window_name)
-            if named is None:
-                continue
-            panes = found.setdefault(named[1], [])
-            # The first window of an agent is the one.
-            if not panes or panes[0].window_id == pane.window_id:
-                panes.append(pane)
-        return found
+        self.terminal(default_agent_name())
+        return await self.sandbox.windows()
 
     async def window(self, agent_name: str) -> list[Pane]:
         """The panes of this agent's window.  Raises NoTerminal."""
@@ -3315,11 +3763,14 @@ class PocketCoderDriver:
 
     def jobs_of(self, agent_name: str) -> dict[str, Job]:
         """The commands that run in this agent's window, by pane; the newest is the last."""
-        terminal = self.terminals.get(agent_name)
-        return terminal.jobs if terminal else {}
+        return {
+            job.shell.pane.pane_id: job
+            for job in self.running.values()
+            if job.request.agent_name == agent_name
+        }
 
     async def list_terminals(self) -> list[Message]:
-        """Each agent's terminal, and the newest command or else what runs in it.  Raises NoTerminal."""
+        """Each agent's terminal, and what runs in it: the newest command first.  Raises NoTerminal."""
         found = []
         for agent_name, panes in sorted((await self.windows()).items()):
             jobs = self.jobs_of(agent_name)
@@ -3342,17 +3793,18 @@ class PocketCoderDriver:
 
         Raises NoTerminal.
         """
-        texts: list[tuple[Pane, str]] = []
-        for pane in await self.window(agent_name):
+        panes = await self.window(agent_name)
+        texts = dict[Pane, str]()
+        for pane in panes:
             text = await capture_pane(self.socket_path, pane.pane_id, lines)
             # A prompt alone is nothing to read.
-            if "\n" in text or not is_idle(pane) or not texts:
-                texts.append((pane, "\n".join(text.split("\n")[-lines:])))
-        if len(texts) > 1 and "\n" not in texts[0][1] and is_idle(texts[0][0]):
-            del texts[0]
+            if "\n" in text or not is_idle(pane):
+                texts[pane] = "\n".join(text.split("\n")[-lines:])
+        if not texts:
+            return await capture_pane(self.socket_path, panes[0].pane_id)
         if len(texts) == 1:
-            return texts[0][1]
-        return "\n".join(f"[{name_of(pane)}]\n{text}" for pane, text in texts)
+            return next(iter(texts.values()))
+        return "\n".join(f"[{title_of(pane)}]\n{text}" for pane, text in texts.items())
 
     async def send_keys(
         self, agent_name: str, text: str, keys: list[str], run_id: str | None = None
@@ -3365,20 +3817,11 @@ class PocketCoderDriver:
         """
         terminal = self.terminal(agent_name)
         # Otherwise it might wait behind commands that wait for keys.
-        if not (terminal.waiting and terminal.shells) and run_id is None:
+        if run_id is None and not (terminal.waiting and terminal.shells):
             await terminal.open()
         pane = self._target(await self.window(agent_name), self.jobs_of(agent_name), run_id)
-
-        assert self.tmux is not None
-        target = ["-t", pane.pane_id]
-        commands = [["copy-mode", "-q", *target]]
-        if text:
-            commands.append(
-                ["send-keys", *target, "-H", *(f"{byte:02x}" for byte in text.encode())]
-            )
-        if keys:
-            commands.append(["send-keys", *target, "--", *keys])
-        await self.tmux.reply(self.tmux.send(*commands))
+        tmux = await self.sandbox.connect(terminal.name)
+        await tmux.type(pane, text, keys)
 
         await asyncio.sleep(SHOW_PAUSE)
         try:
@@ -3399,7 +3842,7 @@ class PocketCoderDriver:
         programs = [pane for pane in panes if pane.pane_id not in jobs and not is_idle(pane)]
         if programs:
             # The one that was started last.
-            return max(programs, key=lambda pane: began(foreground_of(pane)))
+            return max(programs, key=age_rank)
         newest = next(reversed(jobs), "")
         return next((pane for pane in panes if pane.pane_id == newest), panes[0])
 
@@ -3412,33 +3855,26 @@ class PocketCoderDriver:
 
     async def close(self, grace: float = 0.0) -> None:
         """Take no more commands, give the running ones `grace` seconds, cancel the rest."""
-        self.stopping = True
+        self.sandbox.stopping = True
         for terminal in self.terminals.values():
-            terminal.freed.set()
-            for shell in terminal.shells:
-                shell.stop()
+            terminal.stop()
         await asyncio.gather(*(over_within(job, grace) for job in self.jobs()))
-        for job in (jobs := self.jobs()):
-            job.end("cancelled")
-        await asyncio.gather(
-            *(job.ending for job in jobs if job.ending is not None), return_exceptions=True
-        )
+
+        jobs = self.jobs()
         for job in jobs:
-            job.release()
-            if job.over.is_set():
-                await asyncio.wait({job.leaving})
-            if job.view:
-                job.view.close()
-        if self.tmux is not None:
-            self.tmux.close()
-            await self.tmux.ended.wait()
-        if self.files is not None:
-            self.files.close()
+            job.end("cancelled")
+        endings = [job.ending for job in jobs if job.ending is not None]
+        await asyncio.gather(*endings, return_exceptions=True)
+        for job in jobs:
+            await job.close()
+
+        await self.sandbox.close()
         self._reset()
+        self.sandbox.stopping = True
 
     def jobs(self) -> list[Job]:
         """All that hold a pane."""
-        return [job for terminal in self.terminals.values() for job in terminal.jobs.values()]
+        return [*self.running.values()]
 
 
 # ==========================================================================
@@ -5549,9 +5985,9 @@ async def channel_handler(job: Job, message: str | bytes) -> None:
     if isinstance(message, str):
         try:
             got = json.loads(message)
-            job.leaves_nothing |= (
-                got.get("end") is True
-            )  # a shell that ends: nobody is left to care for the rest
+            # A shell that ends: nobody is left to care for the rest.
+            if got.get("end") is True:
+                job.leave_nothing()
             signal_group(job, SIGNAL_NUMBERS[got["signal"]])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise complain(
@@ -6514,11 +6950,11 @@ async def serve(options: Commands, token: str) -> None:
         )  # inherited
         server.listen_on(listener)
     host, port = sockets[0].getsockname()[:2]
-    attach = ["tmux", "-S", driver.socket_path, "new-session", "-A", "-s", session]
+    attach = attach_command(driver.socket_path, session)
     address = f"{f'[{host}]' if ':' in host else host}:{port}"
     for file, line in (
         (sys.stdout, f"listening on http://{address}"),
-        (sys.stderr, f"watch with: {shlex.join(attach)}"),
+        (sys.stderr, f"watch with: {attach}"),
     ):
         with contextlib.suppress(OSError):  # whoever should read it has left, or its disk is full
             print(f"pocketcoder: {line}", file=file, flush=True)
@@ -6552,11 +6988,7 @@ def why_not(options: Commands, token: str) -> str | None:
         return "POCKETCODER_TOKEN: expected visible ASCII characters without blanks"
     if process(os.getpid()) is None:
         return "needs /proc, which is not mounted or not ours to read: it tells what runs in a terminal"
-    version = ""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        version = subprocess.run(
-            ["tmux", "-V"], capture_output=True, text=True, timeout=TMUX_TIMEOUT
-        ).stdout.strip()
+    version = tmux_version()
     number = re.search(r"(\d+)\.(\d+)", version)
     if not version or (number and (int(number[1]), int(number[2])) < (3, 2)):
         return f"needs tmux 3.2 or later, got {version or 'none'}: install it, for instance `apt-get install tmux`"

@@ -2218,7 +2218,7 @@ def test_whatever_the_body_is_it_is_a_request_as_promised_or_refused(
 # ==========================================================================
 def test_words_reach_tmux_as_they_are(proxy: Proxy) -> None:
     async def there_and_back(word: str) -> list[str]:
-        tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", None)
+        tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", [])
         try:
             await tmux.ask("set-option", "-g", "@word", word)
             return await tmux.ask("show-options", "-gv", "@word")
@@ -2241,7 +2241,7 @@ def test_words_reach_tmux_as_they_are(proxy: Proxy) -> None:
 
 def test_a_refused_command_is_an_error_with_what_tmux_said(proxy: Proxy) -> None:
     async def ask() -> None:
-        tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", None)
+        tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", [])
         try:
             with pytest.raises(pp.NoTerminal, match="unknown command: nosuch"):
                 await tmux.ask("nosuch")
@@ -2257,7 +2257,7 @@ def test_a_lost_connection_fails_every_question_at_once(
     proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def ask() -> None:
-        tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", None)
+        tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", [])
         os.kill(tmux.process.get_pid(), signal.SIGKILL)
         await asyncio.wait_for(tmux.ended.wait(), 10)
         for _ in range(10):
@@ -3115,10 +3115,12 @@ def test_the_end_of_a_background_process_takes_no_output_of_a_later_command(
     proxy: Proxy, agent: str
 ) -> None:
     call = kept(proxy)
-    ending = [
-        Background(lambda: [proxy.exec("sleep 0.3 &", agent_name=f"{agent}{n}") for _ in range(5)])
-        for n in range(4)
-    ]
+
+    def leave_some(name: str) -> None:
+        for _ in range(5):
+            proxy.exec("sleep 0.3 &", agent_name=name)
+
+    ending = [Background(partial(leave_some, f"{agent}{number}")) for number in range(4)]
     said = set()
     while not all(each.future.done() for each in ending):
         said.add(call("echo whole", agent_name=agent)["stdout"])
@@ -3863,10 +3865,11 @@ def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(
         starting = asyncio.ensure_future(
             driver.start(pp.ExecRequest("sleep 79.25"), {"out": lambda chunk: None})
         )
-        while not [job for job in driver.jobs() if job.is_typed and not job.over.is_set()]:  # noqa: ASYNC110
+        while not [job for job in driver.jobs() if job.phase is pp.Phase.TYPED]:  # noqa: ASYNC110
             await asyncio.sleep(0)
         job = driver.jobs()[0]
-        while not os.path.exists(f"{job.run}.pid"):  # noqa: ASYNC240  it has begun, and its report is not read
+        assert job.files is not None
+        while not os.path.exists(f"{job.files.path}.pid"):  # noqa: ASYNC240  it has begun, and its report is not read
             time.sleep(0.0001)  # noqa: ASYNC251
         job.end("cancelled")
         return await (await starting).result()
@@ -3952,7 +3955,7 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
 
     try:
         for _ in range(2):  # each with a loop of its own
-            driver.stopping = False
+            driver.sandbox.stopping = False
             with contextlib.suppress(subprocess.SubprocessError):
                 subprocess.run(
                     ["tmux", "-S", driver.socket_path, "kill-server"], capture_output=True
@@ -3963,7 +3966,7 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
                 3,
                 "exit",
             )
-        driver.stopping = False
+        driver.sandbox.stopping = False
         before = descriptors_of(os.getpid())
         for number in range(3):  # as a script would: nobody closes it
             assert asyncio.run(driver.exec(f"echo {number}", None, "poco")).output == f"{number}\n"
@@ -4157,18 +4160,14 @@ def test_the_typed_line_is_not_kept_in_the_history(proxy: Proxy, agent: str) -> 
 
 
 def test_reports_of_runs_are_the_same_however_they_are_cut(tmp_path: pathlib.Path) -> None:
-    dice, name = random.Random(7), b"0123456789abcdef"
-
-    class Listener:
-        def __init__(self) -> None:
-            self.reports: list[tuple[str, int]] = []
-
-        def on_report(self, word: str, number: int) -> None:
-            self.reports.append((word, number))
+    dice = random.Random(7)
+    reports: list[tuple[str, int]] = []
 
     async def check() -> None:
-        files = pp.RunFiles(f"{tmp_path}/s.d")
-        fd = os.open(files.status_path, os.O_WRONLY)
+        folder = pp.RunFolder(f"{tmp_path}/s.d")
+        files = folder.open(lambda word, number: reports.append((word, number)), pp.ignore)
+        name = files.token.encode()
+        fd = os.open(folder.status_path, os.O_WRONLY)
         for _ in range(100 * FUZZ):
             wrote, expected = b"", []
             for _ in range(dice.randrange(8)):
@@ -4187,15 +4186,13 @@ def test_reports_of_runs_are_the_same_however_they_are_cut(tmp_path: pathlib.Pat
                     )
                     wrote += dice.choice(noise).replace(b"\n", b"") + b"\n"
             for pieces in cuts(dice, wrote):
-                listener = Listener()
-                files.jobs, files.unread = {name.decode(): cast("pp.Job", listener)}, b""
+                reports.clear()
                 for piece in filter(None, pieces):
                     os.write(fd, piece)
-                    files.on_status()
-                assert listener.reports == expected, pieces
-        files.jobs = {}
+                    folder.on_status()
+                assert reports == expected, pieces
         os.close(fd)
-        files.close()
+        folder.close()
 
     asyncio.run(check())
 
