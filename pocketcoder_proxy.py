@@ -3471,6 +3471,8 @@ class Job:
     async def _leave(self) -> None:
         """Show the end, and let the prompt come."""
         self._later(RETURN_TIMEOUT, self.release)
+        # Whoever got the answer often waits for this very CPU: 5 % of a small command's time.
+        os.sched_yield()
         end = self.outcome()
         log.info(
             "exec end agent=%s run=%s ended=%s exit=%d ms=%d",
