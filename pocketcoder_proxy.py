@@ -90,6 +90,9 @@ QUIET_PROGRAMS = {  # nobody may be there to page or to answer
 MAX_BODY = 16 * MIB  # bytes of a request
 MAX_COMMAND = 8 * MIB  # bytes of `cmd`
 MAX_ARGUMENT = 128 * KIB  # MAX_ARG_STRLEN, execve(2): one argument with its NUL
+MAX_VARIABLE = 123 * KIB  # of one variable: with its name it is an argument of env(1)
+MAX_PATH = 4 * KIB  # PATH_MAX, limits.h; also of the name of a variable
+MAX_ID = 4 * KIB  # bytes of `usage_id` and `session_id`
 MAX_ENVIRONMENT = 512 * KIB  # of `env`; execve(2) takes a quarter of the stack for all
 MAX_OUTPUT, DEFAULT_OUTPUT = 64 * MIB, MIB  # `max_output`, bytes
 TOOL_OUTPUT = (
@@ -831,65 +834,72 @@ SIGNAL_NUMBERS = {
 # E2  Each class carries its answers; nothing else maps errors to numbers.
 #     What is HTTP's alone (401, 404, 405, 413, 415) is Tornado's HTTPError.
 class ProxyError(Exception):
-    """Ours, and unexpected."""
+    """The proxy cannot do its job.  Raised itself for what nobody expected."""
 
-    http_status, rpc_code, exit_code = (
-        500,
-        -32603,
-        125,
-    )  # as `timeout` of coreutils: the command could not be run
+    http_status = 500
+    # Of JSON-RPC.
+    rpc_code = -32603
+    # As `timeout` of coreutils has it: the command could not be run.
+    exit_code = 125
 
     def __init__(self, text: str, data: object = None, request_id: str | int | None = None) -> None:
         super().__init__(text)
-        self.data, self.request_id = data, request_id  # of JSON-RPC
+        # For a JSON-RPC error: its `data`, and the request that it answers.
+        self.data = data
+        self.request_id = request_id
 
 
 class BadMessage(ProxyError):
-    """The shape, type or size of what was sent."""
+    """What was sent has the wrong shape, type or size."""
 
-    http_status, rpc_code, exit_code = 400, -32602, 2
+    http_status = 400
+    rpc_code = -32602
+    exit_code = 2
 
 
 class NotJson(BadMessage):
-    """What should be JSON."""
+    """What was sent is not JSON."""
 
     rpc_code = -32700
 
 
 class NotAMessage(BadMessage):
-    """JSON, but no message that can be taken here."""
+    """It is JSON, but no message that fits here."""
 
     rpc_code = -32600
 
 
 class HeaderMismatch(BadMessage):
-    """Headers that say something else than the body, MCP 2026-07-28."""
+    """Headers contradict the body, MCP 2026-07-28."""
 
     rpc_code = -32020
 
 
 class UnsupportedVersion(BadMessage):
-    """A revision of MCP that is not served."""
+    """This revision of MCP is not served."""
 
     rpc_code = -32022
 
 
 class UnknownMethod(BadMessage):
-    """JSON-RPC has it, this server has not."""
+    """This server has no such method."""
 
-    http_status, rpc_code = 404, -32601
+    http_status = 404
+    rpc_code = -32601
 
 
 class RelayError(ProxyError):
     """An MCP server behind us cannot answer."""
 
-    http_status = 200  # as an error of JSON-RPC; after a 5xx some clients give up
+    # The answer is a JSON-RPC error; after a 5xx some clients give up.
+    http_status = 200
 
 
 class UnknownSession(ProxyError):
-    """It has ended, or another credential opened it."""
+    """The session has ended, or another credential opened it."""
 
-    http_status, rpc_code = 404, -32600
+    http_status = 404
+    rpc_code = -32600
 
 
 class Forbidden(ProxyError):
@@ -899,13 +909,16 @@ class Forbidden(ProxyError):
 
 
 class NoTerminal(ProxyError):
-    """The sandbox cannot run it now, nothing was run: tmux refuses, no shell answers, the queue is full."""
+    """The sandbox cannot run it now, and nothing was run.
+
+    Tmux refuses, no shell answers, or the queue is full.
+    """
 
     http_status = 503
 
 
 class NoAudit(ProxyError):
-    """The audit log cannot be written: nothing is run unseen."""
+    """The audit log cannot be written, and nothing is run unseen."""
 
     http_status = 503
 
@@ -917,15 +930,16 @@ class NoAudit(ProxyError):
 # W2  A complaint names the field, what was got and what was expected.
 Message = dict[str, Any]
 RUN_ID = re.compile(r"[0-9a-f]{16}")
+SESSION_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 def complain(name: str, got: object, expected: str) -> BadMessage:
     """A BadMessage that shows the start of what was got."""
     shown = ascii(got[:80] if isinstance(got, str) else got)
-    return BadMessage(
-        f"`{name}`: got {shown if len(shown) <= 90 else shown[:80] + '...'}, expected {expected}"
-    )
+    if len(shown) > 90:
+        shown = shown[:80] + "..."
+    return BadMessage(f"`{name}`: got {shown}, expected {expected}")
 
 
 def whole(text: str) -> float:
@@ -1014,6 +1028,21 @@ def inside(workspace: str, cwd: str) -> str:
     return named
 
 
+def check_environment(got: object) -> None:
+    """Raise BadMessage unless it is an object of variables that a process can take."""
+    if not isinstance(got, dict):
+        raise complain("env", got, "an object of strings")
+    size = 0
+    for name, value in got.items():
+        check_text("env", name, "names of variables", MAX_PATH)
+        if not name or "=" in name:
+            raise complain("env", name, "names of variables, not empty, without `=`")
+        check_text(f"env.{name[:40]}", value, "a string", MAX_VARIABLE)
+        size += len(name.encode()) + len(value.encode())
+    if size > MAX_ENVIRONMENT:
+        raise complain("env", f"{size} bytes", f"at most {MAX_ENVIRONMENT}")
+
+
 @dataclass(frozen=True)
 class McpQuery:
     """Query parameters for established sessions.  Raises BadMessage."""
@@ -1021,9 +1050,7 @@ class McpQuery:
     session_id: str | None = None
 
     def __post_init__(self) -> None:
-        if self.session_id is not None and not re.fullmatch(
-            r"[A-Za-z0-9_.-]{1,128}", self.session_id
-        ):
+        if self.session_id is not None and not SESSION_ID.fullmatch(self.session_id):
             raise complain("session_id", self.session_id, "1 to 128 of A-Z a-z 0-9 _ . -")
 
 
@@ -1032,14 +1059,17 @@ class ExecRequest:
     """A command to run; the fields of `POST /exec`.  Raises BadMessage."""
 
     cmd: str
-    cwd: str = ""  # a caller's: in the workspace; the driver's own: absolute, "" stays
+    # Absolute.  A caller's lies in the workspace; "": wherever the terminal is.
+    cwd: str = ""
     usage_id: str | None = None
     session_id: str | None = None
     agent_name: str = field(default_factory=default_agent_name)
-    timeout: float = DEFAULT_TIMEOUT  # seconds from the start of the command
+    # Seconds from the start of the command.
+    timeout: float = DEFAULT_TIMEOUT
     stdin: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
-    max_output: int = DEFAULT_OUTPUT  # bytes
+    # Bytes.
+    max_output: int = DEFAULT_OUTPUT
     # Arguments of bash, which are run in place of `cmd`: that is their text for people then.
     argv: tuple[str, ...] | None = None
     # stdout and stderr are one stream, in the order written; a channel has two otherwise.
@@ -1048,32 +1078,29 @@ class ExecRequest:
     ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_command()
+        check_text("cwd", self.cwd, "a directory in the workspace", MAX_PATH)
+        if self.usage_id is not None:
+            check_text("usage_id", self.usage_id, "a string or null", MAX_ID)
+        if self.session_id is not None:
+            check_text("session_id", self.session_id, "a string or null", MAX_ID)
+        check_agent(self.agent_name)
+        if type(self.timeout) not in (int, float) or not 0 < self.timeout <= MAX_TIMEOUT:
+            raise complain("timeout", self.timeout, f"seconds, 0 < timeout <= {MAX_TIMEOUT}")
+        if self.stdin is not None:
+            check_text("stdin", self.stdin, "a string or null", MAX_BODY, nul=True)
+        check_environment(self.env)
+        if type(self.max_output) is not int or not 1 <= self.max_output <= MAX_OUTPUT:
+            raise complain("max_output", self.max_output, f"an integer, 1 to {MAX_OUTPUT} (bytes)")
+        if not isinstance(self.combined, bool):
+            raise complain("combined", self.combined, "true or false")
+
+    def _check_command(self) -> None:
         if self.argv is not None:
             if self.cmd != command_text(check_argv(self.argv)):
                 raise complain("cmd", self.cmd, "no `cmd` beside `argv`")
         elif not check_text("cmd", self.cmd, "a bash command", MAX_COMMAND):
             raise complain("cmd", self.cmd, "a bash command, not an empty string")
-        if not isinstance(self.combined, bool):
-            raise complain("combined", self.combined, "true or false")
-        check_text("cwd", self.cwd, "a directory in the workspace", 4 * KIB)
-        for name, limit in (("usage_id", 4 * KIB), ("session_id", 4 * KIB), ("stdin", MAX_BODY)):
-            if (value := getattr(self, name)) is not None:
-                check_text(name, value, "a string or null", limit, nul=name == "stdin")
-        check_agent(self.agent_name)
-        if type(self.timeout) not in (int, float) or not 0 < self.timeout <= MAX_TIMEOUT:
-            raise complain("timeout", self.timeout, f"seconds, 0 < timeout <= {MAX_TIMEOUT}")
-        if type(self.max_output) is not int or not 1 <= self.max_output <= MAX_OUTPUT:
-            raise complain("max_output", self.max_output, f"an integer, 1 to {MAX_OUTPUT} (bytes)")
-        if not isinstance(self.env, dict):
-            raise complain("env", self.env, "an object of strings")
-        for key, value in self.env.items():
-            if not key or "=" in check_text("env", key, "names of variables", 4 * KIB):
-                raise complain("env", key, "names of variables, not empty, without `=`")
-            check_text(f"env.{key[:40]}", value, "a string", MAX_ARGUMENT - 5 * KIB)
-        if (
-            size := sum(len(f"{key}{value}".encode()) for key, value in self.env.items())
-        ) > MAX_ENVIRONMENT:
-            raise complain("env", f"{size} bytes", f"at most {MAX_ENVIRONMENT}")
 
     @classmethod
     def from_wire(cls, body: bytes, workspace: str) -> ExecRequest:
@@ -1096,9 +1123,8 @@ class ExecRequest:
             got["cmd"] = command_text(got["argv"])
         elif "cmd" not in got:
             raise BadMessage("`cmd`: got nothing, expected a bash command, or `argv`")
-        got["cwd"] = inside(
-            workspace, check_text("cwd", got.get("cwd", ""), "a directory", 4 * KIB)
-        )
+        cwd = check_text("cwd", got.get("cwd", ""), "a directory", MAX_PATH)
+        got["cwd"] = inside(workspace, cwd)
         known = cls.__dataclass_fields__.keys() - {"ignored"}
         unknown = [name[:80].encode(errors="replace").decode() for name in got if name not in known]
         given = {name: got[name] for name in known if name in got}
@@ -1109,9 +1135,11 @@ class ExecRequest:
 class CommandResult:
     """How a run ended.  `exit_code` is the shell's; see ENDINGS for the others."""
 
-    output: str  # stdout and stderr combined
+    # stdout and stderr combined.
+    output: str
     exit_code: int
-    ended: str = "exit"  # a key of ENDINGS
+    # A key of ENDINGS.
+    ended: str = "exit"
     error: str | None = None
     truncated: bool = False
     output_bytes: int = 0
