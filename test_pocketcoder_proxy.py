@@ -4550,7 +4550,7 @@ def test_a_child_that_hangs_or_never_reads_is_given_up(fixtures: pathlib.Path) -
 @pytest.mark.slow
 def test_a_shared_child_that_nobody_uses_ends(fixtures: pathlib.Path) -> None:
     async def idle(era: str) -> None:
-        relay = pp.Relay(pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), era)))
+        relay = pp.Relay(pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), era)), idle=0.2)
         outbox = pp.Outbox(int)
         peer = pp.Peer(outbox, int)
         for _ in range(2):
@@ -4566,10 +4566,7 @@ def test_a_shared_child_that_nobody_uses_ends(fixtures: pathlib.Path) -> None:
     async def both() -> None:
         await asyncio.gather(idle("legacy"), idle("modern"))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pp, "CHILD_IDLE", 0.2)
-        patch.setattr(pp, "KEEP_ALIVE", 0.05)
-        asyncio.run(both())
+    asyncio.run(both())
 
 
 TALKER = """
@@ -5108,6 +5105,9 @@ def test_commands_of_exec_are_reported_to_the_session_they_name(
     session = opened(proxy)
     proxy.exec("true", agent_name=agent, session_id=session)  # nobody listens yet
     get = stream(proxy, "/mcp", None, Mcp_Session_Id=session)
+    missed = [get.next()["params"]["data"] for _ in range(2)]
+    assert [each["event"] for each in missed] == ["start", "end"]
+    assert missed[0]["cmd"] == "true"
     proxy.exec("echo second", agent_name=agent, session_id=session)
     assert get.next()["params"]["data"]["cmd"] == "echo second"
     assert (
