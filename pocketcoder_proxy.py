@@ -562,6 +562,7 @@ import resource
 import secrets
 import select
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -3035,19 +3036,30 @@ class Peer:
         self.lost = lost
         self.owner = owner
         self.address = address
+        # All of a name, of a modern request that stands for itself.
+        self.headers: Callable[[str], list[str]] | None = None
         # Of `initialize` and of `logging/setLevel`.
         self.version = ""
         self.level = "info"
         # What it said in `initialize`.
         self.hello: Message = {}
-        # Its own child of a legacy server.
+        # Its own child of a legacy server; the same from its first question on.
         self.child: asyncio.Future[Child] | None = None
+        self.asking: Child | None = None
         # Resources of a modern server that it subscribed to.
         self.uris = set[str]()
         # Questions of a modern server to it.
         self.asked: dict[str | int, asyncio.Future[Message]] = {}
         self.listening: asyncio.Task[None] | None = None
         self.listens_to: Child | None = None
+
+    def came_with(self, headers: Callable[[str], list[str]]) -> None:
+        """Its request has these headers."""
+        self.headers = headers
+
+    def was_asked(self, child: Child) -> None:
+        """A child of its own has a question."""
+        self.asking = child
 
     def has_child(self) -> bool:
         """Whether it has one, or one that is starting."""
@@ -3207,6 +3219,8 @@ class Child:
         self.reason = ""
         self.epitaph = ""
         self.lost = asyncio.Event()
+        # Held while its tools are listed for their headers.
+        self.listing = asyncio.Lock()
         self.ender: asyncio.Task[None] | None = None
         self.logging = asyncio.ensure_future(self._log())
         self.reading = asyncio.ensure_future(self._read())
@@ -3555,7 +3569,6 @@ class Relay:
         # Which header repeats which argument, by tool; until it has to be asked again.
         self.headers: dict[str, dict[str, str]] = {}
         self.headers_until = 0.0
-        self.listing = asyncio.Lock()
 
     @property
     def session_idle(self) -> float:
@@ -3781,11 +3794,12 @@ class Relay:
         if self.era is Era.MODERN:
             child = await self.for_all()
             if modern:
+                await self.check_headers(peer, child, message)
                 return await child.ask(message, outbox)
             return await Translation(self, child, peer).respond(message, outbox)
         if modern:
             client = await self._client(peer, message)
-            return await client.respond(message, outbox)
+            return await client.respond(peer, message, outbox)
         return await self._respond_to_session(peer, message, outbox)
 
     async def _respond_to_session(self, peer: Peer, message: Message, outbox: Outbox) -> Message:
@@ -3831,6 +3845,8 @@ class Relay:
             # There is no stream that it could go by.
             child.tell(pong(message))
             return None
+        if "id" in message:
+            peer.was_asked(child)
         outbox = self._stream_for(peer, child, message)
         outbox.send(message)
         return outbox
@@ -3889,6 +3905,9 @@ class Relay:
                 peer.asked[message["id"]].set_result(message)
         elif peer.child and peer.child.done() and peer.has_child():
             peer.child.result().tell(message)
+        elif peer.asking and "method" not in message:
+            # It has asked before it is ready.
+            peer.asking.tell(message)
 
     def leave(self, peer: Peer) -> None:
         """The client has left: end what was its own."""
@@ -3900,33 +3919,37 @@ class Relay:
             peer.child.cancel()
         peer.child = None
 
-    async def repeated(self, peer: Peer, message: Message) -> dict[str, str]:
-        """Which headers repeat arguments of the tool that a modern client calls, by argument."""
-        async with self.listing:
+    async def check_headers(self, peer: Peer, child: Child, message: Message) -> None:
+        """Compare a modern client's headers with the arguments that they repeat.  Raises HeaderMismatch."""
+        if peer.headers is None or message["method"] != "tools/call":
+            return
+        async with child.listing:
             if time.monotonic() > self.headers_until:
-                self.headers = await self._list_headers(peer, message["params"]["_meta"])
+                self.headers = await self._list_headers(child, message["params"]["_meta"])
                 self.headers_until = time.monotonic() + HEADERS_KEPT
-        return self.headers.get(str(message["params"].get("name")), {})
+        self.check_known_headers(peer, message)
 
-    async def _list_headers(self, peer: Peer, meta: Message) -> dict[str, dict[str, str]]:
-        """The same of all tools, asked in the name of the client."""
-        kept = {
-            name: value
-            for name, value in meta.items()
-            if name in (CLAIM, CAPABILITIES, CLIENT_INFO)
-        }
+    def check_known_headers(self, peer: Peer, message: Message) -> None:
+        """The same by what is known, as of a retry.  Raises HeaderMismatch."""
+        if peer.headers is not None and message["method"] == "tools/call":
+            repeated = self.headers.get(str(message["params"].get("name")), {})
+            check_parameters(message, peer.headers, repeated)
+
+    async def _list_headers(self, child: Child, meta: Message) -> dict[str, dict[str, str]]:
+        """The headers that repeat arguments, by tool and argument."""
+        known = (CLAIM, CAPABILITIES, CLIENT_INFO)
+        kept = {name: value for name, value in meta.items() if name in known}
+        params: Message = {"_meta": kept} if child.serves_all else {}
         headers = dict[str, dict[str, str]]()
-        params: Message = {"_meta": kept}
         for _ in range(MAX_ROUNDS):
-            listing = new_request("tools/list", params)
-            answer = await self.respond(peer, listing, True, Outbox.nowhere())
+            answer = await child.ask(new_request("tools/list", params), Outbox.nowhere())
             found = as_object(answer.get("result"))
             tools = found.get("tools")
             for tool in map(as_object, tools if isinstance(tools, list) else []):
                 headers[str(tool.get("name"))] = marked_arguments(tool)
             if "nextCursor" not in found:
                 break
-            params = {"_meta": kept, "cursor": found["nextCursor"]}
+            params = {**params, "cursor": found["nextCursor"]}
         return headers
 
     async def close(self) -> None:
@@ -3956,7 +3979,8 @@ class Question(NamedTuple):
 class Call:
     """A modern client's request to a legacy server, from its first message through its retries."""
 
-    def __init__(self, message: Message, outbox: Outbox) -> None:
+    def __init__(self, peer: Peer, message: Message, outbox: Outbox) -> None:
+        self.peer = peer
         self.exchange = Exchange(message, outbox)
         # What the client has to answer before it gets its own answer, by name.
         self.questions: dict[str, Question] = {}
@@ -4030,13 +4054,14 @@ class ModernClient:
         """Nothing is in flight; its person may be about to answer."""
         return all(call.parked for call in self.calls)
 
-    async def respond(self, message: Message, outbox: Outbox) -> Message:
+    async def respond(self, peer: Peer, message: Message, outbox: Outbox) -> Message:
         self.used = time.monotonic()
         state = message["params"].get("requestState")
         if isinstance(state, str):
+            self.relay.check_known_headers(peer, message)
             call = self._unpark(state, message, outbox)
         else:
-            call = Call(message, outbox)
+            call = Call(peer, message, outbox)
             self.calls.append(call)
             call.start(self._perform(call))
         self._hand_out()
@@ -4073,6 +4098,7 @@ class ModernClient:
         exchange = call.exchange
         method = exchange.message["method"]
         if child.serves_all:
+            await self.relay.check_headers(call.peer, child, exchange.message)
             child.send(exchange, exchange.message)
             return await child.answer(exchange)
 
@@ -4087,6 +4113,7 @@ class ModernClient:
             # Asked before this call: the child may need the answer in order to serve it.
             await call.all_answered.wait()
             await settle(child)
+        await self.relay.check_headers(call.peer, child, exchange.message)
         level = exchange.meta.get(LOG_LEVEL)
         if isinstance(level, str) and level != child.level and "logging" in child.can():
             child.level = level
@@ -5336,9 +5363,6 @@ class Terminals:
     def leave(self, peer: Peer) -> None:
         """Nothing is kept for a client."""
 
-    async def repeated(self, peer: Peer, message: Message) -> dict[str, str]:
-        return {}
-
 
 Server = Terminals | Relay
 
@@ -5904,7 +5928,7 @@ class McpEndpoint(Endpoint):
             modern = is_modern(message, self.request.headers.get("MCP-Protocol-Version"))
             if modern and not is_request(message):
                 return self.set_status(202)
-            session, opens = await self.session_of(message, modern)
+            session, opens = self.session_of(message, modern)
             outbox = Outbox(session.overflow)
             session.receive(message, modern, outbox)
         except ProxyError as wrong:
@@ -5922,15 +5946,13 @@ class McpEndpoint(Endpoint):
             ):  # who leaves, cancels; not so with a session
                 session.end()
 
-    async def session_of(self, message: Message, modern: bool) -> tuple[Session, bool]:
+    def session_of(self, message: Message, modern: bool) -> tuple[Session, bool]:
         """Whose message this is, and whether that begins with it.  Raises ProxyError."""
         server = self.state.servers[self.name]
         if modern:
             check_envelope(message, self.request.headers.get_list)
             session = Session(self.state, server, "once", None, self.owner, 0.0, self.address)
-            if message["method"] == "tools/call":
-                repeated = await server.repeated(session.peer, message)
-                check_parameters(message, self.request.headers.get_list, repeated)
+            session.peer.came_with(self.request.headers.get_list)
             return session, True
         if message.get("method") == "initialize" and is_request(message):
             kept = server.session_idle
@@ -6096,6 +6118,7 @@ class Commands:
     origins: tuple[str, ...] = ()
     servers: tuple[ServerConfig, ...] = ()
     audit_log: str = ""
+    mcp_idle: float = CHILD_IDLE  # seconds
 
 
 @dataclass(frozen=True)
@@ -6138,7 +6161,17 @@ class Cli:
             metavar="NAME=COMMAND",
             help="relay a stdio MCP server",
         )
-        add("--mcp-config", metavar="FILE", help="the same from a file with `mcpServers`")
+        add(
+            "--mcp-config",
+            metavar="FILE",
+            help="the same from a file with `mcpServers`, as clients have it",
+        )
+        add(
+            "--mcp-idle",
+            default=f"{CHILD_IDLE:g}",
+            metavar="SECONDS",
+            help="end a relayed server's process that nobody has used so long, default %(default)s",
+        )
         got = parser.parse_args(argv[1:])
         if not (got.port.isdecimal() and int(got.port) < 65536):
             server.error(f"--port: got {got.port!r}, expected a number from 0 to 65535")
@@ -6152,51 +6185,184 @@ class Cli:
         for origin in got.allow_origin:
             if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
                 server.error(f"--allow-origin: got {origin!r}, expected one like http://name:port")
+        if not (re.fullmatch(r"\d+(\.\d+)?", got.mcp_idle) and float(got.mcp_idle) > 0):
+            server.error(f"--mcp-idle: got {got.mcp_idle!r}, expected a number of seconds above 0")
         try:
             servers = read_servers(got.mcp_server, got.mcp_config)
         except BadMessage as wrong:
             server.error(str(wrong))
         origins = tuple(got.allow_origin)
         return cls(
-            Commands("server", (), got.port, got.host, path, origins, servers, got.audit_log or "")
+            Commands(
+                name="server",
+                port=got.port,
+                host=got.host,
+                workspace=path,
+                origins=origins,
+                servers=servers,
+                audit_log=got.audit_log or "",
+                mcp_idle=float(got.mcp_idle),
+            )
         )
+
+
+# A string of JSON, or a comment as clients allow it; a string, or a comma that ends a list.
+TEXT_OR_COMMENT = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
+TEXT_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[\]}])', re.DOTALL)
+# `${NAME}`, `${NAME:-default}`, and VS Code's `${env:NAME}`.
+VARIABLE = re.compile(r"\$\{(?:env:)?([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
 def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]:
-    """What `--mcp-server` and `--mcp-config` name.  Raises BadMessage."""
-    found: dict[str, Message] = {}
+    """What `--mcp-server` and `--mcp-config` name.  Raises BadMessage, which shows no values."""
+    configs: dict[str, ServerConfig] = {}
     if path is not None:
-        try:
-            with open(path, encoding="utf-8") as file:
-                found.update(json.load(file)["mcpServers"].items())
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as wrong:
-            raise complain(
-                "--mcp-config", path, f'a file with {{"mcpServers": {{NAME: …}}}} ({wrong!r})'
-            ) from None
+        for name, entry in read_entries(path).items():
+            configs[name] = read_entry(name, entry)
+
     for word in words:
         name, _, line = word.partition("=")
+        check_server_name(name)
         try:
-            program, *rest = shlex.split(line)
+            command = shlex.split(line)
         except ValueError as wrong:
             raise complain("--mcp-server", word, f"NAME=COMMAND ({wrong})") from None
-        found[name] = {"command": program, "args": rest}
-    configs = []
-    for name, server in found.items():
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
-            raise complain("the name of an MCP server", name, "1 to 64 of A-Z a-z 0-9 _ . -")
-        given = server if isinstance(server, dict) else {}
-        command, arguments, env, cwd = (given.get(key) for key in ("command", "args", "env", "cwd"))
-        arguments, env = arguments or [], env or {}
-        texts = (
-            [command, *arguments, *env.values(), cwd or ""]
-            if type(arguments) is list and type(env) is dict
-            else []
+        if not command:
+            raise complain("--mcp-server", word, "NAME=COMMAND")
+        configs[name] = ServerConfig(name=name, words=tuple(command))
+
+    for config in configs.values():
+        if not config.left_out:
+            check_command(config)
+    return tuple(configs.values())
+
+
+def read_entries(path: str) -> Message:
+    """The entries of a file of clients, by name: JSON, maybe with comments.  Raises BadMessage."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            found = json.loads(plain_json(file.read()))
+    except OSError as wrong:
+        raise complain("--mcp-config", path, f"a file to read ({wrong.strerror})") from None
+    except (ValueError, RecursionError) as wrong:
+        raise complain("--mcp-config", path, f"a file with JSON ({wrong})") from None
+
+    fields = as_object(found)
+    # `servers` is what VS Code calls them.
+    for key in ("mcpServers", "servers"):
+        if isinstance(fields.get(key), dict):
+            return as_object(fields[key])
+    raise complain("--mcp-config", path, 'a file with {"mcpServers": {NAME: {"command": TEXT}}}')
+
+
+def plain_json(text: str) -> str:
+    """The same without comments, and without commas that end a list; places stay as they are."""
+
+    def blank(found: re.Match[str]) -> str:
+        if found[0][0] == '"':
+            return found[0]
+        return re.sub(r"[^\n]", " ", found[0])
+
+    return TEXT_OR_COMMA.sub(blank, TEXT_OR_COMMENT.sub(blank, text))
+
+
+def read_entry(name: str, entry: object) -> ServerConfig:
+    """One server of such a file.  Raises BadMessage, which names the entry and the key."""
+    check_server_name(name)
+    if not isinstance(entry, dict):
+        raise bad_entry(name, "", entry, "an object")
+    disabled = entry.get("disabled", False)
+    if not isinstance(disabled, bool):
+        raise bad_entry(name, "disabled", disabled, "true or false")
+    if disabled:
+        return ServerConfig(name=name, words=(), left_out="it is disabled")
+    is_remote = any(key in entry for key in ("url", "httpUrl", "serverUrl"))
+    if "command" not in entry and is_remote:
+        return ServerConfig(name=name, words=(), left_out="it is a remote server, and has a `url`")
+
+    arguments = entry.get("args")
+    if arguments is None:
+        arguments = []
+    if not isinstance(arguments, list):
+        raise bad_entry(name, "args", arguments, "a list of strings")
+    env = entry.get("env")
+    if env is None:
+        env = {}
+    if not isinstance(env, dict):
+        raise bad_entry(name, "env", env, "an object of strings")
+    cwd = entry.get("cwd")
+
+    command = filled_in(name, "command", entry.get("command"))
+    if not command:
+        raise bad_entry(name, "command", command, "a program")
+    return ServerConfig(
+        name=name,
+        words=(
+            command,
+            *(filled_in(name, f"args[{at}]", each) for at, each in enumerate(arguments)),
+        ),
+        env={key: filled_in(name, f"env.{key}", each) for key, each in env.items()},
+        cwd=None if cwd is None else filled_in(name, "cwd", cwd),
+    )
+
+
+def filled_in(name: str, key: str, value: object) -> str:
+    """A value of an entry as text, with variables of our environment.  Raises BadMessage."""
+    if isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise bad_entry(name, key, value, "a string")
+    if "${input:" in value:
+        raise bad_entry(name, key, value, "no `${input:…}`: there is nobody to ask")
+
+    def fill(found: re.Match[str]) -> str:
+        # As a shell has it: the default also stands for an empty variable.
+        filled = os.environ.get(found[1], "") or found[2]
+        if filled is None and found[1] not in os.environ:
+            expected = f"the variable {found[1]} to be set, or `${{{found[1]}:-default}}`"
+            raise bad_entry(name, key, value, expected)
+        return filled or ""
+
+    filled = VARIABLE.sub(fill, value)
+    if "\0" in filled:
+        raise bad_entry(name, key, value, "a string without NUL")
+    return filled
+
+
+def check_server_name(name: str) -> None:
+    """Raises BadMessage for a name that no path can have."""
+    sound = name.isprintable() and 0 < len(name) <= MAX_NAME and name not in (".", "..")
+    if not sound:
+        raise complain(
+            "the name of an MCP server", name, f"1 to {MAX_NAME} characters that can be shown"
         )
-        if not command or not texts or not all(isinstance(text, str) for text in texts):
-            expected = '{"command": TEXT, "args": [TEXT…], "env": {NAME: TEXT}, "cwd": TEXT}'
-            raise complain(f"MCP server {name}", server, expected)
-        configs.append(ServerConfig(name, (command, *arguments), env, cwd))
-    return tuple(configs)
+
+
+def bad_entry(name: str, key: str, got: object, expected: str) -> BadMessage:
+    """A fault of an entry.  Its value is not shown: it may be a secret."""
+    kinds = {
+        type(None): "nothing",
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+    }
+    where = f", key `{key}`" if key else ""
+    kind = kinds.get(type(got), "a number")
+    return BadMessage(f"MCP server `{name}`{where}: got {kind}, expected {expected}")
+
+
+def check_command(config: ServerConfig) -> None:
+    """Raises BadMessage if there is no such program, or directory."""
+    if config.cwd is not None and not os.path.isdir(config.cwd):
+        raise bad_entry(config.name, "cwd", config.cwd, "a directory that exists")
+    program = config.words[0]
+    found = os.path.join(config.cwd or "", program)
+    if "/" not in program:
+        path = config.env.get("PATH", os.environ.get("PATH", os.defpath))
+        found = shutil.which(program, path=path) or ""
+    if not (os.path.isfile(found) and os.access(found, os.X_OK)):
+        raise bad_entry(config.name, "command", program, "a program that is here and can be run")
 
 
 async def open_first(driver: PocketCoderDriver) -> None:
@@ -6220,7 +6386,11 @@ async def serve(options: Commands, token: str) -> None:
             "%s: any user could replace what is in it, the directory of TMUX_SOCKET too", folder
         )
     state = AppState(SessionMap(), driver, options.workspace, AuditLog(options.audit_log))
-    state.servers |= {config.name: Relay(config) for config in options.servers}
+    for config in options.servers:
+        if config.left_out:
+            log.info("server %s is not served: %s", config.name, config.left_out)
+        else:
+            state.servers[config.name] = Relay(config, options.mcp_idle)
     if options.audit_log:
         state.audit.flush()  # it must be there
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, state.audit.reopen)

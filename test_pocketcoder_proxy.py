@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import fcntl
 import http.client
+import inspect
 import json
 import os
 import pathlib
@@ -25,6 +26,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
@@ -3805,10 +3807,17 @@ class Client:
     """A client of one era at `/servers/NAME/mcp`, with all capabilities."""
 
     def __init__(
-        self, proxy: Proxy, era: str, name: str, make: Callable[..., Stream], can: Any = None
+        self,
+        proxy: Proxy,
+        era: str,
+        name: str,
+        make: Callable[..., Stream],
+        can: Any = None,
+        info: Any = None,
     ) -> None:
         self.proxy, self.era, self.path, self.make = proxy, era, f"/servers/{name}/mcp", make
         self.can, self.headers = CAN if can is None else can, dict[str, str]()
+        self.info = info or {"name": "t", "version": "1"}
         if era == "legacy":
             hello = request("initialize", {**INITIALIZE, "capabilities": self.can}, id_=0)
             _, headers, self.hello = mcp(proxy, hello, path=self.path)
@@ -3819,7 +3828,8 @@ class Client:
         meta = params.get("_meta", {})
         if self.era == "legacy":
             return request(method, params, id_)
-        return modern(method, params, id_, **{NS + "clientCapabilities": self.can, **meta})
+        envelope = {NS + "clientCapabilities": self.can, NS + "clientInfo": self.info}
+        return modern(method, params, id_, **{**envelope, **meta})
 
     def tell(self, method: str, params: dict[str, Any]) -> None:
         message = {"jsonrpc": "2.0", "method": method, "params": params}
@@ -4294,6 +4304,560 @@ def test_whatever_a_server_answers_the_client_gets_an_answer(
     assert "closed its output" in client.call("close")["message"]
     assert time.monotonic() - started < 5
     assert "Traceback" not in proxy.logged()
+
+
+def peculiar_server() -> None:
+    """A stdio MCP server whose words say what is peculiar about it.
+
+    era=legacy|modern|both  what it speaks
+    lock=FILE    only one may run at a time
+    starts=FILE  gets a line for each start
+    slow=S       it reads nothing before
+    exits        it ends at `server/discover`
+    silent       it answers nothing that it does not know
+    asks=hello   it asks for the roots before it answers `initialize`, and waits for them
+    asks=start   it does so once it is initialized
+    mark         a byte order mark comes first
+    """
+    import fcntl
+    import json
+    import os
+    import sys
+    import threading
+    import time
+
+    words = dict(word.partition("=")[::2] for word in sys.argv[1:])
+    era = words.get("era", "legacy")
+    served = "2026-07-28"
+    writing = threading.Lock()
+    came = threading.Condition()
+    answers: dict[Any, Any] = {}
+    roots: list[Any] = []
+    calls = [0]
+
+    def write(raw: bytes) -> None:
+        with writing:
+            sys.stdout.buffer.write(raw)
+            sys.stdout.buffer.flush()
+
+    def say(**fields: Any) -> None:
+        write(json.dumps({"jsonrpc": "2.0", **fields}).encode() + b"\n")
+
+    def ask(method: str, name: str) -> Any:
+        say(id=name, method=method, params={})
+        with came:
+            came.wait_for(lambda: name in answers)
+            return answers.pop(name)
+
+    def ask_for_roots() -> None:
+        roots.append(ask("roots/list", "roots").get("result"))
+
+    def text(value: Any) -> Any:
+        return {"content": [{"type": "text", "text": json.dumps(value)}]}
+
+    def call(id_: Any, name: str, arguments: Any) -> None:
+        calls[0] += 1
+        if name == "crash":
+            os._exit(3)
+        if name == "pid":
+            time.sleep(arguments.get("seconds", 0))
+            say(id=id_, result=text(os.getpid()))
+        elif name == "count":
+            say(id=id_, result=text(calls[0]))
+        elif name == "roots":
+            say(id=id_, result=text(roots))
+        elif name == "ask":
+            time.sleep(arguments.get("seconds", 0))
+            say(id=id_, result=text(ask("roots/list", f"ask {id_}")))
+        elif name == "ask later":
+            say(id=id_, result=text("soon"))
+            time.sleep(0.1)
+            ask_for_roots()
+        elif name == "odd bytes":
+            write(b'{"jsonrpc":"2.0","id":%d,"result":{"text":"caf\xe9"}}\n' % id_)
+        elif name == "long":
+            filling = b"x" * arguments["bytes"]
+            first = b'{"jsonrpc":"2.0","id":%d,"result":{"text":"%s"}}\n'
+            last = b'{"result":{"text":"\\",\\"id\\":1}%s"},"jsonrpc":"2.0","id":%d}\n'
+            write(last % (filling, id_) if arguments["id"] == "last" else first % (id_, filling))
+        elif name == "note later":
+            say(id=id_, result=text("soon"))
+            time.sleep(0.1)
+            for number in range(arguments["count"]):
+                say(method="notifications/message", params={"level": "info", "data": number})
+        elif name == "ping later":
+            say(id=id_, result=text("soon"))
+            time.sleep(0.1)
+            for number in range(arguments["count"]):
+                roots.append(ask("ping", f"ping {number}").get("result"))
+        else:
+            say(id=id_, error={"code": -32602, "message": f"no tool {name}: {arguments}"})
+
+    if "starts" in words:
+        with open(words["starts"], "a") as file:
+            file.write(f"{os.getpid()}\n")
+    if "lock" in words:
+        lock = open(words["lock"], "a")  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            sys.exit("another one runs")
+    time.sleep(float(words.get("slow", 0)))
+    if "mark" in words:
+        write(b"\xef\xbb\xbf")
+    info = {"name": "peculiar", "version": "1"}
+    for line in sys.stdin:
+        got = json.loads(line)
+        method = got.get("method")
+        params = got.get("params") or {}
+        if method is None:
+            with came:
+                answers[got["id"]] = got
+                came.notify_all()
+        elif method == "server/discover" and era != "legacy":
+            result = {"supportedVersions": [served], "capabilities": {"tools": {}}}
+            say(id=got["id"], result=result)
+        elif method == "server/discover" and "exits" in words:
+            sys.exit(4)
+        elif method == "initialize" and era != "modern":
+
+            def greet(id_: Any = got["id"]) -> None:
+                if words.get("asks") == "hello":
+                    ask_for_roots()
+                hello = {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}}}
+                say(id=id_, result={**hello, "serverInfo": info})
+
+            threading.Thread(target=greet, daemon=True).start()
+        elif method == "notifications/initialized" and words.get("asks") == "start":
+            threading.Thread(target=ask_for_roots, daemon=True).start()
+        elif method == "ping":
+            say(id=got["id"], result={})
+        elif method == "tools/list":
+            say(id=got["id"], result={"tools": []})
+        elif method == "tools/call":
+            given = (got["id"], params["name"], params.get("arguments") or {})
+            threading.Thread(target=call, args=given, daemon=True).start()
+        elif "id" in got and "silent" not in words:
+            say(id=got["id"], error={"code": -32601, "message": "no such method"})
+
+
+@pytest.fixture
+def peculiar(tmp_path: pathlib.Path) -> str:
+    """The command that starts one."""
+    path = tmp_path / "peculiar.py"
+    source = textwrap.dedent(inspect.getsource(peculiar_server))
+    path.write_text(f"from __future__ import annotations\n\n\n{source}\n\npeculiar_server()\n")
+    return f"{sys.executable} -S {path}"
+
+
+def said(result: Any) -> Any:
+    """What a tool of the peculiar server answers."""
+    return json.loads(text_of(result))
+
+
+def answered(client: Client, asked: Any, tool: dict[str, Any], roots: list[Any], id_: Any) -> Any:
+    """The result of a call that was answered with a question for the roots."""
+    assert asked["resultType"] == "input_required", asked
+    ((name, question),) = asked["inputRequests"].items()
+    assert question["method"] == "roots/list"
+    again = {
+        **tool,
+        "inputResponses": {name: {"roots": roots}},
+        "requestState": asked["requestState"],
+    }
+    return client.ask("tools/call", again, id_)[-1]["result"]
+
+
+def test_parallel_calls_of_a_modern_client_meet_one_process(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
+
+    def one(number: int) -> Any:
+        return said(client.call("pid", id_=number, seconds=0.3))
+
+    with ThreadPoolExecutor(40) as pool:
+        pids = list(pool.map(one, range(40)))
+    assert len(set(pids)) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({"info": {"name": "b", "version": "1"}}, id="clientInfo"),
+        pytest.param({"can": {"roots": {"listChanged": True}}}, id="capabilities"),
+        pytest.param({"authorization": "Bearer other"}, id="credential"),
+        pytest.param({"address": "127.0.0.2"}, id="address"),
+    ],
+)
+def test_modern_clients_that_differ_have_a_process_each(
+    own: Callable[..., Proxy], peculiar: str, other: dict[str, Any]
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+
+    def count(
+        info: Any = None,
+        can: Any = None,
+        authorization: str = "",
+        address: str = "127.0.0.1",
+    ) -> Any:
+        meta = {
+            NS + "clientInfo": info or {"name": "a", "version": "1"},
+            NS + "clientCapabilities": {"roots": {}} if can is None else can,
+        }
+        message = modern("tools/call", {"name": "count"}, **meta)
+        headers = {
+            **JSON_TYPE,
+            "MCP-Protocol-Version": "2026-07-28",
+            "Mcp-Method": "tools/call",
+            "Mcp-Name": "count",
+            "Authorization": authorization,
+        }
+        source = (address, 0)
+        connection = http.client.HTTPConnection("127.0.0.1", proxy.port, 20, source_address=source)
+        connection.request("POST", "/servers/x/mcp", json.dumps(message), headers)
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+        return said(answer["result"])
+
+    assert count() == 1
+    assert count(**other) == 1
+    assert count() == 2
+    assert count(**other) == 2
+
+
+def test_a_question_reaches_the_client_whose_process_asks_and_no_other(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+    clients = [
+        Client(proxy, "modern", "x", stream, info={"name": name, "version": "1"})
+        for name in ("a", "b")
+    ]
+    tool = {"name": "ask", "arguments": {}}
+    asked = [client.call("ask") for client in clients]
+    # The other one's state is unknown here.
+    stolen = {**tool, "requestState": asked[0]["requestState"], "inputResponses": {}}
+    assert clients[1].ask("tools/call", stolen)[-1]["error"]["code"] == -32602
+    for client, question in zip(clients, asked, strict=True):
+        roots = [{"uri": f"file:///{client.info['name']}"}]
+        got = said(answered(client, question, tool, roots, id_="again"))
+        assert got["result"]["roots"] == roots
+
+
+def test_a_question_goes_to_the_newest_call_in_flight(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
+    client.call("pid")
+    asking = Background(partial(client.call, "ask", id_="old", seconds=0.3))
+    time.sleep(0.1)
+    asked = client.call("pid", id_="new", seconds=1.0)
+    roots = [{"uri": "file:///r"}]
+    tool = {"name": "pid", "arguments": {"seconds": 1.0}}
+    assert type(said(answered(client, asked, tool, roots, id_="again"))) is int
+    assert said(asking.result())["result"]["roots"] == roots
+
+
+def test_a_question_outside_of_any_call_waits_for_the_next_one(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
+    assert said(client.call("ask later")) == "soon"
+    time.sleep(0.3)
+    # This one cannot be asked.
+    assert client.ask("tools/list")[-1]["result"]["tools"] == []
+    asked = client.call("roots", id_="next")
+    roots = [{"uri": "file:///r"}]
+    tool = {"name": "roots", "arguments": {}}
+    assert said(answered(client, asked, tool, roots, id_="again")) == [{"roots": roots}]
+
+
+def test_a_cancelled_call_leaves_no_question_to_later_ones(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
+    client.call("pid")
+    going = client.open("tools/call", {"name": "ask", "arguments": {"seconds": 0.3}})
+    going.close()
+    time.sleep(0.6)
+    assert type(said(client.call("pid"))) is int
+
+
+@pytest.mark.parametrize("first", ["tools/call", "tools/list"])
+@pytest.mark.parametrize("asks", ["hello", "start"])
+def test_a_process_that_asks_as_it_starts_is_answered_by_the_client_that_started_it(
+    own: Callable[..., Proxy],
+    peculiar: str,
+    stream: Callable[..., Stream],
+    asks: str,
+    first: str,
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar} asks={asks}"), "modern", "x", stream)
+    roots = [{"uri": "file:///r"}]
+    tool = {"name": "roots", "arguments": {}}
+    if first == "tools/call":
+        asked = client.call("roots", id_="first")
+        assert said(answered(client, asked, tool, roots, id_="again")) == [{"roots": roots}]
+        return
+
+    # This one cannot be asked, the next one is.
+    listing = Background(lambda: client.ask("tools/list", id_="l")[-1])
+    if asks == "start":
+        listing.result()
+    time.sleep(0.2)
+    asked = client.call("roots", id_="first")
+    assert said(answered(client, asked, tool, roots, id_="again")) == [{"roots": roots}]
+    assert listing.result()["result"]["tools"] == []
+
+
+@pytest.mark.parametrize("asks", ["hello", "start"])
+def test_a_process_that_asks_as_it_starts_is_answered_by_a_session_too(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], asks: str
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} asks={asks}")
+    path = "/servers/x/mcp"
+    hello = request("initialize", {**INITIALIZE, "capabilities": CAN}, id_=0)
+    starting = stream(proxy, path, hello)
+    first = starting.next()
+    session = {"Mcp_Session_Id": starting.answer.getheader("Mcp-Session-Id") or ""}
+    events = starting
+    if asks == "start":
+        noted = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+        assert mcp(proxy, noted, path=path, **session)[0] == 202
+        events = stream(proxy, path, None, **session)
+        first = events.next()
+    assert first["method"] == "roots/list"
+    answer = {"jsonrpc": "2.0", "id": first["id"], "result": {"roots": []}}
+    assert mcp(proxy, answer, path=path, **session)[0] == 202
+    if asks == "hello":
+        assert "serverInfo" in starting.next()["result"]
+    call = request("tools/call", {"name": "roots"}, id_=2)
+    assert said(mcp(proxy, call, path=path, **session)[2]["result"]) == [{"roots": []}]
+
+
+@pytest.mark.parametrize(("era", "server"), ERAS)
+def test_the_next_request_after_a_crash_waits_for_the_new_process(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], era: str, server: str
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} era={server}")
+    bystander = Client(proxy, "legacy", "x", stream)
+    for _ in range(5):
+        crashing = Client(proxy, era, "x", stream)
+        failed = crashing.call("crash")
+        assert failed["code"] == -32603
+        assert "ended with 3, before it answered" in failed["message"]
+        if era == server == "legacy":
+            status = mcp(proxy, request("ping"), path=crashing.path, **crashing.headers)[0]
+            assert status == 404
+            crashing = Client(proxy, era, "x", stream)
+        assert type(said(crashing.call("pid"))) is int
+    assert type(said(bystander.call("pid"))) is int
+    # The reason is told, once.
+    shown = json.loads(proxy.request("GET", "/servers")[2])[0]
+    assert shown["state"] == "running"
+
+
+@pytest.mark.slow
+def test_only_a_process_that_never_answers_is_held_back(own: Callable[..., Proxy]) -> None:
+    proxy = own("--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
+
+    def attempt() -> tuple[str, float]:
+        started = time.monotonic()
+        answer = mcp(proxy, modern("tools/list"), path="/servers/short/mcp")[2]
+        return answer["error"]["message"], time.monotonic() - started
+
+    tries = [attempt() for _ in range(7)]
+    assert all("ended with 7; it said: oh no, before it answered" in text for text, _ in tries[:5])
+    refused, seconds = tries[-1]
+    assert re.fullmatch(r"server short ended with 7; .*; it is started again in \d+ s", refused)
+    # A request waits for the next start, but not longer than for 5 s.
+    assert max(took for _, took in tries) < 6
+    assert tries[3][1] > 0.5
+    assert seconds < 6
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@pytest.mark.parametrize("odd", ["", " exits", " era=both", " era=modern"])
+def test_a_server_that_allows_one_instance_is_served(
+    own: Callable[..., Proxy],
+    peculiar: str,
+    tmp_path: pathlib.Path,
+    stream: Callable[..., Stream],
+    era: str,
+    odd: str,
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock{odd}")
+    client = Client(proxy, era, "x", stream)
+    first = said(client.call("pid"))
+    client.call("crash")
+    if (era, "modern" in odd or "both" in odd) == ("legacy", False):
+        client = Client(proxy, era, "x", stream)
+    assert said(client.call("pid")) != first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param("era=legacy slow=7", id="a slow legacy server"),
+        pytest.param("era=modern slow=7", id="a slow modern server"),
+        pytest.param("era=both slow=7", id="a slow server of both eras"),
+        pytest.param("era=legacy silent", id="one that ignores what it does not know"),
+    ],
+)
+def test_silence_is_no_verdict_and_starts_nothing_twice(
+    own: Callable[..., Proxy],
+    peculiar: str,
+    tmp_path: pathlib.Path,
+    stream: Callable[..., Stream],
+    era: str,
+    odd: str,
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} {odd} starts={tmp_path}/starts")
+    started = time.monotonic()
+    client = Client(proxy, era, "x", stream)
+    assert type(said(client.call("pid"))) is int
+    assert time.monotonic() - started < 9
+    assert len((tmp_path / "starts").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("era", "server"), ERAS)
+def test_bytes_that_are_no_text_are_replaced(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], era: str, server: str
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar} era={server}"), era, "x", stream)
+    assert client.call("odd bytes")["text"] == "caf\ufffd"
+
+
+def test_a_byte_order_mark_is_skipped(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+) -> None:
+    started = time.monotonic()
+    client = Client(own(f"--mcp-server=x={peculiar} mark"), "modern", "x", stream)
+    assert type(said(client.call("pid"))) is int
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_an_answer_beyond_the_limit_fails_that_call_only(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], place: str
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+    client = Client(proxy, "modern", "x", stream)
+    process = said(client.call("pid"))
+    other = Background(partial(client.call, "pid", id_="other", seconds=2))
+    failed = client.call("long", bytes=pp.MAX_ANSWER, id=place)
+    assert failed["code"] == -32603
+    assert f"expected at most {pp.MAX_ANSWER}" in failed["message"]
+    assert said(client.call("pid")) == process
+    assert said(other.result()) == process
+
+
+def test_lines_are_cut_alike_however_they_arrive() -> None:
+    dice = random.Random(5)
+    texts = [b"", b"a", b"x" * 20, b"y" * 21, b"{" + b"z" * 9000 + b"}", b"end"]
+    expected = [
+        text
+        if len(text) <= 20
+        else pp.TooLong(text[: pp.MAX_ENDS], text[-pp.MAX_ENDS :], len(text))
+        for text in texts
+    ]
+    for _ in range(5):
+        for pieces in cuts(dice, b"\n".join(texts)):
+            lines = pp.Lines(20)
+            got = [line for piece in pieces for line in lines.feed(piece)]
+            shown = [
+                each if isinstance(each, bytes) else (each.head[:20], each.tail[-20:], each.size)
+                for each in [*got, lines.rest()]
+            ]
+            assert shown == [
+                each if isinstance(each, bytes) else (each.head[:20], each.tail[-20:], each.size)
+                for each in expected
+            ]
+
+
+@pytest.mark.parametrize(
+    ("head", "tail", "id_"),
+    [
+        pytest.param(b'{"jsonrpc":"2.0","id":7,"result":{"a', b'"}}', 7, id="before the result"),
+        pytest.param(b'\xef\xbb\xbf { "id" : 7 , "x', b'"}}', 7, id="behind a byte order mark"),
+        pytest.param(b'{"result":{"id":3,"x', b'"},"jsonrpc":"2.0","id":7}', 7, id="at the end"),
+        pytest.param(
+            b'{"result":{"id":3,"x', b'"} , "id" : 7 }\r', 7, id="at the end, with blanks"
+        ),
+        pytest.param(b'{"result":{"x', b'","id":3}}', None, id="in the result only"),
+        pytest.param(b'{"result":"x', b',\\"id\\":3}"}', None, id="in a text only"),
+        pytest.param(b'{"method":"notifications/message","params":{"x', b'"}}', None, id="none"),
+        pytest.param(b"no JSON", b"", None, id="no JSON"),
+    ],
+)
+def test_the_id_of_a_long_answer_is_found_at_its_ends(head: bytes, tail: bytes, id_: Any) -> None:
+    assert pp.id_of_long(pp.TooLong(head, tail, 1 << 30)) == id_
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle ones", "busy ones"])
+@pytest.mark.slow
+def test_a_new_client_gets_room_when_an_old_one_is_idle(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], busy: bool
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+
+    def client(number: int) -> Client:
+        return Client(proxy, "modern", "x", stream, info={"name": f"c{number}", "version": "1"})
+
+    def count(number: int) -> Any:
+        return said(client(number).call("count"))
+
+    assert [count(number) for number in range(16)] == [1] * 16
+    if not busy:
+        assert count(16) == 1
+        # The one that nobody used longest has made room.
+        assert count(1) == 2
+        assert count(0) == 1
+        return
+    with ThreadPoolExecutor(17) as pool:
+        seconds = [9.0] * 15 + [2.0]
+        working = [
+            pool.submit(partial(client(number).call, "pid", seconds=each))
+            for number, each in enumerate(seconds)
+        ]
+        time.sleep(0.5)
+        started = time.monotonic()
+        assert count(16) == 1
+        assert 1 < time.monotonic() - started < 4
+        asking = pool.submit(partial(client(16).call, "pid", seconds=9.0))
+        time.sleep(0.3)
+        started = time.monotonic()
+        refused = client(17).call("pid")
+        assert "16 clients use it" in refused["message"]
+        assert 4 < time.monotonic() - started < 7
+        assert all(type(said(each.result())) is int for each in [*working, asking])
+
+
+def test_notices_before_a_session_listens_are_kept_the_newest_of_them(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+    client = Client(proxy, "legacy", "x", stream)
+    assert said(client.call("note later", count=130)) == "soon"
+    time.sleep(0.5)
+    events = stream(proxy, client.path, None, **client.headers)
+    got = [events.next()["params"]["data"] for _ in range(100)]
+    assert got == list(range(30, 130))
+
+
+def test_pings_of_a_server_to_a_session_without_a_stream_are_answered_here(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar}"), "legacy", "x", stream)
+    assert said(client.call("ping later", count=150)) == "soon"
+
+    def answers() -> Any:
+        return len(said(client.call("roots")))
+
+    eventually(lambda: answers() == 150)
 
 
 CHATTER = """
