@@ -3053,6 +3053,10 @@ class Peer:
         self.listening: asyncio.Task[None] | None = None
         self.listens_to: Child | None = None
 
+    def said_hello(self, params: Message) -> None:
+        """It has sent `initialize` with these."""
+        self.hello = params
+
     def came_with(self, headers: Callable[[str], list[str]]) -> None:
         """Its request has these headers."""
         self.headers = headers
@@ -4365,7 +4369,7 @@ class Translation:
         if method == "ping":
             return done
         if method == "initialize":
-            self.peer.hello = params
+            self.peer.said_hello(params)
             self._listen()
             return {**done, "result": self._hello(params.get("protocolVersion"))}
         if method == "logging/setLevel":
@@ -4719,30 +4723,38 @@ class Session:
         self.end()
 
     async def _call(self, message: Message, modern: bool, outbox: Outbox) -> None:
-        note = RelayedCall(self, message) if isinstance(self.server, Relay) else None
+        if isinstance(self.server, Relay) and self.state.audit.path:
+            answer = await self._noted_answer(message, modern, outbox)
+        else:
+            answer = await self._answer_to(message, modern, outbox)
+        outbox.send(answer)
+
+    async def _noted_answer(self, message: Message, modern: bool, outbox: Outbox) -> Message:
+        """The same, with a line in the audit log before and after."""
+        note = RelayedCall(self, message)
         answer: Message | None = None
         try:
-            if note:
-                await note.start()
+            await note.start()
+            try:
+                answer = await self._answer_to(message, modern, outbox)
+            finally:
+                note.end(answer)
+            await self.state.audit.written()
+            return answer
+        except NoAudit as wrong:
+            return refusal(message["id"], ProxyError(f"not answered: {wrong}"))
+
+    async def _answer_to(self, message: Message, modern: bool, outbox: Outbox) -> Message:
+        try:
             answer = await self.server.respond(self.peer, message, modern, outbox)
             if message["method"] == "initialize" and "result" in answer:
                 self.peer.version = answer["result"].get("protocolVersion", LEGACY[-1])
+            return answer
         except ProxyError as wrong:
-            answer = refusal(message["id"], wrong)
+            return refusal(message["id"], wrong)
         except Exception as wrong:
             log.exception("request failed method=%s", message["method"])
-            answer = refusal(message["id"], ProxyError(f"{type(wrong).__name__}, see the log"))
-        finally:
-            if note:
-                note.end(answer)
-
-        if note:
-            try:
-                await self.state.audit.written()
-            except NoAudit as wrong:
-                failure = ProxyError(f"the answer is withheld: {wrong}")
-                answer = refusal(message["id"], failure)
-        outbox.send(answer)
+            return refusal(message["id"], ProxyError(f"{type(wrong).__name__}, see the log"))
 
     def _called(self, id_: str | int, outbox: Outbox, _: asyncio.Task[None]) -> None:
         """Also for a call that was cancelled before it began, in which no `finally` runs."""
@@ -4990,7 +5002,7 @@ class RelayedCall:
         self.started = time.monotonic()
         params = message.get("params", {})
         if message["method"] == "initialize":
-            session.peer.hello = params
+            session.peer.said_hello(params)
         meta = as_object(params.get("_meta"))
         client = as_object(meta.get(CLIENT_INFO) or session.peer.hello.get("clientInfo"))
         self.fields = {

@@ -3819,7 +3819,8 @@ class Client:
         self.can, self.headers = CAN if can is None else can, dict[str, str]()
         self.info = info or {"name": "t", "version": "1"}
         if era == "legacy":
-            hello = request("initialize", {**INITIALIZE, "capabilities": self.can}, id_=0)
+            params = {**INITIALIZE, "capabilities": self.can, "clientInfo": self.info}
+            hello = request("initialize", params, id_=0)
             _, headers, self.hello = mcp(proxy, hello, path=self.path)
             self.headers = {"Mcp_Session_Id": headers["mcp-session-id"]}
             self.tell("notifications/initialized", {})
@@ -4942,26 +4943,26 @@ def test_calls_that_are_never_taken_up_again_lock_nothing(
     assert text_of(Client(relay, "modern", "legacy", stream).call("test_simple_text"))
 
 
-def test_a_server_that_cannot_start_says_why_and_is_held_back(
+def test_a_server_that_cannot_start_says_why_once(
     own: Callable[..., Proxy], tmp_path: pathlib.Path
 ) -> None:
-    proxy = own(
-        "--mcp-server=none=/no/such/program", "--mcp-server=short=sh -c 'echo oh no >&2; exit 7'"
-    )
+    program = tmp_path / "gone"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    proxy = own(f"--mcp-server=gone={program}", "--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
+    program.unlink()
     for name, why in (
-        ("none", "No such file"),
-        ("short", "ended with 7; it said: oh no, before it answered"),
+        ("gone", r"server gone cannot start: .*No such file.*"),
+        ("short", "server short ended with 7; it said: oh no, before it answered"),
     ):
-        path = f"/servers/{name}/mcp"
-        answer = mcp(proxy, request("initialize", INITIALIZE), path=path)[2]
-        assert (answer["error"]["code"], why in answer["error"]["message"]) == (-32603, True), (
-            answer
-        )
-        answers = [mcp(proxy, request("initialize", INITIALIZE), path=path)[2] for _ in range(3)]
-        assert any("it is started again in" in each["error"]["message"] for each in answers)
-        assert mcp(proxy, modern("tools/list"), path=path)[2]["error"]["code"] == -32603
+        for message in (request("initialize", INITIALIZE), modern("tools/list")):
+            failed = mcp(proxy, message, path=f"/servers/{name}/mcp")[2]["error"]
+            assert failed["code"] == -32603
+            assert re.fullmatch(why, failed["message"]), failed["message"]
     shown = {each["name"]: each for each in json.loads(proxy.request("GET", "/servers")[2])}
-    assert (shown["none"]["state"], shown["none"]["pid"]) == ("failed", None)
+    assert shown["gone"]["state"] == "failed"
+    assert shown["gone"]["pid"] is None
+    assert re.fullmatch("cannot start: .*No such file.*", shown["gone"]["error"])
     assert mcp(proxy, modern("tools/list"), path="/servers/other/mcp")[0] == 404
 
 
@@ -5038,36 +5039,178 @@ def test_a_config_file_as_people_have_it_is_read(
     )
 
 
+def started_with(tmp_path: pathlib.Path, text: str, *words: str, **variables: str) -> Any:
+    """A server that is to fail at its start with this configuration."""
+    (tmp_path / "c.json").write_text(text)
+    command = [sys.executable, str(MODULE), "server", "-p", "0"]
+    return subprocess.run(
+        [*command, "--mcp-config", str(tmp_path / "c.json"), *words],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        env={**os.environ, **variables},
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--mcp-server", "x"], "`--mcp-server`"),
-        (["--mcp-server", "=cat"], "`the name of an MCP server`"),
-        (["--mcp-server", "a/b=cat"], "`the name of an MCP server`"),
-        (["--mcp-server", "a='"], "`--mcp-server`"),
-        (["--mcp-config", "/no/such/file"], "`--mcp-config`"),
-        (["--mcp-config", "/dev/null"], "`--mcp-config`"),
-        (["--mcp-config", "{}"], "`--mcp-config`"),
-        (["--mcp-config", '{"mcpServers": []}'], "`--mcp-config`"),
-        (["--mcp-config", '{"mcpServers": {"a": {"args": []}}}'], "`MCP server a`"),
-        (
-            ["--mcp-config", '{"mcpServers": {"a": {"command": "x", "env": {"A": 1}}}}'],
-            "`MCP server a`",
+        pytest.param(["--mcp-server", "x"], "`--mcp-server`", id="no-command"),
+        pytest.param(["--mcp-server", "x="], "`--mcp-server`", id="an-empty-command"),
+        pytest.param(["--mcp-server", "=cat"], "`the name of an MCP server`", id="no-name"),
+        pytest.param(["--mcp-server", "..=cat"], "`the name of an MCP server`", id="dots"),
+        pytest.param(["--mcp-server", "a\n=cat"], "`the name of an MCP server`", id="a-line"),
+        pytest.param(["--mcp-server", "a='"], "`--mcp-server`", id="an-open-quote"),
+        pytest.param(
+            ["--mcp-server", "a=/no/such/program x"],
+            "MCP server `a`, key `command`",
+            id="no-such-program",
         ),
-        (["--mcp-config", '{"mcpServers": {"a": {"command": "x", "cwd": 1}}}'], "`MCP server a`"),
+        pytest.param(["--mcp-config", "/no/such/file"], "`--mcp-config`", id="no-file"),
+        pytest.param(["--mcp-config", "/dev/null"], "`--mcp-config`", id="an-empty-file"),
     ],
 )
-def test_wrong_servers_end_the_start_with_a_sentence(
-    tmp_path: pathlib.Path, words: list[str], text: str
-) -> None:
-    if words[1][:1] == "{":
-        (tmp_path / "c.json").write_text(words[1])
-        words = [words[0], str(tmp_path / "c.json")]
+def test_wrong_servers_end_the_start_with_a_sentence(words: list[str], text: str) -> None:
     done = subprocess.run(
         [sys.executable, MODULE, "server", *words], capture_output=True, text=True, timeout=20
     )
     assert done.returncode == 2
     assert text in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        pytest.param("{}", "`--mcp-config`", id="no-servers"),
+        pytest.param("{'mcpServers': {}}", "`--mcp-config`", id="other-quotes"),
+        pytest.param('{"mcpServers": []}', "`--mcp-config`", id="a-list"),
+    ],
+)
+def test_a_wrong_file_of_servers_ends_the_start_with_a_sentence(
+    tmp_path: pathlib.Path, config: str, text: str
+) -> None:
+    done = started_with(tmp_path, config)
+    assert done.returncode == 2
+    assert text in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("entry", "key"),
+    [
+        pytest.param("s3cret", "", id="a-string"),
+        pytest.param({"args": ["s3cret"]}, "command", id="no-command"),
+        pytest.param({"command": ["cat", "s3cret"]}, "command", id="a-command-as-list"),
+        pytest.param({"command": "/no/s3cret"}, "command", id="no-such-program"),
+        pytest.param({"command": "cat", "args": "s3cret"}, "args", id="args-as-string"),
+        pytest.param({"command": "cat", "args": ["-", ["s3cret"]]}, "args[1]", id="nested-args"),
+        pytest.param({"command": "cat", "env": ["s3cret"]}, "env", id="env-as-list"),
+        pytest.param({"command": "cat", "env": {"A": {"s3cret": 1}}}, "env.A", id="nested-env"),
+        pytest.param({"command": "cat", "env": {"A": None}}, "env.A", id="null-in-env"),
+        pytest.param({"command": "cat", "env": {"A": "s3cret\0"}}, "env.A", id="nul-in-env"),
+        pytest.param({"command": "cat", "cwd": "/no/s3cret"}, "cwd", id="no-such-directory"),
+        pytest.param({"command": "cat", "cwd": ["s3cret"]}, "cwd", id="cwd-as-list"),
+        pytest.param({"command": "cat", "disabled": "s3cret"}, "disabled", id="disabled-as-text"),
+        pytest.param({"command": "cat", "args": ["s3cret${UNSET_X}"]}, "args[0]", id="no-variable"),
+        pytest.param({"command": "cat", "env": {"A": "${input:s3cret}"}}, "env.A", id="an-input"),
+    ],
+)
+def test_a_bad_entry_is_named_with_its_key_and_never_shown(
+    tmp_path: pathlib.Path, entry: Any, key: str
+) -> None:
+    config = {"mcpServers": {"good": {"command": "cat"}, "My Bad": entry}}
+    done = started_with(tmp_path, json.dumps(config))
+    assert done.returncode == 2
+    assert "MCP server `My Bad`" in done.stderr
+    assert f", key `{key}`:" in done.stderr or not key
+    assert "s3cret" not in done.stderr
+    assert "listening" not in done.stdout
+
+
+LIVED_IN = """\ufeff{
+  // What VS Code writes has `servers`; a // in "a string // is none".
+  "inputs": [],
+  "SERVERS": {
+    "plain": {
+      "command": "PYTHON", /* with
+      a comment */ "args": ["-S", "FIXTURES", "${ERA:-both}"],
+      "env": {
+        "PORT": 8080, "RATE": 1.5, "DEBUG": true, "URL": "http://x//y", "TOKEN": "${TOKEN_X}",
+        "HOST": "${HOST_X:-local}host", "SHELL_X": "${#x} $TOKEN_X", "CODE": "${env:TOKEN_X}",
+      },
+    },
+    "My Server": {"command": "cat"},
+    "@scope/x": {"command": "PYTHON", "args": ["-S", "FIXTURES", "legacy"]},
+    "off": {"command": "/no/such/program", "disabled": true, "args": ["${UNSET_X}"]},
+    "remote": {"type": "http", "url": "https://s3cret.example/mcp"},
+  },
+}
+"""
+
+
+@pytest.mark.parametrize("key", ["mcpServers", "servers"])
+def test_a_file_that_people_have_is_read(
+    own: Callable[..., Proxy],
+    fixtures: pathlib.Path,
+    tmp_path: pathlib.Path,
+    stream: Callable[..., Stream],
+    key: str,
+) -> None:
+    config = tmp_path / "mcp.json"
+    text = LIVED_IN.replace("PYTHON", sys.executable).replace("FIXTURES", str(fixtures))
+    config.write_text(text.replace("SERVERS", key))
+    proxy = own(f"--mcp-config={config}", TOKEN_X="s3cret")
+    names = [each["name"] for each in json.loads(proxy.request("GET", "/servers")[2])]
+    assert names == ["plain", "My Server", "@scope/x"]
+    assert "server off is not served: it is disabled" in proxy.logged()
+    assert "server remote is not served: it is a remote server" in proxy.logged()
+    assert "s3cret" not in proxy.logged()
+
+    client = Client(proxy, "modern", "plain", stream)
+    expected = {
+        "PORT": "8080",
+        "RATE": "1.5",
+        "DEBUG": "true",
+        "URL": "http://x//y",
+        "TOKEN": "s3cret",
+        "HOST": "localhost",
+        "SHELL_X": "${#x} $TOKEN_X",
+        "CODE": "s3cret",
+    }
+
+    def variable(name: str) -> str:
+        params = {"name": "env", "arguments": {"name": name}}
+        return text_of(client.ask("tools/call", params)[-1]["result"])
+
+    assert {name: variable(name) for name in expected} == expected
+
+    events = stream(proxy, "/servers/%40scope%2Fx/sse")
+    path = events.next()
+    assert path.startswith("/servers/%40scope%2Fx/messages?session_id=")
+    assert mcp(proxy, request("initialize", INITIALIZE), path=path)[0] == 202
+    assert events.next()["result"]["serverInfo"]["name"] == "fixture-server"
+    assert type(text_of(Client(proxy, "legacy", "%40scope%2Fx", stream).call("pid"))) is str
+    assert mcp(proxy, modern("tools/list"), path="/servers/My%20Server/mcp")[0] == 200
+
+
+@pytest.mark.slow
+def test_what_nobody_uses_ends_after_the_time_that_was_set(
+    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+) -> None:
+    proxy = own(
+        f"--mcp-server=legacy={sys.executable} -S {fixtures} legacy",
+        f"--mcp-server=modern={sys.executable} -S {fixtures} modern",
+        "--mcp-idle=1",
+    )
+    session = Client(proxy, "legacy", "legacy", stream)
+    clients = [session, *(Client(proxy, "modern", name, stream) for name in ("legacy", "modern"))]
+    pids = [int(text_of(client.call("pid"))) for client in clients]
+    working = [Background(partial(client.call, "test_slow", seconds=2)) for client in clients]
+    assert [text_of(each.result()) for each in working] == ["slept 2.0 s"] * 3
+    assert [int(text_of(client.call("pid"))) for client in clients] == pids
+    eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), 5)
+    assert mcp(proxy, request("ping"), path=session.path, **session.headers)[0] == 404
+    states = [each["state"] for each in json.loads(proxy.request("GET", "/servers")[2])]
+    assert states == ["idle", "idle"]
 
 
 @pytest.mark.slow
@@ -5855,6 +5998,60 @@ def test_the_audit_log_has_the_commands_of_every_door(audited: tuple[Proxy, path
     assert (lines[6]["text"], lines[6]["keys"]) == ("p\u00e4ss", ["Enter"])
 
 
+@pytest.mark.parametrize(("era", "server"), ERAS)
+def test_the_audit_log_has_relayed_calls_without_their_arguments_and_results(
+    own: Callable[..., Proxy],
+    fixtures: pathlib.Path,
+    tmp_path: pathlib.Path,
+    stream: Callable[..., Stream],
+    era: str,
+    server: str,
+) -> None:
+    audit = tmp_path / "audit"
+    proxy = own(
+        f"--mcp-server=x={sys.executable} -S {fixtures} {server}", "--audit-log", str(audit)
+    )
+    client = Client(proxy, era, "x", stream, info={"name": "tester", "version": "9"})
+    client.call("echo", argument="s3cret", result={"secret": "s3cret"})
+    assert client.call("fail", message="s3cret")["message"] == "s3cret"
+    assert client.call("test_error_handling")["isError"] is True
+    slow = {"name": "test_slow", "arguments": {"seconds": 9}, "_meta": {"progressToken": 1}}
+    going = client.open("tools/call", slow, id_=9)
+    if era == "legacy":
+        client.tell("notifications/cancelled", {"requestId": 9})
+    going.close()
+    eventually(lambda: "cancelled" in audit.read_text())
+
+    lines = [line for line in noted(audit) if line.get("tool")]
+    starts = [line for line in lines if line["event"] == "start"]
+    ends = [line for line in lines if line["event"] == "end"]
+    assert [line["tool"] for line in starts] == ["echo", "fail", "test_error_handling", "test_slow"]
+    assert [line["tool"] for line in ends] == [line["tool"] for line in starts]
+    assert [line["call_id"] for line in ends] == [line["call_id"] for line in starts]
+    expected = [None, "error -32000", "the tool failed", "cancelled"]
+    assert [line["error"] for line in ends] == expected
+    for line in lines:
+        assert line["server"] == "x"
+        assert line["method"] == "tools/call"
+        assert line["client"] == {"name": "tester", "version": "9"}
+        assert line["address"] == "127.0.0.1"
+    assert all(type(line["duration_ms"]) is int for line in ends)
+    assert "s3cret" not in audit.read_text()
+
+
+def test_no_relayed_call_is_made_while_the_audit_log_cannot_be_written(
+    own: Callable[..., Proxy], fixtures: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    audit = tmp_path / "audit"
+    proxy = own(f"--mcp-server=x={sys.executable} -S {fixtures} modern", f"--audit-log={audit}")
+    call = modern("tools/call", {"name": "test_simple_text"})
+    assert "result" in mcp(proxy, call, path="/servers/x/mcp")[2]
+    audit.unlink()
+    audit.mkdir()
+    failed = mcp(proxy, call, path="/servers/x/mcp")[2]["error"]
+    assert "audit log" in failed["message"]
+
+
 def test_a_command_cannot_be_given_another_name_to_hide_by(proxy: Proxy, agent: str) -> None:
     escape = "(setsid sleep 77.75 >/dev/null 2>&1 </dev/null &); sleep 9"
     env = {"POCKETCODER_RUN_ID": "fake"}
@@ -6075,7 +6272,6 @@ REFUSED: list[tuple[str, str, dict[str, str], int]] = [
     ("GET", "/", {}, 404),
     ("POST", "/exec/", JSON_TYPE, 404),
     ("GET", "/health", {"Host": "evil.example"}, 403),
-    ("GET", "/sse?session_id=theirs", {"Sec-Fetch-Site": "cross-site"}, 403),
     ("GET", "/servers", {"Sec-Fetch-Site": "same-site"}, 403),
     ("GET", "/nowhere", {"Sec-Fetch-Site": "same-origin"}, 404),
 ]
@@ -6096,6 +6292,128 @@ def test_the_gate_refuses_with_a_json_error(
         assert ("POST" if path == "/exec" else "GET") in answer_headers["allow"]
         assert method == "OPTIONS" or method not in answer_headers["allow"]
     assert not os.path.exists(f"{proxy.workspace}/pwned")
+
+
+MCP_REFUSED = [
+    pytest.param("POST", "/mcp", {"Authorization": ""}, 401, id="no-token"),
+    pytest.param("GET", "/sse", {"Authorization": "Bearer wrong"}, 401, id="wrong-token"),
+    pytest.param("GET", "/mcp/ws", {"Authorization": ""}, 401, id="no-token-of-a-websocket"),
+    pytest.param("POST", "/mcp", {"Origin": "http://evil.example"}, 403, id="origin"),
+    pytest.param("GET", "/sse", {"Sec-Fetch-Site": "cross-site"}, 403, id="site"),
+    pytest.param("POST", "/servers/none/mcp", {}, 404, id="unknown-server"),
+    pytest.param("GET", "/servers/none/sse", {}, 404, id="unknown-server-of-events"),
+    pytest.param("GET", "/servers/none/mcp/ws", {}, 404, id="unknown-server-of-a-websocket"),
+    pytest.param("POST", "/messages?session_id=none", {}, 404, id="unknown-session"),
+    pytest.param("GET", "/mcp", {}, 405, id="no-session"),
+    pytest.param("POST", "/sse", {}, 405, id="method"),
+    pytest.param("GET", "/mcp", {"Mcp-Session-Id": "none"}, 404, id="unknown-session-of-http"),
+    pytest.param("POST", "/mcp", {"Accept": "text/html"}, 406, id="accept"),
+    pytest.param("POST", "/mcp", {"Content-Length": str(10**9)}, 413, id="size"),
+    pytest.param("POST", "/messages", {"Content-Type": "text/plain"}, 415, id="content-type"),
+    pytest.param("GET", "/mcp/ws", {}, 400, id="no-websocket"),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "headers", "status"), MCP_REFUSED)
+def test_refusals_on_routes_of_mcp_are_errors_of_json_rpc(
+    guarded: Proxy, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    given = {**JSON_TYPE, "Authorization": f"Bearer {guarded.token}", **headers}
+    got, _, answer = guarded.request(method, path, b"{}" if method == "POST" else None, given)
+    assert got == status
+    told = json.loads(answer)
+    assert told["jsonrpc"] == "2.0"
+    assert told["id"] is None
+    assert told["error"]["code"] == -32600
+    assert len(told["error"]["message"]) > 10
+
+
+def test_a_body_of_mcp_that_grows_too_large_is_an_error_of_json_rpc(guarded: Proxy) -> None:
+    given = {**JSON_TYPE, "Authorization": f"Bearer {guarded.token}"}
+    status, _, answer = guarded.request("POST", "/mcp", b" " * (pp.MAX_BODY + 1), given)
+    assert status == 413
+    assert json.loads(answer)["error"]["code"] == -32600
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Proxy]:
+    """A server with a token, for requests that it refuses."""
+    server = Proxy(POCKETCODER_TOKEN="t0ken")
+    yield server
+    server.remove()
+
+
+@pytest.mark.parametrize("server", ["", "/servers/legacy"], ids=["built-in", "relayed"])
+def test_a_path_of_mcp_may_end_with_a_slash(
+    relay: Proxy, stream: Callable[..., Stream], server: str
+) -> None:
+    status, _, answer = mcp(relay, request("initialize", INITIALIZE), path=f"{server}/mcp/")
+    assert status == 200
+    assert "serverInfo" in answer["result"]
+    events = stream(relay, f"{server}/sse/")
+    assert events.status == 200
+    path = events.next().replace("/messages?", "/messages/?")
+    assert mcp(relay, request("initialize", INITIALIZE), path=path)[0] == 202
+    assert "serverInfo" in events.next()["result"]
+    assert relay.request("GET", "/servers/")[0] == 200
+
+    async def connect() -> None:
+        url = f"ws://127.0.0.1:{relay.port}{server}/mcp/ws/"
+        await close(await tornado.websocket.websocket_connect(url, subprotocols=["mcp"]))
+
+    asyncio.run(connect())
+
+
+REFUSED_MESSAGES = [
+    pytest.param(
+        {"jsonrpc": "1.0", "id": 7, "method": "x", "params": {"cmd": "grep error log"}},
+        {"id": 7, "code": -32600},
+        id="a-request-with-the-word-error",
+    ),
+    pytest.param(
+        {"jsonrpc": "2.0", "id": "a", "method": ["error"]},
+        {"id": "a", "code": -32600},
+        id="a-method-that-is-none",
+    ),
+    pytest.param({"jsonrpc": "1.0", "id": 7, "error": {"code": 1}}, None, id="an-error"),
+    pytest.param({"jsonrpc": "1.0", "id": 7, "result": {}}, None, id="a-result"),
+    pytest.param(
+        {"jsonrpc": "2.0", "id": None, "error": {"code": 1, "message": "m"}},
+        None,
+        id="an-error-without-id",
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "answer"), REFUSED_MESSAGES)
+def test_only_a_response_is_never_answered_on_a_websocket(
+    proxy: Proxy, message: Any, answer: Any
+) -> None:
+    async def talk() -> None:
+        url = f"ws://127.0.0.1:{proxy.port}/mcp/ws"
+        socket: Any = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
+        await socket.write_message(json.dumps(message))
+        await socket.write_message(json.dumps(request("ping", id_="last")))
+        got = json.loads(await asyncio.wait_for(socket.read_message(), 10))
+        if answer is not None:
+            assert {"id": got["id"], "code": got["error"]["code"]} == answer
+            got = json.loads(await asyncio.wait_for(socket.read_message(), 10))
+        assert got["id"] == "last"
+        await close(socket)
+
+    asyncio.run(talk())
+
+
+def test_a_bad_message_that_is_posted_is_refused_under_its_id(
+    proxy: Proxy, stream: Callable[..., Stream]
+) -> None:
+    path = stream(proxy, "/sse").next()
+    bad = {"jsonrpc": "1.0", "id": 7, "method": "x", "params": {"cmd": "grep error log"}}
+    for where in (path, "/mcp"):
+        status, _, answer = mcp(proxy, bad, path=where)
+        assert status == 400
+        assert answer["id"] == 7
+        assert answer["error"]["code"] == -32600
 
 
 @pytest.mark.parametrize(
@@ -7121,6 +7439,8 @@ WRONG: list[tuple[list[str], dict[str, str], str]] = [
     (["nonsense"], {}, "nonsense"),
     (["server", "-p", "0", "--audit-log", ""], {}, "--audit-log"),
     (["server", "-p", "0", "--allow-origin", "*"], {}, "--allow-origin"),
+    (["server", "-p", "0", "--mcp-idle", "0"], {}, "--mcp-idle"),
+    (["server", "-p", "0", "--mcp-idle", "ten"], {}, "--mcp-idle"),
     (["server", "-p", "0"], {"TMUX_SOCKET": "/tmp/\udcff/s"}, "socket_path"),
 ]
 
