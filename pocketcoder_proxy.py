@@ -21,6 +21,8 @@ Sections, top to bottom; each uses only what stands above it:
   Tmux              the control connection: commands, replies, notices
   Execution Driver  terminals, runs, output, exit codes, cancel, timeouts
   MCP core          JSON-RPC, both eras: messages in, decisions out
+  MCP children      a relayed server's process: its life, its lines, requests in flight
+  Era translation   what a message of one era is in the other
   Relay             stdio MCP servers of the sandbox, for clients of either era
   State and tools   what handlers share, sessions, the tools of MCP
   Transports        HTTP: the gate, handlers, endpoints, ROUTES
@@ -2057,14 +2059,14 @@ class Job:
         )
         for output in self.outputs:
             output.finish()
-        self.on_end(self.outcome())
+        self.on_end(self.outcome_of())
         self.over.set()
         self.leaving = asyncio.ensure_future(self._leave())  # who waits for the answer comes first
         stopped = exit_code in STOPPED and not has_ended(self.pid)  # nobody will continue it
         if (stopped or self.leaves_nothing) and self.ending is None:
             self.ending = asyncio.ensure_future(climb(self, ENDING_LADDER[bool(stopped) :]))
 
-    def outcome(self) -> CommandResult:
+    def outcome_of(self) -> CommandResult:
         """How it ended, without its output."""
         code, error = ENDINGS[self.ended]
         error = error and error.format(timeout=self.request.timeout, why=self.why)
@@ -2081,7 +2083,7 @@ class Job:
         """Show the end, and let the prompt come."""
         self._later(RETURN_TIMEOUT, self.release)
         os.sched_yield()  # who got the answer often waits for this very CPU
-        end = self.outcome()
+        end = self.outcome_of()
         facts = (self.request.agent_name, self.run_id, end.ended, end.exit_code, end.duration_ms)
         log.info("exec end agent=%s run=%s ended=%s exit=%d ms=%d", *facts)
         if self.view:
@@ -2126,7 +2128,7 @@ class Job:
                     await asyncio.wait_for(output.taken, patience)
         finally:
             self.end("cancelled")  # if it is not over: nobody waits for it any more
-        outcome, limit = self.outcome(), self.request.max_output
+        outcome, limit = self.outcome_of(), self.request.max_output
         text = capture.text(outcome.output_bytes) if capture else ""
         return replace(
             outcome, output=text, truncated=capture is not None and outcome.output_bytes > limit
@@ -2655,6 +2657,10 @@ def as_object(value: object) -> Message:
     return value if isinstance(value, dict) else {}
 
 
+def without(fields: Message, *names: str) -> Message:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
 def is_id(value: object) -> TypeGuard[str | int]:
     return type(value) in (str, int)
 
@@ -2814,6 +2820,10 @@ def refusal(id_: str | int | None, failure: ProxyError) -> Message:
     return {"jsonrpc": "2.0", "id": id_, "error": told}
 
 
+def new_request(method: str, params: Message) -> Message:
+    return {"jsonrpc": "2.0", "id": 0, "method": method, "params": params}
+
+
 def notification(method: str, params: Message) -> Message:
     return {"jsonrpc": "2.0", "method": method, "params": params}
 
@@ -2879,14 +2889,13 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 
 
 # ==========================================================================
-# Relay
+# MCP children
 # ==========================================================================
-# Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
+# A relayed server's process: its life, its lines, the requests in flight; what waits for a client.
 #
-# R1  Messages pass as they came but for ids, progress tokens, subscriptions and the era's envelope.
-# R2  What is in flight when a child dies is answered at once; the next request waits for a new one.
-# R3  A legacy server has one child for each client: what a child asks reaches that client, or nobody.
-# R4  A child ends with its last user: stdin closed, TERM, KILL, for its process group.
+# C1  What is in flight when a child dies is answered at once, with the reason.
+# C2  A child ends as a group: stdin closed, TERM, KILL.
+# C3  What it writes is bounded and timed; a fault in one line costs no other call.
 #
 # A child's life, see ChildState:
 #
@@ -2894,23 +2903,13 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 #   its first answer                      SERVING      -          -         -
 #   we end it; its output or it ends      ENDING       ENDING     -         -
 #   its process group is no more          -            -          GONE      -
-ASKING = {
-    "elicitation/create": "elicitation",
-    "sampling/createMessage": "sampling",
-    "roots/list": "roots",
-}
-MAY_ASK = ("tools/call", "prompts/get", "resources/read")
-REMOVED = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
 HELLOS = ("initialize", "server/discover")
-CHANGED = {f"notifications/{what}/list_changed": what for what in ("tools", "prompts", "resources")}
 CHILD_LADDER = (
     (0, 2.0),
     (signal.SIGTERM, 2.0),
     (signal.SIGKILL, 2.0),
 )  # 0: its stdin is closed; seconds to the next
 SUBSCRIPTION = f"{NAMESPACE}subscriptionId"
-SERVER_INFO, CLIENT_INFO = f"{NAMESPACE}serverInfo", f"{NAMESPACE}clientInfo"
-OURSELVES = {"name": "pocketcoder", "version": VERSION}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # The start of an object's next member, up to its value.
 MEMBER = re.compile(r'[\s,]*("(?:[^"\\]|\\.)*")\s*:\s*')
@@ -3270,10 +3269,11 @@ class Child:
     async def _log(self) -> None:
         assert self.process.stderr
         lines = Lines(MAX_LOG_LINE)
-        while data := await self.process.stderr.read(CHILD_READ):
-            for line in lines.feed(data):
-                self._note(line)
-            await asyncio.sleep(0)
+        with contextlib.suppress(OSError):
+            while data := await self.process.stderr.read(CHILD_READ):
+                for line in lines.feed(data):
+                    self._note(line)
+                await asyncio.sleep(0)
         self._note(lines.rest())
 
     def _note(self, line: bytes | TooLong) -> None:
@@ -3292,9 +3292,10 @@ class Child:
     async def _read(self) -> None:
         assert self.process.stdout
         lines = Lines(MAX_ANSWER)
-        while data := await self.process.stdout.read(CHILD_READ):
-            for line in lines.feed(data):
-                await self._read_line(line)
+        with contextlib.suppress(OSError):
+            while data := await self.process.stdout.read(CHILD_READ):
+                for line in lines.feed(data):
+                    await self._read_line(line)
         await self._read_line(lines.rest())
         await self._bury()
 
@@ -3534,6 +3535,177 @@ class Child:
             call(self)
 
 
+def outcome_of(answer: asyncio.Future[Message]) -> Message:
+    """The response, if there is one."""
+    failed = not answer.done() or answer.cancelled() or answer.exception() is not None
+    return {} if failed else answer.result()
+
+
+def retrieve(work: asyncio.Future[Any]) -> None:
+    """Take a failure that nobody else may take, so that it is not reported as an oversight."""
+    if not work.cancelled():
+        work.exception()
+
+
+def end_when_started(starting: asyncio.Future[Child]) -> None:
+    """A callback: the child of a client that has left."""
+    failed = starting.cancelled() or starting.exception() is not None
+    if not failed and not starting.result().serves_all:
+        starting.result().end()
+
+
+async def first_result(answers: set[asyncio.Future[Message]], seconds: float) -> None:
+    """Wait until one of these is a result, or all have come, for so many seconds at most."""
+    deadline = time.monotonic() + seconds
+    waiting = set(answers)
+    while waiting and not any("result" in outcome_of(answer) for answer in answers):
+        left = deadline - time.monotonic()
+        outcomes = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        waiting = outcomes[1]
+        if not outcomes[0]:
+            return
+
+
+async def settle(child: Child) -> None:
+    """Wait until a child has dealt with what it was told, and has asked what that makes it ask."""
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(child.ask(new_request("ping", {}), Outbox.nowhere()), SETTLE_TIMEOUT)
+    await asyncio.sleep(QUESTION_PAUSE)
+
+
+# ==========================================================================
+# Era translation
+# ==========================================================================
+# What a message of one era is in the other.  Dicts in, dicts out; no state.
+#
+# X1  What is not of the envelope passes untouched: params, results, errors with their data.
+ASKING = {
+    "elicitation/create": "elicitation",
+    "sampling/createMessage": "sampling",
+    "roots/list": "roots",
+}
+MAY_ASK = ("tools/call", "prompts/get", "resources/read")
+REMOVED = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
+CHANGED = {f"notifications/{what}/list_changed": what for what in ("tools", "prompts", "resources")}
+SERVER_INFO, CLIENT_INFO = f"{NAMESPACE}serverInfo", f"{NAMESPACE}clientInfo"
+OURSELVES = {"name": "pocketcoder", "version": VERSION}
+
+
+def discovery() -> Message:
+    """The question that shows a server's era."""
+    return new_request("server/discover", {"_meta": envelope({}, OURSELVES)})
+
+
+def handshake(can: Message, client: Message) -> Message:
+    """`initialize`, for a client that says none itself."""
+    hello = {"protocolVersion": LEGACY[-1], "capabilities": can, "clientInfo": client}
+    return new_request("initialize", hello)
+
+
+def pong(message: Message) -> Message:
+    """The answer to a child's `ping`."""
+    return {"jsonrpc": "2.0", "id": message["id"], "result": {}}
+
+
+def speaks_modern(answer: Message) -> bool:
+    """Whether this answer to `server/discover` is a modern server's."""
+    result = as_object(answer.get("result"))
+    # A refusal of our revision lists those that are served.
+    data = as_object(as_object(answer.get("error")).get("data"))
+    listed = result.get("supportedVersions") or data.get("supported")
+    return isinstance(listed, list) and MODERN in listed
+
+
+def marked_arguments(shown: Message) -> dict[str, str]:
+    """The arguments of a tool that headers repeat, with their headers."""
+    shapes = as_object(as_object(shown.get("inputSchema")).get("properties"))
+    marked = {name: as_object(shape).get("x-mcp-header") for name, shape in shapes.items()}
+    return {name: str(header) for name, header in marked.items() if header}
+
+
+def list_flags(can: Message) -> list[str]:
+    """Which changes of lists a server tells of, as `subscriptions/listen` names them."""
+    return [
+        f"{what}ListChanged"
+        for what in CHANGED.values()
+        if as_object(can.get(what)).get("listChanged")
+    ]
+
+
+def envelope(can: Message, client: Message) -> Message:
+    """`_meta` of a modern request."""
+    return {CLAIM: MODERN, CAPABILITIES: can, CLIENT_INFO: client}
+
+
+def with_envelope(message: Message, peer: Peer, extra: Message) -> Message:
+    """A legacy request, as a modern server wants it."""
+    params = message.get("params", {})
+    can = as_object(peer.hello.get("capabilities"))
+    meta = {
+        **as_object(params.get("_meta")),
+        LOG_LEVEL: peer.level,
+        **envelope(can, peer.hello.get("clientInfo") or OURSELVES),
+    }
+    return {**message, "params": {**params, **extra, "_meta": meta}}
+
+
+def without_envelope(message: Message) -> Message:
+    """A modern request, as a legacy server wants it."""
+    params = without(message["params"], "requestState", "inputResponses", "_meta")
+    meta = {
+        name: value
+        for name, value in message["params"]["_meta"].items()
+        if not name.startswith(NAMESPACE)
+    }
+    return {**message, "params": {**params, "_meta": meta} if meta else params}
+
+
+def discovered(child: Child, message: Message) -> Message:
+    """What a legacy child said in its handshake, as the answer to `server/discover`."""
+    hello = as_object(child.hello.get("result"))
+    # The tasks of the legacy revisions are others than those of the modern one.
+    found = {"capabilities": without(child.can(), "tasks"), "supportedVersions": [MODERN]}
+    if "instructions" in hello:
+        found["instructions"] = hello["instructions"]
+    answer = {"jsonrpc": "2.0", "id": message["id"], "result": found}
+    return to_modern(answer, "server/discover", child)
+
+
+def to_modern(answer: Message, method: str, child: Child) -> Message:
+    """A legacy server's response, for a modern client."""
+    if "error" in answer:
+        code = answer["error"].get("code")
+        return {**answer, "error": {**answer["error"], "code": -32602 if code == -32002 else code}}
+    unnamed = {"name": child.name, "version": "0"}
+    server = as_object(child.hello.get("result")).get("serverInfo") or unnamed
+    meta = {**as_object(answer["result"].get("_meta")), SERVER_INFO: server}
+    cached = {"ttlMs": 0, "cacheScope": "private"} if method in CACHED else {}
+    result = {"resultType": "complete", **answer["result"], **cached, "_meta": meta}
+    return {**answer, "result": result}
+
+
+def to_legacy(answer: Message, method: str) -> Message:
+    """A modern server's response, for a legacy client."""
+    if "error" in answer:
+        missing = method == "resources/read" and "uri" in as_object(answer["error"].get("data"))
+        code = -32002 if missing else answer["error"].get("code")
+        return {**answer, "error": {**answer["error"], "code": code}}
+    fields = without(answer["result"], "resultType", "ttlMs", "cacheScope", "_meta")
+    meta = without(answer["result"].get("_meta") or {}, SERVER_INFO)
+    return {**answer, "result": {**fields, "_meta": meta} if meta else fields}
+
+
+# ==========================================================================
+# Relay
+# ==========================================================================
+# Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
+#
+# R1  Messages pass as they came but for ids, progress tokens, subscriptions and the era's envelope.
+# R2  A modern server has one child for all clients; a legacy one has one for each.
+# R3  What a legacy child asks reaches its client, or nobody.
+# R4  A child ends with its last user; the request after a crash waits for a new one.
+
+
 class Era(enum.Enum):
     """What a server speaks."""
 
@@ -3648,19 +3820,19 @@ class Relay:
                 greeted = asyncio.ensure_future(child.ask(hello, outbox))
                 await first_result({discovered, greeted}, CHILD_START - PROBE_TIMEOUT)
 
-            if speaks_modern(outcome(discovered)):
+            if speaks_modern(outcome_of(discovered)):
                 if greeted is not None:
                     await asyncio.wait({greeted}, timeout=PROBE_TIMEOUT)
                 # A handshake that it has accepted binds a server that knows both eras.
-                if greeted is None or "result" not in outcome(greeted):
-                    return self._share(child, outcome(discovered))
+                if greeted is None or "result" not in outcome_of(greeted):
+                    return self._share(child, outcome_of(discovered))
 
             elif discovered.done() and greeted is None and child.usable:
                 greeted = asyncio.ensure_future(child.ask(hello, outbox))
                 await asyncio.wait({greeted}, timeout=CHILD_START)
 
-            if greeted is not None and "result" in outcome(greeted):
-                return self._greeted(child, outcome(greeted))
+            if greeted is not None and "result" in outcome_of(greeted):
+                return self._greeted(child, outcome_of(greeted))
             return await self._start_over(child, hello, on_message, outbox)
         except BaseException:
             child.end()
@@ -3949,8 +4121,8 @@ class Relay:
             answer = await child.ask(new_request("tools/list", params), Outbox.nowhere())
             found = as_object(answer.get("result"))
             tools = found.get("tools")
-            for tool in map(as_object, tools if isinstance(tools, list) else []):
-                headers[str(tool.get("name"))] = marked_arguments(tool)
+            for shown in map(as_object, tools if isinstance(tools, list) else []):
+                headers[str(shown.get("name"))] = marked_arguments(shown)
             if "nextCursor" not in found:
                 break
             params = {**params, "cursor": found["nextCursor"]}
@@ -4469,84 +4641,6 @@ class Listener(Outbox):
             self.outbox.send({**message, "params": {**params, "_meta": meta}})
 
 
-def new_request(method: str, params: Message) -> Message:
-    return {"jsonrpc": "2.0", "id": 0, "method": method, "params": params}
-
-
-def discovery() -> Message:
-    """The question that shows a server's era."""
-    return new_request("server/discover", {"_meta": envelope({}, OURSELVES)})
-
-
-def handshake(can: Message, client: Message) -> Message:
-    """`initialize`, for a client that says none itself."""
-    hello = {"protocolVersion": LEGACY[-1], "capabilities": can, "clientInfo": client}
-    return new_request("initialize", hello)
-
-
-def pong(message: Message) -> Message:
-    """The answer to a child's `ping`."""
-    return {"jsonrpc": "2.0", "id": message["id"], "result": {}}
-
-
-def speaks_modern(answer: Message) -> bool:
-    """Whether this answer to `server/discover` is a modern server's."""
-    result = as_object(answer.get("result"))
-    # A refusal of our revision lists those that are served.
-    data = as_object(as_object(answer.get("error")).get("data"))
-    listed = result.get("supportedVersions") or data.get("supported")
-    return isinstance(listed, list) and MODERN in listed
-
-
-def outcome(answer: asyncio.Future[Message]) -> Message:
-    """The response, if there is one."""
-    failed = not answer.done() or answer.cancelled() or answer.exception() is not None
-    return {} if failed else answer.result()
-
-
-def retrieve(work: asyncio.Future[Any]) -> None:
-    """Take a failure that nobody else may take, so that it is not reported as an oversight."""
-    if not work.cancelled():
-        work.exception()
-
-
-def end_when_started(starting: asyncio.Future[Child]) -> None:
-    """A callback: the child of a client that has left."""
-    failed = starting.cancelled() or starting.exception() is not None
-    if not failed and not starting.result().serves_all:
-        starting.result().end()
-
-
-async def first_result(answers: set[asyncio.Future[Message]], seconds: float) -> None:
-    """Wait until one of these is a result, or all have come, for so many seconds at most."""
-    deadline = time.monotonic() + seconds
-    waiting = set(answers)
-    while waiting and not any("result" in outcome(answer) for answer in answers):
-        left = deadline - time.monotonic()
-        outcomes = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        waiting = outcomes[1]
-        if not outcomes[0]:
-            return
-
-
-async def settle(child: Child) -> None:
-    """Wait until a child has dealt with what it was told, and has asked what that makes it ask."""
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(child.ask(new_request("ping", {}), Outbox.nowhere()), SETTLE_TIMEOUT)
-    await asyncio.sleep(QUESTION_PAUSE)
-
-
-def without(fields: Message, *names: str) -> Message:
-    return {name: value for name, value in fields.items() if name not in names}
-
-
-def marked_arguments(tool: Message) -> dict[str, str]:
-    """The arguments of a tool that headers repeat, with their headers."""
-    shapes = as_object(as_object(tool.get("inputSchema")).get("properties"))
-    marked = {name: as_object(shape).get("x-mcp-header") for name, shape in shapes.items()}
-    return {name: str(header) for name, header in marked.items() if header}
-
-
 def key_of(peer: Peer, message: Message) -> str:
     """What makes two requests those of one modern client."""
     meta = message["params"]["_meta"]
@@ -4562,78 +4656,6 @@ def bound_to(message: Message) -> tuple[object, ...]:
     """What a retry must have in common with the request before it."""
     params = without(message["params"], "_meta", "requestState", "inputResponses")
     return message["method"], params
-
-
-def list_flags(can: Message) -> list[str]:
-    """Which changes of lists a server tells of, as `subscriptions/listen` names them."""
-    return [
-        f"{what}ListChanged"
-        for what in CHANGED.values()
-        if as_object(can.get(what)).get("listChanged")
-    ]
-
-
-def envelope(can: Message, client: Message) -> Message:
-    """`_meta` of a modern request."""
-    return {CLAIM: MODERN, CAPABILITIES: can, CLIENT_INFO: client}
-
-
-def with_envelope(message: Message, peer: Peer, extra: Message) -> Message:
-    """A legacy request, as a modern server wants it."""
-    params = message.get("params", {})
-    can = as_object(peer.hello.get("capabilities"))
-    meta = {
-        **as_object(params.get("_meta")),
-        LOG_LEVEL: peer.level,
-        **envelope(can, peer.hello.get("clientInfo") or OURSELVES),
-    }
-    return {**message, "params": {**params, **extra, "_meta": meta}}
-
-
-def without_envelope(message: Message) -> Message:
-    """A modern request, as a legacy server wants it."""
-    params = without(message["params"], "requestState", "inputResponses", "_meta")
-    meta = {
-        name: value
-        for name, value in message["params"]["_meta"].items()
-        if not name.startswith(NAMESPACE)
-    }
-    return {**message, "params": {**params, "_meta": meta} if meta else params}
-
-
-def discovered(child: Child, message: Message) -> Message:
-    """What a legacy child said in its handshake, as the answer to `server/discover`."""
-    hello = as_object(child.hello.get("result"))
-    # The tasks of the legacy revisions are others than those of the modern one.
-    found = {"capabilities": without(child.can(), "tasks"), "supportedVersions": [MODERN]}
-    if "instructions" in hello:
-        found["instructions"] = hello["instructions"]
-    answer = {"jsonrpc": "2.0", "id": message["id"], "result": found}
-    return to_modern(answer, "server/discover", child)
-
-
-def to_modern(answer: Message, method: str, child: Child) -> Message:
-    """A legacy server's response, for a modern client."""
-    if "error" in answer:
-        code = answer["error"].get("code")
-        return {**answer, "error": {**answer["error"], "code": -32602 if code == -32002 else code}}
-    unnamed = {"name": child.name, "version": "0"}
-    server = as_object(child.hello.get("result")).get("serverInfo") or unnamed
-    meta = {**as_object(answer["result"].get("_meta")), SERVER_INFO: server}
-    cached = {"ttlMs": 0, "cacheScope": "private"} if method in CACHED else {}
-    result = {"resultType": "complete", **answer["result"], **cached, "_meta": meta}
-    return {**answer, "result": result}
-
-
-def to_legacy(answer: Message, method: str) -> Message:
-    """A modern server's response, for a legacy client."""
-    if "error" in answer:
-        missing = method == "resources/read" and "uri" in as_object(answer["error"].get("data"))
-        code = -32002 if missing else answer["error"].get("code")
-        return {**answer, "error": {**answer["error"], "code": code}}
-    fields = without(answer["result"], "resultType", "ttlMs", "cacheScope", "_meta")
-    meta = without(answer["result"].get("_meta") or {}, SERVER_INFO)
-    return {**answer, "result": {**fields, "_meta": meta} if meta else fields}
 
 
 # ==========================================================================

@@ -7314,15 +7314,15 @@ def test_whatever_comes_over_http_has_an_answer_in_its_shape(proxy: Proxy) -> No
         status = int((re.match(rb"HTTP/1\.1 (\d{3}) ", head) or [b"", b"0"])[1])
         assert not got or status, (sent, got)
         assert status < 500, (sent, got)
-        if (
-            status >= 400
-            and answer
-            and b"HTTP/1.1 " not in answer
-            and b"/messages" not in sent
-            and b"/mcp" not in sent
-        ):
-            assert isinstance(json.loads(answer)["error"], str), (sent, got)
-            assert json.loads(answer)["exit_code"] in (2, 125), (sent, got)
+        if status < 400 or not answer or b"HTTP/1.1 " in answer:
+            continue
+        told = json.loads(answer)
+        if "jsonrpc" in told:
+            assert any(path in sent for path in (b"/mcp", b"/sse", b"/messages")), (sent, got)
+            assert type(told["error"]["code"]) is int, (sent, got)
+        else:
+            assert isinstance(told["error"], str), (sent, got)
+            assert told["exit_code"] in (2, 125), (sent, got)
     assert proxy.request("GET", "/health")[0] == 200
     assert "Traceback" not in proxy.logged(), proxy.logged()[-3000:]
 
