@@ -3797,6 +3797,7 @@ class Relay:
     def _share(self, child: Child, answer: Message) -> Child:
         child.keep(answer)
         child.serve_all(self._from_modern)
+        self._recovered()
         self.era = Era.MODERN
         self.shared = child
         self.clients.clear()
@@ -3858,7 +3859,7 @@ class Relay:
     def _greeted(self, child: Child, answer: Message) -> Child:
         """It has answered the handshake."""
         child.keep(answer)
-        self.failure = ""
+        self._recovered()
         # If it refuses, perhaps we got its era wrong.
         self.era = Era.LEGACY if "result" in answer else Era.UNKNOWN
         return child
@@ -3874,8 +3875,6 @@ class Relay:
             raise
         if not child.answered:
             raise RelayError(f"{child.epitaph}, before it answered")
-        self.failure = ""
-        self.failures = 0
         return answer
 
     def _gave_no_answer(self, child: Child, hello: Message) -> RelayError:
@@ -3927,6 +3926,11 @@ class Relay:
             self.failures += 1
             self.failed_at = time.monotonic()
             self.not_before = self.failed_at + min(CHILD_BACKOFF, 0.1 * 2**self.failures)
+
+    def _recovered(self) -> None:
+        """A child has answered."""
+        self.failure = ""
+        self.failures = 0
 
     def _on_lost(self, child: Child) -> None:
         if self.shared is child:

@@ -7782,6 +7782,21 @@ def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pat
 
 
 @pytest.mark.bench
+def test_bench_thirty_three_sessions_of_three_servers(
+    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+) -> None:
+    command = f"{sys.executable} -S {fixtures} legacy"
+    proxy = own(*(f"--mcp-server={name}={command}" for name in "abc"))
+    proxy.exec("true")
+    clients = [Client(proxy, "legacy", name, stream) for name in "abc" for _ in range(11)]
+    for client in clients:
+        assert text_of(client.call("big", bytes=1_000_000))
+        assert text_of(client.call("pid"))
+    size = proxy.memory() / 1e6
+    print(f"\nthree servers with 33 sessions: {size:.0f} MB (bound 50)")
+
+
+@pytest.mark.bench
 def test_bench_twenty_agents_at_once(own: Callable[..., Proxy]) -> None:
     server = own()
     calls = [kept(server) for _ in range(20)]
