@@ -2842,34 +2842,42 @@ def step(message: Message, version: str, facts: Facts) -> list[Decision]:
     id_, method, params = message["id"], message["method"], message.get("params", {})
     modern = version == MODERN
     answer = partial(success, id_, method=method, version=version, facts=facts)
-    match method:
-        case "initialize" if not modern:
-            if not isinstance(asked := params.get("protocolVersion"), str):
-                raise complain("params.protocolVersion", asked, "a revision of MCP")
-            version = asked if asked in LEGACY else LEGACY[-1]
-            server = {"name": facts.name, "title": facts.name, "version": facts.version}
-            hello = {"protocolVersion": version, "capabilities": {"tools": {}, "logging": {}}}
-            hello |= {"serverInfo": only_known(server, version), "instructions": facts.instructions}
-            return [Send({"jsonrpc": "2.0", "id": id_, "result": hello})]
-        case "server/discover" if modern:
-            found = {
-                "supportedVersions": [MODERN],
-                "capabilities": {"tools": {}},
-                "instructions": facts.instructions,
-            }
-            return [Send(answer(found))]
-        case "ping" if not modern:
-            return [Send(answer({}))]
-        case "logging/setLevel" if not modern:
-            if (level := params.get("level")) not in LEVELS:
-                raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
-            return [SetLevel(level), Send(answer({}))]
-        case "tools/list":
-            if params.get("cursor") is not None:
-                raise complain("params.cursor", params["cursor"], "none: there is one page")
-            return [Send(answer({"tools": [only_known(each, version) for each in facts.tools]}))]
-        case "tools/call":
-            return [call_tool(id_, params, facts)]
+    if method == "tools/list":
+        if params.get("cursor") is not None:
+            raise complain("params.cursor", params["cursor"], "none: there is one page")
+        return [Send(answer({"tools": [only_known(each, version) for each in facts.tools]}))]
+    if method == "tools/call":
+        return [call_tool(id_, params, facts)]
+
+    if modern and method == "server/discover":
+        found = {
+            "supportedVersions": [MODERN],
+            "capabilities": {"tools": {}},
+            "instructions": facts.instructions,
+        }
+        return [Send(answer(found))]
+
+    if not modern and method == "initialize":
+        asked = params.get("protocolVersion")
+        if not isinstance(asked, str):
+            raise complain("params.protocolVersion", asked, "a revision of MCP")
+        version = asked if asked in LEGACY else LEGACY[-1]
+        server = {"name": facts.name, "title": facts.name, "version": facts.version}
+        hello = {
+            "protocolVersion": version,
+            "capabilities": {"tools": {}, "logging": {}},
+            "serverInfo": only_known(server, version),
+            "instructions": facts.instructions,
+        }
+        return [Send({"jsonrpc": "2.0", "id": id_, "result": hello})]
+    if not modern and method == "ping":
+        return [Send(answer({}))]
+    if not modern and method == "logging/setLevel":
+        level = params.get("level")
+        if level not in LEVELS:
+            raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
+        return [SetLevel(level), Send(answer({}))]
+
     raise UnknownMethod(
         f"`method`: got {ascii(method)[:80]}, which revision {version} of this server does not have"
     )
@@ -4213,7 +4221,10 @@ class ModernClient:
     def __init__(self, relay: Relay, key: str, meta: Message) -> None:
         self.relay = relay
         self.key = key
-        self.info = as_object(meta.get(CLIENT_INFO)) or OURSELVES
+        self.info = as_object(meta.get(CLIENT_INFO))
+        if not all(isinstance(self.info.get(name), str) for name in OURSELVES):
+            # A legacy server may refuse a client that has no name.
+            self.info = OURSELVES
         declared = meta[CAPABILITIES]
         self.can = {name: declared[name] for name in ASKING.values() if name in declared}
         self.child: asyncio.Future[Child] | None = None
@@ -4303,11 +4314,20 @@ class ModernClient:
 
     async def _running(self, call: Call) -> Child:
         """Its child; started for this call, if there is none."""
-        if self.child is None:
+        if self.child is None or self._has_ended(self.child):
             self.starter = call
             self.child = asyncio.ensure_future(self._start())
             self.child.add_done_callback(self._started)
         return await asyncio.shield(self.child)
+
+    @staticmethod
+    def _has_ended(starting: asyncio.Future[Child]) -> bool:
+        """Whether it is no more, or never was."""
+        if not starting.done():
+            return False
+        if starting.cancelled() or starting.exception() is not None:
+            return True
+        return not starting.result().usable
 
     async def _start(self) -> Child:
         hello = handshake(self.can, self.info)
@@ -4329,10 +4349,9 @@ class ModernClient:
 
     def _started(self, starting: asyncio.Future[Child]) -> None:
         self.starter = None
-        failed = starting.cancelled() or starting.exception() is not None
-        if failed or not starting.result().usable:
-            if self.child is starting:
-                self.child = None
+        if self.child is starting and self._has_ended(starting):
+            self.child = None
+            self._forget_itself_if_unused()
 
     def _on_lost(self, child: Child) -> None:
         """Its child has ended: the next call starts a new one, which asks anew."""
@@ -5372,14 +5391,13 @@ class Terminals:
         version = MODERN if modern else peer.version or LEGACY[-1]
         answer: Message = {}
         for decision in step(message, version, FACTS):
-            match decision:
-                case Send():
-                    answer = decision.message
-                case SetLevel():
-                    peer.level = decision.level
-                case CallTool():
-                    fields = await self._call(decision, outbox)
-                    answer = success(decision.id, fields, "tools/call", version, FACTS)
+            if isinstance(decision, Send):
+                answer = decision.message
+            elif isinstance(decision, SetLevel):
+                peer.level = decision.level
+            else:
+                fields = await self._call(decision, outbox)
+                answer = success(decision.id, fields, "tools/call", version, FACTS)
         return answer
 
     async def _call(self, call: CallTool, outbox: Outbox) -> Message:
