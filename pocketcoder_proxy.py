@@ -2667,12 +2667,12 @@ def is_id(value: object) -> TypeGuard[str | int]:
 
 def read_message(raw: bytes | str) -> Message:
     """One JSON-RPC message.  Raises NotJson, NotAMessage, which say whether it was a response."""
-    odd = list[
-        str
-    ]()  # numbers that are none in JSON, though some write them, or would not be when written again
+    # What is no number in JSON, though some write it, or would be none when written again.
+    odd: list[str] = []
 
     def number(text: str, kind: Callable[[str], float] = float) -> float:
-        if (value := kind(text)) in (math.inf, -math.inf):
+        value = kind(text)
+        if value in (math.inf, -math.inf):
             odd.append(text)
         return value
 
@@ -2695,7 +2695,7 @@ def read_message(raw: bytes | str) -> Message:
     known_id = id_ if is_id(id_) else None
     in_response = "method" not in got and ("result" in got or "error" in got)
     if odd:
-        fault = f"message: got {odd[0][:40]}, expected numbers that JSON has"
+        fault = f"message: got {odd[0][:40]}, expected numbers valid in JSON"
         raise NotJson(fault, request_id=known_id, in_response=in_response)
     fault = ""
     if got.get("jsonrpc") != "2.0":
@@ -2722,44 +2722,56 @@ def is_modern(message: Message, header: str | None = None) -> bool:
     meta = message.get("params", {}).get("_meta")
     claimed = isinstance(meta, dict) and CLAIM in meta
     modern = claimed or (header is not None and header not in LEGACY)
+    shown = ascii(header)[:40]
+
     if "method" not in message:
         if modern:
-            raise NotAMessage(f"got a response, expected none in revision {ascii(header)[:40]}")
-    elif "id" not in message and header not in (None, MODERN, *LEGACY):
-        raise NotAMessage(
-            f"`MCP-Protocol-Version`: got {ascii(header)[:40]}, expected one of {', '.join(LEGACY)}"
-        )
-    elif "id" in message and not claimed and (modern or message["method"] == "server/discover"):
+            raise NotAMessage(f"got a response, expected none in revision {shown}")
+        return False
+
+    if "id" not in message:
+        if header not in (None, MODERN, *LEGACY):
+            expected = f"one of {', '.join(LEGACY)}"
+            raise NotAMessage(f"`MCP-Protocol-Version`: got {shown}, expected {expected}")
+        return modern
+
+    meant_modern = modern or message["method"] == "server/discover"
+    if meant_modern and not claimed:
         raise BadMessage(f"`params._meta`: got no `{CLAIM}`, expected it and `{CAPABILITIES}`")
     return modern
 
 
 def check_envelope(message: Message, headers: Callable[[str], list[str]] | None) -> None:
     """A modern request's `_meta`, and what its headers repeat (None: a transport without).  Raises BadMessage."""
-    params, method = message["params"], message["method"]
-    version = params["_meta"][CLAIM]
-    if not isinstance(version, str) or not isinstance(params["_meta"].get(CAPABILITIES), dict):
-        raise BadMessage(
-            f"`params._meta`: expected a string as `{CLAIM}` and an object as `{CAPABILITIES}`"
-        )
-    expected = {"MCP-Protocol-Version": version, "Mcp-Method": method}
-    if (key := ROUTED.get(method, "taskId" * method.startswith("tasks/"))) and isinstance(
-        params.get(key), str
-    ):
-        expected["Mcp-Name"] = params[key]
-    for name, value in expected.items() if headers else ():
-        got = [header_value(name, text) for text in headers(name)] if headers else []
-        if got != [value]:
-            raise HeaderMismatch(
-                f"`{name}`: got {ascii(got)[:80]}, expected {ascii(value)[:80]} as in the body"
-            )
+    meta = message["params"]["_meta"]
+    version = meta[CLAIM]
+    if not isinstance(version, str) or not isinstance(meta.get(CAPABILITIES), dict):
+        expected = f"a string as `{CLAIM}` and an object as `{CAPABILITIES}`"
+        raise BadMessage(f"`params._meta`: expected {expected}")
+
+    if headers is not None:
+        for name, value in repeated_fields(message).items():
+            check_header(name, headers(name), [value])
+
     if version != MODERN:
         data = {"supported": [MODERN], "requested": version}
-        raise UnsupportedVersion(
-            f"`{CLAIM}`: got {ascii(version)[:40]}, expected {MODERN}", data=data
-        )
-    if (level := params["_meta"].get(LOG_LEVEL)) is not None and level not in LEVELS:
+        shown = ascii(version)[:40]
+        raise UnsupportedVersion(f"`{CLAIM}`: got {shown}, expected {MODERN}", data=data)
+
+    level = meta.get(LOG_LEVEL)
+    if level is not None and level not in LEVELS:
         raise complain(f"params._meta.{LOG_LEVEL}", level, f"one of {', '.join(LEVELS)}")
+
+
+def repeated_fields(message: Message) -> dict[str, str]:
+    """What headers repeat of every modern request, by header."""
+    params = message["params"]
+    method = message["method"]
+    fields = {"MCP-Protocol-Version": params["_meta"][CLAIM], "Mcp-Method": method}
+    key = "taskId" if method.startswith("tasks/") else ROUTED.get(method)
+    if key is not None and isinstance(params.get(key), str):
+        fields["Mcp-Name"] = params[key]
+    return fields
 
 
 def check_parameters(
@@ -2767,17 +2779,36 @@ def check_parameters(
 ) -> None:
     """`Mcp-Param-*` headers, which repeat arguments; `repeated`: by argument.  Raises HeaderMismatch."""
     arguments = message["params"].get("arguments") or {}
-    for argument, header in repeated.items() if isinstance(arguments, dict) else ():
-        name, value = f"Mcp-Param-{header}", arguments.get(argument)
-        got = [header_value(name, text) for text in headers(name)]
-        expected = [] if value is None else [value if isinstance(value, str) else json.dumps(value)]
-        with contextlib.suppress(ValueError):
-            if type(value) in (int, float) and [float(text) for text in got] == [value]:
-                continue
-        if got != expected:
-            raise HeaderMismatch(
-                f"`{name}`: got {ascii(got)[:80]}, expected {ascii(expected)[:80]} as in the body"
-            )
+    if not isinstance(arguments, dict):
+        return
+    for argument, header in repeated.items():
+        name = f"Mcp-Param-{header}"
+        value = arguments.get(argument)
+        got = headers(name)
+        is_numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_numeric and is_number(name, got, value):
+            continue
+        expected = []
+        if value is not None:
+            expected = [value if isinstance(value, str) else json.dumps(value)]
+        check_header(name, got, expected)
+
+
+def check_header(name: str, texts: list[str], expected: list[str]) -> None:
+    """Raises HeaderMismatch, unless this header says what the body does."""
+    got = [header_value(name, text) for text in texts]
+    if got != expected:
+        raise HeaderMismatch(
+            f"`{name}`: got {ascii(got)[:80]}, expected {ascii(expected)[:80]} as in the body"
+        )
+
+
+def is_number(name: str, texts: list[str], value: object) -> bool:
+    """Whether a header says this number, however it is written: 42.0 is 42.  Raises HeaderMismatch."""
+    try:
+        return [float(header_value(name, text)) for text in texts] == [value]
+    except ValueError:
+        return False
 
 
 def header_value(name: str, text: str) -> str:
