@@ -3284,7 +3284,8 @@ class Child:
             )
         # RuntimeError: no thread
         except (OSError, ValueError, RuntimeError) as wrong:
-            raise RelayError(f"server {config.name} cannot start: {wrong}") from None
+            why = getattr(wrong, "strerror", None) or str(wrong)
+            raise RelayError(f"server {config.name} cannot start: {why}") from None
         return cls(config.name, process, on_message)
 
     @property
@@ -6239,7 +6240,7 @@ class Cli:
         add(
             "--audit-log",
             metavar="FILE",
-            help="append a JSON line for each command's start and end",
+            help="append a JSON line for the start and the end of each command and relayed request",
         )
         add(
             "--mcp-server",
