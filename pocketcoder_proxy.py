@@ -3014,7 +3014,7 @@ class Outbox:
         """Wait until it is not crowded, for so many seconds at most."""
         for _ in range(round(seconds / DRAIN_PAUSE)):
             await asyncio.sleep(0)
-            if not self.crowded():
+            if self.closed or not self.crowded():
                 break
             await asyncio.sleep(DRAIN_PAUSE)
 
@@ -3357,7 +3357,7 @@ class Child:
         except Exception:  # whatever it wrote, others wait for what it writes next
             log.exception("server %s: skipped %s", self.name, ascii(line[:80]))
 
-        if outbox and outbox.heard:
+        if outbox and outbox.heard and self.usable:
             # A slow reader slows the child down; a little, if others use it too.
             alone = len(self.exchanges) <= 1
             await outbox.room(SLOW_READER_TIMEOUT if alone else CROWD_PAUSE)

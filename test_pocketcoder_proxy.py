@@ -4654,9 +4654,35 @@ def test_the_next_request_after_a_crash_waits_for_the_new_process(
             crashing = Client(proxy, era, "x", stream)
         assert type(said(crashing.call("pid"))) is int
     assert type(said(bystander.call("pid"))) is int
-    # The reason is told, once.
-    shown = json.loads(proxy.request("GET", "/servers")[2])[0]
-    assert shown["state"] == "running"
+    assert json.loads(proxy.request("GET", "/servers")[2])[0]["state"] == "running"
+
+
+def test_a_crash_leaves_the_processes_of_other_clients_alone(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+    one, two = (
+        Client(proxy, "modern", "x", stream, info={"name": name, "version": "1"})
+        for name in ("one", "two")
+    )
+    assert [said(each.call("count")) for each in (one, two)] == [1, 1]
+    assert "ended with 3" in one.call("crash")["message"]
+    assert said(two.call("count")) == 2
+    assert said(one.call("count")) == 1
+
+
+def test_a_session_is_unknown_at_once_when_its_process_has_died(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+    for _ in range(5):
+        client = Client(proxy, "legacy", "x", stream)
+        client.call("crash")
+        # Each of these comes within the first milliseconds.
+        answers = [
+            mcp(proxy, request("ping"), path=client.path, **client.headers)[0] for _ in range(3)
+        ]
+        assert answers == [404] * 3
 
 
 @pytest.mark.slow
@@ -4679,7 +4705,15 @@ def test_only_a_process_that_never_answers_is_held_back(own: Callable[..., Proxy
 
 
 @pytest.mark.parametrize("era", ["legacy", "modern"])
-@pytest.mark.parametrize("odd", ["", " exits", " era=both", " era=modern"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param("", id="a legacy server"),
+        pytest.param(" exits", id="one that ends at what it does not know"),
+        pytest.param(" era=both", id="a server of both eras"),
+        pytest.param(" era=modern", id="a modern server"),
+    ],
+)
 def test_a_server_that_allows_one_instance_is_served(
     own: Callable[..., Proxy],
     peculiar: str,
