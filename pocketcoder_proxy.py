@@ -138,7 +138,7 @@ CHILD_CEILING = 3600.0  # for an answer, whatever progress it tells of
 CHILD_START = 60.0  # for its first answer
 CHILD_IDLE = 600.0  # until one that nobody uses is ended, unless --mcp-idle says otherwise
 PROBE_TIMEOUT = 5.0  # of silence, until it is asked for its era in another way too
-SETTLE_TIMEOUT = 1.0  # for a legacy one to deal with what it was told
+SETTLE_TIMEOUT = 1.0  # for a legacy one to deal with what it was sent
 LAST_WORDS = 0.05  # for its exit status and its last lines, when it has closed its output
 LAST_ANSWERS = 1.0  # for the answers to leave that a session of a dead one still has
 CROWD_PAUSE = 0.05  # it waits so long for a slow reader, when others use it too
@@ -3249,7 +3249,7 @@ class Child:
         self.exchanges = dict[int, Exchange]()
         # How many wait for a client's answer: meanwhile no request expires.
         self.paused = 0
-        # The level that it was told to log at.
+        # The level that it was asked to log at.
         self.level = ""
         self.began = time.monotonic()
         self.used = self.began
@@ -3582,7 +3582,7 @@ def outcome_of(answer: asyncio.Future[Message]) -> Message:
 
 
 def retrieve(work: asyncio.Future[Any]) -> None:
-    """Take a failure that nobody else may take, so that it is not reported as an oversight."""
+    """Take a failure, so that asyncio does not report it as an oversight."""
     if not work.cancelled():
         work.exception()
 
@@ -3607,7 +3607,7 @@ async def first_result(answers: set[asyncio.Future[Message]], seconds: float) ->
 
 
 async def settle(child: Child) -> None:
-    """Wait until a child has dealt with what it was told, and has asked what that makes it ask."""
+    """Wait until a child has dealt with what it was sent, and has asked its questions about that."""
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(child.ask(new_request("ping", {}), Outbox.nowhere()), SETTLE_TIMEOUT)
     await asyncio.sleep(QUESTION_PAUSE)
@@ -3742,7 +3742,7 @@ def to_legacy(answer: Message, method: str) -> Message:
 #
 # R1  Messages pass as they came but for ids, progress tokens, subscriptions and the era's envelope.
 # R2  A modern server has one child for all clients; a legacy one has one for each.
-# R3  What a legacy child asks reaches its client, or nobody.
+# R3  What a legacy child asks reaches its client only.
 # R4  A child ends with its last user; the request after a crash waits for a new one.
 
 
@@ -4101,7 +4101,7 @@ class Relay:
         return self.clients[key]
 
     def _end_an_idle_client(self) -> bool:
-        """End the one that nobody has used longest; one that waits for its person's answers, at the last."""
+        """End the one unused longest; one that waits for a person's answer only if there is no other."""
         idle = [client for client in self.clients.values() if client.idle]
         if not idle:
             return False
@@ -4214,7 +4214,7 @@ class Call:
 
     def start(self, work: Coroutine[Any, Any, Message]) -> None:
         self.work = asyncio.ensure_future(work)
-        # Nobody may be left to hear of a failure.
+        # Its caller may have left, and so not take a failure.
         self.work.add_done_callback(retrieve)
 
     @property
@@ -4449,7 +4449,7 @@ class ModernClient:
             call.take(gone.name)
 
     def _announce(self, message: Message) -> None:
-        """Tell of a change to those who listen for it."""
+        """Report a change to the streams that listen for it."""
         params = message.get("params", {})
         flag = f"{CHANGED.get(message['method'])}ListChanged"
         for call, wanted in self.listeners.items():
@@ -4544,7 +4544,7 @@ class ModernClient:
             self.relay.room.set()
 
     def end(self) -> None:
-        """End its child; who comes back is a new client."""
+        """End its child.  When the client comes back, it is a new one."""
         for state in [*self.parked]:
             self._expire(state)
         if self.child:
