@@ -139,6 +139,7 @@ CHILD_START = 60.0  # for its first answer
 CHILD_IDLE = 600.0  # until one that nobody uses is ended, unless --mcp-idle says otherwise
 PROBE_TIMEOUT = 5.0  # of silence, until it is asked for its era in another way too
 SETTLE_TIMEOUT = 1.0  # for a legacy one to deal with what it was sent
+ABANDON_PAUSE = 0.2  # for a session to be found abandoned, when a second process cannot start
 LAST_WORDS = 0.05  # for its exit status and its last lines, when it has closed its output
 LAST_ANSWERS = 1.0  # for the answers to leave that a session of a dead one still has
 CROWD_PAUSE = 0.05  # it waits so long for a slow reader, when others use it too
@@ -3772,6 +3773,8 @@ class Relay:
         self.children: set[Child] = set()
         # The one of a modern server.
         self.shared: Child | None = None
+        # The sessions that have a child of their own.
+        self.sessions: dict[Child, Peer] = {}
         # The modern clients of a legacy server, by `key_of`.
         self.clients: dict[str, ModernClient] = {}
         # One of them needs its child no longer.
@@ -3812,6 +3815,32 @@ class Relay:
         on_message  gets what belongs to no request
         outbox      gets what comes before the answer to `hello`
         """
+        try:
+            return await self._open(hello, on_message, outbox)
+        except RelayError:
+            # Perhaps the server allows but one instance, and a client has left without ending its
+            # session: it was killed, for instance, and is started again.
+            if not self.sessions or self.stopping:
+                raise
+            # Its stream may be about to end.
+            await asyncio.sleep(ABANDON_PAUSE)
+            if not self._end_an_abandoned_session():
+                raise
+            return await self._open(hello, on_message, outbox)
+
+    def _end_an_abandoned_session(self) -> bool:
+        """End the only session, if it has neither a call nor a stream."""
+        running = [child for child in self.children if child.usable]
+        peer = self.sessions.get(running[0]) if len(running) == 1 else None
+        if peer is None or peer.outbox.heard or running[0].exchanges:
+            return False
+        log.warning("server %s: ends a session that is not in use, for another client", self.name)
+        peer.lost()
+        running[0].end()
+        return True
+
+    async def _open(self, hello: Message, on_message: OnMessage, outbox: Outbox) -> Child:
+        """The same, without making room."""
         async with self.probing:
             if self.era is Era.UNKNOWN:
                 return await self._probe(hello, on_message, outbox)
@@ -4050,13 +4079,15 @@ class Relay:
             child.tell(notification("notifications/initialized", {}))
 
         def on_lost(child: Child) -> None:
+            self.sessions.pop(child, None)
             if not child.retired:
                 peer.lost()
 
+        self.sessions[child] = peer
         child.on_lost.append(on_lost)
         if child.epitaph:
             # It has ended already.
-            peer.lost()
+            on_lost(child)
         return child
 
     def _to_session(self, peer: Peer, child: Child, message: Message) -> Outbox | None:

@@ -4731,6 +4731,31 @@ def test_a_server_that_allows_one_instance_is_served(
     assert said(client.call("pid")) != first
 
 
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+def test_an_abandoned_session_makes_room_at_a_server_that_allows_one_instance(
+    own: Callable[..., Proxy],
+    peculiar: str,
+    tmp_path: pathlib.Path,
+    stream: Callable[..., Stream],
+    era: str,
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock")
+    killed = Client(proxy, "legacy", "x", stream)
+    assert type(said(Client(proxy, era, "x", stream).call("pid"))) is int
+    assert mcp(proxy, request("ping"), path=killed.path, **killed.headers)[0] == 404
+
+
+def test_a_session_in_use_makes_no_room(
+    own: Callable[..., Proxy], peculiar: str, tmp_path: pathlib.Path, stream: Callable[..., Stream]
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock")
+    session = Client(proxy, "legacy", "x", stream)
+    stream(proxy, session.path, None, **session.headers)
+    refused = mcp(proxy, request("initialize", INITIALIZE), path=session.path)[2]
+    assert "another one runs" in refused["error"]["message"]
+    assert type(said(session.call("pid"))) is int
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("era", ["legacy", "modern"])
 @pytest.mark.parametrize(
