@@ -5107,7 +5107,7 @@ def started_with(tmp_path: pathlib.Path, text: str, *words: str, **variables: st
         capture_output=True,
         text=True,
         timeout=20,
-        env={**os.environ, **variables},
+        env={**os.environ, "TMUX_SOCKET": str(tmp_path / "tmux/s"), **variables},
     )
 
 
