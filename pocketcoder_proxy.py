@@ -25,6 +25,8 @@ Sections, top to bottom; each uses only what stands above it:
   Terminals         panes, prompts, who may type
   Runs              one run from files to prompt; PocketCoderDriver
   MCP core          JSON-RPC, both eras: messages in, decisions out
+  MCP children      a relayed server's process: its life, its lines, requests in flight
+  Era translation   what a message of one era is in the other
   Relay             stdio MCP servers of the sandbox, for clients of either era
   State and tools   what handlers share, sessions, the tools of MCP
   Transports        HTTP: the gate, handlers, endpoints, ROUTES
@@ -149,14 +151,23 @@ CONNECT_TIMEOUT = 10.0  # of the shell
 SIGNAL_PATIENCE = 0.15  # of the shell after a signal: its callers kill it after 0.2
 CHILD_TIMEOUT = 300.0  # of a relayed server: for an answer, or the next progress
 CHILD_QUEUE = 32 * MIB  # bytes that wait for it to read
-CHILD_BACKOFF = 30.0  # the longest wait before it is started again
-MAX_CHILDREN = (
-    16  # of one server, calls of modern clients at once that a legacy one may ask back in
-)
+CHILD_READ = 256 * KIB  # bytes of it read at once
+MAX_ANSWER = 32 * MIB  # bytes of a line of it
+MAX_LOG_LINE = 64 * KIB  # bytes of a line of its stderr
+MAX_ENDS = 4 * KIB  # bytes kept of each end of a line that is too long: its id is there
+CHILD_BACKOFF = 30.0  # the longest wait before one that never answered is started again
+CHILD_PATIENCE = 5.0  # a request waits so long for a back-off, for room, or for the last one to end
+MAX_CHILDREN = 16  # of one legacy server, for modern clients: one each
 CHILD_CEILING = 3600.0  # for an answer, whatever progress it tells of
 CHILD_START = 60.0  # for its first answer
-CHILD_IDLE = 600.0  # until one that nobody uses is ended
-PROBE_TIMEOUT = 5.0  # for it to tell its era
+CHILD_IDLE = 600.0  # until one that nobody uses is ended, unless --mcp-idle says otherwise
+PROBE_TIMEOUT = 5.0  # of silence, until it is asked for its era in another way too
+SETTLE_TIMEOUT = 1.0  # for a legacy one to deal with what it was sent
+ABANDON_PAUSE = 0.2  # for a session to be found abandoned, when a second process cannot start
+LAST_WORDS = 0.05  # for its exit status and its last lines, when it has closed its output
+LAST_ANSWERS = 1.0  # for the answers to leave that a session of a dead one still has
+CROWD_PAUSE = 0.05  # it waits so long for a slow reader, when others use it too
+MAX_QUESTIONS = 100  # of one, that wait for a call of its client
 HEADERS_KEPT = 30.0  # what its tools say of headers
 PARK_TIMEOUT = 300.0  # for a client to answer its question
 QUESTION_PAUSE = 0.02  # for more questions of a legacy server
@@ -166,9 +177,10 @@ MAX_SESSIONS, MAX_CALLS = 4096, 100  # of MCP; calls of one session at once
 MAX_WAITING = 1000  # connections without a request at work
 MAX_HEADERS = 16 * KIB  # bytes of a request's; 64 KiB of them take 10 ms to parse, before the gate
 SESSION_KEPT = 60.0  # a session that its client named outlives its stream
-SESSION_IDLE = 3600.0  # one of Streamable HTTP its last message
+SESSION_IDLE = 3600.0  # one of Streamable HTTP its last message; of a relayed server: CHILD_IDLE
 PROGRESS_EVERY, PROGRESS_PAUSE = 1.0, 0.1  # between progress notifications, at most and at least
 MAX_LINE = KIB  # bytes of a line told as progress
+MAX_NAME = 128  # characters of the name of a relayed server; of one shown in the audit log
 MAX_LINES, MAX_KEYS = 2000, 4 * KIB  # `lines` read; bytes typed at once: a terminal's line buffer
 CORS_HEADERS = "Authorization, Content-Type, Accept, MCP-Protocol-Version, Mcp-Session-Id, Mcp-Method, Mcp-Name, "
 CORS_HEADERS += "Last-Event-ID"  # and Mcp-Param-*, as asked for
@@ -749,6 +761,7 @@ import resource
 import secrets
 import select
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -771,6 +784,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeGuard, TypeVar
+from urllib.parse import quote as percent_encoded
 from urllib.parse import quote_plus, urlsplit
 
 try:
@@ -842,11 +856,19 @@ class ProxyError(Exception):
     # As `timeout` of coreutils has it: the command could not be run.
     exit_code = 125
 
-    def __init__(self, text: str, data: object = None, request_id: str | int | None = None) -> None:
+    def __init__(
+        self,
+        text: str,
+        data: object = None,
+        request_id: str | int | None = None,
+        in_response: bool = False,
+    ) -> None:
         super().__init__(text)
         # For a JSON-RPC error: its `data`, and the request that it answers.
         self.data = data
         self.request_id = request_id
+        # What is wrong is a response, which is never answered.
+        self.in_response = in_response
 
 
 class BadMessage(ProxyError):
@@ -905,7 +927,7 @@ class UnknownSession(ProxyError):
 class Forbidden(ProxyError):
     """`Origin` or `Host` is not one of ours."""
 
-    http_status = 403
+    http_status, rpc_code = 403, -32600
 
 
 class NoTerminal(ProxyError):
@@ -3991,18 +4013,22 @@ def as_object(value: object) -> Message:
     return value if isinstance(value, dict) else {}
 
 
+def without(fields: Message, *names: str) -> Message:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
 def is_id(value: object) -> TypeGuard[str | int]:
     return type(value) in (str, int)
 
 
 def read_message(raw: bytes | str) -> Message:
-    """One JSON-RPC message.  Raises NotJson, NotAMessage."""
-    odd = list[
-        str
-    ]()  # numbers that are none in JSON, though some write them, or would not be when written again
+    """One JSON-RPC message.  Raises NotJson, NotAMessage, which say whether it was a response."""
+    # What is no number in JSON, though some write it, or would be none when written again.
+    odd: list[str] = []
 
     def number(text: str, kind: Callable[[str], float] = float) -> float:
-        if (value := kind(text)) in (math.inf, -math.inf):
+        value = kind(text)
+        if value in (math.inf, -math.inf):
             odd.append(text)
         return value
 
@@ -4020,10 +4046,13 @@ def read_message(raw: bytes | str) -> Message:
         raise NotAMessage(
             f"message: got {type(got).__name__}, expected an object: batches are not served"
         )
-    id_, method = got.get("id"), got.get("method")
+    id_ = got.get("id")
+    method = got.get("method")
+    known_id = id_ if is_id(id_) else None
+    in_response = "method" not in got and ("result" in got or "error" in got)
     if odd:
-        fault = f"message: got {odd[0][:40]}, expected numbers that JSON has"
-        raise NotJson(fault, request_id=id_ if is_id(id_) else None)
+        fault = f"message: got {odd[0][:40]}, expected numbers valid in JSON"
+        raise NotJson(fault, request_id=known_id, in_response=in_response)
     fault = ""
     if got.get("jsonrpc") != "2.0":
         fault = "`jsonrpc`: expected the string 2.0"
@@ -4036,7 +4065,7 @@ def read_message(raw: bytes | str) -> Message:
     elif not isinstance(got.get("params", {}), dict):
         fault = "`params`: expected an object"
     if fault:
-        raise NotAMessage(fault, request_id=id_ if is_id(id_) else None)
+        raise NotAMessage(fault, request_id=known_id, in_response=in_response)
     return got
 
 
@@ -4049,44 +4078,56 @@ def is_modern(message: Message, header: str | None = None) -> bool:
     meta = message.get("params", {}).get("_meta")
     claimed = isinstance(meta, dict) and CLAIM in meta
     modern = claimed or (header is not None and header not in LEGACY)
+    shown = ascii(header)[:40]
+
     if "method" not in message:
         if modern:
-            raise NotAMessage(f"got a response, expected none in revision {ascii(header)[:40]}")
-    elif "id" not in message and header not in (None, MODERN, *LEGACY):
-        raise NotAMessage(
-            f"`MCP-Protocol-Version`: got {ascii(header)[:40]}, expected one of {', '.join(LEGACY)}"
-        )
-    elif "id" in message and not claimed and (modern or message["method"] == "server/discover"):
+            raise NotAMessage(f"got a response, expected none in revision {shown}")
+        return False
+
+    if "id" not in message:
+        if header not in (None, MODERN, *LEGACY):
+            expected = f"one of {', '.join(LEGACY)}"
+            raise NotAMessage(f"`MCP-Protocol-Version`: got {shown}, expected {expected}")
+        return modern
+
+    meant_modern = modern or message["method"] == "server/discover"
+    if meant_modern and not claimed:
         raise BadMessage(f"`params._meta`: got no `{CLAIM}`, expected it and `{CAPABILITIES}`")
     return modern
 
 
 def check_envelope(message: Message, headers: Callable[[str], list[str]] | None) -> None:
     """A modern request's `_meta`, and what its headers repeat (None: a transport without).  Raises BadMessage."""
-    params, method = message["params"], message["method"]
-    version = params["_meta"][CLAIM]
-    if not isinstance(version, str) or not isinstance(params["_meta"].get(CAPABILITIES), dict):
-        raise BadMessage(
-            f"`params._meta`: expected a string as `{CLAIM}` and an object as `{CAPABILITIES}`"
-        )
-    expected = {"MCP-Protocol-Version": version, "Mcp-Method": method}
-    if (key := ROUTED.get(method, "taskId" * method.startswith("tasks/"))) and isinstance(
-        params.get(key), str
-    ):
-        expected["Mcp-Name"] = params[key]
-    for name, value in expected.items() if headers else ():
-        got = [header_value(name, text) for text in headers(name)] if headers else []
-        if got != [value]:
-            raise HeaderMismatch(
-                f"`{name}`: got {ascii(got)[:80]}, expected {ascii(value)[:80]} as in the body"
-            )
+    meta = message["params"]["_meta"]
+    version = meta[CLAIM]
+    if not isinstance(version, str) or not isinstance(meta.get(CAPABILITIES), dict):
+        expected = f"a string as `{CLAIM}` and an object as `{CAPABILITIES}`"
+        raise BadMessage(f"`params._meta`: expected {expected}")
+
+    if headers is not None:
+        for name, value in repeated_fields(message).items():
+            check_header(name, headers(name), [value])
+
     if version != MODERN:
         data = {"supported": [MODERN], "requested": version}
-        raise UnsupportedVersion(
-            f"`{CLAIM}`: got {ascii(version)[:40]}, expected {MODERN}", data=data
-        )
-    if (level := params["_meta"].get(LOG_LEVEL)) is not None and level not in LEVELS:
+        shown = ascii(version)[:40]
+        raise UnsupportedVersion(f"`{CLAIM}`: got {shown}, expected {MODERN}", data=data)
+
+    level = meta.get(LOG_LEVEL)
+    if level is not None and level not in LEVELS:
         raise complain(f"params._meta.{LOG_LEVEL}", level, f"one of {', '.join(LEVELS)}")
+
+
+def repeated_fields(message: Message) -> dict[str, str]:
+    """What headers repeat of every modern request, by header."""
+    params = message["params"]
+    method = message["method"]
+    fields = {"MCP-Protocol-Version": params["_meta"][CLAIM], "Mcp-Method": method}
+    key = "taskId" if method.startswith("tasks/") else ROUTED.get(method)
+    if key is not None and isinstance(params.get(key), str):
+        fields["Mcp-Name"] = params[key]
+    return fields
 
 
 def check_parameters(
@@ -4094,17 +4135,36 @@ def check_parameters(
 ) -> None:
     """`Mcp-Param-*` headers, which repeat arguments; `repeated`: by argument.  Raises HeaderMismatch."""
     arguments = message["params"].get("arguments") or {}
-    for argument, header in repeated.items() if isinstance(arguments, dict) else ():
-        name, value = f"Mcp-Param-{header}", arguments.get(argument)
-        got = [header_value(name, text) for text in headers(name)]
-        expected = [] if value is None else [value if isinstance(value, str) else json.dumps(value)]
-        with contextlib.suppress(ValueError):
-            if type(value) in (int, float) and [float(text) for text in got] == [value]:
-                continue
-        if got != expected:
-            raise HeaderMismatch(
-                f"`{name}`: got {ascii(got)[:80]}, expected {ascii(expected)[:80]} as in the body"
-            )
+    if not isinstance(arguments, dict):
+        return
+    for argument, header in repeated.items():
+        name = f"Mcp-Param-{header}"
+        value = arguments.get(argument)
+        got = headers(name)
+        is_numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_numeric and is_number(name, got, value):
+            continue
+        expected = []
+        if value is not None:
+            expected = [value if isinstance(value, str) else json.dumps(value)]
+        check_header(name, got, expected)
+
+
+def check_header(name: str, texts: list[str], expected: list[str]) -> None:
+    """Raises HeaderMismatch, unless this header says what the body does."""
+    got = [header_value(name, text) for text in texts]
+    if got != expected:
+        raise HeaderMismatch(
+            f"`{name}`: got {ascii(got)[:80]}, expected {ascii(expected)[:80]} as in the body"
+        )
+
+
+def is_number(name: str, texts: list[str], value: object) -> bool:
+    """Whether a header says this number, however it is written: 42.0 is 42.  Raises HeaderMismatch."""
+    try:
+        return [float(header_value(name, text)) for text in texts] == [value]
+    except ValueError:
+        return False
 
 
 def header_value(name: str, text: str) -> str:
@@ -4147,6 +4207,10 @@ def refusal(id_: str | int | None, failure: ProxyError) -> Message:
     return {"jsonrpc": "2.0", "id": id_, "error": told}
 
 
+def new_request(method: str, params: Message) -> Message:
+    return {"jsonrpc": "2.0", "id": 0, "method": method, "params": params}
+
+
 def notification(method: str, params: Message) -> Message:
     return {"jsonrpc": "2.0", "method": method, "params": params}
 
@@ -4165,7 +4229,22 @@ def step(message: Message, version: str, facts: Facts) -> list[Decision]:
     id_, method, params = message["id"], message["method"], message.get("params", {})
     modern = version == MODERN
     answer = partial(success, id_, method=method, version=version, facts=facts)
-    if method == "initialize" and not modern:
+    if method == "tools/list":
+        if params.get("cursor") is not None:
+            raise complain("params.cursor", params["cursor"], "none: there is one page")
+        return [Send(answer({"tools": [only_known(each, version) for each in facts.tools]}))]
+    if method == "tools/call":
+        return [call_tool(id_, params, facts)]
+
+    if modern and method == "server/discover":
+        found = {
+            "supportedVersions": [MODERN],
+            "capabilities": {"tools": {}},
+            "instructions": facts.instructions,
+        }
+        return [Send(answer(found))]
+
+    if not modern and method == "initialize":
         asked = params.get("protocolVersion")
         if not isinstance(asked, str):
             raise complain("params.protocolVersion", asked, "a revision of MCP")
@@ -4178,31 +4257,13 @@ def step(message: Message, version: str, facts: Facts) -> list[Decision]:
             "instructions": facts.instructions,
         }
         return [Send({"jsonrpc": "2.0", "id": id_, "result": hello})]
-
-    if method == "server/discover" and modern:
-        found = {
-            "supportedVersions": [MODERN],
-            "capabilities": {"tools": {}},
-            "instructions": facts.instructions,
-        }
-        return [Send(answer(found))]
-
-    if method == "ping" and not modern:
+    if not modern and method == "ping":
         return [Send(answer({}))]
-
-    if method == "logging/setLevel" and not modern:
+    if not modern and method == "logging/setLevel":
         level = params.get("level")
         if level not in LEVELS:
             raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
         return [SetLevel(level), Send(answer({}))]
-
-    if method == "tools/list":
-        if params.get("cursor") is not None:
-            raise complain("params.cursor", params["cursor"], "none: there is one page")
-        return [Send(answer({"tools": [only_known(each, version) for each in facts.tools]}))]
-
-    if method == "tools/call":
-        return [call_tool(id_, params, facts)]
 
     raise UnknownMethod(
         f"`method`: got {ascii(method)[:80]}, which revision {version} of this server does not have"
@@ -4223,30 +4284,32 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 
 
 # ==========================================================================
-# Relay
+# MCP children
 # ==========================================================================
-# Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
+# A relayed server's process: its life, its lines, the requests in flight; what waits for a client.
 #
-# R1  Messages pass as they came but for ids, progress tokens, subscriptions and the era's envelope.
-# R2  What is in flight when a child dies is answered at once; nobody waits for a dead child.
-# R3  A question of a child reaches the one client whose call it serves, or nobody.
-# R4  A child ends with its last user: stdin closed, TERM, KILL, for its process group.
-ASKING = {
-    "elicitation/create": "elicitation",
-    "sampling/createMessage": "sampling",
-    "roots/list": "roots",
-}
-MAY_ASK = ("tools/call", "prompts/get", "resources/read")
-REMOVED = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
-CHANGED = {f"notifications/{what}/list_changed": what for what in ("tools", "prompts", "resources")}
+# C1  What is in flight when a child dies is answered at once, with the reason.
+# C2  A child ends as a group: stdin closed, TERM, KILL.
+# C3  What it writes is bounded and timed; a fault in one line costs no other call.
+#
+# A child's life, see ChildState:
+#
+#   event                                 STARTING     SERVING    ENDING    GONE
+#   its first answer                      SERVING      -          -         -
+#   we end it; its output or it ends      ENDING       ENDING     -         -
+#   its process group is no more          -            -          GONE      -
+HELLOS = ("initialize", "server/discover")
 CHILD_LADDER = (
     (0, 2.0),
     (signal.SIGTERM, 2.0),
     (signal.SIGKILL, 2.0),
 )  # 0: its stdin is closed; seconds to the next
 SUBSCRIPTION = f"{NAMESPACE}subscriptionId"
-SERVER_INFO, CLIENT_INFO = f"{NAMESPACE}serverInfo", f"{NAMESPACE}clientInfo"
-OURSELVES = {"name": "pocketcoder", "version": VERSION}
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# The start of an object's next member, up to its value.
+MEMBER = re.compile(r'[\s,]*("(?:[^"\\]|\\.)*")\s*:\s*')
+# The last members of a response, where its result comes first.
+LAST_MEMBERS = re.compile(r'((?:,\s*"(?:id|jsonrpc)"\s*:\s*(?:\d+|"2\.0")\s*)+)\}\s*$')
 
 
 OnMessage = Callable[["Child", Message], "Outbox | None"]
@@ -4259,26 +4322,39 @@ class Outbox:
     """
 
     def __init__(self, on_full: Callable[[], object]) -> None:
-        self.on_full, self.waiting = on_full, deque[Message]()
-        self.news, self.reader, self.closed = asyncio.Event(), object(), False
-        self.heard = True  # False: nobody listens, so only questions are kept
+        self.on_full = on_full
+        self.waiting = deque[Message]()
+        self.news = asyncio.Event()
+        self.reader = object()
+        self.readers = 0
+        self.closed = False
+        # False: a client that may never listen, so the newest notifications are kept, no more.
+        self.heard = True
 
     def send(self, message: Message) -> None:
-        told = message.get("method") == "notifications/progress" and self.crowded()
-        if (
-            self.closed or told or not (self.heard or "id" in message)
-        ):  # who is away gets answers at least
+        is_progress = message.get("method") == "notifications/progress"
+        if self.closed or (is_progress and self.crowded()):
             return
+
+        if not self.heard and len(self.waiting) >= MAX_INBOX:
+            self._drop_oldest_notification()
+
         if len(self.waiting) < MAX_INBOX:
             self.waiting.append(message)
             self.news.set()
         else:
             self.on_full()
 
+    def _drop_oldest_notification(self) -> None:
+        for message in self.waiting:
+            if "id" not in message:
+                self.waiting.remove(message)
+                return
+
     @classmethod
     def nowhere(cls) -> Outbox:
-        """For what nobody wants to hear."""
-        outbox = cls(int)
+        """An outbox that discards everything."""
+        outbox = cls(ignore)
         outbox.closed = True
         return outbox
 
@@ -4287,10 +4363,10 @@ class Outbox:
         return len(self.waiting) >= MAX_INBOX // 2
 
     async def room(self, seconds: float) -> None:
-        """Wait so long, at most, until it is not crowded."""
+        """Wait until it is not crowded, for so many seconds at most."""
         for _ in range(round(seconds / DRAIN_PAUSE)):
             await asyncio.sleep(0)
-            if not self.crowded():
+            if self.closed or not self.crowded():
                 break
             await asyncio.sleep(DRAIN_PAUSE)
 
@@ -4307,62 +4383,110 @@ class Outbox:
     async def messages(self) -> AsyncGenerator[Message | None, None]:
         """Each as it comes; None after KEEP_ALIVE seconds without.  What was not delivered stays."""
         mine = self.reader = object()
-        self.news.set()  # a reader before this one ends
-        while self.reader is mine and (self.waiting or not self.closed):
-            if self.waiting:
-                yield self.waiting[0]
-                if self.reader is mine:
-                    self.waiting.popleft()
-                continue
-            self.news.clear()
-            timer = asyncio.get_running_loop().call_later(KEEP_ALIVE, self.news.set)
-            try:
-                await self.news.wait()
-            finally:
-                timer.cancel()
-            if self.reader is mine and not self.waiting and not self.closed:
-                yield None
+        self.readers += 1
+        # A reader before this one ends.
+        self.news.set()
+        try:
+            while self.reader is mine and (self.waiting or not self.closed):
+                if self.waiting:
+                    yield self.waiting[0]
+                    if self.reader is mine:
+                        self.waiting.popleft()
+                    continue
+
+                self.news.clear()
+                timer = asyncio.get_running_loop().call_later(KEEP_ALIVE, self.news.set)
+                try:
+                    await self.news.wait()
+                finally:
+                    timer.cancel()
+                if self.reader is mine and not self.waiting and not self.closed:
+                    yield None
+        finally:
+            self.readers -= 1
 
 
 class Peer:
     """A client's session, as servers see it.
 
-    outbox  for what belongs to no request of the client
-    lost    called when a child of its own has ended
-    owner   its credential
+    outbox   for what belongs to no request of the client
+    lost     called when a child of its own has ended
+    owner    its credential
+    address  of its machine
     """
 
-    def __init__(self, outbox: Outbox, lost: Callable[[], object], owner: str = "") -> None:
-        self.outbox, self.lost, self.owner = outbox, lost, owner
-        self.version, self.level = "", "info"  # of `initialize` and `logging/setLevel`
-        self.child: asyncio.Future[Child] | None = None  # a legacy one of its own
-        self.hello: Message = {}  # what it said in `initialize`
-        self.uris = set[str]()  # of resources that it subscribed to
-        self.asked: dict[str | int, asyncio.Future[Message]] = {}  # questions of ours
+    def __init__(
+        self,
+        outbox: Outbox,
+        lost: Callable[[], object],
+        owner: str = "",
+        address: str = "",
+    ) -> None:
+        self.outbox = outbox
+        self.lost = lost
+        self.owner = owner
+        self.address = address
+        # All of a name, of a modern request that stands for itself.
+        self.headers: Callable[[str], list[str]] | None = None
+        # Of `initialize` and of `logging/setLevel`.
+        self.version = ""
+        self.level = "info"
+        # What it said in `initialize`.
+        self.hello: Message = {}
+        # Its own child of a legacy server; the same from its first question on.
+        self.child: asyncio.Future[Child] | None = None
+        self.asking: Child | None = None
+        # Resources of a modern server that it subscribed to.
+        self.uris = set[str]()
+        # Questions of a modern server to it.
+        self.asked: dict[str | int, asyncio.Future[Message]] = {}
         self.listening: asyncio.Task[None] | None = None
         self.listens_to: Child | None = None
+
+    def said_hello(self, params: Message) -> None:
+        """It has sent `initialize` with these."""
+        self.hello = params
+
+    def came_with(self, headers: Callable[[str], list[str]]) -> None:
+        """Its request has these headers."""
+        self.headers = headers
+
+    def was_asked(self, child: Child) -> None:
+        """A child of its own has a question."""
+        self.asking = child
+
+    def has_child(self) -> bool:
+        """Whether it has one, or one that is starting."""
+        if self.child is None:
+            return False
+        if not self.child.done():
+            return True
+        return not self.child.cancelled() and self.child.exception() is None
 
 
 class Exchange:
     """A request on its way through a child; `outbox` gets what belongs to it."""
 
-    def __init__(self, message: Message, outbox: Outbox, owner: str = "") -> None:
-        self.message, self.outbox, self.owner = message, outbox, owner
-        meta = message.get("params", {}).get("_meta")
-        self.meta: Message = meta if isinstance(meta, dict) else {}
+    def __init__(self, message: Message, outbox: Outbox) -> None:
         self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self.questions: asyncio.Queue[Message] = (
-            asyncio.Queue()
-        )  # of a legacy child to a modern client
-        self.asked: dict[
-            str, Message
-        ] = {}  # those that wait for an answer, by the name that we gave them
         self.expiry: asyncio.TimerHandle | None = None
         self.deadline = time.monotonic() + CHILD_CEILING
+        self.take_up(message, outbox)
+
+    def take_up(self, message: Message, outbox: Outbox) -> None:
+        """Its client asks for it in this message, now."""
+        self.message = message
+        self.outbox = outbox
+        self.meta = as_object(message.get("params", {}).get("_meta"))
 
     @property
     def wants_logs(self) -> bool:
         return LOG_LEVEL in self.meta and self.message["method"] != "subscriptions/listen"
+
+    def stop_timer(self) -> None:
+        if self.expiry:
+            self.expiry.cancel()
+            self.expiry = None
 
 
 @dataclass(frozen=True)
@@ -4373,56 +4497,183 @@ class ServerConfig:
     words: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: str | None = None
+    # Why it is not served; "": it is.
+    left_out: str = ""
+
+
+class TooLong(NamedTuple):
+    """A line beyond the limit, of which both ends were kept."""
+
+    head: bytes
+    tail: bytes
+    size: int
+
+
+class Lines:
+    """Cuts what a process writes into lines, however it arrives.
+
+    limit  bytes of a line; of a longer one MAX_ENDS bytes of each end are kept
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        # The line whose end has not come: all of it, or its last bytes if it is too long.
+        self.begun = bytearray()
+        self.size = 0
+        self.head: bytes | None = None
+
+    def feed(self, data: bytes) -> Iterator[bytes | TooLong]:
+        """The lines that `data` completes."""
+        start = 0
+        while (end := data.find(b"\n", start)) >= 0:
+            self._add(data[start:end])
+            yield self.rest()
+            start = end + 1
+        self._add(data[start:])
+
+    def _add(self, piece: bytes) -> None:
+        self.size += len(piece)
+        self.begun += piece
+        if self.size > self.limit:
+            if self.head is None:
+                self.head = bytes(self.begun[:MAX_ENDS])
+            del self.begun[:-MAX_ENDS]
+
+    def rest(self) -> bytes | TooLong:
+        """The line as far as it came; the next one starts."""
+        line: bytes | TooLong = bytes(self.begun)
+        if self.head is not None:
+            line = TooLong(self.head, bytes(self.begun), self.size)
+        self.begun.clear()
+        self.size = 0
+        self.head = None
+        return line
+
+
+def id_of_long(line: TooLong) -> object:
+    """The `id` of a response that is too long, if it comes before the result or after it."""
+    text = line.head.removeprefix(BYTE_ORDER_MARK).decode(errors="replace")
+    decoder = json.JSONDecoder()
+    position = text.find("{") + 1
+    while found := MEMBER.match(text, position):
+        try:
+            value, position = decoder.raw_decode(text, found.end())
+        except (ValueError, RecursionError):
+            break
+        if found[1] == '"id"':
+            return value
+
+    last = LAST_MEMBERS.search(line.tail.decode(errors="replace"))
+    number = re.search(r'"id"\s*:\s*(\d+)', last[1]) if last else None
+    return int(number[1]) if number else None
+
+
+class ChildState(enum.Enum):
+    STARTING = enum.auto()
+    SERVING = enum.auto()
+    ENDING = enum.auto()
+    GONE = enum.auto()
 
 
 class Child:
     """A stdio server that runs.  Raises RelayError.
 
     on_message  gets what belongs to no exchange; says where it went, if anywhere
-    on_end      called when it has ended, with its exit status
+    on_lost     called when what was in flight has been answered, as it has ended
+    on_gone     called when nothing is left of its process group
     """
 
     def __init__(
         self, name: str, process: asyncio.subprocess.Process, on_message: OnMessage
     ) -> None:
-        self.name, self.process, self.on_message = name, process, on_message
-        self.on_end: list[Callable[[Child, int], object]] = []
-        self.hello: Message = {}  # its answer to `initialize` or `server/discover`
-        self.count, self.exchanges = 0, dict[int, Exchange]()  # by our id
-        self.level = ""  # that it was told to log at
-        self.began = self.used = time.monotonic()
-        self.listeners, self.tail = 0, deque[str](maxlen=5)
-        self.retired, self.epitaph = False, ""  # it ends because we want it to; how it ended
+        self.name = name
+        self.process = process
+        self.on_message = on_message
+        self.on_lost: list[Callable[[Child], object]] = []
+        self.on_gone: list[Callable[[Child], object]] = []
+        self.state = ChildState.STARTING
+        # Its answer to `initialize` or `server/discover`.
+        self.hello: Message = {}
+        # It is the one of a modern server, for all clients.
+        self.serves_all = False
+        # Requests in flight, by our id, which is a count.
+        self.count = 0
+        self.exchanges = dict[int, Exchange]()
+        # How many wait for a client's answer: meanwhile no request expires.
+        self.paused = 0
+        # The level that it was asked to log at.
+        self.level = ""
+        self.began = time.monotonic()
+        self.used = self.began
+        self.answered = False
+        # It ends because we want it to, or may.
+        self.retired = False
+        # The last lines of its stderr; how it ended, and that as a sentence.
+        self.tail = deque[str](maxlen=5)
+        self.reason = ""
+        self.epitaph = ""
+        self.lost = asyncio.Event()
+        # Held while its tools are listed for their headers.
+        self.listing = asyncio.Lock()
         self.ender: asyncio.Task[None] | None = None
-        self.tasks = [asyncio.ensure_future(work) for work in (self._read(), self._log())]
+        self.logging = asyncio.ensure_future(self._log())
+        self.reading = asyncio.ensure_future(self._read())
         self.watching = asyncio.ensure_future(self._watch())
 
     @classmethod
     async def start(cls, config: ServerConfig, on_message: OnMessage) -> Child:
         pipe = asyncio.subprocess.PIPE
-        pipes: dict[str, Any] = {
-            "stdin": pipe,
-            "stdout": pipe,
-            "stderr": pipe,
-            "limit": 2 * MAX_BODY,
-        }
-        env = {**os.environ, **config.env}
         try:
             process = await asyncio.create_subprocess_exec(
-                *config.words, **pipes, env=env, cwd=config.cwd, start_new_session=True
+                *config.words,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=pipe,
+                limit=CHILD_READ,
+                env={**os.environ, **config.env},
+                cwd=config.cwd,
+                start_new_session=True,
             )
-        except (OSError, ValueError, RuntimeError) as wrong:  # RuntimeError: no thread
-            raise RelayError(f"server {config.name} cannot start: {wrong}") from None
+        # RuntimeError: no thread
+        except (OSError, ValueError, RuntimeError) as wrong:
+            why = getattr(wrong, "strerror", None) or str(wrong)
+            raise RelayError(f"server {config.name} cannot start: {why}") from None
         return cls(config.name, process, on_message)
+
+    @property
+    def usable(self) -> bool:
+        return self.state in (ChildState.STARTING, ChildState.SERVING)
+
+    def may_end(self) -> None:
+        """Its end is no fault, until `keep`."""
+        self.retired = True
+
+    def keep(self, hello: Message) -> None:
+        """It has said what it is: from now on it is expected to live."""
+        self.retired = False
+        self.hello = hello
+
+    def serve_all(self, on_message: OnMessage) -> None:
+        """It is of a modern server, and for all clients."""
+        self.serves_all = True
+        self.on_message = on_message
 
     async def _log(self) -> None:
         assert self.process.stderr
-        while not self.process.stderr.at_eof():
-            with contextlib.suppress(ValueError):  # a line beyond all limits
-                if line := await self.process.stderr.readline():
-                    self.tail.append(line.decode(errors="replace").rstrip()[:KIB])
-                    log.info("server %s: %s", self.name, self.tail[-1])
-            await asyncio.sleep(0)
+        lines = Lines(MAX_LOG_LINE)
+        with contextlib.suppress(OSError):
+            while data := await self.process.stderr.read(CHILD_READ):
+                for line in lines.feed(data):
+                    self._note(line)
+                await asyncio.sleep(0)
+        self._note(lines.rest())
+
+    def _note(self, line: bytes | TooLong) -> None:
+        """Log a line of its stderr."""
+        raw = line.head if isinstance(line, TooLong) else line
+        if text := raw.decode(errors="replace").rstrip()[:KIB]:
+            self.tail.append(text)
+            log.info("server %s: %s", self.name, text)
 
     async def _watch(self) -> None:
         """Notice its end, also when a process of its own still has its stdout."""
@@ -4432,112 +4683,155 @@ class Child:
 
     async def _read(self) -> None:
         assert self.process.stdout
+        lines = Lines(MAX_ANSWER)
+        with contextlib.suppress(OSError):
+            while data := await self.process.stdout.read(CHILD_READ):
+                for line in lines.feed(data):
+                    await self._read_line(line)
+        await self._read_line(lines.rest())
+        await self._bury()
+
+    async def _read_line(self, line: bytes | TooLong) -> None:
+        if isinstance(line, TooLong):
+            self._refuse_long(line)
+            return
+
+        outbox: Outbox | None = None
         try:
-            while line := await self.process.stdout.readline():
-                try:
-                    outbox = self._take(read_message(line))
-                except ProxyError as wrong:
-                    log.warning("server %s: skipped %s: %s", self.name, ascii(line[:80]), wrong)
-                    failure = RelayError(f"server {self.name} answered badly: {wrong}")
-                    self.finish(wrong.request_id, refusal(None, failure))
-                except Exception:  # whatever it wrote, others wait for what it writes next
-                    log.exception("server %s: skipped %s", self.name, ascii(line[:80]))
-                else:
-                    if (
-                        outbox and outbox.heard
-                    ):  # a slow reader slows the child down; a little, if others use it too
-                        await outbox.room(
-                            CLEAR_PAUSE if len(self.exchanges) > 1 else SLOW_READER_TIMEOUT
-                        )
-                await asyncio.sleep(0)  # it may flood us
-        except ValueError:
-            log.error("server %s: a line of more than %d bytes", self.name, 2 * MAX_BODY)
-        self._begin_end()  # without its stdout it is of no use
-        ended = asyncio.ensure_future(
-            self.process.wait()
-        )  # it may wait for who else has its pipes; `_watch` does not
-        await asyncio.wait({ended, self.tasks[1]}, timeout=CLEAR_PAUSE)
-        how = (
-            "closed its output"
-            if self.process.returncode is None
-            else f"ended with {self.process.returncode}"
+            # U+FFFD in place of what is not UTF-8: a call must not hang for a wrong byte.
+            text = line.removeprefix(BYTE_ORDER_MARK).decode(errors="replace")
+            if text and not text.isspace():
+                outbox = self._take(read_message(text))
+        except ProxyError as wrong:
+            log.warning("server %s: skipped %s: %s", self.name, ascii(line[:80]), wrong)
+            failure = RelayError(f"server {self.name} answered badly: {wrong}")
+            self.finish(wrong.request_id, refusal(None, failure))
+        except Exception:  # whatever it wrote, others wait for what it writes next
+            log.exception("server %s: skipped %s", self.name, ascii(line[:80]))
+
+        if outbox and outbox.heard and self.usable:
+            # A slow reader slows the child down; a little, if others use it too.
+            alone = len(self.exchanges) <= 1
+            await outbox.room(SLOW_READER_TIMEOUT if alone else CROWD_PAUSE)
+        # It may flood us: others get their turn.
+        await asyncio.sleep(0)
+
+    def _refuse_long(self, line: TooLong) -> None:
+        log.error("server %s: skipped a line of %d bytes", self.name, line.size)
+        failure = RelayError(
+            f"server {self.name} answered with {line.size} bytes, expected at most {MAX_ANSWER}"
         )
-        said = f"; it said: {' / '.join(self.tail)}" if self.tail else ""
-        self.epitaph = f"server {self.name} {how}{said}"
+        self.finish(id_of_long(line), refusal(None, failure))
+
+    async def _bury(self) -> None:
+        """It is of no use without its stdout: answer what is in flight with how it ended."""
+        self._begin_end()
+        # Its exit status and its last words may be on their way.
+        ended = asyncio.ensure_future(self.process.wait())
+        await asyncio.wait({ended, self.logging}, timeout=LAST_WORDS)
+        ended.cancel()
+
+        status = self.process.returncode
+        self.reason = "closed its output" if status is None else f"ended with {status}"
+        if self.tail:
+            self.reason += f"; it said: {' / '.join(self.tail)}"
+        self.epitaph = f"server {self.name} {self.reason}"
+
         for number in [*self.exchanges]:
             self.finish(number, refusal(None, RelayError(f"{self.epitaph}, before it answered")))
-        await asyncio.wait({ended, self.watching}, return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
-        for call in self.on_end:
-            call(self, self.process.returncode or 0)
+        self.lost.set()
+        for call in self.on_lost:
+            call(self)
 
     def _take(self, message: Message) -> Outbox | None:
-        """Bring a message from the child to whom it belongs."""
+        """Bring a message from the child to the client that it belongs to."""
         self.used = time.monotonic()
         if "method" not in message:
+            self._answered()
             self.finish(message["id"], self._sound(message))
             return None
+
         params = message.get("params", {})
         meta = params.get("_meta")
-        token = (
-            params.get("progressToken") if message["method"] == "notifications/progress" else None
-        )
         subscription = meta.get(SUBSCRIPTION) if isinstance(meta, dict) else None
+        token = None
+        if message["method"] == "notifications/progress":
+            token = params.get("progressToken")
         number = subscription if token is None else token
+
+        if number is None:
+            return self.on_message(self, message)
         if type(number) is not int or number not in self.exchanges:
-            return self.on_message(self, message) if number is None else None
-        exchange = self.exchanges[number]
-        if token is not None and "progressToken" not in exchange.meta:
             return None
-        if token is not None:
+        exchange = self.exchanges[number]
+        if token is None:
+            params = {**params, "_meta": {**meta, SUBSCRIPTION: exchange.message["id"]}}
+        elif "progressToken" not in exchange.meta:
+            return None
+        else:
             self.extend(exchange)
             params = {**params, "progressToken": exchange.meta["progressToken"]}
-        else:
-            params = {**params, "_meta": {**meta, SUBSCRIPTION: exchange.message["id"]}}
         exchange.outbox.send({**message, "params": params})
         return exchange.outbox
 
+    def _answered(self) -> None:
+        self.answered = True
+        if self.state is ChildState.STARTING:
+            self.state = ChildState.SERVING
+
     def _sound(self, answer: Message) -> Message:
         """A response in the shape that all expect."""
-        fields, failure = answer.get("result"), answer.get("error")
+        fields = answer.get("result")
+        failure = answer.get("error")
         if "result" in answer and isinstance(fields, dict):
             sound = isinstance(fields.get("_meta", {}), dict)
             return answer if sound else {**answer, "result": without(fields, "_meta")}
-        if (
-            isinstance(failure, dict)
-            and type(failure.get("code")) is int
-            and isinstance(failure.get("message"), str)
-        ):
-            return answer
-        return refusal(
-            None, RelayError(f"server {self.name} answered with {ascii(fields or failure)[:80]}")
-        )
+
+        if isinstance(failure, dict):
+            has_code = type(failure.get("code")) is int
+            if has_code and isinstance(failure.get("message"), str):
+                return answer
+        shown = ascii(fields or failure)[:80]
+        return refusal(None, RelayError(f"server {self.name} answered with {shown}"))
 
     def extend(self, exchange: Exchange) -> None:
         """Give it CHILD_TIMEOUT seconds from now, if it is the child's turn."""
-        loop = asyncio.get_running_loop()
-        if exchange.expiry:
-            exchange.expiry.cancel()
-        if exchange.message["method"] != "subscriptions/listen" and not exchange.asked:
-            seconds = max(0.0, min(CHILD_TIMEOUT, exchange.deadline - time.monotonic()))
-            failure = refusal(
-                None, RelayError(f"server {self.name} did not answer within {seconds:g} s")
-            )
-            exchange.expiry = loop.call_later(seconds, self.give_up, exchange, failure)
+        exchange.stop_timer()
+        if self.paused or exchange.message["method"] == "subscriptions/listen":
+            return
+        seconds = max(0.0, min(CHILD_TIMEOUT, exchange.deadline - time.monotonic()))
+        failure = RelayError(f"server {self.name} did not answer within {seconds:g} s")
+        exchange.expiry = asyncio.get_running_loop().call_later(
+            seconds, self.give_up, exchange, refusal(None, failure)
+        )
+
+    def pause(self) -> None:
+        """It waits for an answer of a client, which takes a person's time."""
+        self.paused += 1
+        for exchange in self.exchanges.values():
+            exchange.stop_timer()
+
+    def resume(self) -> None:
+        self.paused -= 1
+        for exchange in self.exchanges.values():
+            self.extend(exchange)
 
     def finish(self, number: object, answer: Message) -> None:
         """The answer of an exchange has come."""
         exchange = self.exchanges.pop(number, None) if isinstance(number, int) else None
-        if exchange and exchange.expiry:
-            exchange.expiry.cancel()
-        if exchange and not exchange.answer.done():
+        if exchange is None:
+            return
+        exchange.stop_timer()
+        if not exchange.answer.done():
             exchange.answer.set_result(answer)
 
     def give_up(self, exchange: Exchange, answer: Message | None = None) -> None:
         """Cancel it in the child."""
         for number in [number for number, other in self.exchanges.items() if other is exchange]:
-            with contextlib.suppress(RelayError):
-                self.tell(notification("notifications/cancelled", {"requestId": number}))
+            # A handshake cannot be cancelled.
+            if exchange.message["method"] not in HELLOS:
+                with contextlib.suppress(RelayError):
+                    self.tell(notification("notifications/cancelled", {"requestId": number}))
             self.finish(number, answer or {})
 
     def tell(self, message: Message) -> None:
@@ -4547,21 +4841,21 @@ class Child:
             raise RelayError(self.epitaph)
         if self.process.stdin.is_closing():
             self._begin_end()
-        if self.ender:
-            return  # `_read` is about to answer
+        if not self.usable:
+            # `_bury` is about to answer.
+            return
         if self.process.stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
             raise RelayError(f"server {self.name} does not read what it is sent")
         self.process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
     def send(self, exchange: Exchange, message: Message) -> None:
         """Send a request under an id of ours; its progress token is the same."""
-        self.count, self.used = self.count + 1, time.monotonic()
+        self.count += 1
+        self.used = time.monotonic()
         if "progressToken" in exchange.meta:
             params = message["params"]
-            message = {
-                **message,
-                "params": {**params, "_meta": {**params["_meta"], "progressToken": self.count}},
-            }
+            meta = {**params["_meta"], "progressToken": self.count}
+            message = {**message, "params": {**params, "_meta": meta}}
         self.tell({**message, "id": self.count})
         self.exchanges[self.count] = exchange
         self.extend(exchange)
@@ -4581,22 +4875,20 @@ class Child:
         except asyncio.CancelledError:
             self.give_up(exchange)
             raise
-        fields, id_ = answer.get("result"), exchange.message["id"]
+        fields = answer.get("result")
+        id_ = exchange.message["id"]
         if isinstance(fields, dict) and SUBSCRIPTION in as_object(fields.get("_meta")):
-            answer = {
-                **answer,
-                "result": {**fields, "_meta": {**fields["_meta"], SUBSCRIPTION: id_}},
-            }
+            meta = {**fields["_meta"], SUBSCRIPTION: id_}
+            answer = {**answer, "result": {**fields, "_meta": meta}}
         return {**answer, "id": id_}
 
     def can(self) -> Message:
         """Its capabilities."""
         return as_object(as_object(self.hello.get("result")).get("capabilities"))
 
-    def only_wanting_logs(self) -> Outbox | None:
-        """A child says not to which request a log line belongs: for whom it is, if that is certain."""
-        wanting = [exchange.outbox for exchange in self.exchanges.values() if exchange.wants_logs]
-        return wanting[0] if len(wanting) == 1 else None
+    def wanting_logs(self) -> list[Outbox]:
+        """Where calls in flight asked for log lines, the newest last.  A line names no call."""
+        return [exchange.outbox for exchange in self.exchanges.values() if exchange.wants_logs]
 
     def end(self) -> None:
         """Let it end, and with it its group."""
@@ -4604,502 +4896,1071 @@ class Child:
         self._begin_end()
 
     def _begin_end(self) -> None:
-        self.ender = self.ender or asyncio.ensure_future(self._end())
+        if self.usable:
+            self.state = ChildState.ENDING
+            self.ender = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
         assert self.process.stdin
         self.process.stdin.close()
+        ended = asyncio.ensure_future(self.process.wait())
         for number, patience in CHILD_LADDER:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)  # 0 only asks whether there is one
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.process.wait(), patience)
+                # 0 only asks whether there is one.
+                os.killpg(self.process.pid, number)
+            await asyncio.wait(
+                {ended, self.watching}, timeout=patience, return_when=asyncio.FIRST_COMPLETED
+            )
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, 0)
                 continue
             break
+        ended.cancel()
         for stream in (self.process.stdout, self.process.stderr):
             if stream:
-                stream.feed_eof()  # who escaped from the group may hold the other end
+                # A process that left the group may hold the other end.
+                stream.feed_eof()
+
+        await self.lost.wait()
+        self.state = ChildState.GONE
+        for call in self.on_gone:
+            call(self)
+
+
+def outcome_of(answer: asyncio.Future[Message]) -> Message:
+    """The response, if there is one."""
+    failed = not answer.done() or answer.cancelled() or answer.exception() is not None
+    return {} if failed else answer.result()
+
+
+def retrieve(work: asyncio.Future[Any]) -> None:
+    """Take a failure, so that asyncio does not report it as an oversight."""
+    if not work.cancelled():
+        work.exception()
+
+
+def end_when_started(starting: asyncio.Future[Child]) -> None:
+    """A callback: the child of a client that has left."""
+    failed = starting.cancelled() or starting.exception() is not None
+    if not failed and not starting.result().serves_all:
+        starting.result().end()
+
+
+async def first_result(answers: set[asyncio.Future[Message]], seconds: float) -> None:
+    """Wait until one of these is a result, or all have come, for so many seconds at most."""
+    deadline = time.monotonic() + seconds
+    waiting = set(answers)
+    while waiting and not any("result" in outcome_of(answer) for answer in answers):
+        left = deadline - time.monotonic()
+        outcomes = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        waiting = outcomes[1]
+        if not outcomes[0]:
+            return
+
+
+async def settle(child: Child) -> None:
+    """Wait until a child has dealt with what it was sent, and has asked its questions about that."""
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(child.ask(new_request("ping", {}), Outbox.nowhere()), SETTLE_TIMEOUT)
+    await asyncio.sleep(QUESTION_PAUSE)
+
+
+# ==========================================================================
+# Era translation
+# ==========================================================================
+# What a message of one era is in the other.  Dicts in, dicts out; no state.
+#
+# X1  What is not of the envelope passes untouched: params, results, errors with their data.
+ASKING = {
+    "elicitation/create": "elicitation",
+    "sampling/createMessage": "sampling",
+    "roots/list": "roots",
+}
+MAY_ASK = ("tools/call", "prompts/get", "resources/read")
+REMOVED = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
+CHANGED = {f"notifications/{what}/list_changed": what for what in ("tools", "prompts", "resources")}
+SERVER_INFO, CLIENT_INFO = f"{NAMESPACE}serverInfo", f"{NAMESPACE}clientInfo"
+OURSELVES = {"name": "pocketcoder", "version": VERSION}
+
+
+def discovery() -> Message:
+    """The question that shows a server's era."""
+    return new_request("server/discover", {"_meta": envelope({}, OURSELVES)})
+
+
+def handshake(can: Message, client: Message) -> Message:
+    """`initialize`, for a client that says none itself."""
+    hello = {"protocolVersion": LEGACY[-1], "capabilities": can, "clientInfo": client}
+    return new_request("initialize", hello)
+
+
+def pong(message: Message) -> Message:
+    """The answer to a child's `ping`."""
+    return {"jsonrpc": "2.0", "id": message["id"], "result": {}}
+
+
+def speaks_modern(answer: Message) -> bool:
+    """Whether this answer to `server/discover` is a modern server's."""
+    result = as_object(answer.get("result"))
+    # A refusal of our revision lists those that are served.
+    data = as_object(as_object(answer.get("error")).get("data"))
+    listed = result.get("supportedVersions") or data.get("supported")
+    return isinstance(listed, list) and MODERN in listed
+
+
+def marked_arguments(shown: Message) -> dict[str, str]:
+    """The arguments of a tool that headers repeat, with their headers."""
+    shapes = as_object(as_object(shown.get("inputSchema")).get("properties"))
+    marked = {name: as_object(shape).get("x-mcp-header") for name, shape in shapes.items()}
+    return {name: str(header) for name, header in marked.items() if header}
+
+
+def list_flags(can: Message) -> list[str]:
+    """Which changes of lists a server tells of, as `subscriptions/listen` names them."""
+    return [
+        f"{what}ListChanged"
+        for what in CHANGED.values()
+        if as_object(can.get(what)).get("listChanged")
+    ]
+
+
+def envelope(can: Message, client: Message) -> Message:
+    """`_meta` of a modern request."""
+    return {CLAIM: MODERN, CAPABILITIES: can, CLIENT_INFO: client}
+
+
+def with_envelope(message: Message, peer: Peer, extra: Message) -> Message:
+    """A legacy request, as a modern server wants it."""
+    params = message.get("params", {})
+    can = as_object(peer.hello.get("capabilities"))
+    meta = {
+        **as_object(params.get("_meta")),
+        LOG_LEVEL: peer.level,
+        **envelope(can, peer.hello.get("clientInfo") or OURSELVES),
+    }
+    return {**message, "params": {**params, **extra, "_meta": meta}}
+
+
+def without_envelope(message: Message) -> Message:
+    """A modern request, as a legacy server wants it."""
+    params = without(message["params"], "requestState", "inputResponses", "_meta")
+    meta = {
+        name: value
+        for name, value in message["params"]["_meta"].items()
+        if not name.startswith(NAMESPACE)
+    }
+    return {**message, "params": {**params, "_meta": meta} if meta else params}
+
+
+def discovered(child: Child, message: Message) -> Message:
+    """What a legacy child said in its handshake, as the answer to `server/discover`."""
+    hello = as_object(child.hello.get("result"))
+    # The tasks of the legacy revisions are others than those of the modern one.
+    found = {"capabilities": without(child.can(), "tasks"), "supportedVersions": [MODERN]}
+    if "instructions" in hello:
+        found["instructions"] = hello["instructions"]
+    answer = {"jsonrpc": "2.0", "id": message["id"], "result": found}
+    return to_modern(answer, "server/discover", child)
+
+
+def to_modern(answer: Message, method: str, child: Child) -> Message:
+    """A legacy server's response, for a modern client."""
+    if "error" in answer:
+        code = answer["error"].get("code")
+        return {**answer, "error": {**answer["error"], "code": -32602 if code == -32002 else code}}
+    unnamed = {"name": child.name, "version": "0"}
+    server = as_object(child.hello.get("result")).get("serverInfo") or unnamed
+    meta = {**as_object(answer["result"].get("_meta")), SERVER_INFO: server}
+    cached = {"ttlMs": 0, "cacheScope": "private"} if method in CACHED else {}
+    result = {"resultType": "complete", **answer["result"], **cached, "_meta": meta}
+    return {**answer, "result": result}
+
+
+def to_legacy(answer: Message, method: str) -> Message:
+    """A modern server's response, for a legacy client."""
+    if "error" in answer:
+        missing = method == "resources/read" and "uri" in as_object(answer["error"].get("data"))
+        code = -32002 if missing else answer["error"].get("code")
+        return {**answer, "error": {**answer["error"], "code": code}}
+    fields = without(answer["result"], "resultType", "ttlMs", "cacheScope", "_meta")
+    meta = without(answer["result"].get("_meta") or {}, SERVER_INFO)
+    return {**answer, "result": {**fields, "_meta": meta} if meta else fields}
+
+
+# ==========================================================================
+# Relay
+# ==========================================================================
+# Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
+#
+# R1  Messages pass as they came but for ids, progress tokens, subscriptions and the era's envelope.
+# R2  A modern server has one child for all clients; a legacy one has one for each.
+# R3  What a legacy child asks reaches its client only.
+# R4  A child ends with its last user; the request after a crash waits for a new one.
+
+
+class Era(enum.Enum):
+    """What a server speaks."""
+
+    UNKNOWN = None
+    LEGACY = "legacy"
+    MODERN = "modern"
 
 
 class Relay:
-    """One stdio server and its children.  Raises RelayError, BadMessage."""
+    """One stdio server and its children.  Raises RelayError, BadMessage.
 
-    def __init__(self, config: ServerConfig) -> None:
-        self.config, self.name = config, config.name
-        self.era = ""  # once probed: `modern` or `legacy`
-        self.starting = asyncio.Lock()
+    idle  seconds after which a child that nobody uses is ended
+    """
+
+    def __init__(self, config: ServerConfig, idle: float = CHILD_IDLE) -> None:
+        self.config = config
+        self.name = config.name
+        self.idle = idle
+        self.stopping = False
+        self.era = Era.UNKNOWN
+        # Held while the era is found out, and while the child for all clients starts.
+        self.probing = asyncio.Lock()
+        # All that are not gone yet.
         self.children: set[Child] = set()
-        self.shared: Child | None = None  # the modern one
-        self.pool = Pool(self)
-        self.restarts, self.failures, self.not_before, self.failure = 0, 0, 0.0, ""
-        self.headers: dict[str, dict[str, str]] = {}  # by tool: which header repeats which argument
+        # The one of a modern server.
+        self.shared: Child | None = None
+        # The sessions that have a child of their own.
+        self.sessions: dict[Child, Peer] = {}
+        # The modern clients of a legacy server, by `key_of`.
+        self.clients: dict[str, ModernClient] = {}
+        # One of them needs its child no longer.
+        self.room = asyncio.Event()
+        # The last fault of a child, until one answers; and those without any answer in a row.
+        self.failure = ""
+        self.restarts = 0
+        self.failures = 0
+        self.failed_at = 0.0
+        self.not_before = 0.0
+        # Which header repeats which argument, by tool; until it has to be asked again.
+        self.headers: dict[str, dict[str, str]] = {}
         self.headers_until = 0.0
+
+    @property
+    def session_idle(self) -> float:
+        """Seconds after which a session over HTTP ends that its client does not use."""
+        return self.idle
 
     def state(self) -> Message:
         """For `GET /servers`."""
-        state = "running" if self.children else "failed" if self.failure else "idle"
-        pid = min((child.process.pid for child in self.children), default=None)
+        running = [child for child in self.children if child.usable]
+        state = "running" if running else "failed" if self.failure else "idle"
         shown = {
             "name": self.name,
             "state": state,
-            "era": self.era or None,
-            "pid": pid,
+            "era": self.era.value,
+            "pid": min((child.process.pid for child in running), default=None),
             "restarts": self.restarts,
         }
         return {**shown, "error": self.failure} if self.failure else shown
 
-    def _failed(self, failure: str) -> None:
-        self.failures, self.failure = self.failures + 1, failure
-        self.not_before = time.monotonic() + min(CHILD_BACKOFF, 0.1 * 2**self.failures)
-        log.warning("server %s %s", self.name, failure)
+    # Starting a child, and finding out its era
 
-    def _on_end(self, child: Child, status: int) -> None:
-        self.children.discard(child)
-        self.shared = None if self.shared is child else self.shared
-        self.failures = 0 if child.began + CHILD_BACKOFF < time.monotonic() else self.failures
-        if not child.retired:
-            self._failed(
-                f"ended with {status}" + (f"; it said: {child.tail[-1]}" if child.tail else "")
-            )
+    async def open(self, hello: Message, on_message: OnMessage, outbox: Outbox) -> Child:
+        """A child for the client that says `hello`; of a modern server, the one for all.
 
-    async def start(self, on_message: OnMessage, hello: Message, probing: bool = False) -> Child:
-        """A child that has answered `hello`; if `probing`, it may also be silent, or end."""
-        if (left := self.not_before - time.monotonic()) > 0:
-            raise RelayError(
-                f"server {self.name}: {self.failure}; it is started again in {left:.1f} s"
-            )
-        self.restarts += bool(self.failure)
+        on_message  gets what belongs to no request
+        outbox      gets what comes before the answer to `hello`
+        """
         try:
-            child = await Child.start(self.config, on_message)
-        except RelayError as wrong:
-            self._failed(str(wrong))
-            raise
-        child.retired = probing
-        child.on_end.append(self._on_end)
-        self.children.add(child)
-        seconds = PROBE_TIMEOUT if probing else CHILD_START
-        try:
-            child.hello = await asyncio.wait_for(child.ask(hello, Outbox.nowhere()), seconds)
-        except asyncio.TimeoutError:
-            if not probing:
+            return await self._open(hello, on_message, outbox)
+        except RelayError:
+            # Perhaps the server allows but one instance, and a client has left without ending its
+            # session: it was killed, for instance, and is started again.
+            if not self.sessions or self.stopping:
+                raise
+            # Its stream may be about to end.
+            await asyncio.sleep(ABANDON_PAUSE)
+            if not self._end_an_abandoned_session():
+                raise
+            return await self._open(hello, on_message, outbox)
+
+    def _end_an_abandoned_session(self) -> bool:
+        """End the only session, if it has neither a call nor a stream."""
+        running = [child for child in self.children if child.usable]
+        peer = self.sessions.get(running[0]) if len(running) == 1 else None
+        if peer is None or peer.outbox.heard or running[0].exchanges:
+            return False
+        log.warning("server %s: ends a session that is not in use, for another client", self.name)
+        peer.lost()
+        running[0].end()
+        return True
+
+    async def _open(self, hello: Message, on_message: OnMessage, outbox: Outbox) -> Child:
+        """The same, without making room."""
+        async with self.probing:
+            if self.era is Era.UNKNOWN:
+                return await self._probe(hello, on_message, outbox)
+        if self.era is Era.MODERN:
+            return await self.for_all()
+        return await self._greet(await self._launch(on_message), hello, outbox)
+
+    async def for_all(self) -> Child:
+        """The child of a modern server."""
+        if self.shared and self.shared.usable:
+            return self.shared
+        async with self.probing:
+            if self.shared and self.shared.usable:
+                return self.shared
+            child = await self._launch(self._from_modern)
+            answer = await self._first_answer(child, discovery(), Outbox.nowhere())
+            if not speaks_modern(answer):
                 child.end()
-                self._failed(f"did not answer `{hello['method']}` in {seconds:g} s")
-                raise RelayError(f"server {self.name} {self.failure}") from None
+                self.era = Era.UNKNOWN
+                raise RelayError(f"server {self.name} speaks revision {MODERN} no longer")
+            return self._share(child, answer)
+
+    def _share(self, child: Child, answer: Message) -> Child:
+        child.keep(answer)
+        child.serve_all(self._from_modern)
+        self._recovered()
+        self.era = Era.MODERN
+        self.shared = child
+        self.clients.clear()
+        self.room.set()
+        self.rest(child, lambda: bool(child.exchanges), child.end)
+        return child
+
+    async def _probe(self, hello: Message, on_message: OnMessage, outbox: Outbox) -> Child:
+        """The first child.  It is kept whatever its era is, unless it ends at what it does not know.
+
+        Silence is no verdict: after PROBE_TIMEOUT seconds it is asked in both ways.
+        """
+        child = await self._launch(on_message)
+        # It may end at `server/discover`; that is no fault.
+        child.may_end()
+        discovered = asyncio.ensure_future(child.ask(discovery(), Outbox.nowhere()))
+        greeted: asyncio.Future[Message] | None = None
+        try:
+            await asyncio.wait({discovered}, timeout=PROBE_TIMEOUT)
+            if not discovered.done():
+                greeted = asyncio.ensure_future(child.ask(hello, outbox))
+                await first_result({discovered, greeted}, CHILD_START - PROBE_TIMEOUT)
+
+            if speaks_modern(outcome_of(discovered)):
+                if greeted is not None:
+                    await asyncio.wait({greeted}, timeout=PROBE_TIMEOUT)
+                # A handshake that it has accepted binds a server that knows both eras.
+                if greeted is None or "result" not in outcome_of(greeted):
+                    return self._share(child, outcome_of(discovered))
+
+            elif discovered.done() and greeted is None and child.usable:
+                greeted = asyncio.ensure_future(child.ask(hello, outbox))
+                await asyncio.wait({greeted}, timeout=CHILD_START)
+
+            if greeted is not None and "result" in outcome_of(greeted):
+                return self._greeted(child, outcome_of(greeted))
+            return await self._start_over(child, hello, on_message, outbox)
         except BaseException:
             child.end()
             raise
-        if self.not_before == math.inf:
-            child.end()  # the proxy has begun to stop
-        if "result" in child.hello:
-            self.failure = ""
-        elif hello["method"] == "initialize":  # maybe it is not what it was taken for
-            self.era = ""
+        finally:
+            discovered.cancel()
+            if greeted is not None:
+                greeted.cancel()
+
+    async def _start_over(
+        self, child: Child, hello: Message, on_message: OnMessage, outbox: Outbox
+    ) -> Child:
+        """A child that the probe has lost, or that did not like it: the next one is asked `hello` only."""
+        silent = child.usable and not child.answered
+        child.end()
+        if silent:
+            raise self._gave_no_answer(child, hello)
+        return await self._greet(await self._launch(on_message), hello, outbox)
+
+    async def _greet(self, child: Child, hello: Message, outbox: Outbox) -> Child:
+        return self._greeted(child, await self._first_answer(child, hello, outbox))
+
+    def _greeted(self, child: Child, answer: Message) -> Child:
+        """It has answered the handshake."""
+        child.keep(answer)
+        self._recovered()
+        # If it refuses, perhaps we got its era wrong.
+        self.era = Era.LEGACY if "result" in answer else Era.UNKNOWN
         return child
 
-    async def modern(self) -> Child | None:
-        """The shared child of a modern server; None: it is a legacy one.
-
-        The first is only to learn that, and may be lost: legacy servers may exit at what they do not know.
-        """
-        async with self.starting:
-            if self.era == "legacy" or (self.shared and not self.shared.ender):
-                return self.shared
-            discover = new_request("server/discover", {"_meta": envelope({}, OURSELVES)})
-            child = await self.start(self._from_modern, discover, probing=not self.era)
-            told = as_object(
-                child.hello.get("result") or as_object(child.hello.get("error")).get("data")
-            )
-            listed = told.get("supportedVersions") or told.get("supported")
-            self.era = (
-                "modern"
-                if self.era or (isinstance(listed, list) and MODERN in listed)
-                else "legacy"
-            )
-            if self.era == "legacy":
-                child.end()
-                return None
-            child.retired, self.shared = False, child
-            self.rest(child)
-            return child
-
-    def rest(self, child: Child) -> None:
-        """End it when nobody has used it for CHILD_IDLE seconds."""
-        left = child.used + CHILD_IDLE - time.monotonic()
-        if left <= 0 and not child.exchanges and not child.listeners:
+    async def _first_answer(self, child: Child, hello: Message, outbox: Outbox) -> Message:
+        try:
+            answer = await asyncio.wait_for(child.ask(hello, outbox), CHILD_START)
+        except asyncio.TimeoutError:
             child.end()
-        elif not child.ender:
-            asyncio.get_running_loop().call_later(max(left, KEEP_ALIVE), self.rest, child)
+            raise self._gave_no_answer(child, hello) from None
+        except BaseException:
+            child.end()
+            raise
+        if not child.answered:
+            raise RelayError(f"{child.epitaph}, before it answered")
+        return answer
+
+    def _gave_no_answer(self, child: Child, hello: Message) -> RelayError:
+        failure = f"did not answer `{hello['method']}` in {CHILD_START:g} s"
+        self._back_off(child.began, failure)
+        return RelayError(f"server {self.name} {failure}")
+
+    async def _launch(self, on_message: OnMessage) -> Child:
+        """A new process, when the back-off is over and the last one before it has gone."""
+        await self._wait_for_back_off()
+        # A server may allow but one instance; if others run already, this one does not.
+        if not any(child.usable for child in self.children):
+            ending = {child.ender for child in self.children if child.ender}
+            if ending:
+                await asyncio.wait(ending, timeout=CHILD_PATIENCE)
+        if self.stopping:
+            raise RelayError(f"server {self.name}: the proxy is stopping")
+
+        began = time.monotonic()
+        if self.failure:
+            self.restarts += 1
+        try:
+            child = await Child.start(self.config, on_message)
+        except RelayError as wrong:
+            self._back_off(began, str(wrong).removeprefix(f"server {self.name} "))
+            raise
+        child.on_lost.append(self._on_lost)
+        child.on_gone.append(self.children.discard)
+        self.children.add(child)
+        if self.stopping:
+            child.end()
+        return child
+
+    async def _wait_for_back_off(self) -> None:
+        deadline = time.monotonic() + CHILD_PATIENCE
+        while (left := self.not_before - time.monotonic()) > 0:
+            if self.not_before > deadline:
+                raise RelayError(
+                    f"server {self.name} {self.failure}; it is started again in {left:.0f} s"
+                )
+            await asyncio.sleep(left)
+
+    def _back_off(self, began: float, failure: str) -> None:
+        """One that was started at `began` never answered: the next one waits, each time longer."""
+        self.failure = failure
+        log.warning("server %s %s", self.name, failure)
+        # One that was started before the last fault says nothing new.
+        if began >= self.failed_at:
+            self.failures += 1
+            self.failed_at = time.monotonic()
+            self.not_before = self.failed_at + min(CHILD_BACKOFF, 0.1 * 2**self.failures)
+
+    def _recovered(self) -> None:
+        """A child has answered."""
+        self.failure = ""
+        self.failures = 0
+
+    def _on_lost(self, child: Child) -> None:
+        if self.shared is child:
+            self.shared = None
+        if child.retired:
+            return
+        if child.answered:
+            self.failure = child.reason
+            log.warning("server %s %s", self.name, child.reason)
+        else:
+            self._back_off(child.began, child.reason)
+
+    def rest(self, child: Child, in_use: Callable[[], bool], end: Callable[[], object]) -> None:
+        """Call `end` when nobody has used the child for `idle` seconds."""
+        if not child.usable:
+            return
+        left = child.used + self.idle - time.monotonic()
+        if left <= 0 and not in_use():
+            end()
+        else:
+            pause = left if left > 0 else self.idle
+            asyncio.get_running_loop().call_later(pause, self.rest, child, in_use, end)
 
     def _from_modern(self, child: Child, message: Message) -> Outbox | None:
         """What belongs to no request: a modern server asks nothing, and says nothing but log lines."""
-        outbox = None
         if "id" in message:
-            child.tell(
-                refusal(message["id"], UnknownMethod("`method`: this client takes no requests"))
-            )
-        elif message["method"] == "notifications/message" and (outbox := child.only_wanting_logs()):
-            outbox.send(message)
-        return outbox
+            failure = UnknownMethod("`method`: this client takes no requests")
+            child.tell(refusal(message["id"], failure))
+            return None
+        # A child says not to which request a log line belongs: deliver it only if that is certain.
+        wanting = child.wanting_logs()
+        if message["method"] == "notifications/message" and len(wanting) == 1:
+            wanting[0].send(message)
+            return wanting[0]
+        return None
+
+    # Requests of clients
 
     async def respond(self, peer: Peer, message: Message, modern: bool, outbox: Outbox) -> Message:
         """The response to a client's request; `outbox` takes what comes before it, on the same stream."""
-        shared = await self.modern()
+        if self.era is Era.MODERN:
+            child = await self.for_all()
+            if modern:
+                await self.check_headers(peer, child, message)
+                return await child.ask(message, outbox)
+            return await Translation(self, child, peer).respond(message, outbox)
         if modern:
-            return await (
-                shared.ask(message, outbox) if shared else self.pool.respond(peer, message, outbox)
-            )
-        if shared:
-            return await Translation(self, shared, peer).respond(message, outbox)
-        failed = (
-            peer.child and peer.child.done() and (peer.child.cancelled() or peer.child.exception())
-        )
-        if message["method"] == "initialize" or peer.child is None or failed:
+            client = await self._client(peer, message)
+            return await client.respond(peer, message, outbox)
+        return await self._respond_to_session(peer, message, outbox)
+
+    async def _respond_to_session(self, peer: Peer, message: Message, outbox: Outbox) -> Message:
+        """The response to a legacy client, by a child of its own if the server is legacy too."""
+        method = message["method"]
+        if method == "initialize" or not peer.has_child():
             self.leave(peer)
-            peer.child = asyncio.ensure_future(self._own(peer, message))
+            peer.child = asyncio.ensure_future(self._own(peer, message, outbox))
+        assert peer.child is not None
         child = await asyncio.shield(peer.child)
-        if message["method"] == "initialize":
+        if child.serves_all:
+            peer.child = None
+            return await Translation(self, child, peer).respond(message, outbox)
+        if method == "initialize":
             return {**child.hello, "id": message["id"]}
         return await child.ask(message, outbox)
 
-    async def _own(self, peer: Peer, message: Message) -> Child:
+    async def _own(self, peer: Peer, message: Message, outbox: Outbox) -> Child:
         """A legacy client's own child of a legacy server."""
-
-        def route(child: Child, message: Message) -> Outbox:
-            only = [exchange.outbox for exchange in child.exchanges.values()]
-            change = (
-                "id" not in message
-                and message["method"] != "notifications/message"
-                and peer.outbox.heard
-            )
-            alone = len(only) == 1 or (
-                only and not peer.outbox.heard
-            )  # nobody would hear it elsewhere
-            outbox = only[-1] if alone and not change and not only[-1].closed else peer.outbox
-            outbox.send(message)
-            return outbox
-
-        hello = {"protocolVersion": LEGACY[-1], "capabilities": {}, "clientInfo": OURSELVES}
-        begins = message["method"] == "initialize"  # else it came back, or does without
-        child = await self.start(route, message if begins else new_request("initialize", hello))
-        if not begins:
+        hello = message
+        if message["method"] != "initialize":
+            # The client came back, or does without a handshake; the server does not.
+            hello = handshake({}, OURSELVES)
+        child = await self.open(hello, partial(self._to_session, peer), outbox)
+        if child.serves_all:
+            return child
+        if hello is not message:
             child.tell(notification("notifications/initialized", {}))
-        child.on_end.append(lambda child, status: None if child.retired else peer.lost())
-        if child.epitaph:  # it has ended already
-            peer.lost()
+
+        def on_lost(child: Child) -> None:
+            self.sessions.pop(child, None)
+            if not child.retired:
+                peer.lost()
+
+        self.sessions[child] = peer
+        child.on_lost.append(on_lost)
+        if child.epitaph:
+            # It has ended already.
+            on_lost(child)
         return child
+
+    def _to_session(self, peer: Peer, child: Child, message: Message) -> Outbox | None:
+        """Bring what belongs to no request to the client whose child says it."""
+        if message["method"] == "ping" and "id" in message and not peer.outbox.readers:
+            # There is no stream that it could go by.
+            child.tell(pong(message))
+            return None
+        if "id" in message:
+            peer.was_asked(child)
+        outbox = self._stream_for(peer, child, message)
+        outbox.send(message)
+        return outbox
+
+    def _stream_for(self, peer: Peer, child: Child, message: Message) -> Outbox:
+        """The stream of a call in flight if it surely belongs there, or the session's own."""
+        calls = [exchange for exchange in child.exchanges.values() if not exchange.outbox.closed]
+        if not calls:
+            return peer.outbox
+        newest = calls[-1]
+        is_question = "id" in message
+        if newest.message["method"] in HELLOS and not is_question:
+            # Some clients take the answer to `initialize` as JSON only.
+            return peer.outbox
+        if not peer.outbox.heard:
+            # No client would hear it elsewhere.
+            return newest.outbox
+        is_change = not is_question and message["method"] != "notifications/message"
+        return newest.outbox if len(calls) == 1 and not is_change else peer.outbox
+
+    async def _client(self, peer: Peer, message: Message) -> ModernClient:
+        """The modern client of a legacy server that sends this; a new one waits for room."""
+        key = key_of(peer, message)
+        if key not in self.clients and isinstance(message["params"].get("requestState"), str):
+            raise unknown_state()
+        deadline = time.monotonic() + CHILD_PATIENCE
+        while key not in self.clients and len(self.clients) >= MAX_CHILDREN:
+            if not self._end_an_idle_client():
+                await self._wait_for_room(deadline)
+        if key not in self.clients:
+            self.clients[key] = ModernClient(self, key, message["params"]["_meta"])
+        return self.clients[key]
+
+    def _end_an_idle_client(self) -> bool:
+        """End the one unused longest; one that waits for a person's answer only if there is no other."""
+        idle = [client for client in self.clients.values() if client.idle]
+        if not idle:
+            return False
+        min(idle, key=lambda client: (bool(client.calls), client.used)).end()
+        return True
+
+    async def _wait_for_room(self, deadline: float) -> None:
+        self.room.clear()
+        try:
+            await asyncio.wait_for(self.room.wait(), deadline - time.monotonic())
+        except asyncio.TimeoutError:
+            raise RelayError(
+                f"server {self.name}: {len(self.clients)} clients use it, "
+                f"expected fewer than {MAX_CHILDREN}: try later"
+            ) from None
 
     def notify(self, peer: Peer, message: Message) -> None:
         """Pass on a client's notification, or its answer to a question."""
         if "method" not in message and message["id"] in peer.asked:
             if not peer.asked[message["id"]].done():
                 peer.asked[message["id"]].set_result(message)
-        elif peer.child and peer.child.done() and not peer.child.exception():
+        elif peer.child and peer.child.done() and peer.has_child():
             peer.child.result().tell(message)
+        elif peer.asking and "method" not in message:
+            # It has asked before it is ready.
+            peer.asking.tell(message)
 
     def leave(self, peer: Peer) -> None:
         """The client has left: end what was its own."""
         if peer.listening:
             peer.listening.cancel()
         if peer.child:
-            peer.child.add_done_callback(self._end_own)
-            peer.child.cancel()  # before Python 3.12 wait_for(), and so `_own`, may end well all the same
+            peer.child.add_done_callback(end_when_started)
+            # Before Python 3.12 wait_for(), and so `_own`, may end well all the same.
+            peer.child.cancel()
         peer.child = None
 
-    @staticmethod
-    def _end_own(own: asyncio.Future[Child]) -> None:
-        if not own.cancelled() and not own.exception():
-            own.result().end()
+    async def check_headers(self, peer: Peer, child: Child, message: Message) -> None:
+        """Compare a modern client's headers with the arguments that they repeat.  Raises HeaderMismatch."""
+        if peer.headers is None or message["method"] != "tools/call":
+            return
+        async with child.listing:
+            if time.monotonic() > self.headers_until:
+                self.headers = await self._list_headers(child, message["params"]["_meta"])
+                self.headers_until = time.monotonic() + HEADERS_KEPT
+        self.check_known_headers(peer, message)
 
-    async def repeated(self, message: Message) -> dict[str, str]:
-        """Which headers repeat arguments of the tool that a modern client calls, by argument."""
-        if time.monotonic() > self.headers_until:
-            meta = {
-                name: value
-                for name, value in message["params"]["_meta"].items()
-                if name in (CLAIM, CAPABILITIES)
-            }
-            cursor: Message = {}
-            headers, peer = dict[str, dict[str, str]](), Peer(Outbox.nowhere(), int)
-            for _ in range(MAX_ROUNDS):
-                listing = new_request("tools/list", {**cursor, "_meta": meta})
-                found = as_object(
-                    (await self.respond(peer, listing, True, peer.outbox)).get("result")
-                )
-                tools = found.get("tools")
-                for each in map(as_object, tools if isinstance(tools, list) else []):
-                    shapes = as_object(as_object(each.get("inputSchema")).get("properties"))
-                    marked = {
-                        key: as_object(shape).get("x-mcp-header") for key, shape in shapes.items()
-                    }
-                    headers[str(each.get("name"))] = {
-                        key: str(name) for key, name in marked.items() if name
-                    }
-                if not (cursor := {"cursor": found["nextCursor"]} if "nextCursor" in found else {}):
-                    break
-            self.headers, self.headers_until = headers, time.monotonic() + HEADERS_KEPT
-        return self.headers.get(str(message["params"].get("name")), {})
+    def check_known_headers(self, peer: Peer, message: Message) -> None:
+        """The same by what is known, as of a retry.  Raises HeaderMismatch."""
+        if peer.headers is not None and message["method"] == "tools/call":
+            repeated = self.headers.get(str(message["params"].get("name")), {})
+            check_parameters(message, peer.headers, repeated)
+
+    async def _list_headers(self, child: Child, meta: Message) -> dict[str, dict[str, str]]:
+        """The headers that repeat arguments, by tool and argument."""
+        known = (CLAIM, CAPABILITIES, CLIENT_INFO)
+        kept = {name: value for name, value in meta.items() if name in known}
+        params: Message = {"_meta": kept} if child.serves_all else {}
+        headers = dict[str, dict[str, str]]()
+        for _ in range(MAX_ROUNDS):
+            answer = await child.ask(new_request("tools/list", params), Outbox.nowhere())
+            found = as_object(answer.get("result"))
+            tools = found.get("tools")
+            for shown in map(as_object, tools if isinstance(tools, list) else []):
+                headers[str(shown.get("name"))] = marked_arguments(shown)
+            if "nextCursor" not in found:
+                break
+            params = {**params, "cursor": found["nextCursor"]}
+        return headers
 
     async def close(self) -> None:
         """End all children."""
-        self.not_before, self.failure = math.inf, "the proxy is stopping"
-        for child in (children := [*self.children]):
+        self.stopping = True
+        for child in [*self.children]:
             child.end()
-        await asyncio.gather(
-            *(child.ender for child in children if child.ender), return_exceptions=True
-        )
+        enders = [child.ender for child in self.children if child.ender]
+        await asyncio.gather(*enders, return_exceptions=True)
 
 
-class Pool:
-    """Children of a legacy server for modern clients, by what these can be asked.  Raises RelayError, BadMessage.
+class Question(NamedTuple):
+    """What a legacy child asks a modern client.
 
-    One call that may ask back has a child of its own as long as it lasts; others share one.
+    outside  it was asked outside of any call, as when the child starts
     """
 
-    def __init__(self, relay: Relay) -> None:
+    child: Child
+    message: Message
+    outside: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"question-{json.dumps(self.message['id'])}"
+
+
+class Call:
+    """A modern client's request to a legacy server, from its first message through its retries."""
+
+    def __init__(self, peer: Peer, message: Message, outbox: Outbox) -> None:
+        self.peer = peer
+        self.exchange = Exchange(message, outbox)
+        # What the client has to answer before it gets its own answer, by name.
+        self.questions: dict[str, Question] = {}
+        self.asked = asyncio.Event()
+        self.all_answered = asyncio.Event()
+        self.all_answered.set()
+        # Its client was sent away with the questions, and is to come back with answers.
+        self.parked = False
+        # From the start of the child, if need be, to the answer.
+        self.work: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+
+    def start(self, work: Coroutine[Any, Any, Message]) -> None:
+        self.work = asyncio.ensure_future(work)
+        # Its caller may have left, and so not take a failure.
+        self.work.add_done_callback(retrieve)
+
+    @property
+    def may_be_asked(self) -> bool:
+        return not self.parked and self.exchange.message["method"] in MAY_ASK
+
+    def put(self, question: Question) -> None:
+        self.questions[question.name] = question
+        self.asked.set()
+        self.all_answered.clear()
+
+    def take(self, name: str) -> Question | None:
+        """A question that it has to ask no longer."""
+        question = self.questions.pop(name, None)
+        if not self.questions:
+            self.asked.clear()
+            self.all_answered.set()
+        return question
+
+
+class Parked(NamedTuple):
+    """A call whose client is to come back."""
+
+    call: Call
+    child: Child
+    expiry: asyncio.TimerHandle
+
+
+class ModernClient:
+    """A modern client of a legacy server, and its child.  Raises RelayError, BadMessage.
+
+    All its calls go to that child at once.  What the child asks goes to the newest call in flight
+    that may be asked, or waits for the next one.
+    """
+
+    def __init__(self, relay: Relay, key: str, meta: Message) -> None:
         self.relay = relay
-        self.children: dict[str, list[Child]] = {}
-        self.starting = asyncio.Lock()
-        self.leased: dict[Child, Exchange] = {}  # which of them may ask, and in what
-        self.parked: dict[str, tuple[Child, Exchange, asyncio.TimerHandle]] = {}  # by requestState
-        self.listeners: dict[Exchange, Message] = {}  # what each wants to hear of
+        self.key = key
+        self.info = as_object(meta.get(CLIENT_INFO))
+        if not all(isinstance(self.info.get(name), str) for name in OURSELVES):
+            # A legacy server may refuse a client that has no name.
+            self.info = OURSELVES
+        declared = meta[CAPABILITIES]
+        self.can = {name: declared[name] for name in ASKING.values() if name in declared}
+        self.child: asyncio.Future[Child] | None = None
+        # In flight or parked, the newest last.
+        self.calls: list[Call] = []
+        # The one that the child is started for: it is asked first.
+        self.starter: Call | None = None
+        # Those that no call could be asked yet.
+        self.questions: deque[Question] = deque()
+        # By `requestState`.
+        self.parked: dict[str, Parked] = {}
+        # What each `subscriptions/listen` wants to hear of.
+        self.listeners: dict[Call, Message] = {}
+        self.used = time.monotonic()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is in flight; its person may be about to answer."""
+        return all(call.parked for call in self.calls)
 
     async def respond(self, peer: Peer, message: Message, outbox: Outbox) -> Message:
-        method, params = message["method"], message["params"]
-        meta = params["_meta"]
+        self.used = time.monotonic()
+        state = message["params"].get("requestState")
+        if isinstance(state, str):
+            self.relay.check_known_headers(peer, message)
+            call = self._unpark(state, message, outbox)
+        else:
+            call = Call(peer, message, outbox)
+            self.calls.append(call)
+            call.start(self._perform(call))
+        self._hand_out()
+
+        answered = False
+        try:
+            answer = await self._until_asked(call)
+            answered = True
+            return answer
+        finally:
+            if not answered or not call.parked:
+                self._forget(call)
+
+    async def _until_asked(self, call: Call) -> Message:
+        """The child's answer; or its questions, if there are some first."""
+        while not call.work.done():
+            asked = asyncio.ensure_future(call.asked.wait())
+            either: set[asyncio.Future[Any]] = {call.work, asked}
+            try:
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                asked.cancel()
+            if not call.work.done():
+                # It may ask more at once.
+                await asyncio.sleep(QUESTION_PAUSE)
+            if call.questions and not call.work.done():
+                return self._park(call)
+        answer = await call.work
+        return {**answer, "id": call.exchange.message["id"]}
+
+    async def _perform(self, call: Call) -> Message:
+        """Bring a call to the child; the child's answer."""
+        child = await self._running(call)
+        exchange = call.exchange
+        method = exchange.message["method"]
+        if child.serves_all:
+            await self.relay.check_headers(call.peer, child, exchange.message)
+            child.send(exchange, exchange.message)
+            return await child.answer(exchange)
+
         if method in REMOVED or method.startswith("tasks/"):
             raise UnknownMethod(f"`method`: got {method}, which revision {MODERN} does not have")
-        if isinstance(state := params.get("requestState"), str):
-            child, exchange = self._unpark(state, peer.owner, message, outbox)
-            return await self._until_asked(child, exchange)
-        can = {
-            name: meta[CAPABILITIES][name] for name in ASKING.values() if name in meta[CAPABILITIES]
-        }
-        exchange = Exchange(message, outbox, peer.owner)
-        child = await self._child(can, exchange if can and method in MAY_ASK else None)
-        try:
-            if method == "server/discover":
-                return self._discovered(child, message)
-            if method == "subscriptions/listen":
-                return await self._listen(child, exchange)
-            level = meta.get(LOG_LEVEL)
-            if isinstance(level, str) and level != child.level and "logging" in child.can():
-                child.level = level
-                await child.ask(new_request("logging/setLevel", {"level": level}), outbox)
-            child.send(exchange, without_envelope(message))
-        except BaseException:
-            self._release(child, exchange)
-            raise
-        return await self._until_asked(child, exchange)
+        if method == "server/discover":
+            return discovered(child, exchange.message)
+        if method == "subscriptions/listen":
+            return await self._listen(child, call)
 
-    async def _child(self, can: Message, exchange: Exchange | None) -> Child:
-        """A child; `exchange`: it may ask back, so no other one may do so there."""
-        async with self.starting:
-            key, running = (
-                json.dumps(can, sort_keys=True),
-                [child for each in self.children.values() for child in each],
-            )
-            running = [child for child in running if not child.ender]
-            if exchange and len(self.leased) >= MAX_CHILDREN and self.parked:
-                self._forget(next(iter(self.parked)))  # who was asked longest ago
-            for child in self.children.get(key, []):
-                if child in running and not (exchange and child in self.leased):
-                    break
-            else:
-                if len(running) >= 2 * MAX_CHILDREN:
-                    idle = [child for child in running if not (child.exchanges or child.listeners)]
-                    if not idle:
-                        raise RelayError(
-                            f"server {self.relay.name}: {len(running)} run already: try later"
-                        )
-                    min(idle, key=lambda child: child.used).end()
-                child = await self._start(key, can)
-            if exchange:
-                self.leased[child] = exchange
+        if call.questions:
+            # Asked before this call: the child may need the answer in order to serve it.
+            await call.all_answered.wait()
+            await settle(child)
+        await self.relay.check_headers(call.peer, child, exchange.message)
+        level = exchange.meta.get(LOG_LEVEL)
+        if isinstance(level, str) and level != child.level and "logging" in child.can():
+            child.level = level
+            await child.ask(new_request("logging/setLevel", {"level": level}), exchange.outbox)
+        child.send(exchange, without_envelope(exchange.message))
+        return to_modern(await child.answer(exchange), method, child)
+
+    async def _running(self, call: Call) -> Child:
+        """Its child; started for this call, if there is none."""
+        if self.child is None or self._has_ended(self.child):
+            self.starter = call
+            self.child = asyncio.ensure_future(self._start())
+            self.child.add_done_callback(self._started)
+        return await asyncio.shield(self.child)
+
+    @staticmethod
+    def _has_ended(starting: asyncio.Future[Child]) -> bool:
+        """Whether it is no more, or never was."""
+        if not starting.done():
+            return False
+        if starting.cancelled() or starting.exception() is not None:
+            return True
+        return not starting.result().usable
+
+    async def _start(self) -> Child:
+        hello = handshake(self.can, self.info)
+        child = await self.relay.open(hello, self._take, Outbox.nowhere())
+        if child.serves_all:
             return child
-
-    async def _start(self, key: str, can: Message) -> Child:
-        hello = {"protocolVersion": LEGACY[-1], "capabilities": can, "clientInfo": OURSELVES}
-        child = await self.relay.start(self._take, new_request("initialize", hello))
         if "result" not in child.hello:
             child.end()
             raise RelayError(
-                f"server {self.relay.name} refused `initialize`: {child.hello['error']}"
+                f"server {self.relay.name} refused `initialize`: {child.hello['error']['message']}"
             )
+        child.on_lost.append(self._on_lost)
         child.tell(notification("notifications/initialized", {}))
-        if child in self.relay.children:  # else it has ended meanwhile, and tells nobody any more
-            self.children.setdefault(key, []).append(child)
-            child.on_end.append(partial(self._gone, key))
-        self.relay.rest(child)
+        if self.can:
+            # It may ask at once, and serve nothing before it has an answer.
+            await settle(child)
+        self.relay.rest(child, lambda: bool(self.calls), self.end)
         return child
 
-    def _gone(self, key: str, child: Child, status: int) -> None:
-        self.children[key].remove(child)
-        if not self.children[key]:
-            del self.children[key]
-        self.leased.pop(child, None)
+    def _started(self, starting: asyncio.Future[Child]) -> None:
+        self.starter = None
+        if self.child is starting and self._has_ended(starting):
+            self.child = None
+            self._forget_itself_if_unused()
 
-    def _release(self, child: Child, exchange: Exchange) -> None:
-        if self.leased.get(child) is exchange:
-            del self.leased[child]
+    def _on_lost(self, child: Child) -> None:
+        """Its child has ended: the next call starts a new one, which asks anew."""
+        if self.child and self.child.done() and self.child.result() is child:
+            self.child = None
+        self.questions = deque(each for each in self.questions if each.child is not child)
+        for call in self.calls:
+            for name, question in [*call.questions.items()]:
+                if question.child is child:
+                    call.take(name)
+        self._forget_itself_if_unused()
 
     def _take(self, child: Child, message: Message) -> Outbox | None:
-        """What belongs to no request of a client."""
-        method, params, asking = (
-            message["method"],
-            message.get("params", {}),
-            self.leased.get(child),
-        )
+        """What belongs to no request of the client."""
+        method = message["method"]
         if "id" in message:
-            if method == "ping":
-                child.tell({"jsonrpc": "2.0", "id": message["id"], "result": {}})
-            elif (
-                asking
-                and ASKING.get(method) in asking.meta[CAPABILITIES]
-                and asking.questions.qsize() < MAX_ROUNDS
-            ):
-                asking.questions.put_nowait(message)
-            else:
-                child.tell(
-                    refusal(
-                        message["id"],
-                        UnknownMethod(f"`method`: the client cannot be asked {method}"),
-                    )
-                )
-        elif method == "notifications/message":
-            if outbox := child.only_wanting_logs():
-                outbox.send(message)
-            return outbox
-        for exchange, wanted in self.listeners.items():
-            if (
-                wanted.get(f"{CHANGED.get(method)}ListChanged")
-                or params.get("uri") in wanted["resourceSubscriptions"]
-            ):
-                meta = {**as_object(params.get("_meta")), SUBSCRIPTION: exchange.message["id"]}
-                exchange.outbox.send({**message, "params": {**params, "_meta": meta}})
+            self._take_question(child, message)
+            return None
+        if method == "notifications/cancelled":
+            self._withdraw(child, message)
+            return None
+        if method == "notifications/message":
+            wanting = child.wanting_logs()
+            if not wanting:
+                return None
+            wanting[-1].send(message)
+            return wanting[-1]
+        self._announce(message)
         return None
 
-    async def _until_asked(self, child: Child, exchange: Exchange) -> Message:
-        """The child's answer; or its question, if there is one first."""
-        question, parked = asyncio.ensure_future(exchange.questions.get()), False
-        try:
-            if not exchange.asked:
-                await asyncio.wait({exchange.answer, question}, return_when=asyncio.FIRST_COMPLETED)
-                if question.done():
-                    await asyncio.sleep(QUESTION_PAUSE)  # it may ask more at once
-                    more = (
-                        exchange.questions.get_nowait() for _ in range(exchange.questions.qsize())
-                    )
-                    asked = [question.result(), *more]
-                    exchange.asked = {f"question-{json.dumps(each['id'])}": each for each in asked}
-            if exchange.asked and not exchange.answer.done():
-                parked = True
-                return self._park(child, exchange)
-            return to_modern(await child.answer(exchange), exchange.message["method"], child)
-        except asyncio.CancelledError:
-            child.give_up(exchange)
-            raise
-        finally:
-            question.cancel()
-            if not parked:
-                self._release(child, exchange)
+    def _take_question(self, child: Child, message: Message) -> None:
+        method = message["method"]
+        if method == "ping":
+            child.tell(pong(message))
+        elif ASKING.get(method) not in self.can or len(self.questions) >= MAX_QUESTIONS:
+            failure = UnknownMethod(f"`method`: the client cannot be asked {ascii(method)[:80]}")
+            child.tell(refusal(message["id"], failure))
+        else:
+            methods = [each.message["method"] for each in child.exchanges.values()]
+            outside = not any(method in MAY_ASK for method in methods)
+            self.questions.append(Question(child=child, message=message, outside=outside))
+            self._hand_out()
 
-    def _park(self, child: Child, exchange: Exchange) -> Message:
-        """Ask the client, which comes back with the answer in a request of its own."""
-        if exchange.expiry:
-            exchange.expiry.cancel()
-        state = secrets.token_urlsafe(24)
-        self.parked[state] = (
-            child,
-            exchange,
-            asyncio.get_running_loop().call_later(PARK_TIMEOUT, self._forget, state),
+    def _hand_out(self) -> None:
+        """Give the questions that wait to the call that brings them to the client."""
+        calls = [call for call in self.calls if call.may_be_asked]
+        if not calls:
+            return
+        call = self.starter if self.starter in calls else calls[-1]
+        while self.questions and len(call.questions) < MAX_ROUNDS:
+            call.put(self.questions.popleft())
+
+    def _withdraw(self, child: Child, message: Message) -> None:
+        """The child does not want an answer any more."""
+        id_ = as_object(message.get("params")).get("requestId")
+        if not is_id(id_):
+            return
+        gone = Question(child, {"id": id_})
+        self.questions = deque(
+            each for each in self.questions if (each.child, each.name) != (child, gone.name)
         )
+        for call in self.calls:
+            call.take(gone.name)
+
+    def _announce(self, message: Message) -> None:
+        """Report a change to the streams that listen for it."""
+        params = message.get("params", {})
+        flag = f"{CHANGED.get(message['method'])}ListChanged"
+        for call, wanted in self.listeners.items():
+            if wanted.get(flag) or params.get("uri") in wanted["resourceSubscriptions"]:
+                id_ = call.exchange.message["id"]
+                meta = {**as_object(params.get("_meta")), SUBSCRIPTION: id_}
+                call.exchange.outbox.send({**message, "params": {**params, "_meta": meta}})
+
+    def _park(self, call: Call) -> Message:
+        """Ask the client, which comes back with the answers in a request of its own."""
+        state = secrets.token_urlsafe(24)
+        child = next(iter(call.questions.values())).child
+        loop = asyncio.get_running_loop()
+        expiry = loop.call_later(PARK_TIMEOUT, self._expire, state)
+        self.parked[state] = Parked(call=call, child=child, expiry=expiry)
+        call.parked = True
+        child.pause()
+        self._make_room_if_idle()
         asked = {
-            key: without(question, "jsonrpc", "id") for key, question in exchange.asked.items()
+            name: without(question.message, "jsonrpc", "id")
+            for name, question in call.questions.items()
         }
         fields = {"resultType": "input_required", "inputRequests": asked, "requestState": state}
-        return {"jsonrpc": "2.0", "id": exchange.message["id"], "result": fields}
+        return {"jsonrpc": "2.0", "id": call.exchange.message["id"], "result": fields}
 
-    def _forget(self, state: str) -> None:
-        """Its client does not come back."""
-        child, exchange, timer = self.parked.pop(state)
-        timer.cancel()
-        child.give_up(exchange)
-        self._release(child, exchange)
-
-    def _unpark(
-        self, state: str, owner: str, message: Message, outbox: Outbox
-    ) -> tuple[Child, Exchange]:
-        """The call that a client comes back to; the child gets the answers that it brings."""
-        params, bound = message["params"], bound_to(owner, message)
-        if state not in self.parked or bound != bound_to(
-            self.parked[state][1].owner, self.parked[state][1].message
-        ):
-            raise BadMessage(
-                "`requestState`: got one that is unknown here, or has expired: begin anew"
-            )
-        child, exchange, timer = self.parked[state]
-        del self.parked[state]
-        timer.cancel()
-        given = params["inputResponses"] if isinstance(params.get("inputResponses"), dict) else {}
+    def _unpark(self, state: str, message: Message, outbox: Outbox) -> Call:
+        """The call that the client comes back to; the child gets the answers that it brings."""
+        parked = self.parked.get(state)
+        if parked is None or bound_to(message) != bound_to(parked.call.exchange.message):
+            raise unknown_state()
+        call = parked.call
+        self._resume(state)
+        call.exchange.take_up(message, outbox)
+        given = as_object(message["params"].get("inputResponses"))
         try:
-            for key in [key for key in exchange.asked if isinstance(given.get(key), dict)]:
-                child.tell(
-                    {"jsonrpc": "2.0", "id": exchange.asked.pop(key)["id"], "result": given[key]}
-                )
+            for name in [name for name in call.questions if isinstance(given.get(name), dict)]:
+                question = call.questions[name]
+                answer = {"jsonrpc": "2.0", "id": question.message["id"], "result": given[name]}
+                call.take(name)
+                question.child.tell(answer)
         except RelayError:
-            child.give_up(exchange)
-            self._release(child, exchange)
+            self._forget(call)
             raise
-        exchange.message, exchange.outbox, exchange.meta = (
-            message,
-            outbox,
-            params["_meta"],
-        )  # as it is asked now
-        child.extend(exchange)
-        return child, exchange
+        return call
 
-    async def _listen(self, child: Child, exchange: Exchange) -> Message:
+    def _resume(self, state: str) -> None:
+        """Its client has come back, or does so no more."""
+        parked = self.parked.pop(state)
+        parked.expiry.cancel()
+        parked.child.resume()
+        parked.call.parked = False
+
+    def _expire(self, state: str) -> None:
+        """Its client does not come back: the child gets no answer from it."""
+        call = self.parked[state].call
+        self._resume(state)
+        for name in [*call.questions]:
+            if question := call.take(name):
+                self._leave_unanswered(question)
+        self._forget(call)
+
+    def _leave_unanswered(self, question: Question) -> None:
+        with contextlib.suppress(RelayError):
+            failure = RelayError("the client did not answer")
+            question.child.tell(refusal(question.message["id"], failure))
+
+    def _forget(self, call: Call) -> None:
+        """A call is over, or its client has left; another one asks what it had to ask."""
+        if call in self.calls:
+            self.calls.remove(call)
+        others = any(each.exchange.message["method"] in MAY_ASK for each in self.calls)
+        for name in [*call.questions]:
+            question = call.take(name)
+            # What a cancelled call made the child ask is of no use to later calls.
+            if question and (question.outside or others or call.work.done()):
+                self.questions.append(question)
+            elif question:
+                self._leave_unanswered(question)
+        call.work.cancel()
+        self._hand_out()
+        self.used = time.monotonic()
+        self._make_room_if_idle()
+        self._forget_itself_if_unused()
+
+    def _make_room_if_idle(self) -> None:
+        if self.idle:
+            self.relay.room.set()
+
+    def _forget_itself_if_unused(self) -> None:
+        if not self.calls and self.child is None and self.relay.clients.get(self.key) is self:
+            del self.relay.clients[self.key]
+            self.relay.room.set()
+
+    def end(self) -> None:
+        """End its child.  When the client comes back, it is a new one."""
+        for state in [*self.parked]:
+            self._expire(state)
+        if self.child:
+            self.child.add_done_callback(end_when_started)
+            self.child.cancel()
+            self.child = None
+        self._forget_itself_if_unused()
+
+    async def _listen(self, child: Child, call: Call) -> Message:
         """`subscriptions/listen`, until the client leaves or the child does."""
-        asked, can = exchange.message["params"].get("notifications"), child.can()
+        message = call.exchange.message
+        outbox = call.exchange.outbox
+        asked = message["params"].get("notifications")
         if not isinstance(asked, dict):
             raise complain("params.notifications", asked, "an object")
+
+        can = child.can()
         wanted: Message = {flag: True for flag in list_flags(can) if asked.get(flag) is True}
-        uris = (
-            asked.get("resourceSubscriptions")
-            if as_object(can.get("resources")).get("subscribe")
-            else None
-        )
-        wanted |= {"resourceSubscriptions": uris} if isinstance(uris, list) and uris else {}
-        meta = {SUBSCRIPTION: exchange.message["id"]}
+        uris = asked.get("resourceSubscriptions")
+        if as_object(can.get("resources")).get("subscribe") and isinstance(uris, list) and uris:
+            wanted["resourceSubscriptions"] = uris
+        meta = {SUBSCRIPTION: message["id"]}
         acknowledged = {"_meta": meta, "notifications": wanted}
-        exchange.outbox.send(notification("notifications/subscriptions/acknowledged", acknowledged))
-        self.listeners[exchange] = {"resourceSubscriptions": [], **wanted}
-        child.listeners += 1
+        outbox.send(notification("notifications/subscriptions/acknowledged", acknowledged))
+
+        self.listeners[call] = {"resourceSubscriptions": [], **wanted}
         try:
             for uri in wanted.get("resourceSubscriptions", []):
-                await child.ask(new_request("resources/subscribe", {"uri": uri}), exchange.outbox)
-            await asyncio.wait(child.tasks)  # as long as it lives
+                await child.ask(new_request("resources/subscribe", {"uri": uri}), outbox)
+            await child.lost.wait()
         finally:
-            del self.listeners[exchange]
-            child.listeners -= 1
-        return {
-            "jsonrpc": "2.0",
-            "id": exchange.message["id"],
-            "result": {"resultType": "complete", "_meta": meta},
-        }
-
-    def _discovered(self, child: Child, message: Message) -> Message:
-        hello = child.hello.get("result") or {}
-        found = {
-            "capabilities": without(child.can(), "tasks"),
-            "supportedVersions": [MODERN],
-        }  # not the tasks of now
-        found |= {"instructions": hello["instructions"]} if "instructions" in hello else {}
-        return to_modern(
-            {"jsonrpc": "2.0", "id": message["id"], "result": found}, "server/discover", child
-        )
+            del self.listeners[call]
+        result = {"resultType": "complete", "_meta": meta}
+        return {"jsonrpc": "2.0", "id": message["id"], "result": result}
 
 
 @dataclass(frozen=True)
@@ -5111,12 +5972,13 @@ class Translation:
     peer: Peer
 
     async def respond(self, message: Message, outbox: Outbox) -> Message:
-        method, params = message["method"], message.get("params", {})
+        method = message["method"]
+        params = message.get("params", {})
         done = {"jsonrpc": "2.0", "id": message["id"], "result": {}}
         if method == "ping":
             return done
         if method == "initialize":
-            self.peer.hello = params
+            self.peer.said_hello(params)
             self._listen()
             return {**done, "result": self._hello(params.get("protocolVersion"))}
         if method == "logging/setLevel":
@@ -5135,29 +5997,33 @@ class Translation:
             return done
 
         if self.peer.listens_to and self.peer.listens_to is not self.child:
-            self._listen()  # it was started again
+            # The server was started again.
+            self._listen()
         extra: Message = {}
         for _ in range(MAX_ROUNDS):
             answer = await self.child.ask(message, outbox, with_envelope(message, self.peer, extra))
             fields = answer.get("result") or {}
             if fields.get("resultType") != "input_required":
                 return to_legacy(answer, method)
-            extra = {
-                "inputResponses": await self._ask_client(fields.get("inputRequests") or {}, outbox)
-            }
-            extra |= {"requestState": fields["requestState"]} if "requestState" in fields else {}
+            questions = fields.get("inputRequests") or {}
+            extra = {"inputResponses": await self._ask_client(questions, outbox)}
+            if "requestState" in fields:
+                extra["requestState"] = fields["requestState"]
         raise RelayError(
             f"server {self.relay.name} asked {MAX_ROUNDS} times, and has no answer yet"
         )
 
     def _hello(self, asked: object) -> Message:
         found = self.child.hello.get("result") or {}
-        server = as_object(found.get("_meta")).get(
-            SERVER_INFO, {"name": self.relay.name, "version": "0"}
-        )
-        hello = {"protocolVersion": asked if asked in LEGACY else LEGACY[-1], "serverInfo": server}
-        hello |= {"instructions": found["instructions"]} if "instructions" in found else {}
-        return {**hello, "capabilities": {**self.child.can(), "logging": {}}}
+        unnamed = {"name": self.relay.name, "version": "0"}
+        hello = {
+            "protocolVersion": asked if asked in LEGACY else LEGACY[-1],
+            "serverInfo": as_object(found.get("_meta")).get(SERVER_INFO, unnamed),
+            "capabilities": {**self.child.can(), "logging": {}},
+        }
+        if "instructions" in found:
+            hello["instructions"] = found["instructions"]
+        return hello
 
     async def _ask_client(self, questions: Message, outbox: Outbox) -> Message:
         """Put a server's questions to the client; its answers."""
@@ -5184,7 +6050,8 @@ class Translation:
     def _listen(self) -> None:
         """Hear of changes on the client's behalf."""
         wanted: Message = dict.fromkeys(list_flags(self.child.can()), True)
-        wanted |= {"resourceSubscriptions": sorted(self.peer.uris)} if self.peer.uris else {}
+        if self.peer.uris:
+            wanted["resourceSubscriptions"] = sorted(self.peer.uris)
         listener = Listener(self.peer.outbox)
         message = new_request("subscriptions/listen", {"notifications": wanted})
         if self.peer.listening:
@@ -5192,9 +6059,8 @@ class Translation:
         self.peer.listens_to = self.child
 
         async def listen() -> None:
-            with contextlib.suppress(
-                RelayError
-            ):  # it has ended: the next request finds another one
+            # It has ended: the next request finds another one.
+            with contextlib.suppress(RelayError):
                 await self.child.ask(message, listener, with_envelope(message, self.peer, {}))
 
         self.peer.listening = asyncio.ensure_future(listen()) if wanted else None
@@ -5204,93 +6070,31 @@ class Listener(Outbox):
     """What a modern server tells of changes, as a legacy client hears it."""
 
     def __init__(self, outbox: Outbox) -> None:
-        super().__init__(int)
+        super().__init__(ignore)
         self.outbox = outbox
 
     def send(self, message: Message) -> None:
         if message["method"] != "notifications/subscriptions/acknowledged":
             params = message.get("params", {})
-            self.outbox.send(
-                {**message, "params": {**params, "_meta": without(params["_meta"], SUBSCRIPTION)}}
-            )
+            meta = without(params["_meta"], SUBSCRIPTION)
+            self.outbox.send({**message, "params": {**params, "_meta": meta}})
 
 
-def new_request(method: str, params: Message) -> Message:
-    return {"jsonrpc": "2.0", "id": 0, "method": method, "params": params}
+def key_of(peer: Peer, message: Message) -> str:
+    """What makes two requests those of one modern client."""
+    meta = message["params"]["_meta"]
+    identity = [peer.owner, peer.address, meta.get(CLIENT_INFO), meta[CAPABILITIES]]
+    return json.dumps(identity, sort_keys=True)
 
 
-def without(fields: Message, *names: str) -> Message:
-    return {name: value for name, value in fields.items() if name not in names}
+def unknown_state() -> BadMessage:
+    return BadMessage("`requestState`: got one that is unknown here, or has expired: begin anew")
 
 
-def bound_to(owner: str, message: Message) -> tuple[object, ...]:
+def bound_to(message: Message) -> tuple[object, ...]:
     """What a retry must have in common with the request before it."""
-    return (
-        owner,
-        message["method"],
-        without(message["params"], "_meta", "requestState", "inputResponses"),
-    )
-
-
-def list_flags(can: Message) -> list[str]:
-    """Which changes of lists a server tells of, as `subscriptions/listen` names them."""
-    return [
-        f"{what}ListChanged"
-        for what in CHANGED.values()
-        if as_object(can.get(what)).get("listChanged")
-    ]
-
-
-def envelope(can: Message, client: Message) -> Message:
-    """`_meta` of a modern request."""
-    return {CLAIM: MODERN, CAPABILITIES: can, CLIENT_INFO: client}
-
-
-def with_envelope(message: Message, peer: Peer, extra: Message) -> Message:
-    """A legacy request, as a modern server wants it."""
-    params, hello = message.get("params", {}), peer.hello
-    meta = {**as_object(params.get("_meta")), LOG_LEVEL: peer.level}
-    meta |= envelope(as_object(hello.get("capabilities")), hello.get("clientInfo") or OURSELVES)
-    return {**message, "params": {**params, **extra, "_meta": meta}}
-
-
-def without_envelope(message: Message) -> Message:
-    """A modern request, as a legacy server wants it."""
-    params = without(message["params"], "requestState", "inputResponses", "_meta")
-    meta = {
-        name: value
-        for name, value in message["params"]["_meta"].items()
-        if not name.startswith(NAMESPACE)
-    }
-    return {**message, "params": {**params, "_meta": meta} if meta else params}
-
-
-def to_modern(answer: Message, method: str, child: Child) -> Message:
-    """A legacy server's response, for a modern client."""
-    if "error" in answer:
-        code = answer["error"].get("code")
-        return {**answer, "error": {**answer["error"], "code": -32602 if code == -32002 else code}}
-    server = as_object(child.hello.get("result")).get("serverInfo") or {
-        "name": child.name,
-        "version": "0",
-    }
-    meta = {**as_object(answer["result"].get("_meta")), SERVER_INFO: server}
-    cached = {"ttlMs": 0, "cacheScope": "private"} if method in CACHED else {}
-    return {
-        **answer,
-        "result": {"resultType": "complete", **answer["result"], **cached, "_meta": meta},
-    }
-
-
-def to_legacy(answer: Message, method: str) -> Message:
-    """A modern server's response, for a legacy client."""
-    if "error" in answer:
-        missing = method == "resources/read" and "uri" in as_object(answer["error"].get("data"))
-        code = -32002 if missing else answer["error"].get("code")
-        return {**answer, "error": {**answer["error"], "code": code}}
-    fields = without(answer["result"], "resultType", "ttlMs", "cacheScope", "_meta")
-    meta = without(answer["result"].get("_meta") or {}, SERVER_INFO)
-    return {**answer, "result": {**fields, "_meta": meta} if meta else fields}
+    params = without(message["params"], "_meta", "requestState", "inputResponses")
+    return message["method"], params
 
 
 # ==========================================================================
@@ -5307,6 +6111,7 @@ class Session:
     kind      of its server and transport, `SERVER/http`, `…/sse` or `…/ws`; `…/once` for a single modern request
     owner     the credential that opened it
     kept      seconds that it outlives its last stream or message; 0: it ends with its stream
+    address   of the machine that opened it
     """
 
     def __init__(
@@ -5317,19 +6122,27 @@ class Session:
         session_id: str | None,
         owner: str,
         kept: float,
+        address: str = "",
     ) -> None:
-        self.state, self.server, self.owner, self.kept = state, server, owner, kept
-        self.session_id, self.kind = (
-            session_id or secrets.token_hex(16),
-            f"{server.name}/{transport}",
-        )
+        self.state = state
+        self.server = server
+        self.owner = owner
+        self.kept = kept
+        self.session_id = session_id or secrets.token_hex(16)
+        self.kind = f"{server.name}/{transport}"
+        # One of Streamable HTTP needs no stream, and may never open one.
+        self.over_http = transport == "http"
         self.outbox = Outbox(self.overflow)
-        self.outbox.heard = transport != "http"  # or once its GET stream was opened
-        self.peer = Peer(self.outbox, self.lose, owner)
-        self.streams, self.used = 0, time.monotonic()
+        self.outbox.heard = not self.over_http
+        self.peer = Peer(self.outbox, self.lose, owner, address)
+        self.streams = 0
+        self.used = time.monotonic()
         self.calls: dict[str | int, asyncio.Task[None]] = {}
-        self.modern = False  # its last request was
+        # Its last request was.
+        self.modern = False
         self.expiry: asyncio.TimerHandle | None = None
+        # It ends when its last answers have left: its child has ended.
+        self.losing: asyncio.Task[None] | None = None
 
     def receive(self, message: Message, modern: bool, outbox: Outbox) -> None:
         """Do what a message asks for.  Raises BadMessage.
@@ -5361,20 +6174,48 @@ class Session:
         self.end()
 
     def lose(self) -> None:
-        """What it was for is gone; its calls know that already, and answer."""
-        asyncio.get_running_loop().call_later(VIEW_DELAY, self.end)
+        """Its child has ended: it is unknown from now on, and its calls get their last answers."""
+        self.state.sessions.forget(self)
+        self.losing = asyncio.ensure_future(self._end_when_answered())
+
+    async def _end_when_answered(self) -> None:
+        if self.calls:
+            await asyncio.wait([*self.calls.values()], timeout=LAST_ANSWERS)
+        self.end()
 
     async def _call(self, message: Message, modern: bool, outbox: Outbox) -> None:
+        if isinstance(self.server, Relay) and self.state.audit.path:
+            answer = await self._noted_answer(message, modern, outbox)
+        else:
+            answer = await self._answer_to(message, modern, outbox)
+        outbox.send(answer)
+
+    async def _noted_answer(self, message: Message, modern: bool, outbox: Outbox) -> Message:
+        """The same, with a line in the audit log before and after."""
+        note = RelayedCall(self, message)
+        answer: Message | None = None
+        try:
+            await note.start()
+            try:
+                answer = await self._answer_to(message, modern, outbox)
+            finally:
+                note.end(answer)
+            await self.state.audit.written()
+            return answer
+        except NoAudit as wrong:
+            return refusal(message["id"], ProxyError(f"not answered: {wrong}"))
+
+    async def _answer_to(self, message: Message, modern: bool, outbox: Outbox) -> Message:
         try:
             answer = await self.server.respond(self.peer, message, modern, outbox)
             if message["method"] == "initialize" and "result" in answer:
                 self.peer.version = answer["result"].get("protocolVersion", LEGACY[-1])
+            return answer
         except ProxyError as wrong:
-            answer = refusal(message["id"], wrong)
+            return refusal(message["id"], wrong)
         except Exception as wrong:
             log.exception("request failed method=%s", message["method"])
-            answer = refusal(message["id"], ProxyError(f"{type(wrong).__name__}, see the log"))
-        outbox.send(answer)
+            return refusal(message["id"], ProxyError(f"{type(wrong).__name__}, see the log"))
 
     def _called(self, id_: str | int, outbox: Outbox, _: asyncio.Task[None]) -> None:
         """Also for a call that was cancelled before it began, in which no `finally` runs."""
@@ -5401,32 +6242,35 @@ class Session:
             self.expiry.cancel()
         self.outbox.close()
         self.server.leave(self.peer)
-        if self.state.sessions.get(self.session_id) is self:
-            del self.state.sessions[self.session_id]
+        self.state.sessions.forget(self)
 
     @contextlib.asynccontextmanager
     async def stream(self) -> AsyncIterator[AsyncIterator[Message | None]]:
         """What comes for its client, as long as this stream is the newest."""
-        self.streams, self.outbox.heard = self.streams + 1, True
+        self.streams += 1
+        self.outbox.heard = True
         try:
             async with contextlib.aclosing(self.outbox.messages()) as messages:
                 yield messages
         finally:
-            self.streams, self.used = self.streams - 1, time.monotonic()
-            self.outbox.heard = (
-                self.streams > 0 or self.kept != SESSION_IDLE
-            )  # who will come back gets what he missed
+            self.streams -= 1
+            self.used = time.monotonic()
+            self.outbox.heard = self.streams > 0 or not self.over_http
             self.expire()
 
     def expire(self) -> None:
         """End it, if nobody needs it any more; else look again."""
-        left = self.used + self.kept - time.monotonic()
         if self.expiry:
             self.expiry.cancel()
-        if left <= 0 and not self.streams and not (self.calls and self.kept == SESSION_IDLE):
+        if self.streams or self.outbox.closed:
+            return
+        left = self.used + self.kept - time.monotonic()
+        # Without a stream, a call over HTTP has one of its own.
+        if left <= 0 and not (self.calls and self.over_http):
             self.end()
-        elif not self.streams and not self.outbox.closed:
-            self.expiry = asyncio.get_running_loop().call_later(max(left, KEEP_ALIVE), self.expire)
+        else:
+            pause = left if left > 0 else self.kept
+            self.expiry = asyncio.get_running_loop().call_later(pause, self.expire)
 
 
 class SessionMap(dict[str, Session]):
@@ -5441,6 +6285,11 @@ class SessionMap(dict[str, Session]):
             min(idle, key=lambda other: other.used).end()
         self[session.session_id] = session
         return session
+
+    def forget(self, session: Session) -> None:
+        """It is unknown from now on."""
+        if self.get(session.session_id) is session:
+            del self[session.session_id]
 
     async def settle(self, seconds: float) -> None:
         """Wait until all calls are answered, so long at most."""
@@ -5463,8 +6312,11 @@ class SessionMap(dict[str, Session]):
     def report(self, session_id: str | None, **data: object) -> None:
         """Tell the session, if it is open, of a command that was run with its id."""
         session = self.get(session_id or "")
-        wanted = session and not session.modern and not session.outbox.crowded()
-        if session and wanted and session.peer.level in LEVELS[:2]:  # debug, info
+        if session is None or session.modern:
+            return
+        if session.outbox.heard and session.outbox.crowded():
+            return
+        if session.peer.level in LEVELS[:2]:  # debug, info
             told = {"level": "info", "logger": "exec", "data": data}
             session.outbox.send(notification("notifications/message", told))
 
@@ -5601,6 +6453,49 @@ class AppState:
         self.servers[""] = Terminals(self)
         if not isinstance(self.sessions, SessionMap):  # a plain dict will do
             self.sessions = SessionMap(self.sessions)
+
+
+class RelayedCall:
+    """A request to a relayed server, as the audit log has it: never its arguments or its result."""
+
+    def __init__(self, session: Session, message: Message) -> None:
+        self.audit = session.state.audit
+        self.started = time.monotonic()
+        params = message.get("params", {})
+        if message["method"] == "initialize":
+            session.peer.said_hello(params)
+        meta = as_object(params.get("_meta"))
+        client = as_object(meta.get(CLIENT_INFO) or session.peer.hello.get("clientInfo"))
+        self.fields = {
+            "call_id": secrets.token_hex(8),
+            "server": session.server.name,
+            "method": shown_name(message["method"]),
+            "tool": shown_name(params.get("name")) if message["method"] == "tools/call" else None,
+            "client": {name: shown_name(client.get(name)) for name in ("name", "version")},
+            "address": session.peer.address,
+        }
+
+    async def start(self) -> None:
+        """Raises NoAudit: nothing is called unseen."""
+        await self.audit.start(self.fields)
+
+    def end(self, answer: Message | None) -> None:
+        """Note how it ended; None: it was cancelled."""
+        error: str | None = None
+        if answer is None:
+            error = "cancelled"
+        elif "error" in answer:
+            # The words of an error may repeat arguments.
+            error = f"error {answer['error'].get('code')}"
+        elif answer["result"].get("isError") is True:
+            error = "the tool failed"
+        duration = round((time.monotonic() - self.started) * 1000)
+        self.audit.end({**self.fields, "duration_ms": duration, "error": error})
+
+
+def shown_name(value: object) -> str | None:
+    """A name from outside, cut to what a line of the log has room for."""
+    return value[:MAX_NAME] if isinstance(value, str) else None
 
 
 class Notes(Watch):
@@ -5948,6 +6843,7 @@ class Terminals:
     """The built-in server: the tools above."""
 
     name = ""
+    session_idle = SESSION_IDLE
 
     def __init__(self, state: AppState) -> None:
         self.state = state
@@ -5984,9 +6880,6 @@ class Terminals:
 
     def leave(self, peer: Peer) -> None:
         """Nothing is kept for a client."""
-
-    async def repeated(self, message: Message) -> dict[str, str]:
-        return {}
 
 
 Server = Terminals | Relay
@@ -6030,23 +6923,29 @@ async def channel_handler(job: Job, message: str | bytes) -> None:
 
 
 async def sse_handler(
-    state: AppState, query: McpQuery, owner: str = "", suffix: str = "", name: str = ""
+    state: AppState,
+    query: McpQuery,
+    owner: str = "",
+    suffix: str = "",
+    name: str = "",
+    address: str = "",
 ) -> AsyncGenerator[str, None]:
     """Yield a session's events until its client leaves, or comes back by another stream.  Raises UnknownSession.
 
     owner   the credential that the session belongs to
-    suffix  of the address to post to
+    suffix  of the path to post to
     name    of the server; "" is the built-in one
+    address of the client's machine
     """
     if query.session_id in state.sessions:
         session = state.sessions.find(f"{name}/sse", query.session_id, owner)
     else:
         kept = SESSION_KEPT if query.session_id else 0.0
-        session = state.sessions.open(
-            Session(state, state.servers[name], "sse", query.session_id, owner, kept)
-        )
+        server = state.servers[name]
+        session = Session(state, server, "sse", query.session_id, owner, kept, address)
+        state.sessions.open(session)
     async with session.stream() as messages:
-        path = f"/servers/{name}/messages" if name else "/messages"
+        path = f"/servers/{percent_encoded(name, safe='')}/messages" if name else "/messages"
         yield f"event: endpoint\ndata: {path}?session_id={session.session_id}{suffix}\n\n"
         async for message in messages:
             yield sse_event(message)
@@ -6082,6 +6981,8 @@ class Endpoint(tornado.web.RequestHandler):
     _stream_request_body = True  # so that the gate comes before the body, and 413 is ours
     open_to_all = False  # needs no token
     token_in_query = False  # for clients that cannot set headers
+    of_mcp = False  # its errors are those of JSON-RPC
+    slash_too = False  # its path may end with one
     patience = SLOW_READER_TIMEOUT  # with a reader of events; 0: as long as TCP has it
     task: asyncio.Task[Any] | None = None
 
@@ -6108,6 +7009,11 @@ class Endpoint(tornado.web.RequestHandler):
             self.set_header("Access-Control-Allow-Headers", ", ".join([CORS_HEADERS, *extra]))
             self.set_header("Access-Control-Expose-Headers", "Mcp-Session-Id")
             self.set_header("Vary", "Origin")
+
+    @property
+    def address(self) -> str:
+        """Of the caller's machine."""
+        return self.request.remote_ip or ""
 
     def prepare(self) -> None:
         self.check()
@@ -6281,6 +7187,8 @@ class Endpoint(tornado.web.RequestHandler):
                 {"error": str(error), "exit_code": error.exit_code},
                 error.http_status,
             )
+        if self.of_mcp:
+            answer = self._rpc_error(error, text, status_code)
         if not self.admitted:
             self.set_header("Connection", "close")
         if status_code == 401:
@@ -6288,6 +7196,13 @@ class Endpoint(tornado.web.RequestHandler):
         if status_code == 405:
             self.set_header("Allow", ", ".join(self._allowed()))
         self.finish_json(answer, status_code)
+
+    def _rpc_error(self, error: object, text: str, status: int) -> Message:
+        """The same for a client of MCP, which shows nothing else."""
+        if isinstance(error, ProxyError):
+            return refusal(error.request_id, error)
+        kind = NotAMessage if status < 500 else ProxyError
+        return refusal(None, kind(text))
 
     def log_exception(self, *exc_info: Any) -> None:
         if not isinstance(exc_info[1], (ProxyError, tornado.web.HTTPError)):
@@ -6519,6 +7434,8 @@ class ChannelEndpoint(SocketEndpoint):
 class McpEndpoint(Endpoint):
     """`/mcp`: Streamable HTTP.  A modern request stands for itself, a legacy one has a session."""
 
+    of_mcp = slash_too = True
+
     def check(self) -> None:
         super().check()
         if (
@@ -6541,7 +7458,7 @@ class McpEndpoint(Endpoint):
             modern = is_modern(message, self.request.headers.get("MCP-Protocol-Version"))
             if modern and not is_request(message):
                 return self.set_status(202)
-            session, opens = await self.session_of(message, modern)
+            session, opens = self.session_of(message, modern)
             outbox = Outbox(session.overflow)
             session.receive(message, modern, outbox)
         except ProxyError as wrong:
@@ -6559,19 +7476,18 @@ class McpEndpoint(Endpoint):
             ):  # who leaves, cancels; not so with a session
                 session.end()
 
-    async def session_of(self, message: Message, modern: bool) -> tuple[Session, bool]:
+    def session_of(self, message: Message, modern: bool) -> tuple[Session, bool]:
         """Whose message this is, and whether that begins with it.  Raises ProxyError."""
         server = self.state.servers[self.name]
         if modern:
             check_envelope(message, self.request.headers.get_list)
-            if message["method"] == "tools/call":
-                repeated = await server.repeated(message)
-                check_parameters(message, self.request.headers.get_list, repeated)
-            return Session(self.state, server, "once", None, self.owner, 0.0), True
+            session = Session(self.state, server, "once", None, self.owner, 0.0, self.address)
+            session.peer.came_with(self.request.headers.get_list)
+            return session, True
         if message.get("method") == "initialize" and is_request(message):
-            session = self.state.sessions.open(
-                Session(self.state, server, "http", None, self.owner, SESSION_IDLE)
-            )
+            kept = server.session_idle
+            session = Session(self.state, server, "http", None, self.owner, kept, self.address)
+            self.state.sessions.open(session)
             session.expire()
             self.set_header("Mcp-Session-Id", session.session_id)
             return session, True
@@ -6613,6 +7529,7 @@ class McpEndpoint(Endpoint):
 class SseEndpoint(Endpoint):
     """`GET /sse`: what the server says; the client posts to `/messages`."""
 
+    of_mcp = slash_too = True
     token_in_query = True
 
     async def get(self, name: str = "") -> None:
@@ -6621,7 +7538,7 @@ class SseEndpoint(Endpoint):
             given and f"&token={quote_plus(given)}"
         )  # who cannot set a header here, cannot there
         async with contextlib.aclosing(
-            sse_handler(self.state, self.query(), self.owner, suffix, name)
+            sse_handler(self.state, self.query(), self.owner, suffix, name, self.address)
         ) as events:
             await self.perform(self.pass_on(events))
 
@@ -6631,6 +7548,7 @@ class SseEndpoint(Endpoint):
 
 
 class MessagesEndpoint(Endpoint):
+    of_mcp = slash_too = True
     token_in_query = True
 
     async def post(self, name: str = "") -> None:
@@ -6645,6 +7563,7 @@ class MessagesEndpoint(Endpoint):
 class McpSocket(SocketEndpoint):
     """`GET /mcp/ws`: a session that lasts as long as the socket."""
 
+    of_mcp = slash_too = True
     token_in_query = True
     subprotocol = "mcp"
     ping_interval = ping_timeout = KEEP_ALIVE
@@ -6652,7 +7571,8 @@ class McpSocket(SocketEndpoint):
 
     def open(self, name: str = "") -> None:
         try:
-            session = Session(self.state, self.state.servers[name], "ws", None, self.owner, 0.0)
+            server = self.state.servers[name]
+            session = Session(self.state, server, "ws", None, self.owner, 0.0, self.address)
             self.session = self.state.sessions.open(session)
         except NoTerminal as full:
             self.close(1013, str(full)[:100])
@@ -6672,7 +7592,8 @@ class McpSocket(SocketEndpoint):
             try:
                 self.session.answer(read_message(message))
             except ProxyError as wrong:
-                if "error" not in str(message):  # two must not answer errors with errors
+                # Two must not answer errors with errors.
+                if not wrong.in_response:
                     self.session.outbox.send(refusal(wrong.request_id, wrong))
             await self.session.outbox.room(SLOW_READER_TIMEOUT)  # Tornado reads on without a pause
 
@@ -6682,6 +7603,8 @@ class McpSocket(SocketEndpoint):
 
 
 class ServersEndpoint(Endpoint):
+    slash_too = True
+
     async def get(self) -> None:
         relays = [server for server in self.state.servers.values() if isinstance(server, Relay)]
         self.set_header("Content-Type", "application/json")
@@ -6746,6 +7669,7 @@ class Commands:
     origins: tuple[str, ...] = ()
     servers: tuple[ServerConfig, ...] = ()
     audit_log: str = ""
+    mcp_idle: float = CHILD_IDLE  # seconds
 
 
 @dataclass(frozen=True)
@@ -6802,7 +7726,7 @@ class Cli:
         add(
             "--audit-log",
             metavar="FILE",
-            help="append a JSON line for each command's start and end",
+            help="append a JSON line for the start and the end of each command and relayed request",
         )
         add(
             "--mcp-server",
@@ -6811,7 +7735,17 @@ class Cli:
             metavar="NAME=COMMAND",
             help="relay a stdio MCP server",
         )
-        add("--mcp-config", metavar="FILE", help="the same from a file with `mcpServers`")
+        add(
+            "--mcp-config",
+            metavar="FILE",
+            help="the same from a file with `mcpServers`, as clients have it",
+        )
+        add(
+            "--mcp-idle",
+            default=f"{CHILD_IDLE:g}",
+            metavar="SECONDS",
+            help="end a relayed server's process that nobody has used so long, default %(default)s",
+        )
         got = parser.parse_args(argv[1:])
         if got.command == "install":
             return cls(Commands("install", (got.folder, *got.names)))
@@ -6827,13 +7761,24 @@ class Cli:
         for origin in got.allow_origin:
             if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
                 server.error(f"--allow-origin: got {origin!r}, expected one like http://name:port")
+        if not (re.fullmatch(r"\d+(\.\d+)?", got.mcp_idle) and float(got.mcp_idle) > 0):
+            server.error(f"--mcp-idle: got {got.mcp_idle!r}, expected a number of seconds above 0")
         try:
             servers = read_servers(got.mcp_server, got.mcp_config)
         except BadMessage as wrong:
             server.error(str(wrong))
         origins = tuple(got.allow_origin)
         return cls(
-            Commands("server", (), got.port, got.host, path, origins, servers, got.audit_log or "")
+            Commands(
+                name="server",
+                port=got.port,
+                host=got.host,
+                workspace=path,
+                origins=origins,
+                servers=servers,
+                audit_log=got.audit_log or "",
+                mcp_idle=float(got.mcp_idle),
+            )
         )
 
 
@@ -6902,41 +7847,163 @@ def install(folder: str, names: list[str]) -> str:
     return f"wrote {target}{beside}"
 
 
+# A string of JSON, or a comment as clients allow it; a string, or a comma that ends a list.
+TEXT_OR_COMMENT = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
+TEXT_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[\]}])', re.DOTALL)
+# `${NAME}`, `${NAME:-default}`, and VS Code's `${env:NAME}`.
+VARIABLE = re.compile(r"\$\{(?:env:)?([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
 def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]:
-    """What `--mcp-server` and `--mcp-config` name.  Raises BadMessage."""
-    found: dict[str, Message] = {}
+    """What `--mcp-server` and `--mcp-config` name.  Raises BadMessage, which shows no values."""
+    configs: dict[str, ServerConfig] = {}
     if path is not None:
-        try:
-            with open(path, encoding="utf-8") as file:
-                found.update(json.load(file)["mcpServers"].items())
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as wrong:
-            raise complain(
-                "--mcp-config", path, f'a file with {{"mcpServers": {{NAME: …}}}} ({wrong!r})'
-            ) from None
+        for name, entry in read_entries(path).items():
+            configs[name] = read_entry(name, entry)
+
     for word in words:
         name, _, line = word.partition("=")
+        check_server_name(name)
         try:
-            program, *rest = shlex.split(line)
+            command = shlex.split(line)
         except ValueError as wrong:
             raise complain("--mcp-server", word, f"NAME=COMMAND ({wrong})") from None
-        found[name] = {"command": program, "args": rest}
-    configs = []
-    for name, server in found.items():
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
-            raise complain("the name of an MCP server", name, "1 to 64 of A-Z a-z 0-9 _ . -")
-        given = server if isinstance(server, dict) else {}
-        command, arguments, env, cwd = (given.get(key) for key in ("command", "args", "env", "cwd"))
-        arguments, env = arguments or [], env or {}
-        texts = (
-            [command, *arguments, *env.values(), cwd or ""]
-            if type(arguments) is list and type(env) is dict
-            else []
+        if not command:
+            raise complain("--mcp-server", word, "NAME=COMMAND")
+        configs[name] = ServerConfig(name=name, words=tuple(command))
+
+    for config in configs.values():
+        if not config.left_out:
+            check_command(config)
+    return tuple(configs.values())
+
+
+def read_entries(path: str) -> Message:
+    """The entries of a file of clients, by name: JSON, maybe with comments.  Raises BadMessage."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            found = json.loads(plain_json(file.read()))
+    except OSError as wrong:
+        raise complain("--mcp-config", path, f"a file to read ({wrong.strerror})") from None
+    except (ValueError, RecursionError) as wrong:
+        raise complain("--mcp-config", path, f"a file with JSON ({wrong})") from None
+
+    fields = as_object(found)
+    # `servers` is what VS Code calls them.
+    for key in ("mcpServers", "servers"):
+        if isinstance(fields.get(key), dict):
+            return as_object(fields[key])
+    raise complain("--mcp-config", path, 'a file with {"mcpServers": {NAME: {"command": TEXT}}}')
+
+
+def plain_json(text: str) -> str:
+    """The same without comments, and without commas that end a list; places stay as they are."""
+
+    def blank(found: re.Match[str]) -> str:
+        if found[0][0] == '"':
+            return found[0]
+        return re.sub(r"[^\n]", " ", found[0])
+
+    return TEXT_OR_COMMA.sub(blank, TEXT_OR_COMMENT.sub(blank, text))
+
+
+def read_entry(name: str, entry: object) -> ServerConfig:
+    """One server of such a file.  Raises BadMessage, which names the entry and the key."""
+    check_server_name(name)
+    if not isinstance(entry, dict):
+        raise bad_entry(name, "", entry, "an object")
+    disabled = entry.get("disabled", False)
+    if not isinstance(disabled, bool):
+        raise bad_entry(name, "disabled", disabled, "true or false")
+    if disabled:
+        return ServerConfig(name=name, words=(), left_out="it is disabled")
+    is_remote = any(key in entry for key in ("url", "httpUrl", "serverUrl"))
+    if "command" not in entry and is_remote:
+        return ServerConfig(name=name, words=(), left_out="it is a remote server, and has a `url`")
+
+    arguments = entry.get("args")
+    if arguments is None:
+        arguments = []
+    if not isinstance(arguments, list):
+        raise bad_entry(name, "args", arguments, "a list of strings")
+    env = entry.get("env")
+    if env is None:
+        env = {}
+    if not isinstance(env, dict):
+        raise bad_entry(name, "env", env, "an object of strings")
+    cwd = entry.get("cwd")
+
+    command = filled_in(name, "command", entry.get("command"))
+    if not command:
+        raise bad_entry(name, "command", command, "a program")
+    return ServerConfig(
+        name=name,
+        words=(
+            command,
+            *(filled_in(name, f"args[{at}]", each) for at, each in enumerate(arguments)),
+        ),
+        env={key: filled_in(name, f"env.{key}", each) for key, each in env.items()},
+        cwd=None if cwd is None else filled_in(name, "cwd", cwd),
+    )
+
+
+def filled_in(name: str, key: str, value: object) -> str:
+    """A value of an entry as text, with variables of our environment.  Raises BadMessage."""
+    if isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise bad_entry(name, key, value, "a string")
+    if "${input:" in value:
+        raise bad_entry(name, key, value, "no `${input:…}`: there is nobody to ask")
+
+    def fill(found: re.Match[str]) -> str:
+        # As a shell has it: the default also stands for an empty variable.
+        filled = os.environ.get(found[1], "") or found[2]
+        if filled is None and found[1] not in os.environ:
+            expected = f"the variable {found[1]} to be set, or `${{{found[1]}:-default}}`"
+            raise bad_entry(name, key, value, expected)
+        return filled or ""
+
+    filled = VARIABLE.sub(fill, value)
+    if "\0" in filled:
+        raise bad_entry(name, key, value, "a string without NUL")
+    return filled
+
+
+def check_server_name(name: str) -> None:
+    """Raises BadMessage for a name that no path can have."""
+    sound = name.isprintable() and 0 < len(name) <= MAX_NAME and name not in (".", "..")
+    if not sound:
+        raise complain(
+            "the name of an MCP server", name, f"1 to {MAX_NAME} characters that can be shown"
         )
-        if not command or not texts or not all(isinstance(text, str) for text in texts):
-            expected = '{"command": TEXT, "args": [TEXT…], "env": {NAME: TEXT}, "cwd": TEXT}'
-            raise complain(f"MCP server {name}", server, expected)
-        configs.append(ServerConfig(name, (command, *arguments), env, cwd))
-    return tuple(configs)
+
+
+def bad_entry(name: str, key: str, got: object, expected: str) -> BadMessage:
+    """A fault of an entry.  Its value is not shown: it may be a secret."""
+    kinds = {
+        type(None): "nothing",
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+    }
+    where = f", key `{key}`" if key else ""
+    kind = kinds.get(type(got), "a number")
+    return BadMessage(f"MCP server `{name}`{where}: got {kind}, expected {expected}")
+
+
+def check_command(config: ServerConfig) -> None:
+    """Raises BadMessage if there is no such program, or directory."""
+    if config.cwd is not None and not os.path.isdir(config.cwd):
+        raise bad_entry(config.name, "cwd", config.cwd, "a directory that exists")
+    program = config.words[0]
+    found = os.path.join(config.cwd or "", program)
+    if "/" not in program:
+        path = config.env.get("PATH", os.environ.get("PATH", os.defpath))
+        found = shutil.which(program, path=path) or ""
+    if not (os.path.isfile(found) and os.access(found, os.X_OK)):
+        raise bad_entry(config.name, "command", program, "a program that is here and can be run")
 
 
 async def serve(options: Commands, token: str) -> None:
@@ -6950,13 +8017,20 @@ async def serve(options: Commands, token: str) -> None:
             "%s: any user could replace what is in it, the directory of TMUX_SOCKET too", folder
         )
     state = AppState(SessionMap(), driver, options.workspace, AuditLog(options.audit_log))
-    state.servers |= {config.name: Relay(config) for config in options.servers}
+    for config in options.servers:
+        if config.left_out:
+            log.info("server %s is not served: %s", config.name, config.left_out)
+        else:
+            state.servers[config.name] = Relay(config, options.mcp_idle)
     if options.audit_log:
         state.audit.flush()  # it must be there
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, state.audit.reopen)
     shared: dict[str, Any] = {"state": state}
     application = tornado.web.Application(
-        [(path, endpoint, shared) for path, endpoint in ROUTES],
+        [
+            (f"{path}/?" if endpoint.slash_too else path, endpoint, shared)
+            for path, endpoint in ROUTES
+        ],
         default_handler_class=UnknownEndpoint,
         default_handler_args=shared,
         log_function=lambda handler: None,
