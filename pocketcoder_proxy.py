@@ -120,7 +120,7 @@ MAX_OPEN_PAUSE = 0.25
 SHOW_PAUSE = 0.2  # from keys to the screen that shows what they did
 QUESTION_TIMEOUT = 0.5  # to look at the screen of a command whose time is over
 RETRY_PAUSE = 0.05  # before another try with a tmux that is just ending, or a place just wiped
-LOOK_TRIES = 4  # at the panes of a window
+LOOK_TRIES = 5  # at the panes of a window, each pause twice as long as the one before
 START_TRIES = 8  # of a command, each in another pane or after another failure
 MAX_MISSED = 2  # lines in a row that a shell did not run, until it is left alone
 ADOPT_PAUSE = 0.2  # for the last words of a run whose server was killed
@@ -3045,8 +3045,8 @@ class Terminal:
             # wait for replies.
             if attempt > 0 and self.sandbox.tmux:
                 self.sandbox.tmux.close()
-            # A tmux that is just ending fails once.
-            await asyncio.sleep(RETRY_PAUSE)
+            # A tmux that is just ending fails once, one that another driver is starting some times.
+            await asyncio.sleep(RETRY_PAUSE * 2**attempt)
         raise AssertionError("the last try returns or raises")
 
     async def _look_once(self) -> Tmux:
