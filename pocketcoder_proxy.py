@@ -756,6 +756,7 @@ import json
 import logging
 import marshal
 import math
+import random
 import re
 import resource
 import secrets
@@ -3045,8 +3046,9 @@ class Terminal:
             # wait for replies.
             if attempt > 0 and self.sandbox.tmux:
                 self.sandbox.tmux.close()
-            # A tmux that is just ending fails once, one that another driver is starting some times.
-            await asyncio.sleep(RETRY_PAUSE * 2**attempt)
+            # A tmux that is just ending fails once.  Two that are started at the same moment end each
+            # other, so that their drivers must not try again in step.
+            await asyncio.sleep(RETRY_PAUSE * 2**attempt * random.uniform(1, 2))
         raise AssertionError("the last try returns or raises")
 
     async def _look_once(self) -> Tmux:
