@@ -24,13 +24,17 @@ Sections, top to bottom; each uses only what stands above it:
   Run files         the go script, the FIFOs, their directory, what a killed server left
   Terminals         panes, prompts, who may type
   Runs              one run from files to prompt; PocketCoderDriver
+  Audit log         one line before a command starts, one before its end is answered
   MCP core          JSON-RPC, both eras: messages in, decisions out
   MCP children      a relayed server's process: its life, its lines, requests in flight
   Era translation   what a message of one era is in the other
   Relay             stdio MCP servers of the sandbox, for clients of either era
   State and tools   what handlers share, sessions, the tools of MCP
-  Transports        HTTP: the gate, handlers, endpoints, ROUTES
-  Application       command line, `install`, start and stop
+  HTTP gate         who may call: pure functions
+  Endpoints         handlers, what Tornado calls, ROUTES
+  Install           what `install` writes
+  MCP configuration which stdio servers are relayed
+  Application       command line, start and stop
 
 Routes:     GET /health, POST /exec, GET /exec/ws; of MCP POST GET DELETE /mcp, GET /mcp/ws,
             GET /sse, POST /messages, the same under /servers/NAME; GET /servers
@@ -90,6 +94,7 @@ QUIET_PROGRAMS = {  # nobody may be there to page or to answer
 }
 
 MAX_BODY = 16 * MIB  # bytes of a request
+MAX_UNREAD_BODY = 4 * MAX_BODY  # of a larger one so much is read, so that the caller sees the 413
 MAX_COMMAND = 8 * MIB  # bytes of `cmd`
 MAX_ARGUMENT = 128 * KIB  # MAX_ARG_STRLEN, execve(2): one argument with its NUL
 MAX_VARIABLE = 123 * KIB  # of one variable: with its name it is an argument of env(1)
@@ -142,6 +147,11 @@ VIEW_PAUSE, VIEW_TRIES = (
     20,
 )  # a full terminal is written to again, and may delay the prompt by that
 DESCRIPTORS_KEPT = 10  # that no further run takes: those that run need some to be watched and ended
+ACCEPTED_AT_ONCE = 16  # connections in one turn of the loop
+ACCEPT_PAUSE = 0.5  # without descriptors, before the next try
+GONE_CHECK = 0.5  # look again whether the caller of a channel has left
+TCP_ESTABLISHED = 1  # a state of TCP, include/net/tcp_states.h
+SETTLE_GRACE = 0.5  # for the answers of commands that were ended when the server stopped
 STOP_GRACE = 5.0  # SIGTERM: running commands may still end
 KEEP_ALIVE = 15.0  # between comments on a silent stream
 BODY_TIMEOUT = 60.0  # for a body to arrive
@@ -749,7 +759,6 @@ import datetime
 import enum
 import errno
 import fcntl
-import gc
 import hmac
 import ipaddress
 import json
@@ -846,8 +855,7 @@ SIGNAL_NUMBERS = {
 # Errors
 # ==========================================================================
 # E1  A command that fails is a result; a proxy that cannot do its job is an error.
-# E2  Each class carries its answers; nothing else maps errors to numbers.
-#     What is HTTP's alone (401, 404, 405, 413, 415) is Tornado's HTTPError.
+# E2  Each class carries its HTTP status, JSON-RPC code and exit code.
 class ProxyError(Exception):
     """The proxy cannot do its job.  Raised itself for what nobody expected."""
 
@@ -929,6 +937,49 @@ class Forbidden(ProxyError):
     """`Origin` or `Host` is not one of ours."""
 
     http_status, rpc_code = 403, -32600
+
+
+class Refused(ProxyError):
+    """HTTP has a status for it."""
+
+    http_status = 400
+    rpc_code = -32600
+
+
+class Unauthorized(Refused):
+    """The token is missing or wrong."""
+
+    http_status = 401
+
+
+class NoSuchPath(Refused):
+    """There is no such path, or no such MCP server."""
+
+    http_status = 404
+
+
+class MethodNotAllowed(Refused):
+    """The path has no such method."""
+
+    http_status = 405
+
+
+class NotAcceptable(Refused):
+    """The caller takes no media type that we send."""
+
+    http_status = 406
+
+
+class TooLarge(Refused):
+    """The body is larger than MAX_BODY."""
+
+    http_status = 413
+
+
+class UnsupportedMedia(Refused):
+    """The body is not `application/json`."""
+
+    http_status = 415
 
 
 class NoTerminal(ProxyError):
@@ -3932,6 +3983,144 @@ class PocketCoderDriver:
 
 
 # ==========================================================================
+# Audit log
+# ==========================================================================
+# U1  A line is written before its command starts, and before its end is answered.
+# U2  While a line cannot be written, no command starts.
+class AuditLog:
+    """JSON lines in the file `path`: one before a command starts, one before its end is answered.
+
+    path  "": none is kept
+    What cannot be written waits, and no command starts until it is written: so little waits.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        self.path = path
+        # -1: it is not open.
+        self.fd = -1
+        # Seconds that an answer waits for its line.
+        self.patience = AUDIT_TIMEOUT
+        # Whole lines, and how much of the first one is in the file.
+        self.unwritten = b""
+        self.sent = 0
+
+    async def start(self, fields: Message) -> None:
+        """Record a start.  Raises NoAudit."""
+        if not self.path:
+            return
+        self.flush()
+        line = self._line("start", fields)
+        self.unwritten += line
+        try:
+            self.flush()
+        except NoAudit:
+            # Nothing is run; but a line that was begun is completed.
+            if self.unwritten == line and not self.sent:
+                self.unwritten = b""
+            raise
+        await self.written()
+
+    def end(self, fields: Message) -> None:
+        """Record an end; see `written`."""
+        if self.path:
+            self.unwritten += self._line("end", fields)
+            self._try()
+
+    def hurry(self, seconds: float) -> None:
+        """Let answers wait so long, at most, from now on: the server stops."""
+        self.patience = seconds
+
+    def _try(self) -> None:
+        """Write what waits.  A failure is logged; the next line brings another try."""
+        try:
+            self.flush()
+        except NoAudit as wrong:
+            log.error("%s", wrong)
+
+    async def written(self) -> None:
+        """Wait until all is written: a full pipe may be read, a full disk may get space again.
+
+        Raises NoAudit.
+        """
+        deadline = time.monotonic() + self.patience
+        failure = self._refuse("nobody reads it")
+        while self.unwritten:
+            await asyncio.sleep(AUDIT_PAUSE)
+            try:
+                self.flush()
+            except NoAudit as wrong:
+                failure = wrong
+            if self.unwritten and time.monotonic() > deadline:
+                raise failure
+
+    def _line(self, event: str, fields: Message) -> bytes:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        text = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return json.dumps({"time": text, "event": event, **fields}).encode() + b"\n"
+
+    def _refuse(self, why: str) -> NoAudit:
+        return NoAudit(
+            f"cannot write the audit log {self.path}: {why}; no command runs until this is fixed"
+        )
+
+    def flush(self) -> None:
+        """Write what waits, as far as a pipe takes it.  Raises NoAudit."""
+        try:
+            # Somebody has removed it.
+            if self.fd >= 0 and not os.fstat(self.fd).st_nlink:
+                self._close()
+            if self.fd < 0:
+                self._open()
+            while self.unwritten:
+                self.sent += os.write(self.fd, self.unwritten[self.sent :])
+                done = self.unwritten.rfind(b"\n", 0, self.sent) + 1
+                self.unwritten = self.unwritten[done:]
+                self.sent -= done
+        except BlockingIOError:
+            # A pipe, and full.
+            pass
+        except OSError as wrong:
+            raise self._refuse(wrong.strerror or str(wrong)) from None
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+        # No link, which somebody else may have put there; but /dev/stderr is one.
+        if not self.path.startswith("/dev/"):
+            flags |= os.O_NOFOLLOW
+        self.fd = os.open(self.path, flags, 0o600)
+        try:
+            self._complete_line()
+        except OSError:
+            # Another user's.
+            self._close()
+            raise
+
+    def _complete_line(self) -> None:
+        """Write whole lines from now on: another writer may have been killed in one of its own."""
+        found = os.fstat(self.fd)
+        if not stat.S_ISREG(found.st_mode):
+            return
+        self.sent = 0
+        os.fchmod(self.fd, 0o600)
+        with open(f"/proc/self/fd/{self.fd}", "rb") as file:
+            file.seek(max(0, found.st_size - 1))
+            if file.read(1) not in (b"", b"\n"):
+                os.write(self.fd, b"\n")
+
+    def _close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def reopen(self) -> None:
+        """Open the file anew, after a rotation."""
+        with contextlib.suppress(NoAudit):
+            self.flush()
+        self._close()
+        self._try()
+
+
+# ==========================================================================
 # MCP core
 # ==========================================================================
 # JSON-RPC in, decisions out: no await, no clock, no tmux, no Tornado.
@@ -6323,137 +6512,25 @@ class SessionMap(dict[str, Session]):
             session.outbox.send(notification("notifications/message", told))
 
 
-class AuditLog:
-    """JSON lines in the file `path`: one before a command starts, one before its end is answered.
-
-    path  "": none is kept
-    What cannot be written waits, and until it is written no command starts; so there is not much of it.
-    """
-
-    def __init__(self, path: str = "") -> None:
-        self.path, self.fd, self.patience = path, -1, AUDIT_TIMEOUT
-        self.unwritten, self.sent = b"", 0  # whole lines, and how much of the first is in the file
-
-    async def start(self, fields: Message) -> None:
-        """Note a start.  Raises NoAudit."""
-        if self.path:
-            self.flush()
-            self.unwritten += (line := self._line("start", fields))
-            try:
-                self.flush()
-            except NoAudit:  # nothing is run; but a line that was begun is completed
-                self.unwritten = b"" if self.unwritten == line and not self.sent else self.unwritten
-                raise
-            await self.written()
-
-    def end(self, fields: Message) -> None:
-        """Note an end; see `written`."""
-        if self.path:
-            self.unwritten += self._line("end", fields)
-            self._try()
-
-    def _try(self) -> None:
-        """Write what waits; a failure is told, and tried again by who writes next."""
-        try:
-            self.flush()
-        except NoAudit as wrong:
-            log.error("%s", wrong)
-
-    async def written(self) -> None:
-        """Wait until all is written: a pipe may be full, a disk may get space again.  Raises NoAudit."""
-        begun, failure = time.monotonic(), self._refuse("nobody reads it")
-        while self.unwritten:
-            await asyncio.sleep(AUDIT_PAUSE)
-            try:
-                self.flush()
-            except NoAudit as wrong:
-                failure = wrong
-            if self.unwritten and time.monotonic() > begun + self.patience:
-                raise failure
-
-    def _line(self, event: str, fields: Message) -> bytes:
-        now = (
-            datetime.datetime.now(datetime.timezone.utc)
-            .isoformat(timespec="milliseconds")
-            .replace("+00:00", "Z")
-        )
-        return json.dumps({"time": now, "event": event, **fields}).encode() + b"\n"
-
-    def _refuse(self, why: str) -> NoAudit:
-        return NoAudit(
-            f"cannot write the audit log {self.path}: {why}; until that is mended no command is run"
-        )
-
-    def flush(self) -> None:
-        """Write what waits, as far as a pipe takes it.  Raises NoAudit."""
-        try:
-            if self.fd >= 0 and not os.fstat(self.fd).st_nlink:  # somebody has removed it
-                self._close()
-            if self.fd < 0:
-                # No link, which somebody else may have put there; but /dev/stderr is one.
-                link = 0 if self.path.startswith("/dev/") else os.O_NOFOLLOW
-                self.fd = os.open(
-                    self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | link, 0o600
-                )
-                try:
-                    self._begin()
-                except OSError:  # another user's
-                    self._close()
-                    raise
-            while self.unwritten:
-                self.sent += os.write(self.fd, self.unwritten[self.sent :])
-                told = self.unwritten.rfind(b"\n", 0, self.sent) + 1
-                self.unwritten, self.sent = self.unwritten[told:], self.sent - told
-        except BlockingIOError:  # a pipe, and full
-            pass
-        except OSError as wrong:
-            raise self._refuse(wrong.strerror or str(wrong)) from None
-
-    def _begin(self) -> None:
-        """Write whole lines from now on, whatever was there, or was begun elsewhere."""
-        found = os.fstat(self.fd)
-        if stat.S_ISREG(found.st_mode):
-            self.sent = 0
-            os.fchmod(self.fd, 0o600)
-            with open(f"/proc/self/fd/{self.fd}", "rb") as file:
-                file.seek(max(0, found.st_size - 1))
-                if file.read(1) not in (
-                    b"",
-                    b"\n",
-                ):  # who wrote it was killed, or its disk was full
-                    os.write(self.fd, b"\n")
-
-    def _close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def reopen(self) -> None:
-        """After a rotation."""
-        with contextlib.suppress(NoAudit):
-            self.flush()
-        self._close()
-        self._try()
-
-
 @dataclass
 class AppState:
-    """`sessions`: who listens, by session id; `driver`: runs commands; `workspace`: a real path."""
+    """What the handlers share."""
 
+    # Of MCP, by id.
     sessions: SessionMap
     driver: PocketCoderDriver
+    # A real path.
     workspace: str = "/"
-    audit: AuditLog = field(default_factory=AuditLog)  # of commands and of keys
-    calls: set[asyncio.Task[Any]] = field(
-        default_factory=set
-    )  # handlers at work; each adds and removes itself
-    servers: dict[str, Server] = field(
-        default_factory=dict
-    )  # of MCP, by name; "" is the built-in one
+    audit: AuditLog = field(default_factory=AuditLog)
+    # Handlers at work; each adds and removes itself.
+    calls: set[asyncio.Task[Any]] = field(default_factory=set)
+    # Of MCP, by name; "" is the built-in one.
+    servers: dict[str, Server] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.servers[""] = Terminals(self)
-        if not isinstance(self.sessions, SessionMap):  # a plain dict will do
+        # A plain dict will do.
+        if not isinstance(self.sessions, SessionMap):
             self.sessions = SessionMap(self.sessions)
 
 
@@ -6888,11 +6965,119 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports
+# HTTP gate
 # ==========================================================================
-# H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
-# H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
-# H3  Whoever waits for a caller that left is cancelled.
+# Who may call: pure functions over headers and settings.
+#
+# G1  Every request passes `admit` before its body is read.
+# G2  No refusal says whether a token was nearly right.
+@lru_cache(maxsize=64)
+def is_loopback(host: str) -> bool:
+    """Whether `host`, maybe with a port, is a name or address of this machine for itself."""
+    with contextlib.suppress(ValueError):
+        is_bare_ipv6 = host.count(":") > 1 and "[" not in host
+        name = host if is_bare_ipv6 else urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    return False
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What decides who may call."""
+
+    # "": every caller on this machine may.
+    token: str = ""
+    # Those of browser pages that may call.
+    origins: frozenset[str] = frozenset()
+
+    def admit(
+        self, headers: Mapping[str, str], needs_token: bool = True, query_token: str | None = None
+    ) -> str:
+        """The credential that the caller showed.  Raises Forbidden, Unauthorized.
+
+        query_token  of the address, for clients that cannot set headers
+        """
+        # HTTP/1.0 has no `Host`.
+        host = headers.get("Host", "127.0.0.1")
+        self._check_host(host)
+        self._check_origin(headers, host)
+
+        scheme, _, credential = headers.get("Authorization", "").partition(" ")
+        if query_token is not None and not scheme:
+            scheme = "bearer"
+            credential = query_token
+        credential = credential.strip()
+        is_right = hmac.compare_digest(credential.encode("utf-8", "replace"), self.token.encode())
+        if self.token and needs_token and not (is_right and scheme.lower() == "bearer"):
+            raise Unauthorized("expected `Authorization: Bearer TOKEN`")
+        return credential
+
+    def _check_host(self, host: str) -> None:
+        """Without a token, a name that was bound to us anew (DNS rebinding) would open the door."""
+        if not self.token and not is_loopback(host):
+            raise Forbidden(f"`Host`: got {host[:80]!r}, expected localhost or a loopback address")
+
+    def _check_origin(self, headers: Mapping[str, str], host: str) -> None:
+        """A page of another site may not call."""
+        origin = headers.get("Origin")
+        own = f"http://{host}" if is_loopback(host) else None
+        if origin is not None and origin != own and origin not in self.origins:
+            raise Forbidden(
+                f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin"
+            )
+        # An <img> for instance, of which no browser says the Origin.
+        site = headers.get("Sec-Fetch-Site", "none")
+        if origin is None and site not in ("none", "same-origin"):
+            raise Forbidden(
+                f"`Sec-Fetch-Site`: got {site[:80]!r}, expected a request with an `Origin`"
+            )
+
+    def cors(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """What lets the page of an allowed origin read the answer."""
+        origin = headers.get("Origin")
+        if origin is None or origin not in self.origins:
+            return {}
+        allowed = [CORS_HEADERS]
+        for name in headers.get("Access-Control-Request-Headers", "").split(","):
+            if re.fullmatch(r"mcp-param-[\w-]+", name.strip(), re.IGNORECASE):
+                allowed.append(name.strip())
+        return {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Allow-Headers": ", ".join(allowed),
+            "Access-Control-Expose-Headers": "Mcp-Session-Id",
+            "Vary": "Origin",
+        }
+
+
+def accepts(accept: str, kind: str, in_general: bool) -> bool:
+    """Whether an `Accept` header takes this media type.
+
+    in_general  whether a wildcard, or no header at all, means it too
+    """
+    if not accept:
+        return in_general
+    taken = {kind}
+    if in_general:
+        taken |= {f"{kind.partition('/')[0]}/*", "*/*"}
+    for part in accept.lower().split(","):
+        media, *parameters = (word.strip() for word in part.split(";"))
+        is_refused = any(re.fullmatch(r"q=0(\.0*)?", word) for word in parameters)
+        if media in taken and not is_refused:
+            return True
+    return False
+
+
+def media_type(content_type: str) -> str:
+    """Without its parameters."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+# ==========================================================================
+# Endpoints
+# ==========================================================================
+# H1  Handlers are coroutines over plain values; only endpoints know Tornado.
+# H2  Whoever waits for a caller that left is cancelled.
+# H3  What has started as a stream ends as one: the status is fixed with its first byte.
 async def health_handler() -> str:
     """Answers while commands run."""
     return "ok"
@@ -6905,8 +7090,59 @@ async def exec_handler(state: AppState, request: ExecRequest) -> ExecResponse:
     return ExecResponse.of(request, result, result.output)
 
 
-async def channel_handler(job: Job, message: str | bytes) -> None:
-    """Take what a caller sends to its command; return when there is room for more.  Raises BadMessage."""
+async def stream_handler(
+    state: AppState, request: ExecRequest, send: Callable[[str], Awaitable[None]]
+) -> ExecResponse:
+    """Run a command to its end, and send its output as events; a slow `send` slows the command.
+
+    Cancelling this cancels the command.  Raises TimeoutError if `send` takes longer than
+    SLOW_READER_TIMEOUT for the rest of an ended command.
+    """
+    # Never half a character.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    async def output(chunk: bytes, final: bool = False) -> None:
+        text = decoder.decode(chunk, final)
+        if text:
+            await send(f"event: output\ndata: {ExecResponse(stdout=text).to_wire()}\n\n")
+
+    async def started(_: Job) -> None:
+        await send(": started\n\n")
+
+    result = await execute(
+        state,
+        request,
+        "stream",
+        {"out": output},
+        started=started,
+        patience=SLOW_READER_TIMEOUT,
+    )
+    await output(b"", final=True)
+    return ExecResponse.of(request, result, None)
+
+
+async def channel_handler(
+    state: AppState,
+    message: str | bytes,
+    send: Callable[[int, bytes], Awaitable[None]],
+    started: Callable[[Job], Awaitable[None]],
+) -> str:
+    """Run the command that the first message of a channel asks for; the final JSON.
+
+    Cancelling this cancels the command.  Raises ProxyError.
+    """
+    body = message.encode() if isinstance(message, str) else message
+    request = ExecRequest.from_wire(body, state.workspace)
+    takes: dict[str, Take] = {"out": partial(send, 1)}
+    if not request.combined:
+        takes["err"] = partial(send, 2)
+    is_fed = request.stdin is None
+    result = await execute(state, request, "shell", takes, started=started, fed=is_fed)
+    return ExecResponse.of(request, result, None).to_wire()
+
+
+async def channel_input(job: Job, message: str | bytes) -> None:
+    """Take a later message of a channel; return when there is room for more.  Raises BadMessage."""
     if isinstance(message, str):
         try:
             got = json.loads(message)
@@ -6915,13 +7151,16 @@ async def channel_handler(job: Job, message: str | bytes) -> None:
                 job.leave_nothing()
             signal_group(job, SIGNAL_NUMBERS[got["signal"]])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise complain(
-                "signal", message, f"one of {', '.join(SIGNAL_NUMBERS)}, in an object"
-            ) from None
-    elif message[:1] != b"\0" and message != b"\xff\0":
+            expected = f"one of {', '.join(SIGNAL_NUMBERS)}, in an object"
+            raise complain("signal", message, expected) from None
+    elif message == b"\xff\0":
+        if job.feed is not None:
+            job.feed.finish()
+    elif message[:1] == b"\0":
+        if job.feed is not None:
+            await job.feed.write(message[1:])
+    else:
         raise complain("channel", message[:2], "0 for stdin, or 255 and 0 for its end")
-    elif job.feed is not None:
-        await job.feed.write(message[1:]) if message[0] == 0 else job.feed.finish()
 
 
 async def sse_handler(
@@ -6932,12 +7171,13 @@ async def sse_handler(
     name: str = "",
     address: str = "",
 ) -> AsyncGenerator[str, None]:
-    """Yield a session's events until its client leaves, or comes back by another stream.  Raises UnknownSession.
+    """Yield a session's events until its client leaves, or comes back by another stream.
 
-    owner   the credential that the session belongs to
-    suffix  of the path to post to
-    name    of the server; "" is the built-in one
-    address of the client's machine
+    owner    the credential that the session belongs to
+    suffix   of the path to post to
+    name     of the server; "" is the built-in one
+    address  of the client's machine
+    Raises UnknownSession.
     """
     if query.session_id in state.sessions:
         session = state.sessions.find(f"{name}/sse", query.session_id, owner)
@@ -6946,6 +7186,7 @@ async def sse_handler(
         server = state.servers[name]
         session = Session(state, server, "sse", query.session_id, owner, kept, address)
         state.sessions.open(session)
+
     async with session.stream() as messages:
         path = f"/servers/{percent_encoded(name, safe='')}/messages" if name else "/messages"
         yield f"event: endpoint\ndata: {path}?session_id={session.session_id}{suffix}\n\n"
@@ -6964,53 +7205,51 @@ def sse_event(message: Message | None) -> str:
     return ":\n\n" if message is None else f"event: message\ndata: {to_json(message)}\n\n"
 
 
-@lru_cache(maxsize=64)
-def is_loopback(host: str) -> bool:
-    """Whether `host`, maybe with a port, is a name or address of this machine for itself."""
-    with contextlib.suppress(ValueError):
-        name = (
-            host
-            if host.count(":") > 1 and "[" not in host
-            else urlsplit(f"//{host}").hostname or ""
-        )
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
-    return False
+def unforeseen(status: int, text: str) -> ProxyError:
+    """For what Tornado has refused, or nobody expected."""
+    if status == 400:
+        return NotAMessage(text)
+    return Refused(text) if status < 500 else ProxyError(text)
 
 
 class Endpoint(tornado.web.RequestHandler):
-    """The gate, the body, errors as JSON; children add handlers."""
+    """A path: the gate, the body, errors as JSON.  Children add methods."""
 
-    _stream_request_body = True  # so that the gate comes before the body, and 413 is ours
-    open_to_all = False  # needs no token
-    token_in_query = False  # for clients that cannot set headers
-    of_mcp = False  # its errors are those of JSON-RPC
-    slash_too = False  # its path may end with one
-    patience = SLOW_READER_TIMEOUT  # with a reader of events; 0: as long as TCP has it
+    # So that the gate comes before the body, and 413 is ours.
+    _stream_request_body = True
+    # It needs no token.
+    open_to_all = False
+    # For clients that cannot set headers.
+    token_in_query = False
+    # Its errors are those of JSON-RPC.
+    of_mcp = False
+    # Its path may end with a slash.
+    slash_too = False
+    # The work that a caller waits for.
     task: asyncio.Task[Any] | None = None
 
     def initialize(self, state: AppState) -> None:
         self.state = state
-        self.name = ""  # of an MCP server, from the path
-        self.admitted = False  # else the body is not read, and the connection ends
-        self.body, self.received = bytearray(), 0
-        self.sending = asyncio.Lock()  # Tornado knows one flush at a time
-        self.peer: Any = getattr(self.request.connection, "stream", None)  # below HTTP
+        self.gate: Gate = self.settings["gate"]
+        # The credential that the caller showed.
+        self.owner = ""
+        # Of an MCP server, from the path.
+        self.name = ""
+        # Otherwise the body is not read, and the connection ends.
+        self.admitted = False
+        self.body = bytearray()
+        self.received = 0
+        # The connection below HTTP.
+        self.stream: Any = getattr(self.request.connection, "stream", None)
 
     def set_default_headers(self) -> None:
         self.set_header("Server", f"pocketcoder-proxy/{VERSION}")
         self.set_header("Cache-Control", "no-store")
         self.set_header("X-Content-Type-Options", "nosniff")
-        if (origin := self.request.headers.get("Origin")) in self.settings["origins"]:
-            self.set_header("Access-Control-Allow-Origin", str(origin))
-            asked = self.request.headers.get("Access-Control-Request-Headers", "").split(",")
-            extra = [
-                name.strip()
-                for name in asked
-                if re.fullmatch(r"\s*mcp-param-[\w-]+\s*", name, re.IGNORECASE)
-            ]
-            self.set_header("Access-Control-Allow-Headers", ", ".join([CORS_HEADERS, *extra]))
-            self.set_header("Access-Control-Expose-Headers", "Mcp-Session-Id")
-            self.set_header("Vary", "Origin")
+        # A method is not known to Tornado: this comes before `initialize`.
+        gate: Gate = self.settings["gate"]
+        for name, value in gate.cors(self.request.headers).items():
+            self.set_header(name, value)
 
     @property
     def address(self) -> str:
@@ -7022,81 +7261,44 @@ class Endpoint(tornado.web.RequestHandler):
         self.admitted = True
 
     def check(self) -> None:
-        """The gate."""
+        """Refuse what is not for this path, before the body is read.  Raises ProxyError."""
         headers = self.request.headers
+        method = self.request.method
+        is_preflight = method == "OPTIONS" and "Origin" in headers
+        needs_token = not (self.open_to_all or is_preflight)
+        query_token = self.get_query_argument("token", "") if self.token_in_query else None
+        self.owner = self.gate.admit(headers, needs_token, query_token)
+
+        # Tornado refuses what is no number.
+        length = headers.get("Content-Length", "")
+        if length.isdecimal() and (len(length) > 20 or int(length) > MAX_UNREAD_BODY):
+            raise TooLarge(f"body: expected at most {MAX_BODY} bytes")
+        # A preflight has no token, and learns nothing.
         self.name = (self.path_kwargs or {}).get("name", "")
-        preflight = self.request.method == "OPTIONS" and "Origin" in headers
-        self.admit(headers.get("Origin"), self.open_to_all or preflight)
-        length = headers.get("Content-Length", "")  # Tornado refuses what is no number
-        if length.isdecimal() and (len(length) > 20 or int(length) > 4 * MAX_BODY):
-            raise tornado.web.HTTPError(413, f"body: expected at most {MAX_BODY} bytes")
-        if (
-            self.name not in self.state.servers and not preflight
-        ):  # which has no token, and learns nothing
-            raise tornado.web.HTTPError(404, f"no server {self.name[:80]!r}: see GET /servers")
-        if self.request.method not in self._allowed() or (
-            self.request.method == "OPTIONS" and not preflight
-        ):
-            raise tornado.web.HTTPError(405)
-        kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if self.request.method == "POST" and kind != "application/json":
-            raise tornado.web.HTTPError(
-                415, f"`Content-Type`: got {kind!r}, expected application/json"
-            )
+        if self.name not in self.state.servers and not is_preflight:
+            raise NoSuchPath(f"no server {self.name[:80]!r}: see GET /servers")
+        if method not in self._allowed() or (method == "OPTIONS" and not is_preflight):
+            raise MethodNotAllowed("405 Method Not Allowed")
+        kind = media_type(headers.get("Content-Type", ""))
+        if method == "POST" and kind != "application/json":
+            raise UnsupportedMedia(f"`Content-Type`: got {kind!r}, expected application/json")
 
-    def admit(self, origin: str | None, open_to_all: bool) -> None:
-        """Who may call.  Raises Forbidden, or HTTPError 401."""
-        token, host = (
-            self.settings["token"],
-            self.request.headers.get("Host", "127.0.0.1"),
-        )  # none: HTTP/1.0
-        local = is_loopback(host)
-        if not token and not local:  # else a name could be bound to us anew
-            raise Forbidden(f"`Host`: got {host[:80]!r}, expected localhost or a loopback address")
-        own = f"http://{host}" if local else None
-        if origin is not None and origin != own and origin not in self.settings["origins"]:
-            raise Forbidden(
-                f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin"
-            )
-        site = self.request.headers.get("Sec-Fetch-Site", "none")
-        if origin is None and site not in (
-            "none",
-            "same-origin",
-        ):  # an <img> for instance: no browser says its Origin
-            raise Forbidden(
-                f"`Sec-Fetch-Site`: got {site[:80]!r}, expected a request with an `Origin`"
-            )
-        scheme, _, self.owner = self.request.headers.get("Authorization", "").partition(" ")
-        if self.token_in_query and not scheme:
-            scheme, self.owner = "bearer", self.get_query_argument("token", "")
-        self.owner = self.owner.strip()
-        right = hmac.compare_digest(self.owner.encode("utf-8", "replace"), token.encode())
-        if token and not open_to_all and not (right and scheme.lower() == "bearer"):
-            raise tornado.web.HTTPError(401, "expected `Authorization: Bearer TOKEN`")
-
-    def accepts(self, kind: str, missing: bool) -> bool:
-        """Whether the caller takes this media type; `missing`: what no header at all means."""
-        accept = self.request.headers.get("Accept", "").lower().replace(" ", "")
-        family = re.escape(kind.partition("/")[0])
-        named = rf"{re.escape(kind)}" + (rf"|{family}/\*|\*/\*" if missing else "")
-        return (
-            bool(re.search(rf"(^|,)({named})(?!;q=0(\.0*)?(,|$))(?=[,;]|$)", accept))
-            if accept
-            else missing
-        )
+    def accepts(self, kind: str, in_general: bool) -> bool:
+        """Whether the caller takes this media type, see `accepts`."""
+        return accepts(self.request.headers.get("Accept", ""), kind, in_general)
 
     def data_received(self, chunk: bytes) -> None:
         self.received += len(chunk)
-        if self.received <= MAX_BODY and self.request.method == "POST":  # no other has a use for it
+        # No other method has a use for it.
+        if self.received <= MAX_BODY and self.request.method == "POST":
             self.body += chunk
-        elif self.received > 4 * MAX_BODY:  # read so far that the caller may see the 413
-            self.peer.close()
+        elif self.received > MAX_UNREAD_BODY:
+            self.stream.close()
 
     def whole_body(self) -> bytes:
+        """Raises TooLarge."""
         if self.received > MAX_BODY:
-            raise tornado.web.HTTPError(
-                413, f"body: got {self.received} bytes, expected at most {MAX_BODY}"
-            )
+            raise TooLarge(f"body: got {self.received} bytes, expected at most {MAX_BODY}")
         return bytes(self.body)
 
     def query(self) -> McpQuery:
@@ -7109,24 +7311,23 @@ class Endpoint(tornado.web.RequestHandler):
 
     def _allowed(self) -> list[str]:
         missing = tornado.web.RequestHandler._unimplemented_method
-        return [
-            name
-            for name in self.SUPPORTED_METHODS
-            if getattr(type(self), name.lower()) is not missing
-        ]
+        names = self.SUPPORTED_METHODS
+        return [name for name in names if getattr(type(self), name.lower()) is not missing]
 
     async def perform(self, work: Coroutine[Any, Any, None]) -> None:
         """Await `work`; cancel it when the caller leaves."""
-        task = self.task = asyncio.current_task()
+        task = asyncio.current_task()
         assert task is not None
-        self.settings["server"].waiting.pop(self.request.server_connection, None)
+        self.task = task
+        self.settings["server"].has_request(self.request.server_connection)
         self.state.calls.add(task)
         try:
             await work
         except asyncio.CancelledError:
             if self.task is not None:
                 raise
-        except tornado.iostream.StreamClosedError:  # it has left in the middle of our writing
+        except tornado.iostream.StreamClosedError:
+            # The caller has left in the middle of our writing.
             pass
         finally:
             self.task = None
@@ -7136,37 +7337,23 @@ class Endpoint(tornado.web.RequestHandler):
         """Do it apart from this request, while the server runs."""
         task = asyncio.ensure_future(work)
         self.state.calls.add(task)
-        task.add_done_callback(self.ended)
+        task.add_done_callback(self._on_done)
         return task
 
-    def ended(self, task: asyncio.Task[None]) -> None:
+    def _on_done(self, task: asyncio.Task[None]) -> None:
         self.state.calls.discard(task)
-        if not task.cancelled() and (failure := task.exception()):
+        failure = None if task.cancelled() else task.exception()
+        if failure:
             log.error("failed path=%s", self.request.path, exc_info=failure)
 
     def on_connection_close(self) -> None:
-        super().on_connection_close()  # ends the wait for a body
-        self.body = bytearray()  # the handler may stay until the next collection
+        # Ends the wait for a body.
+        super().on_connection_close()
+        # The handler may stay until the next collection.
+        self.body = bytearray()
         if self.task is not None:
             self.task.cancel()
             self.task = None
-
-    async def send_event(self, text: str) -> None:
-        """Write to an event stream, which begins with the first."""
-        if not self._headers_written:
-            self.set_header("Content-Type", "text/event-stream")
-            self.set_header("Cache-Control", "no-cache, no-store, no-transform")
-            self.set_header("X-Accel-Buffering", "no")
-            if self.peer.closed():
-                raise tornado.iostream.StreamClosedError
-            self.peer.set_nodelay(True)
-            timeout = round(self.patience * 1000)  # a peer that has died without a word is noticed
-            self.peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
-        async with self.sending:
-            if self._finished:  # it has left while we waited for our turn
-                raise tornado.iostream.StreamClosedError
-            self.write(text)
-            await self.flush()
 
     def finish_json(self, answer: Message, status: int = 200) -> None:
         self.set_status(status)
@@ -7175,62 +7362,90 @@ class Endpoint(tornado.web.RequestHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None))[1]
-        text = (getattr(error, "log_message", None) or f"{status_code} {self._reason}").replace(
-            "%%", "%"
-        )
-        if isinstance(error, MemoryError):
-            text = "the proxy has no memory for this: send less, or ask for less with `max_output`"
-        answer = {
-            "error": text,
-            "exit_code": (BadMessage if status_code == 400 else ProxyError).exit_code,
-        }
         if isinstance(error, ProxyError):
-            answer, status_code = (
-                {"error": str(error), "exit_code": error.exit_code},
-                error.http_status,
-            )
-        if self.of_mcp:
-            answer = self._rpc_error(error, text, status_code)
+            status_code = error.http_status
+        else:
+            text = getattr(error, "log_message", None) or f"{status_code} {self._reason}"
+            error = unforeseen(status_code, text.replace("%%", "%"))
+
         if not self.admitted:
             self.set_header("Connection", "close")
         if status_code == 401:
             self.set_header("WWW-Authenticate", "Bearer")
         if status_code == 405:
             self.set_header("Allow", ", ".join(self._allowed()))
-        self.finish_json(answer, status_code)
-
-    def _rpc_error(self, error: object, text: str, status: int) -> Message:
-        """The same for a client of MCP, which shows nothing else."""
-        if isinstance(error, ProxyError):
-            return refusal(error.request_id, error)
-        kind = NotAMessage if status < 500 else ProxyError
-        return refusal(None, kind(text))
+        if self.of_mcp:
+            # Its clients show nothing else.
+            self.finish_json(refusal(error.request_id, error), status_code)
+        else:
+            answer = {"error": str(error), "exit_code": error.exit_code}
+            self.finish_json(answer, status_code)
 
     def log_exception(self, *exc_info: Any) -> None:
         if not isinstance(exc_info[1], (ProxyError, tornado.web.HTTPError)):
             log.error("request failed path=%s", self.request.path, exc_info=exc_info)
 
 
+class EventsEndpoint(Endpoint):
+    """An answer that may be a stream of events."""
+
+    # Seconds that a reader may take for what is in TCP's buffers; 0: as long as TCP has it.
+    patience = SLOW_READER_TIMEOUT
+
+    def initialize(self, state: AppState) -> None:
+        super().initialize(state)
+        # Tornado knows one flush at a time.
+        self.sending = asyncio.Lock()
+
+    async def send_event(self, text: str) -> None:
+        """Write to the stream, which starts with the first event.  Raises StreamClosedError."""
+        if not self._headers_written:
+            self._start_stream()
+        async with self.sending:
+            # It has left while we waited for our turn.
+            if self._finished:
+                raise tornado.iostream.StreamClosedError
+            self.write(text)
+            await self.flush()
+
+    def _start_stream(self) -> None:
+        self.set_header("Content-Type", "text/event-stream")
+        self.set_header("Cache-Control", "no-cache, no-store, no-transform")
+        self.set_header("X-Accel-Buffering", "no")
+        if self.stream.closed():
+            raise tornado.iostream.StreamClosedError
+        self.stream.set_nodelay(True)
+        # A reader that has died without a word is noticed.
+        set_user_timeout(self.stream.socket, self.patience)
+
+
+def set_user_timeout(sock: socket.socket, seconds: float) -> None:
+    """Give up a peer that acknowledges nothing so long, tcp(7); 0: as long as TCP does."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(seconds * 1000))
+
+
 class HttpServer(tornado.httpserver.HTTPServer):
-    """Parts from those who keep it waiting longest, before they are too many."""
+    """Closes connections that have waited longest without a request, before there are too many."""
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
         super().initialize(*args, **kwargs)
-        self.waiting: dict[
-            Any, None
-        ] = {}  # connections without a request at work, the oldest first
+        # Connections without a request at work, the oldest first.
+        self.waiting: dict[Any, None] = {}
 
     def listen_on(self, listener: socket.socket) -> None:
         if listener.fileno() >= 0:
             asyncio.get_running_loop().add_reader(listener, self.accept, listener)
 
     def accept(self, listener: socket.socket) -> None:
-        """Take what has come.  Tornado's own, out of descriptors, tries for ever and logs each time."""
-        most = min(
-            MAX_WAITING, os.sysconf("SC_OPEN_MAX") // 2
-        )  # the other descriptors are for runs
+        """Take new connections.
+
+        Tornado's own, when there are no descriptors left, tries for ever and logs each time.
+        """
+        # The other descriptors are for runs.
+        most = min(MAX_WAITING, os.sysconf("SC_OPEN_MAX") // 2)
         try:
-            for _ in range(16):  # they are counted in the next turn of the loop
+            # They are counted in the next turn of the loop.
+            for _ in range(ACCEPTED_AT_ONCE):
                 connection, address = listener.accept()
                 self.handle_stream(tornado.iostream.IOStream(connection), address)
                 if len(self.waiting) >= most:
@@ -7243,13 +7458,17 @@ class HttpServer(tornado.httpserver.HTTPServer):
             log.error("accept failed: %s", full)
             loop = asyncio.get_running_loop()
             loop.remove_reader(listener)
-            loop.call_later(QUEUE_CHECK, self.listen_on, listener)
+            loop.call_later(ACCEPT_PAUSE, self.listen_on, listener)
 
     def start_request(self, server_conn: Any, request_conn: Any) -> Any:
         """Called when a connection may bring its first request, or its next."""
         self.waiting.pop(server_conn, None)
         self.waiting[server_conn] = None
         return super().start_request(server_conn, request_conn)
+
+    def has_request(self, server_conn: Any) -> None:
+        """This connection has a request at work."""
+        self.waiting.pop(server_conn, None)
 
     def on_close(self, server_conn: Any) -> None:
         self.waiting.pop(server_conn, None)
@@ -7266,13 +7485,16 @@ class HealthEndpoint(Endpoint):
     head = get
 
 
-class ExecEndpoint(Endpoint):
-    patience = 0.0  # who reads slowly slows the command
+class ExecEndpoint(EventsEndpoint):
+    # A slow reader slows the command.
+    patience = 0.0
 
     async def post(self) -> None:
         request = ExecRequest.from_wire(self.whole_body(), self.state.workspace)
-        streamed = self.accepts("text/event-stream", missing=False)
-        await self.perform(self.answer_stream(request) if streamed else self.answer(request))
+        if self.accepts("text/event-stream", in_general=False):
+            await self.perform(self.answer_stream(request))
+        else:
+            await self.perform(self.answer(request))
 
     async def answer(self, request: ExecRequest) -> None:
         response = await exec_handler(self.state, request)
@@ -7280,41 +7502,23 @@ class ExecEndpoint(Endpoint):
         self.finish(response.to_wire())
 
     async def answer_stream(self, request: ExecRequest) -> None:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-        async def output(chunk: bytes, final: bool = False) -> None:
-            if text := decoder.decode(chunk, final):  # never half a character
-                await self.send_event(f"event: output\ndata: {ExecResponse(text).to_wire()}\n\n")
-
-        async def started(_: Job) -> None:
-            await self.send_event(": started\n\n")
-
-        run = execute(
-            self.state,
-            request,
-            "stream",
-            {"out": output},
-            started=started,
-            patience=SLOW_READER_TIMEOUT,
-        )
-        work = asyncio.ensure_future(run)
+        work = asyncio.ensure_future(stream_handler(self.state, request, self.send_event))
         try:
             while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
                 if self._headers_written and not self.sending.locked():
                     await self.send_event(": keep-alive\n\n")
-            response = ExecResponse.of(request, await work, None)
-            await output(b"", final=True)
-            await self.send_event(f"event: exit\ndata: {response.to_wire()}\n\n")
+            response = await work
         except ProxyError as failure:
             if not self._headers_written:
                 raise
-            told = ExecResponse(error=str(failure), exit_code=failure.exit_code)
-            await self.send_event(f"event: exit\ndata: {told.to_wire()}\n\n")
+            response = ExecResponse(error=str(failure), exit_code=failure.exit_code)
         except asyncio.TimeoutError:
             log.warning("stream ended: its reader did not read for %g s", SLOW_READER_TIMEOUT)
-            self.peer.close()
+            self.stream.close()
+            return
         finally:
             work.cancel()
+        await self.send_event(f"event: exit\ndata: {response.to_wire()}\n\n")
 
 
 class SocketEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
@@ -7323,31 +7527,25 @@ class SocketEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
     subprotocol = ""
 
     def check_origin(self, origin: str) -> bool:
-        return True  # the gate has
+        """The gate has checked it."""
+        return True
 
     def on_connection_close(self) -> None:
         super().on_connection_close()
-        Endpoint.on_connection_close(
-            self
-        )  # Tornado's own leaves that out: what waits for a body waited on
+        # Tornado's own leaves that out: a request that waits for its body would wait on.
+        Endpoint.on_connection_close(self)
 
     def select_subprotocol(self, offered: list[str]) -> str | None:
         return self.subprotocol if self.subprotocol in offered else None
 
     async def get(self, **path: str) -> None:
-        names = (
-            "Upgrade",
-            "Connection",
-            "Sec-WebSocket-Key",
-            "Sec-WebSocket-Version",
-        )  # what Tornado has no JSON for
-        upgrade, connection, key, version = (
-            self.request.headers.get(name, "").lower() for name in names
-        )
-        if upgrade != "websocket" or "upgrade" not in connection or not key or version != "13":
-            raise tornado.web.HTTPError(
-                400, f"expected a WebSocket of version 13, with {', '.join(names)}"
-            )
+        # For these Tornado's own refusal is no JSON.
+        names = ("Upgrade", "Connection", "Sec-WebSocket-Key", "Sec-WebSocket-Version")
+        values = [self.request.headers.get(name, "").lower() for name in names]
+        upgrade, connection, key, version = values
+        is_upgrade = upgrade == "websocket" and "upgrade" in connection
+        if not is_upgrade or not key or version != "13":
+            raise NotAMessage(f"expected a WebSocket of version 13, with {', '.join(names)}")
         await super().get(**path)
 
 
@@ -7358,54 +7556,46 @@ class ChannelEndpoint(SocketEndpoint):
     work: asyncio.Task[None] | None = None
 
     def open(self) -> None:
+        # None: it never started.
         self.job: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
         self.set_nodelay(True)
-        if not self.peer.closed():  # it may have left already
-            self.peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            self.peer.socket.setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0
-            )  # a pager may rest
-        self.slow = asyncio.get_running_loop().call_later(BODY_TIMEOUT, self.close)
+        # It may have left already.
+        if not self.stream.closed():
+            self.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            # The reader may be a pager, where a person rests.
+            set_user_timeout(self.stream.socket, 0)
+        self.too_slow = asyncio.get_running_loop().call_later(BODY_TIMEOUT, self.close)
 
     async def on_message(self, message: str | bytes) -> None:
-        """The first is the request.  Tornado reads the next one after this, which slows a caller."""
+        """The first is the request.  Tornado reads on after this returns: a full pipe slows a caller."""
         if self.work is None:
-            self.slow.cancel()
+            self.too_slow.cancel()
             self.work = self.start(self.answer(message))
-        elif job := await self.unless_gone(self.job):
-            try:
-                await self.unless_gone(asyncio.ensure_future(channel_handler(job, message)))
-            except BadMessage as wrong:
-                await self.end(json.dumps({"error": str(wrong), "exit_code": wrong.exit_code}))
+            return
+        job = await self.unless_gone(self.job)
+        if job is None:
+            return
+        try:
+            await self.unless_gone(asyncio.ensure_future(channel_input(job, message)))
+        except BadMessage as wrong:
+            await self.end(json.dumps({"error": str(wrong), "exit_code": wrong.exit_code}))
 
     async def answer(self, message: str | bytes) -> None:
         async def started(job: Job) -> None:
             self.job.set_result(job)
 
         try:
-            body = message.encode() if isinstance(message, str) else message
-            request = ExecRequest.from_wire(body, self.state.workspace)
-            takes = {"out": partial(self.send, 1)}
-            if not request.combined:
-                takes["err"] = partial(self.send, 2)
-            result = await execute(
-                self.state,
-                request,
-                "shell",
-                takes,
-                started=started,
-                fed=request.stdin is None,
-            )
-            await self.end(ExecResponse.of(request, result, None).to_wire())
+            await self.end(await channel_handler(self.state, message, self.send, started))
         except ProxyError as failure:
             await self.end(json.dumps({"error": str(failure), "exit_code": failure.exit_code}))
         finally:
-            self.close()  # whatever went wrong, its caller does not wait for us
+            # Whatever went wrong, the caller does not wait for us.
+            self.close()
             if not self.job.done():
                 self.job.set_result(None)
 
     async def end(self, final: str) -> None:
-        """Tell the end, and close."""
+        """Send the final object, and close."""
         with contextlib.suppress(OSError):
             await self.send(3, final.encode())
         self.close()
@@ -7418,13 +7608,13 @@ class ChannelEndpoint(SocketEndpoint):
             raise BrokenPipeError from None
 
     async def unless_gone(self, work: asyncio.Future[T]) -> T | None:
-        """Wait for it.  Nobody reads the socket meanwhile, so look whether the caller has left."""
-        while not (await asyncio.wait({work}, timeout=QUEUE_CHECK))[0]:
-            if (
-                self.peer.closed()
-                or self.peer.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != 1
-            ):
-                self.peer.close()
+        """Wait for it; None: the caller has left.
+
+        Nothing reads the socket meanwhile, so look at it now and then.
+        """
+        while not (await asyncio.wait({work}, timeout=GONE_CHECK))[0]:
+            if self.stream.closed() or not is_established(self.stream.socket):
+                self.stream.close()
                 return None
         return work.result()
 
@@ -7433,24 +7623,27 @@ class ChannelEndpoint(SocketEndpoint):
             self.work.cancel()
 
 
-class McpEndpoint(Endpoint):
+def is_established(sock: socket.socket) -> bool:
+    """Whether the peer has not closed its side, tcp(7)."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_ESTABLISHED
+
+
+class McpEndpoint(EventsEndpoint):
     """`/mcp`: Streamable HTTP.  A modern request stands for itself, a legacy one has a session."""
 
-    of_mcp = slash_too = True
+    of_mcp = True
+    slash_too = True
 
     def check(self) -> None:
         super().check()
-        if (
-            self.request.method in ("GET", "DELETE")
-            and "Mcp-Session-Id" not in self.request.headers
-        ):
-            raise tornado.web.HTTPError(405)
+        needs_session = self.request.method in ("GET", "DELETE")
+        if needs_session and "Mcp-Session-Id" not in self.request.headers:
+            raise MethodNotAllowed("405 Method Not Allowed")
 
     async def post(self, name: str = "") -> None:
-        if not (self.accepts("application/json", True) and self.accepts("text/event-stream", True)):
-            raise tornado.web.HTTPError(
-                406, "`Accept`: expected application/json and text/event-stream"
-            )
+        for kind in ("application/json", "text/event-stream"):
+            if not self.accepts(kind, in_general=True):
+                raise NotAcceptable("`Accept`: expected application/json and text/event-stream")
         await self.perform(self.answer(self.whole_body()))
 
     async def answer(self, body: bytes) -> None:
@@ -7459,27 +7652,30 @@ class McpEndpoint(Endpoint):
             message = read_message(body)
             modern = is_modern(message, self.request.headers.get("MCP-Protocol-Version"))
             if modern and not is_request(message):
-                return self.set_status(202)
+                self.set_status(202)
+                return
             session, opens = self.session_of(message, modern)
             outbox = Outbox(session.overflow)
             session.receive(message, modern, outbox)
         except ProxyError as wrong:
-            return self.finish_json(
-                refusal(message.get("id", wrong.request_id), wrong), wrong.http_status
-            )
+            answer = refusal(message.get("id", wrong.request_id), wrong)
+            self.finish_json(answer, wrong.http_status)
+            return
         if not is_request(message):
-            return self.set_status(202)
+            self.set_status(202)
+            return
+
         try:
             await self.deliver(outbox, modern)
         finally:
             outbox.leave()
-            if modern or (
-                opens and not session.peer.version
-            ):  # who leaves, cancels; not so with a session
+            # A client that disconnects cancels a single request, but not a session's call.
+            was_refused = opens and not session.peer.version
+            if modern or was_refused:
                 session.end()
 
     def session_of(self, message: Message, modern: bool) -> tuple[Session, bool]:
-        """Whose message this is, and whether that begins with it.  Raises ProxyError."""
+        """The session of this message, and whether it starts with it.  Raises ProxyError."""
         server = self.state.servers[self.name]
         if modern:
             check_envelope(message, self.request.headers.get_list)
@@ -7499,16 +7695,21 @@ class McpEndpoint(Endpoint):
         """The answer as JSON; as a stream, if anything comes before it."""
         async with contextlib.aclosing(outbox.messages()) as messages:
             async for message in messages:
-                if message and "method" not in message and not self._headers_written:
-                    if "error" in message:  # nothing has begun
+                is_answer = message is not None and "method" not in message
+                if message is not None and is_answer and not self._headers_written:
+                    if "error" in message:
+                        # Nothing has started.
                         self.clear_header("Mcp-Session-Id")
-                    return self.finish_json(message, status_of(message) if modern else 200)
+                    self.finish_json(message, status_of(message) if modern else 200)
+                    return
                 await self.send_event(sse_event(message))
-        if not self._headers_written:  # cancelled: no answer, but an end
+        if not self._headers_written:
+            # It was cancelled: no answer, but an end.
             self.set_header("Content-Type", "text/event-stream")
 
     def session(self) -> Session:
-        if not (session_id := self.request.headers.get("Mcp-Session-Id")):
+        session_id = self.request.headers.get("Mcp-Session-Id")
+        if not session_id:
             raise NotAMessage(
                 "`Mcp-Session-Id`: got none, expected the one that `initialize` was answered with"
             )
@@ -7528,20 +7729,20 @@ class McpEndpoint(Endpoint):
         self.set_status(204)
 
 
-class SseEndpoint(Endpoint):
+class SseEndpoint(EventsEndpoint):
     """`GET /sse`: what the server says; the client posts to `/messages`."""
 
-    of_mcp = slash_too = True
+    of_mcp = True
+    slash_too = True
     token_in_query = True
 
     async def get(self, name: str = "") -> None:
-        given = "" if "Authorization" in self.request.headers else self.owner
-        suffix = (
-            given and f"&token={quote_plus(given)}"
-        )  # who cannot set a header here, cannot there
-        async with contextlib.aclosing(
-            sse_handler(self.state, self.query(), self.owner, suffix, name, self.address)
-        ) as events:
+        suffix = ""
+        # A client that cannot set a header here cannot there.
+        if self.owner and "Authorization" not in self.request.headers:
+            suffix = f"&token={quote_plus(self.owner)}"
+        events = sse_handler(self.state, self.query(), self.owner, suffix, name, self.address)
+        async with contextlib.aclosing(events):
             await self.perform(self.pass_on(events))
 
     async def pass_on(self, events: AsyncIterator[str]) -> None:
@@ -7550,7 +7751,8 @@ class SseEndpoint(Endpoint):
 
 
 class MessagesEndpoint(Endpoint):
-    of_mcp = slash_too = True
+    of_mcp = True
+    slash_too = True
     token_in_query = True
 
     async def post(self, name: str = "") -> None:
@@ -7565,10 +7767,12 @@ class MessagesEndpoint(Endpoint):
 class McpSocket(SocketEndpoint):
     """`GET /mcp/ws`: a session that lasts as long as the socket."""
 
-    of_mcp = slash_too = True
+    of_mcp = True
+    slash_too = True
     token_in_query = True
     subprotocol = "mcp"
-    ping_interval = ping_timeout = KEEP_ALIVE
+    ping_interval = KEEP_ALIVE
+    ping_timeout = KEEP_ALIVE
     session: Session | None = None
 
     def open(self, name: str = "") -> None:
@@ -7590,14 +7794,16 @@ class McpSocket(SocketEndpoint):
         self.close()
 
     async def on_message(self, message: str | bytes) -> None:
-        if self.session is not None:
-            try:
-                self.session.answer(read_message(message))
-            except ProxyError as wrong:
-                # Two must not answer errors with errors.
-                if not wrong.in_response:
-                    self.session.outbox.send(refusal(wrong.request_id, wrong))
-            await self.session.outbox.room(SLOW_READER_TIMEOUT)  # Tornado reads on without a pause
+        if self.session is None:
+            return
+        try:
+            self.session.answer(read_message(message))
+        except ProxyError as wrong:
+            # Two must not answer errors with errors.
+            if not wrong.in_response:
+                self.session.outbox.send(refusal(wrong.request_id, wrong))
+        # Tornado reads on without a pause.
+        await self.session.outbox.room(SLOW_READER_TIMEOUT)
 
     def on_close(self) -> None:
         if self.session is not None:
@@ -7614,15 +7820,18 @@ class ServersEndpoint(Endpoint):
 
 
 class UnknownEndpoint(Endpoint):
+    """Every other path."""
+
     def _allowed(self) -> list[str]:
         return list(self.SUPPORTED_METHODS)
 
     def check(self) -> None:
         super().check()
-        raise tornado.web.HTTPError(404, f"no such path: {self.request.path[:80]}")
+        raise NoSuchPath(f"no such path: {self.request.path[:80]}")
 
 
-SERVERS = ("", r"/servers/(?P<name>[^/]+)")  # the built-in one; those behind the relay
+# The built-in MCP server, and those behind the relay.
+SERVERS = ("", r"/servers/(?P<name>[^/]+)")
 ROUTES: list[tuple[str, type[Endpoint]]] = [
     (r"/health", HealthEndpoint),
     (r"/exec", ExecEndpoint),
@@ -7636,7 +7845,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application
+# Install
 # ==========================================================================
 # What `install` writes, and the line by which it knows its own files.
 INSTALLED = "pocketcoder-shell"
@@ -7656,132 +7865,6 @@ CODE = {{code!r}}
 exec(marshal.loads(CODE) if sys.version == {{python!r}} else TEXT)
 sys.exit("pocketcoder: only the shell is here: `{INSTALLED} -c CMD`, `pocketcoder shell`")
 """
-
-
-@dataclass(frozen=True)
-class Commands:
-    """What the command line asks for: `server`, `shell` or `install`, and its options."""
-
-    name: str
-    # Of the shell; of `install` a directory and names.
-    arguments: tuple[str, ...] = ()
-    port: str = str(DEFAULT_PORT)
-    host: str = "127.0.0.1"
-    workspace: str = "/"
-    origins: tuple[str, ...] = ()
-    servers: tuple[ServerConfig, ...] = ()
-    audit_log: str = ""
-    mcp_idle: float = CHILD_IDLE  # seconds
-
-
-@dataclass(frozen=True)
-class Cli:
-    """The command line."""
-
-    command: Commands
-
-    @classmethod
-    def parse(cls, argv: list[str]) -> Cli:
-        """Exits with 2 and a message when the words are wrong."""
-        if (words := shell_arguments(argv)) is not None:
-            return cls(Commands("shell", tuple(words)))
-        parser = argparse.ArgumentParser(
-            prog="pocketcoder",
-            description=__doc__.split("\n")[0],
-            epilog="Called as a shell (sh, bash, ...-shell), or with an option of one (-c, -lc), or "
-            "with a script file, it is `pocketcoder shell`.",
-        )
-        commands = parser.add_subparsers(
-            dest="command", required=True, metavar="{server,shell,install}"
-        )
-        server = commands.add_parser("server", help="start the proxy server")
-        forms = "pocketcoder shell {-c CMD [ARG0 ARG...], --command CMD, WORD..., -s [ARG...], FILE [ARG...]}"
-        shell = commands.add_parser(
-            "shell", help="run a command in the sandbox, as bash would", usage=forms
-        )
-        installer = commands.add_parser(
-            "install",
-            help="write the shell alone, which starts fastest, into a directory",
-            description=f"Write the shell alone, which starts fastest, as DIR/{INSTALLED}.",
-        )
-        installer.add_argument("folder", metavar="DIR")
-        installer.add_argument(
-            "names",
-            metavar="NAME",
-            nargs="*",
-            help=f"links to it: {', '.join(SHELL_NAMES)}, pocketcoder, or a name that ends in -shell",
-        )
-        if len(argv) == 1:
-            # A person, see `shell_arguments`.
-            parser.print_help(sys.stderr)
-            parser.exit(2)
-        for level in (parser, server, shell, installer):
-            level.add_argument(
-                "--version", action="version", version=f"pocketcoder-proxy {VERSION}"
-            )
-        workspace = "/workspace" if os.path.isdir("/workspace") else os.getcwd()
-        environ, add = os.environ.get, server.add_argument
-        add("-p", "--port", default=str(DEFAULT_PORT), help="default %(default)s; 0: any free port")
-        add("--host", default=environ("POCKETCODER_HOST") or "127.0.0.1", metavar="ADDR")
-        add("--workspace", default=environ("POCKETCODER_WORKSPACE") or workspace, metavar="DIR")
-        add("--allow-origin", action="append", default=[], metavar="ORIGIN")
-        add(
-            "--audit-log",
-            metavar="FILE",
-            help="append a JSON line for the start and the end of each command and relayed request",
-        )
-        add(
-            "--mcp-server",
-            action="append",
-            default=[],
-            metavar="NAME=COMMAND",
-            help="relay a stdio MCP server",
-        )
-        add(
-            "--mcp-config",
-            metavar="FILE",
-            help="the same from a file with `mcpServers`, as clients have it",
-        )
-        add(
-            "--mcp-idle",
-            default=f"{CHILD_IDLE:g}",
-            metavar="SECONDS",
-            help="end a relayed server's process that nobody has used so long, default %(default)s",
-        )
-        got = parser.parse_args(argv[1:])
-        if got.command == "install":
-            return cls(Commands("install", (got.folder, *got.names)))
-        if not (got.port.isdecimal() and int(got.port) < 65536):
-            server.error(f"--port: got {got.port!r}, expected a number from 0 to 65535")
-        path = os.path.realpath(got.workspace)
-        if not os.path.isdir(path) or path.encode(errors="ignore") != os.fsencode(path):
-            server.error(
-                f"--workspace: got {got.workspace!r}, expected a directory, its path in UTF-8"
-            )
-        if got.audit_log == "":  # an unset variable maybe
-            server.error("--audit-log: got '', expected a file")
-        for origin in got.allow_origin:
-            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
-                server.error(f"--allow-origin: got {origin!r}, expected one like http://name:port")
-        if not (re.fullmatch(r"\d+(\.\d+)?", got.mcp_idle) and float(got.mcp_idle) > 0):
-            server.error(f"--mcp-idle: got {got.mcp_idle!r}, expected a number of seconds above 0")
-        try:
-            servers = read_servers(got.mcp_server, got.mcp_config)
-        except BadMessage as wrong:
-            server.error(str(wrong))
-        origins = tuple(got.allow_origin)
-        return cls(
-            Commands(
-                name="server",
-                port=got.port,
-                host=got.host,
-                workspace=path,
-                origins=origins,
-                servers=servers,
-                audit_log=got.audit_log or "",
-                mcp_idle=float(got.mcp_idle),
-            )
-        )
 
 
 def installed_text() -> str:
@@ -7849,6 +7932,12 @@ def install(folder: str, names: list[str]) -> str:
     return f"wrote {target}{beside}"
 
 
+# ==========================================================================
+# MCP configuration
+# ==========================================================================
+# Which stdio servers are relayed: `--mcp-server`, and files of clients.
+#
+# C1  One bad entry is an error when the server starts; no message shows a value, which may be secret.
 # A string of JSON, or a comment as clients allow it; a string, or a comma that ends a list.
 TEXT_OR_COMMENT = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 TEXT_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[\]}])', re.DOTALL)
@@ -8008,80 +8097,280 @@ def check_command(config: ServerConfig) -> None:
         raise bad_entry(config.name, "command", program, "a program that is here and can be run")
 
 
+# ==========================================================================
+# Application
+# ==========================================================================
+# The command line, and the server from its start to its end.
+@dataclass(frozen=True)
+class Commands:
+    """What the command line asks for: `server`, `shell` or `install`, and its options."""
+
+    name: str
+    # Of the shell; of `install` a directory and names.
+    arguments: tuple[str, ...] = ()
+    port: str = str(DEFAULT_PORT)
+    host: str = "127.0.0.1"
+    workspace: str = "/"
+    origins: tuple[str, ...] = ()
+    servers: tuple[ServerConfig, ...] = ()
+    audit_log: str = ""
+    # Seconds.
+    mcp_idle: float = CHILD_IDLE
+
+
+@dataclass(frozen=True)
+class Cli:
+    """The command line."""
+
+    command: Commands
+
+    @classmethod
+    def parse(cls, argv: list[str]) -> Cli:
+        """Exits with 2 and a message when the words are wrong."""
+        words = shell_arguments(argv)
+        if words is not None:
+            return cls(Commands(name="shell", arguments=tuple(words)))
+
+        parser, server = make_parsers()
+        if len(argv) == 1:
+            # A person, see `shell_arguments`.
+            parser.print_help(sys.stderr)
+            parser.exit(2)
+        got = parser.parse_args(argv[1:])
+        if got.command == "install":
+            return cls(Commands(name="install", arguments=(got.folder, *got.names)))
+        try:
+            return cls(server_options(got))
+        except BadMessage as wrong:
+            server.error(str(wrong))
+
+
+def make_parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """That of the command line, and that of `server`."""
+    parser = argparse.ArgumentParser(
+        prog="pocketcoder",
+        description=__doc__.split("\n")[0],
+        epilog="Called as a shell (sh, bash, ...-shell), or with an option of one (-c, -lc), or "
+        "with a script file, it is `pocketcoder shell`.",
+    )
+    levels = parser.add_subparsers(dest="command", required=True, metavar="{server,shell,install}")
+    server = levels.add_parser("server", help="start the proxy server")
+    add_server_options(server)
+    shell = levels.add_parser(
+        "shell",
+        help="run a command in the sandbox, as bash would",
+        usage="pocketcoder shell {-c CMD [ARG0 ARG...], --command CMD, WORD..., -s [ARG...],"
+        " FILE [ARG...]}",
+    )
+    installer = levels.add_parser(
+        "install",
+        help="write the shell alone, which starts fastest, into a directory",
+        description=f"Write the shell alone, which starts fastest, as DIR/{INSTALLED}.",
+    )
+    installer.add_argument("folder", metavar="DIR")
+    installer.add_argument(
+        "names",
+        metavar="NAME",
+        nargs="*",
+        help=f"links to it: {', '.join(SHELL_NAMES)}, pocketcoder, or a name that ends in -shell",
+    )
+    for level in (parser, server, shell, installer):
+        level.add_argument("--version", action="version", version=f"pocketcoder-proxy {VERSION}")
+    return parser, server
+
+
+def add_server_options(server: argparse.ArgumentParser) -> None:
+    workspace = "/workspace" if os.path.isdir("/workspace") else os.getcwd()
+    server.add_argument(
+        "-p",
+        "--port",
+        default=str(DEFAULT_PORT),
+        help="default %(default)s; 0: any free port",
+    )
+    server.add_argument(
+        "--host",
+        default=os.environ.get("POCKETCODER_HOST") or "127.0.0.1",
+        metavar="ADDR",
+        help="default $POCKETCODER_HOST, else 127.0.0.1; beyond loopback only with a token",
+    )
+    server.add_argument(
+        "--workspace",
+        default=os.environ.get("POCKETCODER_WORKSPACE") or workspace,
+        metavar="DIR",
+        help="root of all `cwd`; default $POCKETCODER_WORKSPACE, else /workspace where it exists,"
+        " else the current directory",
+    )
+    server.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a browser origin that may call (repeatable)",
+    )
+    server.add_argument(
+        "--audit-log",
+        metavar="FILE",
+        help="append a JSON line for the start and the end of each command and relayed request",
+    )
+    server.add_argument(
+        "--mcp-server",
+        action="append",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="relay a stdio MCP server (repeatable)",
+    )
+    server.add_argument(
+        "--mcp-config",
+        metavar="FILE",
+        help="the same from a file with `mcpServers`, as clients have it",
+    )
+    server.add_argument(
+        "--mcp-idle",
+        default=f"{CHILD_IDLE:g}",
+        metavar="SECONDS",
+        help="end a relayed server's process that nobody has used so long, default %(default)s",
+    )
+
+
+def server_options(got: argparse.Namespace) -> Commands:
+    """The options of `server`, checked.  Raises BadMessage."""
+    if not (got.port.isdecimal() and int(got.port) < 65536):
+        raise BadMessage(f"--port: got {got.port!r}, expected a number from 0 to 65535")
+    workspace = os.path.realpath(got.workspace)
+    is_utf8 = workspace.encode(errors="ignore") == os.fsencode(workspace)
+    if not os.path.isdir(workspace) or not is_utf8:
+        expected = "a directory, its path in UTF-8"
+        raise BadMessage(f"--workspace: got {got.workspace!r}, expected {expected}")
+    # An unset variable maybe.
+    if got.audit_log == "":
+        raise BadMessage("--audit-log: got '', expected a file")
+    for origin in got.allow_origin:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
+            expected = "one like http://name:port"
+            raise BadMessage(f"--allow-origin: got {origin!r}, expected {expected}")
+    if not (re.fullmatch(r"\d+(\.\d+)?", got.mcp_idle) and float(got.mcp_idle) > 0):
+        expected = "a number of seconds above 0"
+        raise BadMessage(f"--mcp-idle: got {got.mcp_idle!r}, expected {expected}")
+    return Commands(
+        name="server",
+        port=got.port,
+        host=got.host,
+        workspace=workspace,
+        origins=tuple(got.allow_origin),
+        servers=read_servers(got.mcp_server, got.mcp_config),
+        audit_log=got.audit_log or "",
+        mcp_idle=float(got.mcp_idle),
+    )
+
+
 async def serve(options: Commands, token: str) -> None:
-    """Listen until SIGTERM or SIGINT.  Raises OSError when it cannot."""
-    socket_path = os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET
-    session = os.environ.get("TMUX_SESSION") or DEFAULT_SESSION
-    driver = PocketCoderDriver(socket_path, session, options.workspace)
+    """Listen until SIGTERM or SIGINT.  Raises ProxyError, OSError when it cannot."""
+    loop = asyncio.get_running_loop()
+    state = make_state(options)
+    if options.audit_log:
+        # It must be there.
+        state.audit.flush()
+        loop.add_signal_handler(signal.SIGHUP, state.audit.reopen)
+    server = make_server(state, Gate(token=token, origins=frozenset(options.origins)))
+
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    listeners = tornado.netutil.bind_sockets(int(options.port), options.host)
+    for listener in listeners:
+        # Connections inherit it.
+        set_user_timeout(listener, SLOW_READER_TIMEOUT)
+        server.listen_on(listener)
+    say_where(listeners[0], state.driver)
+
+    await stop.wait()
+    for listener in listeners:
+        loop.remove_reader(listener)
+        listener.close()
+    await shut_down(state)
+    await server.close_all_connections()
+
+
+def make_state(options: Commands) -> AppState:
+    """What the handlers share.  Raises NoTerminal."""
+    driver = PocketCoderDriver(
+        os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET,
+        os.environ.get("TMUX_SESSION") or DEFAULT_SESSION,
+        options.workspace,
+    )
     check_place(driver.socket_path)
     for folder in open_above(driver.socket_path):
         log.warning(
             "%s: any user could replace what is in it, the directory of TMUX_SOCKET too", folder
         )
-    state = AppState(SessionMap(), driver, options.workspace, AuditLog(options.audit_log))
+    state = AppState(
+        sessions=SessionMap(),
+        driver=driver,
+        workspace=options.workspace,
+        audit=AuditLog(options.audit_log),
+    )
     for config in options.servers:
         if config.left_out:
             log.info("server %s is not served: %s", config.name, config.left_out)
         else:
             state.servers[config.name] = Relay(config, options.mcp_idle)
-    if options.audit_log:
-        state.audit.flush()  # it must be there
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, state.audit.reopen)
+    return state
+
+
+def make_server(state: AppState, gate: Gate) -> HttpServer:
+    """An HTTP server for all routes, which listens nowhere yet."""
     shared: dict[str, Any] = {"state": state}
+    routes = []
+    for path, endpoint in ROUTES:
+        pattern = f"{path}/?" if endpoint.slash_too else path
+        routes.append((pattern, endpoint, shared))
     application = tornado.web.Application(
-        [
-            (f"{path}/?" if endpoint.slash_too else path, endpoint, shared)
-            for path, endpoint in ROUTES
-        ],
+        routes,
         default_handler_class=UnknownEndpoint,
         default_handler_args=shared,
-        log_function=lambda handler: None,
-        token=token,
-        origins=frozenset(options.origins),
+        log_function=ignore,
+        gate=gate,
         websocket_max_message_size=MAX_BODY,
     )
-    limits: dict[str, Any] = {
-        "max_body_size": 1 << 40,
-        "max_header_size": MAX_HEADERS,
-    }  # Endpoint answers 413
-    limits |= {"idle_connection_timeout": IDLE_TIMEOUT, "body_timeout": BODY_TIMEOUT}
-    server = application.settings["server"] = HttpServer(application, **limits)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    sockets = tornado.netutil.bind_sockets(int(options.port), options.host)
-    for listener in sockets:
-        listener.setsockopt(
-            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER_TIMEOUT * 1000)
-        )  # inherited
-        server.listen_on(listener)
-    host, port = sockets[0].getsockname()[:2]
-    attach = attach_command(driver.socket_path, session)
-    address = f"{f'[{host}]' if ':' in host else host}:{port}"
-    for file, line in (
-        (sys.stdout, f"listening on http://{address}"),
-        (sys.stderr, f"watch with: {attach}"),
-    ):
-        with contextlib.suppress(OSError):  # whoever should read it has left, or its disk is full
-            print(f"pocketcoder: {line}", file=file, flush=True)
-    # What is here now stays, and requests create few cycles, so collect rarely.
-    gc.freeze()
-    gc.set_threshold(10_000)
-    await stop.wait()
-    state.audit.patience = STOP_GRACE / 2  # who waits for the log is answered before the end
-    for listener in sockets:
-        asyncio.get_running_loop().remove_reader(listener)
-        listener.close()
-    await asyncio.gather(driver.close(STOP_GRACE), state.sessions.settle(STOP_GRACE))
-    await state.sessions.settle(TMUX_TIMEOUT / 10)  # those of commands that had to be ended
-    for open_session in [*state.sessions.values()]:
-        open_session.end()
-    await asyncio.gather(
-        *(server.close() for server in state.servers.values() if isinstance(server, Relay))
+    server = HttpServer(
+        application,
+        # `Endpoint` answers 413 itself.
+        max_body_size=1 << 40,
+        max_header_size=MAX_HEADERS,
+        idle_connection_timeout=IDLE_TIMEOUT,
+        body_timeout=BODY_TIMEOUT,
     )
-    if state.calls:  # they have their results, and send them now
+    application.settings["server"] = server
+    return server
+
+
+def say_where(listener: socket.socket, driver: PocketCoderDriver) -> None:
+    """Print the address for programs, and how a person watches."""
+    host, port = listener.getsockname()[:2]
+    if ":" in host:
+        host = f"[{host}]"
+    attach = attach_command(driver.socket_path, driver.session_name)
+    # A reader may have left, or its disk be full.
+    with contextlib.suppress(OSError):
+        print(f"pocketcoder: listening on http://{host}:{port}", flush=True)
+    with contextlib.suppress(OSError):
+        print(f"pocketcoder: watch with: {attach}", file=sys.stderr, flush=True)
+
+
+async def shut_down(state: AppState) -> None:
+    """Take no more commands; give those that run STOP_GRACE seconds, and answer their callers."""
+    # Callers that wait for the log are answered before the end.
+    state.audit.hurry(STOP_GRACE / 2)
+    await asyncio.gather(state.driver.close(STOP_GRACE), state.sessions.settle(STOP_GRACE))
+    # Those of commands that had to be ended.
+    await state.sessions.settle(SETTLE_GRACE)
+    for session in [*state.sessions.values()]:
+        session.end()
+    relays = [server for server in state.servers.values() if isinstance(server, Relay)]
+    await asyncio.gather(*(relay.close() for relay in relays))
+    # They have their results, and send them now.
+    if state.calls:
         await asyncio.wait(state.calls, timeout=STOP_GRACE)
-    await server.close_all_connections()
 
 
 def why_not(options: Commands, token: str) -> str | None:
@@ -8089,71 +8378,114 @@ def why_not(options: Commands, token: str) -> str | None:
     if isinstance(tornado, SimpleNamespace):
         return "needs the Python package tornado: `pip install tornado`"
     if not token and not is_loopback(options.host):
-        return f"--host {options.host} is reached from elsewhere: set POCKETCODER_TOKEN, or listen on 127.0.0.1"
+        return (
+            f"--host {options.host} is reached from elsewhere: set POCKETCODER_TOKEN, or listen on"
+            " 127.0.0.1"
+        )
     if not re.fullmatch(r"[!-~]*", token):
         return "POCKETCODER_TOKEN: expected visible ASCII characters without blanks"
     if process(os.getpid()) is None:
         return "needs /proc, which is not mounted or not ours to read: it tells what runs in a terminal"
     version = tmux_version()
     number = re.search(r"(\d+)\.(\d+)", version)
-    if not version or (number and (int(number[1]), int(number[2])) < (3, 2)):
-        return f"needs tmux 3.2 or later, got {version or 'none'}: install it, for instance `apt-get install tmux`"
+    is_old = number is not None and (int(number[1]), int(number[2])) < (3, 2)
+    if not version or is_old:
+        return (
+            f"needs tmux 3.2 or later, got {version or 'none'}: install it, for instance"
+            " `apt-get install tmux`"
+        )
     return None
 
 
 def wipe(name: str) -> None:
-    """Overwrite a variable where /proc/PID/environ shows what we were started with: commands can read that."""
+    """Overwrite a variable in /proc/PID/environ, which commands can read.
+
+    That file shows what we were started with.
+    """
     try:
-        first, last = map(
-            int, read_proc(os.getpid(), "stat").rpartition(b")")[2].split()[47:49]
-        )  # fields 50 and 51
+        # Fields 50 and 51, proc(5).
+        fields = read_proc(os.getpid(), "stat").rpartition(b")")[2].split()
+        place = int(fields[47])
+        end = int(fields[48])
         with open("/proc/self/mem", "r+b", 0) as memory:
-            memory.seek(first)
-            for variable in memory.read(last - first).split(b"\0"):
+            memory.seek(place)
+            for variable in memory.read(end - place).split(b"\0"):
                 if variable.startswith(f"{name}=".encode()):
-                    memory.seek(first)
+                    memory.seek(place)
                     memory.write(bytes(len(variable)))
-                first += len(variable) + 1
+                place += len(variable) + 1
     except (OSError, ValueError) as refused:
         log.warning("%s stays in /proc/%d/environ: %s", name, os.getpid(), refused)
 
 
 class Stderr(logging.Handler):
-    """Plain text for whom it may concern: nobody waits for who does not read it, so it may miss some.
+    """Logs to stderr without ever blocking: lines are dropped if nobody reads.
 
-    What relayed servers say may be made for the terminal of who reads the log: it gets no control characters.
+    What relayed servers say may be made for the terminal of a person who reads the log, so there
+    are no control characters.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = re.sub(
-                r"[\0-\x08\x0b-\x1f\x7f-\x9f]",
-                lambda found: ascii(found[0])[1:-1],
-                self.format(record),
-            )
-        except Exception:  # arguments that do not fit are no reason for whoever logs to fail
-            return self.handleError(record)
-        data, size = f"{text}\n".encode(errors="backslashreplace"), select.PIPE_BUF
-        with contextlib.suppress(OSError):  # it is closed, or its disk is full
-            for at in range(0, len(data), size):
-                if select.select([], [2], [], 0)[1]:  # then a pipe takes that much
-                    os.write(2, data[at : at + size])
+            line = self.format(record)
+        except Exception:
+            # Arguments that do not fit are no reason for their caller to fail.
+            self.handleError(record)
+            return
+        text = re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], line)
+        data = f"{text}\n".encode(errors="backslashreplace")
+        # It is closed, or its disk is full.
+        with contextlib.suppress(OSError):
+            for at in range(0, len(data), select.PIPE_BUF):
+                # A pipe that is ready takes that much.
+                if select.select([], [2], [], 0)[1]:
+                    os.write(2, data[at : at + select.PIPE_BUF])
 
 
 def log_to_stderr() -> None:
-    form = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(handlers=[Stderr()], format=form, level=logging.INFO)
-    logging.getLogger("tornado.general").setLevel(
-        logging.WARNING
-    )  # else it shows headers that it refuses: tokens
+    logging.basicConfig(
+        handlers=[Stderr()], format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO
+    )
+    # It shows headers that it refuses, and so tokens.
+    logging.getLogger("tornado.general").setLevel(logging.WARNING)
 
 
 def watch_children() -> None:
     """Before Python 3.12 each child needs a thread otherwise, which may be the one too many."""
-    with contextlib.suppress(OSError, AttributeError):  # pidfd_open(2) needs Linux 5.3
+    # pidfd_open(2) needs Linux 5.3.
+    with contextlib.suppress(OSError, AttributeError):
         os.close(os.pidfd_open(os.getpid()))
         if sys.version_info < (3, 12):
             asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+
+
+def run_server(options: Commands) -> str | None:
+    """Serve until a signal comes; otherwise what is wrong, in a sentence."""
+    token = os.environ.pop("POCKETCODER_TOKEN", "")
+    log_to_stderr()
+    if token:
+        wipe("POCKETCODER_TOKEN")
+    watch_children()
+    wrong = why_not(options, token)
+    if wrong:
+        return wrong
+    try:
+        asyncio.run(serve(options, token))
+    except (ProxyError, OSError, UnicodeError) as failure:
+        # UnicodeError: a host that can be none.
+        return f"cannot serve on {options.host}:{options.port}: {failure}"
+    return None
+
+
+def run_install(folder: str, names: Sequence[str]) -> str | None:
+    """Write the shell; otherwise what is wrong, in a sentence."""
+    try:
+        print(f"pocketcoder: {install(folder, [*names])}")
+    except ProxyError as failure:
+        return str(failure)
+    except OSError as failure:
+        return f"{failure.filename}: {failure.strerror}"
+    return None
 
 
 def main() -> int:
@@ -8162,28 +8494,13 @@ def main() -> int:
     if options.name == "shell":
         return run_shell([*options.arguments])
     if options.name == "install":
-        folder, *names = options.arguments
-        try:
-            print(f"pocketcoder: {install(folder, names)}")
-            return 0
-        except ProxyError as failure:
-            print(f"pocketcoder: {failure}", file=sys.stderr)
-        except OSError as failure:
-            print(f"pocketcoder: {failure.filename}: {failure.strerror}", file=sys.stderr)
-        return 1
-    token = os.environ.pop("POCKETCODER_TOKEN", "")
-    log_to_stderr()
-    if token:
-        wipe("POCKETCODER_TOKEN")
-    watch_children()
-    try:
-        if not (wrong := why_not(options, token)):
-            asyncio.run(serve(options, token))
-    except (ProxyError, OSError, UnicodeError) as failure:  # UnicodeError: a host that can be none
-        wrong = f"cannot serve on {options.host}:{options.port}: {failure}"
+        wrong = run_install(options.arguments[0], options.arguments[1:])
+    else:
+        wrong = run_server(options)
     if wrong:
         print(f"pocketcoder: {wrong}", file=sys.stderr)
-    return 1 if wrong else 0
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
