@@ -80,12 +80,14 @@ import sys
 # ==========================================================================
 # S1  Every limit, time and default is here, with its unit.  Times in seconds.
 VERSION = "0.1.0"
-KIB, MIB = 1024, 1024 * 1024
+KIB = 1024
+MIB = 1024 * KIB
 
 DEFAULT_PORT = 3001
 DEFAULT_SOCKET = "/tmp/tmux/pocketcoder"
 DEFAULT_SESSION = "pocketcoder"
-QUIET_PROGRAMS = {  # nobody may be there to page or to answer
+# Programs must not wait for a person who may not be there, to page or to answer.
+QUIET_PROGRAMS = {
     "PAGER": "cat",
     "GIT_PAGER": "cat",
     "MANPAGER": "cat",
@@ -93,108 +95,160 @@ QUIET_PROGRAMS = {  # nobody may be there to page or to answer
     "DEBIAN_FRONTEND": "noninteractive",
 }
 
-MAX_BODY = 16 * MIB  # bytes of a request
-MAX_UNREAD_BODY = 4 * MAX_BODY  # of a larger one so much is read, so that the caller sees the 413
-MAX_COMMAND = 8 * MIB  # bytes of `cmd`
-MAX_ARGUMENT = 128 * KIB  # MAX_ARG_STRLEN, execve(2): one argument with its NUL
-MAX_VARIABLE = 123 * KIB  # of one variable: with its name it is an argument of env(1)
-MAX_PATH = 4 * KIB  # PATH_MAX, limits.h; also of the name of a variable
-MAX_ID = 4 * KIB  # bytes of `usage_id` and `session_id`
-MAX_ENVIRONMENT = 512 * KIB  # of `env`; execve(2) takes a quarter of the stack for all
-MAX_OUTPUT, DEFAULT_OUTPUT = 64 * MIB, MIB  # `max_output`, bytes
-TOOL_OUTPUT = (
-    384 * KIB
-)  # the same of the MCP tool, which sends it twice: SDKs take messages of 1 MiB
-MAX_TIMEOUT, DEFAULT_TIMEOUT = 86400, 300  # `timeout`
-MAX_PANES, MAX_QUEUE = 4, 1000  # of one agent
-MAX_VIEW = 64 * KIB  # bytes a run shows to a person: about what tmux keeps, at a few ms of its time
-MAX_IGNORED = 20  # names of unknown fields that an answer repeats, of 80 characters each
-MAX_VIEW_COMMAND = 4 * KIB  # characters of the command shown
-CHUNK = MIB  # bytes read at once; also the size wanted of a pipe
+# --- What a request may ask for: bytes, where nothing else is said.
+MAX_BODY = 16 * MIB
+# So much of a larger body is read, so that its caller sees the 413.
+MAX_UNREAD_BODY = 4 * MAX_BODY
+# 64 KiB of headers take 10 ms to parse, before the gate.
+MAX_HEADERS = 16 * KIB
+MAX_COMMAND = 8 * MIB
+# MAX_ARG_STRLEN, execve(2): one argument with its NUL.
+MAX_ARGUMENT = 128 * KIB
+# The value of a variable: with its name it is an argument of env(1).
+MAX_VARIABLE = 123 * KIB
+# All of `env`: execve(2) takes a quarter of the stack for everything.
+MAX_ENVIRONMENT = 512 * KIB
+# PATH_MAX, limits.h; also the name of a variable.
+MAX_PATH = 4 * KIB
+# `usage_id` and `session_id`.
+MAX_ID = 4 * KIB
+MAX_OUTPUT = 64 * MIB
+DEFAULT_OUTPUT = MIB
+# The MCP tool sends its output twice, and some SDKs take messages of 1 MiB at most.
+TOOL_OUTPUT = 384 * KIB
+MAX_TIMEOUT = 86400  # seconds
+DEFAULT_TIMEOUT = 300  # seconds
+# Unknown fields that an answer names, 80 characters of each.
+MAX_IGNORED = 20
+# Lines of a terminal that are read at once.
+MAX_LINES = 2000
+# Typed at once: the buffer of a terminal's line.
+MAX_KEYS = 4 * KIB
 
+# --- Terminals.
+MAX_PANES = 4  # of one agent
+MAX_QUEUE = 1000  # commands of one agent that wait for a pane
+# Lines in a row that a shell did not run, before it is left alone.
+MAX_MISSED = 2
+# Attempts to start a command, each in another pane or after another failure.
+START_TRIES = 8
+# Attempts to look at a window's panes, each pause twice as long as the one before.
+LOOK_TRIES = 5
+RETRY_PAUSE = 0.05
 TMUX_TIMEOUT = 5.0  # a reply of tmux
-# After a command, while something that it started can still write: quiet for so long, before the
-# first byte and after each one, and at most so long in all.
-FIRST_QUIET_TIME = 0.2
-QUIET_TIME = 0.1
-SETTLE_TIMEOUT = 1.0
+START_TIMEOUT = 1.0  # from the typed line to the report that it started
+# The same for a new shell, which may be reading its start-up files.
+NEW_SHELL_TIMEOUT = 15.0
+# From the end of a command to the prompt of its shell.
+PROMPT_TIMEOUT = 0.5
+RETURN_TIMEOUT = 2.0  # from the report of the exit to that of the return
+# Until a shell has taken a key; nobody types a line in that time.
+CLEAR_PAUSE = 0.05
 LOOK_PAUSE = 0.001  # between looks at a shell that is about to show its prompt
-# Between looks whether the stdin of a command, at its end, is opened once more: at first, at most.
-OPEN_PAUSE = 0.01
-MAX_OPEN_PAUSE = 0.25
+QUEUE_CHECK = 0.5  # between looks whether a person's program has ended
+# Between looks whether the shell of a run lives: tmux may not tell.
+WATCH_PAUSE = 0.5
 SHOW_PAUSE = 0.2  # from keys to the screen that shows what they did
 QUESTION_TIMEOUT = 0.5  # to look at the screen of a command whose time is over
-RETRY_PAUSE = 0.05  # before another try with a tmux that is just ending, or a place just wiped
-LOOK_TRIES = 5  # at the panes of a window, each pause twice as long as the one before
-START_TRIES = 8  # of a command, each in another pane or after another failure
-MAX_MISSED = 2  # lines in a row that a shell did not run, until it is left alone
-ADOPT_PAUSE = 0.2  # for the last words of a run whose server was killed
-START_TIMEOUT = 1.0  # from the typed line to the start report
-NEW_SHELL_TIMEOUT = 15.0  # the same while a new shell may read its start-up files
-PROMPT_TIMEOUT = 0.5  # a shell that has just ended a command shows its prompt
-QUEUE_CHECK = 0.5  # look again whether a person's program has ended
-WATCH_PAUSE = 0.5  # look again whether the shell of a run lives: tmux may not tell
-RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
-AUDIT_TIMEOUT, AUDIT_PAUSE = (
-    10.0,
-    0.05,
-)  # an answer waits so long for a line that cannot be written; between tries
-CLEAR_PAUSE = 0.05  # for a shell to take a key; shorter than anybody types a line
-DRAIN_PAUSE = 0.01  # between reads of what outlives its run: 100 MB/s
-VIEW_DELAY = 0.005  # a command that ends sooner is shown at its end
-VIEW_PAUSE, VIEW_TRIES = (
-    0.01,
-    20,
-)  # a full terminal is written to again, and may delay the prompt by that
-DESCRIPTORS_KEPT = 10  # that no further run takes: those that run need some to be watched and ended
+
+# --- Streams of a command.
+CHUNK = MIB  # bytes read at once; also the wanted size of a pipe
+# After a command, while something that it started can still write: so much quiet before its first
+# byte and after each later one, and so long in all.
+FIRST_QUIET_TIME = 0.2
+QUIET_TIME = 0.1
+LATE_OUTPUT_TIMEOUT = 1.0
+# Between reads of what a background process writes later: 100 MB/s.
+DRAIN_PAUSE = 0.01
+# Between looks whether stdin, at its end, is opened once more: the first pause, and the longest.
+OPEN_PAUSE = 0.01
+MAX_OPEN_PAUSE = 0.25
+# Bytes that a run shows to a person: about what tmux keeps, at a few ms of its time.
+MAX_VIEW = 64 * KIB
+MAX_VIEW_COMMAND = 4 * KIB  # characters of the command
+# A full terminal is written to again after a pause, so often: the prompt waits for it.
+VIEW_PAUSE = 0.01
+VIEW_TRIES = 20
+ADOPT_PAUSE = 0.2  # for the exit code of a run whose server was killed
+# Descriptors that no further run takes: those that run need some to be watched and ended.
+DESCRIPTORS_KEPT = 10
+
+# --- The audit log.
+AUDIT_TIMEOUT = 10.0  # an answer waits for a line that cannot be written
+AUDIT_PAUSE = 0.05  # between attempts to write it
+
+# --- HTTP.
+MAX_WAITING = 1000  # connections without a request at work
 ACCEPTED_AT_ONCE = 16  # connections in one turn of the loop
-ACCEPT_PAUSE = 0.5  # without descriptors, before the next try
-GONE_CHECK = 0.5  # look again whether the caller of a channel has left
-TCP_ESTABLISHED = 1  # a state of TCP, include/net/tcp_states.h
-SETTLE_GRACE = 0.5  # for the answers of commands that were ended when the server stopped
-STOP_GRACE = 5.0  # SIGTERM: running commands may still end
-KEEP_ALIVE = 15.0  # between comments on a silent stream
+ACCEPT_PAUSE = 0.5  # before the next attempt, when no descriptor is left
 BODY_TIMEOUT = 60.0  # for a body to arrive
 IDLE_TIMEOUT = 300.0  # of a kept connection
-SLOW_READER_TIMEOUT = 60.0  # a reader gets that for the rest of an ended command
-CONNECT_TIMEOUT = 10.0  # of the shell
-SIGNAL_PATIENCE = 0.15  # of the shell after a signal: its callers kill it after 0.2
-CHILD_TIMEOUT = 300.0  # of a relayed server: for an answer, or the next progress
-CHILD_QUEUE = 32 * MIB  # bytes that wait for it to read
-CHILD_READ = 256 * KIB  # bytes of it read at once
-MAX_ANSWER = 32 * MIB  # bytes of a line of it
-MAX_LOG_LINE = 64 * KIB  # bytes of a line of its stderr
-MAX_ENDS = 4 * KIB  # bytes kept of each end of a line that is too long: its id is there
-CHILD_BACKOFF = 30.0  # the longest wait before one that never answered is started again
-CHILD_PATIENCE = 5.0  # a request waits so long for a back-off, for room, or for the last one to end
-MAX_CHILDREN = 16  # of one legacy server, for modern clients: one each
-CHILD_CEILING = 3600.0  # for an answer, whatever progress it tells of
-CHILD_START = 60.0  # for its first answer
-CHILD_IDLE = 600.0  # until one that nobody uses is ended, unless --mcp-idle says otherwise
-PROBE_TIMEOUT = 5.0  # of silence, until it is asked for its era in another way too
-SETTLE_TIMEOUT = 1.0  # for a legacy one to deal with what it was sent
-ABANDON_PAUSE = 0.2  # for a session to be found abandoned, when a second process cannot start
-LAST_WORDS = 0.05  # for its exit status and its last lines, when it has closed its output
-LAST_ANSWERS = 1.0  # for the answers to leave that a session of a dead one still has
-CROWD_PAUSE = 0.05  # it waits so long for a slow reader, when others use it too
-MAX_QUESTIONS = 100  # of one, that wait for a call of its client
-HEADERS_KEPT = 30.0  # what its tools say of headers
-PARK_TIMEOUT = 300.0  # for a client to answer its question
-QUESTION_PAUSE = 0.02  # for more questions of a legacy server
-MAX_ROUNDS = 10  # of questions in one call
+KEEP_ALIVE = 15.0  # between comments on a silent stream
+# For a reader to take the rest of an ended command's output.
+SLOW_READER_TIMEOUT = 60.0
+GONE_CHECK = 0.5  # between looks whether the caller of a channel has left
+TCP_ESTABLISHED = 1  # include/net/tcp_states.h
+# Mcp-Param-* come to these, as asked for.
+CORS_HEADERS = (
+    "Authorization, Content-Type, Accept, MCP-Protocol-Version, Mcp-Session-Id, Mcp-Method,"
+    " Mcp-Name, Last-Event-ID"
+)
+# After SIGTERM running commands may still end, and then the answers of those that were ended leave.
+STOP_GRACE = 5.0
+SETTLE_GRACE = 0.5
+
+# --- The shell.
+CONNECT_TIMEOUT = 10.0
+# After a signal: callers kill their shell after 0.2 s.
+SIGNAL_PATIENCE = 0.15
+BRIDGE_CHUNK = 256 * KIB  # bytes read at once
+
+# --- MCP: sessions and tools.
+MAX_SESSIONS = 4096
+MAX_CALLS = 100  # of one session at once
 MAX_INBOX = 100  # messages that wait for a client
-MAX_SESSIONS, MAX_CALLS = 4096, 100  # of MCP; calls of one session at once
-MAX_WAITING = 1000  # connections without a request at work
-MAX_HEADERS = 16 * KIB  # bytes of a request's; 64 KiB of them take 10 ms to parse, before the gate
-SESSION_KEPT = 60.0  # a session that its client named outlives its stream
-SESSION_IDLE = 3600.0  # one of Streamable HTTP its last message; of a relayed server: CHILD_IDLE
-PROGRESS_EVERY, PROGRESS_PAUSE = 1.0, 0.1  # between progress notifications, at most and at least
-MAX_LINE = KIB  # bytes of a line told as progress
-MAX_NAME = 128  # characters of the name of a relayed server; of one shown in the audit log
-MAX_LINES, MAX_KEYS = 2000, 4 * KIB  # `lines` read; bytes typed at once: a terminal's line buffer
-CORS_HEADERS = "Authorization, Content-Type, Accept, MCP-Protocol-Version, Mcp-Session-Id, Mcp-Method, Mcp-Name, "
-CORS_HEADERS += "Last-Event-ID"  # and Mcp-Param-*, as asked for
-BRIDGE_CHUNK = 256 * KIB  # bytes that the shell reads at once
+# A session that its client named outlives its stream.
+SESSION_KEPT = 60.0
+# One of Streamable HTTP outlives its last message; of a relayed server CHILD_IDLE holds.
+SESSION_IDLE = 3600.0
+# Between notifications of progress: the longest time, and the shortest.
+PROGRESS_EVERY = 1.0
+PROGRESS_PAUSE = 0.1
+MAX_LINE = KIB  # bytes of a line of output in such a notification
+
+# --- MCP: relayed servers.
+# Characters of the name of one; also of names that the audit log shows.
+MAX_NAME = 128
+# Of one legacy server for modern clients, one for each client.
+MAX_CHILDREN = 16
+CHILD_START = 60.0  # for the first answer
+# Of silence, before it is asked for its era in another way too.
+PROBE_TIMEOUT = 5.0
+# For an answer, or the next progress; and whatever progress comes.
+CHILD_TIMEOUT = 300.0
+CHILD_CEILING = 3600.0
+# A process that nobody uses is ended, unless --mcp-idle says otherwise.
+CHILD_IDLE = 600.0
+# The longest wait before one that never answered is started again.
+CHILD_BACKOFF = 30.0
+# A request waits for that, for room, or for the last process to end.
+CHILD_PATIENCE = 5.0
+CHILD_QUEUE = 32 * MIB  # bytes that wait for it to read
+CHILD_READ = 256 * KIB  # bytes read at once
+MAX_ANSWER = 32 * MIB  # bytes of a line
+MAX_LOG_LINE = 64 * KIB  # bytes of a line of its stderr
+# Bytes kept of each end of a line that is too long: its id is there.
+MAX_ENDS = 4 * KIB
+SETTLE_TIMEOUT = 1.0  # for a legacy one to deal with what it was sent
+ABANDON_PAUSE = 0.2  # to find an abandoned session, when a second process cannot start
+LAST_WORDS = 0.05  # for its last lines, when it has closed its output
+LAST_ANSWERS = 1.0  # for the answers of a process that has died to leave
+CROWD_PAUSE = 0.05  # for a slow reader, when others use it too
+MAX_QUESTIONS = 100  # of one process, that wait for a call of its client
+QUESTION_PAUSE = 0.02  # for more questions of a legacy server
+PARK_TIMEOUT = 300.0  # for a client to answer
+MAX_ROUNDS = 10  # of questions in one call
+HEADERS_KEPT = 30.0  # what its tools say of headers
 
 
 def default_agent_name() -> str:
@@ -2612,7 +2666,7 @@ def go_script(request: ExecRequest, files: RunFiles, run_id: str, shell: str) ->
         held=" ".join(f"{DESCRIPTORS[name][1]}<>{path}.{name}" for name in streams),
         drains=" ".join(rf"\cat <{path}.{name} >/dev/null {closed} &" for name in streams),
         # `read` knows whole seconds only in some shells.
-        patience=math.ceil(SETTLE_TIMEOUT + RETURN_TIMEOUT),
+        patience=math.ceil(LATE_OUTPUT_TIMEOUT + RETURN_TIMEOUT),
         history=HISTORY,
         quiet=QUIET,
         cwd=shlex.quote(request.cwd or "."),
@@ -3500,7 +3554,7 @@ class Job:
         """The command has ended: it is over when nobody writes any more, or after some quiet."""
         self._note_end(exit_code)
         self._enter(Phase.SETTLING)
-        self.settled_by = time.monotonic() + SETTLE_TIMEOUT
+        self.settled_by = time.monotonic() + LATE_OUTPUT_TIMEOUT
         assert self.files is not None
         if self.files.read_rest():
             self._on_all_read()
