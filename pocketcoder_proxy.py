@@ -911,7 +911,7 @@ SIGNAL_NUMBERS = {
 # E1  A command that fails is a result; a proxy that cannot do its job is an error.
 # E2  Each class carries its HTTP status, JSON-RPC code and exit code.
 class ProxyError(Exception):
-    """The proxy cannot do its job.  Raised itself for what nobody expected."""
+    """The proxy cannot do its job.  Raised itself for its own faults."""
 
     http_status = 500
     # Of JSON-RPC.
@@ -1054,7 +1054,7 @@ class NoAudit(ProxyError):
 # ==========================================================================
 # Wire types
 # ==========================================================================
-# W1  What comes from outside is checked here, once; nobody checks it again.
+# W1  What comes from outside is checked here, once, and nowhere again.
 # W2  A complaint names the field, what was got and what was expected.
 Message = dict[str, Any]
 RUN_ID = re.compile(r"[0-9a-f]{16}")
@@ -1325,7 +1325,7 @@ class ExecResponse:
 # P1  A process that cannot be looked at for lack of descriptors or memory counts as alive.
 # P2  Nothing here waits.
 #
-# Errors of ours that say nothing about what was looked for.
+# The proxy is short of something; that says nothing about the process that it looked for.
 SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -1362,7 +1362,7 @@ class Process(NamedTuple):
 
 
 def process(pid: int) -> Process | None:
-    """None: there is none, or it has ended.  Raises OSError if nobody can look now."""
+    """What it is doing; None if it has ended.  Raises OSError if we cannot look now."""
     try:
         head, _, tail = read_proc(pid, "stat").decode("latin-1").rpartition(")")
     except OSError as wrong:
@@ -1507,7 +1507,7 @@ def is_open(folder: os.stat_result) -> bool:
 
 
 def close_to_others(folder: str) -> None:
-    """Set the sticky bit on a directory of ours that is open to all, as sandbox images make it."""
+    """Set the sticky bit on a directory that we own and that is open to all, as sandbox images make it."""
     place = os.stat(folder)
     if is_open(place) and place.st_uid == os.geteuid():
         os.chmod(folder, stat.S_IMODE(place.st_mode) | stat.S_ISVTX)
@@ -1778,7 +1778,7 @@ class Tmux(asyncio.SubprocessProtocol):
         return [Pane.parse(line) for line in lines]
 
     async def new_window(self, name: str, shell: list[str]) -> Pane:
-        """Make a window, whose name nobody but a person changes.  Raises ValueError."""
+        """Make a window; only a person changes its name later.  Raises ValueError."""
         place = ["-t", f"={self.session}:", "-n", name]
         pane = await self._make("new-window", *place, shell=shell)
         self.keep_name(pane)
@@ -1836,7 +1836,7 @@ class Tmux(asyncio.SubprocessProtocol):
         await self.reply(self.send(*commands))
 
     def keep_name(self, pane: Pane) -> None:
-        """Let nobody but a person rename its window."""
+        """Keep programs from renaming its window."""
         rename = ["set-option", "-w", "-t", pane.window_id]
         self.send([*rename, "automatic-rename", "off"], [*rename, "allow-rename", "off"])
 
@@ -1846,8 +1846,8 @@ class Tmux(asyncio.SubprocessProtocol):
 # ==========================================================================
 # What goes in and out of a command.
 #
-# S1  A run's output is read as it comes; a slow reader slows the command, nobody else.
-# S2  What a person sees is best effort: nobody waits for it.
+# S1  Output is read as it comes; a slow reader slows its own command only.
+# S2  What a person sees is best effort: no command waits for it.
 #
 # Takes what a stream brings; what it returns is awaited before more is read.
 Take = Callable[[bytes], "Awaitable[None] | None"]
@@ -1855,7 +1855,7 @@ Take = Callable[[bytes], "Awaitable[None] | None"]
 Takes = Mapping[str, Take]
 USUAL_PIPE = 64 * KIB  # bytes that a pipe holds unless it is widened, pipe(7)
 # Waits at descriptor 0 for our end, then discards what comes from 1.  In the background, so that
-# it is nobody's child: we need not wait for it.
+# its parent ends at once: we need not wait for it.
 KEEPER = "exec 3<&0 4<&1 >/dev/null; (read -r _ <&3; exec cat <&4) &"
 
 
@@ -1964,7 +1964,7 @@ class Output(Pipe):
         return self.taken is not None and not self.taken.done()
 
     def leave(self) -> None:
-        """Close, and tell nobody: its files stay."""
+        """Close without calling `on_close`: its files stay."""
         self.on_close = ignore
         self.close()
 
@@ -2025,7 +2025,7 @@ class Output(Pipe):
         """Have a process read on when ours has gone, so that no writer blocks or gets SIGPIPE.
 
         It waits for the end of a pipe that only we hold: when we close that, or are killed, it
-        discards what comes until nobody can write any more.
+        discards what comes until no writer is left.
         """
         self.has_keeper = True
         with contextlib.ExitStack() as opened:
@@ -2096,7 +2096,7 @@ class Input(Pipe):
 
         A FIFO that is opened by name (`/dev/stdin`) waits for one, and an anonymous pipe does not.
         """
-        # OSError: nobody has it open.
+        # OSError: no process has it open.
         with contextlib.suppress(OSError):
             os.close(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
         longer = min(2 * pause, MAX_OPEN_PAUSE)
@@ -2109,7 +2109,7 @@ class Input(Pipe):
 
 
 class View(Pipe):
-    """A run's output copied to the pane's tty for a person: best effort, nobody waits for it."""
+    """A run's output copied to the pane's tty for a person, as far as that takes it."""
 
     # Colours and movements pass; what else a terminal does on request is not for a command.
     UNSAFE = re.compile(rb"[\0-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[[0-9;:]*[A-HJKSTfm])")
@@ -2219,8 +2219,8 @@ HISTORY = "ignorespace:ignoredups"
 # Backslashes keep aliases out.  Functions of these names matter outside the subshell, so there is
 # no exec and no echo there.  `&&` keeps `set -e` out.  INT is trapped, since a command that dies of
 # C-c would take go along.  `read` has a limit, or does not know one and fails: go does not wait for
-# a server that may be gone.  Where our FIFO was wiped, `<>` makes a file, and nobody would learn of
-# a start.
+# a server that may be gone.  Where our FIFO was wiped, `<>` makes a file, and a start would
+# go unseen.
 # Descriptors 6 and 7 keep a reader and a writer of the outputs open around the command, and only
 # there: opening never waits for a server that has gone, a command whose server is killed gets no
 # SIGPIPE, and at the exit report the server sees the end of the output if nothing of the command is
@@ -2278,7 +2278,7 @@ class RunFiles:
     """The files of one run: `path` with suffixes, see the Map.  Made by RunFolder.open.
 
     on_report  called with what go reports: `start`, `exit` or `back`, and a number
-    on_closed  called when the last output has closed itself: nobody writes any more
+    on_closed  called when the last output has closed itself: no writer is left
     """
 
     def __init__(
@@ -2301,7 +2301,7 @@ class RunFiles:
         self.reusable = False
 
     def open(self, takes: Takes, fed: bool) -> None:
-        """Open our ends.  Before the line is typed: a FIFO forgets what nobody has open.
+        """Open our ends.  Before the line is typed: a FIFO that no process has open forgets.
 
         Raises OSError.
         """
@@ -2370,7 +2370,7 @@ class RunFiles:
         return sum(output.total for output in self.outputs)
 
     def release(self, has_run: bool, was_typed: bool, reusable: bool) -> None:
-        """No run needs them any more; they go when nobody writes any more.
+        """No run needs them any more; they go when no writer is left.
 
         reusable  go has read them to its end, and nothing of the run is being ended
         """
@@ -2383,7 +2383,7 @@ class RunFiles:
             remove_files(self.path, ALL_FILES)
             self.reusable = False
         for output in self.outputs:
-            # Before its start nobody has opened it to write.
+            # Before its start no process has opened it to write.
             if has_run:
                 output.finish()
             else:
@@ -2503,7 +2503,7 @@ class RunFolder:
         return path
 
     def give_back(self, files: RunFiles) -> None:
-        """Nobody has them open any more."""
+        """No process has them open any more."""
         if self.runs.pop(files.token, None) is None:
             return
         # A keeper may read on for a moment.
@@ -2523,7 +2523,7 @@ class RunFolder:
         """
         user = os.geteuid()
         if owner != self.owner:
-            log.warning("the terminals belong to user %d, who can read every command", owner)
+            log.warning("the terminals belong to user %d: that user can read every command", owner)
             os.chmod(self.base, 0o711)
             for name in (*os.listdir(self.path), "."):
                 os.chown(f"{self.path}/{name}", owner, -1, follow_symlinks=False)
@@ -2558,7 +2558,7 @@ class RunFolder:
 
 async def adopt(folder: str) -> None:
     """Read to its end, and remove, what a killed driver left; its commands run to their end."""
-    # Its driver lives, or it is no directory of ours.
+    # OSError: its driver lives, or it is not our directory.
     with contextlib.suppress(OSError):
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -2575,7 +2575,7 @@ async def adopt(folder: str) -> None:
 
 
 def void_all(folder: str, names: list[str]) -> None:
-    """Let nothing start that was typed and has not: nobody would know of it."""
+    """Keep lines that were typed from starting now: they would go unseen."""
     for name in names:
         path, _, suffix = name.rpartition(".")
         if suffix == "go":
@@ -2584,7 +2584,7 @@ def void_all(folder: str, names: list[str]) -> None:
 
 
 async def read_all(folder: str, names: list[str]) -> None:
-    """Discard what its runs write, until nobody can write any more."""
+    """Discard what its runs write, until no writer is left."""
     closed = asyncio.Event()
     outputs = list[Output]()
     for name in names:
@@ -2593,7 +2593,7 @@ async def read_all(folder: str, names: list[str]) -> None:
             with contextlib.suppress(OSError):
                 outputs.append(Output(f"{folder}/{name}", None, closed.set))
     for output in outputs:
-        # Nobody may have it open, of which epoll(7) does not tell.
+        # Perhaps no process has it open; epoll(7) does not report that.
         output.read()
     while any(output.fd >= 0 for output in outputs):
         closed.clear()
@@ -2685,7 +2685,7 @@ def go_script(request: ExecRequest, files: RunFiles, run_id: str, shell: str) ->
 # ==========================================================================
 # Panes, what stands at their prompts, and who may type there.
 #
-# L1  Whoever holds a pane types there, nobody else of ours, and only at a prompt.
+# L1  Only the command that holds a pane types there, and only at a prompt.
 # L2  Nothing that a person has typed is run by us.
 # L3  Where nothing is asked of tmux, nothing is made.
 #
@@ -2728,7 +2728,7 @@ class PaneShell:
 
     def __init__(self, pane: Pane, new: bool = False) -> None:
         self.pane = pane
-        # It ran a line of ours: it is through with its start-up files, and is no script.
+        # It has run one of our lines: it has read its start-up files, and is not a script.
         self.ran = False
         # It has shown its prompt, in a way that can be told.
         self.shown = False
@@ -2742,7 +2742,7 @@ class PaneShell:
         self.settled_by = 0.0
         # Its terminal, locked; -1: it is not.
         self.held = -1
-        # Nobody waits for it any more.
+        # The driver closes: do not wait for it.
         self.stopped = False
 
     def stop(self) -> None:
@@ -2773,7 +2773,7 @@ class PaneShell:
         self.held = -1
 
     def answered(self) -> None:
-        """It runs a line of ours."""
+        """It has run our line."""
         self.ran = True
         self.missed = 0
 
@@ -2844,7 +2844,7 @@ class PaneShell:
                 return True
             if time.monotonic() >= deadline:
                 return False
-            # A shell announces its prompt to nobody.
+            # A shell does not announce its prompt.
             await asyncio.sleep(LOOK_PAUSE)
 
     async def clear(self, tmux: Tmux) -> str:
@@ -2926,7 +2926,7 @@ def foreground_of(pane: Pane) -> Process | None:
 
 
 def is_idle(pane: Pane) -> bool:
-    """Whether its shell is in the foreground: nobody runs a program there."""
+    """Whether its shell is in the foreground: no program runs there."""
     shell = process(pane.pid)
     return shell is not None and shell.foreground == shell.group and shell.name in SHELLS
 
@@ -3205,7 +3205,7 @@ class Terminal:
         if len(self.shells) < MAX_PANES and not one_returns and await self._split(tmux):
             return self.shells[-1] if await self.shells[-1].hold() else None
 
-        # Rather than let a command wait for a person who reads.
+        # Otherwise a command would wait for a person who reads.
         for shell in sound:
             if shell.pane.in_mode and await shell.hold():
                 return shell
@@ -3257,7 +3257,7 @@ STOPPED = range(128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1)
 
 
 class Watch:
-    """Is told of a run: once before it starts, and once of its end, or that it never started."""
+    """Follows a run: `start` before it starts, `end` when it has ended, or never started."""
 
     async def start(self, run_id: str) -> None:
         """What this raises stops the start."""
@@ -3405,7 +3405,7 @@ class Job:
         reply = self.tmux.send_keys(pane, state, *clearing, line, "Enter")
         reply.add_done_callback(self._on_typed)
 
-        # No descriptor is left: nobody sees it.
+        # OSError: no descriptor is left, and a person sees nothing of it.
         with contextlib.suppress(OSError):
             self.view = View(pane, self.request.cmd, line, self.shell.column())
         self._later(START_TIMEOUT, self.tick)
@@ -3551,7 +3551,7 @@ class Job:
             self.duration = time.monotonic() - self.started_at
 
     def _settle(self, exit_code: int) -> None:
-        """The command has ended: it is over when nobody writes any more, or after some quiet."""
+        """The command has ended: it is over when no writer is left, or after some quiet."""
         self._note_end(exit_code)
         self._enter(Phase.SETTLING)
         self.settled_by = time.monotonic() + LATE_OUTPUT_TIMEOUT
@@ -3562,7 +3562,7 @@ class Job:
             self._wait_for_quiet(FIRST_QUIET_TIME)
 
     def _on_all_read(self) -> None:
-        """Nobody can write any more."""
+        """No writer is left."""
         if self.phase is Phase.SETTLING:
             self._finish()
 
@@ -3593,7 +3593,7 @@ class Job:
         self.leaving = asyncio.ensure_future(self._leave())
 
         if self.ending is None:
-            # Nobody will continue a command that only stopped.
+            # A command that only stopped would never be continued.
             if self.exit_code in STOPPED and self.group and not has_ended(self.group):
                 self.ending = asyncio.ensure_future(climb(self, KILL_AT_ONCE))
             elif self.leaves_nothing:
@@ -3649,7 +3649,7 @@ class Job:
             self.shell.back(self.tmux)
 
     def release(self) -> None:
-        """Give the pane back; the files go when nobody writes any more."""
+        """Give the pane back; the files go when no writer is left."""
         if self.phase is Phase.RELEASED:
             return
         was_over = self.phase is Phase.OVER
@@ -3667,7 +3667,7 @@ class Job:
                 reusable=self.returned and self.ending is None,
             )
 
-        # Refer to nobody who took output, or was told of the end.
+        # Let go of the callers that took output, or wait for the end.
         self.takes = {}
         self.on_end = ignore
         if not self.started.done():
@@ -3689,7 +3689,7 @@ class Job:
                 if output.taken is not None:
                     await asyncio.wait_for(output.taken, patience)
         finally:
-            # If it is not over: nobody waits for it any more.
+            # If it is not over, its caller has left.
             self.end("cancelled")
 
         outcome = self.outcome()
@@ -4097,7 +4097,7 @@ class AuditLog:
         Raises NoAudit.
         """
         deadline = time.monotonic() + self.patience
-        failure = self._refuse("nobody reads it")
+        failure = self._refuse("its reader does not read")
         while self.unwritten:
             await asyncio.sleep(AUDIT_PAUSE)
             try:
@@ -7200,7 +7200,7 @@ async def channel_input(job: Job, message: str | bytes) -> None:
     if isinstance(message, str):
         try:
             got = json.loads(message)
-            # A shell that ends: nobody is left to care for the rest.
+            # A shell that ends leaves no caller for the rest.
             if got.get("end") is True:
                 job.leave_nothing()
             signal_group(job, SIGNAL_NUMBERS[got["signal"]])
@@ -7260,7 +7260,7 @@ def sse_event(message: Message | None) -> str:
 
 
 def unforeseen(status: int, text: str) -> ProxyError:
-    """For what Tornado has refused, or nobody expected."""
+    """An error for what Tornado has refused, or for a fault of the proxy."""
     if status == 400:
         return NotAMessage(text)
     return Refused(text) if status < 500 else ProxyError(text)
@@ -8473,7 +8473,7 @@ def wipe(name: str) -> None:
 
 
 class Stderr(logging.Handler):
-    """Logs to stderr without ever blocking: lines are dropped if nobody reads.
+    """Logs to stderr without ever blocking: lines are dropped if its reader does not read.
 
     What relayed servers say may be made for the terminal of a person who reads the log, so there
     are no control characters.

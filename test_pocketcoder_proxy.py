@@ -3541,7 +3541,7 @@ def test_roots_commands_run_as_the_user_whose_the_terminals_are(workers: Proxy) 
     assert {(path.stat().st_uid, path.stat().st_mode & 0o077) for path in base.glob("*")} == {
         (WORKER, 0)
     }
-    assert "the terminals belong to user 65534" in workers.logged()
+    assert "the terminals belong to user 65534:" in workers.logged()
 
 
 @pytest.mark.slow
