@@ -335,6 +335,7 @@ def shell_arguments(argv: list[str]) -> list[str] | None:
         return words
     if os.path.exists(first) and not os.path.isdir(first):
         return words
+
     return None
 
 
@@ -354,6 +355,7 @@ def subcommand_arguments(words: list[str]) -> list[str] | None:
         return ["-c", "--", plain_command(words[1:])]
     if first[:1] in ("-", "+"):
         return words
+
     return ["-c", "--", plain_command(words)]
 
 
@@ -385,6 +387,7 @@ def split_options(words: list[str]) -> tuple[str, list[str], list[str]]:
     """
     letters = ""
     at = 0
+
     while at < len(words):
         word = words[at]
         if word in ("-", "--"):
@@ -393,6 +396,7 @@ def split_options(words: list[str]) -> tuple[str, list[str], list[str]]:
             break
 
         at += 1
+
         # Long ones come first, and one dash will do for them.
         name = word[2:] if word[:2] == "--" else word[1:]
         if name in LONG_OPTIONS and letters == "":
@@ -403,6 +407,7 @@ def split_options(words: list[str]) -> tuple[str, list[str], list[str]]:
         else:
             letters += word[1:]
             at += word.count("o") + word.count("O")
+
     return letters, words[:at], words[at:]
 
 
@@ -423,6 +428,7 @@ def arguments_of(words: list[str]) -> list[str]:
 
     if not has_stdin():
         raise Failed(BLOCKED, 1)
+
     return words
 
 
@@ -435,8 +441,10 @@ def read_script(path: str) -> str:
         raise Failed(f"{path}: {wrong.strerror}", 127) from None
     except OSError as wrong:
         raise Failed(f"{path}: {wrong.strerror}", 126) from None
+
     if "\0" in script:
         raise Failed(f"{path}: cannot execute binary file", 126)
+
     return script
 
 
@@ -460,6 +468,7 @@ def current_directory() -> str:
             return named
     except OSError:  # the name leads nowhere
         pass
+
     try:
         return os.getcwd()
     except OSError as wrong:
@@ -491,10 +500,13 @@ def request_of(argv: list[str]) -> bytes:
     }
     if not has_stdin():
         fields["stdin"] = ""
+
     if variables.get("OPENCODE_SESSION_ID"):
         fields["session_id"] = variables["OPENCODE_SESSION_ID"]
+
     if variables.get("POCKETCODER_USAGE_ID"):
         fields["usage_id"] = variables["POCKETCODER_USAGE_ID"]
+
     return json_text(fields).encode()
 
 
@@ -509,6 +521,7 @@ def json_text(value: object) -> str:
     if isinstance(value, dict):
         pairs = (f"{json_text(name)}:{json_text(each)}" for name, each in value.items())
         return "{" + ",".join(pairs) + "}"
+
     return str(value).lower()
 
 
@@ -521,6 +534,7 @@ def parse_url(url: str) -> tuple[str, int]:
     place = address
     for mark in "/?#":
         place = place.partition(mark)[0]
+
     if place != address:
         raise Failed(f"PROXY_URL: got one with a path behind {place!a}, {URL_FORMS}", 125)
 
@@ -528,9 +542,11 @@ def parse_url(url: str) -> tuple[str, int]:
     if not colon or place.endswith("]"):
         host = place
         port = "80"
+
     is_port = port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536
     if scheme != "http" or not host or not is_port:
         raise Failed(f"PROXY_URL: got {url!a}, {URL_FORMS}", 125)
+
     return host, int(port)
 
 
@@ -567,8 +583,10 @@ class Bridge:
         is_first = not self.status
         if is_first:
             self.status = 128 + number
+
         if not is_first or self.sock is None or is_alarm:
             raise Failed("", self.status)
+
         _signal.setitimer(_signal.ITIMER_REAL, SIGNAL_PATIENCE)
         self.send(1, b'{"signal":"%s","end":true}' % SIGNALS[number].encode(), wait=False)
 
@@ -601,6 +619,7 @@ class Bridge:
 
         host, port = parse_url(self.url)
         failure = 0
+
         for family, kind, protocol, _, place in _socket.getaddrinfo(
             host.strip("[]").encode(), port, 0, _socket.SOCK_STREAM
         ):
@@ -623,14 +642,18 @@ class Bridge:
         token = os.environ.get("POCKETCODER_TOKEN")
         if token:
             lines.append(f"Authorization: Bearer {token}")
+
         sock.sendall("\r\n".join([*lines, "", ""]).encode())
 
         answer = b""
+
         while b"\r\n\r\n" not in answer and len(answer) < BRIDGE_CHUNK:
             more = sock.recv(BRIDGE_CHUNK)
             if not more:
                 break
+
             answer += more
+
         head, _, self.unread = answer.partition(b"\r\n\r\n")
         if head[:13] != b"HTTP/1.1 101 " or WS_ACCEPT not in head:
             said = ascii(head[:80].partition(b"\r")[0].decode("latin-1"))
@@ -638,6 +661,7 @@ class Bridge:
 
         sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_KEEPALIVE, 1)
+
         # Close with RST, so that a proxy that has stopped reading stdin notices our end.
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self.sock = sock
@@ -650,9 +674,12 @@ class Bridge:
                 more = self.sock.recv(BRIDGE_CHUNK)
             except OSError:
                 more = b""
+
             if not more:
                 raise Failed(f"{self.url} closed the connection before the end of the command", 125)
+
             self.unread = self.unread + more if self.unread else more
+
         data = self.unread[:size]
         self.unread = self.unread[size:]
         return data
@@ -663,11 +690,13 @@ class Bridge:
         import _thread
 
         _signal.setitimer(_signal.ITIMER_REAL, CONNECT_TIMEOUT)
+
         try:
             self.connect()
         except (OSError, UnicodeError, OverflowError) as wrong:
             text = f"cannot reach the proxy at {self.url}: {wrong}; is it running?"
             raise Failed(text, 125) from None
+
         _signal.setitimer(_signal.ITIMER_REAL, 0)
 
         self.send(1, request)
@@ -678,6 +707,7 @@ class Bridge:
             channel, left = self.read_header()
             if channel == 3:
                 return self.end(self.read(left))
+
             while left:
                 piece = self.read(left, all_of_it=False)
                 left -= len(piece)
@@ -690,6 +720,7 @@ class Bridge:
             size = int.from_bytes(self.read(2), "big")
         elif size == 127:
             size = int.from_bytes(self.read(8), "big")
+
         channel = self.read(1)[0]
         left = size - 1
 
@@ -697,6 +728,7 @@ class Bridge:
         is_end = channel == 3 and left <= MIB
         if kind != 0x82 or left < 0 or not (is_output or is_end):
             raise Failed(f"{self.url} closed the channel, or does not speak {CHANNELS}", 125)
+
         return channel, left
 
     def write(self, fd: int, data: bytes) -> None:
@@ -726,6 +758,7 @@ class Bridge:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             said = ascii(final[:80].decode("latin-1"))
             raise Failed(f"{self.url} ended with {said}", 125) from None
+
         raise Failed(text, status)
 
 
@@ -737,6 +770,7 @@ def run_shell(words: list[str]) -> int:
     fd = os.open(os.devnull, os.O_RDWR)
     while fd < 3:
         fd = os.open(os.devnull, os.O_RDWR)
+
     os.close(fd)
 
     bridge = Bridge(os.environ.get("PROXY_URL") or f"http://localhost:{DEFAULT_PORT}")
@@ -748,6 +782,7 @@ def run_shell(words: list[str]) -> int:
     try:
         if sys.version_info < (3, 8):  # noqa: UP036
             raise Failed(f"the shell needs Python 3.8 or later, this is {python_version()}", 125)
+
         status = bridge.run(request_of(arguments_of(words)), has_stdin())
         bridge.over = True
     except Failed as failure:
@@ -762,6 +797,7 @@ def run_shell(words: list[str]) -> int:
     _signal.setitimer(_signal.ITIMER_REAL, 0)
     for number, handler in before.items():
         _signal.signal(number, handler)
+
     return bridge.status or status
 
 
@@ -927,6 +963,7 @@ class ProxyError(Exception):
         in_response: bool = False,
     ) -> None:
         super().__init__(text)
+
         # For a JSON-RPC error: its `data`, and the request that it answers.
         self.data = data
         self.request_id = request_id
@@ -1084,12 +1121,15 @@ def check_text(name: str, got: object, expected: str, limit: int, nul: bool = Fa
         raise complain(name, got, expected)
     if "\0" in got and not nul:
         raise complain(name, got, f"{expected} without NUL")
+
     try:
         size = len(got.encode())
     except UnicodeEncodeError:
         raise complain(name, got, f"{expected} in UTF-8, without lone surrogates") from None
+
     if size > limit:
         raise complain(name, got, f"{expected} of at most {limit} bytes (it has {size})")
+
     return got
 
 
@@ -1101,17 +1141,21 @@ def check_argv(got: object) -> tuple[str, ...]:
     expected = "an array of strings, the arguments of bash"
     if not isinstance(got, (list, tuple)):
         raise complain("argv", got, expected)
+
     for word in got:
         if not isinstance(word, str):
             raise complain("argv", word, expected)
         if "\0" in word:
             raise complain("argv", word, f"{expected}, without NUL")
+
         try:
             size = len(word.encode(errors="surrogateescape"))
         except UnicodeEncodeError:
             raise complain("argv", word, f"{expected}, in UTF-8 or as U+DC80 to U+DCFF") from None
+
         if size > MAX_COMMAND:
             raise complain("argv", word, f"at most {MAX_COMMAND} bytes a string (it has {size})")
+
     return tuple(got)
 
 
@@ -1148,11 +1192,13 @@ def inside(workspace: str, cwd: str) -> str:
     else:
         # `..` goes back by the name, as `cd` of a shell does.
         named = os.path.normpath(os.path.join(workspace, cwd))
+
     real = os.path.realpath(named)
     if os.path.commonpath([workspace, real]) != workspace:
         raise complain("cwd", cwd, f"a directory inside the workspace {workspace}")
     if not os.path.isdir(real):
         raise complain("cwd", cwd, f"a directory (there is none at {real})")
+
     return named
 
 
@@ -1160,13 +1206,17 @@ def check_environment(got: object) -> None:
     """Raise BadMessage unless it is an object of variables that a process can take."""
     if not isinstance(got, dict):
         raise complain("env", got, "an object of strings")
+
     size = 0
+
     for name, value in got.items():
         check_text("env", name, "names of variables", MAX_PATH)
         if not name or "=" in name:
             raise complain("env", name, "names of variables, not empty, without `=`")
+
         check_text(f"env.{name[:40]}", value, "a string", MAX_VARIABLE)
         size += len(name.encode()) + len(value.encode())
+
     if size > MAX_ENVIRONMENT:
         raise complain("env", f"{size} bytes", f"at most {MAX_ENVIRONMENT}")
 
@@ -1210,13 +1260,17 @@ class ExecRequest:
         check_text("cwd", self.cwd, "a directory in the workspace", MAX_PATH)
         if self.usage_id is not None:
             check_text("usage_id", self.usage_id, "a string or null", MAX_ID)
+
         if self.session_id is not None:
             check_text("session_id", self.session_id, "a string or null", MAX_ID)
+
         check_agent(self.agent_name)
         if type(self.timeout) not in (int, float) or not 0 < self.timeout <= MAX_TIMEOUT:
             raise complain("timeout", self.timeout, f"seconds, 0 < timeout <= {MAX_TIMEOUT}")
+
         if self.stdin is not None:
             check_text("stdin", self.stdin, "a string or null", MAX_BODY, nul=True)
+
         check_environment(self.env)
         if type(self.max_output) is not int or not 1 <= self.max_output <= MAX_OUTPUT:
             raise complain("max_output", self.max_output, f"an integer, 1 to {MAX_OUTPUT} (bytes)")
@@ -1247,10 +1301,12 @@ class ExecRequest:
         if "argv" in got:
             if "cmd" in got:
                 raise complain("cmd", got["cmd"], "no `cmd` beside `argv`")
+
             got["argv"] = check_argv(got["argv"])
             got["cmd"] = command_text(got["argv"])
         elif "cmd" not in got:
             raise BadMessage("`cmd`: got nothing, expected a bash command, or `argv`")
+
         cwd = check_text("cwd", got.get("cwd", ""), "a directory", MAX_PATH)
         got["cwd"] = inside(workspace, cwd)
         known = cls.__dataclass_fields__.keys() - {"ignored"}
@@ -1340,6 +1396,7 @@ def find_shell() -> str:
             path = f"{folder}/{name}"
             if os.access(path, os.X_OK) and not os.path.samefile(path, __file__):
                 return path
+
     raise NoTerminal("no bash and no sh in PATH: install one")
 
 
@@ -1368,10 +1425,13 @@ def process(pid: int) -> Process | None:
     except OSError as wrong:
         if wrong.errno in SHORTAGE:
             raise
+
         return None
+
     state, parent, group, _, _, foreground, *rest = tail.split()
     if state in "ZX":
         return None
+
     return Process(
         name=head.partition("(")[2],
         parent=int(parent),
@@ -1412,9 +1472,11 @@ class RunTraits(NamedTuple):
         """
         if found.group == self.group:
             return True
+
         mark = f"POCKETCODER_RUN_ID={self.run_id}".encode()
         if mark in read_proc(pid, "environ", 4 * MIB).split(b"\0"):
             return True
+
         links = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (1, 2))
         return any(link.startswith(f"{self.path}.") for link in links)
 
@@ -1427,14 +1489,17 @@ async def processes_of(run: RunTraits) -> set[int]:
     found = set[int]()
     parents = dict[int, int]()
     pids = map(int, filter(str.isdecimal, os.listdir("/proc")))
+
     for count, pid in enumerate(pids):
         if count % 16 == 0:
             await asyncio.sleep(0)
+
         # It has ended, or is another user's.
         with contextlib.suppress(OSError):
             seen = process(pid)
             if seen is None or seen.started_at < run.born:
                 continue
+
             parents[pid] = seen.parent
             if run.fit(pid, seen):
                 found.add(pid)
@@ -1443,6 +1508,7 @@ async def processes_of(run: RunTraits) -> set[int]:
         children = {pid for pid, parent in parents.items() if parent in found} - found
         if not children:
             return found - {os.getpid()}
+
         found |= children
 
 
@@ -1523,6 +1589,7 @@ def check_place(path: str) -> None:
     """
     folder = os.path.dirname(path)
     user = os.geteuid()
+
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         close_to_others(folder)
@@ -1538,6 +1605,7 @@ def check_place(path: str) -> None:
     owners = {0, user}
     if user == 0:
         owners.add(place.st_uid)
+
     for name, it in found.items():
         if it.st_uid not in owners or (it is place and is_open(place)):
             raise NoTerminal(
@@ -1554,10 +1622,13 @@ def open_above(path: str) -> list[str]:
     """
     found = list[str]()
     folder = os.path.dirname(os.path.realpath(os.path.dirname(path)))
+
     while folder != "/":
         if is_open(os.stat(folder)):
             found.append(folder)
+
         folder = os.path.dirname(folder)
+
     return found
 
 
@@ -1589,6 +1660,7 @@ async def capture_pane(
     """
     target = ["-S", f"-{lines}", "-t", pane_id]
     command = ["tmux", "-S", socket_path, "capture-pane", "-p", "-J", *target]
+
     try:
         done = await asyncio.to_thread(
             subprocess.run, command, capture_output=True, timeout=timeout
@@ -1596,8 +1668,10 @@ async def capture_pane(
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as wrong:
         # RuntimeError: no thread.
         raise NoTerminal(f"tmux: {wrong}") from None
+
     if done.returncode:
         raise NoTerminal(f"tmux: {done.stderr.decode(errors='replace').strip()}")
+
     text = done.stdout.decode(errors="replace").rstrip()
     return "\n".join(line.rstrip() for line in text.split("\n"))
 
@@ -1641,8 +1715,10 @@ class Tmux(asyncio.SubprocessProtocol):
         """Attach to `session` at the socket `path`; make it with this `window` if it is missing."""
         check_place(path)
         self = await cls._start(path, session, window, on_notice)
+
         try:
             self.made = [Pane.parse(line) for line in await self.reply(self.attached)]
+
             # In a directory like /tmp somebody may just have made it.
             check_place(path)
         except BaseException as refused:
@@ -1650,10 +1726,13 @@ class Tmux(asyncio.SubprocessProtocol):
             if isinstance(refused, NoTerminal) and not self.made:
                 # Tmux does not tell why.
                 refused.args = (f"{refused}; is there a place, and space, for its socket {path}?",)
+
             raise
+
         self.send(["set-option", "-t", f"={session}:", "default-size", "200x50"])
         for pane in self.made:
             self.keep_name(pane)
+
         return self
 
     @classmethod
@@ -1672,6 +1751,7 @@ class Tmux(asyncio.SubprocessProtocol):
         ]
         # A `;` at the end of a word would end the command.
         words = [re.sub(r";\Z", r"\;", word) for word in words]
+
         try:
             _, self = await asyncio.get_running_loop().subprocess_exec(
                 lambda: cls(session, on_notice), *words, env=variables
@@ -1681,6 +1761,7 @@ class Tmux(asyncio.SubprocessProtocol):
         except (OSError, RuntimeError) as refused:
             # RuntimeError: no thread.
             raise NoTerminal(f"cannot run tmux at {path}: {refused}") from None
+
         return self
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -1719,10 +1800,12 @@ class Tmux(asyncio.SubprocessProtocol):
         if not failed:
             future.set_result(lines)
             return
+
         said = " ".join(lines).replace(
             "failed: No space", "failed, no terminal is left (kernel.pty.max): No space"
         )
         future.set_exception(NoTerminal(f"tmux: {said}"))
+
         # Not every reply is waited for, and asyncio would complain.
         future.exception()
 
@@ -1755,6 +1838,7 @@ class Tmux(asyncio.SubprocessProtocol):
         for words in filter(None, commands):
             line = " ".join(map(quote, words))
             lines.append(line.replace("\n", "'\"\\n\"'") + "\n")
+
         self.process.get_pipe_transport(0).write("".join(lines).encode())
         return futures[-1]
 
@@ -1921,6 +2005,7 @@ class Pipe:
     def close(self) -> None:
         if self.fd < 0:
             return
+
         self.loop.remove_reader(self.fd)
         self.loop.remove_writer(self.fd)
         os.close(self.fd)
@@ -1990,6 +2075,7 @@ class Output(Pipe):
         self.total += len(chunk)
         if len(chunk) == USUAL_PIPE:
             self.widen()
+
         wait = self.take(chunk)
         if wait is not None:
             self.loop.remove_reader(self.fd)
@@ -2117,6 +2203,7 @@ class View(Pipe):
     def __init__(self, pane: Pane, command: str, line: str, column: int) -> None:
         """Replace the typed `line` by `command`, behind the prompt that ends at `column`."""
         super().__init__(pane.tty, os.O_WRONLY)
+
         # Bytes of output so far, and the last one that was shown.
         self.seen = 0
         self.last = b"\n"
@@ -2126,6 +2213,7 @@ class View(Pipe):
         shown = command[:MAX_VIEW_COMMAND]
         if len(command) > MAX_VIEW_COMMAND:
             shown += "…"
+
         # What stands before any question: the command, and the end of its output.
         self.command = self.UNSAFE.sub(b"", shown.encode(errors="replace")).replace(b"\x1b", b"")
         self.tail = b""
@@ -2171,14 +2259,18 @@ class View(Pipe):
         text = "" if self.last == b"\n" else "\n"
         if self.seen > MAX_VIEW:
             text += f"[pocketcoder: {self.seen - MAX_VIEW} more bytes not shown here]\n"
+
         if exit_code != 0:
             text += f"[exit {exit_code}]\n"
+
         self.unwritten += text.encode()
         for _ in range(VIEW_TRIES):
             self.write()
             if not self.unwritten:
                 break
+
             await asyncio.sleep(VIEW_PAUSE)
+
         self.close()
 
 
@@ -2262,6 +2354,7 @@ def remove_files(path: str, suffixes: tuple[str, ...]) -> bool:
             pass
         except OSError:
             gone = False
+
     return gone
 
 
@@ -2333,6 +2426,7 @@ class RunFiles:
         except OSError:
             # Go has made it, or we have no descriptor.
             return False
+
         return True
 
     def let_return(self) -> None:
@@ -2378,16 +2472,19 @@ class RunFiles:
         self.reusable = reusable
         if self.feed:
             self.feed.close()
+
         if not was_typed:
             # Go cannot have seen these files, and we cannot trust what is there now.
             remove_files(self.path, ALL_FILES)
             self.reusable = False
+
         for output in self.outputs:
             # Before its start no process has opened it to write.
             if has_run:
                 output.finish()
             else:
                 output.close()
+
         self._give_back()
 
     def _on_output_closed(self) -> None:
@@ -2418,6 +2515,7 @@ class RunFolder:
     def __init__(self, base: str) -> None:
         self.base = base
         self._check_base()
+
         # Names there were, and those to use again.
         self.count = 0
         self.free = list[str]()
@@ -2433,17 +2531,20 @@ class RunFolder:
         # A line that was typed for one that was wiped finds no other.
         self.path = f"{base}/{secrets.token_hex(2)}"
         self.status_path = f"{self.path}/status"
+
         # There may be no space or no descriptor for all of it.
         with contextlib.ExitStack() as undo:
             os.mkdir(self.path, 0o700)
             undo.callback(remove_folder, self.path)
             self.lock = os.open(self.path, os.O_RDONLY)
             undo.callback(os.close, self.lock)
+
             # A driver that starts now may be adopting it.
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.mkfifo(self.status_path, 0o600)
             self.status = Pipe(self.status_path, os.O_RDWR)
             undo.pop_all()
+
         self.found = os.fstat(self.status.fd)
         self.status.loop.add_reader(self.status.fd, self.on_status)
 
@@ -2479,6 +2580,7 @@ class RunFolder:
             is_there = os.path.samestat(os.stat(self.status_path), self.found)
         if not is_there and not self.runs:
             self.close()
+
         return is_there
 
     def open(
@@ -2500,12 +2602,14 @@ class RunFolder:
         except OSError:
             remove_files(path, FIFOS)
             raise
+
         return path
 
     def give_back(self, files: RunFiles) -> None:
         """No process has them open any more."""
         if self.runs.pop(files.token, None) is None:
             return
+
         # A keeper may read on for a moment.
         is_kept = any(output.has_keeper for output in files.outputs)
         if is_kept or not files.reusable:
@@ -2513,6 +2617,7 @@ class RunFolder:
             self.status.loop.call_later(NEW_SHELL_TIMEOUT, remove_files, files.path, ALL_FILES)
         elif remove_files(files.path, OWN_FILES):
             self.free.append(files.path)
+
         self.is_there()
 
     @contextlib.contextmanager
@@ -2527,10 +2632,13 @@ class RunFolder:
             os.chmod(self.base, 0o711)
             for name in (*os.listdir(self.path), "."):
                 os.chown(f"{self.path}/{name}", owner, -1, follow_symlinks=False)
+
             self.owner = owner
+
         try:
             if owner != user:
                 os.seteuid(owner)
+
             yield
         finally:
             if owner != user:
@@ -2566,8 +2674,10 @@ async def adopt(folder: str) -> None:
             names = os.listdir(folder)
             void_all(folder, names)
             await read_all(folder, names)
+
             # Go may just be noting the exit code there.
             await asyncio.sleep(ADOPT_PAUSE)
+
             # A command may have put a million files there.
             await asyncio.to_thread(remove_folder, folder)
         finally:
@@ -2587,14 +2697,17 @@ async def read_all(folder: str, names: list[str]) -> None:
     """Discard what its runs write, until no writer is left."""
     closed = asyncio.Event()
     outputs = list[Output]()
+
     for name in names:
         if name.endswith((".out", ".err")):
             # It is something else by now.
             with contextlib.suppress(OSError):
                 outputs.append(Output(f"{folder}/{name}", None, closed.set))
+
     for output in outputs:
         # Perhaps no process has it open; epoll(7) does not report that.
         output.read()
+
     while any(output.fd >= 0 for output in outputs):
         closed.clear()
         await closed.wait()
@@ -2612,10 +2725,12 @@ def bash_command(request: ExecRequest, shell: str) -> tuple[list[str], str | Non
     long_text = None
     if has_text:
         at = len(arguments) - len(operands)
+
         # In characters of up to four bytes.
         if len(arguments[at]) > MAX_ARGUMENT // 4:
             long_text = arguments[at]
             arguments[at] = READ_COMMAND
+
         if len(operands) == 1:
             arguments.append(name)
 
@@ -2623,6 +2738,7 @@ def bash_command(request: ExecRequest, shell: str) -> tuple[list[str], str | Non
     shows_own_name = not has_text or any(letter not in SURE_OPTIONS for letter in letters)
     if shows_own_name and name == "bash":
         return [shell, "-c", 'exec -a "$0" "$@"', name, shell, *arguments], long_text
+
     return [shell, *arguments], long_text
 
 
@@ -2632,12 +2748,15 @@ def go_script(request: ExecRequest, files: RunFiles, run_id: str, shell: str) ->
     `go`; `in`, its stdin; `cmd`, where that is too long for an argument.
     """
     texts = dict[str, str]()
+
     # Where there is nothing to read, stdin is /dev/null itself: programs look at what it is.
     if request.stdin:
         texts["in"] = request.stdin
+
     command, long_text = bash_command(request, shell)
     if long_text is not None:
         texts["cmd"] = long_text
+
     env = [f"{name}={value}" for name, value in request.env.items() if name not in OURS]
     if env:
         # `env` takes names that are none for a shell.
@@ -2651,6 +2770,7 @@ def go_script(request: ExecRequest, files: RunFiles, run_id: str, shell: str) ->
     outputs = [f"{DESCRIPTORS[name][0]}>{path}.{name}" for name in streams]
     if "err" not in streams:
         outputs.append("2>&1")
+
     closed = "6>&- 7>&- 8>&- 9>&-"
 
     texts["go"] = GO.format(
@@ -2760,12 +2880,14 @@ class PaneShell:
             return True
         if not await self.at_prompt():
             return False
+
         with contextlib.suppress(OSError):
             self.held = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
             try:
                 fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.let_go()
+
         return self.held >= 0
 
     def let_go(self) -> None:
@@ -2805,11 +2927,13 @@ class PaneShell:
                 return Look.BUSY
             if not self.ran and not self._reads_tty():
                 return Look.BUSY
+
             return self._look_at_tty() if SHELLS[shell.name] else Look.READY
         except (OSError, termios.error) as wrong:
             # Otherwise commands would wait for the end of a program that does not run.
             if wrong.args[0] in SHORTAGE:
                 raise NoTerminal(f"cannot look at pane {self.pane.pane_id}: {wrong}") from None
+
         return Look.BUSY
 
     def _look_at_tty(self) -> Look:
@@ -2837,13 +2961,16 @@ class PaneShell:
             look = self.look()
             if look is Look.READY:
                 self.shown = True
+
             if look is not Look.SOON or self.stopped:
                 return look is Look.READY
+
             # One that never tells is taken at its word.
             if not self.shown and (self.ran or time.monotonic() >= deadline):
                 return True
             if time.monotonic() >= deadline:
                 return False
+
             # A shell does not announce its prompt.
             await asyncio.sleep(LOOK_PAUSE)
 
@@ -2862,6 +2989,7 @@ class PaneShell:
         now = await tmux.state(self.pane)
         if not now.endswith(" 0 0"):
             now = await tmux.leave_modes(self.pane)
+
         if now == self.last:
             return now
 
@@ -2870,6 +2998,7 @@ class PaneShell:
                 tmux.send_keys(self.pane, now, "C-c")
             else:
                 tmux.send_keys(self.pane, "", *CLEAR)
+
             await asyncio.sleep(CLEAR_PAUSE)
             await self.at_prompt()
             now = await tmux.state(self.pane)
@@ -2905,9 +3034,11 @@ class PaneShell:
             await asyncio.sleep(CLEAR_PAUSE)
             if not self._is_learning() or not await self.at_prompt():
                 return
+
             now = await tmux.state(self.pane)
             if not self._is_learning():
                 return
+
             # In another column something was typed during the run.
             self.prompt = Prompt.STALE
             if self._is_empty(now):
@@ -2990,6 +3121,7 @@ class Sandbox:
         async with self.connecting:
             if self.tmux is not None and not self.tmux.closed:
                 return self.tmux
+
             try:
                 self.open_folder()
             except OSError as refused:
@@ -2999,7 +3131,9 @@ class Sandbox:
             asked_at = time.monotonic()
             if asked_at < self.silent_until:
                 raise NoTerminal(self.silence)
+
             window = ["-n", window_name, *self.new_shell]
+
             try:
                 self.tmux = await Tmux.connect(
                     self.socket_path, self.session_name, window, self.on_notice
@@ -3009,7 +3143,9 @@ class Sandbox:
                 if now >= asked_at + TMUX_TIMEOUT:
                     self.silent_until = now + TMUX_TIMEOUT
                     self.silence = str(refused)
+
                 raise
+
             return self.tmux
 
     def has_session(self, name: str) -> bool:
@@ -3027,19 +3163,25 @@ class Sandbox:
                 exists = await asyncio.to_thread(self.has_session, self.session_name)
             except RuntimeError as no_thread:
                 raise NoTerminal(f"tmux: {no_thread}") from None
+
             if not exists:
                 return {}
+
         tmux = await self.connect(f"{default_agent_name()}:terminal")
 
         found: dict[str, list[Pane]] = {}
+
         for pane in await tmux.panes():
             named = WINDOW_NAME.fullmatch(pane.window_name)
             if named is None:
                 continue
+
             panes = found.setdefault(named[1], [])
+
             # The first window of an agent is the one.
             if not panes or panes[0].window_id == pane.window_id:
                 panes.append(pane)
+
         return found
 
     async def close(self) -> None:
@@ -3079,6 +3221,7 @@ class Terminal:
             raise NoTerminal(
                 f"{MAX_QUEUE} commands wait for this terminal already: try again later"
             )
+
         self.waiting += 1
         try:
             async with self.lock:
@@ -3097,10 +3240,12 @@ class Terminal:
             if shell:
                 self.used[shell.pane.pane_id] = False
                 return shell, tmux
+
             # Tmux does not tell when a person's program ends, so look now and then.
             timer = tmux.loop.call_later(QUEUE_CHECK, self.freed.set)
             await self.freed.wait()
             timer.cancel()
+
         raise NoTerminal("the proxy is stopping")
 
     def will_return(self, shell: PaneShell) -> None:
@@ -3139,6 +3284,7 @@ class Terminal:
         tmux = self.sandbox.tmux
         if tmux and not tmux.closed and self.looked_at == (tmux, tmux.notices):
             return tmux
+
         for attempt in range(LOOK_TRIES):
             is_last = attempt == LOOK_TRIES - 1
             try:
@@ -3147,13 +3293,16 @@ class Terminal:
                 # ValueError: what tmux describes is just going.
                 if is_last:
                     raise NoTerminal(str(failure)) from None
+
             # The session may be gone, and we be attached to another.  Not at the first try: others
             # wait for replies.
             if attempt > 0 and self.sandbox.tmux:
                 self.sandbox.tmux.close()
+
             # A tmux that is just ending fails once.  Two that are started at the same moment end each
             # other, so that their drivers must not try again in step.
             await asyncio.sleep(RETRY_PAUSE * 2**attempt * random.uniform(1, 2))
+
         raise AssertionError("the last try returns or raises")
 
     async def _look_once(self) -> Tmux:
@@ -3164,6 +3313,7 @@ class Terminal:
         if not panes:
             panes = [await tmux.new_window(self.name, self.sandbox.new_shell)]
             new.append(panes[0].pid)
+
         for at, pane in enumerate(panes):
             # remain-on-exit, or tmux does not know yet.
             if has_ended(pane.pid):
@@ -3172,10 +3322,12 @@ class Terminal:
 
         known = {shell.pane.pid: shell for shell in self.shells}
         self.shells = []
+
         for pane in panes:
             shell = known.get(pane.pid) or PaneShell(pane, pane.pid in new)
             shell.moved(pane)
             self.shells.append(shell)
+
         self.looked_at = (tmux, notices)
         return tmux
 
@@ -3213,7 +3365,9 @@ class Terminal:
         if free == self.shells and not sound:
             for shell in free:
                 shell.forgive()
+
             raise NoTerminal(f"no shell in the window {self.name} answers: the terminal shows why")
+
         return None
 
     async def _split(self, tmux: Tmux) -> bool:
@@ -3225,6 +3379,7 @@ class Terminal:
                 self.shells.append(PaneShell(pane, True))
                 return True
             tmux.tile(beside)
+
         return False
 
 
@@ -3380,6 +3535,7 @@ class Job:
         state = await self.shell.clear(self.tmux)
         if self.phase is Phase.HELD:
             self._type(line, state)
+
         return await self.started
 
     def _prepare(self, folder: RunFolder) -> str:
@@ -3408,6 +3564,7 @@ class Job:
         # OSError: no descriptor is left, and a person sees nothing of it.
         with contextlib.suppress(OSError):
             self.view = View(pane, self.request.cmd, line, self.shell.column())
+
         self._later(START_TIMEOUT, self.tick)
 
     def _on_typed(self, reply: asyncio.Future[list[str]]) -> None:
@@ -3451,15 +3608,19 @@ class Job:
         self.started_at = time.monotonic()
         if self.files and self.files.folder.is_owners(pid):
             self.group = pid
+
         self.shell.answered()
+
         # The command stands on the terminal before anything that it writes there by itself.
         if self.view:
             self.view.write()
+
         self._later(min(WATCH_PAUSE, self.request.timeout), self.tick)
 
         # It may have been cancelled before we knew whom to signal.
         if self.ending is not None:
             signal_group(self, signal.SIGTERM)
+
         if not self.started.done():
             self.started.set_result(True)
 
@@ -3488,11 +3649,13 @@ class Job:
         # A loop that was stopped for a while runs timers first: what is reported was in time.
         if self.phase >= Phase.TYPED and self.files:
             self.files.folder.on_status()
+
         pause = WATCH_PAUSE
         if self.phase is Phase.RUNNING:
             pause = self._watch()
         elif self.phase < Phase.RUNNING:
             self._watch_start()
+
         if self.phase <= Phase.RUNNING:
             self._later(pause, self.tick)
 
@@ -3518,6 +3681,7 @@ class Job:
         elif self.view:
             self.view.write()
             return min(WATCH_PAUSE, left)
+
         return WATCH_PAUSE
 
     def end(self, ended: str, why: str = "") -> None:
@@ -3525,6 +3689,7 @@ class Job:
         if self.phase is Phase.SETTLING:
             # It has ended by itself: the answer waits no longer for what still writes.
             self._finish()
+
         if self.phase >= Phase.OVER or (self.phase < Phase.RUNNING and self.void()):
             return
 
@@ -3532,6 +3697,7 @@ class Job:
         if is_first:
             self.ended = ended
             self.why = why
+
         if ended == "lost":
             # Its terminal died: answer with what there is.
             self._note_end(128 + signal.SIGKILL)
@@ -3582,13 +3748,16 @@ class Job:
         """All that the answer needs is known."""
         if self.phase >= Phase.OVER:
             return
+
         self._enter(Phase.OVER)
         self._stop_timer()
         if self.files:
             self.files.finish()
+
         self.terminal.will_return(self.shell)
         self.on_end(self.outcome())
         self.over.set()
+
         # A task: whoever waits for the answer comes first.
         self.leaving = asyncio.ensure_future(self._leave())
 
@@ -3628,6 +3797,7 @@ class Job:
     async def _leave(self) -> None:
         """Show the end, and let the prompt come."""
         self._later(RETURN_TIMEOUT, self.release)
+
         # Whoever got the answer often waits for this very CPU: 5 % of a small command's time.
         os.sched_yield()
         end = self.outcome()
@@ -3641,8 +3811,10 @@ class Job:
         )
         if self.view:
             await self.view.end(self.exit_code)
+
         if self.files:
             self.files.let_return()
+
         # A shell whose `read` knows no limit did not wait for us.
         if self.returned and self.phase is Phase.OVER:
             self.release()
@@ -3652,13 +3824,16 @@ class Job:
         """Give the pane back; the files go when no writer is left."""
         if self.phase is Phase.RELEASED:
             return
+
         was_over = self.phase is Phase.OVER
         was_typed = self.phase > Phase.HELD
         self._enter(Phase.RELEASED)
         self._stop_timer()
+
         # The view of a run that is over ends by itself.
         if self.view and not was_over:
             self.view.close()
+
         if self.files:
             self.files.release(
                 has_run=self.started_at != math.inf,
@@ -3672,6 +3847,7 @@ class Job:
         self.on_end = ignore
         if not self.started.done():
             self.started.set_result(was_over)
+
         self.terminal.let_go(self.shell)
         self.on_release(self)
 
@@ -3695,6 +3871,7 @@ class Job:
         outcome = self.outcome()
         if capture is None:
             return outcome
+
         return replace(
             outcome,
             output=capture.text(outcome.output_bytes),
@@ -3737,11 +3914,13 @@ async def kill(job: Job, number: int) -> int:
     except OSError:
         # No descriptor to look with: there may be some.
         return 1
+
     for pid in found:
         with contextlib.suppress(OSError):
             # Those in the group have the signal; some take a second one amiss.
             if os.getpgid(pid) != job.group or job.over.is_set():
                 os.kill(pid, number)
+
     return len(found)
 
 
@@ -3749,14 +3928,17 @@ async def climb(job: Job, ladder: tuple[tuple[int, float], ...]) -> None:
     """End a run, and what escaped from it."""
     if job.ended == "timeout":
         await job.look_for_question()
+
     for number, patience in ladder:
         next_step = time.monotonic() + patience
         await kill(job, number)
         await over_within(job, patience)
         if not await kill(job, 0):
             break
+
         # The same time for what escaped.
         await asyncio.sleep(next_step - time.monotonic())
+
     if not await over_within(job, RETURN_TIMEOUT):
         job.end("lost", "its shell does not report the end")
 
@@ -3837,6 +4019,7 @@ class PocketCoderDriver:
         is_told = False
         job = None
         why = f"no shell in the window {terminal.name} answers: the terminal shows why"
+
         try:
             for attempt in range(START_TRIES):
                 shell, tmux = await terminal.take()
@@ -3853,21 +4036,27 @@ class PocketCoderDriver:
                     on_release=self._forget,
                 )
                 self.running[run_id] = job
+
                 try:
                     if not is_told:
                         await watch.start(run_id)
                         is_told = True
+
                     problem = await self._try(job)
                 except BaseException:
                     # Whatever it is, the pane is given back.
                     job.end("cancelled")
                     raise
+
                 if problem is None:
                     return job
+
                 why = problem or why
+
                 # The first time somebody may just have wiped its files.
                 if job.why and attempt > 0:
                     break
+
             raise NoTerminal(why)
         except BaseException as failure:
             if is_told and job and not job.over.is_set() and job.ending is None:
@@ -3880,6 +4069,7 @@ class PocketCoderDriver:
                         run_id=run_id,
                     )
                 )
+
             raise
 
     async def _try(self, job: Job) -> str | None:
@@ -3894,12 +4084,16 @@ class PocketCoderDriver:
             job.end("lost", why)
             if job.over.is_set():
                 return None
+
             await asyncio.sleep(RETRY_PAUSE)
             return why
+
         if not job.returned:
             job.shell.did_not_answer()
+
         if job.why and job.files:
             return f"cannot begin a run in {job.files.path}: {job.why}"
+
         return ""
 
     def _forget(self, job: Job) -> None:
@@ -3945,6 +4139,7 @@ class PocketCoderDriver:
                     "lines": pane.height,
                 }
             )
+
         return found
 
     async def read_terminal(self, agent_name: str, lines: int) -> str:
@@ -3954,15 +4149,19 @@ class PocketCoderDriver:
         """
         panes = await self.window(agent_name)
         texts = dict[Pane, str]()
+
         for pane in panes:
             text = await capture_pane(self.socket_path, pane.pane_id, lines)
+
             # A prompt alone is nothing to read.
             if "\n" in text or not is_idle(pane):
                 texts[pane] = "\n".join(text.split("\n")[-lines:])
+
         if not texts:
             return await capture_pane(self.socket_path, panes[0].pane_id)
         if len(texts) == 1:
             return next(iter(texts.values()))
+
         return "\n".join(f"[{title_of(pane)}]\n{text}" for pane, text in texts.items())
 
     async def send_keys(
@@ -3975,14 +4174,17 @@ class PocketCoderDriver:
         Raises NoTerminal, BadMessage.
         """
         terminal = self.terminal(agent_name)
+
         # Otherwise it might wait behind commands that wait for keys.
         if run_id is None and not (terminal.waiting and terminal.shells):
             await terminal.open()
+
         pane = self._target(await self.window(agent_name), self.jobs_of(agent_name), run_id)
         tmux = await self.sandbox.connect(terminal.name)
         await tmux.type(pane, text, keys)
 
         await asyncio.sleep(SHOW_PAUSE)
+
         try:
             return await capture_pane(self.socket_path, pane.pane_id)
         except NoTerminal:
@@ -3996,12 +4198,14 @@ class PocketCoderDriver:
                 job = jobs.get(pane.pane_id)
                 if job is not None and job.run_id == run_id:
                     return pane
+
             raise complain("run_id", run_id, "a command that runs in this agent's terminal now")
 
         programs = [pane for pane in panes if pane.pane_id not in jobs and not is_idle(pane)]
         if programs:
             # The one that was started last.
             return max(programs, key=age_rank)
+
         newest = next(reversed(jobs), "")
         return next((pane for pane in panes if pane.pane_id == newest), panes[0])
 
@@ -4017,11 +4221,13 @@ class PocketCoderDriver:
         self.sandbox.stopping = True
         for terminal in self.terminals.values():
             terminal.stop()
+
         await asyncio.gather(*(over_within(job, grace) for job in self.jobs()))
 
         jobs = self.jobs()
         for job in jobs:
             job.end("cancelled")
+
         endings = [job.ending for job in jobs if job.ending is not None]
         await asyncio.gather(*endings, return_exceptions=True)
         for job in jobs:
@@ -4062,6 +4268,7 @@ class AuditLog:
         """Record a start.  Raises NoAudit."""
         if not self.path:
             return
+
         self.flush()
         line = self._line("start", fields)
         self.unwritten += line
@@ -4071,7 +4278,9 @@ class AuditLog:
             # Nothing is run; but a line that was begun is completed.
             if self.unwritten == line and not self.sent:
                 self.unwritten = b""
+
             raise
+
         await self.written()
 
     def end(self, fields: Message) -> None:
@@ -4098,12 +4307,14 @@ class AuditLog:
         """
         deadline = time.monotonic() + self.patience
         failure = self._refuse("its reader does not read")
+
         while self.unwritten:
             await asyncio.sleep(AUDIT_PAUSE)
             try:
                 self.flush()
             except NoAudit as wrong:
                 failure = wrong
+
             if self.unwritten and time.monotonic() > deadline:
                 raise failure
 
@@ -4123,8 +4334,10 @@ class AuditLog:
             # Somebody has removed it.
             if self.fd >= 0 and not os.fstat(self.fd).st_nlink:
                 self._close()
+
             if self.fd < 0:
                 self._open()
+
             while self.unwritten:
                 self.sent += os.write(self.fd, self.unwritten[self.sent :])
                 done = self.unwritten.rfind(b"\n", 0, self.sent) + 1
@@ -4138,10 +4351,13 @@ class AuditLog:
 
     def _open(self) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+
         # No link, which somebody else may have put there; but /dev/stderr is one.
         if not self.path.startswith("/dev/"):
             flags |= os.O_NOFOLLOW
+
         self.fd = os.open(self.path, flags, 0o600)
+
         try:
             self._complete_line()
         except OSError:
@@ -4156,6 +4372,7 @@ class AuditLog:
             return
         self.sent = 0
         os.fchmod(self.fd, 0o600)
+
         with open(f"/proc/self/fd/{self.fd}", "rb") as file:
             file.seek(max(0, found.st_size - 1))
             if file.read(1) not in (b"", b"\n"):
@@ -7060,10 +7277,12 @@ class Gate:
         if query_token is not None and not scheme:
             scheme = "bearer"
             credential = query_token
+
         credential = credential.strip()
         is_right = hmac.compare_digest(credential.encode("utf-8", "replace"), self.token.encode())
         if self.token and needs_token and not (is_right and scheme.lower() == "bearer"):
             raise Unauthorized("expected `Authorization: Bearer TOKEN`")
+
         return credential
 
     def _check_host(self, host: str) -> None:
@@ -7079,6 +7298,7 @@ class Gate:
             raise Forbidden(
                 f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin"
             )
+
         # An <img> for instance, of which no browser says the Origin.
         site = headers.get("Sec-Fetch-Site", "none")
         if origin is None and site not in ("none", "same-origin"):
@@ -7091,10 +7311,12 @@ class Gate:
         origin = headers.get("Origin")
         if origin is None or origin not in self.origins:
             return {}
+
         allowed = [CORS_HEADERS]
         for name in headers.get("Access-Control-Request-Headers", "").split(","):
             if re.fullmatch(r"mcp-param-[\w-]+", name.strip(), re.IGNORECASE):
                 allowed.append(name.strip())
+
         return {
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Allow-Headers": ", ".join(allowed),
@@ -7110,14 +7332,17 @@ def accepts(accept: str, kind: str, in_general: bool) -> bool:
     """
     if not accept:
         return in_general
+
     taken = {kind}
     if in_general:
         taken |= {f"{kind.partition('/')[0]}/*", "*/*"}
+
     for part in accept.lower().split(","):
         media, *parameters = (word.strip() for word in part.split(";"))
         is_refused = any(re.fullmatch(r"q=0(\.0*)?", word) for word in parameters)
         if media in taken and not is_refused:
             return True
+
     return False
 
 
@@ -7190,6 +7415,7 @@ async def channel_handler(
     takes: dict[str, Take] = {"out": partial(send, 1)}
     if not request.combined:
         takes["err"] = partial(send, 2)
+
     is_fed = request.stdin is None
     result = await execute(state, request, "shell", takes, started=started, fed=is_fed)
     return ExecResponse.of(request, result, None).to_wire()
@@ -7200,9 +7426,11 @@ async def channel_input(job: Job, message: str | bytes) -> None:
     if isinstance(message, str):
         try:
             got = json.loads(message)
+
             # A shell that ends leaves no caller for the rest.
             if got.get("end") is True:
                 job.leave_nothing()
+
             signal_group(job, SIGNAL_NUMBERS[got["signal"]])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             expected = f"one of {', '.join(SIGNAL_NUMBERS)}, in an object"
@@ -7327,12 +7555,14 @@ class Endpoint(tornado.web.RequestHandler):
         length = headers.get("Content-Length", "")
         if length.isdecimal() and (len(length) > 20 or int(length) > MAX_UNREAD_BODY):
             raise TooLarge(f"body: expected at most {MAX_BODY} bytes")
+
         # A preflight has no token, and learns nothing.
         self.name = (self.path_kwargs or {}).get("name", "")
         if self.name not in self.state.servers and not is_preflight:
             raise NoSuchPath(f"no server {self.name[:80]!r}: see GET /servers")
         if method not in self._allowed() or (method == "OPTIONS" and not is_preflight):
             raise MethodNotAllowed("405 Method Not Allowed")
+
         kind = media_type(headers.get("Content-Type", ""))
         if method == "POST" and kind != "application/json":
             raise UnsupportedMedia(f"`Content-Type`: got {kind!r}, expected application/json")
@@ -7375,6 +7605,7 @@ class Endpoint(tornado.web.RequestHandler):
         self.task = task
         self.settings["server"].has_request(self.request.server_connection)
         self.state.calls.add(task)
+
         try:
             await work
         except asyncio.CancelledError:
@@ -7424,10 +7655,13 @@ class Endpoint(tornado.web.RequestHandler):
 
         if not self.admitted:
             self.set_header("Connection", "close")
+
         if status_code == 401:
             self.set_header("WWW-Authenticate", "Bearer")
+
         if status_code == 405:
             self.set_header("Allow", ", ".join(self._allowed()))
+
         if self.of_mcp:
             # Its clients show nothing else.
             self.finish_json(refusal(error.request_id, error), status_code)
@@ -7561,10 +7795,12 @@ class ExecEndpoint(EventsEndpoint):
             while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
                 if self._headers_written and not self.sending.locked():
                     await self.send_event(": keep-alive\n\n")
+
             response = await work
         except ProxyError as failure:
             if not self._headers_written:
                 raise
+
             response = ExecResponse(error=str(failure), exit_code=failure.exit_code)
         except asyncio.TimeoutError:
             log.warning("stream ended: its reader did not read for %g s", SLOW_READER_TIMEOUT)
@@ -7572,6 +7808,7 @@ class ExecEndpoint(EventsEndpoint):
             return
         finally:
             work.cancel()
+
         await self.send_event(f"event: exit\ndata: {response.to_wire()}\n\n")
 
 
@@ -7626,9 +7863,11 @@ class ChannelEndpoint(SocketEndpoint):
             self.too_slow.cancel()
             self.work = self.start(self.answer(message))
             return
+
         job = await self.unless_gone(self.job)
         if job is None:
             return
+
         try:
             await self.unless_gone(asyncio.ensure_future(channel_input(job, message)))
         except BadMessage as wrong:
@@ -7670,6 +7909,7 @@ class ChannelEndpoint(SocketEndpoint):
             if self.stream.closed() or not is_established(self.stream.socket):
                 self.stream.close()
                 return None
+
         return work.result()
 
     def on_close(self) -> None:
@@ -7708,6 +7948,7 @@ class McpEndpoint(EventsEndpoint):
             if modern and not is_request(message):
                 self.set_status(202)
                 return
+
             session, opens = self.session_of(message, modern)
             outbox = Outbox(session.overflow)
             session.receive(message, modern, outbox)
@@ -7715,6 +7956,7 @@ class McpEndpoint(EventsEndpoint):
             answer = refusal(message.get("id", wrong.request_id), wrong)
             self.finish_json(answer, wrong.http_status)
             return
+
         if not is_request(message):
             self.set_status(202)
             return
@@ -7723,6 +7965,7 @@ class McpEndpoint(EventsEndpoint):
             await self.deliver(outbox, modern)
         finally:
             outbox.leave()
+
             # A client that disconnects cancels a single request, but not a session's call.
             was_refused = opens and not session.peer.version
             if modern or was_refused:
@@ -7743,6 +7986,7 @@ class McpEndpoint(EventsEndpoint):
             session.expire()
             self.set_header("Mcp-Session-Id", session.session_id)
             return session, True
+
         return self.session(), False
 
     async def deliver(self, outbox: Outbox, modern: bool) -> None:
@@ -7754,9 +7998,12 @@ class McpEndpoint(EventsEndpoint):
                     if "error" in message:
                         # Nothing has started.
                         self.clear_header("Mcp-Session-Id")
+
                     self.finish_json(message, status_of(message) if modern else 200)
                     return
+
                 await self.send_event(sse_event(message))
+
         if not self._headers_written:
             # It was cancelled: no answer, but an end.
             self.set_header("Content-Type", "text/event-stream")
@@ -7932,6 +8179,7 @@ def installed_text() -> str:
 
     with open(__file__, encoding="utf-8") as file:
         head = file.read().partition("\n# ------------------------------- the line")[0]
+
     # The settings of the script above that are for a server stay behind.
     text = head[head.index('r"""') :].rstrip() + "\n"
     code = marshal.dumps(compile(text, INSTALLED, "exec", dont_inherit=True))
@@ -7958,8 +8206,10 @@ def install(folder: str, names: list[str]) -> str:
         if not is_ours or "/" in name:
             expected = f"one of {', '.join(SHELL_NAMES)}, pocketcoder, or …-shell"
             raise complain("NAME", name, expected)
+
     if not os.path.isdir(folder):
         raise complain("DIR", folder, "a directory")
+
     for name in (INSTALLED, *links):
         path = os.path.join(folder, name)
         if os.path.lexists(path) and not is_installed(path):
@@ -7970,10 +8220,12 @@ def install(folder: str, names: list[str]) -> str:
     # Each is made under another name and put in its place at once: others may be starting it.
     target = os.path.join(folder, INSTALLED)
     made, new = tempfile.mkstemp(prefix=f".{INSTALLED}-", dir=folder)
+
     try:
         with open(made, "w", encoding="utf-8") as file:
             file.write(installed_text())
             os.fchmod(made, 0o755)
+
         os.replace(new, target)
         for name in links:
             os.symlink(INSTALLED, new)
@@ -7981,7 +8233,9 @@ def install(folder: str, names: list[str]) -> str:
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(new)
+
         raise
+
     beside = f", and beside it {', '.join(links)}" if links else ""
     return f"wrote {target}{beside}"
 
@@ -8013,13 +8267,16 @@ def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]
             command = shlex.split(line)
         except ValueError as wrong:
             raise complain("--mcp-server", word, f"NAME=COMMAND ({wrong})") from None
+
         if not command:
             raise complain("--mcp-server", word, "NAME=COMMAND")
+
         configs[name] = ServerConfig(name=name, words=tuple(command))
 
     for config in configs.values():
         if not config.left_out:
             check_command(config)
+
     return tuple(configs.values())
 
 
@@ -8034,10 +8291,12 @@ def read_entries(path: str) -> Message:
         raise complain("--mcp-config", path, f"a file with JSON ({wrong})") from None
 
     fields = as_object(found)
+
     # `servers` is what VS Code calls them.
     for key in ("mcpServers", "servers"):
         if isinstance(fields.get(key), dict):
             return as_object(fields[key])
+
     raise complain("--mcp-config", path, 'a file with {"mcpServers": {NAME: {"command": TEXT}}}')
 
 
@@ -8057,11 +8316,13 @@ def read_entry(name: str, entry: object) -> ServerConfig:
     check_server_name(name)
     if not isinstance(entry, dict):
         raise bad_entry(name, "", entry, "an object")
+
     disabled = entry.get("disabled", False)
     if not isinstance(disabled, bool):
         raise bad_entry(name, "disabled", disabled, "true or false")
     if disabled:
         return ServerConfig(name=name, words=(), left_out="it is disabled")
+
     is_remote = any(key in entry for key in ("url", "httpUrl", "serverUrl"))
     if "command" not in entry and is_remote:
         return ServerConfig(name=name, words=(), left_out="it is a remote server, and has a `url`")
@@ -8069,18 +8330,23 @@ def read_entry(name: str, entry: object) -> ServerConfig:
     arguments = entry.get("args")
     if arguments is None:
         arguments = []
+
     if not isinstance(arguments, list):
         raise bad_entry(name, "args", arguments, "a list of strings")
+
     env = entry.get("env")
     if env is None:
         env = {}
+
     if not isinstance(env, dict):
         raise bad_entry(name, "env", env, "an object of strings")
+
     cwd = entry.get("cwd")
 
     command = filled_in(name, "command", entry.get("command"))
     if not command:
         raise bad_entry(name, "command", command, "a program")
+
     return ServerConfig(
         name=name,
         words=(
@@ -8112,6 +8378,7 @@ def filled_in(name: str, key: str, value: object) -> str:
     filled = VARIABLE.sub(fill, value)
     if "\0" in filled:
         raise bad_entry(name, key, value, "a string without NUL")
+
     return filled
 
 
@@ -8190,9 +8457,11 @@ class Cli:
             # A person, see `shell_arguments`.
             parser.print_help(sys.stderr)
             parser.exit(2)
+
         got = parser.parse_args(argv[1:])
         if got.command == "install":
             return cls(Commands(name="install", arguments=(got.folder, *got.names)))
+
         try:
             return cls(server_options(got))
         except BadMessage as wrong:
@@ -8230,6 +8499,7 @@ def make_parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     for level in (parser, server, shell, installer):
         level.add_argument("--version", action="version", version=f"pocketcoder-proxy {VERSION}")
+
     return parser, server
 
 
@@ -8290,21 +8560,26 @@ def server_options(got: argparse.Namespace) -> Commands:
     """The options of `server`, checked.  Raises BadMessage."""
     if not (got.port.isdecimal() and int(got.port) < 65536):
         raise BadMessage(f"--port: got {got.port!r}, expected a number from 0 to 65535")
+
     workspace = os.path.realpath(got.workspace)
     is_utf8 = workspace.encode(errors="ignore") == os.fsencode(workspace)
     if not os.path.isdir(workspace) or not is_utf8:
         expected = "a directory, its path in UTF-8"
         raise BadMessage(f"--workspace: got {got.workspace!r}, expected {expected}")
+
     # An unset variable maybe.
     if got.audit_log == "":
         raise BadMessage("--audit-log: got '', expected a file")
+
     for origin in got.allow_origin:
         if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
             expected = "one like http://name:port"
             raise BadMessage(f"--allow-origin: got {origin!r}, expected {expected}")
+
     if not (re.fullmatch(r"\d+(\.\d+)?", got.mcp_idle) and float(got.mcp_idle) > 0):
         expected = "a number of seconds above 0"
         raise BadMessage(f"--mcp-idle: got {got.mcp_idle!r}, expected {expected}")
+
     return Commands(
         name="server",
         port=got.port,
@@ -8325,22 +8600,27 @@ async def serve(options: Commands, token: str) -> None:
         # It must be there.
         state.audit.flush()
         loop.add_signal_handler(signal.SIGHUP, state.audit.reopen)
+
     server = make_server(state, Gate(token=token, origins=frozenset(options.origins)))
 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+
     listeners = tornado.netutil.bind_sockets(int(options.port), options.host)
+
     for listener in listeners:
         # Connections inherit it.
         set_user_timeout(listener, SLOW_READER_TIMEOUT)
         server.listen_on(listener)
+
     say_where(listeners[0], state.driver)
 
     await stop.wait()
     for listener in listeners:
         loop.remove_reader(listener)
         listener.close()
+
     await shut_down(state)
     await server.close_all_connections()
 
@@ -8353,21 +8633,25 @@ def make_state(options: Commands) -> AppState:
         options.workspace,
     )
     check_place(driver.socket_path)
+
     for folder in open_above(driver.socket_path):
         log.warning(
             "%s: any user could replace what is in it, the directory of TMUX_SOCKET too", folder
         )
+
     state = AppState(
         sessions=SessionMap(),
         driver=driver,
         workspace=options.workspace,
         audit=AuditLog(options.audit_log),
     )
+
     for config in options.servers:
         if config.left_out:
             log.info("server %s is not served: %s", config.name, config.left_out)
         else:
             state.servers[config.name] = Relay(config, options.mcp_idle)
+
     return state
 
 
@@ -8378,6 +8662,7 @@ def make_server(state: AppState, gate: Gate) -> HttpServer:
     for path, endpoint in ROUTES:
         pattern = f"{path}/?" if endpoint.slash_too else path
         routes.append((pattern, endpoint, shared))
+
     application = tornado.web.Application(
         routes,
         default_handler_class=UnknownEndpoint,
@@ -8416,12 +8701,15 @@ async def shut_down(state: AppState) -> None:
     # Callers that wait for the log are answered before the end.
     state.audit.hurry(STOP_GRACE / 2)
     await asyncio.gather(state.driver.close(STOP_GRACE), state.sessions.settle(STOP_GRACE))
+
     # Those of commands that had to be ended.
     await state.sessions.settle(SETTLE_GRACE)
     for session in [*state.sessions.values()]:
         session.end()
+
     relays = [server for server in state.servers.values() if isinstance(server, Relay)]
     await asyncio.gather(*(relay.close() for relay in relays))
+
     # They have their results, and send them now.
     if state.calls:
         await asyncio.wait(state.calls, timeout=STOP_GRACE)
@@ -8440,6 +8728,7 @@ def why_not(options: Commands, token: str) -> str | None:
         return "POCKETCODER_TOKEN: expected visible ASCII characters without blanks"
     if process(os.getpid()) is None:
         return "needs /proc, which is not mounted or not ours to read: it tells what runs in a terminal"
+
     version = tmux_version()
     number = re.search(r"(\d+)\.(\d+)", version)
     is_old = number is not None and (int(number[1]), int(number[2])) < (3, 2)
@@ -8448,6 +8737,7 @@ def why_not(options: Commands, token: str) -> str | None:
             f"needs tmux 3.2 or later, got {version or 'none'}: install it, for instance"
             " `apt-get install tmux`"
         )
+
     return None
 
 
@@ -8461,12 +8751,14 @@ def wipe(name: str) -> None:
         fields = read_proc(os.getpid(), "stat").rpartition(b")")[2].split()
         place = int(fields[47])
         end = int(fields[48])
+
         with open("/proc/self/mem", "r+b", 0) as memory:
             memory.seek(place)
             for variable in memory.read(end - place).split(b"\0"):
                 if variable.startswith(f"{name}=".encode()):
                     memory.seek(place)
                     memory.write(bytes(len(variable)))
+
                 place += len(variable) + 1
     except (OSError, ValueError) as refused:
         log.warning("%s stays in /proc/%d/environ: %s", name, os.getpid(), refused)
@@ -8486,8 +8778,10 @@ class Stderr(logging.Handler):
             # Arguments that do not fit are no reason for their caller to fail.
             self.handleError(record)
             return
+
         text = re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], line)
         data = f"{text}\n".encode(errors="backslashreplace")
+
         # It is closed, or its disk is full.
         with contextlib.suppress(OSError):
             for at in range(0, len(data), select.PIPE_BUF):
@@ -8519,15 +8813,18 @@ def run_server(options: Commands) -> str | None:
     log_to_stderr()
     if token:
         wipe("POCKETCODER_TOKEN")
+
     watch_children()
     wrong = why_not(options, token)
     if wrong:
         return wrong
+
     try:
         asyncio.run(serve(options, token))
     except (ProxyError, OSError, UnicodeError) as failure:
         # UnicodeError: a host that can be none.
         return f"cannot serve on {options.host}:{options.port}: {failure}"
+
     return None
 
 
@@ -8539,6 +8836,7 @@ def run_install(folder: str, names: Sequence[str]) -> str | None:
         return str(failure)
     except OSError as failure:
         return f"{failure.filename}: {failure.strerror}"
+
     return None
 
 
@@ -8547,13 +8845,16 @@ def main() -> int:
     options = Cli.parse(sys.argv).command
     if options.name == "shell":
         return run_shell([*options.arguments])
+
     if options.name == "install":
         wrong = run_install(options.arguments[0], options.arguments[1:])
     else:
         wrong = run_server(options)
+
     if wrong:
         print(f"pocketcoder: {wrong}", file=sys.stderr)
         return 1
+
     return 0
 
 
