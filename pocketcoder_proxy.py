@@ -835,6 +835,9 @@ if is_our_process():
 
 # ------------------------------- the line ---------------------------------
 if sys.version_info < (3, 10):
+    if __name__ == "__main__" and sys.argv[1:] == ["shell", "--version"]:
+        print(f"pocketcoder-proxy {VERSION}")
+        sys.exit()
     _needs = f"needs Python 3.10 or later, and its shell 3.8; this is {python_version()}"
     if __name__ == "__main__":
         sys.exit(f"pocketcoder: {_needs}")
@@ -1115,15 +1118,20 @@ def whole(text: str) -> float:
         return float(text)
 
 
-def check_text(name: str, got: object, expected: str, limit: int, nul: bool = False) -> str:
-    """Return `got`, a string that a process can take; raise BadMessage."""
+def check_text(
+    name: str, got: object, expected: str, limit: int, nul: bool = False, raw: bool = False
+) -> str:
+    """Return `got`, a string that a process can take; raise BadMessage.
+
+    raw  bytes that are not UTF-8 may be in it, as U+DC80 to U+DCFF, as Python has them
+    """
     if not isinstance(got, str):
         raise complain(name, got, expected)
     if "\0" in got and not nul:
         raise complain(name, got, f"{expected} without NUL")
 
     try:
-        size = len(got.encode())
+        size = len(got.encode(errors="surrogateescape" if raw else "strict"))
     except UnicodeEncodeError:
         raise complain(name, got, f"{expected} in UTF-8, without lone surrogates") from None
 
@@ -1214,8 +1222,8 @@ def check_environment(got: object) -> None:
         if not name or "=" in name:
             raise complain("env", name, "names of variables, not empty, without `=`")
 
-        check_text(f"env.{name[:40]}", value, "a string", MAX_VARIABLE)
-        size += len(name.encode()) + len(value.encode())
+        check_text(f"env.{name[:40]}", value, "a string", MAX_VARIABLE, raw=True)
+        size += len(name.encode()) + len(value.encode(errors="surrogateescape"))
 
     if size > MAX_ENVIRONMENT:
         raise complain("env", f"{size} bytes", f"at most {MAX_ENVIRONMENT}")
@@ -1257,7 +1265,7 @@ class ExecRequest:
 
     def __post_init__(self) -> None:
         self._check_command()
-        check_text("cwd", self.cwd, "a directory in the workspace", MAX_PATH)
+        check_text("cwd", self.cwd, "a directory in the workspace", MAX_PATH, raw=True)
         if self.usage_id is not None:
             check_text("usage_id", self.usage_id, "a string or null", MAX_ID)
 
@@ -1307,7 +1315,7 @@ class ExecRequest:
         elif "cmd" not in got:
             raise BadMessage("`cmd`: got nothing, expected a bash command, or `argv`")
 
-        cwd = check_text("cwd", got.get("cwd", ""), "a directory", MAX_PATH)
+        cwd = check_text("cwd", got.get("cwd", ""), "a directory", MAX_PATH, raw=True)
         got["cwd"] = inside(workspace, cwd)
         known = cls.__dataclass_fields__.keys() - {"ignored"}
         unknown = [name[:80].encode(errors="replace").decode() for name in got if name not in known]
@@ -2024,7 +2032,7 @@ class Output(Pipe):
     At the end of the file, when nothing of the run can write any more, it closes itself.
     """
 
-    # Our end of the pipe that the keeper waits at, see `_keep`.
+    # Our end of the pipe that the keeper waits at, see `keep`.
     lifeline = -1
     # It may read on for a moment after the end: no later run can have this FIFO.
     has_keeper = False
@@ -2105,14 +2113,17 @@ class Output(Pipe):
         self.take = None
         if self.fd >= 0:
             self._resume()
-            self._keep()
+            self.keep()
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
         """Have a process read on when ours has gone, so that no writer blocks or gets SIGPIPE.
 
         It waits for the end of a pipe that only we hold: when we close that, or are killed, it
         discards what comes until no writer is left.
         """
+        if self.fd < 0 or self.has_keeper:
+            return
+
         self.has_keeper = True
         with contextlib.ExitStack() as opened:
             try:
@@ -2207,9 +2218,12 @@ def shown_command(command: str) -> str:
     return safe.replace(b"\x1b", b"").decode()
 
 
-def replacing(line: str, command: str, column: int, width: int) -> str:
-    """What replaces a typed line by the command, behind the prompt that ends at `column`."""
-    rows = 1 + (column + len(line)) // max(1, width)
+def replacing(line: str, command: str, column: int, width: int, extra_rows: int) -> str:
+    """What replaces a typed line by the command, behind the prompt that ends at `column`.
+
+    extra_rows  above that prompt, to be replaced too
+    """
+    rows = 1 + (column + len(line)) // max(1, width) + extra_rows
     # Up to the line's start, right to its column, clear to the end.
     return f"\x1b[{rows}A\x1b[{column + 1}G\x1b[J{shown_command(command)}\n"
 
@@ -2458,6 +2472,11 @@ class RunFiles:
         for output in self.outputs:
             output.read_rest()
         return not self.is_open()
+
+    def keep(self) -> None:
+        """Something still writes: let it go on if we are killed."""
+        for output in self.outputs:
+            output.keep()
 
     def finish(self) -> None:
         """The run is over: discard what others still write."""
@@ -2839,7 +2858,8 @@ class Prompt(enum.Enum):
 
     | state    | what clears it                              | then              |
     |----------|---------------------------------------------|-------------------|
-    | STARTING | CLEAR, once the prompt is there             | typed with CLEAR  |
+    | STARTING | C-c, once the prompt is there; CLEAR where  | typed with CLEAR  |
+    |          | the shell does not show that                |                   |
     | SETTLING | nothing more                                | typed with CLEAR  |
     | KNOWN    | nothing                                     | typed if unchanged|
     | STALE    | nothing, if the pane is in the state that   | typed if unchanged|
@@ -2866,6 +2886,8 @@ class PaneShell:
         self.prompt = Prompt.STARTING if new else Prompt.STALE
         # PANE_STATE at the empty prompt when that was last known; "": it never was.
         self.last = ""
+        # Lines above the prompt that the next command replaces.
+        self.extra_rows = 0
         # Learns that state after a run; until when it may take.
         self.learning: asyncio.Task[None] | None = None
         self.settled_by = 0.0
@@ -2907,6 +2929,7 @@ class PaneShell:
         """It has run our line."""
         self.ran = True
         self.missed = 0
+        self.extra_rows = 0
 
     def did_not_answer(self) -> None:
         """A line was typed, into what we do not know."""
@@ -2990,6 +3013,7 @@ class PaneShell:
         """
         prompt = self.prompt
         self.prompt = Prompt.STALE
+        self.extra_rows = 0
         if prompt is Prompt.KNOWN:
             return self.last
         if prompt is Prompt.SETTLING and self.last and time.monotonic() < self.settled_by:
@@ -3003,10 +3027,13 @@ class PaneShell:
             return now
 
         if self.look() is not Look.BUSY:
-            if prompt is Prompt.STALE and not self._is_behind_prompt(now):
-                tmux.send_keys(self.pane, now, "C-c")
-            else:
+            if self._is_behind_prompt(now) or (prompt is Prompt.STARTING and not self._edits()):
                 tmux.send_keys(self.pane, "", *CLEAR)
+            else:
+                tmux.send_keys(self.pane, now, "C-c")
+                # A new shell shows the first command where `^C` stands now.
+                if prompt is Prompt.STARTING:
+                    self.extra_rows = 1
 
             await asyncio.sleep(CLEAR_PAUSE)
             await self.at_prompt()
@@ -3016,6 +3043,11 @@ class PaneShell:
         is_empty = self._is_empty(now)
         self.last = now
         return now if is_empty else ""
+
+    def _edits(self) -> bool:
+        """Whether it waits at a prompt, and edits its line: C-c ends nothing but that line."""
+        shell = process(self.pane.pid)
+        return shell is not None and SHELLS.get(shell.name, False) and self.look() is Look.READY
 
     def _is_empty(self, now: str) -> bool:
         """Whether the cursor is in the column where the known prompt ends, and in no mode."""
@@ -3554,7 +3586,13 @@ class Job:
             takes = {name: partial(self._take, take) for name, take in self.takes.items()}
             files.open(takes, self.fed)
             pane = self.shell.pane
-            header = replacing(files.line(), self.request.cmd, self.shell.column(), pane.width)
+            header = replacing(
+                files.line(),
+                self.request.cmd,
+                column=self.shell.column(),
+                width=pane.width,
+                extra_rows=self.shell.extra_rows,
+            )
             files.write(go_script(self.request, files, self.run_id, self.sandbox.shell, header))
         return files.line()
 
@@ -3731,6 +3769,7 @@ class Job:
         if self.files.read_rest():
             self._on_all_read()
         else:
+            self.files.keep()
             self._wait_for_quiet(FIRST_QUIET_TIME)
 
     def _on_all_read(self) -> None:
@@ -8171,6 +8210,10 @@ INSTALLED_FORM = f"""{{first}}
 import marshal
 import sys
 
+if sys.version_info < (3, 8):
+    needs = "pocketcoder: the shell needs Python 3.8 or later, this is %d.%d\\n"
+    sys.stderr.write(needs % sys.version_info[:2])
+    sys.exit(125)
 TEXT = r'''
 {{text}}'''
 CODE = {{code!r}}
