@@ -24,7 +24,7 @@ Sections, top to bottom; each uses only what stands above it:
   Run files         the go script, the FIFOs, their directory, what a killed server left
   Terminals         panes, prompts, who may type
   Runs              one run from files to prompt; PocketCoderDriver
-  MCP core          JSON-RPC, both eras: messages in, decisions out
+  MCP messages      JSON-RPC, both eras: messages in, decisions out
   MCP children      a relayed server's process: its life, its lines, requests in flight
   Era translation   what a message of one era is in the other
   Relay             stdio MCP servers of the sandbox, for clients of either era
@@ -162,7 +162,6 @@ CHILD_CEILING = 3600.0  # for an answer, whatever progress it tells of
 CHILD_START = 60.0  # for its first answer
 CHILD_IDLE = 600.0  # until one that nobody uses is ended, unless --mcp-idle says otherwise
 PROBE_TIMEOUT = 5.0  # of silence, until it is asked for its era in another way too
-SETTLE_TIMEOUT = 1.0  # for a legacy one to deal with what it was sent
 ABANDON_PAUSE = 0.2  # for a session to be found abandoned, when a second process cannot start
 LAST_WORDS = 0.05  # for its exit status and its last lines, when it has closed its output
 LAST_ANSWERS = 1.0  # for the answers to leave that a session of a dead one still has
@@ -182,6 +181,10 @@ PROGRESS_EVERY, PROGRESS_PAUSE = 1.0, 0.1  # between progress notifications, at 
 MAX_LINE = KIB  # bytes of a line told as progress
 MAX_NAME = 128  # characters of the name of a relayed server; of one shown in the audit log
 MAX_LINES, MAX_KEYS = 2000, 4 * KIB  # `lines` read; bytes typed at once: a terminal's line buffer
+CHILD_SETTLE = 1.0  # for a relayed legacy server to deal with what it was sent
+CHILD_WATCH = 0.5  # between looks whether the process of a relayed server has ended
+OUTBOX_PAUSE = 0.01  # between looks whether a slow client has read what waits for it
+CACHE_MS = 60_000  # milliseconds for which a modern client may keep what the built-in server lists
 CORS_HEADERS = "Authorization, Content-Type, Accept, MCP-Protocol-Version, Mcp-Session-Id, Mcp-Method, Mcp-Name, "
 CORS_HEADERS += "Last-Event-ID"  # and Mcp-Param-*, as asked for
 BRIDGE_CHUNK = 256 * KIB  # bytes that the shell reads at once
@@ -3932,39 +3935,49 @@ class PocketCoderDriver:
 
 
 # ==========================================================================
-# MCP core
+# MCP messages
 # ==========================================================================
 # JSON-RPC in, decisions out: no await, no clock, no tmux, no Tornado.
 #
 # M1  The era is a property of each message, read from its body; headers only cross-check it.
-# M2  A request is answered once, with its own id, type kept; a cancelled one never.
+# M2  A response has the id of its request, its type kept.
 # M3  A legacy result has no modern field; a modern one has them all.
 #
 # To add a revision: a row in LEGACY or MODERN, rows in SINCE, its cases in `step`.
-LEGACY = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # with a handshake
-MODERN = "2026-07-28"  # without
+
+# The revisions with a handshake, the oldest first.
+LEGACY = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
+# The one without.
+MODERN = "2026-07-28"
+
+# Members of `_meta`.
 NAMESPACE = "io.modelcontextprotocol/"
-CLAIM, CAPABILITIES = f"{NAMESPACE}protocolVersion", f"{NAMESPACE}clientCapabilities"
+CLAIM = f"{NAMESPACE}protocolVersion"
+CAPABILITIES = f"{NAMESPACE}clientCapabilities"
 LOG_LEVEL = f"{NAMESPACE}logLevel"
-ROUTED = {
-    "tools/call": "name",
-    "prompts/get": "name",
-    "resources/read": "uri",
-}  # what `Mcp-Name` repeats
-# Their modern results say for how long they hold.
+SERVER_INFO = f"{NAMESPACE}serverInfo"
+CLIENT_INFO = f"{NAMESPACE}clientInfo"
+SUBSCRIPTION = f"{NAMESPACE}subscriptionId"
+
+# The parameter that the header `Mcp-Name` repeats, by method.
+ROUTED = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
+
+# The methods with modern results that say how long they stay valid.
 CACHED = {
     "server/discover",
     "tools/list",
     "prompts/list",
     "resources/list",
     "resources/templates/list",
+    "resources/read",
 }
-CACHED |= {"resources/read"}
-NOT_RAW = re.compile(
-    "[\ud800-\udfff\x85\u2028\u2029]"
-)  # no UTF-8, or ends of lines for some clients of SSE
+
+# Characters that are no UTF-8, or that some clients of SSE take for ends of lines.
+NOT_RAW = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
+
 LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
-# The revision that a field came with.
+
+# The revision that introduced a field.
 SINCE = {
     "annotations": LEGACY[1],
     "title": LEGACY[2],
@@ -3973,9 +3986,18 @@ SINCE = {
 }
 
 
+class Era(enum.Enum):
+    """Which kind of MCP a message belongs to, or a server speaks."""
+
+    # A session starts with a handshake; the revision is one of LEGACY.
+    LEGACY = "legacy"
+    # Every request carries its own envelope in `_meta`; the revision is MODERN.
+    MODERN = "modern"
+
+
 @dataclass(frozen=True)
 class Facts:
-    """What a server says of itself."""
+    """What a server reports of itself."""
 
     name: str
     version: str
@@ -3997,7 +4019,8 @@ class CallTool:
     id: str | int
     name: str
     arguments: Message
-    token: str | int | None  # of progress, if the client wants any
+    # Of progress notifications; None: the client wants none.
+    token: str | int | None
 
 
 @dataclass(frozen=True)
@@ -4010,8 +4033,11 @@ class SetLevel:
 Decision = Send | CallTool | SetLevel
 
 
+# Reading
+
+
 def as_object(value: object) -> Message:
-    """`value`, or an empty object if it is none."""
+    """Return `value` if it is an object, otherwise an empty one."""
     return value if isinstance(value, dict) else {}
 
 
@@ -4023,9 +4049,12 @@ def is_id(value: object) -> TypeGuard[str | int]:
     return type(value) in (str, int)
 
 
-def read_message(raw: bytes | str) -> Message:
-    """One JSON-RPC message.  Raises NotJson, NotAMessage, which say whether it was a response."""
-    # What is no number in JSON, though some write it, or would be none when written again.
+def parse_json(raw: bytes | str) -> tuple[object, list[str]]:
+    """Parse JSON; also return the numbers in it that JSON does not have.
+
+    Those are NaN and Infinity, which some writers use, and numbers that would become
+    infinite.  Raises NotJson.
+    """
     odd: list[str] = []
 
     def number(text: str, kind: Callable[[str], float] = float) -> float:
@@ -4036,7 +4065,7 @@ def read_message(raw: bytes | str) -> Message:
 
     try:
         text = raw if isinstance(raw, str) else raw.decode()
-        got = json.loads(
+        value = json.loads(
             text,
             parse_float=number,
             parse_int=partial(number, kind=whole),
@@ -4044,63 +4073,114 @@ def read_message(raw: bytes | str) -> Message:
         )
     except (ValueError, RecursionError) as wrong:
         raise NotJson(f"message: expected JSON in UTF-8, got: {wrong}") from None
+    return value, odd
+
+
+def read_message(raw: bytes | str) -> Message:
+    """Read one JSON-RPC message.
+
+    Raises NotJson or NotAMessage, which report whether the message was a response.
+    """
+    got, odd = parse_json(raw)
     if not isinstance(got, dict):
-        raise NotAMessage(
-            f"message: got {type(got).__name__}, expected an object: batches are not served"
-        )
-    id_ = got.get("id")
-    method = got.get("method")
-    known_id = id_ if is_id(id_) else None
+        kind = type(got).__name__
+        raise NotAMessage(f"message: got {kind}, expected an object: batches are not served")
+
+    known_id = got["id"] if is_id(got.get("id")) else None
     in_response = "method" not in got and ("result" in got or "error" in got)
     if odd:
         fault = f"message: got {odd[0][:40]}, expected numbers valid in JSON"
         raise NotJson(fault, request_id=known_id, in_response=in_response)
-    fault = ""
-    if got.get("jsonrpc") != "2.0":
-        fault = "`jsonrpc`: expected the string 2.0"
-    elif "id" in got and not is_id(id_):
-        fault = "`id`: expected a string or an integer"
-    elif "method" not in got and ("id" not in got or ("result" in got) == ("error" in got)):
-        fault = "`method`: got nothing, expected one, or an `id` with either `result` or `error`"
-    elif "method" in got and not isinstance(method, str):
-        fault = "`method`: expected a string"
-    elif not isinstance(got.get("params", {}), dict):
-        fault = "`params`: expected an object"
-    if fault:
-        raise NotAMessage(fault, request_id=known_id, in_response=in_response)
+
+    wrong_shape = fault_of_shape(got)
+    if wrong_shape is not None:
+        raise NotAMessage(wrong_shape, request_id=known_id, in_response=in_response)
     return got
+
+
+def fault_of_shape(got: Message) -> str | None:
+    """Say what keeps an object from being a JSON-RPC message, if anything does."""
+    if got.get("jsonrpc") != "2.0":
+        return "`jsonrpc`: expected the string 2.0"
+    if "id" in got and not is_id(got["id"]):
+        return "`id`: expected a string or an integer"
+
+    if "method" not in got:
+        has_one_outcome = ("result" in got) != ("error" in got)
+        if "id" not in got or not has_one_outcome:
+            return "`method`: got nothing, expected one, or an `id` with either `result` or `error`"
+    elif not isinstance(got["method"], str):
+        return "`method`: expected a string"
+
+    if not isinstance(got.get("params", {}), dict):
+        return "`params`: expected an object"
+    return None
 
 
 def is_request(message: Message) -> bool:
     return "method" in message and "id" in message
 
 
-def is_modern(message: Message, header: str | None = None) -> bool:
-    """The era of a message; `header`: MCP-Protocol-Version, where there are headers.  Raises BadMessage."""
+# Era
+
+
+def has_claim(message: Message) -> bool:
+    """Whether the body names a revision, as every modern request does."""
     meta = message.get("params", {}).get("_meta")
-    claimed = isinstance(meta, dict) and CLAIM in meta
-    modern = claimed or (header is not None and header not in LEGACY)
+    return isinstance(meta, dict) and CLAIM in meta
+
+
+def era_of(message: Message, header: str | None = None) -> Era:
+    """Find the era of a message.
+
+    header  MCP-Protocol-Version; None: there is none, or the transport has no headers
+    """
+    header_is_modern = header is not None and header not in LEGACY
+    return Era.MODERN if has_claim(message) or header_is_modern else Era.LEGACY
+
+
+def check_era(message: Message, header: str | None = None) -> None:
+    """Raise BadMessage if a message contradicts its era, see `era_of`."""
+    era = era_of(message, header)
     shown = ascii(header)[:40]
 
     if "method" not in message:
-        if modern:
+        if era is Era.MODERN:
             raise NotAMessage(f"got a response, expected none in revision {shown}")
-        return False
+        return
 
     if "id" not in message:
         if header not in (None, MODERN, *LEGACY):
             expected = f"one of {', '.join(LEGACY)}"
             raise NotAMessage(f"`MCP-Protocol-Version`: got {shown}, expected {expected}")
-        return modern
+        return
 
-    meant_modern = modern or message["method"] == "server/discover"
-    if meant_modern and not claimed:
+    meant_modern = era is Era.MODERN or message["method"] == "server/discover"
+    if meant_modern and not has_claim(message):
         raise BadMessage(f"`params._meta`: got no `{CLAIM}`, expected it and `{CAPABILITIES}`")
-    return modern
+
+
+def agreed_version(asked: object) -> str:
+    """Choose the revision for a legacy client that asks for this one."""
+    return asked if isinstance(asked, str) and asked in LEGACY else LEGACY[-1]
+
+
+# Checks
+
+
+def check_level(name: str, level: object) -> str:
+    """Return a level of logging, found in field `name`.  Raises BadMessage."""
+    if not isinstance(level, str) or level not in LEVELS:
+        raise complain(name, level, f"one of {', '.join(LEVELS)}")
+    return level
 
 
 def check_envelope(message: Message, headers: Callable[[str], list[str]] | None) -> None:
-    """A modern request's `_meta`, and what its headers repeat (None: a transport without).  Raises BadMessage."""
+    """Check the `_meta` of a modern request, and the headers that repeat parts of the body.
+
+    headers  all values of a header; None: the transport has no headers
+    Raises BadMessage.
+    """
     meta = message["params"]["_meta"]
     version = meta[CLAIM]
     if not isinstance(version, str) or not isinstance(meta.get(CAPABILITIES), dict):
@@ -4116,16 +4196,16 @@ def check_envelope(message: Message, headers: Callable[[str], list[str]] | None)
         shown = ascii(version)[:40]
         raise UnsupportedVersion(f"`{CLAIM}`: got {shown}, expected {MODERN}", data=data)
 
-    level = meta.get(LOG_LEVEL)
-    if level is not None and level not in LEVELS:
-        raise complain(f"params._meta.{LOG_LEVEL}", level, f"one of {', '.join(LEVELS)}")
+    if meta.get(LOG_LEVEL) is not None:
+        check_level(f"params._meta.{LOG_LEVEL}", meta[LOG_LEVEL])
 
 
 def repeated_fields(message: Message) -> dict[str, str]:
-    """What headers repeat of every modern request, by header."""
+    """List what headers repeat of every modern request, by header."""
     params = message["params"]
     method = message["method"]
     fields = {"MCP-Protocol-Version": params["_meta"][CLAIM], "Mcp-Method": method}
+
     key = "taskId" if method.startswith("tasks/") else ROUTED.get(method)
     if key is not None and isinstance(params.get(key), str):
         fields["Mcp-Name"] = params[key]
@@ -4135,10 +4215,15 @@ def repeated_fields(message: Message) -> dict[str, str]:
 def check_parameters(
     message: Message, headers: Callable[[str], list[str]], repeated: Mapping[str, str]
 ) -> None:
-    """`Mcp-Param-*` headers, which repeat arguments; `repeated`: by argument.  Raises HeaderMismatch."""
+    """Check the `Mcp-Param-*` headers, which repeat arguments of a tool.
+
+    repeated  the last part of the header's name, by argument
+    Raises HeaderMismatch.
+    """
     arguments = message["params"].get("arguments") or {}
     if not isinstance(arguments, dict):
         return
+
     for argument, header in repeated.items():
         name = f"Mcp-Param-{header}"
         value = arguments.get(argument)
@@ -4146,6 +4231,7 @@ def check_parameters(
         is_numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_numeric and is_number(name, got, value):
             continue
+
         expected = []
         if value is not None:
             expected = [value if isinstance(value, str) else json.dumps(value)]
@@ -4153,16 +4239,17 @@ def check_parameters(
 
 
 def check_header(name: str, texts: list[str], expected: list[str]) -> None:
-    """Raises HeaderMismatch, unless this header says what the body does."""
+    """Raise HeaderMismatch unless this header repeats the body."""
     got = [header_value(name, text) for text in texts]
     if got != expected:
+        shown = ascii(got)[:80]
         raise HeaderMismatch(
-            f"`{name}`: got {ascii(got)[:80]}, expected {ascii(expected)[:80]} as in the body"
+            f"`{name}`: got {shown}, expected {ascii(expected)[:80]} as in the body"
         )
 
 
 def is_number(name: str, texts: list[str], value: object) -> bool:
-    """Whether a header says this number, however it is written: 42.0 is 42.  Raises HeaderMismatch."""
+    """Whether a header is this number, however it is written: 42.0 is 42.  Raises HeaderMismatch."""
     try:
         return [float(header_value(name, text)) for text in texts] == [value]
     except ValueError:
@@ -4170,46 +4257,34 @@ def is_number(name: str, texts: list[str], value: object) -> bool:
 
 
 def header_value(name: str, text: str) -> str:
-    """A header's text, which may be wrapped as `=?base64?...?=`.  Raises HeaderMismatch."""
+    """Return a header's text, which may be wrapped as `=?base64?...?=`.  Raises HeaderMismatch."""
     text = text.strip()
     if not (text.startswith("=?base64?") and text.endswith("?=")):
         return text
     try:
         return base64.b64decode(text[9:-2], validate=True).decode()
     except ValueError:
-        raise HeaderMismatch(
-            f"`{name}`: got {ascii(text)[:80]}, expected base64 of UTF-8"
-        ) from None
+        shown = ascii(text)[:80]
+        raise HeaderMismatch(f"`{name}`: got {shown}, expected base64 of UTF-8") from None
 
 
-def success(id_: str | int, fields: Message, method: str, version: str, facts: Facts) -> Message:
-    """The response to request `id_`, in the words of its revision."""
-    if version == MODERN:
-        cached = {"ttlMs": 60_000, "cacheScope": "private"} if method in CACHED else {}
-        server = {"name": facts.name, "version": facts.version}
-        fields = {
-            "resultType": "complete",
-            **fields,
-            **cached,
-            "_meta": {f"{NAMESPACE}serverInfo": server},
-        }
-    return {"jsonrpc": "2.0", "id": id_, "result": only_known(fields, version)}
+# Writing
 
 
-def only_known(fields: Message, version: str) -> Message:
-    """Without what `version` does not know."""
-    return {name: value for name, value in fields.items() if SINCE.get(name, "") <= version}
+def response(id_: str | int, result: Message) -> Message:
+    return {"jsonrpc": "2.0", "id": id_, "result": result}
 
 
 def refusal(id_: str | int | None, failure: ProxyError) -> Message:
-    """The response that tells of a failure."""
-    told: Message = {"code": failure.rpc_code, "message": str(failure)}
+    """The response that reports a failure."""
+    error: Message = {"code": failure.rpc_code, "message": str(failure)}
     if failure.data is not None:
-        told["data"] = failure.data
-    return {"jsonrpc": "2.0", "id": id_, "error": told}
+        error["data"] = failure.data
+    return {"jsonrpc": "2.0", "id": id_, "error": error}
 
 
 def new_request(method: str, params: Message) -> Message:
+    """A request to a relayed server, which gets its id when it is sent."""
     return {"jsonrpc": "2.0", "id": 0, "method": method, "params": params}
 
 
@@ -4217,20 +4292,46 @@ def notification(method: str, params: Message) -> Message:
     return {"jsonrpc": "2.0", "method": method, "params": params}
 
 
+def success(id_: str | int, fields: Message, method: str, version: str, facts: Facts) -> Message:
+    """The response of the server with these facts to request `id_`, in revision `version`."""
+    result = fields
+    if version == MODERN:
+        cached = {}
+        if method in CACHED:
+            cached = {"ttlMs": CACHE_MS, "cacheScope": "private"}
+        server = {"name": facts.name, "version": facts.version}
+        result = {
+            "resultType": "complete",
+            **fields,
+            **cached,
+            "_meta": {SERVER_INFO: server},
+        }
+    return response(id_, only_known(result, version))
+
+
+def only_known(fields: Message, version: str) -> Message:
+    """Drop the fields that revision `version` does not have."""
+    return {name: value for name, value in fields.items() if SINCE.get(name, "") <= version}
+
+
 def status_of(answer: Message) -> int:
-    """Of a modern response."""
-    return (
-        {-32601: 404, -32603: 200}.get(answer["error"].get("code"), 400)
-        if "error" in answer
-        else 200
-    )
+    """The HTTP status of a modern response."""
+    if "error" not in answer:
+        return 200
+    # After a 5xx some clients give up.
+    return {-32601: 404, -32603: 200}.get(answer["error"].get("code"), 400)
+
+
+# Decisions of the built-in server
 
 
 def step(message: Message, version: str, facts: Facts) -> list[Decision]:
     """Decide what one request asks for.  Raises BadMessage, UnknownMethod."""
-    id_, method, params = message["id"], message["method"], message.get("params", {})
-    modern = version == MODERN
+    id_ = message["id"]
+    method = message["method"]
+    params = message.get("params", {})
     answer = partial(success, id_, method=method, version=version, facts=facts)
+
     if method == "tools/list":
         if params.get("cursor") is not None:
             raise complain("params.cursor", params["cursor"], "none: there is one page")
@@ -4238,51 +4339,60 @@ def step(message: Message, version: str, facts: Facts) -> list[Decision]:
     if method == "tools/call":
         return [call_tool(id_, params, facts)]
 
-    if modern and method == "server/discover":
-        found = {
-            "supportedVersions": [MODERN],
-            "capabilities": {"tools": {}},
-            "instructions": facts.instructions,
-        }
-        return [Send(answer(found))]
-
-    if not modern and method == "initialize":
-        asked = params.get("protocolVersion")
-        if not isinstance(asked, str):
-            raise complain("params.protocolVersion", asked, "a revision of MCP")
-        version = asked if asked in LEGACY else LEGACY[-1]
-        server = {"name": facts.name, "title": facts.name, "version": facts.version}
-        hello = {
-            "protocolVersion": version,
-            "capabilities": {"tools": {}, "logging": {}},
-            "serverInfo": only_known(server, version),
-            "instructions": facts.instructions,
-        }
-        return [Send({"jsonrpc": "2.0", "id": id_, "result": hello})]
-    if not modern and method == "ping":
+    if version == MODERN:
+        if method == "server/discover":
+            return [Send(answer(discovery_result(facts)))]
+    elif method == "initialize":
+        return [Send(response(id_, hello_result(params, facts)))]
+    elif method == "ping":
         return [Send(answer({}))]
-    if not modern and method == "logging/setLevel":
-        level = params.get("level")
-        if level not in LEVELS:
-            raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
-        return [SetLevel(level), Send(answer({}))]
+    elif method == "logging/setLevel":
+        return [SetLevel(check_level("params.level", params.get("level"))), Send(answer({}))]
 
+    shown = ascii(method)[:80]
     raise UnknownMethod(
-        f"`method`: got {ascii(method)[:80]}, which revision {version} of this server does not have"
+        f"`method`: got {shown}, which revision {version} of this server does not have"
     )
 
 
+def discovery_result(facts: Facts) -> Message:
+    return {
+        "supportedVersions": [MODERN],
+        "capabilities": {"tools": {}},
+        "instructions": facts.instructions,
+    }
+
+
+def hello_result(params: Message, facts: Facts) -> Message:
+    """The result of `initialize`.  Raises BadMessage."""
+    asked = params.get("protocolVersion")
+    if not isinstance(asked, str):
+        raise complain("params.protocolVersion", asked, "a revision of MCP")
+    version = agreed_version(asked)
+    server = {"name": facts.name, "title": facts.name, "version": facts.version}
+    return {
+        "protocolVersion": version,
+        "capabilities": {"tools": {}, "logging": {}},
+        "serverInfo": only_known(server, version),
+        "instructions": facts.instructions,
+    }
+
+
 def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
-    """Raises BadMessage."""
-    name, arguments, meta = params.get("name"), params.get("arguments", {}), params.get("_meta", {})
-    if name not in (names := [each["name"] for each in facts.tools]):
+    """Check a `tools/call`.  Raises BadMessage."""
+    name = params.get("name")
+    names = [each["name"] for each in facts.tools]
+    if name not in names:
         raise complain("params.name", name, f"one of {', '.join(names)}")
+
+    arguments = params.get("arguments", {})
     if not isinstance(arguments, dict):
         raise complain("params.arguments", arguments, "an object")
-    token = meta.get("progressToken") if isinstance(meta, dict) else None
+
+    token = as_object(params.get("_meta")).get("progressToken")
     if token is not None and not is_id(token):
         raise complain("params._meta.progressToken", token, "a string or an integer")
-    return CallTool(id_, str(name), arguments, token)
+    return CallTool(id=id_, name=str(name), arguments=arguments, token=token)
 
 
 # ==========================================================================
@@ -4306,7 +4416,6 @@ CHILD_LADDER = (
     (signal.SIGTERM, 2.0),
     (signal.SIGKILL, 2.0),
 )  # 0: its stdin is closed; seconds to the next
-SUBSCRIPTION = f"{NAMESPACE}subscriptionId"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # The start of an object's next member, up to its value.
 MEMBER = re.compile(r'[\s,]*("(?:[^"\\]|\\.)*")\s*:\s*')
@@ -4366,11 +4475,11 @@ class Outbox:
 
     async def room(self, seconds: float) -> None:
         """Wait until it is not crowded, for so many seconds at most."""
-        for _ in range(round(seconds / DRAIN_PAUSE)):
+        for _ in range(round(seconds / OUTBOX_PAUSE)):
             await asyncio.sleep(0)
             if self.closed or not self.crowded():
                 break
-            await asyncio.sleep(DRAIN_PAUSE)
+            await asyncio.sleep(OUTBOX_PAUSE)
 
     def close(self) -> None:
         """Its reader ends when it has all that waits."""
@@ -4680,7 +4789,7 @@ class Child:
     async def _watch(self) -> None:
         """Notice its end, also when a process of its own still has its stdout."""
         while self.process.returncode is None:  # noqa: ASYNC110  # its wait() may wait for the pipes too
-            await asyncio.sleep(WATCH_PAUSE)
+            await asyncio.sleep(CHILD_WATCH)
         self._begin_end()
 
     async def _read(self) -> None:
@@ -4963,7 +5072,7 @@ async def first_result(answers: set[asyncio.Future[Message]], seconds: float) ->
 async def settle(child: Child) -> None:
     """Wait until a child has dealt with what it was sent, and has asked its questions about that."""
     with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(child.ask(new_request("ping", {}), Outbox.nowhere()), SETTLE_TIMEOUT)
+        await asyncio.wait_for(child.ask(new_request("ping", {}), Outbox.nowhere()), CHILD_SETTLE)
     await asyncio.sleep(QUESTION_PAUSE)
 
 
@@ -4981,7 +5090,6 @@ ASKING = {
 MAY_ASK = ("tools/call", "prompts/get", "resources/read")
 REMOVED = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
 CHANGED = {f"notifications/{what}/list_changed": what for what in ("tools", "prompts", "resources")}
-SERVER_INFO, CLIENT_INFO = f"{NAMESPACE}serverInfo", f"{NAMESPACE}clientInfo"
 OURSELVES = {"name": "pocketcoder", "version": VERSION}
 
 
@@ -4998,7 +5106,7 @@ def handshake(can: Message, client: Message) -> Message:
 
 def pong(message: Message) -> Message:
     """The answer to a child's `ping`."""
-    return {"jsonrpc": "2.0", "id": message["id"], "result": {}}
+    return response(message["id"], {})
 
 
 def speaks_modern(answer: Message) -> bool:
@@ -5100,14 +5208,6 @@ def to_legacy(answer: Message, method: str) -> Message:
 # R4  A child ends with its last user; the request after a crash waits for a new one.
 
 
-class Era(enum.Enum):
-    """What a server speaks."""
-
-    UNKNOWN = None
-    LEGACY = "legacy"
-    MODERN = "modern"
-
-
 class Relay:
     """One stdio server and its children.  Raises RelayError, BadMessage.
 
@@ -5119,7 +5219,7 @@ class Relay:
         self.name = config.name
         self.idle = idle
         self.stopping = False
-        self.era = Era.UNKNOWN
+        self.era: Era | None = None
         # Held while the era is found out, and while the child for all clients starts.
         self.probing = asyncio.Lock()
         # All that are not gone yet.
@@ -5154,7 +5254,7 @@ class Relay:
         shown = {
             "name": self.name,
             "state": state,
-            "era": self.era.value,
+            "era": self.era.value if self.era else None,
             "pid": min((child.process.pid for child in running), default=None),
             "restarts": self.restarts,
         }
@@ -5195,7 +5295,7 @@ class Relay:
     async def _open(self, hello: Message, on_message: OnMessage, outbox: Outbox) -> Child:
         """The same, without making room."""
         async with self.probing:
-            if self.era is Era.UNKNOWN:
+            if self.era is None:
                 return await self._probe(hello, on_message, outbox)
         if self.era is Era.MODERN:
             return await self.for_all()
@@ -5212,7 +5312,7 @@ class Relay:
             answer = await self._first_answer(child, discovery(), Outbox.nowhere())
             if not speaks_modern(answer):
                 child.end()
-                self.era = Era.UNKNOWN
+                self.era = None
                 raise RelayError(f"server {self.name} speaks revision {MODERN} no longer")
             return self._share(child, answer)
 
@@ -5283,7 +5383,7 @@ class Relay:
         child.keep(answer)
         self._recovered()
         # If it refuses, perhaps we got its era wrong.
-        self.era = Era.LEGACY if "result" in answer else Era.UNKNOWN
+        self.era = Era.LEGACY if "result" in answer else None
         return child
 
     async def _first_answer(self, child: Child, hello: Message, outbox: Outbox) -> Message:
@@ -5984,10 +6084,7 @@ class Translation:
             self._listen()
             return {**done, "result": self._hello(params.get("protocolVersion"))}
         if method == "logging/setLevel":
-            level = params.get("level")
-            if level not in LEVELS:
-                raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
-            self.peer.level = str(level)
+            self.peer.level = check_level("params.level", params.get("level"))
             return done
         if method == "resources/subscribe":
             self.peer.uris.add(str(params.get("uri")))
@@ -6019,7 +6116,7 @@ class Translation:
         found = self.child.hello.get("result") or {}
         unnamed = {"name": self.relay.name, "version": "0"}
         hello = {
-            "protocolVersion": asked if asked in LEGACY else LEGACY[-1],
+            "protocolVersion": agreed_version(asked),
             "serverInfo": as_object(found.get("_meta")).get(SERVER_INFO, unnamed),
             "capabilities": {**self.child.can(), "logging": {}},
         }
@@ -6229,7 +6326,9 @@ class Session:
     def answer(self, message: Message) -> None:
         """The same on a transport without headers; errors are answers too."""
         try:
-            if (modern := is_modern(message)) and is_request(message):
+            check_era(message)
+            modern = era_of(message) is Era.MODERN
+            if modern and is_request(message):
                 check_envelope(message, None)
             self.receive(message, modern, self.outbox)
         except ProxyError as wrong:
@@ -7457,7 +7556,9 @@ class McpEndpoint(Endpoint):
         message: Message = {}
         try:
             message = read_message(body)
-            modern = is_modern(message, self.request.headers.get("MCP-Protocol-Version"))
+            version = self.request.headers.get("MCP-Protocol-Version")
+            check_era(message, version)
+            modern = era_of(message, version) is Era.MODERN
             if modern and not is_request(message):
                 return self.set_status(202)
             session, opens = self.session_of(message, modern)
