@@ -4398,31 +4398,26 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 # ==========================================================================
 # MCP children
 # ==========================================================================
-# A relayed server's process: its life, its lines, the requests in flight; what waits for a client.
+# A relayed server's process: its life, its lines, the requests in flight.
 #
-# C1  What is in flight when a child dies is answered at once, with the reason.
-# C2  A child ends as a group: stdin closed, TERM, KILL.
+# C1  What is in flight when a child ends is answered at once, with the reason.
+# C2  A child ends as a group: see CHILD_LADDER.
 # C3  What it writes is bounded and timed; a fault in one line costs no other call.
-#
-# A child's life, see ChildState:
-#
-#   event                                 STARTING     SERVING    ENDING    GONE
-#   its first answer                      SERVING      -          -         -
-#   we end it; its output or it ends      ENDING       ENDING     -         -
-#   its process group is no more          -            -          GONE      -
+
+# Requests that cannot be cancelled, and that show what a server is.
 HELLOS = ("initialize", "server/discover")
-CHILD_LADDER = (
-    (0, 2.0),
-    (signal.SIGTERM, 2.0),
-    (signal.SIGKILL, 2.0),
-)  # 0: its stdin is closed; seconds to the next
+
+# Signals to the group of a child that ends, and seconds until the next one.
+# First its stdin is closed; 0 is no signal.
+CHILD_LADDER = ((0, 2.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # The start of an object's next member, up to its value.
 MEMBER = re.compile(r'[\s,]*("(?:[^"\\]|\\.)*")\s*:\s*')
 # The last members of a response, where its result comes first.
 LAST_MEMBERS = re.compile(r'((?:,\s*"(?:id|jsonrpc)"\s*:\s*(?:\d+|"2\.0")\s*)+)\}\s*$')
 
-
+# Takes a message that belongs to no request in flight; returns where it went, if anywhere.
 OnMessage = Callable[["Child", Message], "Outbox | None"]
 
 
@@ -4575,31 +4570,6 @@ class Peer:
         return not self.child.cancelled() and self.child.exception() is None
 
 
-class Exchange:
-    """A request on its way through a child; `outbox` gets what belongs to it."""
-
-    def __init__(self, message: Message, outbox: Outbox) -> None:
-        self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self.expiry: asyncio.TimerHandle | None = None
-        self.deadline = time.monotonic() + CHILD_CEILING
-        self.take_up(message, outbox)
-
-    def take_up(self, message: Message, outbox: Outbox) -> None:
-        """Its client asks for it in this message, now."""
-        self.message = message
-        self.outbox = outbox
-        self.meta = as_object(message.get("params", {}).get("_meta"))
-
-    @property
-    def wants_logs(self) -> bool:
-        return LOG_LEVEL in self.meta and self.message["method"] != "subscriptions/listen"
-
-    def stop_timer(self) -> None:
-        if self.expiry:
-            self.expiry.cancel()
-            self.expiry = None
-
-
 @dataclass(frozen=True)
 class ServerConfig:
     """A stdio server of `--mcp-server` or `--mcp-config`."""
@@ -4628,18 +4598,22 @@ class Lines:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        # The line whose end has not come: all of it, or its last bytes if it is too long.
+        # The line that is not complete yet: all of it, or its last bytes if it is too long.
         self.begun = bytearray()
         self.size = 0
+        # Its first bytes, if it is too long.
         self.head: bytes | None = None
 
     def feed(self, data: bytes) -> Iterator[bytes | TooLong]:
-        """The lines that `data` completes."""
+        """Yield the lines that `data` completes."""
         start = 0
-        while (end := data.find(b"\n", start)) >= 0:
+        end = data.find(b"\n")
+        while end >= 0:
             self._add(data[start:end])
             yield self.rest()
+
             start = end + 1
+            end = data.find(b"\n", start)
         self._add(data[start:])
 
     def _add(self, piece: bytes) -> None:
@@ -4651,10 +4625,11 @@ class Lines:
             del self.begun[:-MAX_ENDS]
 
     def rest(self) -> bytes | TooLong:
-        """The line as far as it came; the next one starts."""
+        """Return the line as far as it came, and start the next one."""
         line: bytes | TooLong = bytes(self.begun)
         if self.head is not None:
-            line = TooLong(self.head, bytes(self.begun), self.size)
+            line = TooLong(head=self.head, tail=bytes(self.begun), size=self.size)
+
         self.begun.clear()
         self.size = 0
         self.head = None
@@ -4662,72 +4637,218 @@ class Lines:
 
 
 def id_of_long(line: TooLong) -> object:
-    """The `id` of a response that is too long, if it comes before the result or after it."""
+    """Find the `id` of a response that is too long, before its result or after it."""
     text = line.head.removeprefix(BYTE_ORDER_MARK).decode(errors="replace")
     decoder = json.JSONDecoder()
-    position = text.find("{") + 1
-    while found := MEMBER.match(text, position):
+    member = MEMBER.match(text, text.find("{") + 1)
+    while member:
         try:
-            value, position = decoder.raw_decode(text, found.end())
+            value, position = decoder.raw_decode(text, member.end())
         except (ValueError, RecursionError):
             break
-        if found[1] == '"id"':
+        if member[1] == '"id"':
             return value
+        member = MEMBER.match(text, position)
 
     last = LAST_MEMBERS.search(line.tail.decode(errors="replace"))
     number = re.search(r'"id"\s*:\s*(\d+)', last[1]) if last else None
     return int(number[1]) if number else None
 
 
-class ChildState(enum.Enum):
-    STARTING = enum.auto()
-    SERVING = enum.auto()
-    ENDING = enum.auto()
-    GONE = enum.auto()
+class Exchange:
+    """A request on its way through a child.
+
+    outbox  gets what belongs to the request before its answer
+    """
+
+    def __init__(self, message: Message, outbox: Outbox) -> None:
+        self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        # When the child's time to answer is over; None: it is not the child's turn.
+        self.expiry: asyncio.TimerHandle | None = None
+        # The same, whatever progress the child reports.
+        self.deadline = time.monotonic() + CHILD_CEILING
+        self.take_up(message, outbox)
+
+    def take_up(self, message: Message, outbox: Outbox) -> None:
+        """Continue it for this message of its client, the first one or a retry."""
+        self.message = message
+        self.outbox = outbox
+        self.meta = as_object(message.get("params", {}).get("_meta"))
+
+    @property
+    def method(self) -> str:
+        return str(self.message["method"])
+
+    @property
+    def wants_logs(self) -> bool:
+        return LOG_LEVEL in self.meta and self.method != "subscriptions/listen"
+
+    def start_timer(self, seconds: float, give_up: Callable[[], object]) -> None:
+        """Call `give_up` after so many seconds, unless the timer is stopped."""
+        self.stop_timer()
+        self.expiry = asyncio.get_running_loop().call_later(seconds, give_up)
+
+    def stop_timer(self) -> None:
+        if self.expiry:
+            self.expiry.cancel()
+            self.expiry = None
+
+
+class InFlight:
+    """The requests in flight to one child, by the id that the child knows, which is a count.
+
+    give_up  called with an exchange and the seconds for which the child did not answer it
+    """
+
+    def __init__(self, give_up: Callable[[Exchange, float], object]) -> None:
+        self.give_up = give_up
+        self.exchanges = dict[int, Exchange]()
+        self.count = 0
+        # How many of them wait for a client's answer: meanwhile none expires.
+        self.paused = 0
+
+    def get(self, number: object) -> Exchange | None:
+        # A truth value would be found as 0 or 1.
+        return self.exchanges.get(number) if type(number) is int else None
+
+    def add(self, exchange: Exchange, number: int) -> None:
+        self.exchanges[number] = exchange
+        self.extend(exchange)
+
+    def next_number(self) -> int:
+        self.count += 1
+        return self.count
+
+    def extend(self, exchange: Exchange) -> None:
+        """Let it expire CHILD_TIMEOUT seconds from now, if it is the child's turn."""
+        exchange.stop_timer()
+        if self.paused or exchange.method == "subscriptions/listen":
+            return
+        left = exchange.deadline - time.monotonic()
+        seconds = max(0.0, min(CHILD_TIMEOUT, left))
+        exchange.start_timer(seconds, partial(self.give_up, exchange, seconds))
+
+    def pause(self) -> None:
+        """The child waits for the answer of a client, which takes a person's time."""
+        self.paused += 1
+        for exchange in self.exchanges.values():
+            exchange.stop_timer()
+
+    def resume(self) -> None:
+        """A client has answered, or will not; undoes one `pause`."""
+        self.paused -= 1
+        for exchange in self.exchanges.values():
+            self.extend(exchange)
+
+    def finish(self, number: object, answer: Message) -> None:
+        """Hand the answer to whoever waits for it; an unknown number is ignored."""
+        exchange = self.exchanges.pop(number, None) if type(number) is int else None
+        if exchange is None:
+            return
+        exchange.stop_timer()
+        if not exchange.answer.done():
+            exchange.answer.set_result(answer)
+
+    def numbers_of(self, exchange: Exchange) -> list[int]:
+        """Its id; more than one or none if it was sent again or never."""
+        return [number for number, other in self.exchanges.items() if other is exchange]
+
+    def wanting_logs(self) -> list[Outbox]:
+        """Where log lines are wanted, the newest request last.  A line names no request."""
+        return [each.outbox for each in self.exchanges.values() if each.wants_logs]
+
+
+class ChildLog:
+    """Logs what a child writes to its stderr, and keeps the last lines of it."""
+
+    def __init__(self, name: str, stream: asyncio.StreamReader) -> None:
+        self.name = name
+        self.stream = stream
+        self.tail = deque[str](maxlen=5)
+        self.reading = asyncio.ensure_future(self._read())
+
+    async def _read(self) -> None:
+        lines = Lines(MAX_LOG_LINE)
+        with contextlib.suppress(OSError):
+            data = await self.stream.read(CHILD_READ)
+            while data:
+                for line in lines.feed(data):
+                    self._log(line)
+                # It may flood us: others get their turn.
+                await asyncio.sleep(0)
+                data = await self.stream.read(CHILD_READ)
+        self._log(lines.rest())
+
+    def _log(self, line: bytes | TooLong) -> None:
+        raw = line.head if isinstance(line, TooLong) else line
+        text = raw.decode(errors="replace").rstrip()[:KIB]
+        if text:
+            self.tail.append(text)
+            log.info("server %s: %s", self.name, text)
+
+
+class ChildState(enum.IntEnum):
+    """How far a child is.  Only `Child._enter` changes it."""
+
+    STARTING = 0  # it has answered nothing yet
+    SERVING = 1  # it has answered a request
+    ENDING = 2  # it gets no more requests; its group is being ended
+    ENDED = 3  # no process of its group is left
 
 
 class Child:
     """A stdio server that runs.  Raises RelayError.
 
-    on_message  gets what belongs to no exchange; says where it went, if anywhere
-    on_lost     called when what was in flight has been answered, as it has ended
-    on_gone     called when nothing is left of its process group
+    on_message  gets what belongs to no request in flight
+    on_lost     called when it has closed its stdout and what was in flight is answered
+    on_gone     called when it has ended
+
+    | event                          | STARTING | SERVING | ENDING    | ENDED |
+    |--------------------------------|----------|---------|-----------|-------|
+    | it answers a request           | SERVING  |         |           |       |
+    | `end`, or its process ends     | ENDING   | ENDING  |           |       |
+    | it closes its stdin or stdout  | ENDING   | ENDING  |           |       |
+    | its stdout is read to the end  | ENDING   | ENDING  | `on_lost` |       |
+    | after that: its group is gone, |          |         | ENDED     |       |
+    | or CHILD_LADDER is at its end  |          |         |           |       |
     """
 
     def __init__(
         self, name: str, process: asyncio.subprocess.Process, on_message: OnMessage
     ) -> None:
+        assert process.stderr
         self.name = name
         self.process = process
         self.on_message = on_message
         self.on_lost: list[Callable[[Child], object]] = []
         self.on_gone: list[Callable[[Child], object]] = []
+
         self.state = ChildState.STARTING
-        # Its answer to `initialize` or `server/discover`.
+        # Whether it was ever SERVING.
+        self.answered = False
+        # Its end is no fault: we want it, or allow for it.
+        self.retired = False
+        # How it ended, for people; "": its stdout is open.
+        self.reason = ""
+        # Set when it can answer nothing more.
+        self.lost = asyncio.Event()
+
+        # What it speaks, once that is known, and its answer to `initialize` or `server/discover`.
+        self.era: Era | None = None
         self.hello: Message = {}
-        # It is the one of a modern server, for all clients.
-        self.serves_all = False
-        # Requests in flight, by our id, which is a count.
-        self.count = 0
-        self.exchanges = dict[int, Exchange]()
-        # How many wait for a client's answer: meanwhile no request expires.
-        self.paused = 0
         # The level that it was asked to log at.
         self.level = ""
-        self.began = time.monotonic()
-        self.used = self.began
-        self.answered = False
-        # It ends because we want it to, or may.
-        self.retired = False
-        # The last lines of its stderr; how it ended, and that as a sentence.
-        self.tail = deque[str](maxlen=5)
-        self.reason = ""
-        self.epitaph = ""
-        self.lost = asyncio.Event()
         # Held while its tools are listed for their headers.
         self.listing = asyncio.Lock()
+
+        # Seconds of time.monotonic(): its start, and the last message to it or from it.
+        self.began = time.monotonic()
+        self.used = self.began
+        self.in_flight = InFlight(self._expire)
+
+        # The tasks that keep it going, until it has ended.
         self.ender: asyncio.Task[None] | None = None
-        self.logging = asyncio.ensure_future(self._log())
+        self.stderr = ChildLog(name, process.stderr)
         self.reading = asyncio.ensure_future(self._read())
         self.watching = asyncio.ensure_future(self._watch())
 
@@ -4745,270 +4866,60 @@ class Child:
                 cwd=config.cwd,
                 start_new_session=True,
             )
-        # RuntimeError: no thread
+        # RuntimeError: no thread could be started.
         except (OSError, ValueError, RuntimeError) as wrong:
             why = getattr(wrong, "strerror", None) or str(wrong)
             raise RelayError(f"server {config.name} cannot start: {why}") from None
         return cls(config.name, process, on_message)
 
+    # Its life
+
+    def _enter(self, state: ChildState) -> None:
+        """Be in this state from now on."""
+        assert state > self.state, f"{self.state.name} to {state.name}"
+        log.debug("server=%s state=%s was=%s", self.name, state.name, self.state.name)
+        self.state = state
+
     @property
     def usable(self) -> bool:
         return self.state in (ChildState.STARTING, ChildState.SERVING)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether it serves all clients, as a modern server does."""
+        return self.era is Era.MODERN
+
+    @property
+    def epitaph(self) -> str:
+        """How it ended, in a sentence; "": its stdout is open."""
+        return f"server {self.name} {self.reason}" if self.reason else ""
+
     def may_end(self) -> None:
-        """Its end is no fault, until `keep`."""
+        """Until `keep`, its end is no fault."""
         self.retired = True
 
-    def keep(self, hello: Message) -> None:
-        """It has said what it is: from now on it is expected to live."""
+    def keep(self, hello: Message, era: Era) -> None:
+        """It has answered `hello`: from now on it is expected to live."""
         self.retired = False
         self.hello = hello
+        self.era = era
 
-    def serve_all(self, on_message: OnMessage) -> None:
-        """It is of a modern server, and for all clients."""
-        self.serves_all = True
+    def report_to(self, on_message: OnMessage) -> None:
+        """What belongs to no request goes there from now on."""
         self.on_message = on_message
 
-    async def _log(self) -> None:
-        assert self.process.stderr
-        lines = Lines(MAX_LOG_LINE)
-        with contextlib.suppress(OSError):
-            while data := await self.process.stderr.read(CHILD_READ):
-                for line in lines.feed(data):
-                    self._note(line)
-                await asyncio.sleep(0)
-        self._note(lines.rest())
-
-    def _note(self, line: bytes | TooLong) -> None:
-        """Log a line of its stderr."""
-        raw = line.head if isinstance(line, TooLong) else line
-        if text := raw.decode(errors="replace").rstrip()[:KIB]:
-            self.tail.append(text)
-            log.info("server %s: %s", self.name, text)
-
-    async def _watch(self) -> None:
-        """Notice its end, also when a process of its own still has its stdout."""
-        while self.process.returncode is None:  # noqa: ASYNC110  # its wait() may wait for the pipes too
-            await asyncio.sleep(CHILD_WATCH)
-        self._begin_end()
-
-    async def _read(self) -> None:
-        assert self.process.stdout
-        lines = Lines(MAX_ANSWER)
-        with contextlib.suppress(OSError):
-            while data := await self.process.stdout.read(CHILD_READ):
-                for line in lines.feed(data):
-                    await self._read_line(line)
-        await self._read_line(lines.rest())
-        await self._bury()
-
-    async def _read_line(self, line: bytes | TooLong) -> None:
-        if isinstance(line, TooLong):
-            self._refuse_long(line)
-            return
-
-        outbox: Outbox | None = None
-        try:
-            # U+FFFD in place of what is not UTF-8: a call must not hang for a wrong byte.
-            text = line.removeprefix(BYTE_ORDER_MARK).decode(errors="replace")
-            if text and not text.isspace():
-                outbox = self._take(read_message(text))
-        except ProxyError as wrong:
-            log.warning("server %s: skipped %s: %s", self.name, ascii(line[:80]), wrong)
-            failure = RelayError(f"server {self.name} answered badly: {wrong}")
-            self.finish(wrong.request_id, refusal(None, failure))
-        except Exception:  # whatever it wrote, others wait for what it writes next
-            log.exception("server %s: skipped %s", self.name, ascii(line[:80]))
-
-        if outbox and outbox.heard and self.usable:
-            # A slow reader slows the child down; a little, if others use it too.
-            alone = len(self.exchanges) <= 1
-            await outbox.room(SLOW_READER_TIMEOUT if alone else CROWD_PAUSE)
-        # It may flood us: others get their turn.
-        await asyncio.sleep(0)
-
-    def _refuse_long(self, line: TooLong) -> None:
-        log.error("server %s: skipped a line of %d bytes", self.name, line.size)
-        failure = RelayError(
-            f"server {self.name} answered with {line.size} bytes, expected at most {MAX_ANSWER}"
-        )
-        self.finish(id_of_long(line), refusal(None, failure))
-
-    async def _bury(self) -> None:
-        """It is of no use without its stdout: answer what is in flight with how it ended."""
-        self._begin_end()
-        # Its exit status and its last words may be on their way.
-        ended = asyncio.ensure_future(self.process.wait())
-        await asyncio.wait({ended, self.logging}, timeout=LAST_WORDS)
-        ended.cancel()
-
-        status = self.process.returncode
-        self.reason = "closed its output" if status is None else f"ended with {status}"
-        if self.tail:
-            self.reason += f"; it said: {' / '.join(self.tail)}"
-        self.epitaph = f"server {self.name} {self.reason}"
-
-        for number in [*self.exchanges]:
-            self.finish(number, refusal(None, RelayError(f"{self.epitaph}, before it answered")))
-        self.lost.set()
-        for call in self.on_lost:
-            call(self)
-
-    def _take(self, message: Message) -> Outbox | None:
-        """Bring a message from the child to the client that it belongs to."""
-        self.used = time.monotonic()
-        if "method" not in message:
-            self._answered()
-            self.finish(message["id"], self._sound(message))
-            return None
-
-        params = message.get("params", {})
-        meta = params.get("_meta")
-        subscription = meta.get(SUBSCRIPTION) if isinstance(meta, dict) else None
-        token = None
-        if message["method"] == "notifications/progress":
-            token = params.get("progressToken")
-        number = subscription if token is None else token
-
-        if number is None:
-            return self.on_message(self, message)
-        if type(number) is not int or number not in self.exchanges:
-            return None
-        exchange = self.exchanges[number]
-        if token is None:
-            params = {**params, "_meta": {**meta, SUBSCRIPTION: exchange.message["id"]}}
-        elif "progressToken" not in exchange.meta:
-            return None
-        else:
-            self.extend(exchange)
-            params = {**params, "progressToken": exchange.meta["progressToken"]}
-        exchange.outbox.send({**message, "params": params})
-        return exchange.outbox
-
-    def _answered(self) -> None:
-        self.answered = True
-        if self.state is ChildState.STARTING:
-            self.state = ChildState.SERVING
-
-    def _sound(self, answer: Message) -> Message:
-        """A response in the shape that all expect."""
-        fields = answer.get("result")
-        failure = answer.get("error")
-        if "result" in answer and isinstance(fields, dict):
-            sound = isinstance(fields.get("_meta", {}), dict)
-            return answer if sound else {**answer, "result": without(fields, "_meta")}
-
-        if isinstance(failure, dict):
-            has_code = type(failure.get("code")) is int
-            if has_code and isinstance(failure.get("message"), str):
-                return answer
-        shown = ascii(fields or failure)[:80]
-        return refusal(None, RelayError(f"server {self.name} answered with {shown}"))
-
-    def extend(self, exchange: Exchange) -> None:
-        """Give it CHILD_TIMEOUT seconds from now, if it is the child's turn."""
-        exchange.stop_timer()
-        if self.paused or exchange.message["method"] == "subscriptions/listen":
-            return
-        seconds = max(0.0, min(CHILD_TIMEOUT, exchange.deadline - time.monotonic()))
-        failure = RelayError(f"server {self.name} did not answer within {seconds:g} s")
-        exchange.expiry = asyncio.get_running_loop().call_later(
-            seconds, self.give_up, exchange, refusal(None, failure)
-        )
-
-    def pause(self) -> None:
-        """It waits for an answer of a client, which takes a person's time."""
-        self.paused += 1
-        for exchange in self.exchanges.values():
-            exchange.stop_timer()
-
-    def resume(self) -> None:
-        self.paused -= 1
-        for exchange in self.exchanges.values():
-            self.extend(exchange)
-
-    def finish(self, number: object, answer: Message) -> None:
-        """The answer of an exchange has come."""
-        exchange = self.exchanges.pop(number, None) if isinstance(number, int) else None
-        if exchange is None:
-            return
-        exchange.stop_timer()
-        if not exchange.answer.done():
-            exchange.answer.set_result(answer)
-
-    def give_up(self, exchange: Exchange, answer: Message | None = None) -> None:
-        """Cancel it in the child."""
-        for number in [number for number, other in self.exchanges.items() if other is exchange]:
-            # A handshake cannot be cancelled.
-            if exchange.message["method"] not in HELLOS:
-                with contextlib.suppress(RelayError):
-                    self.tell(notification("notifications/cancelled", {"requestId": number}))
-            self.finish(number, answer or {})
-
-    def tell(self, message: Message) -> None:
-        """Write it.  Raises RelayError when the child does not read."""
-        assert self.process.stdin
-        if self.epitaph:
-            raise RelayError(self.epitaph)
-        if self.process.stdin.is_closing():
-            self._begin_end()
-        if not self.usable:
-            # `_bury` is about to answer.
-            return
-        if self.process.stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
-            raise RelayError(f"server {self.name} does not read what it is sent")
-        self.process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
-
-    def send(self, exchange: Exchange, message: Message) -> None:
-        """Send a request under an id of ours; its progress token is the same."""
-        self.count += 1
-        self.used = time.monotonic()
-        if "progressToken" in exchange.meta:
-            params = message["params"]
-            meta = {**params["_meta"], "progressToken": self.count}
-            message = {**message, "params": {**params, "_meta": meta}}
-        self.tell({**message, "id": self.count})
-        self.exchanges[self.count] = exchange
-        self.extend(exchange)
-
-    async def ask(self, message: Message, outbox: Outbox, sent: Message | None = None) -> Message:
-        """The response to a client's request, with the client's id.  Cancelling this cancels it in the child.
-
-        sent  what goes to the child instead
-        """
-        exchange = Exchange(sent or message, outbox)
-        self.send(exchange, sent or message)
-        return await self.answer(exchange)
-
-    async def answer(self, exchange: Exchange) -> Message:
-        try:
-            answer = await asyncio.shield(exchange.answer)
-        except asyncio.CancelledError:
-            self.give_up(exchange)
-            raise
-        fields = answer.get("result")
-        id_ = exchange.message["id"]
-        if isinstance(fields, dict) and SUBSCRIPTION in as_object(fields.get("_meta")):
-            meta = {**fields["_meta"], SUBSCRIPTION: id_}
-            answer = {**answer, "result": {**fields, "_meta": meta}}
-        return {**answer, "id": id_}
-
-    def can(self) -> Message:
-        """Its capabilities."""
-        return as_object(as_object(self.hello.get("result")).get("capabilities"))
-
-    def wanting_logs(self) -> list[Outbox]:
-        """Where calls in flight asked for log lines, the newest last.  A line names no call."""
-        return [exchange.outbox for exchange in self.exchanges.values() if exchange.wants_logs]
+    def logs_at(self, level: str) -> None:
+        """It was asked to log at this level."""
+        self.level = level
 
     def end(self) -> None:
         """Let it end, and with it its group."""
         self.retired = True
-        self._begin_end()
+        self._start_to_end()
 
-    def _begin_end(self) -> None:
+    def _start_to_end(self) -> None:
         if self.usable:
-            self.state = ChildState.ENDING
+            self._enter(ChildState.ENDING)
             self.ender = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
@@ -5017,31 +4928,261 @@ class Child:
         ended = asyncio.ensure_future(self.process.wait())
         for number, patience in CHILD_LADDER:
             with contextlib.suppress(ProcessLookupError):
-                # 0 only asks whether there is one.
                 os.killpg(self.process.pid, number)
             await asyncio.wait(
                 {ended, self.watching}, timeout=patience, return_when=asyncio.FIRST_COMPLETED
             )
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, 0)
-                continue
-            break
+            if not has_processes(self.process.pid):
+                break
         ended.cancel()
+
+        # A process that left the group may still hold the other end.
         for stream in (self.process.stdout, self.process.stderr):
             if stream:
-                # A process that left the group may hold the other end.
                 stream.feed_eof()
-
         await self.lost.wait()
-        self.state = ChildState.GONE
+
+        self._enter(ChildState.ENDED)
         for call in self.on_gone:
             call(self)
+
+    async def _watch(self) -> None:
+        """Notice its end, also when a process that it started still holds its stdout."""
+        # Process.wait() may wait for the pipes too.
+        while self.process.returncode is None:  # noqa: ASYNC110
+            await asyncio.sleep(CHILD_WATCH)
+        self._start_to_end()
+
+    async def _lose(self) -> None:
+        """Fail the requests in flight: without its stdout it is of no use."""
+        self._start_to_end()
+        # Its exit status and its last words may be on their way.
+        ended = asyncio.ensure_future(self.process.wait())
+        await asyncio.wait({ended, self.stderr.reading}, timeout=LAST_WORDS)
+        ended.cancel()
+
+        status = self.process.returncode
+        reason = "closed its output" if status is None else f"ended with {status}"
+        if self.stderr.tail:
+            reason += f"; it said: {' / '.join(self.stderr.tail)}"
+        self.reason = reason
+
+        failure = RelayError(f"{self.epitaph}, before it answered")
+        for number in [*self.in_flight.exchanges]:
+            self.in_flight.finish(number, refusal(None, failure))
+        self.lost.set()
+        for call in self.on_lost:
+            call(self)
+
+    # What it writes
+
+    async def _read(self) -> None:
+        assert self.process.stdout
+        lines = Lines(MAX_ANSWER)
+        with contextlib.suppress(OSError):
+            data = await self.process.stdout.read(CHILD_READ)
+            while data:
+                for line in lines.feed(data):
+                    await self._read_line(line)
+                data = await self.process.stdout.read(CHILD_READ)
+        await self._read_line(lines.rest())
+        await self._lose()
+
+    async def _read_line(self, line: bytes | TooLong) -> None:
+        if isinstance(line, TooLong):
+            self._refuse_long(line)
+            return
+
+        outbox = self._take_line(line)
+        if outbox and outbox.heard and self.usable:
+            # A slow reader slows the child down; a little, if others use it too.
+            alone = len(self.in_flight.exchanges) <= 1
+            await outbox.room(SLOW_READER_TIMEOUT if alone else CROWD_PAUSE)
+        # It may flood us: others get their turn.
+        await asyncio.sleep(0)
+
+    def _take_line(self, line: bytes) -> Outbox | None:
+        """Pass on what a line says; return where it went, if anywhere."""
+        try:
+            # U+FFFD in place of what is not UTF-8: a call must not hang for a wrong byte.
+            text = line.removeprefix(BYTE_ORDER_MARK).decode(errors="replace")
+            if not text or text.isspace():
+                return None
+            return self._take(read_message(text))
+        except ProxyError as wrong:
+            log.warning("server %s: skipped %s: %s", self.name, ascii(line[:80]), wrong)
+            failure = RelayError(f"server {self.name} answered badly: {wrong}")
+            self.in_flight.finish(wrong.request_id, refusal(None, failure))
+        # Whatever it wrote, others wait for what it writes next.
+        except Exception:
+            log.exception("server %s: skipped %s", self.name, ascii(line[:80]))
+        return None
+
+    def _refuse_long(self, line: TooLong) -> None:
+        log.error("server %s: skipped a line of %d bytes", self.name, line.size)
+        failure = RelayError(
+            f"server {self.name} answered with {line.size} bytes, expected at most {MAX_ANSWER}"
+        )
+        self.in_flight.finish(id_of_long(line), refusal(None, failure))
+
+    def _take(self, message: Message) -> Outbox | None:
+        """Bring a message from the child to the client that it belongs to."""
+        self.used = time.monotonic()
+        if "method" not in message:
+            self._take_answer(message)
+            return None
+
+        params = message.get("params", {})
+        token = None
+        if message["method"] == "notifications/progress":
+            token = params.get("progressToken")
+        if token is not None:
+            return self._take_progress(message, token)
+
+        subscription = as_object(params.get("_meta")).get(SUBSCRIPTION)
+        if subscription is not None:
+            return self._take_notice(message, subscription)
+        return self.on_message(self, message)
+
+    def _take_answer(self, message: Message) -> None:
+        if self.state is ChildState.STARTING:
+            self._enter(ChildState.SERVING)
+        self.answered = True
+        self.in_flight.finish(message["id"], sound_answer(self.name, message))
+
+    def _take_progress(self, message: Message, token: object) -> Outbox | None:
+        """Pass on progress, which gives the child more time."""
+        exchange = self.in_flight.get(token)
+        if exchange is None or "progressToken" not in exchange.meta:
+            return None
+        self.in_flight.extend(exchange)
+        params = {**message["params"], "progressToken": exchange.meta["progressToken"]}
+        exchange.outbox.send({**message, "params": params})
+        return exchange.outbox
+
+    def _take_notice(self, message: Message, subscription: object) -> Outbox | None:
+        """Pass on what a `subscriptions/listen` is to hear of."""
+        exchange = self.in_flight.get(subscription)
+        if exchange is None:
+            return None
+        params = message["params"]
+        meta = {**params["_meta"], SUBSCRIPTION: exchange.message["id"]}
+        exchange.outbox.send({**message, "params": {**params, "_meta": meta}})
+        return exchange.outbox
+
+    # What it is sent
+
+    def tell(self, message: Message) -> None:
+        """Write a message to its stdin.  Raises RelayError when it does not read."""
+        stdin = self.process.stdin
+        assert stdin
+        if self.epitaph:
+            raise RelayError(self.epitaph)
+        if stdin.is_closing():
+            self._start_to_end()
+        if not self.usable:
+            # `_lose` is about to answer.
+            return
+        if stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
+            raise RelayError(f"server {self.name} does not read what it is sent")
+        stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+
+    def send(self, exchange: Exchange, message: Message) -> None:
+        """Send a request under an id of our own; its progress token is the same."""
+        number = self.in_flight.next_number()
+        self.used = time.monotonic()
+        if "progressToken" in exchange.meta:
+            params = message["params"]
+            meta = {**params["_meta"], "progressToken": number}
+            message = {**message, "params": {**params, "_meta": meta}}
+        self.tell({**message, "id": number})
+        self.in_flight.add(exchange, number)
+
+    async def ask(self, message: Message, outbox: Outbox, sent: Message | None = None) -> Message:
+        """Return the response to a client's request, with the client's id.
+
+        sent  what goes to the child instead
+        Cancelling this cancels the request in the child.
+        """
+        exchange = Exchange(sent or message, outbox)
+        self.send(exchange, sent or message)
+        return await self.answer(exchange)
+
+    async def answer(self, exchange: Exchange) -> Message:
+        """The same for a request that was sent."""
+        try:
+            answer = await asyncio.shield(exchange.answer)
+        except asyncio.CancelledError:
+            self.give_up(exchange, {})
+            raise
+
+        result = answer.get("result")
+        id_ = exchange.message["id"]
+        if isinstance(result, dict) and SUBSCRIPTION in as_object(result.get("_meta")):
+            meta = {**result["_meta"], SUBSCRIPTION: id_}
+            answer = {**answer, "result": {**result, "_meta": meta}}
+        return {**answer, "id": id_}
+
+    def give_up(self, exchange: Exchange, answer: Message) -> None:
+        """Cancel a request in the child; whoever still waits gets this answer."""
+        for number in self.in_flight.numbers_of(exchange):
+            if exchange.method not in HELLOS:
+                with contextlib.suppress(RelayError):
+                    self.tell(notification("notifications/cancelled", {"requestId": number}))
+            self.in_flight.finish(number, answer)
+
+    def _expire(self, exchange: Exchange, seconds: float) -> None:
+        failure = RelayError(f"server {self.name} did not answer within {seconds:g} s")
+        self.give_up(exchange, refusal(None, failure))
+
+    def can(self) -> Message:
+        """Return its capabilities."""
+        return as_object(as_object(self.hello.get("result")).get("capabilities"))
+
+
+def has_processes(group: int) -> bool:
+    """Whether any process of this group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def sound_answer(name: str, answer: Message) -> Message:
+    """Return a response of server `name` in the shape that everything here expects."""
+    result = answer.get("result")
+    failure = answer.get("error")
+    if "result" in answer and isinstance(result, dict):
+        is_sound = isinstance(result.get("_meta", {}), dict)
+        return answer if is_sound else {**answer, "result": without(result, "_meta")}
+
+    if isinstance(failure, dict):
+        has_code = type(failure.get("code")) is int
+        if has_code and isinstance(failure.get("message"), str):
+            return answer
+    shown = ascii(result or failure)[:80]
+    return refusal(None, RelayError(f"server {name} answered with {shown}"))
+
+
+# Waiting for one
 
 
 def outcome_of(answer: asyncio.Future[Message]) -> Message:
     """The response, if there is one."""
     failed = not answer.done() or answer.cancelled() or answer.exception() is not None
     return {} if failed else answer.result()
+
+
+def child_of(starting: asyncio.Future[Child] | None) -> Child | None:
+    """The child, if it has started."""
+    if starting is None or not starting.done() or starting.cancelled():
+        return None
+    return None if starting.exception() is not None else starting.result()
+
+
+def is_starting(starting: asyncio.Future[Child] | None) -> bool:
+    return starting is not None and not starting.done()
 
 
 def retrieve(work: asyncio.Future[Any]) -> None:
@@ -5051,28 +5192,30 @@ def retrieve(work: asyncio.Future[Any]) -> None:
 
 
 def end_when_started(starting: asyncio.Future[Child]) -> None:
-    """A callback: the child of a client that has left."""
-    failed = starting.cancelled() or starting.exception() is not None
-    if not failed and not starting.result().serves_all:
-        starting.result().end()
+    """End the child of a client that has left; a done callback."""
+    child = child_of(starting)
+    if child is not None and not child.is_shared:
+        child.end()
 
 
 async def first_result(answers: set[asyncio.Future[Message]], seconds: float) -> None:
-    """Wait until one of these is a result, or all have come, for so many seconds at most."""
+    """Wait until one of these is a result or all have come, for so many seconds at most."""
     deadline = time.monotonic() + seconds
     waiting = set(answers)
     while waiting and not any("result" in outcome_of(answer) for answer in answers):
         left = deadline - time.monotonic()
-        outcomes = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        waiting = outcomes[1]
-        if not outcomes[0]:
+        done, waiting = await asyncio.wait(
+            waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not done:
             return
 
 
 async def settle(child: Child) -> None:
-    """Wait until a child has dealt with what it was sent, and has asked its questions about that."""
+    """Let a child deal with what it was sent, and ask its questions about that."""
     with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(child.ask(new_request("ping", {}), Outbox.nowhere()), CHILD_SETTLE)
+        ping = child.ask(new_request("ping", {}), Outbox.nowhere())
+        await asyncio.wait_for(ping, CHILD_SETTLE)
     await asyncio.sleep(QUESTION_PAUSE)
 
 
@@ -5285,7 +5428,7 @@ class Relay:
         """End the only session, if it has neither a call nor a stream."""
         running = [child for child in self.children if child.usable]
         peer = self.sessions.get(running[0]) if len(running) == 1 else None
-        if peer is None or peer.outbox.heard or running[0].exchanges:
+        if peer is None or peer.outbox.heard or running[0].in_flight.exchanges:
             return False
         log.warning("server %s: ends a session that is not in use, for another client", self.name)
         peer.lost()
@@ -5317,14 +5460,14 @@ class Relay:
             return self._share(child, answer)
 
     def _share(self, child: Child, answer: Message) -> Child:
-        child.keep(answer)
-        child.serve_all(self._from_modern)
+        child.keep(answer, Era.MODERN)
+        child.report_to(self._from_modern)
         self._recovered()
         self.era = Era.MODERN
         self.shared = child
         self.clients.clear()
         self.room.set()
-        self.rest(child, lambda: bool(child.exchanges), child.end)
+        self.rest(child, lambda: bool(child.in_flight.exchanges), child.end)
         return child
 
     async def _probe(self, hello: Message, on_message: OnMessage, outbox: Outbox) -> Child:
@@ -5380,7 +5523,7 @@ class Relay:
 
     def _greeted(self, child: Child, answer: Message) -> Child:
         """It has answered the handshake."""
-        child.keep(answer)
+        child.keep(answer, Era.LEGACY)
         self._recovered()
         # If it refuses, perhaps we got its era wrong.
         self.era = Era.LEGACY if "result" in answer else None
@@ -5483,7 +5626,7 @@ class Relay:
             child.tell(refusal(message["id"], failure))
             return None
         # A child says not to which request a log line belongs: deliver it only if that is certain.
-        wanting = child.wanting_logs()
+        wanting = child.in_flight.wanting_logs()
         if message["method"] == "notifications/message" and len(wanting) == 1:
             wanting[0].send(message)
             return wanting[0]
@@ -5512,7 +5655,7 @@ class Relay:
             peer.child = asyncio.ensure_future(self._own(peer, message, outbox))
         assert peer.child is not None
         child = await asyncio.shield(peer.child)
-        if child.serves_all:
+        if child.is_shared:
             peer.child = None
             return await Translation(self, child, peer).respond(message, outbox)
         if method == "initialize":
@@ -5526,7 +5669,7 @@ class Relay:
             # The client came back, or does without a handshake; the server does not.
             hello = handshake({}, OURSELVES)
         child = await self.open(hello, partial(self._to_session, peer), outbox)
-        if child.serves_all:
+        if child.is_shared:
             return child
         if hello is not message:
             child.tell(notification("notifications/initialized", {}))
@@ -5557,7 +5700,11 @@ class Relay:
 
     def _stream_for(self, peer: Peer, child: Child, message: Message) -> Outbox:
         """The stream of a call in flight if it surely belongs there, or the session's own."""
-        calls = [exchange for exchange in child.exchanges.values() if not exchange.outbox.closed]
+        calls = [
+            exchange
+            for exchange in child.in_flight.exchanges.values()
+            if not exchange.outbox.closed
+        ]
         if not calls:
             return peer.outbox
         newest = calls[-1]
@@ -5643,7 +5790,7 @@ class Relay:
         """The headers that repeat arguments, by tool and argument."""
         known = (CLAIM, CAPABILITIES, CLIENT_INFO)
         kept = {name: value for name, value in meta.items() if name in known}
-        params: Message = {"_meta": kept} if child.serves_all else {}
+        params: Message = {"_meta": kept} if child.is_shared else {}
         headers = dict[str, dict[str, str]]()
         for _ in range(MAX_ROUNDS):
             answer = await child.ask(new_request("tools/list", params), Outbox.nowhere())
@@ -5804,7 +5951,7 @@ class ModernClient:
         child = await self._running(call)
         exchange = call.exchange
         method = exchange.message["method"]
-        if child.serves_all:
+        if child.is_shared:
             await self.relay.check_headers(call.peer, child, exchange.message)
             child.send(exchange, exchange.message)
             return await child.answer(exchange)
@@ -5823,7 +5970,7 @@ class ModernClient:
         await self.relay.check_headers(call.peer, child, exchange.message)
         level = exchange.meta.get(LOG_LEVEL)
         if isinstance(level, str) and level != child.level and "logging" in child.can():
-            child.level = level
+            child.logs_at(level)
             await child.ask(new_request("logging/setLevel", {"level": level}), exchange.outbox)
         child.send(exchange, without_envelope(exchange.message))
         return to_modern(await child.answer(exchange), method, child)
@@ -5848,7 +5995,7 @@ class ModernClient:
     async def _start(self) -> Child:
         hello = handshake(self.can, self.info)
         child = await self.relay.open(hello, self._take, Outbox.nowhere())
-        if child.serves_all:
+        if child.is_shared:
             return child
         if "result" not in child.hello:
             child.end()
@@ -5890,7 +6037,7 @@ class ModernClient:
             self._withdraw(child, message)
             return None
         if method == "notifications/message":
-            wanting = child.wanting_logs()
+            wanting = child.in_flight.wanting_logs()
             if not wanting:
                 return None
             wanting[-1].send(message)
@@ -5906,7 +6053,7 @@ class ModernClient:
             failure = UnknownMethod(f"`method`: the client cannot be asked {ascii(method)[:80]}")
             child.tell(refusal(message["id"], failure))
         else:
-            methods = [each.message["method"] for each in child.exchanges.values()]
+            methods = [each.message["method"] for each in child.in_flight.exchanges.values()]
             outside = not any(method in MAY_ASK for method in methods)
             self.questions.append(Question(child=child, message=message, outside=outside))
             self._hand_out()
@@ -5950,7 +6097,7 @@ class ModernClient:
         expiry = loop.call_later(PARK_TIMEOUT, self._expire, state)
         self.parked[state] = Parked(call=call, child=child, expiry=expiry)
         call.parked = True
-        child.pause()
+        child.in_flight.pause()
         self._make_room_if_idle()
         asked = {
             name: without(question.message, "jsonrpc", "id")
@@ -5983,7 +6130,7 @@ class ModernClient:
         """Its client has come back, or does so no more."""
         parked = self.parked.pop(state)
         parked.expiry.cancel()
-        parked.child.resume()
+        parked.child.in_flight.resume()
         parked.call.parked = False
 
     def _expire(self, state: str) -> None:
@@ -6737,7 +6884,7 @@ PARAMETERS["keys"]["description"] = (
 )
 STRING, FLAG, COUNT = {"type": "string"}, {"type": "boolean"}, {"type": "integer", "minimum": 0}
 TERMINAL = {"agent_name": STRING, "busy": FLAG, "command": STRING, "columns": COUNT, "lines": COUNT}
-ENDED = {
+RESULT = {
     "output": STRING,
     "exit_code": COUNT,
     "ended": STRING,
@@ -6794,7 +6941,7 @@ def content(text: str, structured: Message | None = None, failed: bool = False) 
     "destructive openWorld",
     "cmd cwd agent_name timeout stdin max_output",
     ["cmd"],
-    ENDED,
+    RESULT,
 )
 async def exec_tool(state: AppState, arguments: Message, tell: Tell | None) -> Message:
     """Run a bash command in the sandbox and wait for its end. Answers with stdout and stderr as one text, in the
@@ -6841,7 +6988,7 @@ async def exec_tool(state: AppState, arguments: Message, tell: Tell | None) -> M
         f"[{ended.error}]"
     ] * bool(ended.error)
     newline = "\n" * bool(notes and ended.output and not ended.output.endswith("\n"))
-    facts = {name: getattr(ended, name) for name in ENDED}
+    facts = {name: getattr(ended, name) for name in RESULT}
     return content(ended.output + newline + "\n".join(notes), facts, ended.ended != "exit")
 
 
