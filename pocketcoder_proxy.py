@@ -26,7 +26,8 @@ Sections, top to bottom; each uses only what stands above it:
   Runs              one run from files to prompt; PocketCoderDriver
   MCP messages      JSON-RPC, both eras: messages in, decisions out
   Sessions          clients of MCP servers, what waits for them, when they end
-  MCP children      a relayed server's process: its life, its lines, requests in flight
+  In flight         what one relayed server has been asked, and who gets its answers
+  MCP children      a relayed server's process: its life, and the lines that it writes
   Era translation   what a message of one era is in the other
   Server starts     how a relayed server's children start, and which era it speaks
   Legacy clients    sessions at a relayed server of either era
@@ -4883,9 +4884,121 @@ class SessionMap(dict[str, Session]):
 
 
 # ==========================================================================
+# In flight
+# ==========================================================================
+# What one relayed server has been asked, and who gets its answers.
+#
+# K1  A request ends by its answer, when its time is over, or when its client cancels it.
+# K2  While a client answers a question of the server, no request expires.
+
+
+class Exchange:
+    """A request on its way through a child.
+
+    outbox  gets what belongs to the request before its answer
+    """
+
+    def __init__(self, message: Message, outbox: Outbox) -> None:
+        self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        # When the child's time to answer is over; None: it is not the child's turn.
+        self.expiry: asyncio.TimerHandle | None = None
+        # The same, whatever progress the child reports.
+        self.deadline = time.monotonic() + CHILD_CEILING
+        self.take_up(message, outbox)
+
+    def take_up(self, message: Message, outbox: Outbox) -> None:
+        """Continue it for this message of its client, the first one or a retry."""
+        self.message = message
+        self.outbox = outbox
+        self.meta = as_object(message.get("params", {}).get("_meta"))
+
+    @property
+    def method(self) -> str:
+        return str(self.message["method"])
+
+    @property
+    def wants_logs(self) -> bool:
+        return LOG_LEVEL in self.meta and self.method != "subscriptions/listen"
+
+    def start_timer(self, seconds: float, give_up: Callable[[], object]) -> None:
+        """Call `give_up` after so many seconds, unless the timer is stopped."""
+        self.stop_timer()
+        self.expiry = asyncio.get_running_loop().call_later(seconds, give_up)
+
+    def stop_timer(self) -> None:
+        if self.expiry:
+            self.expiry.cancel()
+            self.expiry = None
+
+
+class InFlight:
+    """The requests in flight to one child, by the id that the child knows, which is a count.
+
+    give_up  called with an exchange and the seconds for which the child did not answer it
+    """
+
+    def __init__(self, give_up: Callable[[Exchange, float], object]) -> None:
+        self.give_up = give_up
+        self.exchanges = dict[int, Exchange]()
+        self.count = 0
+        # How many of them wait for a client's answer: meanwhile none expires.
+        self.paused = 0
+
+    def get(self, number: object) -> Exchange | None:
+        # A truth value would be found as 0 or 1.
+        return self.exchanges.get(number) if type(number) is int else None
+
+    def add(self, exchange: Exchange, number: int) -> None:
+        self.exchanges[number] = exchange
+        self.extend(exchange)
+
+    def next_number(self) -> int:
+        self.count += 1
+        return self.count
+
+    def extend(self, exchange: Exchange) -> None:
+        """Let it expire CHILD_TIMEOUT seconds from now, if it is the child's turn."""
+        exchange.stop_timer()
+        if self.paused or exchange.method == "subscriptions/listen":
+            return
+        left = exchange.deadline - time.monotonic()
+        seconds = max(0.0, min(CHILD_TIMEOUT, left))
+        exchange.start_timer(seconds, partial(self.give_up, exchange, seconds))
+
+    def pause(self) -> None:
+        """The child waits for the answer of a client, which takes a person's time."""
+        self.paused += 1
+        for exchange in self.exchanges.values():
+            exchange.stop_timer()
+
+    def resume(self) -> None:
+        """A client has answered, or will not; undoes one `pause`."""
+        self.paused -= 1
+        for exchange in self.exchanges.values():
+            self.extend(exchange)
+
+    def finish(self, number: object, answer: Message) -> None:
+        """Hand the answer to whoever waits for it; an unknown number is ignored."""
+        exchange = self.exchanges.pop(number, None) if type(number) is int else None
+        if exchange is None:
+            return
+        exchange.stop_timer()
+        if not exchange.answer.done():
+            exchange.answer.set_result(answer)
+
+    def numbers_of(self, exchange: Exchange) -> list[int]:
+        """Its id; more than one or none if it was sent again or never."""
+        return [number for number, other in self.exchanges.items() if other is exchange]
+
+    def wanting_logs(self) -> list[Outbox]:
+        """Where log lines are wanted, the newest request last.  A line names no request."""
+        return [each.outbox for each in self.exchanges.values() if each.wants_logs]
+
+
+# ==========================================================================
 # MCP children
 # ==========================================================================
-# A relayed server's process: its life, its lines, the requests in flight.
+# A relayed server's process: its life, and the lines that it writes.
 #
 # C1  What is in flight when a child ends is answered at once, with the reason.
 # C2  A child ends as a group: see CHILD_LADDER.
@@ -4991,109 +5104,6 @@ def id_of_long(line: TooLong) -> object:
     last = LAST_MEMBERS.search(line.tail.decode(errors="replace"))
     number = re.search(r'"id"\s*:\s*(\d+)', last[1]) if last else None
     return int(number[1]) if number else None
-
-
-class Exchange:
-    """A request on its way through a child.
-
-    outbox  gets what belongs to the request before its answer
-    """
-
-    def __init__(self, message: Message, outbox: Outbox) -> None:
-        self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        # When the child's time to answer is over; None: it is not the child's turn.
-        self.expiry: asyncio.TimerHandle | None = None
-        # The same, whatever progress the child reports.
-        self.deadline = time.monotonic() + CHILD_CEILING
-        self.take_up(message, outbox)
-
-    def take_up(self, message: Message, outbox: Outbox) -> None:
-        """Continue it for this message of its client, the first one or a retry."""
-        self.message = message
-        self.outbox = outbox
-        self.meta = as_object(message.get("params", {}).get("_meta"))
-
-    @property
-    def method(self) -> str:
-        return str(self.message["method"])
-
-    @property
-    def wants_logs(self) -> bool:
-        return LOG_LEVEL in self.meta and self.method != "subscriptions/listen"
-
-    def start_timer(self, seconds: float, give_up: Callable[[], object]) -> None:
-        """Call `give_up` after so many seconds, unless the timer is stopped."""
-        self.stop_timer()
-        self.expiry = asyncio.get_running_loop().call_later(seconds, give_up)
-
-    def stop_timer(self) -> None:
-        if self.expiry:
-            self.expiry.cancel()
-            self.expiry = None
-
-
-class InFlight:
-    """The requests in flight to one child, by the id that the child knows, which is a count.
-
-    give_up  called with an exchange and the seconds for which the child did not answer it
-    """
-
-    def __init__(self, give_up: Callable[[Exchange, float], object]) -> None:
-        self.give_up = give_up
-        self.exchanges = dict[int, Exchange]()
-        self.count = 0
-        # How many of them wait for a client's answer: meanwhile none expires.
-        self.paused = 0
-
-    def get(self, number: object) -> Exchange | None:
-        # A truth value would be found as 0 or 1.
-        return self.exchanges.get(number) if type(number) is int else None
-
-    def add(self, exchange: Exchange, number: int) -> None:
-        self.exchanges[number] = exchange
-        self.extend(exchange)
-
-    def next_number(self) -> int:
-        self.count += 1
-        return self.count
-
-    def extend(self, exchange: Exchange) -> None:
-        """Let it expire CHILD_TIMEOUT seconds from now, if it is the child's turn."""
-        exchange.stop_timer()
-        if self.paused or exchange.method == "subscriptions/listen":
-            return
-        left = exchange.deadline - time.monotonic()
-        seconds = max(0.0, min(CHILD_TIMEOUT, left))
-        exchange.start_timer(seconds, partial(self.give_up, exchange, seconds))
-
-    def pause(self) -> None:
-        """The child waits for the answer of a client, which takes a person's time."""
-        self.paused += 1
-        for exchange in self.exchanges.values():
-            exchange.stop_timer()
-
-    def resume(self) -> None:
-        """A client has answered, or will not; undoes one `pause`."""
-        self.paused -= 1
-        for exchange in self.exchanges.values():
-            self.extend(exchange)
-
-    def finish(self, number: object, answer: Message) -> None:
-        """Hand the answer to whoever waits for it; an unknown number is ignored."""
-        exchange = self.exchanges.pop(number, None) if type(number) is int else None
-        if exchange is None:
-            return
-        exchange.stop_timer()
-        if not exchange.answer.done():
-            exchange.answer.set_result(answer)
-
-    def numbers_of(self, exchange: Exchange) -> list[int]:
-        """Its id; more than one or none if it was sent again or never."""
-        return [number for number, other in self.exchanges.items() if other is exchange]
-
-    def wanting_logs(self) -> list[Outbox]:
-        """Where log lines are wanted, the newest request last.  A line names no request."""
-        return [each.outbox for each in self.exchanges.values() if each.wants_logs]
 
 
 class ChildLog:
