@@ -188,6 +188,9 @@ PROGRESS_EVERY, PROGRESS_PAUSE = 1.0, 0.1  # between progress notifications, at 
 MAX_LINE = KIB  # bytes of a line told as progress
 MAX_NAME = 128  # characters of the name of a relayed server; of one shown in the audit log
 MAX_LINES, MAX_KEYS = 2000, 4 * KIB  # `lines` read; bytes typed at once: a terminal's line buffer
+CHILD_FIRST_PAUSE = 0.1  # before the second start of one that never answers; doubled each time
+MAX_LOG_SHOWN = KIB  # characters that are logged of a line of its stderr
+CHILD_LAST_LINES = 5  # of its stderr, that say in an error how it ended
 CHILD_SETTLE = 1.0  # for a relayed legacy server to deal with what it was sent
 CHILD_WATCH = 0.5  # between looks whether the process of a relayed server has ended
 OUTBOX_PAUSE = 0.01  # between looks whether a slow client has read what waits for it
@@ -4256,7 +4259,7 @@ def check_header(name: str, texts: list[str], expected: list[str]) -> None:
 
 
 def is_number(name: str, texts: list[str], value: object) -> bool:
-    """Whether a header is this number, however it is written: 42.0 is 42.  Raises HeaderMismatch."""
+    """Whether a header is this number, also as 42.0 for 42.  Raises HeaderMismatch."""
     try:
         return [float(header_value(name, text)) for text in texts] == [value]
     except ValueError:
@@ -4987,7 +4990,7 @@ class InFlight:
             exchange.answer.set_result(answer)
 
     def numbers_of(self, exchange: Exchange) -> list[int]:
-        """Its id; more than one or none if it was sent again or never."""
+        """Return its ids; none if it was never sent, or has ended."""
         return [number for number, other in self.exchanges.items() if other is exchange]
 
     def wanting_logs(self) -> list[Outbox]:
@@ -5112,7 +5115,7 @@ class ChildLog:
     def __init__(self, name: str, stream: asyncio.StreamReader) -> None:
         self.name = name
         self.stream = stream
-        self.tail = deque[str](maxlen=5)
+        self.tail = deque[str](maxlen=CHILD_LAST_LINES)
         self.reading = asyncio.ensure_future(self._read())
 
     async def _read(self) -> None:
@@ -5129,7 +5132,7 @@ class ChildLog:
 
     def _log(self, line: bytes | TooLong) -> None:
         raw = line.head if isinstance(line, TooLong) else line
-        text = raw.decode(errors="replace").rstrip()[:KIB]
+        text = raw.decode(errors="replace").rstrip()[:MAX_LOG_SHOWN]
         if text:
             self.tail.append(text)
             log.info("server %s: %s", self.name, text)
@@ -5572,7 +5575,7 @@ async def settle(child: Child) -> None:
 # ==========================================================================
 # What a message of one era is in the other.  Nothing here sends, waits or keeps anything.
 #
-# X1  Only the envelope changes: params, results, errors with their data pass untouched.
+# X1  Params, results and the data of errors pass untouched; the envelope and error codes change.
 
 # The capability by which a client lets a server ask this.
 ASKING = {
@@ -5798,7 +5801,9 @@ class BackOff:
         if began >= self.failed_at:
             self.failures += 1
             self.failed_at = time.monotonic()
-            self.not_before = self.failed_at + min(CHILD_BACKOFF, 0.1 * 2**self.failures)
+            self.not_before = self.failed_at + min(
+                CHILD_BACKOFF, CHILD_FIRST_PAUSE * 2**self.failures
+            )
 
     def faulted(self, failure: str) -> None:
         self.failure = failure
@@ -5820,7 +5825,7 @@ class HeaderRules:
         self.valid_until = 0.0
 
     async def check(self, session: Session, child: Child, message: Message) -> None:
-        """Compare a client's headers with the arguments that they repeat.  Raises HeaderMismatch."""
+        """Raise HeaderMismatch unless a client's headers repeat its arguments."""
         if session.headers is None or message["method"] != "tools/call":
             return
         async with child.listing:
@@ -5830,7 +5835,7 @@ class HeaderRules:
         self.check_known(session, message)
 
     def check_known(self, session: Session, message: Message) -> None:
-        """The same for a retry, by what is known.  Raises HeaderMismatch."""
+        """The same for a retry, by the rules known already: no list of tools is asked for."""
         if session.headers is not None and message["method"] == "tools/call":
             repeated = self.by_tool.get(str(message["params"].get("name")), {})
             check_parameters(message, session.headers, repeated)
@@ -5899,7 +5904,10 @@ class Launcher:
             return await self._open(hello, on_message, outbox)
         except RelayError:
             # Perhaps the server allows but one instance.
-            if self.stopping or not await self.make_room():
+            if self.stopping:
+                raise
+            has_room = await self.make_room()
+            if not has_room:
                 raise
             return await self._open(hello, on_message, outbox)
 
@@ -6100,11 +6108,11 @@ class Launcher:
 # A session at a relayed server: with a child of its own, or translated for a modern server.
 #
 # Q1  A child's own messages go to the session that owns it, and to no other.
-# Q2  The shared child of a modern server never learns which session asks.
+# Q2  What a modern server does not have is answered here.
 
 
 class Listener(Outbox):
-    """Takes what a modern server reports of changes, and passes it on as a legacy client hears it."""
+    """Passes on what a modern server reports of changes, in the shape that legacy clients know."""
 
     def __init__(self, outbox: Outbox) -> None:
         super().__init__(ignore)
@@ -6310,7 +6318,7 @@ class LegacyClient:
         return outbox
 
     def _stream_for(self, child: Child, message: Message) -> Outbox:
-        """Choose the stream of a call in flight if it surely belongs there, or the session's own."""
+        """Choose the stream of a call if the message surely belongs there, or the session's own."""
         own = self.session.outbox
         in_flight = child.in_flight.exchanges.values()
         calls = [exchange for exchange in in_flight if not exchange.outbox.closed]
@@ -6356,7 +6364,6 @@ class LegacyClient:
 #
 # G1  A client that the child asks gets the questions as its answer, and returns with a retry.
 # G2  A question waits for a call that may be asked, and is answered once or refused.
-# G3  While a client answers, no request of its child expires.
 
 
 class Question(NamedTuple):
@@ -6993,8 +7000,10 @@ Report = Callable[[float, str], None]
 # What a tool does; it gets the AppState, its arguments, and a Report if its client wants progress.
 Run = Callable[[Any, Message, "Report | None"], Awaitable[Message]]
 
-INSTRUCTIONS = "Terminals of a sandbox. `exec` runs a bash command and answers with its output and exit code; the "
-INSTRUCTIONS += "other tools are for programs that talk to a person."
+INSTRUCTIONS = (
+    "Terminals of a sandbox. `exec` runs a bash command and answers with its output and exit code; "
+    "the other tools are for programs that talk to a person."
+)
 
 HINTS = ("readOnly", "destructive", "idempotent", "openWorld")
 
@@ -7103,7 +7112,7 @@ class BuiltInServer(McpServer):
 # ==========================================================================
 # State
 # ==========================================================================
-# What handlers share, built once in `serve` and handed down; what is recorded of commands and calls.
+# What handlers share, built once in `serve`; what is recorded of commands and calls.
 #
 # A1  `execute` is the only way to the driver for a command, whatever the door.
 class AuditLog:
@@ -7427,7 +7436,9 @@ PARAMETERS: dict[str, Message] = {
         "type": "array",
         "maxItems": MAX_KEYS,
         "items": {"type": "string", "pattern": f"^{KEY.pattern}$"},
-        "description": "Pressed after the text; tmux names such as Enter, C-c, Up, Escape, Tab, BSpace, F1.",
+        "description": (
+            "Pressed after the text; tmux names such as Enter, C-c, Up, Escape, Tab, BSpace, F1."
+        ),
     },
     "run_id": {
         "type": "string",
@@ -7494,10 +7505,11 @@ class Progress:
 
 @tool("Run a command", "destructive openWorld", EXEC_PARAMETERS, ["cmd"], RESULT)
 async def exec_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
-    """Run a bash command in the sandbox and wait for its end. Answers with stdout and stderr as one text, in the
-    order written, and with the exit code. Every command starts in a fresh shell: `cd` and variables do not last.
-    Start servers in the background (`cmd &`), or they end with the timeout. A person may be watching, and can answer
-    what a command asks on its terminal; programs that ask are better driven with send_keys and read_terminal."""
+    """Run a bash command in the sandbox and wait for its end. Answers with stdout and stderr as
+    one text, in the order written, and with the exit code. Every command starts in a fresh shell:
+    `cd` and variables do not last. Start servers in the background (`cmd &`), or they end with the
+    timeout. A person may be watching, and can answer what a command asks on its terminal; programs
+    that ask are better driven with send_keys and read_terminal."""
     fields = {name: value for name, value in arguments.items() if name in EXEC_PARAMETERS}
     request = ExecRequest.from_fields({"max_output": TOOL_OUTPUT, **fields}, state.workspace)
     capture = Capture(request.max_output)
@@ -7534,8 +7546,9 @@ def text_of(result: CommandResult) -> str:
 
 @tool("Read the terminal", "readOnly idempotent", parameters("agent_name lines"), [])
 async def read_terminal_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
-    """Read the last lines of an agent's terminal, as a person would see them there: prompts, commands, output, and
-    what programs draw. Use it to see where an interactive program is, after send_keys."""
+    """Read the last lines of an agent's terminal, as a person would see them there: prompts,
+    commands, output, and what programs draw. Use it to see where an interactive program is, after
+    send_keys."""
     lines = arguments.get("lines", PARAMETERS["lines"]["default"])
     if type(lines) is not int or not 1 <= lines <= MAX_LINES:
         raise complain("lines", lines, f"an integer, 1 to {MAX_LINES}")
@@ -7564,10 +7577,10 @@ SEND_PARAMETERS = parameters("agent_name text keys run_id")
 
 @tool("Type into the terminal", "destructive openWorld", SEND_PARAMETERS, [])
 async def send_keys_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
-    """Type text and press keys in an agent's terminal, as a person would: to answer a program that waits for input,
-    or to end one (`keys` of `C-c`). They go to the program that was started there with keys, else to the newest
-    command, or with `run_id` to that command. Returns what the terminal shows a moment later.
-    To run a command, use exec instead."""
+    """Type text and press keys in an agent's terminal, as a person would: to answer a program that
+    waits for input, or to end one (`keys` of `C-c`). They go to the program that was started there
+    with keys, else to the newest command, or with `run_id` to that command. Returns what the
+    terminal shows a moment later. To run a command, use exec instead."""
     text, keys = keys_of(arguments)
     run_id = arguments.get("run_id")
     if run_id is not None:
@@ -7617,7 +7630,8 @@ def keys_outcome(error: str | None, seconds: float) -> Message:
 async def list_terminals_tool(
     state: AppState, arguments: Message, report: Report | None
 ) -> Message:
-    """List the agents that have a terminal: whether it is busy, the command in its foreground, and its size."""
+    """List the agents that have a terminal: whether it is busy, the command in its foreground, and
+    its size."""
     found = {"terminals": await state.driver.list_terminals()}
     return content(json.dumps(found), found)
 
