@@ -4083,6 +4083,7 @@ def parse_json(raw: bytes | str) -> tuple[object, list[str]]:
         )
     except (ValueError, RecursionError) as wrong:
         raise NotJson(f"message: expected JSON in UTF-8, got: {wrong}") from None
+
     return value, odd
 
 
@@ -4245,6 +4246,7 @@ def check_parameters(
         expected = []
         if value is not None:
             expected = [value if isinstance(value, str) else json.dumps(value)]
+
         check_header(name, got, expected)
 
 
@@ -4309,6 +4311,7 @@ def success(id_: str | int, fields: Message, method: str, version: str, facts: F
         cached = {}
         if method in CACHED:
             cached = {"ttlMs": CACHE_MS, "cacheScope": "private"}
+
         server = {"name": facts.name, "version": facts.version}
         result = {
             "resultType": "complete",
@@ -4316,6 +4319,7 @@ def success(id_: str | int, fields: Message, method: str, version: str, facts: F
             **cached,
             "_meta": {SERVER_INFO: server},
         }
+
     return response(id_, only_known(result, version))
 
 
@@ -4346,6 +4350,7 @@ def step(message: Message, version: str, facts: Facts) -> list[Decision]:
         if params.get("cursor") is not None:
             raise complain("params.cursor", params["cursor"], "none: there is one page")
         return [Send(answer({"tools": [only_known(each, version) for each in facts.tools]}))]
+
     if method == "tools/call":
         return [call_tool(id_, params, facts)]
 
@@ -4378,6 +4383,7 @@ def hello_result(params: Message, facts: Facts) -> Message:
     asked = params.get("protocolVersion")
     if not isinstance(asked, str):
         raise complain("params.protocolVersion", asked, "a revision of MCP")
+
     version = agreed_version(asked)
     server = {"name": facts.name, "title": facts.name, "version": facts.version}
     return {
@@ -4496,6 +4502,7 @@ class Outbox:
         self.readers += 1
         # Let the reader before this one end.
         self.news.set()
+
         try:
             while self.reader is mine and (self.waiting or not self.closed):
                 if self.waiting:
@@ -4699,6 +4706,7 @@ class Session:
             raise NotAMessage(
                 f"`id`: got {shown}, expected one that is not in use, of {MAX_CALLS} at most"
             )
+
         if message["method"] == "initialize":
             self.hello = message.get("params", {})
 
@@ -4751,6 +4759,7 @@ class Session:
 
         if message["method"] == "initialize" and "result" in answer:
             self.version = answer["result"].get("protocolVersion", LEGACY[-1])
+
         return answer
 
     # Its stream and its end
@@ -4866,6 +4875,7 @@ class SessionMap(dict[str, Session]):
             raise UnknownSession(
                 f"no session {shown} here: it has ended, or never started; start a new one"
             )
+
         return session
 
     @staticmethod
@@ -5095,13 +5105,16 @@ def id_of_long(line: TooLong) -> object:
     text = line.head.removeprefix(BYTE_ORDER_MARK).decode(errors="replace")
     decoder = json.JSONDecoder()
     member = MEMBER.match(text, text.find("{") + 1)
+
     while member:
         try:
             value, position = decoder.raw_decode(text, member.end())
         except (ValueError, RecursionError):
             break
+
         if member[1] == '"id"':
             return value
+
         member = MEMBER.match(text, position)
 
     last = LAST_MEMBERS.search(line.tail.decode(errors="replace"))
@@ -5221,6 +5234,7 @@ class Child:
         except (OSError, ValueError, RuntimeError) as wrong:
             why = getattr(wrong, "strerror", None) or str(wrong)
             raise RelayError(f"server {config.name} cannot start: {why}") from None
+
         return cls(config.name, process, on_message)
 
     # Its life
@@ -5277,20 +5291,24 @@ class Child:
         assert self.process.stdin
         self.process.stdin.close()
         ended = asyncio.ensure_future(self.process.wait())
+
         for number, patience in CHILD_LADDER:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
+
             await asyncio.wait(
                 {ended, self.watching}, timeout=patience, return_when=asyncio.FIRST_COMPLETED
             )
             if not has_processes(self.process.pid):
                 break
+
         ended.cancel()
 
         # A process that left the group may still hold the other end.
         for stream in (self.process.stdout, self.process.stderr):
             if stream:
                 stream.feed_eof()
+
         await self.lost.wait()
 
         self._enter(ChildState.ENDED)
@@ -5321,6 +5339,7 @@ class Child:
         failure = RelayError(f"{self.epitaph}, before it answered")
         for number in [*self.in_flight.exchanges]:
             self.in_flight.finish(number, refusal(None, failure))
+
         self.lost.set()
         for call in self.on_lost:
             call(self)
@@ -5349,6 +5368,7 @@ class Child:
             # A slow reader slows the child down; a little, if others use it too.
             alone = len(self.in_flight.exchanges) <= 1
             await outbox.room(SLOW_READER_TIMEOUT if alone else CROWD_PAUSE)
+
         # It may flood us: others get their turn.
         await asyncio.sleep(0)
 
@@ -5367,6 +5387,7 @@ class Child:
         # Whatever it wrote, others wait for what it writes next.
         except Exception:
             log.exception("server %s: skipped %s", self.name, ascii(line[:80]))
+
         return None
 
     def _refuse_long(self, line: TooLong) -> None:
@@ -5387,6 +5408,7 @@ class Child:
         token = None
         if message["method"] == "notifications/progress":
             token = params.get("progressToken")
+
         if token is not None:
             return self._take_progress(message, token)
 
@@ -5431,11 +5453,13 @@ class Child:
             raise RelayError(self.epitaph)
         if stdin.is_closing():
             self._start_to_end()
+
         if not self.usable:
             # `_lose` is about to answer.
             return
         if stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
             raise RelayError(f"server {self.name} does not read what it is sent")
+
         stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
     def send(self, exchange: Exchange, message: Message) -> None:
@@ -5472,6 +5496,7 @@ class Child:
         if isinstance(result, dict) and SUBSCRIPTION in as_object(result.get("_meta")):
             meta = {**result["_meta"], SUBSCRIPTION: id_}
             answer = {**answer, "result": {**result, "_meta": meta}}
+
         return {**answer, "id": id_}
 
     def give_up(self, exchange: Exchange, answer: Message) -> None:
@@ -5512,6 +5537,7 @@ def sound_answer(name: str, answer: Message) -> Message:
         has_code = type(failure.get("code")) is int
         if has_code and isinstance(failure.get("message"), str):
             return answer
+
     shown = ascii(result or failure)[:80]
     return refusal(None, RelayError(f"server {name} answered with {shown}"))
 
@@ -5714,6 +5740,7 @@ def hello_of(child: Child, asked: object) -> Message:
     }
     if "instructions" in found:
         hello["instructions"] = found["instructions"]
+
     return hello
 
 
@@ -5851,11 +5878,15 @@ class HeaderRules:
             answer = await child.ask(new_request("tools/list", params), Outbox.nowhere())
             found = as_object(answer.get("result"))
             tools = found.get("tools")
+
             for shown in map(as_object, tools if isinstance(tools, list) else []):
                 by_tool[str(shown.get("name"))] = marked_arguments(shown)
+
             if "nextCursor" not in found:
                 break
+
             params = {**params, "cursor": found["nextCursor"]}
+
         return by_tool
 
 
@@ -5906,6 +5937,7 @@ class Launcher:
             # Perhaps the server allows but one instance.
             if self.stopping:
                 raise
+
             has_room = await self.make_room()
             if not has_room:
                 raise
@@ -5923,15 +5955,18 @@ class Launcher:
         """Return the child of a modern server, started if need be."""
         if self.shared and self.shared.usable:
             return self.shared
+
         async with self.probing:
             if self.shared and self.shared.usable:
                 return self.shared
+
             child = await self._launch(self._from_modern)
             answer = await self._first_answer(child, discovery(), Outbox.nowhere())
             if not speaks_modern(answer):
                 child.end()
                 self.era = None
                 raise RelayError(f"server {self.name} speaks revision {MODERN} no longer")
+
             return self._share(child, answer)
 
     def _share(self, child: Child, answer: Message) -> Child:
@@ -5958,6 +5993,7 @@ class Launcher:
         child.may_end()
         discovered = asyncio.ensure_future(child.ask(discovery(), Outbox.nowhere()))
         greeted: asyncio.Future[Message] | None = None
+
         try:
             await asyncio.wait({discovered}, timeout=PROBE_TIMEOUT)
             if not discovered.done():
@@ -5967,6 +6003,7 @@ class Launcher:
             if speaks_modern(outcome_of(discovered)):
                 if greeted is not None:
                     await asyncio.wait({greeted}, timeout=PROBE_TIMEOUT)
+
                 # A handshake that it has accepted binds a server that knows both eras.
                 if greeted is None or "result" not in outcome_of(greeted):
                     return self._share(child, outcome_of(discovered))
@@ -6021,6 +6058,7 @@ class Launcher:
         except BaseException:
             child.end()
             raise
+
         if not child.answered:
             raise RelayError(f"{child.epitaph}, before it answered")
         return answer
@@ -6038,6 +6076,7 @@ class Launcher:
             enders = self._enders()
             if enders:
                 await asyncio.wait(enders, timeout=CHILD_PATIENCE)
+
         if self.stopping:
             raise RelayError(f"server {self.name}: the proxy is stopping")
 
@@ -6055,6 +6094,7 @@ class Launcher:
         self.children.add(child)
         if self.stopping:
             child.end()
+
         return child
 
     def _enders(self) -> set[asyncio.Task[None]]:
@@ -6091,6 +6131,7 @@ class Launcher:
         wanting = child.in_flight.wanting_logs()
         if message["method"] != "notifications/message" or len(wanting) != 1:
             return None
+
         wanting[0].send(message)
         return wanting[0]
 
@@ -6159,17 +6200,21 @@ class Translator:
         if method == "initialize":
             self._listen(child)
             return hello_of(child, params.get("protocolVersion"))
+
         if method == "logging/setLevel":
             self.session.logs_at(check_level("params.level", params.get("level")))
             return {}
+
         if method == "resources/subscribe":
             self.uris.add(str(params.get("uri")))
             self._listen(child)
             return {}
+
         if method == "resources/unsubscribe":
             self.uris.discard(str(params.get("uri")))
             self._listen(child)
             return {}
+
         return None
 
     async def _ask(self, child: Child, message: Message, outbox: Outbox) -> Message:
@@ -6185,6 +6230,7 @@ class Translator:
             extra = {"inputResponses": await self._ask_client(questions, outbox)}
             if "requestState" in result:
                 extra["requestState"] = result["requestState"]
+
         raise RelayError(f"server {self.name} asked {MAX_ROUNDS} times, and has no answer yet")
 
     def _with_envelope(self, message: Message, extra: Message) -> Message:
@@ -6198,9 +6244,11 @@ class Translator:
             id_: loop.create_future() for id_ in ids.values()
         }
         self.asked |= waiting
+
         try:
             for key, question in questions.items():
                 outbox.send({"jsonrpc": "2.0", **as_object(question), "id": ids[key]})
+
             answers = await asyncio.wait_for(asyncio.gather(*waiting.values()), PARK_TIMEOUT)
         except asyncio.TimeoutError:
             raise RelayError(f"the client did not answer within {PARK_TIMEOUT:g} s") from None
@@ -6211,6 +6259,7 @@ class Translator:
         for answer in answers:
             if "error" in answer:
                 raise RelayError(f"the client could not answer: {answer['error']}")
+
         return {key: answer["result"] for key, answer in zip(ids, answers, strict=True)}
 
     def take_answer(self, message: Message) -> bool:
@@ -6278,6 +6327,7 @@ class LegacyClient:
         if child.is_shared:
             self.starting = None
             return await self.translator.respond(child, message, outbox)
+
         if method == "initialize":
             return {**child.hello, "id": message["id"]}
         return await child.ask(message, outbox)
@@ -6288,16 +6338,19 @@ class LegacyClient:
         if message["method"] != "initialize":
             # The client returned, or does without a handshake; the server does not.
             hello = handshake({}, OURSELVES)
+
         child = await self.launcher.open(hello, self._take, outbox)
         if child.is_shared:
             return child
 
         if hello is not message:
             child.tell(notification("notifications/initialized", {}))
+
         child.on_lost.append(self._on_lost)
         if child.epitaph:
             # It has ended already.
             self._on_lost(child)
+
         return child
 
     def _on_lost(self, child: Child) -> None:
@@ -6311,8 +6364,10 @@ class LegacyClient:
             # There is no stream that it could go by.
             child.tell(response(message["id"], {}))
             return None
+
         if is_question:
             self.asking = child
+
         outbox = self._stream_for(child, message)
         outbox.send(message)
         return outbox
@@ -6333,6 +6388,7 @@ class LegacyClient:
         if not own.heard:
             # No client would hear it elsewhere.
             return newest.outbox
+
         is_change = not is_question and message["method"] != "notifications/message"
         return newest.outbox if len(calls) == 1 and not is_change else own
 
@@ -6471,8 +6527,10 @@ class Call:
             if not self.work.done():
                 # The child may ask more at once.
                 await asyncio.sleep(QUESTION_PAUSE)
+
             if self.questions and not self.work.done():
                 return True
+
         return False
 
 
@@ -6508,6 +6566,7 @@ class ModernClient:
         if not all(isinstance(self.info.get(name), str) for name in OURSELVES):
             # A legacy server may refuse a client that has no name.
             self.info = OURSELVES
+
         declared = meta[CAPABILITIES]
         self.can = {name: declared[name] for name in ASKING.values() if name in declared}
         self.starting: asyncio.Future[Child] | None = None
@@ -6542,6 +6601,7 @@ class ModernClient:
             call = Call(session, message, outbox)
             self.calls.append(call)
             call.start(self._perform(call))
+
         self._hand_out()
 
         has_questions = False
@@ -6549,6 +6609,7 @@ class ModernClient:
             has_questions = await call.until_asked()
             if has_questions:
                 return self._park(call)
+
             answer = await call.work
             return {**answer, "id": call.id}
         finally:
@@ -6561,6 +6622,7 @@ class ModernClient:
         exchange = call.exchange
         method = exchange.method
         rules = self.launcher.header_rules
+
         if child.is_shared:
             await rules.check(call.session, child, exchange.message)
             child.send(exchange, exchange.message)
@@ -6577,6 +6639,7 @@ class ModernClient:
             # Asked before this call: the child may need the answer in order to serve it.
             await call.all_answered.wait()
             await settle(child)
+
         await rules.check(call.session, child, exchange.message)
         await self._set_level(child, exchange)
         child.send(exchange, without_envelope(exchange.message))
@@ -6605,15 +6668,18 @@ class ModernClient:
         try:
             for uri in wanted.get("resourceSubscriptions", []):
                 await child.ask(new_request("resources/subscribe", {"uri": uri}), outbox)
+
             await child.lost.wait()
         finally:
             del self.listeners[call]
+
         return response(call.id, {"resultType": "complete", "_meta": meta})
 
     def _forget(self, call: Call) -> None:
         """A call is over, or its client has left: another one asks what it had to ask."""
         if call in self.calls:
             self.calls.remove(call)
+
         others = any(each.may_ask for each in self.calls)
         for question in call.take_all():
             # What a cancelled call made the child ask is of no use to later calls.
@@ -6621,6 +6687,7 @@ class ModernClient:
                 self.questions.append(question)
             else:
                 question.refuse(RelayError("the client did not answer"))
+
         call.work.cancel()
         self._hand_out()
         self.used = time.monotonic()
@@ -6666,6 +6733,7 @@ class ModernClient:
         if self.can:
             # It may ask at once, and serve nothing before it has an answer.
             await settle(child)
+
         self.launcher.rest(child, lambda: bool(self.calls), self.end)
         return child
 
@@ -6704,15 +6772,19 @@ class ModernClient:
         if "id" in message:
             self._take_question(child, message)
             return None
+
         if method == "notifications/cancelled":
             self._withdraw(child, as_object(message.get("params")).get("requestId"))
             return None
+
         if method == "notifications/message":
             wanting = child.in_flight.wanting_logs()
             if not wanting:
                 return None
+
             wanting[-1].send(message)
             return wanting[-1]
+
         self._announce(message)
         return None
 
@@ -6721,6 +6793,7 @@ class ModernClient:
         in_flight = child.in_flight.exchanges.values()
         outside = not any(exchange.method in MAY_ASK for exchange in in_flight)
         question = Question(child=child, message=message, outside=outside)
+
         if method == "ping":
             child.tell(response(message["id"], {}))
         elif ASKING.get(method) not in self.can or len(self.questions) >= MAX_QUESTIONS:
@@ -6784,6 +6857,7 @@ class ModernClient:
         parked = self.parked.get(state)
         if parked is None or bound_to(message) != bound_to(parked.call.exchange.message):
             raise unknown_state()
+
         call = parked.call
         self._unpark(state)
         call.exchange.take_up(message, outbox)
@@ -6797,6 +6871,7 @@ class ModernClient:
         except RelayError:
             self._forget(call)
             raise
+
         return call
 
     def _unpark(self, state: str) -> None:
@@ -6860,6 +6935,7 @@ class Relay(McpServer):
         running = self.launcher.running()
         failure = self.launcher.back_off.failure
         state = "idle"
+
         if running:
             state = "running"
         elif failure:
@@ -6883,12 +6959,14 @@ class Relay(McpServer):
             if client is None:
                 client = LegacyClient(self.launcher, session)
                 self.sessions[session] = client
+
             return await client.respond(message, outbox)
 
         if self.launcher.era is Era.MODERN:
             child = await self.launcher.for_all()
             await self.launcher.header_rules.check(session, child, message)
             return await child.ask(message, outbox)
+
         modern_client = await self._modern_client(session, message)
         return await modern_client.respond(session, message, outbox)
 
@@ -6910,18 +6988,21 @@ class Relay(McpServer):
         """
         if not any(client.child for client in self.sessions.values()):
             return False
+
         # Its stream may be about to end.
         await asyncio.sleep(ABANDON_PAUSE)
 
         running = self.launcher.running()
         if len(running) != 1 or running[0].in_flight.exchanges:
             return False
+
         for session, client in self.sessions.items():
             if client.child is running[0] and not session.outbox.heard:
                 log.warning("server %s: ends an unused session for another client", self.name)
                 session.lose()
                 running[0].end()
                 return True
+
         return False
 
     # Modern clients of a legacy server
@@ -6937,6 +7018,7 @@ class Relay(McpServer):
         while key not in self.clients and len(self.clients) >= MAX_CHILDREN:
             if not self._end_an_idle_client():
                 await self._wait_for_room(deadline)
+
         if key not in self.clients:
             self.clients[key] = ModernClient(
                 self.launcher,
@@ -6944,6 +7026,7 @@ class Relay(McpServer):
                 on_idle=self.room.set,
                 on_unused=partial(self._forget_client, key),
             )
+
         return self.clients[key]
 
     def _end_an_idle_client(self) -> bool:
@@ -7047,6 +7130,7 @@ def tool(
         }
         if gives:
             shown["outputSchema"] = object_schema(gives, list(gives))
+
         TOOLS[name] = Tool(shown=shown, run=run)
         return run
 
@@ -7092,6 +7176,7 @@ class BuiltInServer(McpServer):
             else:
                 fields = await self._call(decision, outbox)
                 answer = success(decision.id, fields, "tools/call", version, self.facts)
+
         return answer
 
     async def _call(self, call: CallTool, outbox: Outbox) -> Message:
@@ -7099,6 +7184,7 @@ class BuiltInServer(McpServer):
             params: Message = {"progressToken": call.token, "progress": round(seconds, 3)}
             if line:
                 params["message"] = line
+
             outbox.send(notification("notifications/progress", params))
 
         wants_progress = call.token is not None
@@ -7535,12 +7621,14 @@ def text_of(result: CommandResult) -> str:
     remarks = []
     if result.exit_code:
         remarks.append(f"[exit code {result.exit_code}]")
+
     if result.error:
         remarks.append(f"[{result.error}]")
 
     text = result.output
     if remarks and text and not text.endswith("\n"):
         text += "\n"
+
     return text + "\n".join(remarks)
 
 
@@ -7562,11 +7650,13 @@ def keys_of(arguments: Message) -> tuple[str, list[str]]:
     keys = arguments.get("keys", [])
     if not isinstance(keys, list) or len(keys) > MAX_KEYS:
         raise complain("keys", keys, f"a list of names of keys, {MAX_KEYS} at most")
+
     for key in keys:
         if not isinstance(key, str) or not KEY.fullmatch(key):
             raise complain(
                 "keys", key, "tmux names of keys such as Enter, C-c, Up; words to type go in `text`"
             )
+
     if not text and not keys:
         raise BadMessage("`text`, `keys`: got neither, expected one of them")
     return text, keys
@@ -7585,6 +7675,7 @@ async def send_keys_tool(state: AppState, arguments: Message, report: Report | N
     run_id = arguments.get("run_id")
     if run_id is not None:
         check_run_id(run_id)
+
     agent_name = check_agent(arguments.get("agent_name", default_agent_name()))
 
     record: Message = {
@@ -7602,6 +7693,7 @@ async def send_keys_tool(state: AppState, arguments: Message, report: Report | N
     started_at = time.monotonic()
     error: str | None = "cancelled"
     await state.audit.start(record)
+
     try:
         screen = await state.driver.send_keys(agent_name, text, keys, run_id)
         error = None
@@ -7610,6 +7702,7 @@ async def send_keys_tool(state: AppState, arguments: Message, report: Report | N
         raise
     finally:
         state.audit.end({**record, **keys_outcome(error, time.monotonic() - started_at)})
+
     await state.audit.written()
     return content(screen)
 
