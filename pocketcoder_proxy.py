@@ -4349,20 +4349,22 @@ def step(message: Message, version: str, facts: Facts) -> list[Decision]:
     if method == "tools/list":
         if params.get("cursor") is not None:
             raise complain("params.cursor", params["cursor"], "none: there is one page")
-        return [Send(answer({"tools": [only_known(each, version) for each in facts.tools]}))]
+        tools = [only_known(each, version) for each in facts.tools]
+        return [Send(message=answer({"tools": tools}))]
 
     if method == "tools/call":
         return [call_tool(id_, params, facts)]
 
     if version == MODERN:
         if method == "server/discover":
-            return [Send(answer(discovery_result(facts)))]
+            return [Send(message=answer(discovery_result(facts)))]
     elif method == "initialize":
-        return [Send(response(id_, hello_result(params, facts)))]
+        return [Send(message=response(id_, hello_result(params, facts)))]
     elif method == "ping":
-        return [Send(answer({}))]
+        return [Send(message=answer({}))]
     elif method == "logging/setLevel":
-        return [SetLevel(check_level("params.level", params.get("level"))), Send(answer({}))]
+        level = check_level("params.level", params.get("level"))
+        return [SetLevel(level=level), Send(message=answer({}))]
 
     shown = ascii(method)[:80]
     raise UnknownMethod(
@@ -4648,9 +4650,9 @@ class Session:
         self.era = Era.LEGACY
         # All values of a header of its request; None: they are not checked.
         self.headers: Callable[[str], list[str]] | None = None
-        # The params of `initialize`, and the revision in the answer; "": it has not sent it.
+        # The params of `initialize`, and the revision in its answer, once there is one.
         self.hello: Message = {}
-        self.version = ""
+        self.version: str | None = None
         # Of `logging/setLevel`.
         self.level = "info"
 
@@ -4945,7 +4947,7 @@ class Exchange:
 
 
 class InFlight:
-    """The requests in flight to one child, by the id that the child knows, which is a count.
+    """The requests in flight to one child, by the ids that we gave them, which are a count.
 
     give_up  called with an exchange and the seconds for which the child did not answer it
     """
@@ -4954,11 +4956,11 @@ class InFlight:
         self.give_up = give_up
         self.exchanges = dict[int, Exchange]()
         self.count = 0
-        # How many of them wait for a client's answer: meanwhile none expires.
+        # How many of them wait for the answer of a client; as long as any does, nothing expires.
         self.paused = 0
 
     def get(self, number: object) -> Exchange | None:
-        # A truth value would be found as 0 or 1.
+        # True and False would be found as 1 and 0.
         return self.exchanges.get(number) if type(number) is int else None
 
     def add(self, exchange: Exchange, number: int) -> None:
@@ -5030,7 +5032,7 @@ MEMBER = re.compile(r'[\s,]*("(?:[^"\\]|\\.)*")\s*:\s*')
 # The last members of a response, where its result comes first.
 LAST_MEMBERS = re.compile(r'((?:,\s*"(?:id|jsonrpc)"\s*:\s*(?:\d+|"2\.0")\s*)+)\}\s*$')
 
-# Takes a message that belongs to no request in flight; returns where it went, if anywhere.
+# Takes a message that belongs to no request in flight; returns the outbox that got it, if any.
 OnMessage = Callable[["Child", Message], "Outbox | None"]
 
 
@@ -5138,7 +5140,7 @@ class ChildLog:
             while data:
                 for line in lines.feed(data):
                     self._log(line)
-                # It may flood us: others get their turn.
+                # It may write without end: let others have their turn.
                 await asyncio.sleep(0)
                 data = await self.stream.read(CHILD_READ)
         self._log(lines.rest())
@@ -5200,8 +5202,8 @@ class Child:
         # What it speaks, once that is known, and its answer to `initialize` or `server/discover`.
         self.era: Era | None = None
         self.hello: Message = {}
-        # The level that it was asked to log at.
-        self.level = ""
+        # The level that it was asked to log at; None: it may choose.
+        self.level: str | None = None
         # Held while its tools are listed for their headers.
         self.listing = asyncio.Lock()
 
@@ -5264,7 +5266,11 @@ class Child:
         self.retired = True
 
     def keep(self, hello: Message, era: Era) -> None:
-        """It has answered `hello`: from now on it is expected to live."""
+        """It has answered the first request: from now on its end is a fault.
+
+        hello  that answer
+        era    what it shows
+        """
         self.retired = False
         self.hello = hello
         self.era = era
@@ -5365,15 +5371,15 @@ class Child:
 
         outbox = self._take_line(line)
         if outbox and outbox.heard and self.usable:
-            # A slow reader slows the child down; a little, if others use it too.
+            # A slow reader slows the child down, but only a little if others use it too.
             alone = len(self.in_flight.exchanges) <= 1
             await outbox.room(SLOW_READER_TIMEOUT if alone else CROWD_PAUSE)
 
-        # It may flood us: others get their turn.
+        # It may write without end: let others have their turn.
         await asyncio.sleep(0)
 
     def _take_line(self, line: bytes) -> Outbox | None:
-        """Pass on what a line says; return where it went, if anywhere."""
+        """Pass on what a line says; return the outbox that got it, if any."""
         try:
             # U+FFFD in place of what is not UTF-8: a call must not hang for a wrong byte.
             text = line.removeprefix(BYTE_ORDER_MARK).decode(errors="replace")
