@@ -4449,6 +4449,7 @@ class Outbox:
         return outbox
 
     def send(self, message: Message) -> None:
+        """Add a message, unless it is closed; progress is skipped while its reader is slow."""
         is_progress = message.get("method") == "notifications/progress"
         if self.closed or (is_progress and self.crowded()):
             return
@@ -4702,6 +4703,7 @@ class Session:
     # Its calls
 
     def _start_call(self, message: Message, outbox: Outbox) -> None:
+        """Bring a request to the server.  Raises NotAMessage."""
         id_ = message["id"]
         if id_ in self.calls or len(self.calls) >= MAX_CALLS:
             shown = ascii(id_)[:40]
@@ -4730,6 +4732,7 @@ class Session:
             call.cancel()
 
     async def _call(self, message: Message, era: Era, outbox: Outbox) -> None:
+        """Answer a request."""
         watch = self.host.watch_call(self, message)
         try:
             answer = await self._watched_answer(watch, message, era, outbox)
@@ -4740,6 +4743,7 @@ class Session:
     async def _watched_answer(
         self, watch: CallWatch, message: Message, era: Era, outbox: Outbox
     ) -> Message:
+        """The same, with its start and its end recorded.  Raises NoAudit."""
         answer: Message | None = None
         await watch.start()
         try:
@@ -5220,6 +5224,7 @@ class Child:
 
     @classmethod
     async def start(cls, config: ServerConfig, on_message: OnMessage) -> Child:
+        """Start the process.  Raises RelayError."""
         pipe = asyncio.subprocess.PIPE
         try:
             process = await asyncio.create_subprocess_exec(
@@ -5294,6 +5299,7 @@ class Child:
             self.ender = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
+        """Climb CHILD_LADDER until no process of its group is left."""
         assert self.process.stdin
         self.process.stdin.close()
         ended = asyncio.ensure_future(self.process.wait())
@@ -5365,6 +5371,7 @@ class Child:
         await self._lose()
 
     async def _read_line(self, line: bytes | TooLong) -> None:
+        """Take a line, and wait for the client that it goes to if that one is slow."""
         if isinstance(line, TooLong):
             self._refuse_long(line)
             return
@@ -5451,7 +5458,7 @@ class Child:
 
     # What it is sent
 
-    def tell(self, message: Message) -> None:
+    def write(self, message: Message) -> None:
         """Write a message to its stdin.  Raises RelayError when it does not read."""
         stdin = self.process.stdin
         assert stdin
@@ -5476,7 +5483,7 @@ class Child:
             params = message["params"]
             meta = {**params["_meta"], "progressToken": number}
             message = {**message, "params": {**params, "_meta": meta}}
-        self.tell({**message, "id": number})
+        self.write({**message, "id": number})
         self.in_flight.add(exchange, number)
 
     async def ask(self, message: Message, outbox: Outbox, sent: Message | None = None) -> Message:
@@ -5510,7 +5517,7 @@ class Child:
         for number in self.in_flight.numbers_of(exchange):
             if exchange.method not in HELLOS:
                 with contextlib.suppress(RelayError):
-                    self.tell(notification("notifications/cancelled", {"requestId": number}))
+                    self.write(notification("notifications/cancelled", {"requestId": number}))
             self.in_flight.finish(number, answer)
 
     def _expire(self, exchange: Exchange, seconds: float) -> None:
@@ -5874,6 +5881,7 @@ class HeaderRules:
             check_parameters(message, session.headers, repeated)
 
     async def _list(self, child: Child, meta: Message) -> dict[str, dict[str, str]]:
+        """Ask the child for its tools, with the `_meta` of a request in hand."""
         params: Message = {}
         if child.is_shared:
             known = (CLAIM, CAPABILITIES, CLIENT_INFO)
@@ -5983,7 +5991,7 @@ class Launcher:
         self.era = Era.MODERN
         self.shared = child
         self.on_shared()
-        self.rest(child, lambda: bool(child.in_flight.exchanges), child.end)
+        self.end_when_idle(child, lambda: bool(child.in_flight.exchanges), child.end)
         return child
 
     # The first child
@@ -6056,6 +6064,7 @@ class Launcher:
         return child
 
     async def _first_answer(self, child: Child, hello: Message, outbox: Outbox) -> Message:
+        """Ask a new child; if it does not answer, end it and raise RelayError."""
         try:
             answer = await asyncio.wait_for(child.ask(hello, outbox), CHILD_START)
         except asyncio.TimeoutError:
@@ -6116,13 +6125,15 @@ class Launcher:
         else:
             self.back_off.never_answered(child.began, child.reason)
 
-    def rest(self, child: Child, in_use: Callable[[], bool], end: Callable[[], object]) -> None:
+    def end_when_idle(
+        self, child: Child, in_use: Callable[[], bool], end: Callable[[], object]
+    ) -> None:
         """Call `end` when the child has been unused for `idle` seconds."""
         if not child.usable:
             return
         left = time_left(child.used, self.idle, in_use())
         if left > 0:
-            asyncio.get_running_loop().call_later(left, self.rest, child, in_use, end)
+            asyncio.get_running_loop().call_later(left, self.end_when_idle, child, in_use, end)
         else:
             end()
 
@@ -6130,7 +6141,7 @@ class Launcher:
         """Take what belongs to no request: log lines.  A modern server must not ask anything."""
         if "id" in message:
             failure = UnknownMethod("`method`: this client takes no requests")
-            child.tell(refusal(message["id"], failure))
+            child.write(refusal(message["id"], failure))
             return None
 
         # A log line does not name its request: deliver it only if that is certain.
@@ -6189,7 +6200,7 @@ class Translator:
 
     async def respond(self, child: Child, message: Message, outbox: Outbox) -> Message:
         """Return the response to a client's request; `outbox` takes what comes before it."""
-        result = self._result_of_ours(child, message)
+        result = self._answer_here(child, message)
         if result is not None:
             return response(message["id"], result)
         if self.listens_to and self.listens_to is not child:
@@ -6197,7 +6208,7 @@ class Translator:
             self._listen(child)
         return await self._ask(child, message, outbox)
 
-    def _result_of_ours(self, child: Child, message: Message) -> Message | None:
+    def _answer_here(self, child: Child, message: Message) -> Message | None:
         """Answer what a modern server does not have; None: it has that."""
         method = message["method"]
         params = message.get("params", {})
@@ -6350,7 +6361,7 @@ class LegacyClient:
             return child
 
         if hello is not message:
-            child.tell(notification("notifications/initialized", {}))
+            child.write(notification("notifications/initialized", {}))
 
         child.on_lost.append(self._on_lost)
         if child.epitaph:
@@ -6368,7 +6379,7 @@ class LegacyClient:
         is_question = "id" in message
         if is_question and message["method"] == "ping" and not self.session.outbox.readers:
             # There is no stream that it could go by.
-            child.tell(response(message["id"], {}))
+            child.write(response(message["id"], {}))
             return None
 
         if is_question:
@@ -6404,10 +6415,10 @@ class LegacyClient:
         if is_answer and self.translator.take_answer(message):
             return
         if self.child is not None:
-            self.child.tell(message)
+            self.child.write(message)
         elif self.asking and is_answer:
             # It has asked before it is ready.
-            self.asking.tell(message)
+            self.asking.write(message)
 
     def leave(self) -> None:
         """End what was its own."""
@@ -6444,12 +6455,12 @@ class Question(NamedTuple):
 
     def answer(self, result: Message) -> None:
         """Give the child the client's answer.  Raises RelayError."""
-        self.child.tell(response(self.message["id"], result))
+        self.child.write(response(self.message["id"], result))
 
     def refuse(self, failure: ProxyError) -> None:
         """Give the child an error instead of an answer."""
         with contextlib.suppress(RelayError):
-            self.child.tell(refusal(self.message["id"], failure))
+            self.child.write(refusal(self.message["id"], failure))
 
 
 def question_name(id_: str | int) -> str:
@@ -6506,18 +6517,18 @@ class Call:
         self.asked.set()
         self.all_answered.clear()
 
-    def take(self, name: str) -> Question | None:
-        """Remove a question, and return it."""
+    def remove(self, name: str) -> Question | None:
+        """Return a question that its client has to answer no longer."""
         question = self.questions.pop(name, None)
         if not self.questions:
             self.asked.clear()
             self.all_answered.set()
         return question
 
-    def take_all(self) -> list[Question]:
+    def remove_all(self) -> list[Question]:
         questions = [*self.questions.values()]
         for question in questions:
-            self.take(question.name)
+            self.remove(question.name)
         return questions
 
     async def until_asked(self) -> bool:
@@ -6687,7 +6698,7 @@ class ModernClient:
             self.calls.remove(call)
 
         others = any(each.may_ask for each in self.calls)
-        for question in call.take_all():
+        for question in call.remove_all():
             # What a cancelled call made the child ask is of no use to later calls.
             if question.outside or others or call.work.done():
                 self.questions.append(question)
@@ -6725,6 +6736,7 @@ class ModernClient:
         return is_starting(self.starting) or (child is not None and child.usable)
 
     async def _start(self) -> Child:
+        """Start its child, and let that ask its questions."""
         hello = handshake(self.can, self.info)
         child = await self.launcher.open(hello, self._take, Outbox.nowhere())
         if child.is_shared:
@@ -6735,12 +6747,12 @@ class ModernClient:
             raise RelayError(f"server {self.launcher.name} refused `initialize`: {reason}")
 
         child.on_lost.append(self._on_lost)
-        child.tell(notification("notifications/initialized", {}))
+        child.write(notification("notifications/initialized", {}))
         if self.can:
             # It may ask at once, and serve nothing before it has an answer.
             await settle(child)
 
-        self.launcher.rest(child, lambda: bool(self.calls), self.end)
+        self.launcher.end_when_idle(child, lambda: bool(self.calls), self.end)
         return child
 
     def _started(self, starting: asyncio.Future[Child]) -> None:
@@ -6757,7 +6769,7 @@ class ModernClient:
         for call in self.calls:
             for question in [*call.questions.values()]:
                 if question.child is child:
-                    call.take(question.name)
+                    call.remove(question.name)
         self._report_if_unused()
 
     def end(self) -> None:
@@ -6795,17 +6807,18 @@ class ModernClient:
         return None
 
     def _take_question(self, child: Child, message: Message) -> None:
+        """Keep a question for the client, or refuse it if the client cannot be asked."""
         method = message["method"]
         in_flight = child.in_flight.exchanges.values()
         outside = not any(exchange.method in MAY_ASK for exchange in in_flight)
         question = Question(child=child, message=message, outside=outside)
 
         if method == "ping":
-            child.tell(response(message["id"], {}))
+            child.write(response(message["id"], {}))
         elif ASKING.get(method) not in self.can or len(self.questions) >= MAX_QUESTIONS:
             shown = ascii(method)[:80]
             failure = UnknownMethod(f"`method`: the client cannot be asked {shown}")
-            child.tell(refusal(message["id"], failure))
+            child.write(refusal(message["id"], failure))
         else:
             self.questions.append(question)
             self._hand_out()
@@ -6828,7 +6841,7 @@ class ModernClient:
             each for each in self.questions if each.child is not child or each.name != name
         )
         for call in self.calls:
-            call.take(name)
+            call.remove(name)
 
     def _announce(self, message: Message) -> None:
         """Report a change to the streams that listen for it."""
@@ -6872,7 +6885,7 @@ class ModernClient:
         try:
             for name, question in [*call.questions.items()]:
                 if isinstance(given.get(name), dict):
-                    call.take(name)
+                    call.remove(name)
                     question.answer(given[name])
         except RelayError:
             self._forget(call)
@@ -6890,7 +6903,7 @@ class ModernClient:
         """Its client does not return: the child gets no answer from it."""
         call = self.parked[state].call
         self._unpark(state)
-        for question in call.take_all():
+        for question in call.remove_all():
             question.refuse(RelayError("the client did not answer"))
         self._forget(call)
 
@@ -7186,6 +7199,8 @@ class BuiltInServer(McpServer):
         return answer
 
     async def _call(self, call: CallTool, outbox: Outbox) -> Message:
+        """Run a tool, and send its progress to `outbox` if the client wants any."""
+
         def report(seconds: float, line: str) -> None:
             params: Message = {"progressToken": call.token, "progress": round(seconds, 3)}
             if line:
