@@ -26,8 +26,9 @@ Sections, top to bottom; each uses only what stands above it:
   Runs              one run from files to prompt; PocketCoderDriver
   MCP messages      JSON-RPC, both eras: messages in, decisions out
   Sessions          clients of MCP servers, what waits for them, when they end
+  Child lines       what a relayed server's process writes, cut into lines
   In flight         what one relayed server has been asked, and who gets its answers
-  MCP children      a relayed server's process: its life, and the lines that it writes
+  MCP children      a relayed server's process: its life, what it says and hears
   Era translation   what a message of one era is in the other
   Server starts     how a relayed server's children start, and which era it speaks
   Legacy clients    sessions at a relayed server of either era
@@ -4903,6 +4904,96 @@ class SessionMap(dict[str, Session]):
 
 
 # ==========================================================================
+# Child lines
+# ==========================================================================
+# What a relayed server's process writes, cut into lines.
+#
+# Y1  A line of any length takes bounded memory; both ends are kept, for its id stands there.
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# The start of an object's next member, up to its value.
+MEMBER = re.compile(r'[\s,]*("(?:[^"\\]|\\.)*")\s*:\s*')
+# The last members of a response, where its result comes first.
+LAST_MEMBERS = re.compile(r'((?:,\s*"(?:id|jsonrpc)"\s*:\s*(?:\d+|"2\.0")\s*)+)\}\s*$')
+
+
+class TooLong(NamedTuple):
+    """A line beyond the limit, of which both ends were kept."""
+
+    head: bytes
+    tail: bytes
+    size: int
+
+
+class Lines:
+    """Cuts what a process writes into lines, however it arrives.
+
+    limit  bytes of a line; of a longer one MAX_ENDS bytes of each end are kept
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        # The line that is not complete yet: all of it, or its last bytes if it is too long.
+        self.begun = bytearray()
+        self.size = 0
+        # Its first bytes, if it is too long.
+        self.head: bytes | None = None
+
+    def feed(self, data: bytes) -> Iterator[bytes | TooLong]:
+        """Yield the lines that `data` completes."""
+        start = 0
+        end = data.find(b"\n")
+        while end >= 0:
+            self._add(data[start:end])
+            yield self.rest()
+
+            start = end + 1
+            end = data.find(b"\n", start)
+        self._add(data[start:])
+
+    def _add(self, piece: bytes) -> None:
+        self.size += len(piece)
+        self.begun += piece
+        if self.size > self.limit:
+            if self.head is None:
+                self.head = bytes(self.begun[:MAX_ENDS])
+            del self.begun[:-MAX_ENDS]
+
+    def rest(self) -> bytes | TooLong:
+        """Return the line as far as it came, and start the next one."""
+        line: bytes | TooLong = bytes(self.begun)
+        if self.head is not None:
+            line = TooLong(head=self.head, tail=bytes(self.begun), size=self.size)
+
+        self.begun.clear()
+        self.size = 0
+        self.head = None
+        return line
+
+
+def id_of_long(line: TooLong) -> object:
+    """Find the `id` of a response that is too long, before its result or after it."""
+    text = line.head.removeprefix(BYTE_ORDER_MARK).decode(errors="replace")
+    decoder = json.JSONDecoder()
+    member = MEMBER.match(text, text.find("{") + 1)
+
+    while member:
+        try:
+            value, position = decoder.raw_decode(text, member.end())
+        except (ValueError, RecursionError):
+            break
+
+        if member[1] == '"id"':
+            return value
+
+        member = MEMBER.match(text, position)
+
+    last = LAST_MEMBERS.search(line.tail.decode(errors="replace"))
+    number = re.search(r'"id"\s*:\s*(\d+)', last[1]) if last else None
+    return int(number[1]) if number else None
+
+
+# ==========================================================================
 # In flight
 # ==========================================================================
 # What one relayed server has been asked, and who gets its answers.
@@ -5017,7 +5108,7 @@ class InFlight:
 # ==========================================================================
 # MCP children
 # ==========================================================================
-# A relayed server's process: its life, and the lines that it writes.
+# A relayed server's process: its life, what it says and hears.
 #
 # C1  What is in flight when a child ends is answered at once, with the reason.
 # C2  A child ends as a group: see CHILD_LADDER.
@@ -5029,12 +5120,6 @@ HELLOS = ("initialize", "server/discover")
 # Signals to the group of a child that ends, and seconds until the next one.
 # First its stdin is closed; 0 is no signal.
 CHILD_LADDER = ((0, 2.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
-
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# The start of an object's next member, up to its value.
-MEMBER = re.compile(r'[\s,]*("(?:[^"\\]|\\.)*")\s*:\s*')
-# The last members of a response, where its result comes first.
-LAST_MEMBERS = re.compile(r'((?:,\s*"(?:id|jsonrpc)"\s*:\s*(?:\d+|"2\.0")\s*)+)\}\s*$')
 
 # Takes a message that belongs to no request in flight; returns the outbox that got it, if any.
 OnMessage = Callable[["Child", Message], "Outbox | None"]
@@ -5050,82 +5135,6 @@ class ServerConfig:
     cwd: str | None = None
     # Why it is not served; "": it is.
     left_out: str = ""
-
-
-class TooLong(NamedTuple):
-    """A line beyond the limit, of which both ends were kept."""
-
-    head: bytes
-    tail: bytes
-    size: int
-
-
-class Lines:
-    """Cuts what a process writes into lines, however it arrives.
-
-    limit  bytes of a line; of a longer one MAX_ENDS bytes of each end are kept
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        # The line that is not complete yet: all of it, or its last bytes if it is too long.
-        self.begun = bytearray()
-        self.size = 0
-        # Its first bytes, if it is too long.
-        self.head: bytes | None = None
-
-    def feed(self, data: bytes) -> Iterator[bytes | TooLong]:
-        """Yield the lines that `data` completes."""
-        start = 0
-        end = data.find(b"\n")
-        while end >= 0:
-            self._add(data[start:end])
-            yield self.rest()
-
-            start = end + 1
-            end = data.find(b"\n", start)
-        self._add(data[start:])
-
-    def _add(self, piece: bytes) -> None:
-        self.size += len(piece)
-        self.begun += piece
-        if self.size > self.limit:
-            if self.head is None:
-                self.head = bytes(self.begun[:MAX_ENDS])
-            del self.begun[:-MAX_ENDS]
-
-    def rest(self) -> bytes | TooLong:
-        """Return the line as far as it came, and start the next one."""
-        line: bytes | TooLong = bytes(self.begun)
-        if self.head is not None:
-            line = TooLong(head=self.head, tail=bytes(self.begun), size=self.size)
-
-        self.begun.clear()
-        self.size = 0
-        self.head = None
-        return line
-
-
-def id_of_long(line: TooLong) -> object:
-    """Find the `id` of a response that is too long, before its result or after it."""
-    text = line.head.removeprefix(BYTE_ORDER_MARK).decode(errors="replace")
-    decoder = json.JSONDecoder()
-    member = MEMBER.match(text, text.find("{") + 1)
-
-    while member:
-        try:
-            value, position = decoder.raw_decode(text, member.end())
-        except (ValueError, RecursionError):
-            break
-
-        if member[1] == '"id"':
-            return value
-
-        member = MEMBER.match(text, position)
-
-    last = LAST_MEMBERS.search(line.tail.decode(errors="replace"))
-    number = re.search(r'"id"\s*:\s*(\d+)', last[1]) if last else None
-    return int(number[1]) if number else None
 
 
 class ChildLog:
