@@ -4557,11 +4557,12 @@ def test_the_core_survives_any_message(proxy: Proxy) -> None:
             message[name] = pick(dice, values)
         try:
             read = pp.read_message(json.dumps(message))
-            if (
-                era := pp.is_modern(read, dice.choice([None, "2025-11-25", "2026-07-28"]))
-            ) and pp.is_request(read):
+            header = dice.choice([None, "2025-11-25", "2026-07-28"])
+            pp.check_era(read, header)
+            era = pp.era_of(read, header) is pp.Era.MODERN
+            if era and pp.is_request(read):
                 pp.check_envelope(read, None)
-            pp.step(read, pp.MODERN if era else "2025-11-25", pp.FACTS)
+            pp.step(read, pp.MODERN if era else "2025-11-25", pp.built_in_facts())
         except pp.BadMessage as refused:
             pp.to_json(pp.refusal(refused.request_id, refused)).encode()
 
@@ -4620,13 +4621,17 @@ def test_whatever_a_message_is_its_answer_carries_its_id_in_the_words_of_its_era
         headers_of = partial(lambda given, name: given.get(name, []), given)
         try:
             read = pp.read_message(spoil(dice, body) if dice.random() < 0.2 else body)
-            era = pp.is_modern(read, dice.choice((None, None, *pp.LEGACY, pp.MODERN, words(dice))))
+            header = dice.choice((None, None, *pp.LEGACY, pp.MODERN, words(dice)))
+            pp.check_era(read, header)
+            era = pp.era_of(read, header) is pp.Era.MODERN
             if not pp.is_request(read):
                 continue
             if era:
                 pp.check_envelope(read, dice.choice((None, headers_of)))
                 pp.check_parameters(read, headers_of, {"a": "X"} if dice.random() < 0.1 else {})
-            decisions = pp.step(read, pp.MODERN if era else dice.choice(pp.LEGACY), pp.FACTS)
+            decisions = pp.step(
+                read, pp.MODERN if era else dice.choice(pp.LEGACY), pp.built_in_facts()
+            )
         except pp.BadMessage as refused:
             answer = pp.refusal(refused.request_id, refused)
             assert answer["error"]["code"] in (-32700, -32600, -32601, -32602, -32020, -32022), body
@@ -6159,31 +6164,36 @@ def test_a_child_that_hangs_or_never_reads_is_given_up(fixtures: pathlib.Path) -
         said = []
         relay = pp.Relay(pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), "modern")))
         outbox = pp.Outbox(int)
-        peer = pp.Peer(outbox, int)
-        await relay.respond(peer, modern("tools/list"), True, outbox)
+        session = pp.Session(pp.SessionHost(), relay, "once", pp.Lifetime.ONCE)
+        await relay.respond(session, modern("tools/list"), pp.Era.MODERN, outbox)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pp, "CHILD_TIMEOUT", 0.3)
             patch.setattr(
                 pp, "CHILD_LADDER", ((0, 0.1), (signal.SIGTERM, 0.1), (signal.SIGKILL, 2.0))
             )
-            hang = await relay.respond(peer, modern("tools/call", {"name": "hang"}), True, outbox)
+            hang = await relay.respond(
+                session, modern("tools/call", {"name": "hang"}), pp.Era.MODERN, outbox
+            )
             said.append(hang["error"]["message"])
             slow = modern(
                 "tools/call", {"name": "test_slow", "arguments": {"seconds": 1}}, progressToken=1
             )
             said.append(
-                text_of((await relay.respond(peer, slow, True, outbox))["result"])
+                text_of((await relay.respond(session, slow, pp.Era.MODERN, outbox))["result"])
             )  # progress gives it time
             patch.setattr(pp, "CHILD_QUEUE", 1000)
-            assert relay.shared
-            os.kill(relay.shared.process.pid, signal.SIGSTOP)
+            assert relay.launcher.shared
+            os.kill(relay.launcher.shared.process.pid, signal.SIGSTOP)
             for _ in range(20):
                 with contextlib.suppress(pp.RelayError):
                     await relay.respond(
-                        peer, modern("tools/call", {"name": "x" * 100_000}), True, outbox
+                        session,
+                        modern("tools/call", {"name": "x" * 100_000}),
+                        pp.Era.MODERN,
+                        outbox,
                     )
             with pytest.raises(pp.RelayError) as full:
-                await relay.respond(peer, modern("tools/list"), True, outbox)
+                await relay.respond(session, modern("tools/list"), pp.Era.MODERN, outbox)
             said.append(str(full.value))
             await relay.close()
         return said
@@ -6199,15 +6209,15 @@ def test_a_shared_child_that_nobody_uses_ends(fixtures: pathlib.Path) -> None:
     async def idle(era: str) -> None:
         relay = pp.Relay(pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), era)), idle=0.2)
         outbox = pp.Outbox(int)
-        peer = pp.Peer(outbox, int)
+        session = pp.Session(pp.SessionHost(), relay, "once", pp.Lifetime.ONCE)
         for _ in range(2):
             slow = modern("tools/call", {"name": "test_slow", "arguments": {"seconds": 0.4}})
-            assert "result" in await relay.respond(peer, slow, True, outbox)
+            assert "result" in await relay.respond(session, slow, pp.Era.MODERN, outbox)
             for _ in range(100):
-                if not relay.children:
+                if not relay.launcher.children:
                     break
                 await asyncio.sleep(0.05)
-            assert (relay.children, relay.failure) == (set(), "")
+            assert (relay.launcher.children, relay.launcher.back_off.failure) == (set(), "")
         await relay.close()
 
     async def both() -> None:
@@ -6278,7 +6288,7 @@ def test_whatever_a_child_writes_every_request_has_one_sound_answer(
             pp.ServerConfig("talker", (sys.executable, "-S", str(tmp_path / "talker.py")))
         )
         outbox, answered = pp.Outbox.nowhere(), list[bool]()
-        peer = pp.Peer(outbox, int)
+        session = pp.Session(pp.SessionHost(), relay, "once", pp.Lifetime.ONCE)
         try:
             for number in range(100 * FUZZ):
                 lines = [line() for _ in range(dice.randrange(6))]
@@ -6286,9 +6296,11 @@ def test_whatever_a_child_writes_every_request_has_one_sound_answer(
                 message = pp.new_request("tools/call", {"lines": lines, "_meta": meta}) | {
                     "id": number
                 }
+                modern_client = dice.random() < 0.7
+                era_of_client = pp.Era.MODERN if modern_client else pp.Era.LEGACY
                 try:
                     answer = await asyncio.wait_for(
-                        relay.respond(peer, message, dice.random() < 0.7, outbox), 5
+                        relay.respond(session, message, era_of_client, outbox), 5
                     )
                 except pp.RelayError as wrong:
                     answer = pp.refusal(number, wrong)
@@ -6852,9 +6864,13 @@ def test_named_sessions_and_idle_ones_expire(
     async def expiring() -> list[str]:
         driver = pp.PocketCoderDriver("/nowhere/at/all", "x")
         state = pp.AppState(pp.SessionMap(), driver)
-        idle = state.sessions.open(pp.Session(state, state.servers[""], "http", None, "", 0.05))
+        server = state.servers[""]
+        server.session_idle = 0.05
+        idle = state.sessions.open(pp.Session(state, server, "http", pp.Lifetime.HTTP))
         idle.expire()
-        named = state.sessions.open(pp.Session(state, state.servers[""], "sse", "named", "", 0.05))
+        named = state.sessions.open(
+            pp.Session(state, server, "sse", pp.Lifetime.NAMED, session_id="named")
+        )
         async with named.stream():
             await asyncio.sleep(0.1)
             assert "named" in state.sessions
@@ -6862,23 +6878,25 @@ def test_named_sessions_and_idle_ones_expire(
         await asyncio.sleep(0.3)
         return [*state.sessions]
 
-    before, pp.KEEP_ALIVE = pp.KEEP_ALIVE, 0.05  # how often it is looked at
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        # How often it is looked at.
+        patch.setattr(pp, "KEEP_ALIVE", 0.05)
+        patch.setattr(pp, "SESSION_KEPT", 0.05)
         assert asyncio.run(expiring()) == []
-    finally:
-        pp.KEEP_ALIVE = before
 
 
 def test_the_number_of_sessions_is_bounded() -> None:
     async def crowded() -> None:
         state = pp.AppState(pp.SessionMap(), pp.PocketCoderDriver("/nowhere/at/all", "x"))
-        first = state.sessions.open(pp.Session(state, state.servers[""], "http", None, "", 9))
+        first = state.sessions.open(pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP))
         for _ in range(pp.MAX_SESSIONS):
-            session = state.sessions.open(pp.Session(state, state.servers[""], "http", None, "", 9))
+            session = state.sessions.open(
+                pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP)
+            )
             session.streams += 1
         assert first.session_id not in state.sessions  # the one that nobody used longest made room
         with pytest.raises(pp.NoTerminal):
-            state.sessions.open(pp.Session(state, state.servers[""], "http", None, "", 9))
+            state.sessions.open(pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP))
 
     asyncio.run(crowded())
 
