@@ -7644,14 +7644,20 @@ def object_schema(properties: Message, required: list[str]) -> Message:
 
 
 def tool(
-    title: str, hints: str, takes: Message, needs: list[str], gives: Message | None = None
+    title: str,
+    hints: str,
+    takes: Message,
+    needs: list[str],
+    gives: Message | None = None,
+    may_give: Message | None = None,
 ) -> Callable[[Run], Run]:
     """Register NAME_tool; its docstring is the description that a model reads.
 
-    hints  those of HINTS that are true
-    takes  the JSON schema of each argument
-    needs  the arguments that must be given
-    gives  the JSON schema of each field of a structured result
+    hints     those of HINTS that are true
+    takes     the JSON schema of each argument
+    needs     the arguments that must be given
+    gives     the JSON schema of each field of a structured result
+    may_give  the same of fields that may be missing
     """
 
     def register(run: Run) -> Run:
@@ -7665,7 +7671,8 @@ def tool(
             "inputSchema": object_schema(takes, needs),
         }
         if gives:
-            shown["outputSchema"] = object_schema(gives, list(gives))
+            fields = {**gives, **(may_give or {})}
+            shown["outputSchema"] = object_schema(fields, list(gives))
 
         TOOLS[name] = Tool(shown=shown, run=run)
         return run
@@ -7970,6 +7977,8 @@ RESULT = {
     "truncated": FLAG,
     "output_bytes": COUNT,
 }
+# What its terminal showed last, when its time was over: a program may be asking there.
+AT_A_TIMEOUT = {"terminal": STRING}
 TERMINAL = {"agent_name": STRING, "busy": FLAG, "command": STRING, "columns": COUNT, "lines": COUNT}
 LISTED = {"terminals": {"type": "array", "items": object_schema(TERMINAL, list(TERMINAL))}}
 
@@ -8015,7 +8024,7 @@ class Progress:
         self.reporting.cancel()
 
 
-@tool("Run a command", "destructive openWorld", EXEC_PARAMETERS, ["cmd"], RESULT)
+@tool("Run a command", "destructive openWorld", EXEC_PARAMETERS, ["cmd"], RESULT, AT_A_TIMEOUT)
 async def exec_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
     """Run a bash command in the sandbox and wait for its end. Answers with stdout and stderr as
     one text, in the order written, and with the exit code. Every command starts in a fresh shell:
@@ -8039,6 +8048,9 @@ async def exec_tool(state: AppState, arguments: Message, report: Report | None) 
             progress.stop()
 
     facts = {name: getattr(result, name) for name in RESULT}
+    if result.terminal is not None:
+        facts["terminal"] = result.terminal
+
     return content(text_of(result), facts, failed=result.ended != "exit")
 
 
@@ -8050,6 +8062,9 @@ def text_of(result: CommandResult) -> str:
 
     if result.error:
         remarks.append(f"[{result.error}]")
+
+    if result.terminal is not None:
+        remarks.append(f"[its terminal shows: {result.terminal}]")
 
     text = result.output
     if remarks and text and not text.endswith("\n"):
