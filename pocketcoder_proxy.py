@@ -67,7 +67,8 @@ Files of a run, SOCKET.d/DRIVER/RUN.*:
             go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
             pid (claims the run; then the exit code)
             FIFOs: done (from us)  out, err  in (of a channel); one `status` for all runs
-Locks:      SOCKET.d/DRIVER while it lives; a pane's terminal during a run (flock, freed with the process)
+Locks:      SOCKET.d/DRIVER while it lives; a pane's terminal during a run
+            (flock, freed with the process)
 
 Not done on purpose:
   no reading of the screen    to learn of a run: it wraps, scrolls and lies; FIFOs do not
@@ -823,9 +824,10 @@ def python_version() -> str:
 
 
 def run(command: str | None, args: list[str]) -> int:
-    """Run `command` with `args` as its $0, $1 ..., or without one what `pocketcoder shell ARGS` would.
+    """Run `command` with `args` as its $0, $1 ...; None: what `pocketcoder shell ARGS` would run.
 
-    The exit status: the command's; 125 if the proxy failed, 141 if nobody reads, 128+n after signal n.
+    The exit status: the command's; 125 if the proxy failed, 141 if the reader of stdout has left,
+    128+n after signal n.
     """
     if command is not None:
         return run_shell(["-c", "--", command, *args])
@@ -1047,7 +1049,8 @@ class UnknownSession(ProxyError):
 class Forbidden(ProxyError):
     """`Origin` or `Host` is not one of ours."""
 
-    http_status, rpc_code = 403, -32600
+    http_status = 403
+    rpc_code = -32600
 
 
 class Refused(ProxyError):
@@ -1598,7 +1601,10 @@ def is_open(folder: os.stat_result) -> bool:
 
 
 def close_to_others(folder: str) -> None:
-    """Set the sticky bit on a directory that we own and that is open to all, as sandbox images make it."""
+    """Set the sticky bit on a directory of our own that any user may write to.
+
+    Sandbox images make it like that.
+    """
     place = os.stat(folder)
     if is_open(place) and place.st_uid == os.geteuid():
         os.chmod(folder, stat.S_IMODE(place.st_mode) | stat.S_ISVTX)
@@ -2275,7 +2281,7 @@ class View(Pipe):
             self.write()
 
     def has_shown(self, line: str) -> bool:
-        """Whether a line of the terminal is the command, behind its prompt, or part of its output."""
+        """Whether a line of the terminal is the command, or part of its output."""
         seen = self._without_layout(line)
         if seen in self._without_layout(self.tail.decode(errors="replace")):
             return True
@@ -2986,7 +2992,7 @@ class PaneShell:
         return Look.BUSY
 
     def _look_at_tty(self) -> Look:
-        """A shell that edits its line has switched its terminal to single keys, and has read all."""
+        """READY if its terminal gives single keys, and it has read all of them."""
         tty = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
         try:
             typed_ahead = any(fcntl.ioctl(tty, termios.FIONREAD, bytes(4)))
@@ -3082,7 +3088,7 @@ class PaneShell:
         return place == last_place and int(column) > int(last_column)
 
     def back(self, tmux: Tmux) -> None:
-        """A run has ended: learn in what state the prompt is then.  Anything typed later changes it."""
+        """A run has ended: learn the state of the prompt.  Anything typed later changes it."""
         self.prompt = Prompt.SETTLING
         self.settled_by = time.monotonic() + PROMPT_TIMEOUT
         self.learning = asyncio.ensure_future(self._learn(tmux))
@@ -3357,8 +3363,8 @@ class Terminal:
             if attempt > 0 and self.sandbox.tmux:
                 self.sandbox.tmux.close()
 
-            # A tmux that is just ending fails once.  Two that are started at the same moment end each
-            # other, so that their drivers must not try again in step.
+            # A tmux that is just ending fails once.  Two that are started at the same moment end
+            # each other, so that their drivers must not try again in step.
             await asyncio.sleep(RETRY_PAUSE * 2**attempt * random.uniform(1, 2))
 
         raise AssertionError("the last try returns or raises")
@@ -3599,7 +3605,8 @@ class Job:
     def _prepare(self, folder: RunFolder) -> str:
         """Make the files; the line that runs them."""
         with folder.made_by(os.stat(self.shell.pane.tty).st_uid):
-            files = self.files = folder.open(self._on_report, self._on_all_read)
+            files = folder.open(self._on_report, self._on_all_read)
+            self.files = files
             takes = {name: partial(self._take, take) for name, take in self.takes.items()}
             files.open(takes, self.fed)
             pane = self.shell.pane
@@ -4135,7 +4142,10 @@ class PocketCoderDriver:
             raise
 
     async def _try(self, job: Job) -> str | None:
-        """Start it where it has a pane.  None: it runs, or has ended; else why not, "" is unknown."""
+        """Start it in its pane; None if it runs, or has ended.
+
+        Otherwise the reason; "": its shell did not run the line.
+        """
         try:
             if await job.start():
                 return None
@@ -4172,7 +4182,8 @@ class PocketCoderDriver:
         windows = await self.windows()
         if agent_name not in windows:
             raise NoTerminal(
-                f"`agent_name`: got {agent_name}, which has no terminal yet: run a command there first"
+                f"`agent_name`: got {agent_name}, which has no terminal yet: run a command there"
+                " first"
             )
         return windows[agent_name]
 
@@ -4185,7 +4196,10 @@ class PocketCoderDriver:
         }
 
     async def list_terminals(self) -> list[Message]:
-        """Each agent's terminal, and what runs in it: the newest command first.  Raises NoTerminal."""
+        """Each agent's terminal, and its newest command or what else runs there.
+
+        Raises NoTerminal.
+        """
         found = []
         for agent_name, panes in sorted((await self.windows()).items()):
             jobs = self.jobs_of(agent_name)
@@ -8800,7 +8814,10 @@ class ChannelEndpoint(SocketEndpoint):
         self.too_slow = asyncio.get_running_loop().call_later(BODY_TIMEOUT, self.close)
 
     async def on_message(self, message: str | bytes) -> None:
-        """The first is the request.  Tornado reads on after this returns: a full pipe slows a caller."""
+        """The first is the request.
+
+        Tornado reads on after this has returned: so a full pipe slows its caller.
+        """
         if self.work is None:
             self.too_slow.cancel()
             self.work = self.start(self.answer(message))
@@ -9123,7 +9140,10 @@ sys.exit("pocketcoder: only the shell is here: `{INSTALLED} -c CMD`, `pocketcode
 
 
 def installed_text() -> str:
-    """The shell alone: this file down to the line, for this interpreter.  Raises ProxyError, OSError."""
+    """The shell alone: this file down to the line, for this interpreter.
+
+    Raises ProxyError, OSError.
+    """
     # It needs neither `site` nor what PYTHON… variables say.
     first = f"#!{sys.executable} -IS"
     if not sys.executable or len(os.fsencode(first)) >= FIRST_LINE:
@@ -9199,7 +9219,8 @@ def install(folder: str, names: list[str]) -> str:
 # ==========================================================================
 # Which stdio servers are relayed: `--mcp-server`, and files of clients.
 #
-# C1  One bad entry is an error when the server starts; no message shows a value, which may be secret.
+# C1  One bad entry is an error when the server starts.
+# C2  No message shows a value, which may be a secret.
 # A string of JSON, or a comment as clients allow it; a string, or a comma that ends a list.
 TEXT_OR_COMMENT = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 TEXT_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[\]}])', re.DOTALL)
@@ -9681,7 +9702,7 @@ def why_not(options: Commands, token: str) -> str | None:
     if not re.fullmatch(r"[!-~]*", token):
         return "POCKETCODER_TOKEN: expected visible ASCII characters without blanks"
     if process(os.getpid()) is None:
-        return "needs /proc, which is not mounted or not ours to read: it tells what runs in a terminal"
+        return "needs /proc, which is missing or not readable: it shows what runs in a terminal"
 
     version = tmux_version()
     number = re.search(r"(\d+)\.(\d+)", version)
