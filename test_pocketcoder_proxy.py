@@ -1596,20 +1596,22 @@ def test_the_exit_status_tells_a_lost_terminal_and_a_stopped_server(
     assert not os.path.exists(f"{engine.cwd}/run-here")  # never here
 
 
-GARBAGE_SERVERS = {
-    b"": "refused",
-    b"SSH-2.0-OpenSSH\r\n": "refused",
-    b"HTTP/1.1 200 OK\r\n\r\nhi": "200 OK",
-    b"HTTP/1.1 101 x\r\n\r\n": "refused",
-    b"HTTP/1.1 101 x\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n\x82\x05\x07garb": "does not speak",
-    b"HTTP/1.1 101 x\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n\x82\x05\x03garb": "ended with",
-    b"HTTP/1.1 101 x\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n\x88\x02\x03\xe8": "closed",
-}
+# What a server sends that accepts the handshake of a WebSocket.
+ACCEPTED = b"HTTP/1.1 101 x\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+GARBAGE_SERVERS = [
+    pytest.param(b"", "refused", id="nothing"),
+    pytest.param(b"SSH-2.0-OpenSSH\r\n", "refused", id="ssh"),
+    pytest.param(b"HTTP/1.1 200 OK\r\n\r\nhi", "200 OK", id="status-200"),
+    pytest.param(b"HTTP/1.1 101 x\r\n\r\n", "refused", id="no-accept"),
+    pytest.param(ACCEPTED + b"\x82\x05\x07garb", "does not speak", id="broken-frame"),
+    pytest.param(ACCEPTED + b"\x82\x05\x03garb", "ended with", id="unknown-tag"),
+    pytest.param(ACCEPTED + b"\x88\x02\x03\xe8", "closed", id="closed"),
+]
 
 
-@pytest.mark.parametrize("said", GARBAGE_SERVERS, ids=range(len(GARBAGE_SERVERS)))
+@pytest.mark.parametrize(("said", "told"), GARBAGE_SERVERS)
 def test_a_server_that_answers_garbage_is_told_in_a_line(
-    names: str, tmp_path: pathlib.Path, said: bytes
+    names: str, tmp_path: pathlib.Path, said: bytes, told: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         env = {**os.environ, "PROXY_URL": f"http://127.0.0.1:{listener.getsockname()[1]}"}
@@ -1625,7 +1627,7 @@ def test_a_server_that_answers_garbage_is_told_in_a_line(
         out, err = process.communicate(timeout=20)
         connection.close()
     assert (process.returncode, out, err.count(b"\n")) == (125, b"", 1)
-    assert GARBAGE_SERVERS[said].encode() in err
+    assert told.encode() in err
 
 
 def test_a_server_that_never_answers_is_given_up_after_ten_seconds(
@@ -1986,81 +1988,103 @@ def test_whatever_a_server_sends_the_shell_ends_with_a_status_and_a_line(
 # Wire types
 # ==========================================================================
 SURROGATE = b'"\\ud800"'
-BAD_BODIES: list[tuple[bytes, str]] = [
-    (b"", "body"),
-    (b"{", "body"),
-    (b"\xff\xfe{}", "body"),
-    (b"[" * 100_000, "body"),
-    (b"[]", "body"),
-    (b'"ls"', "body"),
-    (b"9" * 5000, "body"),
-    (b"{}", "cmd"),
-    (b'{"cmd": null}', "cmd"),
-    (b'{"cmd": ""}', "cmd"),
-    (b'{"cmd": 7}', "cmd"),
-    (b'{"cmd": ["ls"]}', "cmd"),
-    (b'{"cmd": "a\\u0000b"}', "cmd"),
-    (b'{"cmd": %s}' % SURROGATE, "cmd"),
-    (b'{"cmd": "%s"}' % (b"x" * (8 * 1024 * 1024 + 1)), "cmd"),
-    *[
-        (b'{"cmd": "true", "cwd": %s}' % value, "cwd")
-        for value in (b"3", b'"a\\u0000"', b'"nowhere"', b'".."', b'"/"')
-    ],
-    *[
-        (b'{"cmd": "true", "agent_name": %s}' % v, "agent_name")
-        for v in (b'""', b'"a b"', b'"-a"', b'"a:b"', b"null")
-    ],
-    (b'{"cmd": "true", "agent_name": "%s"}' % (b"a" * 65), "agent_name"),
-    (b'{"cmd": "true", "agent_name": "a\\n"}', "agent_name"),
-    *[
-        (b'{"cmd": "true", "usage_id": %s}' % value, "usage_id")
-        for value in (b"1", b'"\\u0000"', SURROGATE)
-    ],
-    *[
-        (b'{"cmd": "true", "session_id": %s}' % value, "session_id")
-        for value in (b"{}", b'"\\u0000"')
-    ],
-    *[
-        (b'{"cmd": "true", "timeout": %s}' % value, "timeout")
-        for value in (
-            b"0",
-            b"-1",
-            b"86401",
-            b"true",
-            b"null",
-            b'"5"',
-            b"NaN",
-            b"Infinity",
-            b"1e999",
-            b"9" * 400,
+
+
+def wrong_values(field: str, values: dict[str, bytes]) -> list[Any]:
+    """A case for each value of a field; its key stands in the id."""
+    return [
+        pytest.param(
+            b'{"cmd": "true", "%s": %s}' % (field.encode(), value), field, id=f"{field}-{name}"
         )
-    ],
-    *[(b'{"cmd": "true", "stdin": %s}' % value, "stdin") for value in (b"1", b"[]", SURROGATE)],
-    *[
-        (b'{"cmd": "true", "env": %s}' % value, "env")
-        for value in (
-            b"[]",
-            b"null",
-            b'{"A": 1}',
-            b'{"": "x"}',
-            b'{"A=B": "x"}',
-            b'{"A": "\\u0000"}',
-        )
-    ],
-    (b'{"cmd": "true", "env": {"A": "%s"}}' % (b"x" * 200_000), "env"),
-    (
-        b'{"cmd": "true", "env": {%s}}'
-        % b",".join(b'"A%d": "%s"' % (i, b"x" * 60_000) for i in range(12)),
-        "env",
+        for name, value in values.items()
+    ]
+
+
+BAD_BODIES = [
+    pytest.param(b"", "body", id="body-empty"),
+    pytest.param(b"{", "body", id="body-half-an-object"),
+    pytest.param(b"\xff\xfe{}", "body", id="body-no-utf-8"),
+    pytest.param(b"[" * 100_000, "body", id="body-deep"),
+    pytest.param(b"[]", "body", id="body-list"),
+    pytest.param(b'"ls"', "body", id="body-text"),
+    pytest.param(b"9" * 5000, "body", id="body-long-number"),
+    pytest.param(b"{}", "cmd", id="cmd-missing"),
+    pytest.param(b'{"cmd": null}', "cmd", id="cmd-null"),
+    pytest.param(b'{"cmd": ""}', "cmd", id="cmd-empty"),
+    pytest.param(b'{"cmd": 7}', "cmd", id="cmd-number"),
+    pytest.param(b'{"cmd": ["ls"]}', "cmd", id="cmd-list"),
+    pytest.param(b'{"cmd": "a\\u0000b"}', "cmd", id="cmd-nul"),
+    pytest.param(b'{"cmd": %s}' % SURROGATE, "cmd", id="cmd-half-a-character"),
+    pytest.param(b'{"cmd": "%s"}' % (b"x" * (8 * 1024 * 1024 + 1)), "cmd", id="cmd-too-long"),
+    *wrong_values(
+        "cwd",
+        {
+            "number": b"3",
+            "nul": b'"a\\u0000"',
+            "no-such-directory": b'"nowhere"',
+            "above": b'".."',
+            "root": b'"/"',
+        },
     ),
-    *[
-        (b'{"cmd": "true", "max_output": %s}' % value, "max_output")
-        for value in (b"0", b"-5", b"true", b"1.5", b"null", b"67108865", b'"9"')
-    ],
+    *wrong_values(
+        "agent_name",
+        {
+            "empty": b'""',
+            "blank": b'"a b"',
+            "option": b'"-a"',
+            "colon": b'"a:b"',
+            "null": b"null",
+            "too-long": b'"%s"' % (b"a" * 65),
+            "newline": b'"a\\n"',
+        },
+    ),
+    *wrong_values("usage_id", {"number": b"1", "nul": b'"\\u0000"', "half-a-character": SURROGATE}),
+    *wrong_values("session_id", {"object": b"{}", "nul": b'"\\u0000"'}),
+    *wrong_values(
+        "timeout",
+        {
+            "zero": b"0",
+            "negative": b"-1",
+            "too-long": b"86401",
+            "true": b"true",
+            "null": b"null",
+            "text": b'"5"',
+            "nan": b"NaN",
+            "infinity": b"Infinity",
+            "out-of-range": b"1e999",
+            "long-number": b"9" * 400,
+        },
+    ),
+    *wrong_values("stdin", {"number": b"1", "list": b"[]", "half-a-character": SURROGATE}),
+    *wrong_values(
+        "env",
+        {
+            "list": b"[]",
+            "null": b"null",
+            "value-number": b'{"A": 1}',
+            "name-empty": b'{"": "x"}',
+            "name-with-an-equals-sign": b'{"A=B": "x"}',
+            "value-nul": b'{"A": "\\u0000"}',
+            "value-too-long": b'{"A": "%s"}' % (b"x" * 200_000),
+            "too-long": b"{%s}" % b",".join(b'"A%d": "%s"' % (i, b"x" * 60_000) for i in range(12)),
+        },
+    ),
+    *wrong_values(
+        "max_output",
+        {
+            "zero": b"0",
+            "negative": b"-5",
+            "true": b"true",
+            "fraction": b"1.5",
+            "null": b"null",
+            "too-large": b"67108865",
+            "text": b'"9"',
+        },
+    ),
 ]
 
 
-@pytest.mark.parametrize(("body", "field"), BAD_BODIES, ids=range(len(BAD_BODIES)))
+@pytest.mark.parametrize(("body", "field"), BAD_BODIES)
 def test_bad_input_is_a_400_that_names_the_field(proxy: Proxy, body: bytes, field: str) -> None:
     status, answer = proxy.post(body)
     assert (status, answer["exit_code"]) == (400, 2)
@@ -2121,7 +2145,7 @@ def test_wrong_arguments_of_bash_are_refused(proxy: Proxy, fields: dict[str, Any
     assert len(answer["error"]) < 500
 
 
-@pytest.mark.parametrize("stdin", [None, ""])
+@pytest.mark.parametrize("stdin", [None, ""], ids=["null", "empty"])
 def test_an_empty_stdin_is_dev_null(proxy: Proxy, agent: str, stdin: str | None) -> None:
     answer = proxy.exec("readlink /proc/self/fd/0", stdin=stdin, agent_name=agent)
     assert answer["stdout"] == "/dev/null\n"
@@ -2338,56 +2362,65 @@ def lines(*commands: str) -> str:
     return "\n".join(commands)
 
 
-ALIKE = [  # what bash -c does, the sandbox does
-    "echo hi; exit 3",
-    "printf 'no newline'",
-    "printf 'a\\n\\n\\nb\\n\\n'",
-    "echo out; echo err >&2; echo out",
-    "true",
-    "false",
-    "exit 255",
-    "nosuchcommand",
-    "if then",
-    "kill -KILL $$",
-    "kill -TERM $$",
-    "kill -INT $$",
-    "kill -HUP $$; sleep 1",
-    "(exit 139); echo $?",
-    "cat",
-    "cat | wc -c",
-    'read x; echo "$? [$x]"',
-    'echo $0 $# "$@"',
-    "echo $-",
-    "shopt expand_aliases login_shell",
-    "ls /proc/$$/fd",
-    "[ -t 0 ] || [ -t 1 ] || [ -t 2 ] || echo no tty",
-    "set -e; false; echo never",
-    "trap 'echo bye' EXIT; exit 4",
-    "cd /; pwd; export X=1; X=2; alias ls=echo; exit 1",
-    "echo 'single' \"double $((1+1))\" `echo back` $(echo dollar) \\\\ \\$ '!' !x ~nobody # comment",
-    "cat <<'E'\nhere $x `y`\nE",
-    "cat <<E\nlast line without newline\nE",
-    "echo a\\\nb; echo 'c\nd'",
-    "printf '\\001\\002\\177\\033[31m\\r\\n\\200\\377'",
-    "echo é ü 漢字 🙂",
-    "x='\x01\x7f\x1b\r\t'; printf %s \"$x\" | od -c",
-    "seq 1 5000",
-    "head -c 300000 /dev/zero | tr '\\0' x",
-    "sleep 0.05 & wait; echo $?",
-    "echo $BASH_SUBSHELL $SHLVL >/dev/null; ulimit -n",
-    "umask; bash -c 'exit 9'",
-    "exec echo replaced",
-    "kill -STOP $BASHPID & sleep 0.1; kill -CONT %1 2>/dev/null; echo done",
-    "f() { return 7; }; f",
-    "yes | head -3; echo ${PIPESTATUS[*]}",
-    "printf '%s\\n' {1..3}; [[ a == a* ]] && echo bash",
-    'echo "$(yes x | head -c 140000 | wc -c)"',
-    "#" + "x" * 200_000 + "\necho long",
-    "echo '" + "é'\"'" * 40_000 + "' | wc -c; exit 6",
+# What bash -c does, the sandbox does.
+ALIKE = [
+    pytest.param("echo hi; exit 3", id="output-and-status"),
+    pytest.param("printf 'no newline'", id="no-newline"),
+    pytest.param("printf 'a\\n\\n\\nb\\n\\n'", id="blank-lines-at-the-end"),
+    pytest.param("echo out; echo err >&2; echo out", id="out-and-err-in-turn"),
+    pytest.param("true", id="true"),
+    pytest.param("false", id="false"),
+    pytest.param("exit 255", id="exit-255"),
+    pytest.param("nosuchcommand", id="no-such-command"),
+    pytest.param("if then", id="syntax-error"),
+    pytest.param("kill -KILL $$", id="killed"),
+    pytest.param("kill -TERM $$", id="terminated"),
+    pytest.param("kill -INT $$", id="interrupted"),
+    pytest.param("kill -HUP $$; sleep 1", id="hung-up"),
+    pytest.param("(exit 139); echo $?", id="status-139"),
+    pytest.param("cat", id="empty-stdin"),
+    pytest.param("cat | wc -c", id="empty-stdin-counted"),
+    pytest.param('read x; echo "$? [$x]"', id="empty-stdin-read"),
+    pytest.param('echo $0 $# "$@"', id="name-and-arguments"),
+    pytest.param("echo $-", id="flags"),
+    pytest.param("shopt expand_aliases login_shell", id="shell-options"),
+    pytest.param("ls /proc/$$/fd", id="descriptors"),
+    pytest.param("[ -t 0 ] || [ -t 1 ] || [ -t 2 ] || echo no tty", id="no-terminal"),
+    pytest.param("set -e; false; echo never", id="errexit"),
+    pytest.param("trap 'echo bye' EXIT; exit 4", id="trap-exit"),
+    pytest.param("cd /; pwd; export X=1; X=2; alias ls=echo; exit 1", id="nothing-stays"),
+    pytest.param(
+        "echo 'single' \"double $((1+1))\" `echo back` $(echo dollar) \\\\ \\$ '!' !x ~nobody # comment",
+        id="quotes",
+    ),
+    pytest.param("cat <<'E'\nhere $x `y`\nE", id="here-document-quoted"),
+    pytest.param("cat <<E\nlast line without newline\nE", id="here-document-without-newline"),
+    pytest.param("echo a\\\nb; echo 'c\nd'", id="continued-lines"),
+    pytest.param("printf '\\001\\002\\177\\033[31m\\r\\n\\200\\377'", id="binary-bytes"),
+    pytest.param("echo é ü 漢字 🙂", id="unicode"),
+    pytest.param(
+        "x='\x01\x7f\x1b\r\t'; printf %s \"$x\" | od -c", id="control-characters-in-the-command"
+    ),
+    pytest.param("seq 1 5000", id="large-output"),
+    pytest.param("head -c 300000 /dev/zero | tr '\\0' x", id="one-long-line"),
+    pytest.param("sleep 0.05 & wait; echo $?", id="background-job"),
+    pytest.param("echo $BASH_SUBSHELL $SHLVL >/dev/null; ulimit -n", id="limits-and-depth"),
+    pytest.param("umask; bash -c 'exit 9'", id="umask-and-a-shell"),
+    pytest.param("exec echo replaced", id="exec"),
+    pytest.param(
+        "kill -STOP $BASHPID & sleep 0.1; kill -CONT %1 2>/dev/null; echo done",
+        id="stopped-and-continued",
+    ),
+    pytest.param("f() { return 7; }; f", id="function-status"),
+    pytest.param("yes | head -3; echo ${PIPESTATUS[*]}", id="broken-pipe"),
+    pytest.param("printf '%s\\n' {1..3}; [[ a == a* ]] && echo bash", id="braces-and-tests"),
+    pytest.param('echo "$(yes x | head -c 140000 | wc -c)"', id="large-substitution"),
+    pytest.param("#" + "x" * 200_000 + "\necho long", id="long-comment"),
+    pytest.param("echo '" + "é'\"'" * 40_000 + "' | wc -c; exit 6", id="long-quoted-text"),
 ]
 
 
-@pytest.mark.parametrize("cmd", ALIKE, ids=range(len(ALIKE)))
+@pytest.mark.parametrize("cmd", ALIKE)
 def test_a_command_behaves_as_with_bash_c(proxy: Proxy, agent: str, cmd: str) -> None:
     words = ["bash", "-c", cmd, "bash"]
     if len(cmd) > 100_000:  # too long for an argument
@@ -2571,7 +2604,7 @@ def test_output_beyond_the_limit_keeps_both_ends(proxy: Proxy, agent: str) -> No
     )
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3, 7, 10, 11, 64])
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 10, 11, 64], ids="{}-bytes".format)
 def test_a_limit_halves_no_character(limit: int) -> None:
     whole = "é漢🙂x" * 50
     for chunks in (1, 3, 1000):
@@ -2840,7 +2873,7 @@ PENDING = [
 ]
 
 
-@pytest.mark.parametrize("wait", [0, 0.3])
+@pytest.mark.parametrize("wait", [0, 0.3], ids=["at-once", "after-0.3-s"])
 @pytest.mark.slow
 def test_a_continuation_prompt_is_left_and_nothing_of_it_runs(
     proxy: Proxy, agent: str, wait: float
@@ -3959,29 +3992,29 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
 
 # user, owner and mode of the directory, owner of the socket; whether it is sound
 PLACES = [
-    (0, 0, 0o700, 0, True),
-    (0, 7, 0o755, 7, True),  # the terminals are a worker's
-    (0, 0, 0o2770, 7, True),  # also through his group
-    (0, 0, 0o1777, 0, True),
-    (0, 7, 0o1777, 7, True),
-    (0, 0, 0o1777, 7, False),
-    (0, 0, 0o777, 0, True),
-    (0, 7, 0o777, 7, False),
-    (7, 7, 0o700, None, True),
-    (7, 7, 0o775, 7, True),
-    (7, 0, 0o1777, None, True),
-    (7, 0, 0o1777, 7, True),
-    (7, 0, 0o755, 0, True),
-    (7, 0, 0o1777, 8, False),
-    (7, 8, 0o700, None, False),
-    (7, 8, 0o1777, 7, False),
-    (7, 7, 0o777, 7, True),
+    pytest.param(0, 0, 0o700, 0, True, id="root-private"),
+    # The terminals are a worker's.
+    pytest.param(0, 7, 0o755, 7, True, id="root-private-of-a-worker"),
+    # Also through his group.
+    pytest.param(0, 0, 0o2770, 7, True, id="root-group-of-a-worker"),
+    pytest.param(0, 0, 0o1777, 0, True, id="root-sticky"),
+    pytest.param(0, 7, 0o1777, 7, True, id="root-sticky-socket-of-the-owner"),
+    pytest.param(0, 0, 0o1777, 7, False, id="root-sticky-socket-of-a-stranger"),
+    pytest.param(0, 0, 0o777, 0, True, id="root-writable"),
+    pytest.param(0, 7, 0o777, 7, False, id="root-writable-of-a-worker"),
+    pytest.param(7, 7, 0o700, None, True, id="own-private-no-socket"),
+    pytest.param(7, 7, 0o775, 7, True, id="own-group"),
+    pytest.param(7, 0, 0o1777, None, True, id="sticky-of-root-no-socket"),
+    pytest.param(7, 0, 0o1777, 7, True, id="sticky-of-root-own-socket"),
+    pytest.param(7, 0, 0o755, 0, True, id="closed-of-root"),
+    pytest.param(7, 0, 0o1777, 8, False, id="sticky-of-root-socket-of-a-stranger"),
+    pytest.param(7, 8, 0o700, None, False, id="private-of-a-stranger"),
+    pytest.param(7, 8, 0o1777, 7, False, id="sticky-of-a-stranger"),
+    pytest.param(7, 7, 0o777, 7, True, id="own-writable"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("user", "owner", "mode", "socket_owner", "sound"), PLACES, ids=range(len(PLACES))
-)
+@pytest.mark.parametrize(("user", "owner", "mode", "socket_owner", "sound"), PLACES)
 def test_a_socket_that_a_stranger_can_have_made_is_refused(
     user: int, owner: int, mode: int, socket_owner: int | None, sound: bool
 ) -> None:
@@ -4278,32 +4311,53 @@ def opened(proxy: Proxy, version: str = "2025-11-25", **headers: str) -> str:
     return session
 
 
-MALFORMED: list[tuple[bytes, int, Any]] = [
-    (b"", -32700, None),
-    (b"{", -32700, None),
-    (b"\xff{}", -32700, None),
-    (b"[" * 100_000, -32700, None),
-    (b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":NaN}}', -32700, 1),
-    (b'{"jsonrpc":"2.0","id":"x","method":"ping","params":{"a":1e999}}', -32700, "x"),
-    (b'{"jsonrpc":"2.0","id":%s,"method":"ping"}' % (b"9" * 5000), -32700, None),
-    (b"[]", -32600, None),
-    (b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]', -32600, None),
-    (b'"ping"', -32600, None),
-    (b"{}", -32600, None),
-    (b'{"id":1,"method":"ping"}', -32600, 1),
-    (b'{"jsonrpc":2.0,"id":"a","method":"ping"}', -32600, "a"),
+MALFORMED = [
+    pytest.param(b"", -32700, None, id="empty"),
+    pytest.param(b"{", -32700, None, id="half-an-object"),
+    pytest.param(b"\xff{}", -32700, None, id="no-utf-8"),
+    pytest.param(b"[" * 100_000, -32700, None, id="deep"),
+    pytest.param(
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":NaN}}', -32700, 1, id="nan"
+    ),
+    pytest.param(
+        b'{"jsonrpc":"2.0","id":"x","method":"ping","params":{"a":1e999}}',
+        -32700,
+        "x",
+        id="number-out-of-range",
+    ),
+    pytest.param(
+        b'{"jsonrpc":"2.0","id":%s,"method":"ping"}' % (b"9" * 5000), -32700, None, id="long-id"
+    ),
+    pytest.param(b"[]", -32600, None, id="empty-batch"),
+    pytest.param(b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]', -32600, None, id="batch"),
+    pytest.param(b'"ping"', -32600, None, id="text"),
+    pytest.param(b"{}", -32600, None, id="empty-object"),
+    pytest.param(b'{"id":1,"method":"ping"}', -32600, 1, id="no-version"),
+    pytest.param(b'{"jsonrpc":2.0,"id":"a","method":"ping"}', -32600, "a", id="version-no-text"),
     *[
-        (b'{"jsonrpc":"2.0","id":%s,"method":"ping"}' % v, -32600, None)
-        for v in (b"null", b"true", b"1.5", b"{}", b"[]")
+        pytest.param(
+            b'{"jsonrpc":"2.0","id":%s,"method":"ping"}' % value, -32600, None, id=f"id-{name}"
+        )
+        for name, value in {
+            "null": b"null",
+            "true": b"true",
+            "fraction": b"1.5",
+            "object": b"{}",
+            "list": b"[]",
+        }.items()
     ],
-    (b'{"jsonrpc":"2.0","id":1}', -32600, 1),
-    (b'{"jsonrpc":"2.0","id":1,"result":{},"error":{}}', -32600, 1),
-    (b'{"jsonrpc":"2.0","id":1,"method":7}', -32600, 1),
-    (b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}', -32600, 1),
+    pytest.param(b'{"jsonrpc":"2.0","id":1}', -32600, 1, id="neither-method-nor-result"),
+    pytest.param(
+        b'{"jsonrpc":"2.0","id":1,"result":{},"error":{}}', -32600, 1, id="result-and-error"
+    ),
+    pytest.param(b'{"jsonrpc":"2.0","id":1,"method":7}', -32600, 1, id="method-no-text"),
+    pytest.param(
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}', -32600, 1, id="params-in-a-list"
+    ),
 ]
 
 
-@pytest.mark.parametrize(("body", "code", "id_"), MALFORMED, ids=range(len(MALFORMED)))
+@pytest.mark.parametrize(("body", "code", "id_"), MALFORMED)
 def test_what_is_no_message_is_refused_with_its_code(
     proxy: Proxy, body: bytes, code: int, id_: Any
 ) -> None:
@@ -4320,27 +4374,84 @@ def without(message: dict[str, Any], name: str) -> dict[str, Any]:
     return message
 
 
-FAULTS: list[
-    tuple[Any, dict[str, str], int, int]
-] = [  # message, headers, status, code: mcp.md, section 4
-    (without(modern("tools/list"), "clientCapabilities"), {}, 400, -32602),
-    (modern("tools/list", **{NS + "clientCapabilities": 3}), {}, 400, -32602),
-    (request("tools/list"), {"MCP_Protocol_Version": "2026-07-28"}, 400, -32602),
-    (request("tools/list"), {"MCP_Protocol_Version": "1999-01-01"}, 400, -32602),
-    (request("server/discover"), {}, 400, -32602),
-    (modern("tools/list"), {"MCP_Protocol_Version": ""}, 400, -32020),
-    (modern("tools/list"), {"MCP_Protocol_Version": "2025-11-25"}, 400, -32020),
-    (modern("tools/list"), {"Mcp_Method": ""}, 400, -32020),
-    (modern("tools/list"), {"Mcp_Method": "TOOLS/LIST"}, 400, -32020),
-    (modern("tools/call", EXEC), {"Mcp_Name": ""}, 400, -32020),
-    (modern("tools/call", EXEC), {"Mcp_Name": "send_keys"}, 400, -32020),
-    (modern("tools/call", EXEC), {"Mcp_Name": "=?base64?ZXhlY?="}, 400, -32020),
-    (modern("tools/call", EXEC), {"Mcp_Name": "=?base64?Z!hlYw==?="}, 400, -32020),
-    (modern("tools/list", version="2099-01-01"), {}, 400, -32022),
-    (modern("tools/list", version="2025-11-25"), {}, 400, -32022),
-    (modern("initialize", INITIALIZE), {}, 404, -32601),
+# Message, headers; status, code: mcp.md, section 4.
+FAULTS = [
+    pytest.param(
+        without(modern("tools/list"), "clientCapabilities"),
+        {},
+        400,
+        -32602,
+        id="modern-without-capabilities",
+    ),
+    pytest.param(
+        modern("tools/list", **{NS + "clientCapabilities": 3}),
+        {},
+        400,
+        -32602,
+        id="modern-capabilities-no-object",
+    ),
+    pytest.param(
+        request("tools/list"),
+        {"MCP_Protocol_Version": "2026-07-28"},
+        400,
+        -32602,
+        id="modern-header-without-meta",
+    ),
+    pytest.param(
+        request("tools/list"),
+        {"MCP_Protocol_Version": "1999-01-01"},
+        400,
+        -32602,
+        id="unknown-version-in-the-header-only",
+    ),
+    pytest.param(request("server/discover"), {}, 400, -32602, id="discover-without-meta"),
+    pytest.param(
+        modern("tools/list"), {"MCP_Protocol_Version": ""}, 400, -32020, id="version-header-empty"
+    ),
+    pytest.param(
+        modern("tools/list"),
+        {"MCP_Protocol_Version": "2025-11-25"},
+        400,
+        -32020,
+        id="version-header-of-another-revision",
+    ),
+    pytest.param(modern("tools/list"), {"Mcp_Method": ""}, 400, -32020, id="method-header-empty"),
+    pytest.param(
+        modern("tools/list"),
+        {"Mcp_Method": "TOOLS/LIST"},
+        400,
+        -32020,
+        id="method-header-in-capitals",
+    ),
+    pytest.param(modern("tools/call", EXEC), {"Mcp_Name": ""}, 400, -32020, id="name-header-empty"),
+    pytest.param(
+        modern("tools/call", EXEC),
+        {"Mcp_Name": "send_keys"},
+        400,
+        -32020,
+        id="name-header-of-another-tool",
+    ),
+    pytest.param(
+        modern("tools/call", EXEC),
+        {"Mcp_Name": "=?base64?ZXhlY?="},
+        400,
+        -32020,
+        id="name-header-base64-cut",
+    ),
+    pytest.param(
+        modern("tools/call", EXEC),
+        {"Mcp_Name": "=?base64?Z!hlYw==?="},
+        400,
+        -32020,
+        id="name-header-base64-wrong",
+    ),
+    pytest.param(modern("tools/list", version="2099-01-01"), {}, 400, -32022, id="unknown-version"),
+    pytest.param(
+        modern("tools/list", version="2025-11-25"), {}, 400, -32022, id="legacy-version-in-meta"
+    ),
+    pytest.param(modern("initialize", INITIALIZE), {}, 404, -32601, id="modern-initialize"),
     *[
-        (modern(method), {}, 404, -32601)
+        pytest.param(modern(method), {}, 404, -32601, id=f"modern-{method}")
         for method in (
             "ping",
             "logging/setLevel",
@@ -4350,38 +4461,81 @@ FAULTS: list[
             "nope",
         )
     ],
-    (modern("tools/call", {"name": "nope"}), {}, 400, -32602),
-    (modern("tools/list", {"cursor": "x"}), {}, 400, -32602),
-    (modern("tools/call", {**EXEC, "arguments": []}), {}, 400, -32602),
-    (modern("tools/call", EXEC, progressToken=1.5), {}, 400, -32602),
-    (modern("tools/call", EXEC, **{NS + "logLevel": "loud"}), {}, 400, -32602),
-    (modern("tools/list"), {"MCP_Protocol_Version": "2025-11-25", "Mcp_Method": ""}, 400, -32020),
-    (
+    pytest.param(modern("tools/call", {"name": "nope"}), {}, 400, -32602, id="modern-unknown-tool"),
+    pytest.param(
+        modern("tools/list", {"cursor": "x"}), {}, 400, -32602, id="modern-unknown-cursor"
+    ),
+    pytest.param(
+        modern("tools/call", {**EXEC, "arguments": []}),
+        {},
+        400,
+        -32602,
+        id="modern-arguments-in-a-list",
+    ),
+    pytest.param(
+        modern("tools/call", EXEC, progressToken=1.5),
+        {},
+        400,
+        -32602,
+        id="modern-progress-token-no-integer",
+    ),
+    pytest.param(
+        modern("tools/call", EXEC, **{NS + "logLevel": "loud"}),
+        {},
+        400,
+        -32602,
+        id="modern-unknown-log-level",
+    ),
+    pytest.param(
+        modern("tools/list"),
+        {"MCP_Protocol_Version": "2025-11-25", "Mcp_Method": ""},
+        400,
+        -32020,
+        id="two-headers-wrong",
+    ),
+    pytest.param(
         {"jsonrpc": "2.0", "method": "notifications/x"},
         {"MCP_Protocol_Version": "1999-01-01"},
         400,
         -32600,
+        id="notification-of-an-unknown-version",
     ),
-    ([modern("tools/list")], {"MCP_Protocol_Version": "2026-07-28"}, 400, -32600),
-    (
+    pytest.param(
+        [modern("tools/list")],
+        {"MCP_Protocol_Version": "2026-07-28"},
+        400,
+        -32600,
+        id="modern-batch",
+    ),
+    pytest.param(
         {"jsonrpc": "2.0", "id": 1, "result": {}},
         {"MCP_Protocol_Version": "2026-07-28"},
         400,
         -32600,
+        id="modern-response",
     ),
-    (request("tools/list"), {}, 400, -32600),
-    (request("tools/list"), {"Mcp_Session_Id": "gone"}, 404, -32600),
-    (
+    pytest.param(request("tools/list"), {}, 400, -32600, id="legacy-without-a-session"),
+    pytest.param(
+        request("tools/list"), {"Mcp_Session_Id": "gone"}, 404, -32600, id="legacy-session-gone"
+    ),
+    pytest.param(
         {"jsonrpc": "2.0", "method": "notifications/initialized"},
         {"Mcp_Session_Id": "gone"},
         404,
         -32600,
+        id="notification-to-a-session-gone",
     ),
-    (request("initialize", {**INITIALIZE, "protocolVersion": 7}), {}, 200, -32602),
+    pytest.param(
+        request("initialize", {**INITIALIZE, "protocolVersion": 7}),
+        {},
+        200,
+        -32602,
+        id="version-no-text",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("message", "headers", "status", "code"), FAULTS, ids=range(len(FAULTS)))
+@pytest.mark.parametrize(("message", "headers", "status", "code"), FAULTS)
 def test_every_fault_of_a_message_has_its_status_and_code(
     proxy: Proxy, message: Any, headers: dict[str, str], status: int, code: int
 ) -> None:
@@ -4395,7 +4549,19 @@ def test_every_fault_of_a_message_has_its_status_and_code(
         assert answer["error"]["data"] == {"supported": ["2026-07-28"], "requested": asked}
 
 
-@pytest.mark.parametrize("id_", [0, 1, "7", "", -3, 2**60, "\ud800", "é" * 100], ids=range(8))
+@pytest.mark.parametrize(
+    "id_",
+    [
+        pytest.param(0, id="zero"),
+        pytest.param(1, id="one"),
+        pytest.param("7", id="text-of-a-digit"),
+        pytest.param("", id="empty-text"),
+        pytest.param(-3, id="negative"),
+        pytest.param(2**60, id="large"),
+        pytest.param("\ud800", id="half-a-character"),
+        pytest.param("é" * 100, id="long-text"),
+    ],
+)
 def test_an_id_comes_back_as_it_was_sent(proxy: Proxy, id_: Any) -> None:
     _, _, answer = mcp(proxy, modern("tools/list", id_=id_))
     assert answer["id"] == id_
@@ -4430,10 +4596,14 @@ def test_a_modern_answer_has_every_modern_field_and_a_legacy_one_none(proxy: Pro
 @pytest.mark.parametrize(
     ("version", "missing"),
     [
-        ("2024-11-05", {"annotations", "title", "outputSchema", "structuredContent"}),
-        ("2025-03-26", {"title", "outputSchema", "structuredContent"}),
-        ("2025-06-18", set()),
-        ("2025-11-25", set()),
+        pytest.param(
+            "2024-11-05",
+            {"annotations", "title", "outputSchema", "structuredContent"},
+            id="2024-11-05",
+        ),
+        pytest.param("2025-03-26", {"title", "outputSchema", "structuredContent"}, id="2025-03-26"),
+        pytest.param("2025-06-18", set(), id="2025-06-18"),
+        pytest.param("2025-11-25", set(), id="2025-11-25"),
     ],
 )
 def test_a_client_gets_the_fields_that_its_revision_knows(
@@ -6385,24 +6555,33 @@ def test_exec_answers_for_a_model_and_for_a_program(proxy: Proxy, agent: str) ->
 @pytest.mark.parametrize(
     ("name", "arguments", "field"),
     [
-        ("exec", {}, "cmd"),
-        ("exec", {"cmd": ""}, "cmd"),
-        ("exec", {"cmd": "true", "timeout": True}, "timeout"),
-        ("exec", {"cmd": "true", "cwd": "/"}, "cwd"),
-        ("exec", {"cmd": "true", "agent_name": "a b"}, "agent_name"),
-        ("read_terminal", {"lines": 0}, "lines"),
-        ("read_terminal", {"lines": 2001}, "lines"),
-        ("read_terminal", {"lines": "5"}, "lines"),
-        ("read_terminal", {"agent_name": "nobody-yet"}, "agent_name"),
-        ("read_terminal", {"agent_name": "x; kill-server"}, "agent_name"),
-        ("send_keys", {}, "keys"),
-        ("send_keys", {"text": 7}, "text"),
-        ("send_keys", {"text": "a\0"}, "text"),
-        ("send_keys", {"text": "x" * 5000}, "text"),
-        ("send_keys", {"keys": "Enter"}, "keys"),
-        ("send_keys", {"keys": ["Entr"]}, "keys"),
-        ("send_keys", {"keys": ["-t", "%0"]}, "keys"),
-        ("send_keys", {"keys": ["C-c\n"]}, "keys"),
+        pytest.param("exec", {}, "cmd", id="exec-no-cmd"),
+        pytest.param("exec", {"cmd": ""}, "cmd", id="exec-empty-cmd"),
+        pytest.param("exec", {"cmd": "true", "timeout": True}, "timeout", id="exec-timeout-true"),
+        pytest.param("exec", {"cmd": "true", "cwd": "/"}, "cwd", id="exec-cwd-root"),
+        pytest.param(
+            "exec", {"cmd": "true", "agent_name": "a b"}, "agent_name", id="exec-agent-with-a-blank"
+        ),
+        pytest.param("read_terminal", {"lines": 0}, "lines", id="read-no-lines"),
+        pytest.param("read_terminal", {"lines": 2001}, "lines", id="read-too-many-lines"),
+        pytest.param("read_terminal", {"lines": "5"}, "lines", id="read-lines-text"),
+        pytest.param(
+            "read_terminal", {"agent_name": "nobody-yet"}, "agent_name", id="read-unknown-agent"
+        ),
+        pytest.param(
+            "read_terminal",
+            {"agent_name": "x; kill-server"},
+            "agent_name",
+            id="read-agent-with-a-command",
+        ),
+        pytest.param("send_keys", {}, "keys", id="keys-none"),
+        pytest.param("send_keys", {"text": 7}, "text", id="keys-text-number"),
+        pytest.param("send_keys", {"text": "a\0"}, "text", id="keys-text-nul"),
+        pytest.param("send_keys", {"text": "x" * 5000}, "text", id="keys-text-too-long"),
+        pytest.param("send_keys", {"keys": "Enter"}, "keys", id="keys-no-list"),
+        pytest.param("send_keys", {"keys": ["Entr"]}, "keys", id="keys-unknown"),
+        pytest.param("send_keys", {"keys": ["-t", "%0"]}, "keys", id="keys-option"),
+        pytest.param("send_keys", {"keys": ["C-c\n"]}, "keys", id="keys-newline"),
     ],
 )
 def test_a_fault_that_a_model_can_mend_is_a_result_that_names_it(
@@ -7196,33 +7375,65 @@ def test_health_needs_no_token_and_answers_while_commands_run(own: Callable[...,
 
 JSON_TYPE = {"Content-Type": "application/json"}
 BODY = b'{"cmd": "touch pwned"}'
-REFUSED: list[tuple[str, str, dict[str, str], int]] = [
-    ("POST", "/exec", {}, 415),
-    ("POST", "/exec", {"Content-Type": "text/plain"}, 415),
-    ("POST", "/exec", {"Content-Type": "application/x-www-form-urlencoded"}, 415),
-    ("POST", "/exec", {**JSON_TYPE, "Origin": "http://evil.example"}, 403),
-    ("POST", "/exec", {**JSON_TYPE, "Origin": "null"}, 403),
-    ("POST", "/exec", {**JSON_TYPE, "Origin": "http://127.0.0.1.evil.example"}, 403),
-    ("POST", "/exec", {**JSON_TYPE, "Origin": "http://localhost"}, 403),
-    ("POST", "/exec", {**JSON_TYPE, "Host": "evil.example"}, 403),
-    ("POST", "/exec", {**JSON_TYPE, "Host": "127.0.0.1.evil.example:80"}, 403),
-    ("POST", "/exec", {**JSON_TYPE, "Host": "10.0.0.1"}, 403),
-    ("POST", "/exec", {**JSON_TYPE, "Host": ""}, 403),
-    ("GET", "/exec", {}, 405),
-    ("PUT", "/exec", {}, 405),
-    ("DELETE", "/health", {}, 405),
-    ("POST", "/health", {}, 405),
-    ("OPTIONS", "/exec", {"Origin": "http://evil.example"}, 403),
-    ("OPTIONS", "/exec", {}, 405),
-    ("GET", "/", {}, 404),
-    ("POST", "/exec/", JSON_TYPE, 404),
-    ("GET", "/health", {"Host": "evil.example"}, 403),
-    ("GET", "/servers", {"Sec-Fetch-Site": "same-site"}, 403),
-    ("GET", "/nowhere", {"Sec-Fetch-Site": "same-origin"}, 404),
+REFUSED = [
+    pytest.param("POST", "/exec", {}, 415, id="no-content-type"),
+    pytest.param("POST", "/exec", {"Content-Type": "text/plain"}, 415, id="content-type-text"),
+    pytest.param(
+        "POST",
+        "/exec",
+        {"Content-Type": "application/x-www-form-urlencoded"},
+        415,
+        id="content-type-form",
+    ),
+    pytest.param(
+        "POST", "/exec", {**JSON_TYPE, "Origin": "http://evil.example"}, 403, id="origin-elsewhere"
+    ),
+    pytest.param("POST", "/exec", {**JSON_TYPE, "Origin": "null"}, 403, id="origin-null"),
+    pytest.param(
+        "POST",
+        "/exec",
+        {**JSON_TYPE, "Origin": "http://127.0.0.1.evil.example"},
+        403,
+        id="origin-that-begins-with-a-loopback-address",
+    ),
+    pytest.param(
+        "POST",
+        "/exec",
+        {**JSON_TYPE, "Origin": "http://localhost"},
+        403,
+        id="origin-localhost-of-another-port",
+    ),
+    pytest.param("POST", "/exec", {**JSON_TYPE, "Host": "evil.example"}, 403, id="host-elsewhere"),
+    pytest.param(
+        "POST",
+        "/exec",
+        {**JSON_TYPE, "Host": "127.0.0.1.evil.example:80"},
+        403,
+        id="host-that-begins-with-a-loopback-address",
+    ),
+    pytest.param(
+        "POST", "/exec", {**JSON_TYPE, "Host": "10.0.0.1"}, 403, id="host-address-of-a-network"
+    ),
+    pytest.param("POST", "/exec", {**JSON_TYPE, "Host": ""}, 403, id="host-empty"),
+    pytest.param("GET", "/exec", {}, 405, id="get-exec"),
+    pytest.param("PUT", "/exec", {}, 405, id="put-exec"),
+    pytest.param("DELETE", "/health", {}, 405, id="delete-health"),
+    pytest.param("POST", "/health", {}, 405, id="post-health"),
+    pytest.param(
+        "OPTIONS", "/exec", {"Origin": "http://evil.example"}, 403, id="preflight-from-elsewhere"
+    ),
+    pytest.param("OPTIONS", "/exec", {}, 405, id="options-without-origin"),
+    pytest.param("GET", "/", {}, 404, id="no-such-path"),
+    pytest.param("POST", "/exec/", JSON_TYPE, 404, id="slash-after-exec"),
+    pytest.param("GET", "/health", {"Host": "evil.example"}, 403, id="get-with-a-host-elsewhere"),
+    pytest.param("GET", "/servers", {"Sec-Fetch-Site": "same-site"}, 403, id="same-site"),
+    pytest.param(
+        "GET", "/nowhere", {"Sec-Fetch-Site": "same-origin"}, 404, id="same-origin-no-such-path"
+    ),
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "headers", "status"), REFUSED, ids=range(len(REFUSED)))
+@pytest.mark.parametrize(("method", "path", "headers", "status"), REFUSED)
 def test_the_gate_refuses_with_a_json_error(
     proxy: Proxy, method: str, path: str, headers: dict[str, str], status: int
 ) -> None:
@@ -7458,11 +7669,14 @@ def test_requests_on_one_connection_are_answered_in_turn(proxy: Proxy, agent: st
 @pytest.mark.parametrize(
     "garbage",
     [
-        b"\x16\x03\x01\x02\x00",
-        b"GET\r\n\r\n",
-        b"POST /exec HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-        b"\0" * 70_000,
-        b"POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        pytest.param(b"\x16\x03\x01\x02\x00", id="tls"),
+        pytest.param(b"GET\r\n\r\n", id="no-version"),
+        pytest.param(b"POST /exec HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", id="two-hosts"),
+        pytest.param(b"\0" * 70_000, id="nul-bytes"),
+        pytest.param(
+            b"POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+            id="negative-length",
+        ),
     ],
 )
 def test_garbage_ends_only_its_connection(proxy: Proxy, garbage: bytes) -> None:
@@ -7665,20 +7879,24 @@ def test_a_channel_that_is_closed_cancels_its_command(proxy: Proxy, agent: str) 
     eventually(lambda: not processes_with("sleep\x0068.6"))
 
 
-BAD_MESSAGES: list[tuple[list[bytes | dict[str, Any]], str]] = [
-    ([{"cmd": ""}], "cmd"),
-    ([b"{"], "body"),
-    ([{"cmd": "sleep 69", "agent_name": "a b"}], "agent_name"),
-    ([{"cmd": "sleep 69", "cwd": "/nowhere"}], "cwd"),
-    ([{"cmd": "exec sleep 69.5"}, b"\x07"], "channel"),
-    ([{"cmd": "exec sleep 69.5"}, b""], "channel"),
-    ([{"cmd": "exec sleep 69.5"}, {"signal": "STOP"}], "signal"),
-    ([{"cmd": "exec sleep 69.5"}, {"signal": ["INT"]}], "signal"),
-    ([{"cmd": "exec sleep 69.5"}, {}], "signal"),
+BAD_MESSAGES = [
+    pytest.param([{"cmd": ""}], "cmd", id="empty-cmd"),
+    pytest.param([b"{"], "body", id="half-a-body"),
+    pytest.param([{"cmd": "sleep 69", "agent_name": "a b"}], "agent_name", id="agent-with-a-blank"),
+    pytest.param([{"cmd": "sleep 69", "cwd": "/nowhere"}], "cwd", id="no-such-directory"),
+    pytest.param(
+        [{"cmd": "exec sleep 69.5"}, b"\x07"], "channel", id="stdin-on-an-unknown-channel"
+    ),
+    pytest.param([{"cmd": "exec sleep 69.5"}, b""], "channel", id="empty-message"),
+    pytest.param([{"cmd": "exec sleep 69.5"}, {"signal": "STOP"}], "signal", id="signal-stop"),
+    pytest.param(
+        [{"cmd": "exec sleep 69.5"}, {"signal": ["INT"]}], "signal", id="signal-in-a-list"
+    ),
+    pytest.param([{"cmd": "exec sleep 69.5"}, {}], "signal", id="empty-object"),
 ]
 
 
-@pytest.mark.parametrize(("messages", "said"), BAD_MESSAGES, ids=range(len(BAD_MESSAGES)))
+@pytest.mark.parametrize(("messages", "said"), BAD_MESSAGES)
 def test_a_bad_message_ends_the_channel_with_an_error_that_names_it(
     proxy: Proxy, messages: list[bytes | dict[str, Any]], said: str
 ) -> None:
@@ -7998,7 +8216,10 @@ def test_a_body_that_serves_nobody_takes_no_memory(own: Callable[..., Proxy]) ->
     assert proxy.peak() - before < 50_000_000
 
 
-@pytest.mark.parametrize(("length", "status"), [("abc", 400), ("9" * 5000, 413)])
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [pytest.param("abc", 400, id="text"), pytest.param("9" * 5000, 413, id="long-number")],
+)
 def test_a_length_that_is_no_number_is_the_callers_fault(
     own: Callable[..., Proxy], length: str, status: int
 ) -> None:
@@ -8028,7 +8249,7 @@ def test_who_has_no_token_does_not_learn_which_servers_there_are(own: Callable[.
             assert proxy.request("OPTIONS", f"/servers/{name}/mcp", None, headers)[0] == status
 
 
-@pytest.mark.parametrize("digits", [200, 305, 350, 5000])
+@pytest.mark.parametrize("digits", [200, 305, 350, 5000], ids="{}-digits".format)
 def test_numbers_of_any_length_are_told_by_the_name_of_their_field(
     proxy: Proxy, digits: int
 ) -> None:
@@ -9078,7 +9299,7 @@ def test_a_line_does_through_every_door_what_it_does_with_bash(
     assert got.err == expected.err
 
 
-@pytest.mark.parametrize("descriptor", [1, 2])
+@pytest.mark.parametrize("descriptor", [1, 2], ids=["stdout", "stderr"])
 @pytest.mark.parametrize("door", ["exec", "stream", "shell", "mcp"])
 def test_a_program_cannot_read_its_own_output_back(
     doors: Doors, agent: str, door: str, descriptor: int
@@ -9158,38 +9379,62 @@ def test_a_server_makes_no_session_before_it_is_needed(own: Callable[..., Proxy]
     assert server.exec("echo made")["stdout"] == "made\n"
 
 
-@pytest.mark.parametrize("words", [["--version"], ["server", "--version"]])
+@pytest.mark.parametrize(
+    "words", [["--version"], ["server", "--version"]], ids=["above", "of-the-server"]
+)
 def test_the_version_is_told_on_both_levels(words: list[str]) -> None:
     assert run(*words).stdout.strip().endswith(pp.VERSION)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["server", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["server", "--help"]], ids=["above", "of-the-server"]
+)
 def test_help_is_told_on_both_levels(words: list[str]) -> None:
     done = run(*words)
     assert done.returncode == 0
     assert "usage" in done.stdout
 
 
-WRONG: list[tuple[list[str], dict[str, str], str]] = [
-    (["server", "-p", "x"], {}, "--port"),
-    (["server", "-p", "70000"], {}, "--port"),
-    (["server", "--workspace", "/no/such"], {}, "--workspace"),
-    (["server", "--host", "0.0.0.0"], {}, "POCKETCODER_TOKEN"),
-    (["server", "--host", "::"], {}, "POCKETCODER_TOKEN"),
-    (["server"], {"POCKETCODER_HOST": "0.0.0.0"}, "POCKETCODER_TOKEN"),
-    (["server", "-p", "0"], {"POCKETCODER_TOKEN": "a b"}, "POCKETCODER_TOKEN"),
-    (["server", "-p", "0"], {"TMUX_SESSION": "a:b"}, "session"),
-    (["server", "-p", "0"], {"PATH": "/nowhere"}, "install"),
-    (["nonsense"], {}, "nonsense"),
-    (["server", "-p", "0", "--audit-log", ""], {}, "--audit-log"),
-    (["server", "-p", "0", "--allow-origin", "*"], {}, "--allow-origin"),
-    (["server", "-p", "0", "--mcp-idle", "0"], {}, "--mcp-idle"),
-    (["server", "-p", "0", "--mcp-idle", "ten"], {}, "--mcp-idle"),
-    (["server", "-p", "0"], {"TMUX_SOCKET": "/tmp/\udcff/s"}, "socket_path"),
+WRONG = [
+    pytest.param(["server", "-p", "x"], {}, "--port", id="port-no-number"),
+    pytest.param(["server", "-p", "70000"], {}, "--port", id="port-too-large"),
+    pytest.param(["server", "--workspace", "/no/such"], {}, "--workspace", id="no-such-workspace"),
+    pytest.param(
+        ["server", "--host", "0.0.0.0"], {}, "POCKETCODER_TOKEN", id="open-host-without-a-token"
+    ),
+    pytest.param(
+        ["server", "--host", "::"], {}, "POCKETCODER_TOKEN", id="open-host-of-ip6-without-a-token"
+    ),
+    pytest.param(
+        ["server"],
+        {"POCKETCODER_HOST": "0.0.0.0"},
+        "POCKETCODER_TOKEN",
+        id="open-host-by-variable-without-a-token",
+    ),
+    pytest.param(
+        ["server", "-p", "0"],
+        {"POCKETCODER_TOKEN": "a b"},
+        "POCKETCODER_TOKEN",
+        id="token-with-a-blank",
+    ),
+    pytest.param(
+        ["server", "-p", "0"], {"TMUX_SESSION": "a:b"}, "session", id="session-with-a-colon"
+    ),
+    pytest.param(["server", "-p", "0"], {"PATH": "/nowhere"}, "install", id="no-tmux"),
+    pytest.param(["nonsense"], {}, "nonsense", id="no-such-subcommand"),
+    pytest.param(["server", "-p", "0", "--audit-log", ""], {}, "--audit-log", id="empty-audit-log"),
+    pytest.param(
+        ["server", "-p", "0", "--allow-origin", "*"], {}, "--allow-origin", id="any-origin"
+    ),
+    pytest.param(["server", "-p", "0", "--mcp-idle", "0"], {}, "--mcp-idle", id="idle-zero"),
+    pytest.param(["server", "-p", "0", "--mcp-idle", "ten"], {}, "--mcp-idle", id="idle-no-number"),
+    pytest.param(
+        ["server", "-p", "0"], {"TMUX_SOCKET": "/tmp/\udcff/s"}, "socket_path", id="socket-no-utf-8"
+    ),
 ]
 
 
-@pytest.mark.parametrize(("words", "variables", "said"), WRONG, ids=range(len(WRONG)))
+@pytest.mark.parametrize(("words", "variables", "said"), WRONG)
 def test_wrong_settings_end_the_start_with_a_sentence(
     words: list[str], variables: dict[str, str], said: str
 ) -> None:
