@@ -46,9 +46,8 @@ MODULE = pathlib.Path(pp.__file__)
 SOURCE = MODULE.read_text()
 T = TypeVar("T")
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # else what we start under nohup ignores them
+# Otherwise what we start under nohup ignores them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for ignored in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(ignored, signal.SIG_DFL)
 if shutil.which("tmux") is None:
@@ -85,7 +84,8 @@ def descriptors_of(pid: int) -> list[str]:
     """What a process has open."""
     found = []
     for fd in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):  # that of this very listing
+        # The descriptor of this very listing is gone by now.
+        with contextlib.suppress(OSError):
             found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
     return found
 
@@ -317,7 +317,8 @@ class Background:
         return self.future.result(seconds)
 
 
-FUZZ = int(os.environ.get("POCKETCODER_FUZZ", "1"))  # how many times as many random inputs
+# How many times as many random inputs as usual.
+FUZZ = int(os.environ.get("POCKETCODER_FUZZ", "1"))
 MARKS = [
     "",
     " ",
@@ -377,7 +378,8 @@ def junk(dice: random.Random, *likely: Any) -> Any:
 def spoil(dice: random.Random, data: bytes) -> bytes:
     """Mostly the same bytes; often a few are missing, doubled or others."""
     for _ in range(dice.choice((0, 0, 1, 1, 2, 5)) if data else 0):
-        at, end = dice.randrange(len(data)), dice.randrange(9)
+        at = dice.randrange(len(data))
+        end = dice.randrange(9)
         data = (
             data[:at]
             + dice.choice((b"", dice.randbytes(end), data[at : at + end] * 2))
@@ -524,7 +526,9 @@ class Caller:
     """Runs commands as the reasoning engine would, through the bridge or a local bash."""
 
     def __init__(self, proxy: Proxy, names: str) -> None:
-        self.proxy, self.names, self.cwd = proxy, names, proxy.workspace
+        self.proxy = proxy
+        self.names = names
+        self.cwd = proxy.workspace
         self.env = {
             **proxy.env,
             "PROXY_URL": f"http://127.0.0.1:{proxy.port}",
@@ -545,7 +549,8 @@ class Caller:
             "stderr": subprocess.PIPE,
         } | options
         options["env"] = self.env | options.get("env", {})
-        words, cwd = self.words(*arguments, name=name), options.pop("cwd", self.cwd)
+        words = self.words(*arguments, name=name)
+        cwd = options.pop("cwd", self.cwd)
         if options.pop("closes_stdin", False):
             words = ["/bin/bash", "-c", 'exec "$@" <&-', "closes", *words]
         return cast("subprocess.Popen[bytes]", subprocess.Popen(words, cwd=cwd, **options))
@@ -807,16 +812,15 @@ def test_every_form_of_arguments_does_what_it_does_with_bash(
     engine: Caller, name: str, expected: list[tuple[int, bytes, bytes]]
 ) -> None:
     def through_the_bridge(form: list[str | bytes]) -> tuple[int, bytes, bytes]:
-        plain = (
-            name == "pocketcoder" and form and str(form[0])[:1] not in "-+"
-        )  # there these are one command
-        ours = name == "pocketcoder" and form == ["--version"]  # there it is our own
+        # Under this name plain words are one command.
+        plain = name == "pocketcoder" and form and str(form[0])[:1] not in "-+"
+        # Under this name it is our own version.
+        ours = name == "pocketcoder" and form == ["--version"]
         code, out, err = engine.run(
             *(["shell", "--norc"] if plain or ours else []), *form, name=name, input=ON_STDIN
         )
-        missing = form[:1] in (["nosuchscript"], ["."]) and err.startswith(
-            b"pocketcoder: "
-        )  # it is we who read it
+        # The bridge reads the script itself, so the message is its own.
+        missing = form[:1] in (["nosuchscript"], ["."]) and err.startswith(b"pocketcoder: ")
         return code, out, engine.local(*form)[2] if missing else err
 
     with ThreadPoolExecutor(4) as pool:
@@ -1009,7 +1013,8 @@ def test_the_way_to_a_command_imports_next_to_nothing(engine: Caller) -> None:
 
 
 def test_the_shell_needs_no_tornado_and_the_server_says_that_it_does(engine: Caller) -> None:
-    bare = [sys.executable, "-S", f"{engine.names}/pocketcoder"]  # without site-packages
+    # -S: without site-packages, so without Tornado.
+    bare = [sys.executable, "-S", f"{engine.names}/pocketcoder"]
     done = subprocess.run(
         [*bare, "shell", "-c", "echo hi"], env=engine.env, cwd=engine.cwd, capture_output=True
     )
@@ -1450,7 +1455,8 @@ def test_stdin_is_forwarded_as_it_comes_and_never_waited_for(engine: Caller) -> 
         process.stdin.write(word + b"\n")
         process.stdin.flush()
         assert process.stdout.readline() == b"got " + word + b"\n"
-    assert process.wait(15) == 2  # with stdin open
+    # It exits although stdin is open.
+    assert process.wait(15) == 2
     process.communicate()
     endless = subprocess.Popen(["yes"], stdout=subprocess.PIPE)
     process = engine.start("-c", "head -1; exit 3", stdin=endless.stdout)
@@ -1483,7 +1489,8 @@ def test_a_slow_command_slows_stdin_and_memory_stays_flat(engine: Caller) -> Non
         )
         < 40_000
     )
-    process.send_signal(signal.SIGTERM)  # also while stdin is stuck
+    # Signals pass through even while stdin is stuck.
+    process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 143
     process.communicate()
     flood.kill()
@@ -1526,7 +1533,8 @@ def test_a_signal_reaches_the_command_and_ends_the_shell_at_once(engine: Caller)
         started = time.monotonic()
         process.send_signal(number)
         assert process.wait(15) == 128 + number
-        assert time.monotonic() - started < 3  # 0.15, but on a busy machine
+        # It takes 0.15 s; a busy machine is given more.
+        assert time.monotonic() - started < 3
         out, err = process.communicate()
         assert out in (b"", f"heard {name}\n".encode())
         assert b"pocketcoder" not in err
@@ -1610,7 +1618,8 @@ def test_the_exit_status_tells_a_lost_terminal_and_a_stopped_server(
     assert out == b""
     assert err.count(b"\n") == 1
     assert b"is it running?" in err
-    assert not os.path.exists(f"{engine.cwd}/run-here")  # never here
+    # A command never falls back to this side.
+    assert not os.path.exists(f"{engine.cwd}/run-here")
 
 
 # What a server sends that accepts the handshake of a WebSocket.
@@ -1639,7 +1648,8 @@ def test_a_server_that_answers_garbage_is_told_in_a_line(
         connection = listener.accept()[0]
         connection.recv(1000)
         connection.sendall(said)
-        with contextlib.suppress(OSError):  # the shell may have gone already
+        # The shell may have exited already.
+        with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_WR)
         out, err = process.communicate(timeout=20)
         connection.close()
@@ -1902,7 +1912,8 @@ def test_any_list_of_arguments_means_what_it_means_to_bash(tmp_path: pathlib.Pat
     sent = [argv for argv, _, _ in in_the_shell("[arguments_of(case)]", cases, tmp_path)]
     script = f"cd {tmp_path}\n"
     for number, (case, argv) in enumerate(zip(cases, sent, strict=True)):
-        if len(argv) == 2:  # refused
+        # Our side refuses these words.
+        if len(argv) == 2:
             continue
         request = pp.ExecRequest(cmd=pp.command_text(argv[0]), argv=tuple(argv[0]))
         there, _ = pp.bash_command(request, "/bin/bash")
@@ -1976,10 +1987,8 @@ def test_whatever_a_server_sends_the_shell_ends_with_a_status_and_a_line(
             data = bytes([dice.choice((1, 2, 2, dice.randrange(256)))]) + dice.randbytes(
                 dice.randrange(300)
             )
-            kind, width = (
-                dice.choice((0x82, 0x82, 0x82, dice.randrange(256))),
-                dice.choice((0, 0, 2, 8)),
-            )
+            kind = dice.choice((0x82, 0x82, 0x82, dice.randrange(256)))
+            width = dice.choice((0, 0, 2, 8))
             frames += server_frame(dice.choice((final, data)), kind, width)
         said.append(spoil(dice, frames) if dice.random() < 0.5 else frames)
     with socket.create_server(("127.0.0.1", 0), backlog=5) as listener:
@@ -2001,7 +2010,8 @@ def test_whatever_a_server_sends_the_shell_ends_with_a_status_and_a_line(
     for each, (status, out, err) in zip(said, got, strict=True):
         assert type(status) is int, (status, each)
         assert 0 <= status <= 255, (status, each)
-        if b"\x02" not in each and not out:  # what it says is its own
+        # Without a failure, stderr holds at most one line, from the shell itself.
+        if b"\x02" not in each and not out:
             assert err.count("\n") <= 1, (err, each)
             assert err or status != 125 or b'"error":"' in each, each
 
@@ -2212,7 +2222,8 @@ def test_the_seed_names_can_be_used_as_before() -> None:
     assert {name for name in pp.__all__ if not hasattr(pp, name)} == set()
 
 
-FIELDS: dict[str, tuple[Any, ...]] = {  # and what they may be
+# The fields of a request, and values that each may have.
+FIELDS: dict[str, tuple[Any, ...]] = {
     "cmd": ("true", "x" * 100),
     "cwd": ("", ".", "sub", "../..", "/", "sub/../sub", "x" * 300),
     "usage_id": ("u", "\n"),
@@ -2228,7 +2239,10 @@ FIELDS: dict[str, tuple[Any, ...]] = {  # and what they may be
 def test_whatever_the_body_is_it_is_a_request_as_promised_or_refused(
     tmp_path: pathlib.Path,
 ) -> None:
-    dice, workspace, taken, said = random.Random(5), str(tmp_path), 0, set[str]()
+    dice = random.Random(5)
+    workspace = str(tmp_path)
+    taken = 0
+    said = set[str]()
     (tmp_path / "sub").mkdir()
     for _ in range(3000 * FUZZ):
         fields = {"cmd": "true"} if dice.random() < 0.9 else {}
@@ -2316,7 +2330,8 @@ def test_a_lost_connection_fails_every_question_at_once(
                 await tmux.ask("display-message", "-p", "x")
 
     asyncio.run(ask())
-    assert not caplog.records  # nothing was written to what is closed
+    # Nothing was written to a closed connection.
+    assert not caplog.records
 
 
 def test_replies_of_tmux_are_the_same_however_they_are_cut() -> None:
@@ -2345,17 +2360,17 @@ def test_replies_of_tmux_are_the_same_however_they_are_cut() -> None:
 
     async def check() -> None:
         for _ in range(50 * FUZZ):
-            wrote, expected, notices = "%begin 1 1 0\nattached\n%end 1 1 0\n", [], 0
+            wrote = "%begin 1 1 0\nattached\n%end 1 1 0\n"
+            expected = []
+            notices = 0
             for number in range(dice.randrange(5)):
                 for _ in range(dice.randrange(3)):
                     wrote += dice.choice(
                         ["%window-add @1\n", "%session-changed $1 é\n", "\n", "noise\n"]
                     )
                     notices += 1
-                reply, end = (
-                    dice.choices(lines, k=dice.randrange(4)),
-                    dice.choice(["%end", "%error"]),
-                )
+                reply = dice.choices(lines, k=dice.randrange(4))
+                end = dice.choice(["%end", "%error"])
                 expected.append(
                     (
                         end,
@@ -2449,7 +2464,8 @@ ALIKE = [
 @pytest.mark.parametrize("cmd", ALIKE)
 def test_a_command_behaves_as_with_bash_c(proxy: Proxy, agent: str, cmd: str) -> None:
     words = ["bash", "-c", cmd, "bash"]
-    if len(cmd) > 100_000:  # too long for an argument
+    # Such a command is too long for an argument.
+    if len(cmd) > 100_000:
         words[2:] = ['eval "$(cat "$1")"', "bash", write(proxy, cmd)]
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     here = subprocess.run(words, stdin=subprocess.DEVNULL, cwd=proxy.workspace, check=False, **both)  # type: ignore[call-overload]
@@ -2482,9 +2498,8 @@ def test_the_answer_has_every_field_of_the_contract(proxy: Proxy, agent: str) ->
         "waited_ms",
         "run_id",
     }
-    assert (
-        50 <= answer["duration_ms"] < 5000
-    )  # it counts from the report of the start, which may come late
+    # It counts from the report of the start, which may come late.
+    assert 50 <= answer["duration_ms"] < 5000
     assert answer["run_id"] != proxy.exec("true", agent_name=agent)["run_id"]
 
 
@@ -2619,7 +2634,8 @@ def test_a_long_command_still_says_what_it_is_called(proxy: Proxy, agent: str) -
 
 def test_output_beyond_the_limit_keeps_both_ends(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec("seq -w 1 100000", agent_name=agent, max_output=1000)
-    text, whole = answer["stdout"], "".join(f"{i:06}\n" for i in range(1, 100001))
+    text = answer["stdout"]
+    whole = "".join(f"{i:06}\n" for i in range(1, 100001))
     head, gap, tail = re.fullmatch(
         r"(?s)(.*?\n)\[pocketcoder: (\d+) bytes left out\]\n(.*)", text
     ).groups()  # type: ignore[union-attr]
@@ -2639,7 +2655,8 @@ def test_output_beyond_the_limit_keeps_both_ends(proxy: Proxy, agent: str) -> No
 def test_a_limit_halves_no_character(limit: int) -> None:
     whole = "é漢🙂x" * 50
     for chunks in (1, 3, 1000):
-        capture, data = pp.Capture(limit), whole.encode()
+        capture = pp.Capture(limit)
+        data = whole.encode()
         for start in range(0, len(data), chunks):
             capture.add(data[start : start + chunks])
         head, gap, tail = re.fullmatch(
@@ -2702,7 +2719,8 @@ def test_a_busy_pane_sends_the_next_command_to_one_of_its_own_up_to_four(
 def test_the_queue_is_first_come_first_served(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
-    gate, order = f"{server.folder}/gate", f"{server.folder}/order"
+    gate = f"{server.folder}/gate"
+    order = f"{server.folder}/order"
     running = [server.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done") for _ in range(4)]
     eventually(lambda: len(processes_with("until [ -e")) >= 4)
     queued = []
@@ -2784,7 +2802,8 @@ def test_a_terminal_of_somebody_else_is_used_as_it_is(own: Callable[..., Proxy])
 @pytest.mark.slow
 def test_any_posix_shell_in_the_pane_will_do(own: Callable[..., Proxy], shell: str) -> None:
     if shutil.which(shell.split()[0]) is None:
-        return  # not on this machine
+        # This machine lacks the shell.
+        return
     server = own()
     server.exec("true")
     server.tmux(
@@ -2804,9 +2823,8 @@ def test_any_posix_shell_in_the_pane_will_do(own: Callable[..., Proxy], shell: s
         answer = server.exec(cmd, agent_name="mine")
         assert answer["stdout"] == output
         assert answer["exit_code"] == code
-    assert len(server.panes("mine")) <= 2, (
-        server.screen("mine") + server.logged()
-    )  # 2: a slow machine
+    # Two on a slow machine.
+    assert len(server.panes("mine")) <= 2, server.screen("mine") + server.logged()
 
 
 def test_nothing_is_typed_into_a_program_that_a_person_runs(proxy: Proxy, agent: str) -> None:
@@ -2871,7 +2889,8 @@ def test_what_is_typed_during_a_command_is_no_part_of_the_next(
     proxy.tmux("new-window", "-d", "-n", f"{agent}:terminal", "--", *shell.split())
     proxy.exec("true", agent_name=agent)
     for number in range(3):
-        typed, asked = f"{proxy.folder}/{agent}.{number}", f"{proxy.folder}/{agent}.asked.{number}"
+        typed = f"{proxy.folder}/{agent}.{number}"
+        asked = f"{proxy.folder}/{agent}.asked.{number}"
         call = proxy.start_exec(f"until [ -e {asked} ]; do sleep 0.01; done", agent_name=agent)
         eventually(lambda: processes_with(f"until [ -e {asked} ]"))  # noqa: B023
         proxy.type(agent, "-l", f"echo >>{typed} one")
@@ -2880,7 +2899,8 @@ def test_what_is_typed_during_a_command_is_no_part_of_the_next(
         pathlib.Path(asked).touch()
         call.result()
         assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
-        if enter:  # as a person at any terminal may
+        # Anyone at a terminal may press Enter.
+        if enter:
             eventually(lambda: os.path.exists(typed))  # noqa: B023
             assert pathlib.Path(typed).read_text() == "one\n"
         assert os.path.exists(typed) == bool(enter)
@@ -2888,7 +2908,8 @@ def test_what_is_typed_during_a_command_is_no_part_of_the_next(
 
 def test_a_half_typed_line_is_cleared_and_can_be_brought_back(proxy: Proxy, agent: str) -> None:
     proxy.exec("true", agent_name=agent)
-    time.sleep(0.3)  # no person is quicker
+    # No person is quicker.
+    time.sleep(0.3)
     proxy.type(agent, "-l", "echo half 'typed")
     eventually(lambda: "half" in proxy.screen(agent))
     assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
@@ -2914,7 +2935,8 @@ def test_a_continuation_prompt_is_left_and_nothing_of_it_runs(
     proxy: Proxy, agent: str, wait: float
 ) -> None:
     def leave(number: int) -> None:
-        name, file = f"{agent}-{number}", f"{proxy.folder}/{agent}-{number}"
+        name = f"{agent}-{number}"
+        file = f"{proxy.folder}/{agent}-{number}"
         proxy.exec("true", agent_name=name)
         time.sleep(0.2 + wait)
         proxy.type(name, PENDING[number].format(f=file), "Enter")
@@ -2936,9 +2958,8 @@ def test_a_program_in_a_synchronized_pane_gets_nothing(proxy: Proxy, agent: str)
     eventually(lambda: os.path.exists(f"{proxy.folder}/{agent}"))
     pane = proxy.pane(agent)
     proxy.exec("true", agent_name=agent)
-    proxy.tmux(
-        "set-option", "-w", "-t", pane, "synchronize-panes", "on"
-    )  # just before the prompt is noted
+    # This comes just before the prompt is recorded.
+    proxy.tmux("set-option", "-w", "-t", pane, "synchronize-panes", "on")
     time.sleep(0.2)
     for number in range(3):
         answer = proxy.exec(f"echo {number}", agent_name=agent, timeout=2)
@@ -3028,7 +3049,8 @@ TREES = [
 @pytest.mark.slow
 def test_a_timeout_ends_the_whole_tree(proxy: Proxy, agent: str) -> None:
     def end(number: int) -> None:
-        name, started = f"{agent}-{number}", time.monotonic()
+        name = f"{agent}-{number}"
+        started = time.monotonic()
         answer = proxy.exec(f"echo before; {TREES[number]}", agent_name=name, timeout=0.3)
         assert answer["ended"] == "timeout"
         assert answer["exit_code"] == 124
@@ -3047,7 +3069,8 @@ def test_ending_one_run_does_no_harm_to_the_next_ones(proxy: Proxy, agent: str) 
     def follow(number: int) -> list[tuple[int, str]]:
         name = f"{agent}-{number}"
         assert proxy.exec("sleep 30", agent_name=name, timeout=0.2)["ended"] == "timeout"
-        count = 26 // number  # until after the last step of the ladder
+        # Enough commands to last beyond the last step of the ladder.
+        count = 26 // number
         answers = [
             proxy.exec(f"sleep {0.1 * number}; echo ok", agent_name=name) for _ in range(count)
         ]
@@ -3221,14 +3244,16 @@ def test_a_command_whose_server_is_killed_leaves_its_background_processes_alone(
     own: Callable[..., Proxy],
 ) -> None:
     server = own()
-    count, gate = f"{server.folder}/count", f"{server.folder}/gate"
+    count = f"{server.folder}/count"
+    gate = f"{server.folder}/gate"
     loop = f"(while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done) & echo $! > {gate}; sleep 1"
     connection = server.connect()
     connection.request("POST", "/exec", json.dumps({"cmd": loop}), JSON_TYPE)
     eventually(lambda: os.path.exists(gate) and pathlib.Path(gate).read_text())
     server.stop(signal.SIGKILL)
     connection.close()
-    time.sleep(1.5)  # its command has ended, with nobody to report to
+    # By then its command has ended, without a server to report to.
+    time.sleep(1.5)
     before = os.path.getsize(count)
     eventually(lambda: os.path.getsize(count) > before + 100)
     os.kill(int(pathlib.Path(gate).read_text()), signal.SIGKILL)
@@ -3421,7 +3446,8 @@ def test_a_shell_without_descriptors_runs_nothing_of_older_commands(
     time.sleep(0.2)
     server.type("poco", "ulimit -S -n 9", "Enter")
     time.sleep(0.2)
-    assert server.exec("echo ok")["stdout"] == "ok\n"  # in another pane
+    # This one runs in another pane.
+    assert server.exec("echo ok")["stdout"] == "ok\n"
     assert not os.path.exists(f"{server.folder}/old")
 
 
@@ -3514,11 +3540,10 @@ def test_a_run_whose_files_are_wiped_just_before_its_start_is_run_anew(
 ) -> None:
     server = own()
     server.exec("true")
-    base, tmux = (
-        pathlib.Path(f"{server.socket}.d"),
-        int(server.tmux("display-message", "-p", "#{pid}")),
-    )
-    os.kill(tmux, signal.SIGSTOP)  # which is to type the line
+    base = pathlib.Path(f"{server.socket}.d")
+    tmux = int(server.tmux("display-message", "-p", "#{pid}"))
+    # This tmux is about to type the line.
+    os.kill(tmux, signal.SIGSTOP)
     call = server.start_exec(f"ls /proc/self/fd; echo kept #{'x' * 40_000}")
     eventually(lambda: [path for path in base.rglob("*.cmd") if "echo kept" in path.read_text()])
     for path in base.rglob(file):
@@ -3542,7 +3567,8 @@ def test_a_run_directory_of_somebody_else_is_refused(own: Callable[..., Proxy]) 
     assert server.exec("echo ok")["stdout"] == "ok\n"
 
 
-RUNS = "cd $(ls -d {socket}.d/*/); "  # where the files of runs are
+# The directory with the files of runs.
+RUNS = "cd $(ls -d {socket}.d/*/); "
 PLANTS = {
     "go": "for n in 1 2 3 4; do rm -f $n.go; mkfifo $n.go; done",
     "done": "for n in 1 2 3 4; do rm $n.done; ln -s {precious} $n.done; done",
@@ -3560,9 +3586,8 @@ def test_what_a_command_puts_in_place_of_our_files_harms_no_other(
     server = own()
     precious = pathlib.Path(server.folder, "precious")
     precious.write_text("precious")
-    for call in [
-        server.start_exec("true", agent_name=f"a{number}") for number in range(4)
-    ]:  # make four names
+    # Make four names.
+    for call in [server.start_exec("true", agent_name=f"a{number}") for number in range(4)]:
         call.result()
     command = (RUNS + PLANTS[plant]).format(socket=server.socket, precious=precious)
     server.exec(command)
@@ -3640,9 +3665,8 @@ def test_a_worker_cannot_lead_root_to_files_and_processes_that_are_not_his(worke
         assert precious.stat().st_uid == 0
     victim = subprocess.Popen(["sleep", "77"], start_new_session=True)
     try:
-        workers.type(
-            "poco", "trap 'sleep 0.3' DEBUG", "Enter"
-        )  # so that the lie comes before the truth
+        # Delay the real report, so that the false one comes first.
+        workers.type("poco", "trap 'sleep 0.3' DEBUG", "Enter")
         call = workers.start_exec("echo $PPID; sleep 76.5", timeout=0.3)
         found = eventually(
             lambda: [text for path in folder.glob("*.go") if "76.5" in (text := path.read_text())]
@@ -3683,16 +3707,14 @@ def test_runs_leave_no_files_and_no_descriptors(own: Callable[..., Proxy]) -> No
         server.exec(cmd, stdin="x")
     server.exec("sleep 9", timeout=0.1)
     server.post({"cmd": "true", "cwd": "nowhere"})
-    eventually(
-        lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13
-    )  # of up to three names
+    # Files of up to three names are kept.
+    eventually(lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13)
     before = server.descriptors()
     for number in range(50):
         server.exec(f"exit {number}", stdin="x" * number)
     eventually(lambda: server.descriptors() <= before)
-    eventually(
-        lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13
-    )  # of up to three names
+    # Files of up to three names are kept.
+    eventually(lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13)
     server.stop()
     assert list(pathlib.Path(f"{server.socket}.d").rglob("*")) == []
 
@@ -3720,9 +3742,8 @@ def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(
         assert server.request("GET", "/health")[0] == 200
         resource.prlimit(limited, resource.RLIMIT_FSIZE, before)
         assert server.exec("echo ok")["stdout"] == "ok\n"
-        assert len(list(pathlib.Path(files).rglob("*"))) <= 10, os.listdir(
-            files
-        )  # of up to two names
+        # Files of up to two names are kept.
+        assert len(list(pathlib.Path(files).rglob("*"))) <= 10, os.listdir(files)
 
 
 @pytest.mark.slow
@@ -3731,7 +3752,8 @@ def test_without_descriptors_runs_are_refused_and_those_that_run_go_on(
 ) -> None:
     server = own()
     server.exec("true")
-    kept, panes = server.connect(), server.panes("poco")
+    kept = server.connect()
+    panes = server.panes("poco")
     kept.request("GET", "/health")
     assert kept.getresponse().read() == b"ok"
     running = server.start_exec("sleep 0.8; echo done")
@@ -3739,10 +3761,8 @@ def test_without_descriptors_runs_are_refused_and_those_that_run_go_on(
         "trap '' TERM; sleep 9 & wait; sleep 9", agent_name="other", timeout=0.6
     )
     eventually(lambda: processes_with("sleep\x000.8") and processes_with("sleep\x009"))
-    used, before = (
-        server.descriptors(),
-        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE),
-    )
+    used = server.descriptors()
+    before = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
     for limit in (used, 1):
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (limit, before[1]))
         kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
@@ -3768,9 +3788,8 @@ def test_a_child_needs_no_thread(own: Callable[..., Proxy]) -> None:
             r"VmSize:\s+(\d+)", pathlib.Path(f"/proc/{server.process.pid}/status").read_text()
         )[0]
     )
-    resource.prlimit(
-        server.process.pid, resource.RLIMIT_AS, (size * 1024 + 4 * pp.MIB, -1)
-    )  # a stack takes 8
+    # A thread's stack takes 8 MiB.
+    resource.prlimit(server.process.pid, resource.RLIMIT_AS, (size * 1024 + 4 * pp.MIB, -1))
     answer = mcp(server, request("initialize", INITIALIZE), path="/servers/none/mcp")[2]
     assert "before it answered" in answer["error"]["message"]
     server.tmux("kill-server")
@@ -3786,13 +3805,12 @@ def test_a_run_that_ends_while_its_files_cannot_go_does_not_hinder_the_next(
     running = server.start_exec("sleep 0.5; echo done")
     pid = eventually(lambda: [*pathlib.Path(f"{server.socket}.d").glob("*/*.pid")])[0]
     folder = pid.parent
+    # Nothing can be removed from such a directory.
     if (
         not shutil.which("chattr")
         or subprocess.run(["chattr", "+a", folder], capture_output=True).returncode
     ):
-        pytest.skip(
-            "needs a file system and a user that can `chattr +a`"
-        )  # so that nothing can be removed
+        pytest.skip("needs a file system and a user that can `chattr +a`")
     try:
         assert running.result()["stdout"] == "done\n"
         assert server.exec("echo next")["stdout"] == "next\n"
@@ -3810,7 +3828,8 @@ def test_a_command_that_ended_while_the_server_was_stopped_ended_in_time(
     server.exec("true")
     running = server.start_exec("sleep 0.8; echo done; exit 3", timeout=1.5)
     eventually(lambda: processes_with("sleep\x000.8"))
-    time.sleep(0.2)  # it waits in epoll_wait(2) then
+    # By then it waits in epoll_wait(2).
+    time.sleep(0.2)
     server.process.send_signal(signal.SIGSTOP)
     time.sleep(2)
     server.process.send_signal(signal.SIGCONT)
@@ -3829,10 +3848,8 @@ def test_a_directory_for_runs_that_cannot_be_made_leaves_no_descriptor(
     kept = server.connect()
     kept.request("GET", "/health")
     kept.getresponse().read()
-    used, before = (
-        server.descriptors(),
-        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE),
-    )
+    used = server.descriptors()
+    before = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
     for free in range(-4, 4):
         shutil.rmtree(f"{server.socket}.d", ignore_errors=True)
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used + free, before[1]))
@@ -3885,7 +3902,8 @@ def test_a_stray_file_or_a_missing_folder_stops_nothing(own: Callable[..., Proxy
     tmux = int(server.tmux("display-message", "-p", "#{pid}"))
     subprocess.run(["rm", "-rf", f"{server.folder}/tmux"], check=True)
     assert server.exec("echo still")["stdout"] == "still\n"
-    os.kill(tmux, signal.SIGKILL)  # its socket is gone: nobody else can end it
+    # Its socket is gone, so only a signal can end it.
+    os.kill(tmux, signal.SIGKILL)
 
 
 def test_two_servers_on_one_socket_share_it(own: Callable[..., Proxy]) -> None:
@@ -4012,7 +4030,8 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
         return result
 
     try:
-        for _ in range(2):  # each with a loop of its own
+        # Each round has a loop of its own.
+        for _ in range(2):
             driver.sandbox.stopping = False
             with contextlib.suppress(subprocess.SubprocessError):
                 subprocess.run(
@@ -4024,7 +4043,8 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
             assert result.ended == "exit"
         driver.sandbox.stopping = False
         before = descriptors_of(os.getpid())
-        for number in range(3):  # as a script would: nobody closes it
+        # As a script would, without closing it.
+        for number in range(3):
             assert asyncio.run(driver.exec(f"echo {number}", None, "poco")).output == f"{number}\n"
         with pytest.raises(asyncio.TimeoutError):
             asyncio.run(asyncio.wait_for(driver.exec("sleep 79.5", None, "poco"), 0.3))
@@ -4066,7 +4086,8 @@ def test_a_socket_that_a_stranger_can_have_made_is_refused(
     user: int, owner: int, mode: int, socket_owner: int | None, sound: bool
 ) -> None:
     if os.geteuid():
-        return  # only root can try
+        # Only root can try.
+        return
     folder = pathlib.Path(tempfile.mkdtemp(prefix="pc"))
     (folder / "place").mkdir()
     (folder / "link").symlink_to("place")
@@ -4108,7 +4129,8 @@ def test_a_directory_of_ours_that_is_open_to_all_gets_the_sticky_bit(
 def test_a_directory_of_ours_below_one_of_everybody_will_do_with_a_warning(
     tmp_path: pathlib.Path,
 ) -> None:
-    os.chmod(tmp_path, 0o2777)  # as volumes of Kubernetes are
+    # As volumes of Kubernetes are.
+    os.chmod(tmp_path, 0o2777)
     pp.check_place(f"{tmp_path}/own/s")
     assert pp.open_above(f"{tmp_path}/own/s") == [str(tmp_path)]
     os.chmod(tmp_path, 0o1777)
@@ -4225,9 +4247,11 @@ def test_reports_of_runs_are_the_same_however_they_are_cut(tmp_path: pathlib.Pat
         name = files.token.encode()
         fd = os.open(folder.status_path, os.O_WRONLY)
         for _ in range(100 * FUZZ):
-            wrote, expected = b"", []
+            wrote = b""
+            expected = []
             for _ in range(dice.randrange(8)):
-                word, number = dice.choice(["start", "exit", "back"]), dice.randrange(10**9)
+                word = dice.choice(["start", "exit", "back"])
+                number = dice.randrange(10**9)
                 if dice.random() < 0.5:
                     wrote += b"%s %s %d\n" % (name, word.encode(), number)
                     expected.append((word, number))
@@ -4269,11 +4293,9 @@ def test_what_is_kept_of_output_is_the_same_however_it_is_cut() -> None:
             assert len(capture.tail) <= 2 * limit + max(map(len, pieces), default=0), pieces
             texts.add(capture.text(len(data)))
         assert len(texts) == 1, (limit, data)
-        text, head, tail = (
-            texts.pop(),
-            data[: limit // 2],
-            data[max(0, len(data) - (limit - limit // 2)) :],
-        )
+        text = texts.pop()
+        head = data[: limit // 2]
+        tail = data[max(0, len(data) - (limit - limit // 2)) :]
         if len(data) <= limit:
             assert text == data.decode(errors="replace"), (limit, data)
             continue
@@ -4687,7 +4709,8 @@ def test_headers_are_read_as_http_and_mcp_say(proxy: Proxy) -> None:
         ("Mcp-Name", "exec"),
     ):
         connection.putheader(name, value)
-    connection.putheader("Mcp-Name", "exec")  # twice: who routes by it may see another one than we
+    # Twice: a router in between may read another one than we do.
+    connection.putheader("Mcp-Name", "exec")
     connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", str(len(body)))
     connection.endheaders(body)
@@ -4909,8 +4932,12 @@ class Client:
         can: Any = None,
         info: Any = None,
     ) -> None:
-        self.proxy, self.era, self.path, self.make = proxy, era, f"/servers/{name}/mcp", make
-        self.can, self.headers = CAN if can is None else can, dict[str, str]()
+        self.proxy = proxy
+        self.era = era
+        self.path = f"/servers/{name}/mcp"
+        self.make = make
+        self.can = CAN if can is None else can
+        self.headers = dict[str, str]()
         self.info = info or {"name": "t", "version": "1"}
         if era == "legacy":
             params = {**INITIALIZE, "capabilities": self.can, "clientInfo": self.info}
@@ -4946,7 +4973,8 @@ class Client:
 
     def open(self, method: str, params: dict[str, Any], id_: Any = 1) -> Stream:
         """The same, event by event."""
-        message, headers = self.message(method, params, id_), dict(self.headers)
+        message = self.message(method, params, id_)
+        headers = dict(self.headers)
         if self.era == "modern":
             headers |= {"MCP_Protocol_Version": "2026-07-28", "Mcp_Method": method}
             headers |= {"Mcp_Name": params["name"]} if "name" in params else {}
@@ -5022,7 +5050,8 @@ def test_what_passes_through_arrives_as_it_was_sent(client: Client) -> None:
     params = {"name": "echo", "arguments": {}, "_meta": {"trace": "t-1", "progressToken": "p"}}
     got = json.loads(text_of(client.ask("tools/call", params)[-1]["result"]))["params"]
     assert got["_meta"]["trace"] == "t-1"
-    assert type(got["_meta"]["progressToken"]) is int  # ours
+    # The relay replaces the client's token by a number of its own.
+    assert type(got["_meta"]["progressToken"]) is int
 
 
 def test_progress_comes_on_the_requests_own_stream_with_its_own_token(client: Client) -> None:
@@ -5111,12 +5140,12 @@ def test_a_state_that_is_not_ours_is_refused(relay: Proxy, stream: Callable[...,
     missing = client.ask(
         "tools/call", {**params, "requestState": asked["requestState"], "inputResponses": 3}
     )[-1]
-    assert missing["result"]["inputRequests"] == asked["inputRequests"]  # asked again
+    # It asks again.
+    assert missing["result"]["inputRequests"] == asked["inputRequests"]
     good["requestState"] = missing["result"]["requestState"]
     assert "decline" in text_of(client.ask("tools/call", {**params, **good})[-1]["result"])
-    assert (
-        client.ask("tools/call", {**params, **good})[-1]["error"]["code"] == -32602
-    )  # answered already
+    # This question has been answered already.
+    assert client.ask("tools/call", {**params, **good})[-1]["error"]["code"] == -32602
 
 
 def test_changes_are_heard_by_who_wants_to(client: Client) -> None:
@@ -5133,7 +5162,8 @@ def test_changes_are_heard_by_who_wants_to(client: Client) -> None:
             client.ask("resources/subscribe", {"uri": "test://watched-resource"})[-1]["result"]
             == {}
         )
-    time.sleep(0.2)  # until a modern child has heard of it
+    # By then a modern child has received the subscription.
+    time.sleep(0.2)
     client.call("test_trigger_tool_change", id_=50)
     client.call("test_trigger_resource_change", id_=51, uri="test://watched-resource")
     heard = [events.next() for _ in range(2)]
@@ -5224,9 +5254,8 @@ def test_websockets_and_event_streams_reach_stdio_servers_too(
         events = stream(relay, f"/servers/{server}/sse")
         path = events.next()
         assert path.startswith(f"/servers/{server}/messages?session_id=")
-        assert (
-            mcp(relay, request("tools/list", id_="without initialize"), path=path)[0] == 202
-        )  # it came back
+        # A client that reconnects may skip `initialize`.
+        assert mcp(relay, request("tools/list", id_="without initialize"), path=path)[0] == 202
         assert len(events.next()["result"]["tools"]) > 10
         assert mcp(relay, request("initialize", INITIALIZE), path=path)[0] == 202
         assert events.next()["result"]["serverInfo"]["name"] == "fixture-server"
@@ -5274,9 +5303,8 @@ def test_a_legacy_session_has_a_child_of_its_own_that_ends_with_it(
     assert text_of(two.call("counter")) == "2"
     modern_one = Client(relay, "modern", "legacy", stream)
     before = int(text_of(modern_one.call("counter")))
-    assert (
-        int(text_of(modern_one.call("counter"))) == before + 1
-    )  # calls one after the other meet the same child
+    # Calls one after the other meet the same child.
+    assert int(text_of(modern_one.call("counter"))) == before + 1
 
 
 @pytest.mark.parametrize(("era", "server"), ERAS)
@@ -5295,7 +5323,8 @@ def test_a_child_that_dies_answers_at_once_and_is_started_again(
 
     def reached() -> Any:
         """A call by a new client; it is refused while the server is held back."""
-        with contextlib.suppress(KeyError):  # no session
+        # There is no session in this era.
+        with contextlib.suppress(KeyError):
             return Client(proxy, era, "x", stream).call("pid").get("content")
 
     client = Client(proxy, era, "x", stream)
@@ -6047,12 +6076,14 @@ def test_a_stream_that_has_left_holds_up_no_server(
     else:
         left = stream(proxy, client.path, None, **client.headers)
     left.close()
-    time.sleep(0.3)  # the server notices
+    # By then the server has noticed.
+    time.sleep(0.3)
     client.tell("notifications/roots/list_changed", {})
     time.sleep(0.3)
     started = time.monotonic()
     assert client.ask("tools/list")[-1]["result"] == {"tools": []}
-    assert time.monotonic() - started < 20  # not a minute for each message that nobody reads
+    # It does not wait a minute for each unread message.
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.slow
@@ -6084,7 +6115,8 @@ def test_a_child_that_left_its_log_to_somebody_is_gone_when_it_has_ended(
 def test_calls_that_are_never_taken_up_again_lock_nothing(
     relay: Proxy, stream: Callable[..., Stream]
 ) -> None:
-    for number in range(40):  # more than there may be children
+    # More than there may be children.
+    for number in range(40):
         can = {"elicitation": {"n": number % 20}}
         client = Client(relay, "modern", "legacy", stream, can=can)
         asked = client.call("test_input_required_result_elicitation")
@@ -6378,9 +6410,8 @@ def test_a_child_that_hangs_or_never_reads_is_given_up(fixtures: pathlib.Path) -
             slow = modern(
                 "tools/call", {"name": "test_slow", "arguments": {"seconds": 1}}, progressToken=1
             )
-            said.append(
-                text_of((await relay.respond(peer, slow, True, outbox))["result"])
-            )  # progress gives it time
+            # Progress gives the call more time.
+            said.append(text_of((await relay.respond(peer, slow, True, outbox))["result"]))
             patch.setattr(pp, "CHILD_QUEUE", 1000)
             assert relay.shared
             os.kill(relay.shared.process.pid, signal.SIGSTOP)
@@ -6485,7 +6516,8 @@ def test_whatever_a_child_writes_every_request_has_one_sound_answer(
         relay = pp.Relay(
             pp.ServerConfig("talker", (sys.executable, "-S", str(tmp_path / "talker.py")))
         )
-        outbox, answered = pp.Outbox.nowhere(), list[bool]()
+        outbox = pp.Outbox.nowhere()
+        answered = list[bool]()
         peer = pp.Peer(outbox, int)
         try:
             for number in range(100 * FUZZ):
@@ -6644,9 +6676,8 @@ def test_keys_that_make_a_terminal_are_no_part_of_the_next_command(
     server.exec("true")
     server.tmux("kill-server")
     half = f"echo >{server.folder}/half one"
-    eventually(
-        lambda: not call(server, "send_keys", text=half)["isError"]
-    )  # at first tmux may be just dying
+    # At first tmux may be just dying.
+    eventually(lambda: not call(server, "send_keys", text=half)["isError"])
     assert server.exec("echo ok")["stdout"] == "ok\n"
     assert not os.path.exists(f"{server.folder}/half")
 
@@ -6835,7 +6866,8 @@ def test_progress_tells_the_newest_line_and_only_grows(proxy: Proxy, agent: str)
     params = {"name": "exec", "arguments": slow, "_meta": {"progressToken": 0}}
     _, headers, events = mcp(proxy, request("tools/call", params, id_="p"), Mcp_Session_Id=session)
     assert headers["x-accel-buffering"] == "no"
-    told, answer = [each["params"] for each in events[:-1]], events[-1]
+    told = [each["params"] for each in events[:-1]]
+    answer = events[-1]
     assert {each["method"] for each in events[:-1]} == {"notifications/progress"}
     assert {each["progressToken"] for each in told} == {0}
     seconds = [each["progress"] for each in told]
@@ -6866,7 +6898,8 @@ def test_a_closed_stream_cancels_a_modern_call(
     assert left.next()["params"]["message"] == "go"
     left.close()
     eventually(lambda: not processes_with("sleep\x0071.5"))
-    unanswered = proxy.connect()  # before anything came
+    # This connection breaks before any answer.
+    unanswered = proxy.connect()
     head = {
         "Content-Type": "application/json",
         **{name.replace("_", "-"): value for name, value in names.items()},
@@ -6881,7 +6914,8 @@ def test_a_closed_stream_cancels_a_modern_call(
 def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
     proxy: Proxy, agent: str, stream: Callable[..., Stream]
 ) -> None:
-    session, other = opened(proxy), opened(proxy)
+    session = opened(proxy)
+    other = opened(proxy)
     arguments = {"cmd": "echo go; sleep 72.5", "agent_name": agent}
     message = request(
         "tools/call", {"name": "exec", "arguments": arguments, "_meta": {"progressToken": 1}}, id_=9
@@ -6896,10 +6930,10 @@ def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
         "method": "notifications/cancelled",
         "params": {"requestId": 9, "reason": "user"},
     }
-    assert mcp(proxy, cancel, Mcp_Session_Id=other)[0] == 202  # the same id, of another session
-    assert (
-        mcp(proxy, {**cancel, "params": {"requestId": "9"}}, Mcp_Session_Id=session)[0] == 202
-    )  # another type
+    # The same id in another session cancels nothing.
+    assert mcp(proxy, cancel, Mcp_Session_Id=other)[0] == 202
+    # The same id in another type cancels nothing.
+    assert mcp(proxy, {**cancel, "params": {"requestId": "9"}}, Mcp_Session_Id=session)[0] == 202
     time.sleep(0.3)
     assert processes_with("sleep\x0072.5")
     assert mcp(proxy, cancel, Mcp_Session_Id=session)[0] == 202
@@ -6907,7 +6941,8 @@ def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
     again = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
     assert again.next()["params"]["message"] == "go"
     assert mcp(proxy, cancel, Mcp_Session_Id=session)[0] == 202
-    while (got := again.next()) is not None:  # it ends, without an answer
+    # The stream ends without an answer.
+    while (got := again.next()) is not None:
         assert got["method"] == "notifications/progress"
 
 
@@ -6932,7 +6967,8 @@ def test_an_id_in_flight_is_not_taken_twice(
 def test_a_session_belongs_to_the_credential_that_opened_it(
     own: Callable[..., Proxy], stream: Callable[..., Stream]
 ) -> None:
-    proxy = own()  # without a token any will do, but it is not forgotten
+    # A server without a token takes any credential, but remembers it.
+    proxy = own()
     session = opened(proxy, Authorization="Bearer mine")
     for header in ("", "Bearer yours"):
         assert mcp(proxy, request("ping"), Mcp_Session_Id=session, Authorization=header)[0] == 404
@@ -6951,9 +6987,10 @@ def test_a_session_belongs_to_the_credential_that_opened_it(
         ]
         == 202
     )
+    # A session of another transport is not found.
     assert (
         mcp(proxy, request("ping"), Mcp_Session_Id="named", Authorization="Bearer mine")[0] == 404
-    )  # another transport's
+    )
 
 
 def test_commands_of_exec_are_reported_to_the_session_they_name(
@@ -6962,7 +6999,8 @@ def test_commands_of_exec_are_reported_to_the_session_they_name(
     listening = stream(proxy, f"/sse?session_id={agent}")
     assert listening.next() == f"/messages?session_id={agent}"
     answer = proxy.exec("echo told; exit 4", agent_name=agent, session_id=agent)
-    begun, ended = listening.next(), listening.next()
+    begun = listening.next()
+    ended = listening.next()
     for told, event in ((begun, "start"), (ended, "end")):
         assert told["method"] == "notifications/message"
         assert told["params"]["level"] == "info"
@@ -6989,7 +7027,8 @@ def test_commands_of_exec_are_reported_to_the_session_they_name(
     assert told["ended"] == "cancelled"
     assert told["duration_ms"] > 0
     session = opened(proxy)
-    proxy.exec("true", agent_name=agent, session_id=session)  # nobody listens yet
+    # Nobody listens yet.
+    proxy.exec("true", agent_name=agent, session_id=session)
     get = stream(proxy, "/mcp", None, Mcp_Session_Id=session)
     missed = [get.next()["params"]["data"] for _ in range(2)]
     assert [each["event"] for each in missed] == ["start", "end"]
@@ -7031,7 +7070,8 @@ def test_who_comes_back_gets_what_was_missed_and_calls_went_on(
     assert second.next() == path
     assert [second.next()["id"] for _ in range(3)] == ["away0", "away1", "away2"]
     assert text_of(second.next()["result"]) == "done\n"
-    third = stream(proxy, f"/sse?session_id={agent}")  # takes over
+    # This stream replaces the second.
+    third = stream(proxy, f"/sse?session_id={agent}")
     assert third.next() == path
     assert second.next() is None
     assert mcp(proxy, request("ping", id_="last"), path=path)[0] == 202
@@ -7082,7 +7122,9 @@ def test_named_sessions_and_idle_ones_expire(
         await asyncio.sleep(0.3)
         return [*state.sessions]
 
-    before, pp.KEEP_ALIVE = pp.KEEP_ALIVE, 0.05  # how often it is looked at
+    before = pp.KEEP_ALIVE
+    # Idle sessions are looked for this often.
+    pp.KEEP_ALIVE = 0.05
     try:
         assert asyncio.run(expiring()) == []
     finally:
@@ -7096,7 +7138,8 @@ def test_the_number_of_sessions_is_bounded() -> None:
         for _ in range(pp.MAX_SESSIONS):
             session = state.sessions.open(pp.Session(state, state.servers[""], "http", None, "", 9))
             session.streams += 1
-        assert first.session_id not in state.sessions  # the one that nobody used longest made room
+        # The session that was unused longest made room.
+        assert first.session_id not in state.sessions
         with pytest.raises(pp.NoTerminal):
             state.sessions.open(pp.Session(state, state.servers[""], "http", None, "", 9))
 
@@ -7110,8 +7153,10 @@ def test_the_audit_log_has_the_start_and_the_end_of_each_command(
     ids = {"usage_id": "u\n\u2028", "session_id": "s", "agent_name": "a"}
     cmd = f"grep -c $POCKETCODER_RUN_ID {path}; exit 3"
     answer = proxy.exec(cmd, **ids)
-    assert answer["stdout"] == "1\n"  # the start is there before it runs
-    start, end = noted(path)  # the end, before it is answered
+    # The start is recorded before the command runs.
+    assert answer["stdout"] == "1\n"
+    # The end is recorded before the answer.
+    start, end = noted(path)
     fields = {
         "run_id": answer["run_id"],
         "door": "exec",
@@ -7242,11 +7287,12 @@ def test_nothing_runs_and_nothing_is_answered_while_the_audit_log_cannot_be_writ
 ) -> None:
     proxy, path = audited
     long = proxy.start_exec("sleep 0.3; exit 5", agent_name="a")
-    eventually(
-        lambda: proxy.exec("true") and len(noted(path)) > 8
-    )  # longer than the files of a run
-    limit_files(proxy, size := path.stat().st_size + 20)  # bytes: a part of a line is written
-    eventually(lambda: "File too large" in proxy.logged())  # the end of `long`
+    # Make the log longer than the files of a run.
+    eventually(lambda: proxy.exec("true") and len(noted(path)) > 8)
+    # Only part of a line can be written.
+    limit_files(proxy, size := path.stat().st_size + 20)
+    # This is the end of `long`.
+    eventually(lambda: "File too large" in proxy.logged())
     for _ in range(3):
         status, answer = proxy.post({"cmd": "touch ran"})
         assert status == 503
@@ -7262,9 +7308,8 @@ def test_nothing_runs_and_nothing_is_answered_while_the_audit_log_cannot_be_writ
     assert long.result()["exit_code"] == 5
     assert proxy.exec("ls")["stdout"] == ""
     limit_files(proxy, path.stat().st_size)
-    assert (
-        proxy.post({"cmd": "touch ran"})[0] == 503
-    )  # of its start nothing is written, and nothing waits
+    # Nothing of its start is written, so nothing has to wait.
+    assert proxy.post({"cmd": "touch ran"})[0] == 503
     limit_files(proxy, resource.RLIM_INFINITY)
     assert proxy.exec("ls")["stdout"] == ""
     lines = noted(path)
@@ -7326,11 +7371,11 @@ def test_a_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
     own: Callable[..., Proxy], tmp_path: pathlib.Path
 ) -> None:
     os.mkfifo(path := tmp_path / "audit")
-    with contextlib.closing(
-        open(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
-    ):  # there, and reads nothing
+    # The reader exists, and reads nothing.
+    with contextlib.closing(open(os.open(path, os.O_RDONLY | os.O_NONBLOCK))):
         proxy = own("--audit-log", str(path))
-        cmd = "#" * 300_000 + f"\n[ -s {tmp_path}/copy ] && echo hi"  # it has been read before
+        # The line has been read before the command runs.
+        cmd = "#" * 300_000 + f"\n[ -s {tmp_path}/copy ] && echo hi"
         call = proxy.start_exec(cmd)
         time.sleep(0.2)
         reader = subprocess.Popen(f"exec cat {path} >{tmp_path}/copy", shell=True)
@@ -7345,7 +7390,8 @@ def test_a_command_that_is_tried_again_is_noted_once(audited: tuple[Proxy, pathl
     proxy.exec("true")
     proxy.tmux("split-window", "-d", "-t", proxy.pane("poco"), "sleep 79")
     proxy.tmux("set-option", "-w", "-t", proxy.pane("poco"), "synchronize-panes", "on")
-    answers = [proxy.exec("true")["run_id"] for _ in range(3)]  # not typed at first
+    # The first one is not typed.
+    answers = [proxy.exec("true")["run_id"] for _ in range(3)]
     assert [line["run_id"] for line in noted(path)[2:]] == [
         run_id for run_id in answers for _ in range(2)
     ]
@@ -7369,7 +7415,8 @@ def test_hup_opens_the_audit_log_anew(audited: tuple[Proxy, pathlib.Path]) -> No
     assert proxy.post({"cmd": "true"})[0] == 503
     path.rmdir()
     for _ in range(2):
-        proxy.exec("true")  # it mends itself
+        # The server recovers by itself.
+        proxy.exec("true")
         assert len(noted(path)) == 2
         path.unlink()
 
@@ -7386,7 +7433,8 @@ def test_a_server_that_is_killed_loses_no_line_that_was_answered(
 def test_a_line_that_was_cut_short_spoils_no_other(audited: tuple[Proxy, pathlib.Path]) -> None:
     proxy, path = audited
     with path.open("a") as file:
-        file.write('{"time": "2026-')  # by a server that was killed then
+        # As a server leaves it that was killed while writing.
+        file.write('{"time": "2026-')
     proxy.process.send_signal(signal.SIGHUP)
     for _ in range(8):
         proxy.exec("true")
@@ -7762,7 +7810,8 @@ def test_a_stream_brings_output_as_it_is_written_and_the_result_at_its_end(
         f"echo one; until [ -e {gate} ]; do sleep 0.01; done; printf two; exit 3", agent_name=agent
     ):
         if event == "output" and not got:
-            pathlib.Path(gate).touch()  # nothing ends before the first line is here
+            # The command goes on only after its first line is here.
+            pathlib.Path(gate).touch()
         if event != ":":
             got.append((event, data))
     assert "".join(data["stdout"] for event, data in got if event == "output") == "one\ntwo"
@@ -7838,7 +7887,8 @@ def test_a_slow_reader_slows_the_command_and_not_the_server(own: Callable[..., P
 def test_a_stream_that_is_left_cancels_its_command(proxy: Proxy, agent: str) -> None:
     stream = proxy.stream("while :; do echo x; sleep 0.01; done; : 63.5", agent_name=agent)
     next(stream)
-    eventually(lambda: processes_with(": 63.5"))  # it starts, and then becomes bash
+    # It starts, and then becomes bash.
+    eventually(lambda: processes_with(": 63.5"))
     stream.close()
     eventually(lambda: not processes_with(": 63.5"))
 
@@ -7855,7 +7905,8 @@ class Channel:
     patience = 10.0  # seconds, for a message
 
     def __init__(self, proxy: Proxy, **options: Any) -> None:
-        self.url, self.options = f"ws://127.0.0.1:{proxy.port}/exec/ws", options
+        self.url = f"ws://127.0.0.1:{proxy.port}/exec/ws"
+        self.options = options
 
     async def __aenter__(self) -> Channel:
         request = tornado.httpclient.HTTPRequest(self.url, **self.options)
@@ -7923,9 +7974,8 @@ def test_a_channel_signals_the_whole_group(proxy: Proxy, agent: str, name: str) 
         async with Channel(proxy) as channel:
             await channel.send({"cmd": "echo ready; sleep 68.5", "agent_name": agent})
             await channel.next()
-            await asyncio.to_thread(
-                eventually, lambda: processes_with("sleep\x0068.5")
-            )  # bash itself ignores QUIT
+            # Wait for it, since bash itself ignores QUIT.
+            await asyncio.to_thread(eventually, lambda: processes_with("sleep\x0068.5"))
             await channel.send({"signal": name})
             final = await channel.end()
             assert final["exit_code"] == 128 + signal.Signals[f"SIG{name}"]
@@ -8018,9 +8068,8 @@ def test_a_caller_that_leaves_a_full_channel_is_noticed(proxy: Proxy, agent: str
         async with Channel(proxy) as channel:
             await channel.send({"cmd": "echo ready; exec sleep 68.7", "agent_name": agent})
             await channel.next()
-            waiting = [
-                asyncio.ensure_future(channel.send(b"\0" * 100_000)) for _ in range(40)
-            ]  # nobody reads them
+            # Nobody reads these messages.
+            waiting = [asyncio.ensure_future(channel.send(b"\0" * 100_000)) for _ in range(40)]
             await asyncio.wait(waiting, timeout=0.3)
             stream: Any = channel.socket.protocol and channel.socket.protocol.stream
             stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -8047,9 +8096,8 @@ def test_streamable_http_wants_both_types_and_knows_its_methods(proxy: Proxy) ->
     assert mcp(proxy, b"", "GET", Mcp_Session_Id="gone")[0] == 404
     assert mcp(proxy, b"", "DELETE", Mcp_Session_Id="gone")[0] == 404
     assert mcp(proxy, b"", "PUT")[0] == 405
-    assert (
-        mcp(proxy, request("ping"), path="/sse")[0] == 405
-    )  # tells a client that tries POST first to GET
+    # This tells clients that try POST first to use GET.
+    assert mcp(proxy, request("ping"), path="/sse")[0] == 405
     assert mcp(proxy, b"", "GET", path="/messages")[0] == 405
     assert mcp(proxy, b"x" * (16 * 1024 * 1024 + 1))[0] == 413
     assert mcp(proxy, modern("tools/list"), Origin="http://127.0.0.1.evil.com")[0] == 403
@@ -8130,7 +8178,8 @@ def test_a_client_of_either_era_is_served_on_an_event_stream(
     cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "c"}}
     assert mcp(proxy, cancel, path=path)[0] == 202
     eventually(lambda: not processes_with("sleep\x0075.5"))
-    assert ask(request("ping", id_="after"))["id"] == "after"  # and none for the cancelled one
+    # The cancelled request gets no answer.
+    assert ask(request("ping", id_="after"))["id"] == "after"
 
 
 class AnyError(dict[str, Any]):
@@ -8235,15 +8284,18 @@ def test_what_comes_and_goes_at_once_leaves_nothing(own: Callable[..., Proxy]) -
     both = frame(json.dumps(request("tools/call", params))) + frame(json.dumps(cancel))
     with shaken(proxy, "/mcp/ws", both + both + frame(json.dumps(request("ping", id_=1)))) as peer:
         got = b""
-        while b'"result":{}' not in got:  # the id is free again
+        # Until the id is free again.
+        while b'"result":{}' not in got:
             got += peer.recv(4096)
-    for _ in range(3):  # its output is just being written
+    # It leaves while its output is being written.
+    for _ in range(3):
         flood = Stream(proxy, "/exec", {"cmd": "yes"}, Accept="text/event-stream")
         assert flood.next()["stdout"].startswith("y\n")
         flood.close()
     eventually(lambda: not processes_with("sleep\x0078.5"))
     eventually(lambda: proxy.descriptors() <= before)
-    assert proxy.stop() == 0  # a failure that nobody heard of is logged at last
+    # A failure without a listener is logged at the end.
+    assert proxy.stop() == 0
     assert "Traceback" not in proxy.logged()
 
 
@@ -8265,7 +8317,8 @@ def test_the_gate_comes_before_the_body_of_an_upgrade_too(own: Callable[..., Pro
 def test_a_body_that_serves_nobody_takes_no_memory(own: Callable[..., Proxy]) -> None:
     proxy = own()
     proxy.exec("true")
-    files, before = proxy.descriptors(), proxy.memory()
+    files = proxy.descriptors()
+    before = proxy.memory()
     unread = ["GET /health", "HEAD /health", "OPTIONS /exec"] * 2
     with contextlib.ExitStack() as held:
         for number, start in enumerate(unread + ["POST /exec"] * 5):
@@ -8275,7 +8328,8 @@ def test_a_body_that_serves_nobody_takes_no_memory(own: Callable[..., Proxy]) ->
                 socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
             )
             peer.sendall(head.encode() + bytes(15_000_000))
-            if number + 1 >= len(unread):  # it leaves before the end of its body
+            # This caller leaves before the end of its body.
+            if number + 1 >= len(unread):
                 held.close()
                 eventually(lambda: proxy.descriptors() <= files)
     assert proxy.peak() - before < 50_000_000
@@ -8301,7 +8355,8 @@ def test_what_is_refused_as_http_is_not_logged_with_its_token(own: Callable[...,
     for line in (b"Authorization: Bearer geheim\x01", b"Bearer geheim\x01: x", b"Host: geheim@x"):
         with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
             peer.sendall(b"GET /servers HTTP/1.1\r\n" + line + b"\r\n\r\n")
-            assert peer.recv(100).startswith(b"HTTP/1.1 40")  # 400; 401 where Tornado is old
+            # It is 400, or 401 with an old Tornado.
+            assert peer.recv(100).startswith(b"HTTP/1.1 40")
     assert "geheim" not in proxy.logged()
 
 
@@ -8327,7 +8382,8 @@ def test_numbers_of_any_length_are_told_by_the_name_of_their_field(
         proxy,
         f'{{"jsonrpc": "2.0", "id": 1, "method": "ping", "params": {{"x": {number}}}}}'.encode(),
     )[2]
-    assert answer["error"]["code"] in (-32600, -32700)  # of no session, or of no number
+    # An unknown session, or a length that is no number.
+    assert answer["error"]["code"] in (-32600, -32700)
 
 
 def test_a_browser_that_may_call_sees_the_session(own: Callable[..., Proxy]) -> None:
@@ -8371,7 +8427,8 @@ def test_who_only_connects_makes_room_for_who_asks(own: Callable[..., Proxy], ag
         for _ in range(200):
             idle.enter_context(socket.create_connection(("127.0.0.1", proxy.port), timeout=10))
         assert proxy.exec("touch go; echo hi", agent_name=agent)["stdout"] == "hi\n"
-        assert busy.result()["stdout"] == "gone\n"  # who waits for an answer was not parted from
+        # A caller that waits for its answer is not disconnected.
+        assert busy.result()["stdout"] == "gone\n"
         assert proxy.descriptors() < 100
 
 
@@ -8389,7 +8446,8 @@ def test_an_answer_that_nobody_reads_is_not_kept_for_ever(own: Callable[..., Pro
         head = "POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         unread.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         assert unread.recv(15) == b"HTTP/1.1 200 OK"
-        there = rf":{proxy.port:04X} \w+:{unread.getsockname()[1]:04X} 01"  # established, as the server sees it
+        # The connection as the server sees it, established.
+        there = rf":{proxy.port:04X} \w+:{unread.getsockname()[1]:04X} 01"
         table = pathlib.Path("/proc/net/tcp")
         assert re.search(there, table.read_text())
         eventually(lambda: not re.search(there, table.read_text()), 20)
@@ -8413,9 +8471,11 @@ def test_a_server_without_descriptors_rests_and_recovers(own: Callable[..., Prox
     proxy = own()
     proxy.exec("true")
     limits = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))  # no new one
+    # No new descriptor can be opened.
+    resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
     with socket.create_connection(("127.0.0.1", proxy.port), timeout=10):
-        eventually(lambda: proxy.logged().count("accept failed") == 2)  # a second try
+        # It tries a second time.
+        eventually(lambda: proxy.logged().count("accept failed") == 2)
         assert len(proxy.logged()) < 2000
         resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, limits)
         assert proxy.request("GET", "/health")[0] == 200
@@ -8431,7 +8491,8 @@ def test_an_error_before_the_body_is_read_says_that_the_connection_ends(proxy: P
     for method, path, headers in wrong:
         assert proxy.request(method, path, b"{}", headers)[1]["connection"] == "close"
     connection = proxy.connect()
-    for _ in range(2):  # behind it the connection goes on
+    # The connection remains usable afterwards.
+    for _ in range(2):
         connection.request("POST", "/exec", b"{}", JSON_TYPE)
         answer = connection.getresponse()
         assert answer.status == 400
@@ -8562,7 +8623,8 @@ def test_whatever_comes_over_http_has_an_answer_in_its_shape(proxy: Proxy) -> No
 
 def client_frame(dice: random.Random, data: bytes, opcode: int) -> bytes:
     """A WebSocket frame of a client, masked."""
-    mask, size = dice.randbytes(4), len(data)
+    mask = dice.randbytes(4)
+    size = len(data)
     length = bytes([128 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
     return (
         bytes([opcode]) + length + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
@@ -8573,7 +8635,8 @@ def client_frame(dice: random.Random, data: bytes, opcode: int) -> bytes:
 def test_whatever_frames_come_the_socket_ends_and_nothing_is_left(
     proxy: Proxy, agent: str, path: str
 ) -> None:
-    dice, before = random.Random(13), proxy.descriptors()
+    dice = random.Random(13)
+    before = proxy.descriptors()
     opcodes = (0x81, 0x82, 0x81, 0x82, 0x01, 0x02, 0x00, 0x80, 0x88, 0x89, 0x8A)
     run = {"cmd": "cat; exec sleep 74.25", "agent_name": agent}
     calls = [
@@ -9126,7 +9189,8 @@ PROGRAMS = [
     pytest.param('bash -c \'exec bash -c "exec bash -c \\"echo deep\\""\'', id="bash-by-exec"),
     pytest.param("ls -la / >/dev/null & ls nosuch; wait; echo $?", id="beside-each-other"),
 ]
-GIVEN = "one\n  two\\\nécho three\nno newline"  # what the lines below have on stdin
+# The stdin of the lines below.
+GIVEN = "one\n  two\\\nécho three\nno newline"
 FED = [
     pytest.param("cat", id="fed-whole"),
     pytest.param("wc -c; cat; echo $?", id="fed-once"),
@@ -9151,7 +9215,8 @@ FED = [
     pytest.param("[ -t 0 ]; echo $?; xargs -n 1 echo", id="fed-to-xargs"),
 ]
 
-HANGS = 8  # s: no line takes that long
+# No line takes that many seconds.
+HANGS = 8
 
 
 class Ended(NamedTuple):
@@ -9159,7 +9224,8 @@ class Ended(NamedTuple):
 
     code: int
     out: bytes
-    err: bytes  # empty where both come as one
+    # Empty where both come as one.
+    err: bytes
 
 
 class Doors:
@@ -9629,7 +9695,7 @@ def test_a_log_that_nobody_reads_holds_up_nobody(own: Callable[..., Proxy]) -> N
     server = own()
     server.stop()
     unread, write = os.pipe()
-    fcntl.fcntl(write, 1031, 8192)  # F_SETPIPE_SZ
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 8192)
     server.log = os.fdopen(write, "w")
     server.start()
     for number in range(60):
@@ -9677,7 +9743,8 @@ def image() -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-ENTRYPOINT = lines(  # what that image's own does, some seconds after it started the server
+# What that image's own entry point does, some seconds after it started the server.
+ENTRYPOINT = lines(
     "set -e",
     "tmux -S $1/tmux/s new-session -d -s pocketcoder -n system",
     "chmod 777 $1/tmux/s",
@@ -9715,7 +9782,8 @@ def windows(server: Proxy) -> list[str]:
     return there.split("\n")
 
 
-WHERE = "cut -d' ' -f7 /proc/$$/stat"  # the number of its terminal
+# Prints the number of the shell's terminal.
+WHERE = "cut -d' ' -f7 /proc/$$/stat"
 
 
 def terminal_of(server: Proxy, window: str) -> int:
@@ -9728,7 +9796,8 @@ def test_an_entrypoint_may_start_the_server_first_and_its_session_later(
 ) -> None:
     server = own(folder=image)
     assert server.request("GET", "/health")[0] == 200
-    time.sleep(0.3)  # it does nothing, so there is nothing to wait for
+    # It does nothing, so there is nothing to wait for.
+    time.sleep(0.3)
     assert not has_session(server)
 
     done = enter(image)
@@ -9757,7 +9826,8 @@ def test_a_server_alone_makes_its_session_with_the_first_command(
 ) -> None:
     server = own(folder=image)
     assert server.request("GET", "/health")[0] == 200
-    time.sleep(0.3)  # it does nothing, so there is nothing to wait for
+    # It does nothing, so there is nothing to wait for.
+    time.sleep(0.3)
     assert not has_session(server)
     assert server.exec("echo first")["stdout"] == "first\n"
     assert windows(server) == ["poco:terminal"]
@@ -9806,7 +9876,8 @@ def timed(call: Callable[[], Any]) -> float:
 def test_bench_a_small_command(own: Callable[..., Proxy]) -> None:
     call = kept(own())
     call()
-    pairs = [(local(), timed(call)) for _ in range(1000)]  # in turn: both see the same machine
+    # In turn, so that both see the same machine.
+    pairs = [(local(), timed(call)) for _ in range(1000)]
     floor, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
     p95 = sorted(pair[1] for pair in pairs)[950] * 1000
     print(
@@ -9823,7 +9894,9 @@ def test_bench_the_audit_log(own: Callable[..., Proxy], tmp_path: pathlib.Path) 
         call()
     pairs = [[timed(call) for call in calls] for _ in range(1000)]
     plain, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
-    audit, lines, pause = pp.AuditLog(str(tmp_path / "direct")), list[float](), 1 / 2000
+    audit = pp.AuditLog(str(tmp_path / "direct"))
+    lines = list[float]()
+    pause = 1 / 2000
     fields = {
         "run_id": "0" * 16,
         "usage_id": None,
@@ -9850,7 +9923,8 @@ def test_bench_the_audit_log(own: Callable[..., Proxy], tmp_path: pathlib.Path) 
 @pytest.mark.bench
 def test_bench_a_small_command_as_a_tool(own: Callable[..., Proxy]) -> None:
     proxy = own()
-    call, connection = kept(proxy), proxy.connect()
+    call = kept(proxy)
+    connection = proxy.connect()
     session = opened(proxy)
     exec_true = {"name": "exec", "arguments": {"cmd": "true"}}
     names = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call", "Mcp-Name": "exec"}
@@ -9884,11 +9958,13 @@ def test_bench_a_thousand_idle_sessions(
     proxy = own()
     for _ in range(20):
         stream(proxy, "/sse").next()
-    before, used = proxy.memory(), proxy.seconds()
+    before = proxy.memory()
+    used = proxy.seconds()
     for _ in range(1000):
         stream(proxy, "/sse").next()
     opening = proxy.seconds() - used
-    each, used = (proxy.memory() - before) / 1000 / 1024, proxy.seconds()
+    each = (proxy.memory() - before) / 1000 / 1024
+    used = proxy.seconds()
     time.sleep(20)
     print(f"\nan idle session: {each:.1f} KiB (bound 30), opened in {opening:.2f} ms of CPU")
     print(f"a thousand of them for 20 s: {(proxy.seconds() - used) * 1000:.0f} ms of CPU")
@@ -9898,10 +9974,8 @@ def test_bench_a_thousand_idle_sessions(
 def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pathlib.Path) -> None:
     command = [sys.executable, "-S", str(fixtures), "modern"]
     proxy = own(f"--mcp-server=x={shlex.join(command)}")
-    connection, names = (
-        proxy.connect(),
-        {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call"},
-    )
+    connection = proxy.connect()
+    names = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call"}
     given = {
         **JSON_TYPE,
         "Accept": "application/json, text/event-stream",
@@ -9946,7 +10020,9 @@ def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pat
     async def pipelined() -> float:
         url = f"ws://127.0.0.1:{proxy.port}/servers/x/mcp/ws"
         socket: Any = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
-        started, done, sent = time.perf_counter(), 0, 0
+        started = time.perf_counter()
+        done = 0
+        sent = 0
         while done < 5000:
             while sent < 5000 and sent - done < 60:
                 socket.write_message(
@@ -10115,7 +10191,8 @@ def test_bench_twenty_thousand_mixed_commands(own: Callable[..., Proxy]) -> None
     def work(worker: int, first: int, count: int) -> int:
         wrong = 0
         for number in range(first, first + count):
-            code, size = number % 256, sizes[number * 7 % len(sizes)]
+            code = number % 256
+            size = sizes[number * 7 % len(sizes)]
             cmd = f"printf %s {number}; head -c {size} /dev/zero | tr '\\0' {number % 10}; exit {code}"
             answer = calls[worker](cmd, agent_name=f"m{number % 5}")
             expected = f"{number}{str(number % 10) * size}"
@@ -10131,12 +10208,14 @@ def test_bench_twenty_thousand_mixed_commands(own: Callable[..., Proxy]) -> None
 
     wrong = rounds(0, 2000)
     time.sleep(1)
-    before, files = server.memory(), server.descriptors()
+    before = server.memory()
+    files = server.descriptors()
     taken = timed(
         lambda: print(f"\nwrong answers: {wrong + rounds(2000, 18000)} of 20,000 (bound 0)")
     )
     time.sleep(1)
-    grown, more = (server.memory() - before) / 2**20, server.descriptors() - files
+    grown = (server.memory() - before) / 2**20
+    more = server.descriptors() - files
     print(
         f"after the first 2,000: {grown:+.1f} MiB (bound 5), {more:+d} descriptors, {18000 / taken:.0f} commands/s"
     )
@@ -10152,7 +10231,8 @@ TMUX_DIES = ("session", "server", "server killed")
 PANE_DIES = ("shell", "pane", "window", "hung up")
 RESTARTS = ("restart", "kill")
 OTHERS = ("child", "client", "half request", "wipe", "half a line", "sleep", "copy mode")
-LINGER = "sleep 30."  # what a timeout, a signal or a caller that leaves ends, long before its time
+# Ended by a timeout, a signal or a caller that leaves, long before its time.
+LINGER = "sleep 30."
 
 
 class Bearer(http.client.HTTPConnection):
@@ -10183,27 +10263,32 @@ class Order(NamedTuple):
 
 class Answer(NamedTuple):
     out: str
-    err: str | None  # None: it is in `out`
+    # None: it is in `out`.
+    err: str | None
     facts: dict[str, Any]
 
 
 class Fault:
     def __init__(self, kind: str, agent: str | None) -> None:
-        self.kind, self.agent, self.begin, self.end = kind, agent, time.monotonic(), float("inf")
+        self.kind = kind
+        self.agent = agent
+        self.begin = time.monotonic()
+        self.end = float("inf")
 
 
-class Refused(Exception): ...  # 503, or 125: nothing was run
+class Refused(Exception):
+    """503, or 125: nothing was run."""
 
 
-class Lost(Exception): ...  # a child died
+class Lost(Exception):
+    """A child died."""
 
 
 def ordered(chance: random.Random, tag: str, agent: str, folder: str, door: str) -> Order:
-    number, given = chance.randrange(256), f"{tag}é\n" * chance.randrange(1, 20_000)
-    count, name = (
-        int(10 ** chance.uniform(1, 5.3)),
-        chance.choice(["KILL", "TERM", "INT", "HUP", "USR1"]),
-    )
+    number = chance.randrange(256)
+    given = f"{tag}é\n" * chance.randrange(1, 20_000)
+    count = int(10 ** chance.uniform(1, 5.3))
+    name = chance.choice(["KILL", "TERM", "INT", "HUP", "USR1"])
     code = 128 + signal.Signals[f"SIG{name}"]
     later = f"(sleep 1; echo {tag} >{folder}/late.{tag}) {chance.choice(['', '>/dev/null 2>&1'])} &"
     orders = [
@@ -10247,16 +10332,21 @@ class Soak:
     """The load, the faults, and what may be excused by which."""
 
     def __init__(self, server: Proxy, names: str, fixtures: pathlib.Path) -> None:
-        self.server, self.names, self.fixtures = server, names, fixtures
-        self.until, self.life = float("inf"), 0
+        self.server = server
+        self.names = names
+        self.fixtures = fixtures
+        self.until = float("inf")
+        self.life = 0
         self.faults: list[Fault] = []
         self.wrong: list[str] = []
-        self.done: dict[str, list[tuple[str, float]]] = {}  # by door: verdict, seconds
-        self.since: dict[int, float] = {}  # by worker, when it asked
-        self.runs: dict[str, int] = {}  # exit code by run_id
-        self.late: dict[
-            str, tuple[str, float]
-        ] = {}  # what background processes will write: agent, begin
+        # By door: verdict, seconds.
+        self.done: dict[str, list[tuple[str, float]]] = {}
+        # By worker: when it asked.
+        self.since: dict[int, float] = {}
+        # Exit code by run_id.
+        self.runs: dict[str, int] = {}
+        # What background processes will write: its agent, and when they began.
+        self.late: dict[str, tuple[str, float]] = {}
         self.sessions: dict[int, tuple[int, str]] = {}
         self.samples: list[tuple[int, float, int, int]] = []
 
@@ -10281,7 +10371,8 @@ class Soak:
 
     def channel(self, worker: int, order: Order) -> Answer:
         fields = dict(order.fields)
-        stdin, number = fields.pop("stdin", "").encode(), fields.pop("signal", None)
+        stdin = fields.pop("stdin", "").encode()
+        number = fields.pop("signal", None)
 
         async def talk() -> Answer:
             async with Channel(
@@ -10302,7 +10393,8 @@ class Soak:
         return asyncio.run(talk())
 
     def shell(self, worker: int, order: Order) -> Answer:
-        caller, fields = Caller(self.server, self.names), order.fields
+        caller = Caller(self.server, self.names)
+        fields = order.fields
         caller.env["OPENCODE_AGENT"] = fields["agent_name"]
         where = os.path.join(caller.cwd, fields.get("cwd", ""))
         with caller.start("-c", fields["cmd"], stdin=subprocess.PIPE, cwd=where) as process:
@@ -10325,7 +10417,8 @@ class Soak:
         return Answer(facts["output"], None, facts)
 
     def tool(self, worker: int, order: Order) -> Answer:
-        params, id_ = {"name": "exec", "arguments": order.fields}, order.fields["usage_id"]
+        params = {"name": "exec", "arguments": order.fields}
+        id_ = order.fields["usage_id"]
         if worker % 2:
             got = mcp(self.server, modern("tools/call", params, id_, progressToken=id_))[2]
         else:
@@ -10383,7 +10476,8 @@ class Soak:
 
     def keys(self, worker: int, order: Order) -> Answer:
         """A question at the terminal, answered there."""
-        agent, tag = order.fields["agent_name"], order.fields["usage_id"]
+        agent = order.fields["agent_name"]
+        tag = order.fields["usage_id"]
         ask = {
             "cmd": f"echo ready; read -r x </dev/tty; echo {tag} $x; exit 5",
             "agent_name": agent,
@@ -10434,7 +10528,8 @@ class Soak:
             assert mcp(self.server, b"", "DELETE", path=client.path, **client.headers)[0] == 204
         return Answer(order.out, order.err, {"exit_code": order.code, "ended": order.ended})
 
-    DOORS: ClassVar[dict[str, tuple[Callable[..., Answer], int]]] = {  # and how often each
+    # Each way to run a command, and how often it is taken.
+    DOORS: ClassVar[dict[str, tuple[Callable[..., Answer], int]]] = {
         "exec": (post, 20),
         "stream": (stream, 15),
         "channel": (channel, 15),
@@ -10458,11 +10553,14 @@ class Soak:
         return any(fault.end + grace >= begin for fault in hits)
 
     def work(self, worker: int) -> None:
-        chance, serial = random.Random(worker), 0
+        chance = random.Random(worker)
+        serial = 0
         agent = f"a{worker if worker < 20 else 10 + worker % 10}"
-        names, weights = list(self.DOORS), [weight for _, weight in self.DOORS.values()]
+        names = list(self.DOORS)
+        weights = [weight for _, weight in self.DOORS.values()]
         while time.monotonic() < self.until and len(self.wrong) < 20:
-            door, serial = chance.choices(names, weights)[0], serial + 1
+            door = chance.choices(names, weights)[0]
+            serial = serial + 1
             tag = f"{worker}x{serial}"
             if door == "keys" and worker >= 10:
                 continue
@@ -10475,25 +10573,30 @@ class Soak:
             time.sleep(chance.uniform(0, 2 * PAUSE))
 
     def judge(self, door: str, worker: int, order: Order, agent: str, tag: str) -> str:
-        begin, terminal = time.monotonic(), (*PANE_DIES, *TMUX_DIES)
+        begin = time.monotonic()
+        terminal = (*PANE_DIES, *TMUX_DIES)
         try:
             answer = self.DOORS[door][0](self, worker, order)
         except TimeoutError as hang:
-            verdict, excused, said = "hang", False, repr(hang)
+            verdict = "hang"
+            excused = False
+            said = repr(hang)
         except Refused as refused:
-            verdict, excused, said = "refused", self.hit(begin, agent, *RESTARTS), str(refused)
+            verdict = "refused"
+            excused = self.hit(begin, agent, *RESTARTS)
+            said = str(refused)
         except Lost as lost:
-            verdict, excused, said = (
-                "lost",
-                self.hit(begin, agent, *RESTARTS, "child", grace=40),
-                str(lost),
-            )
-        except Exception as gone:  # the connection, mostly
+            verdict = "lost"
+            excused = self.hit(begin, agent, *RESTARTS, "child", grace=40)
+            said = str(lost)
+        # Mostly the connection is gone.
+        except Exception as gone:
             kinds = (
                 *RESTARTS,
                 *(terminal if door == "keys" else ["child"] if door == "relay" else []),
             )
-            verdict, excused = "gone", self.hit(begin, agent, *kinds)
+            verdict = "gone"
+            excused = self.hit(begin, agent, *kinds)
             said = "".join(traceback.format_exception(gone))[-1500:]
         else:
             verdict, excused, said = self.compare(order, answer, begin, agent)
@@ -10513,8 +10616,10 @@ class Soak:
     def compare(
         self, order: Order, answer: Answer, begin: float, agent: str
     ) -> tuple[str, bool, str]:
-        facts, combined = answer.facts, answer.err is None
-        ended, got = facts["ended"], (answer.out, answer.err or "")
+        facts = answer.facts
+        combined = answer.err is None
+        ended = facts["ended"]
+        got = (answer.out, answer.err or "")
         if "run_id" in facts:
             assert facts["run_id"] not in self.runs, "a run_id twice"
             self.runs[facts["run_id"]] = facts["exit_code"]
@@ -10523,7 +10628,8 @@ class Soak:
         if ended in ("lost", "cancelled") and ended != order.ended:
             kinds = RESTARTS[:1] if ended == "cancelled" else (*PANE_DIES, *TMUX_DIES)
             code = facts["exit_code"] == 137 or ended == "cancelled"
-            begun = due[0].startswith(got[0].replace("\ufffd", ""))  # it may end within a character
+            # It may end within a character.
+            begun = due[0].startswith(got[0].replace("\ufffd", ""))
             return ended, self.hit(begin, agent, *kinds) and begun and code, said
         right = got == due and (facts["exit_code"], ended) == (order.code, order.ended)
         return ("ok" if right else "wrong"), right, said
@@ -10534,9 +10640,11 @@ class Soak:
         agent = f"a{chance.randrange(10, 20) if kind in OTHERS else chance.randrange(20)}"
         fault = Fault(kind, agent if kind in PANE_DIES else None)
         self.faults.append(fault)
-        number, server = len(self.faults), self.server
+        number = len(self.faults)
+        server = self.server
         panes: list[str] = []
-        with contextlib.suppress(AssertionError):  # no tmux
+        # There may be no tmux.
+        with contextlib.suppress(AssertionError):
             panes = [line.split()[0] for line in server.panes(agent)]
         pane = chance.choice(panes or ["%none"])
         if kind in DEATHS:
@@ -10584,9 +10692,8 @@ class Soak:
                 else ["copy-mode", "-t", pane]
             )
             with contextlib.suppress(AssertionError):
-                server.tmux(
-                    "copy-mode", "-q", "-t", pane
-                )  # where a key may ask something, and tmux wait for good
+                # In copy mode a key may ask something, and tmux waits for good.
+                server.tmux("copy-mode", "-q", "-t", pane)
                 server.tmux(*words)
         fault.end = time.monotonic()
 
@@ -10607,7 +10714,8 @@ class Soak:
 
     def look(self, begin: float) -> None:
         """Sample the server; nothing hangs, and what was to end has."""
-        now, server = time.monotonic(), self.server
+        now = time.monotonic()
+        server = self.server
         self.samples.append((self.life, now - begin, server.memory(), server.descriptors()))
         self.wrong += [
             f"worker {worker} hangs"
@@ -10625,7 +10733,8 @@ class Soak:
                     self.wrong.append(f"still there after {age:.0f} s: {words}")
 
 
-PAUSE = 0.5  # seconds between two commands of a worker, about
+# Seconds between two commands of a worker, about.
+PAUSE = 0.5
 
 
 def left_over(server: Proxy, fixtures: pathlib.Path) -> list[str]:
@@ -10665,14 +10774,14 @@ def drift(samples: list[tuple[int, float, int, int]]) -> tuple[float, float]:
     if not third:
         return 0.0, 0.0
     memory, files = zip(*((row[2] / 2**20, row[3]) for row in samples), strict=True)
-    middle, last = slice(third, 2 * third), slice(2 * third, None)
+    middle = slice(third, 2 * third)
+    last = slice(2 * third, None)
     return tuple(statistics.median(s[last]) - statistics.median(s[middle]) for s in (memory, files))
 
 
+# Clients that are cut off leave sockets to the garbage collector.
 @pytest.mark.soak
-@pytest.mark.filterwarnings(
-    "ignore"
-)  # clients that are cut off leave sockets to the garbage collector
+@pytest.mark.filterwarnings("ignore")
 def test_soak_mixed_load_with_faults(names: str, fixtures: pathlib.Path) -> None:
     seconds = float(os.environ.get("POCKETCODER_SOAK", "3600"))
     servers = [
@@ -10688,17 +10797,20 @@ def test_soak_mixed_load_with_faults(names: str, fixtures: pathlib.Path) -> None
 
 
 def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
-    server, chance, begin, looked = soak.server, random.Random(7), time.monotonic(), 0.0
+    server = soak.server
+    chance = random.Random(7)
+    begin = time.monotonic()
+    looked = 0.0
     os.mkdir(f"{server.workspace}/sub")
     server.exec("true")
-    files_before, soak.until = server.descriptors(), begin + seconds
+    files_before = server.descriptors()
+    soak.until = begin + seconds
     faults = [*PANE_DIES, *TMUX_DIES, *OTHERS]
     with ThreadPoolExecutor(26) as pool:
         workers = [pool.submit(soak.work, worker) for worker in range(26)]
         while (now := time.monotonic()) < soak.until and len(soak.wrong) < 20:
-            restarts = (
-                [*RESTARTS] * 2 if now - begin < 0.4 * seconds else []
-            )  # then a long life, to see it is flat
+            # After that the server lives long, to see whether its memory is flat.
+            restarts = [*RESTARTS] * 2 if now - begin < 0.4 * seconds else []
             soak.hurt(chance.choice(faults + restarts), chance)
             if now - looked > 10:
                 looked = now
@@ -10708,7 +10820,8 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
             worker.result(120)
     ended = time.monotonic()
     soak.hurt("copy mode", chance)
-    time.sleep(pp.NEW_SHELL_TIMEOUT + 5)  # files of lines that were given up stay for so long
+    # Files of lines that were given up stay for so long.
+    time.sleep(pp.NEW_SHELL_TIMEOUT + 5)
     soak.look(begin)
     print(
         f"\n{'door':10}{'n':>7}{'ok':>7}{'lost':>6}{'cancel':>7}{'refused':>8}{'gone':>6}{'ms':>8}{'p99':>8}"
@@ -10728,7 +10841,8 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     print(f"{sum(map(len, soak.done.values())) / (ended - begin):.0f} calls/s; faults:", end=" ")
     print(", ".join(f"{kind} {kinds.count(kind)}" for kind in dict.fromkeys(kinds)))
     last = [row for row in soak.samples if row[0] == soak.life]
-    memory, files = [row[2] / 2**20 for row in last], [row[3] for row in last]
+    memory = [row[2] / 2**20 for row in last]
+    files = [row[3] for row in last]
     more, more_files = drift(last[:-1])
     print(f"last of {soak.life + 1} lives, {len(last)} samples: ", end="")
     print(
