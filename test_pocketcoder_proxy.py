@@ -59,8 +59,10 @@ if shutil.which("tmux") is None:
 def eventually(fact: Callable[[], T], seconds: float = 15.0) -> T:
     """Wait for a fact to be true, and return it."""
     deadline = time.monotonic() + seconds
-    while not (got := fact()) and time.monotonic() < deadline:
+    got = fact()
+    while not got and time.monotonic() < deadline:
         time.sleep(0.01)
+        got = fact()
     assert got, f"not within {seconds} s"
     return got
 
@@ -88,6 +90,12 @@ def descriptors_of(pid: int) -> list[str]:
         with contextlib.suppress(OSError):
             found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
     return found
+
+
+def status_bytes(pid: int, field: str) -> int:
+    """A size in /proc/PID/status, which has it in KiB."""
+    text = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(rf"{field}:\s+(\d+)", text)[0]) * 1024
 
 
 class Proxy:
@@ -121,13 +129,17 @@ class Proxy:
             self.workspace,
             *words,
         ]
-        self.log = open(f"{self.folder}/log", "a+")  # noqa: SIM115
+        self.open_log()
         self.start()
 
+    def open_log(self) -> None:
+        # `close_files` closes it.
+        self.log = open(f"{self.folder}/log", "a+")  # noqa: SIM115
+
     def start(self) -> None:
-        """Also again, after `stop`."""
+        """Start the server; again, after `stop`."""
         if self.log.closed:
-            self.log = open(f"{self.folder}/log", "a+")  # noqa: SIM115
+            self.open_log()
         self.process = subprocess.Popen(
             self.words,
             stdout=subprocess.PIPE,
@@ -239,25 +251,12 @@ class Proxy:
         return self.tmux("capture-pane", "-p", "-J", "-S", "-200", "-t", self.pane(agent))
 
     def memory(self) -> int:
-        """Resident bytes, and the most there were."""
-        return (
-            int(
-                re.findall(
-                    r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
-                )[0]
-            )
-            * 1024
-        )
+        """Resident bytes."""
+        return status_bytes(self.process.pid, "VmRSS")
 
     def peak(self) -> int:
-        return (
-            int(
-                re.findall(
-                    r"VmHWM:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
-                )[0]
-            )
-            * 1024
-        )
+        """The most resident bytes there were."""
+        return status_bytes(self.process.pid, "VmHWM")
 
     def seconds(self) -> float:
         """CPU time used."""
@@ -368,11 +367,14 @@ def junk(dice: random.Random, *likely: Any) -> Any:
     """Something of JSON, rather one of `likely`."""
     if likely and dice.random() < 0.5:
         return dice.choice(likely)
-    if (kind := dice.randrange(8)) == 0:
+    kind = dice.randrange(8)
+    if kind == 0:
         return [junk(dice, *likely) for _ in range(dice.randrange(3))]
     if kind == 1:
         return {words(dice, 3): junk(dice, *likely) for _ in range(dice.randrange(3))}
-    return words(dice) if kind == 2 else dice.choice(VALUES)
+    if kind == 2:
+        return words(dice)
+    return dice.choice(VALUES)
 
 
 def spoil(dice: random.Random, data: bytes) -> bytes:
@@ -1481,14 +1483,7 @@ def test_a_slow_command_slows_stdin_and_memory_stays_flat(engine: Caller) -> Non
     assert process.stdout
     assert process.stdout.readline() == b"done\n"
     assert engine.proxy.memory() < 80 * pp.MIB
-    assert (
-        int(
-            re.findall(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[
-                0
-            ]
-        )
-        < 40_000
-    )
+    assert status_bytes(process.pid, "VmRSS") < 40_000 * 1024
     # Signals pass through even while stdin is stuck.
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 143
@@ -2351,10 +2346,12 @@ def test_replies_of_tmux_are_the_same_however_they_are_cut() -> None:
     async def read(pieces: list[bytes], count: int) -> Any:
         told: list[int] = []
         tmux = pp.Tmux("s", lambda: told.append(tmux.notices))
-        tmux.replies.extend(replies := [tmux.loop.create_future() for _ in range(count)])
+        replies = [tmux.loop.create_future() for _ in range(count)]
+        tmux.replies.extend(replies)
         for piece in pieces:
             tmux.pipe_data_received(1, piece)
-        assert told[-1:] == [tmux.notices][: bool(told)]
+        if told:
+            assert told[-1] == tmux.notices
         assert tmux.attached.result() == ["attached"]
         return tmux.notices, tmux.unread, [reply.exception() or reply.result() for reply in replies]
 
@@ -2467,8 +2464,14 @@ def test_a_command_behaves_as_with_bash_c(proxy: Proxy, agent: str, cmd: str) ->
     # Such a command is too long for an argument.
     if len(cmd) > 100_000:
         words[2:] = ['eval "$(cat "$1")"', "bash", write(proxy, cmd)]
-    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    here = subprocess.run(words, stdin=subprocess.DEVNULL, cwd=proxy.workspace, check=False, **both)  # type: ignore[call-overload]
+    here = subprocess.run(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=proxy.workspace,
+        check=False,
+    )
     there = proxy.exec(cmd, agent_name="alike")
     assert there["stdout"] == here.stdout.decode(errors="replace")
     assert there["exit_code"] == (
@@ -2888,22 +2891,27 @@ def test_what_is_typed_during_a_command_is_no_part_of_the_next(
     proxy.exec("true")
     proxy.tmux("new-window", "-d", "-n", f"{agent}:terminal", "--", *shell.split())
     proxy.exec("true", agent_name=agent)
-    for number in range(3):
+
+    def type_during_a_command(number: int) -> None:
         typed = f"{proxy.folder}/{agent}.{number}"
         asked = f"{proxy.folder}/{agent}.asked.{number}"
         call = proxy.start_exec(f"until [ -e {asked} ]; do sleep 0.01; done", agent_name=agent)
-        eventually(lambda: processes_with(f"until [ -e {asked} ]"))  # noqa: B023
+        eventually(lambda: processes_with(f"until [ -e {asked} ]"))
         proxy.type(agent, "-l", f"echo >>{typed} one")
-        proxy.type(agent, *enter) if enter else None
-        eventually(lambda: typed in proxy.screen(agent))  # noqa: B023
+        if enter:
+            proxy.type(agent, *enter)
+        eventually(lambda: typed in proxy.screen(agent))
         pathlib.Path(asked).touch()
         call.result()
         assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
         # Anyone at a terminal may press Enter.
         if enter:
-            eventually(lambda: os.path.exists(typed))  # noqa: B023
+            eventually(lambda: os.path.exists(typed))
             assert pathlib.Path(typed).read_text() == "one\n"
         assert os.path.exists(typed) == bool(enter)
+
+    for number in range(3):
+        type_during_a_command(number)
 
 
 def test_a_half_typed_line_is_cleared_and_can_be_brought_back(proxy: Proxy, agent: str) -> None:
@@ -3206,7 +3214,7 @@ def test_a_background_process_that_goes_on_writing_delays_the_answer_by_a_second
 def test_the_end_of_a_background_process_takes_no_output_of_a_later_command(
     proxy: Proxy, agent: str
 ) -> None:
-    call = kept(proxy)
+    call = Kept(proxy)
 
     def leave_some(name: str) -> None:
         for _ in range(5):
@@ -3216,7 +3224,7 @@ def test_the_end_of_a_background_process_takes_no_output_of_a_later_command(
     said = set()
     while not all(each.future.done() for each in ending):
         said.add(call("echo whole", agent_name=agent)["stdout"])
-    call.close()  # type: ignore[attr-defined]
+    call.close()
     assert said == {"whole\n"}
 
 
@@ -3669,9 +3677,9 @@ def test_a_worker_cannot_lead_root_to_files_and_processes_that_are_not_his(worke
         workers.type("poco", "trap 'sleep 0.3' DEBUG", "Enter")
         call = workers.start_exec("echo $PPID; sleep 76.5", timeout=0.3)
         found = eventually(
-            lambda: [text for path in folder.glob("*.go") if "76.5" in (text := path.read_text())]
+            lambda: [path for path in folder.glob("*.go") if "76.5" in path.read_text()]
         )
-        token = re.findall(r'"(\w{16}) start', found[0])[0]
+        token = re.findall(r'"(\w{16}) start', found[0].read_text())[0]
         (folder / "status").write_text(f"{token} start {victim.pid}\n")
         assert call.result()["ended"] in ("timeout", "lost")
         assert victim.poll() is None
@@ -3783,13 +3791,9 @@ def test_without_descriptors_runs_are_refused_and_those_that_run_go_on(
 def test_a_child_needs_no_thread(own: Callable[..., Proxy]) -> None:
     server = own("--mcp-server", "none=false")
     server.exec("true")
-    size = int(
-        re.findall(
-            r"VmSize:\s+(\d+)", pathlib.Path(f"/proc/{server.process.pid}/status").read_text()
-        )[0]
-    )
+    size = status_bytes(server.process.pid, "VmSize")
     # A thread's stack takes 8 MiB.
-    resource.prlimit(server.process.pid, resource.RLIMIT_AS, (size * 1024 + 4 * pp.MIB, -1))
+    resource.prlimit(server.process.pid, resource.RLIMIT_AS, (size + 4 * pp.MIB, -1))
     answer = mcp(server, request("initialize", INITIALIZE), path="/servers/none/mcp")[2]
     assert "before it answered" in answer["error"]["message"]
     server.tmux("kill-server")
@@ -3943,11 +3947,13 @@ def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(
         starting = asyncio.ensure_future(
             driver.start(pp.ExecRequest("sleep 79.25"), {"out": lambda chunk: None})
         )
+        # There is no event to wait for.
         while not [job for job in driver.jobs() if job.phase is pp.Phase.TYPED]:  # noqa: ASYNC110
             await asyncio.sleep(0)
         job = driver.jobs()[0]
         assert job.files is not None
-        while not os.path.exists(f"{job.files.path}.pid"):  # noqa: ASYNC240  it has begun, and its report is not read
+        # Block the loop, so that the run has started and its report is not read.
+        while not os.path.exists(f"{job.files.path}.pid"):  # noqa: ASYNC240
             time.sleep(0.0001)  # noqa: ASYNC251
         job.end("cancelled")
         return await (await starting).result()
@@ -4796,9 +4802,8 @@ def test_the_core_survives_any_message(proxy: Proxy) -> None:
             message[name] = pick(dice, values)
         try:
             read = pp.read_message(json.dumps(message))
-            if (
-                era := pp.is_modern(read, dice.choice([None, "2025-11-25", "2026-07-28"]))
-            ) and pp.is_request(read):
+            era = pp.is_modern(read, dice.choice([None, "2025-11-25", "2026-07-28"]))
+            if era and pp.is_request(read):
                 pp.check_envelope(read, None)
             pp.step(read, pp.MODERN if era else "2025-11-25", pp.FACTS)
         except pp.BadMessage as refused:
@@ -5081,7 +5086,7 @@ def test_a_cancelled_call_is_cancelled_in_the_child(client: Client, relay: Proxy
         going.close()
     else:
         client.tell("notifications/cancelled", {"requestId": 7})
-        while (got := going.next()) is not None:
+        for got in iter(going.next, None):
             assert got["method"] == "notifications/progress"
     eventually(lambda: f"cancelled test_slow {label}" in relay.logged())
 
@@ -5517,6 +5522,7 @@ def peculiar_server() -> None:
         with open(words["starts"], "a") as file:
             file.write(f"{os.getpid()}\n")
     if "lock" in words:
+        # It stays locked until this process ends.
         lock = open(words["lock"], "a")  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -6942,7 +6948,7 @@ def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
     assert again.next()["params"]["message"] == "go"
     assert mcp(proxy, cancel, Mcp_Session_Id=session)[0] == 202
     # The stream ends without an answer.
-    while (got := again.next()) is not None:
+    for got in iter(again.next, None):
         assert got["method"] == "notifications/progress"
 
 
@@ -7290,7 +7296,8 @@ def test_nothing_runs_and_nothing_is_answered_while_the_audit_log_cannot_be_writ
     # Make the log longer than the files of a run.
     eventually(lambda: proxy.exec("true") and len(noted(path)) > 8)
     # Only part of a line can be written.
-    limit_files(proxy, size := path.stat().st_size + 20)
+    size = path.stat().st_size + 20
+    limit_files(proxy, size)
     # This is the end of `long`.
     eventually(lambda: "File too large" in proxy.logged())
     for _ in range(3):
@@ -7370,7 +7377,8 @@ def test_a_server_that_stops_while_its_log_cannot_be_written_answers_all(
 def test_a_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
     own: Callable[..., Proxy], tmp_path: pathlib.Path
 ) -> None:
-    os.mkfifo(path := tmp_path / "audit")
+    path = tmp_path / "audit"
+    os.mkfifo(path)
     # The reader exists, and reads nothing.
     with contextlib.closing(open(os.open(path, os.O_RDONLY | os.O_NONBLOCK))):
         proxy = own("--audit-log", str(path))
@@ -7400,7 +7408,8 @@ def test_a_command_that_is_tried_again_is_noted_once(audited: tuple[Proxy, pathl
 def test_hup_opens_the_audit_log_anew(audited: tuple[Proxy, pathlib.Path]) -> None:
     proxy, path = audited
     proxy.exec("echo old")
-    path.rename(rotated := path.with_name("rotated"))
+    rotated = path.with_name("rotated")
+    path.rename(rotated)
     proxy.exec("echo old")
     assert len(noted(rotated)) == 4
     proxy.process.send_signal(signal.SIGHUP)
@@ -7442,7 +7451,8 @@ def test_a_line_that_was_cut_short_spoils_no_other(audited: tuple[Proxy, pathlib
     eventually(lambda: len(path.read_text().splitlines()) == 18)
     limit_files(proxy, path.stat().st_size + 20)
     eventually(lambda: "File too large" in proxy.logged())
-    path.rename(cut := path.with_name("cut"))
+    cut = path.with_name("cut")
+    path.rename(cut)
     proxy.process.send_signal(signal.SIGHUP)
     assert long.result()["exit_code"] == 5
     limit_files(proxy, resource.RLIM_INFINITY)
@@ -9490,6 +9500,7 @@ def test_what_late_children_write_is_whole_in_each_of_a_thousand_tries(
 def test_a_log_that_cannot_be_written_hinders_nothing(own: Callable[..., Proxy]) -> None:
     server = own()
     server.stop()
+    # `stop` closes it.
     server.log = open("/dev/full", "a")  # noqa: SIM115
     server.start()
     assert server.exec("echo ok")["stdout"] == "ok\n"
@@ -9578,7 +9589,8 @@ def test_wrong_settings_end_the_start_with_a_sentence(
 
 
 def test_a_workspace_whose_path_is_no_text_is_refused(tmp_path: pathlib.Path) -> None:
-    os.mkdir(path := os.fsencode(tmp_path) + b"/\xff")
+    path = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(path)
     done = run("server", "-p", "0", "--workspace", os.fsdecode(path))
     assert done.returncode == 2
     assert "UTF-8" in done.stderr
@@ -9854,16 +9866,19 @@ def local(cmd: str = "true") -> float:
     return time.perf_counter() - started
 
 
-def kept(proxy: Proxy) -> Callable[..., dict[str, Any]]:
-    """`exec` on a connection that is kept."""
-    connection = proxy.connect()
+class Kept:
+    """`POST /exec` on one connection that is kept open."""
 
-    def call(cmd: str = "true", **fields: Any) -> dict[str, Any]:
-        connection.request("POST", "/exec", json.dumps({"cmd": cmd, **fields}), JSON_TYPE)
-        return json.loads(connection.getresponse().read())  # type: ignore[no-any-return]
+    def __init__(self, proxy: Proxy) -> None:
+        self.connection = proxy.connect()
 
-    call.close = connection.close  # type: ignore[attr-defined]
-    return call
+    def __call__(self, cmd: str = "true", **fields: Any) -> dict[str, Any]:
+        self.connection.request("POST", "/exec", json.dumps({"cmd": cmd, **fields}), JSON_TYPE)
+        answer: dict[str, Any] = json.loads(self.connection.getresponse().read())
+        return answer
+
+    def close(self) -> None:
+        self.connection.close()
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -9874,7 +9889,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 @pytest.mark.bench
 def test_bench_a_small_command(own: Callable[..., Proxy]) -> None:
-    call = kept(own())
+    call = Kept(own())
     call()
     # In turn, so that both see the same machine.
     pairs = [(local(), timed(call)) for _ in range(1000)]
@@ -9884,12 +9899,12 @@ def test_bench_a_small_command(own: Callable[..., Proxy]) -> None:
         f"\nPOST /exec true: {ours:.2f} ms, bash -c true: {floor:.2f} ms, ratio {ours / floor:.2f} (bound 2.5)"
     )
     print(f"p95 {p95:.2f} ms, {p95 / ours:.2f} x its median (bound 3)")
-    call.close()  # type: ignore[attr-defined]
+    call.close()
 
 
 @pytest.mark.bench
 def test_bench_the_audit_log(own: Callable[..., Proxy], tmp_path: pathlib.Path) -> None:
-    calls = [kept(own()), kept(own("--audit-log", str(tmp_path / "audit")))]
+    calls = [Kept(own()), Kept(own("--audit-log", str(tmp_path / "audit")))]
     for call in calls:
         call()
     pairs = [[timed(call) for call in calls] for _ in range(1000)]
@@ -9917,13 +9932,13 @@ def test_bench_the_audit_log(own: Callable[..., Proxy], tmp_path: pathlib.Path) 
     )
     os.close(audit.fd)
     for call in calls:
-        call.close()  # type: ignore[attr-defined]
+        call.close()
 
 
 @pytest.mark.bench
 def test_bench_a_small_command_as_a_tool(own: Callable[..., Proxy]) -> None:
     proxy = own()
-    call = kept(proxy)
+    call = Kept(proxy)
     connection = proxy.connect()
     session = opened(proxy)
     exec_true = {"name": "exec", "arguments": {"cmd": "true"}}
@@ -9948,7 +9963,7 @@ def test_bench_a_small_command_as_a_tool(own: Callable[..., Proxy]) -> None:
         ratio = f"ratio {ours / plain:.2f} (bound 1.5)"
         print(f"\n{era} tools/call exec true: {ours:.2f} ms, POST /exec: {plain:.2f} ms, {ratio}")
     connection.close()
-    call.close()  # type: ignore[attr-defined]
+    call.close()
 
 
 @pytest.mark.bench
@@ -10056,7 +10071,7 @@ def test_bench_thirty_three_sessions_of_three_servers(
 @pytest.mark.bench
 def test_bench_twenty_agents_at_once(own: Callable[..., Proxy]) -> None:
     server = own()
-    calls = [kept(server) for _ in range(20)]
+    calls = [Kept(server) for _ in range(20)]
     for number, call in enumerate(calls):
         call(agent_name=f"a{number}")
     ratios = []
@@ -10076,7 +10091,7 @@ def test_bench_twenty_agents_at_once(own: Callable[..., Proxy]) -> None:
         )
     print(f"median ratio {statistics.median(ratios):.2f}")
     for call in calls:
-        call.close()  # type: ignore[attr-defined]
+        call.close()
 
 
 @pytest.mark.bench
@@ -10185,7 +10200,7 @@ def test_bench_a_gigabyte_through_the_shell(engine: Caller) -> None:
 @pytest.mark.bench
 def test_bench_twenty_thousand_mixed_commands(own: Callable[..., Proxy]) -> None:
     server = own()
-    calls = [kept(server) for _ in range(16)]
+    calls = [Kept(server) for _ in range(16)]
     sizes = [0, 1, 10, 1000, 4096, 65536, 70000, 300000]
 
     def work(worker: int, first: int, count: int) -> int:
@@ -10220,7 +10235,7 @@ def test_bench_twenty_thousand_mixed_commands(own: Callable[..., Proxy]) -> None
         f"after the first 2,000: {grown:+.1f} MiB (bound 5), {more:+d} descriptors, {18000 / taken:.0f} commands/s"
     )
     for call in calls:
-        call.close()  # type: ignore[attr-defined]
+        call.close()
 
 
 # ==========================================================================
@@ -10365,8 +10380,10 @@ class Soak:
             if events.status != 200:
                 raise Refused(f"{events.status} {events.answer.read()!r}")
             got = []
-            while "exit_code" not in (event := events.next()):
+            event = events.next()
+            while "exit_code" not in event:
                 got.append(event["stdout"])
+                event = events.next()
             return Answer("".join(got), None, event)
 
     def channel(self, worker: int, order: Order) -> Answer:
@@ -10383,8 +10400,10 @@ class Soak:
                 for at in range(0, len(stdin), 50_000):
                     await channel.send(b"\0" + stdin[at : at + 50_000])
                 await channel.send(b"\xff\0")
-                if number and await channel.next() == 1:
-                    await channel.send({"signal": number})
+                if number:
+                    descriptor = await channel.next()
+                    if descriptor == 1:
+                        await channel.send({"signal": number})
                 facts = await channel.end() if not hasattr(channel, "final") else channel.final
                 if "ended" not in facts:
                     raise Refused(str(facts))
@@ -10566,7 +10585,8 @@ class Soak:
                 continue
             order = ordered(chance, tag, agent, self.server.folder, door)
             order.fields.update(agent_name=agent, usage_id=tag)
-            begin = self.since[worker] = time.monotonic()
+            begin = time.monotonic()
+            self.since[worker] = begin
             verdict = self.judge(door, worker, order, agent, tag)
             self.done.setdefault(door, []).append((verdict, time.monotonic() - begin))
             self.since[worker] = float("inf")
@@ -10744,10 +10764,10 @@ def left_over(server: Proxy, fixtures: pathlib.Path) -> list[str]:
     found = []
     for pid in set(processes_with(server.folder)) - known:
         with contextlib.suppress(OSError):
-            if (it := pp.process(pid)) and it.parent != server.process.pid:
-                found.append(
-                    f"{pid} {pathlib.Path(f'/proc/{pid}/cmdline').read_text()[:200]!r} of {it.parent}"
-                )
+            process = pp.process(pid)
+            if process and process.parent != server.process.pid:
+                words = pathlib.Path(f"/proc/{pid}/cmdline").read_text()[:200]
+                found.append(f"{pid} {words!r} of {process.parent}")
     return found
 
 
@@ -10808,7 +10828,10 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     faults = [*PANE_DIES, *TMUX_DIES, *OTHERS]
     with ThreadPoolExecutor(26) as pool:
         workers = [pool.submit(soak.work, worker) for worker in range(26)]
-        while (now := time.monotonic()) < soak.until and len(soak.wrong) < 20:
+        while True:
+            now = time.monotonic()
+            if now >= soak.until or len(soak.wrong) >= 20:
+                break
             # After that the server lives long, to see whether its memory is flat.
             restarts = [*RESTARTS] * 2 if now - begin < 0.4 * seconds else []
             soak.hurt(chance.choice(faults + restarts), chance)
@@ -10888,13 +10911,12 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
         if files[-1] > files_before + 30
         else []
     )
-    wrong += [f"memory grows: {more:+.1f} MiB"] if more > 10 else []
+    if more > 10:
+        wrong.append(f"memory grows: {more:+.1f} MiB")
     assert server.stop() == 0
-    wrong += (
-        [f"files left: {found}"]
-        if (found := [*pathlib.Path(f"{server.socket}.d").rglob("*")])
-        else []
-    )
+    found = [*pathlib.Path(f"{server.socket}.d").rglob("*")]
+    if found:
+        wrong.append(f"files left: {found}")
     assert not wrong, "\n".join(wrong)
 
 
