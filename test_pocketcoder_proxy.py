@@ -480,7 +480,7 @@ def names_defined(node: ast.stmt) -> list[str]:
     ]
 
 
-def test_sections_only_know_what_stands_above_them() -> None:
+def test_sections_use_only_what_stands_above_them() -> None:
     home: dict[str, int] = {}
     uses = []
     for node in ast.parse(SOURCE).body:
@@ -721,9 +721,7 @@ NO_STDIN = ["/dev/null", "closed", "terminal"]
 
 
 @pytest.mark.parametrize("kind", NO_STDIN)
-def test_a_stdin_that_is_nothing_to_read_is_dev_null_in_the_sandbox(
-    engine: Caller, kind: str
-) -> None:
+def test_a_stdin_without_content_is_dev_null_in_the_sandbox(engine: Caller, kind: str) -> None:
     with stdin_of(kind) as options:
         process = engine.start("-c", "readlink /proc/self/fd/0; cat; exit 3", **options)
         out, err = process.communicate(timeout=20)
@@ -733,7 +731,7 @@ def test_a_stdin_that_is_nothing_to_read_is_dev_null_in_the_sandbox(
 
 
 @pytest.mark.parametrize("kind", NO_STDIN)
-def test_no_thread_waits_for_a_stdin_that_is_nothing_to_read(engine: Caller, kind: str) -> None:
+def test_no_thread_waits_for_a_stdin_without_content(engine: Caller, kind: str) -> None:
     with stdin_of(kind) as options:
         process = engine.start("-c", "echo ready; sleep 0.5", **options)
         assert process.stdout
@@ -744,7 +742,7 @@ def test_no_thread_waits_for_a_stdin_that_is_nothing_to_read(engine: Caller, kin
 
 
 @pytest.mark.parametrize("kind", ["pipe", "file", "socket"])
-def test_a_stdin_with_something_in_it_is_forwarded(engine: Caller, kind: str) -> None:
+def test_a_stdin_with_content_is_forwarded(engine: Caller, kind: str) -> None:
     with stdin_of(kind) as options:
         process = engine.start("-c", "cat; [ ! -c /dev/stdin ]", **options)
         out, err = process.communicate(timeout=20)
@@ -773,7 +771,7 @@ def test_make_gives_its_recipes_no_stdin_to_wait_for(
     assert done.stdout == b"/dev/null\n"
 
 
-def test_trouble_with_its_own_files_is_told_where_it_can_be(engine: Caller) -> None:
+def test_the_shell_reports_errors_with_its_own_files(engine: Caller) -> None:
     with open("/dev/full", "wb") as full, open("/dev/null", "wb") as null:
         process = engine.start("-c", "echo x; sleep 5", stdout=full)
         assert (
@@ -810,7 +808,7 @@ def test_trouble_with_its_own_files_is_told_where_it_can_be(engine: Caller) -> N
 @pytest.mark.parametrize(
     "name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
 )
-def test_every_form_of_arguments_does_what_it_does_with_bash(
+def test_every_form_of_arguments_works_as_with_bash(
     engine: Caller, name: str, expected: list[tuple[int, bytes, bytes]]
 ) -> None:
     def through_the_bridge(form: list[str | bytes]) -> tuple[int, bytes, bytes]:
@@ -847,7 +845,7 @@ def test_under_the_subcommand_plain_words_are_one_command(engine: Caller) -> Non
     assert engine.run("-lc", "echo option", name="pocketcoder")[:2] == (0, b"option\n")
 
 
-def test_no_word_of_a_wrong_option_is_dropped(engine: Caller) -> None:
+def test_a_wrong_option_is_reported_whole(engine: Caller) -> None:
     code, out, err = engine.run("shell", "--=x", "echo", "hi", name="pocketcoder")
     assert code == 2
     assert out == b""
@@ -864,9 +862,7 @@ WORDS_SHOWN = [
 
 
 @pytest.mark.parametrize(("given", "text"), WORDS_SHOWN)
-def test_plain_words_are_a_command_that_reads_as_they_were_written(
-    given: list[str], text: str
-) -> None:
+def test_plain_words_become_a_command_that_reads_as_written(given: list[str], text: str) -> None:
     assert pp.shell_arguments(["pocketcoder", "shell", *given]) == ["-c", "--", text]
 
 
@@ -883,7 +879,7 @@ def test_a_first_word_that_names_a_file_is_a_script(engine: Caller) -> None:
     os.unlink(f"{engine.cwd}/server")
 
 
-def test_without_arguments_a_person_gets_the_help(engine: Caller) -> None:
+def test_without_arguments_a_person_sees_the_help(engine: Caller) -> None:
     with stdin_of("terminal") as options:
         process = engine.start(name="pocketcoder", **options)
         out, err = process.communicate(timeout=20)
@@ -947,7 +943,7 @@ def test_an_empty_stdin_is_an_empty_script(
     assert err == b""
 
 
-def test_both_parsers_see_the_same_arguments_and_importers_can_run(engine: Caller) -> None:
+def test_both_parsers_agree_and_importers_can_run_commands(engine: Caller) -> None:
     for argv in (
         ["pocketcoder", "shell", "-c", "x"],
         ["sh", "x"],
@@ -1014,7 +1010,7 @@ def test_the_way_to_a_command_imports_next_to_nothing(engine: Caller) -> None:
     assert not loaded & {*slow, "subprocess"}
 
 
-def test_the_shell_needs_no_tornado_and_the_server_says_that_it_does(engine: Caller) -> None:
+def test_the_shell_runs_without_tornado_and_the_server_asks_for_it(engine: Caller) -> None:
     # -S: without site-packages, so without Tornado.
     bare = [sys.executable, "-S", f"{engine.names}/pocketcoder"]
     done = subprocess.run(
@@ -1105,7 +1101,7 @@ def test_an_old_python_says_which_one_is_needed(version: str, words: list[str]) 
     assert done.stderr.count("\n") == 1
 
 
-def test_an_old_python_that_imports_the_module_is_told_too() -> None:
+def test_an_old_python_cannot_import_the_module_and_says_which_one_is_needed() -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1]); import pocketcoder_proxy"
     done = subprocess.run(
         [old_python("3.9"), "-c", code, MODULE.parent], capture_output=True, text=True, timeout=20
@@ -1220,7 +1216,7 @@ def console_script(tmp_path: pathlib.Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["pocketcoder", "sh"])
-def test_the_form_that_pip_installs_loads_nothing_of_the_server(
+def test_the_console_script_loads_nothing_of_the_server(
     engine: Caller, console_script: str, name: str
 ) -> None:
     link = os.path.join(os.path.dirname(console_script), name)
@@ -1241,7 +1237,7 @@ def test_the_form_that_pip_installs_loads_nothing_of_the_server(
         assert f" {module}\n" not in done.stderr
 
 
-def test_the_form_that_pip_installs_has_the_other_subcommands_too(console_script: str) -> None:
+def test_the_console_script_has_the_other_subcommands_too(console_script: str) -> None:
     env = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
     done = subprocess.run(
         [console_script, "--version"], env=env, capture_output=True, text=True, timeout=20
@@ -1250,7 +1246,7 @@ def test_the_form_that_pip_installs_has_the_other_subcommands_too(console_script
     assert done.stdout == f"pocketcoder-proxy {pp.VERSION}\n"
 
 
-def test_a_program_that_imports_the_module_is_not_taken_for_the_shell(
+def test_a_program_that_imports_the_module_is_not_mistaken_for_the_shell(
     tmp_path: pathlib.Path,
 ) -> None:
     program = tmp_path / "my-shell"
@@ -1262,7 +1258,7 @@ def test_a_program_that_imports_the_module_is_not_taken_for_the_shell(
     assert done.stdout == "mine\n"
 
 
-def test_busybox_calls_it_as_its_shell(engine: Caller, tmp_path: pathlib.Path) -> None:
+def test_busybox_runs_it_as_its_shell(engine: Caller, tmp_path: pathlib.Path) -> None:
     busybox = shutil.which("busybox")
     if busybox is None:
         pytest.skip("there is no busybox here")
@@ -1351,7 +1347,7 @@ def linked(engine: Caller) -> str:
 NAMED = 'pwd; echo "$PWD"; pwd -P; cd ..; pwd; cd turned; cd -P ..; pwd'
 
 
-def test_a_directory_keeps_the_name_that_its_caller_has_for_it(engine: Caller, linked: str) -> None:
+def test_a_directory_keeps_the_name_its_caller_uses(engine: Caller, linked: str) -> None:
     local = subprocess.run(
         ["bash", "-c", NAMED], cwd=linked, env={**engine.env, "PWD": linked}, capture_output=True
     )
@@ -1403,7 +1399,7 @@ def test_text_arrives_whatever_the_locale(engine: Caller, variables: dict[str, s
     assert got == (0, "é ä ü\n".encode(), b"")
 
 
-def test_people_and_the_audit_log_see_the_command_as_it_was_written(
+def test_people_and_the_audit_log_see_the_command_as_written(
     audited_engine: tuple[Caller, pathlib.Path],
 ) -> None:
     engine, log = audited_engine
@@ -1434,7 +1430,7 @@ def test_people_and_the_audit_log_see_the_command_as_it_was_written(
     assert "2>&1" not in screen
 
 
-def test_a_directory_outside_the_workspace_fails_with_both_names(
+def test_a_directory_outside_the_workspace_is_an_error_with_both_names(
     engine: Caller, tmp_path: pathlib.Path
 ) -> None:
     code, out, err = engine.run("-c", "echo no", cwd=tmp_path)
@@ -1445,7 +1441,7 @@ def test_a_directory_outside_the_workspace_fails_with_both_names(
     assert err.count(b"\n") == 1
 
 
-def test_stdin_is_forwarded_as_it_comes_and_never_waited_for(engine: Caller) -> None:
+def test_stdin_is_forwarded_as_it_arrives_without_delaying_the_command(engine: Caller) -> None:
     data = os.urandom(3_000_000)
     assert engine.run("-c", "cat", input=data) == (0, data, b"")
     process = engine.start(
@@ -1568,7 +1564,7 @@ def test_other_signals_end_the_shell_with_their_number(engine: Caller) -> None:
 
 
 @pytest.mark.slow
-def test_a_shell_that_is_killed_takes_its_command_along(engine: Caller) -> None:
+def test_killing_the_shell_ends_its_command(engine: Caller) -> None:
     process = engine.start(
         "-c", "trap '' TERM; (setsid sleep 66.1 &); echo ready; sleep 66.2; sleep 66.3"
     )
@@ -1579,7 +1575,7 @@ def test_a_shell_that_is_killed_takes_its_command_along(engine: Caller) -> None:
     eventually(lambda: not processes_with("sleep\x0066."), 6)
 
 
-def test_a_signal_while_the_output_is_stuck_ends_the_shell_too(engine: Caller) -> None:
+def test_a_signal_ends_a_shell_whose_output_is_stuck(engine: Caller) -> None:
     process = engine.start("-c", "exec yes stuck67")
     eventually(lambda: processes_with("yes\x00stuck67"), 20)
     time.sleep(0.3)
@@ -1589,7 +1585,7 @@ def test_a_signal_while_the_output_is_stuck_ends_the_shell_too(engine: Caller) -
     eventually(lambda: not processes_with("stuck67"), 6)
 
 
-def test_the_exit_status_tells_a_lost_terminal_and_a_stopped_server(
+def test_the_exit_status_shows_a_lost_terminal_and_a_stopped_server(
     own: Callable[..., Proxy], names: str
 ) -> None:
     engine = Caller(own(), names)
@@ -1631,7 +1627,7 @@ GARBAGE_SERVERS = [
 
 
 @pytest.mark.parametrize(("said", "told"), GARBAGE_SERVERS)
-def test_a_server_that_answers_garbage_is_told_in_a_line(
+def test_a_server_that_answers_garbage_is_reported_in_one_line(
     names: str, tmp_path: pathlib.Path, said: bytes, told: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -1654,7 +1650,7 @@ def test_a_server_that_answers_garbage_is_told_in_a_line(
     assert told.encode() in err
 
 
-def test_a_server_that_never_answers_is_given_up_after_ten_seconds(
+def test_the_shell_gives_up_after_ten_seconds_without_an_answer(
     wedged: tuple[subprocess.Popen[bytes], dict[str, str], float], names: str
 ) -> None:
     process, env, started = wedged
@@ -1684,7 +1680,7 @@ def test_a_server_that_never_answers_is_given_up_after_ten_seconds(
         pytest.param("http://h?a=b", "a path behind 'h', expected http://HOST", id="query"),
     ],
 )
-def test_a_wrong_address_is_told(names: str, url: str, said: str) -> None:
+def test_a_wrong_address_is_reported_in_one_line(names: str, url: str, said: str) -> None:
     words = [sys.executable, f"{names}/sh", "-c", "echo no"]
     done = subprocess.run(
         words, env={**os.environ, "PROXY_URL": url}, capture_output=True, text=True, timeout=20
@@ -1718,7 +1714,9 @@ def test_a_password_in_the_address_is_never_shown(names: str, url: str) -> None:
     assert "expected http://HOST:PORT" in done.stderr
 
 
-def test_the_token_is_sent_and_a_refusal_told(own: Callable[..., Proxy], names: str) -> None:
+def test_the_shell_sends_the_token_and_reports_a_refusal(
+    own: Callable[..., Proxy], names: str
+) -> None:
     engine = Caller(own(POCKETCODER_TOKEN="t0k"), names)
     assert engine.run("-c", "echo in")[:2] == (0, b"in\n")
     code, out, err = engine.run("-c", "echo in", env={"POCKETCODER_TOKEN": "wrong"})
@@ -1790,7 +1788,7 @@ def test_many_shells_at_once_do_not_mix(engine: Caller) -> None:
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-def test_any_word_is_quoted_so_that_bash_gives_it_back(locale: str) -> None:
+def test_any_quoted_word_comes_back_from_bash(locale: str) -> None:
     dice = random.Random(1)
     for _ in range(2 * FUZZ):
         given = [dice.randbytes(dice.randrange(9)).replace(b"\0", b"") for _ in range(300)]
@@ -1894,7 +1892,7 @@ COMMANDS += [
 ]
 
 
-def test_any_list_of_arguments_means_what_it_means_to_bash(tmp_path: pathlib.Path) -> None:
+def test_any_list_of_arguments_means_the_same_to_bash(tmp_path: pathlib.Path) -> None:
     dice = random.Random(3)
     (tmp_path / "std0").write_text(f"{COMMANDS[0]}\nread y; echo $y\nnext\n")
     (tmp_path / "script.sh").write_text(f"{COMMANDS[1]}\nread y; echo $y; {COMMANDS[0]}")
@@ -1948,14 +1946,16 @@ FINALS: list[tuple[str, Any]] = [
 ]
 
 
-def test_an_end_that_makes_no_sense_is_a_status_and_a_line_too(tmp_path: pathlib.Path) -> None:
+def test_a_final_message_that_makes_no_sense_is_a_status_and_one_line(
+    tmp_path: pathlib.Path,
+) -> None:
     (tmp_path / "std0").touch()
     got = in_the_shell("Bridge('u').end(case.encode())", [final for final, _ in FINALS], tmp_path)
     short = [[each[0][:12], each[1]] if isinstance(each, list) else each for each, _, _ in got]
     assert short == [told for _, told in FINALS]
 
 
-def test_whatever_a_server_sends_the_shell_ends_with_a_status_and_a_line(
+def test_whatever_a_server_sends_the_shell_exits_with_a_status_and_one_line(
     tmp_path: pathlib.Path,
 ) -> None:
     dice = random.Random(4)
@@ -2142,7 +2142,7 @@ ARGV = [
 
 
 @pytest.mark.parametrize(("argv", "said"), ARGV)
-def test_arguments_of_bash_are_run_in_place_of_a_command(
+def test_arguments_of_bash_run_in_place_of_a_command(
     proxy: Proxy, agent: str, argv: list[str], said: str
 ) -> None:
     script = "echo from stdin $1" if argv[:1] in ([], ["-s"]) else None
@@ -2180,7 +2180,7 @@ def test_an_empty_stdin_is_dev_null(proxy: Proxy, agent: str, stdin: str | None)
 
 
 @pytest.mark.parametrize("cwd", ["turn", "./turn/", "turn/../turn", "{workspace}/turn"])
-def test_a_directory_is_entered_by_its_name(proxy: Proxy, agent: str, cwd: str) -> None:
+def test_a_directory_is_entered_under_the_name_given(proxy: Proxy, agent: str, cwd: str) -> None:
     os.makedirs(f"{proxy.workspace}/far/away", exist_ok=True)
     if not os.path.islink(f"{proxy.workspace}/turn"):
         os.symlink("far/away", f"{proxy.workspace}/turn")
@@ -2190,7 +2190,7 @@ def test_a_directory_is_entered_by_its_name(proxy: Proxy, agent: str, cwd: str) 
     assert answer["stdout"] == f"{proxy.workspace}/turn\n{proxy.workspace}\n"
 
 
-def test_a_way_back_by_the_name_cannot_leave_the_workspace(proxy: Proxy) -> None:
+def test_going_up_by_name_cannot_leave_the_workspace(proxy: Proxy) -> None:
     os.makedirs(f"{proxy.workspace}/far/away/deep", exist_ok=True)
     if not os.path.islink(f"{proxy.workspace}/down"):
         os.symlink("far/away/deep", f"{proxy.workspace}/down")
@@ -2199,7 +2199,7 @@ def test_a_way_back_by_the_name_cannot_leave_the_workspace(proxy: Proxy) -> None
     assert "inside the workspace" in answer["error"]
 
 
-def test_the_seed_names_can_be_used_as_before() -> None:
+def test_the_names_of_the_original_module_still_work() -> None:
     assert pp.default_agent_name() == "poco"
     request = pp.ExecRequest(cmd="ls", cwd="", usage_id=None, session_id=None, agent_name="poco")
     assert request.timeout == 300
@@ -2231,7 +2231,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def test_whatever_the_body_is_it_is_a_request_as_promised_or_refused(
+def test_any_body_becomes_a_valid_request_or_is_refused(
     tmp_path: pathlib.Path,
 ) -> None:
     dice = random.Random(5)
@@ -2276,7 +2276,7 @@ def test_whatever_the_body_is_it_is_a_request_as_promised_or_refused(
 # ==========================================================================
 # Tmux
 # ==========================================================================
-def test_words_reach_tmux_as_they_are(proxy: Proxy) -> None:
+def test_words_reach_tmux_unchanged(proxy: Proxy) -> None:
     async def there_and_back(word: str) -> list[str]:
         tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", [])
         try:
@@ -2299,7 +2299,7 @@ def test_words_reach_tmux_as_they_are(proxy: Proxy) -> None:
         assert asyncio.run(there_and_back(word)) == [word]
 
 
-def test_a_refused_command_is_an_error_with_what_tmux_said(proxy: Proxy) -> None:
+def test_a_refused_command_raises_an_error_with_the_words_of_tmux(proxy: Proxy) -> None:
     async def ask() -> None:
         tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", [])
         try:
@@ -2313,7 +2313,7 @@ def test_a_refused_command_is_an_error_with_what_tmux_said(proxy: Proxy) -> None
     asyncio.run(ask())
 
 
-def test_a_lost_connection_fails_every_question_at_once(
+def test_a_lost_connection_fails_every_pending_command_at_once(
     proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def ask() -> None:
@@ -2329,7 +2329,7 @@ def test_a_lost_connection_fails_every_question_at_once(
     assert not caplog.records
 
 
-def test_replies_of_tmux_are_the_same_however_they_are_cut() -> None:
+def test_replies_of_tmux_are_read_the_same_however_they_are_cut() -> None:
     dice = random.Random(6)
     lines = [
         "",
@@ -2506,7 +2506,7 @@ def test_the_answer_has_every_field_of_the_contract(proxy: Proxy, agent: str) ->
     assert answer["run_id"] != proxy.exec("true", agent_name=agent)["run_id"]
 
 
-def test_nothing_of_a_command_reaches_the_next(proxy: Proxy, agent: str) -> None:
+def test_nothing_of_a_command_reaches_the_next_one(proxy: Proxy, agent: str) -> None:
     proxy.exec(
         "cd /; export LEAK=1; alias true=false; set -e; trap 'echo x' EXIT; exit 1",
         agent_name=agent,
@@ -2515,7 +2515,7 @@ def test_nothing_of_a_command_reaches_the_next(proxy: Proxy, agent: str) -> None
     assert answer["stdout"] == f"none {proxy.workspace}\n0\n"
 
 
-def test_the_pane_lends_its_exports_but_no_aliases_functions_or_descriptors(
+def test_commands_inherit_the_exports_of_the_pane_but_no_aliases_functions_or_descriptors(
     proxy: Proxy, agent: str
 ) -> None:
     proxy.exec("true", agent_name=agent)
@@ -2532,7 +2532,7 @@ def test_the_pane_lends_its_exports_but_no_aliases_functions_or_descriptors(
     assert len(proxy.panes(agent)) == 1
 
 
-def test_a_command_that_looks_like_an_option_is_none(proxy: Proxy, agent: str) -> None:
+def test_a_command_that_looks_like_an_option_is_run_as_a_command(proxy: Proxy, agent: str) -> None:
     for cmd in ("-s", "-n; exit 127", "+x", "--version", "-" + " " * 200_000):
         answer = proxy.exec(cmd, stdin="echo not a command", agent_name=agent)
         assert answer["exit_code"] == 127
@@ -2581,7 +2581,7 @@ def test_variables_say_what_runs_and_keep_programs_from_waiting(proxy: Proxy, ag
     ]
 
 
-def test_stdin_is_what_was_given_byte_for_byte(proxy: Proxy, agent: str) -> None:
+def test_stdin_arrives_byte_for_byte(proxy: Proxy, agent: str) -> None:
     text = "line\nno newline\0é\x1b" + "y" * 300_000
     answer = proxy.exec("cat", agent_name=agent, stdin=text)
     assert answer["stdout"] == text
@@ -2612,7 +2612,7 @@ def test_a_directory_may_have_any_name(proxy: Proxy, name: str) -> None:
     assert not pathlib.Path(proxy.workspace, "evil").exists()
 
 
-def test_a_directory_outside_the_workspace_is_refused_also_through_a_link(
+def test_a_directory_outside_the_workspace_is_refused_even_through_a_link(
     proxy: Proxy, agent: str
 ) -> None:
     os.symlink("/etc", f"{proxy.workspace}/link")
@@ -2628,7 +2628,7 @@ def test_a_directory_outside_the_workspace_is_refused_also_through_a_link(
     assert proxy.post({"cmd": "pwd", "cwd": "plain"})[0] == 400
 
 
-def test_a_long_command_still_says_what_it_is_called(proxy: Proxy, agent: str) -> None:
+def test_a_long_command_still_knows_its_name(proxy: Proxy, agent: str) -> None:
     cmd = "echo $0 $#; nosuchcommand #" + "x" * 500_000
     answer = proxy.exec(cmd, agent_name=agent)
     assert answer["stdout"].startswith("bash 0\nbash:")
@@ -2655,7 +2655,7 @@ def test_output_beyond_the_limit_keeps_both_ends(proxy: Proxy, agent: str) -> No
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 10, 11, 64], ids="{}-bytes".format)
-def test_a_limit_halves_no_character(limit: int) -> None:
+def test_a_limit_never_splits_a_character(limit: int) -> None:
     whole = "é漢🙂x" * 50
     for chunks in (1, 3, 1000):
         capture = pp.Capture(limit)
@@ -2699,9 +2699,7 @@ def test_two_agents_do_not_wait_for_each_other(proxy: Proxy, agent: str) -> None
     assert slow.result()["stdout"] == "slow\n"
 
 
-def test_a_busy_pane_sends_the_next_command_to_one_of_its_own_up_to_four(
-    proxy: Proxy, agent: str
-) -> None:
+def test_commands_run_in_up_to_four_panes_while_others_are_busy(proxy: Proxy, agent: str) -> None:
     gate = f"{proxy.folder}/{agent}"
     calls = [
         proxy.start_exec(
@@ -2719,7 +2717,7 @@ def test_a_busy_pane_sends_the_next_command_to_one_of_its_own_up_to_four(
     assert proxy.exec("echo x", agent_name=agent)["stdout"] == "x\n"
 
 
-def test_the_queue_is_first_come_first_served(own: Callable[..., Proxy]) -> None:
+def test_queued_commands_run_in_order(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
     gate = f"{server.folder}/gate"
@@ -2740,7 +2738,7 @@ def test_the_queue_is_first_come_first_served(own: Callable[..., Proxy]) -> None
 
 
 @pytest.mark.slow
-def test_a_thousand_commands_wait_and_the_next_gets_503(own: Callable[..., Proxy]) -> None:
+def test_a_thousand_commands_may_wait_and_the_next_gets_503(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
     gate = f"{server.folder}/gate"
@@ -2780,7 +2778,7 @@ def test_two_hundred_clients_at_once_get_their_own_answers(proxy: Proxy) -> None
         assert [answer for answer in pool.map(wrong, range(200)) if answer] == []
 
 
-def test_a_terminal_of_somebody_else_is_used_as_it_is(own: Callable[..., Proxy]) -> None:
+def test_an_existing_terminal_is_used_as_it_is(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
     server.tmux(
@@ -2803,7 +2801,7 @@ def test_a_terminal_of_somebody_else_is_used_as_it_is(own: Callable[..., Proxy])
     ],
 )
 @pytest.mark.slow
-def test_any_posix_shell_in_the_pane_will_do(own: Callable[..., Proxy], shell: str) -> None:
+def test_any_posix_shell_works_in_the_pane(own: Callable[..., Proxy], shell: str) -> None:
     if shutil.which(shell.split()[0]) is None:
         # This machine lacks the shell.
         return
@@ -2885,7 +2883,7 @@ def test_copy_mode_in_every_pane_is_left_rather_than_waited_for(proxy: Proxy, ag
 @pytest.mark.parametrize(
     "enter", [[], pytest.param(["Enter"], marks=pytest.mark.slow)], ids=["half", "whole"]
 )
-def test_what_is_typed_during_a_command_is_no_part_of_the_next(
+def test_text_typed_during_a_command_stays_out_of_the_next_one(
     proxy: Proxy, agent: str, shell: str, enter: list[str]
 ) -> None:
     proxy.exec("true")
@@ -2981,7 +2979,7 @@ SETTINGS += ["exec() { :; }", "echo() { command echo mine; }"]
 
 
 @pytest.mark.parametrize("typed", SETTINGS)
-def test_what_a_person_sets_in_the_shell_changes_no_answer(
+def test_shell_options_set_by_a_person_change_no_answer(
     proxy: Proxy, agent: str, typed: str
 ) -> None:
     proxy.exec("true", agent_name=agent)
@@ -3007,7 +3005,7 @@ KEYS = [
 
 
 @pytest.mark.slow
-def test_whatever_the_line_editor_is_doing_the_next_command_runs(proxy: Proxy, agent: str) -> None:
+def test_the_next_command_runs_in_any_state_of_the_line_editor(proxy: Proxy, agent: str) -> None:
     def interrupt(number: int) -> None:
         name = f"{agent}-{number}"
         proxy.exec("true", agent_name=name)
@@ -3021,7 +3019,7 @@ def test_whatever_the_line_editor_is_doing_the_next_command_runs(proxy: Proxy, a
 
 
 @pytest.mark.slow
-def test_a_shell_that_never_answers_is_given_up_for_another(own: Callable[..., Proxy]) -> None:
+def test_a_shell_that_never_answers_is_replaced(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
     server.tmux("new-window", "-d", "-n", "deaf:terminal", "--", "bash", "--norc", "-i")
@@ -3036,7 +3034,7 @@ def test_a_shell_that_never_answers_is_given_up_for_another(own: Callable[..., P
 
 
 @pytest.mark.slow
-def test_a_slow_start_up_file_is_waited_for(own: Callable[..., Proxy]) -> None:
+def test_a_slow_start_up_file_delays_the_first_command(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
     pathlib.Path(server.folder, "home/.bashrc").write_text("sleep 1.5\nexport FROM_RC=1\n")
@@ -3073,7 +3071,7 @@ def test_a_timeout_ends_the_whole_tree(proxy: Proxy, agent: str) -> None:
 
 
 @pytest.mark.slow
-def test_ending_one_run_does_no_harm_to_the_next_ones(proxy: Proxy, agent: str) -> None:
+def test_ending_one_run_does_not_harm_the_next_ones(proxy: Proxy, agent: str) -> None:
     def follow(number: int) -> list[tuple[int, str]]:
         name = f"{agent}-{number}"
         assert proxy.exec("sleep 30", agent_name=name, timeout=0.2)["ended"] == "timeout"
@@ -3089,7 +3087,7 @@ def test_ending_one_run_does_no_harm_to_the_next_ones(proxy: Proxy, agent: str) 
             assert set(answers) == {(0, "ok\n")}
 
 
-def test_a_command_may_clean_up_when_its_time_is_over(proxy: Proxy, agent: str) -> None:
+def test_a_command_may_clean_up_after_its_timeout(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec(
         "trap 'echo clean; exit 5' TERM; sleep 60 & wait", agent_name=agent, timeout=0.3
     )
@@ -3099,14 +3097,14 @@ def test_a_command_may_clean_up_when_its_time_is_over(proxy: Proxy, agent: str) 
 
 
 @pytest.mark.slow
-def test_waiting_in_the_queue_is_not_counted_as_time(proxy: Proxy, agent: str) -> None:
+def test_waiting_in_the_queue_does_not_count_towards_the_timeout(proxy: Proxy, agent: str) -> None:
     calls = [
         proxy.start_exec("sleep 0.7; echo done", agent_name=agent, timeout=1.2) for _ in range(8)
     ]
     assert [call.result()["stdout"] for call in calls] == ["done\n"] * 8
 
 
-def test_a_caller_that_leaves_takes_its_command_along(proxy: Proxy, agent: str) -> None:
+def test_a_client_that_disconnects_cancels_its_command(proxy: Proxy, agent: str) -> None:
     mark = f"sleep 61.{agent[1:5]}"
     connection = proxy.connect()
     connection.request(
@@ -3121,7 +3119,7 @@ def test_a_caller_that_leaves_takes_its_command_along(proxy: Proxy, agent: str) 
     assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
 
 
-def test_a_caller_that_leaves_the_queue_is_not_run(proxy: Proxy, agent: str) -> None:
+def test_a_queued_command_whose_client_disconnects_never_runs(proxy: Proxy, agent: str) -> None:
     gate = f"{proxy.folder}/{agent}"
     running = [
         proxy.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done", agent_name=agent)
@@ -3144,7 +3142,9 @@ def test_a_caller_that_leaves_the_queue_is_not_run(proxy: Proxy, agent: str) -> 
     assert not os.path.exists(f"{gate}.run")
 
 
-def test_background_processes_live_on_and_their_output_is_nobodys(proxy: Proxy, agent: str) -> None:
+def test_background_processes_live_on_and_their_output_is_discarded(
+    proxy: Proxy, agent: str
+) -> None:
     gate = f"{proxy.folder}/{agent}"
     cmd = f"(until [ -e {gate} ]; do echo noise; sleep 0.02; done; echo last > {gate}.out) & echo started"
     answer = proxy.exec(cmd, agent_name=agent)
@@ -3156,7 +3156,7 @@ def test_background_processes_live_on_and_their_output_is_nobodys(proxy: Proxy, 
     eventually(lambda: os.path.exists(f"{gate}.out"))
 
 
-def test_a_background_flood_blocks_nobody_and_gives_its_descriptor_back(
+def test_a_background_flood_blocks_no_command_and_releases_its_descriptor(
     own: Callable[..., Proxy],
 ) -> None:
     server = own()
@@ -3166,7 +3166,7 @@ def test_a_background_flood_blocks_nobody_and_gives_its_descriptor_back(
     eventually(lambda: server.run_files() == 0)
 
 
-def test_an_editor_does_not_take_its_screen_for_keys(proxy: Proxy, agent: str) -> None:
+def test_an_editor_does_not_read_its_own_screen_as_keys(proxy: Proxy, agent: str) -> None:
     """As vim does, which reads keys from descriptor 2 where stdin is no terminal."""
     editor = f"{sys.executable} -c \"import os; os.write(1, b'touch'); print(os.read(2, 9))\""
     assert "Bad file descriptor" in proxy.exec(editor, agent_name=agent, timeout=3)["stdout"]
@@ -3184,7 +3184,7 @@ LATE_CHILDREN = [
 
 
 @pytest.mark.parametrize(("cmd", "output"), LATE_CHILDREN)
-def test_what_late_children_write_is_in_the_answer(
+def test_output_of_late_children_is_in_the_answer(
     proxy: Proxy, agent: str, cmd: str, output: str
 ) -> None:
     assert [proxy.exec(cmd, agent_name=agent)["stdout"] for _ in range(5)] == [output] * 5
@@ -3201,7 +3201,7 @@ def test_a_silent_background_process_delays_the_answer_a_little(proxy: Proxy, ag
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_background_process_that_goes_on_writing_delays_the_answer_by_a_second(
+def test_a_background_process_that_keeps_writing_delays_the_answer_by_a_second(
     proxy: Proxy, agent: str
 ) -> None:
     proxy.exec("true", agent_name=agent)
@@ -3211,7 +3211,7 @@ def test_a_background_process_that_goes_on_writing_delays_the_answer_by_a_second
     os.kill(int(answer["stdout"].split()[0]), signal.SIGKILL)
 
 
-def test_the_end_of_a_background_process_takes_no_output_of_a_later_command(
+def test_a_background_process_that_exits_takes_no_output_from_a_later_command(
     proxy: Proxy, agent: str
 ) -> None:
     call = Kept(proxy)
@@ -3229,9 +3229,7 @@ def test_the_end_of_a_background_process_takes_no_output_of_a_later_command(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
-def test_a_background_process_goes_on_when_the_server_goes(
-    own: Callable[..., Proxy], number: int
-) -> None:
+def test_a_background_process_outlives_the_server(own: Callable[..., Proxy], number: int) -> None:
     server = own()
     count = f"{server.folder}/count"
     # More than any pipe holds, and SIGPIPE would end it.
@@ -3304,7 +3302,7 @@ def test_keys_typed_while_a_new_shell_starts_are_never_run(
         busy.result()
 
 
-def test_a_run_that_is_recalled_from_the_history_does_nothing(own: Callable[..., Proxy]) -> None:
+def test_a_line_recalled_from_the_history_runs_nothing(own: Callable[..., Proxy]) -> None:
     server = own()
     pathlib.Path(server.folder, "home/.bashrc").write_text("PS1='$ '; HISTCONTROL=ignoredups\n")
     count = f"{server.folder}/count"
@@ -3328,7 +3326,7 @@ def test_a_run_that_is_recalled_from_the_history_does_nothing(own: Callable[...,
     assert pathlib.Path(count).read_text() == "x\ny\n"
 
 
-def test_the_tmux_of_a_command_is_its_own(proxy: Proxy, agent: str) -> None:
+def test_tmux_inside_a_command_does_not_reach_the_servers_tmux(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec('echo "${TMUX-none} ${TMUX_PANE-none}"', agent_name=agent)
     assert answer["stdout"] == "none none\n"
     killed = proxy.exec("TMUX_TMPDIR=/nonexistent tmux kill-server; echo on", agent_name=agent)
@@ -3355,13 +3353,15 @@ QUIET_TIMEOUTS = {
 
 
 @pytest.mark.parametrize("cmd", QUIET_TIMEOUTS.values(), ids=QUIET_TIMEOUTS)
-def test_output_and_the_command_are_no_question(proxy: Proxy, agent: str, cmd: str) -> None:
+def test_output_and_the_command_are_not_taken_for_a_question(
+    proxy: Proxy, agent: str, cmd: str
+) -> None:
     answer = proxy.exec(cmd, agent_name=agent, timeout=0.3)
     assert answer["ended"] == "timeout"
     assert "terminal" not in answer
 
 
-def test_unknown_fields_are_named(proxy: Proxy, agent: str) -> None:
+def test_unknown_fields_are_named_in_the_answer(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec("true", agent_name=agent, agent="x", time_out=3)
     assert answer["ignored"] == ["agent", "time_out"]
     many = {f"field{number}" + "x" * 100: 0 for number in range(1000)}
@@ -3380,7 +3380,7 @@ def test_the_time_in_the_queue_is_in_the_answer(proxy: Proxy, agent: str) -> Non
     assert [call.result()["exit_code"] for call in running] == [0] * 4
 
 
-def test_a_stopped_command_is_ended(proxy: Proxy, agent: str) -> None:
+def test_a_command_that_stops_itself_is_ended(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec("kill -STOP $$; sleep 60", agent_name=agent)
     assert answer["exit_code"] == 128 + signal.SIGSTOP
     assert answer["ended"] == "exit"
@@ -3417,7 +3417,7 @@ DEATHS = {
 
 
 @pytest.mark.parametrize("death", DEATHS)
-def test_a_terminal_that_dies_ends_its_command_and_the_next_gets_a_new_one(
+def test_a_terminal_that_dies_loses_its_command_and_is_replaced(
     own: Callable[..., Proxy], death: str
 ) -> None:
     server = own()
@@ -3461,7 +3461,7 @@ def test_a_shell_without_descriptors_runs_nothing_of_older_commands(
 
 @pytest.mark.parametrize("death", DEATHS)
 @pytest.mark.slow
-def test_a_terminal_that_died_idle_is_made_anew(own: Callable[..., Proxy], death: str) -> None:
+def test_an_idle_terminal_that_died_is_replaced(own: Callable[..., Proxy], death: str) -> None:
     server = own()
     server.exec("true")
     subprocess.run(
@@ -3492,7 +3492,7 @@ def test_a_dead_pane_that_remains_is_started_again(own: Callable[..., Proxy]) ->
     assert len(server.panes("poco")) == 1
 
 
-def test_a_renamed_window_is_not_the_agents_any_more(proxy: Proxy, agent: str) -> None:
+def test_a_renamed_window_no_longer_belongs_to_the_agent(proxy: Proxy, agent: str) -> None:
     proxy.exec("true", agent_name=agent)
     proxy.tmux("rename-window", "-t", proxy.pane(agent), f"{agent}-old")
     assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
@@ -3506,7 +3506,7 @@ def test_a_program_that_sets_titles_does_not_rename_the_window(proxy: Proxy, age
 
 
 @pytest.mark.slow
-def test_the_run_directory_is_private_and_made_again_when_wiped(own: Callable[..., Proxy]) -> None:
+def test_the_run_directory_is_private_and_recreated_when_wiped(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
     base = pathlib.Path(f"{server.socket}.d")
@@ -3521,7 +3521,7 @@ def test_the_run_directory_is_private_and_made_again_when_wiped(own: Callable[..
 
 
 @pytest.mark.slow
-def test_a_tmux_that_does_not_answer_is_told_to_all_at_once(own: Callable[..., Proxy]) -> None:
+def test_every_caller_learns_at_once_that_tmux_does_not_answer(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
     tmux = int(server.tmux("display-message", "-p", "#{pid}"))
@@ -3543,7 +3543,7 @@ def test_a_tmux_that_does_not_answer_is_told_to_all_at_once(own: Callable[..., P
 
 @pytest.mark.parametrize("file", ["*.out", "*.cmd", "status"])
 @pytest.mark.slow
-def test_a_run_whose_files_are_wiped_just_before_its_start_is_run_anew(
+def test_a_run_whose_files_are_wiped_just_before_its_start_is_retried(
     own: Callable[..., Proxy], file: str
 ) -> None:
     server = own()
@@ -3563,7 +3563,7 @@ def test_a_run_whose_files_are_wiped_just_before_its_start_is_run_anew(
     assert answer["ended"] == "exit"
 
 
-def test_a_run_directory_of_somebody_else_is_refused(own: Callable[..., Proxy]) -> None:
+def test_a_run_directory_of_another_user_is_refused(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
     subprocess.run(["rm", "-rf", f"{server.socket}.d"], check=True)
@@ -3588,7 +3588,7 @@ PLANTS = {
 
 @pytest.mark.parametrize("plant", PLANTS)
 @pytest.mark.slow
-def test_what_a_command_puts_in_place_of_our_files_harms_no_other(
+def test_files_planted_by_a_command_harm_no_other_command(
     own: Callable[..., Proxy], plant: str
 ) -> None:
     server = own()
@@ -3641,7 +3641,7 @@ def workers() -> Iterator[Proxy]:
 
 
 @pytest.mark.slow
-def test_roots_commands_run_as_the_user_whose_the_terminals_are(workers: Proxy) -> None:
+def test_commands_of_a_root_server_run_as_the_terminals_owner(workers: Proxy) -> None:
     for number in range(2):
         answer = workers.exec(f"id -u; cat; exit {number}", stdin="x", env={"A": "b"})
         assert answer["stdout"] == f"{WORKER}\nx"
@@ -3657,7 +3657,7 @@ def test_roots_commands_run_as_the_user_whose_the_terminals_are(workers: Proxy) 
 
 
 @pytest.mark.slow
-def test_a_worker_cannot_lead_root_to_files_and_processes_that_are_not_his(workers: Proxy) -> None:
+def test_a_worker_cannot_make_root_touch_files_or_processes_of_others(workers: Proxy) -> None:
     workers.exec("true")
     folder = next(pathlib.Path(f"{workers.socket}.d").glob("*"))
     for name in ("1.go", "1.done", "1.in"):
@@ -3699,7 +3699,7 @@ def test_a_command_whose_report_is_stolen_is_lost(proxy: Proxy, agent: str) -> N
 
 
 @pytest.mark.slow
-def test_a_server_stops_whatever_is_among_its_files(own: Callable[..., Proxy]) -> None:
+def test_a_server_stops_even_with_strange_files_among_its_own(own: Callable[..., Proxy]) -> None:
     server = own()
     deep = "import os\nfor _ in range(1200):\n os.mkdir('d')\n os.chdir('d')"
     server.exec(RUNS.format(socket=server.socket) + f'{sys.executable} -c "{deep}"')
@@ -3755,7 +3755,7 @@ def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_without_descriptors_runs_are_refused_and_those_that_run_go_on(
+def test_without_descriptors_new_runs_are_refused_and_others_continue(
     own: Callable[..., Proxy],
 ) -> None:
     server = own()
@@ -3788,7 +3788,7 @@ def test_without_descriptors_runs_are_refused_and_those_that_run_go_on(
 
 
 @pytest.mark.slow
-def test_a_child_needs_no_thread(own: Callable[..., Proxy]) -> None:
+def test_starting_a_child_needs_no_thread(own: Callable[..., Proxy]) -> None:
     server = own("--mcp-server", "none=false")
     server.exec("true")
     size = status_bytes(server.process.pid, "VmSize")
@@ -3801,7 +3801,7 @@ def test_a_child_needs_no_thread(own: Callable[..., Proxy]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_ends_while_its_files_cannot_go_does_not_hinder_the_next(
+def test_a_run_whose_files_cannot_be_removed_does_not_block_the_next(
     own: Callable[..., Proxy],
 ) -> None:
     server = own()
@@ -3825,7 +3825,7 @@ def test_a_run_that_ends_while_its_files_cannot_go_does_not_hinder_the_next(
 
 
 @pytest.mark.slow
-def test_a_command_that_ended_while_the_server_was_stopped_ended_in_time(
+def test_a_command_that_exits_while_the_server_is_stopped_is_in_time(
     own: Callable[..., Proxy],
 ) -> None:
     server = own()
@@ -3844,7 +3844,7 @@ def test_a_command_that_ended_while_the_server_was_stopped_ended_in_time(
 
 
 @pytest.mark.slow
-def test_a_directory_for_runs_that_cannot_be_made_leaves_no_descriptor(
+def test_a_run_directory_that_cannot_be_created_leaves_no_descriptor(
     own: Callable[..., Proxy],
 ) -> None:
     server = own()
@@ -3866,7 +3866,7 @@ def test_a_directory_for_runs_that_cannot_be_made_leaves_no_descriptor(
 
 
 @pytest.mark.slow
-def test_a_killed_server_leaves_its_commands_alone_and_the_next_drains_them(
+def test_commands_survive_a_killed_server_and_the_next_one_drains_them(
     own: Callable[..., Proxy],
 ) -> None:
     server = own()
@@ -3884,7 +3884,7 @@ def test_a_killed_server_leaves_its_commands_alone_and_the_next_drains_them(
 
 
 @pytest.mark.slow
-def test_a_clean_stop_leaves_background_writers_to_the_next_server(
+def test_background_writers_pass_to_the_next_server_after_a_clean_stop(
     own: Callable[..., Proxy],
 ) -> None:
     server = own()
@@ -3896,7 +3896,7 @@ def test_a_clean_stop_leaves_background_writers_to_the_next_server(
     eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
 
 
-def test_a_stray_file_or_a_missing_folder_stops_nothing(own: Callable[..., Proxy]) -> None:
+def test_a_stray_file_or_a_missing_folder_stops_no_command(own: Callable[..., Proxy]) -> None:
     server = own()
     server.exec("true")
     server.stop()
@@ -3925,7 +3925,7 @@ def test_two_servers_on_one_socket_share_it(own: Callable[..., Proxy]) -> None:
         second.stop()
 
 
-def test_a_pane_that_another_driver_holds_is_left_to_it(proxy: Proxy, agent: str) -> None:
+def test_a_pane_held_by_another_driver_is_left_alone(proxy: Proxy, agent: str) -> None:
     first = proxy.exec("echo $PPID", agent_name=agent)["stdout"]
     tty = proxy.tmux("display-message", "-p", "-t", proxy.pane(agent), "#{pane_tty}")
     held = os.open(tty, os.O_RDONLY | os.O_NOCTTY)
@@ -3937,7 +3937,7 @@ def test_a_pane_that_another_driver_holds_is_left_to_it(proxy: Proxy, agent: str
     assert proxy.exec("echo $PPID", agent_name=agent)["stdout"] == first
 
 
-def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(
+def test_a_command_cancelled_before_it_reports_its_start_gets_term(
     tmp_path: pathlib.Path,
 ) -> None:
     driver = pp.PocketCoderDriver(f"{tmp_path}/tmux/s", "pocketcoder")
@@ -3967,7 +3967,7 @@ def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(
         subprocess.run(["tmux", "-S", driver.socket_path, "kill-server"], capture_output=True)
 
 
-def test_what_tmux_tells_while_a_start_is_noted_harms_nothing(tmp_path: pathlib.Path) -> None:
+def test_notices_of_tmux_during_a_start_harm_nothing(tmp_path: pathlib.Path) -> None:
     class Slow(pp.Watch):
         async def start(self, run_id: str) -> None:
             tmux = [
@@ -4000,7 +4000,7 @@ def test_what_tmux_tells_while_a_start_is_noted_harms_nothing(tmp_path: pathlib.
         subprocess.run(["tmux", "-S", f"{tmp_path}/tmux/s", "kill-server"], capture_output=True)
 
 
-def test_whatever_stops_a_start_the_pane_is_given_back(tmp_path: pathlib.Path) -> None:
+def test_a_failed_start_always_gives_the_pane_back(tmp_path: pathlib.Path) -> None:
     class Wrong(pp.Watch):
         async def start(self, run_id: str) -> None:
             raise ZeroDivisionError
@@ -4088,7 +4088,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("user", "owner", "mode", "socket_owner", "sound"), PLACES)
-def test_a_socket_that_a_stranger_can_have_made_is_refused(
+def test_a_socket_a_stranger_could_have_made_is_refused(
     user: int, owner: int, mode: int, socket_owner: int | None, sound: bool
 ) -> None:
     if os.geteuid():
@@ -4123,7 +4123,7 @@ def test_a_socket_that_a_stranger_can_have_made_is_refused(
         shutil.rmtree(folder)
 
 
-def test_a_directory_of_ours_that_is_open_to_all_gets_the_sticky_bit(
+def test_our_directory_gets_the_sticky_bit_if_open_to_all(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     os.chmod(tmp_path, 0o777)
@@ -4132,7 +4132,7 @@ def test_a_directory_of_ours_that_is_open_to_all_gets_the_sticky_bit(
     assert f"{tmp_path}: any user could replace what is in it" in caplog.text
 
 
-def test_a_directory_of_ours_below_one_of_everybody_will_do_with_a_warning(
+def test_our_directory_below_one_open_to_all_is_accepted_with_a_warning(
     tmp_path: pathlib.Path,
 ) -> None:
     # As volumes of Kubernetes are.
@@ -4197,7 +4197,7 @@ def test_a_person_sees_output_as_it_comes(proxy: Proxy, agent: str) -> None:
     assert call.result()["exit_code"] == 0
 
 
-def test_a_person_is_not_flooded_nor_attacked_by_output(proxy: Proxy, agent: str) -> None:
+def test_output_neither_floods_nor_attacks_a_person(proxy: Proxy, agent: str) -> None:
     proxy.exec(
         "printf '\\033]2;evil\\007\\033[?1049h\\016\\033[31mred\\033[0m'; head -c 1000000 /dev/zero | tr '\\0' x",
         agent_name=agent,
@@ -4217,7 +4217,7 @@ def test_a_person_is_not_flooded_nor_attacked_by_output(proxy: Proxy, agent: str
 
 
 @pytest.mark.parametrize("shell", ["bash --norc -i", "zsh -f", "dash", "ksh", "busybox ash"])
-def test_an_alias_of_the_command_that_is_typed_hinders_nothing(
+def test_an_alias_for_the_typed_command_changes_nothing(
     own: Callable[..., Proxy], shell: str
 ) -> None:
     if shutil.which(shell.split()[0]) is None:
@@ -4234,7 +4234,7 @@ def test_an_alias_of_the_command_that_is_typed_hinders_nothing(
         assert time.monotonic() - started < 5
 
 
-def test_the_typed_line_is_not_kept_in_the_history(proxy: Proxy, agent: str) -> None:
+def test_the_typed_line_stays_out_of_the_history(proxy: Proxy, agent: str) -> None:
     proxy.exec("true", agent_name=agent)
     proxy.type(agent, "echo mine", "Enter")
     eventually(lambda: "\nmine" in proxy.screen(agent))
@@ -4243,7 +4243,7 @@ def test_the_typed_line_is_not_kept_in_the_history(proxy: Proxy, agent: str) -> 
     eventually(lambda: proxy.screen(agent).rstrip().endswith("$ echo mine"))
 
 
-def test_reports_of_runs_are_the_same_however_they_are_cut(tmp_path: pathlib.Path) -> None:
+def test_reports_of_runs_are_read_the_same_however_they_are_cut(tmp_path: pathlib.Path) -> None:
     dice = random.Random(7)
     reports: list[tuple[str, int]] = []
 
@@ -4283,7 +4283,7 @@ def test_reports_of_runs_are_the_same_however_they_are_cut(tmp_path: pathlib.Pat
     asyncio.run(check())
 
 
-def test_what_is_kept_of_output_is_the_same_however_it_is_cut() -> None:
+def test_captured_output_is_the_same_however_it_is_cut() -> None:
     dice = random.Random(8)
     for _ in range(500 * FUZZ):
         limit = dice.choice((1, 2, 3, 5, 10, 20, 50))
@@ -4434,7 +4434,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize(("body", "code", "id_"), MALFORMED)
-def test_what_is_no_message_is_refused_with_its_code(
+def test_an_invalid_message_is_refused_with_its_code(
     proxy: Proxy, body: bytes, code: int, id_: Any
 ) -> None:
     status, _, answer = mcp(proxy, body)
@@ -4648,7 +4648,7 @@ def test_an_id_comes_back_as_it_was_sent(proxy: Proxy, id_: Any) -> None:
     assert type(answer["id"]) is type(id_)
 
 
-def test_a_modern_answer_has_every_modern_field_and_a_legacy_one_none(proxy: Proxy) -> None:
+def test_modern_fields_are_in_modern_answers_only(proxy: Proxy) -> None:
     server = {"name": "pocketcoder", "version": pp.VERSION}
     found = mcp(proxy, modern("server/discover"))[2]["result"]
     assert found["supportedVersions"] == ["2026-07-28"]
@@ -4686,7 +4686,7 @@ def test_a_modern_answer_has_every_modern_field_and_a_legacy_one_none(proxy: Pro
         pytest.param("2025-11-25", set(), id="2025-11-25"),
     ],
 )
-def test_a_client_gets_the_fields_that_its_revision_knows(
+def test_a_client_gets_the_fields_of_its_revision(
     proxy: Proxy, version: str, missing: set[str]
 ) -> None:
     session = opened(proxy, version)
@@ -4696,13 +4696,13 @@ def test_a_client_gets_the_fields_that_its_revision_knows(
     assert fields - (set(tools[0]) | set(called)) == missing
 
 
-def test_an_unknown_revision_is_answered_with_our_latest_legacy_one(proxy: Proxy) -> None:
+def test_an_unknown_revision_gets_our_latest_legacy_one(proxy: Proxy) -> None:
     for asked in ("2026-07-28", "1.0", ""):
         answer = mcp(proxy, request("initialize", {**INITIALIZE, "protocolVersion": asked}))[2]
         assert answer["result"]["protocolVersion"] == "2025-11-25"
 
 
-def test_headers_are_read_as_http_and_mcp_say(proxy: Proxy) -> None:
+def test_headers_are_read_as_http_and_mcp_require(proxy: Proxy) -> None:
     call = modern("tools/call", EXEC)
     assert mcp(proxy, call, Mcp_Name="  exec ")[0] == 200
     assert mcp(proxy, call, Mcp_Name="=?base64?ZXhlYw==?=")[0] == 200
@@ -4739,7 +4739,7 @@ def test_a_legacy_fault_in_a_session_is_an_error_inside_a_200(proxy: Proxy) -> N
     assert mcp(proxy, request("ping"), Mcp_Session_Id=session)[2]["result"] == {}
 
 
-def test_messages_that_want_no_answer_get_202(proxy: Proxy) -> None:
+def test_messages_without_an_answer_get_202(proxy: Proxy) -> None:
     session = opened(proxy)
     for message in (
         {"jsonrpc": "2.0", "method": "notifications/unknown"},
@@ -4814,7 +4814,7 @@ def pick(dice: random.Random, values: list[Any]) -> Any:
     return dice.choice(values)
 
 
-def test_whatever_a_message_is_its_answer_carries_its_id_in_the_words_of_its_era() -> None:
+def test_every_answer_has_the_id_and_the_shape_of_its_era() -> None:
     dice = random.Random(9)
     methods = (
         "initialize",
@@ -4890,7 +4890,7 @@ def test_whatever_a_message_is_its_answer_carries_its_id_in_the_words_of_its_era
     assert answered > 100 * FUZZ
 
 
-def test_an_event_is_the_message_whatever_is_in_it() -> None:
+def test_an_event_carries_any_message_unchanged() -> None:
     dice = random.Random(10)
     for _ in range(1000 * FUZZ):
         message = {"jsonrpc": "2.0", "result": [junk(dice) for _ in range(3)]}
@@ -5002,7 +5002,7 @@ def client(request: pytest.FixtureRequest, relay: Proxy, stream: Callable[..., S
     return Client(relay, era, server, stream)
 
 
-def test_each_era_of_clients_is_served_by_each_era_of_servers(client: Client) -> None:
+def test_clients_of_each_era_are_served_by_servers_of_each_era(client: Client) -> None:
     modern_client = client.era == "modern"
     if modern_client:
         found = client.ask("server/discover")[-1]["result"]
@@ -5041,7 +5041,7 @@ def test_each_era_of_clients_is_served_by_each_era_of_servers(client: Client) ->
             assert client.ask(method)[-1]["error"]["code"] == -32601
 
 
-def test_what_passes_through_arrives_as_it_was_sent(client: Client) -> None:
+def test_relayed_messages_arrive_unchanged(client: Client) -> None:
     extra = {"x": [1, 2.5, None, {"é\u2028": "😀"}], "y": -(10**20)}
     result = client.call(
         "echo", id_="ä", deep=extra, result={"unknown": extra, "_meta": {"own": extra}}
@@ -5059,7 +5059,7 @@ def test_what_passes_through_arrives_as_it_was_sent(client: Client) -> None:
     assert type(got["_meta"]["progressToken"]) is int
 
 
-def test_progress_comes_on_the_requests_own_stream_with_its_own_token(client: Client) -> None:
+def test_progress_arrives_on_the_stream_of_its_request_with_its_token(client: Client) -> None:
     for token in (0, "t"):
         params = {
             "name": "test_slow",
@@ -5091,7 +5091,7 @@ def test_a_cancelled_call_is_cancelled_in_the_child(client: Client, relay: Proxy
     eventually(lambda: f"cancelled test_slow {label}" in relay.logged())
 
 
-def test_a_child_may_ask_the_client_whose_call_it_serves(client: Client) -> None:
+def test_a_server_may_ask_the_client_it_serves(client: Client) -> None:
     params = {"name": "test_input_required_result_elicitation", "arguments": {}}
     answer = {"action": "accept", "content": {"name": "Zoë"}}
     if client.era == "modern":
@@ -5117,7 +5117,9 @@ def test_a_child_may_ask_the_client_whose_call_it_serves(client: Client) -> None
     ) or "Zoë" in text_of(result["result"])
 
 
-def test_who_cannot_be_asked_is_not(relay: Proxy, stream: Callable[..., Stream]) -> None:
+def test_a_server_cannot_ask_a_client_without_the_capability(
+    relay: Proxy, stream: Callable[..., Stream]
+) -> None:
     for era, server in ERAS:
         silent = Client(relay, era, server, stream, can={})
         got = silent.call("test_input_required_result_sampling")
@@ -5127,7 +5129,7 @@ def test_who_cannot_be_asked_is_not(relay: Proxy, stream: Callable[..., Stream])
             assert got.get("isError") is True or got["code"] == -32021
 
 
-def test_a_state_that_is_not_ours_is_refused(relay: Proxy, stream: Callable[..., Stream]) -> None:
+def test_a_forged_request_state_is_refused(relay: Proxy, stream: Callable[..., Stream]) -> None:
     client = Client(relay, "modern", "legacy", stream)
     params = {"name": "test_input_required_result_elicitation", "arguments": {}}
     asked = client.ask("tools/call", params)[-1]["result"]
@@ -5153,7 +5155,7 @@ def test_a_state_that_is_not_ours_is_refused(relay: Proxy, stream: Callable[...,
     assert client.ask("tools/call", {**params, **good})[-1]["error"]["code"] == -32602
 
 
-def test_changes_are_heard_by_who_wants_to(client: Client) -> None:
+def test_changes_are_reported_to_subscribers_only(client: Client) -> None:
     if client.era == "modern":
         wanted = {"toolsListChanged": True, "resourceSubscriptions": ["test://watched-resource"]}
         events = client.open("subscriptions/listen", {"notifications": wanted}, id_="w1")
@@ -5179,7 +5181,7 @@ def test_changes_are_heard_by_who_wants_to(client: Client) -> None:
         assert meta.get(NS + "subscriptionId") == ("w1" if client.era == "modern" else None)
 
 
-def test_log_lines_reach_who_asked_for_them(client: Client) -> None:
+def test_log_messages_reach_clients_that_ask_for_them(client: Client) -> None:
     params: dict[str, Any] = {"name": "test_tool_with_logging", "arguments": {}}
     if client.era == "modern":
         assert len(client.ask("tools/call", params)) == 1
@@ -5232,7 +5234,7 @@ def test_clients_with_equal_ids_and_tokens_never_meet(
 
 
 @pytest.mark.slow
-def test_two_hundred_calls_in_flight_through_one_child_come_back_right(
+def test_two_hundred_calls_through_one_child_get_their_own_answers(
     relay: Proxy, stream: Callable[..., Stream]
 ) -> None:
     client = Client(relay, "modern", "modern", stream)
@@ -5248,7 +5250,7 @@ def test_two_hundred_calls_in_flight_through_one_child_come_back_right(
     assert text_of(client.call("pid")) == process
 
 
-def test_ten_megabytes_pass(client: Client) -> None:
+def test_ten_megabytes_pass_through_the_relay(client: Client) -> None:
     assert len(text_of(client.call("big", bytes=10_000_000))) == 10_000_000
 
 
@@ -5297,7 +5299,7 @@ def test_websockets_and_event_streams_reach_stdio_servers_too(
         asyncio.run(talk(server))
 
 
-def test_a_legacy_session_has_a_child_of_its_own_that_ends_with_it(
+def test_a_legacy_session_has_its_own_child_that_ends_with_it(
     relay: Proxy, stream: Callable[..., Stream]
 ) -> None:
     one, two = (Client(relay, "legacy", "legacy", stream) for _ in range(2))
@@ -5314,7 +5316,7 @@ def test_a_legacy_session_has_a_child_of_its_own_that_ends_with_it(
 
 @pytest.mark.parametrize(("era", "server"), ERAS)
 @pytest.mark.slow
-def test_a_child_that_dies_answers_at_once_and_is_started_again(
+def test_calls_to_a_child_that_dies_fail_at_once_and_it_is_restarted(
     own: Callable[..., Proxy],
     fixtures: pathlib.Path,
     stream: Callable[..., Stream],
@@ -5359,7 +5361,7 @@ def test_a_child_that_dies_answers_at_once_and_is_started_again(
     assert state()["restarts"] == 3
 
 
-def test_careless_children_are_borne_with(client: Client) -> None:
+def test_noisy_servers_still_get_answers_through(client: Client) -> None:
     assert text_of(client.call("noise")) == "after the noise"
     *told, answer = client.ask("tools/call", {"name": "flood", "arguments": {"lines": 3000}})
     assert text_of(answer["result"]) == "flooded"
@@ -5594,7 +5596,7 @@ def answered(client: Client, asked: Any, tool: dict[str, Any], roots: list[Any],
     return client.ask("tools/call", again, id_)[-1]["result"]
 
 
-def test_parallel_calls_of_a_modern_client_meet_one_process(
+def test_parallel_calls_of_a_modern_client_share_one_process(
     own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
 ) -> None:
     client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
@@ -5616,7 +5618,7 @@ def test_parallel_calls_of_a_modern_client_meet_one_process(
         pytest.param({"address": "127.0.0.2"}, id="address"),
     ],
 )
-def test_modern_clients_that_differ_have_a_process_each(
+def test_modern_clients_that_differ_get_a_process_each(
     own: Callable[..., Proxy], peculiar: str, other: dict[str, Any]
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar}")
@@ -5652,7 +5654,7 @@ def test_modern_clients_that_differ_have_a_process_each(
     assert count(**other) == 2
 
 
-def test_a_question_reaches_the_client_whose_process_asks_and_no_other(
+def test_a_question_reaches_only_the_client_of_its_process(
     own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar}")
@@ -5685,7 +5687,7 @@ def test_a_question_goes_to_the_newest_call_in_flight(
     assert said(asking.result())["result"]["roots"] == roots
 
 
-def test_a_question_outside_of_any_call_waits_for_the_next_one(
+def test_a_question_outside_any_call_waits_for_the_next_call(
     own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
 ) -> None:
     client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
@@ -5699,7 +5701,7 @@ def test_a_question_outside_of_any_call_waits_for_the_next_one(
     assert said(answered(client, asked, tool, roots, id_="again")) == [{"roots": roots}]
 
 
-def test_a_cancelled_call_leaves_no_question_to_later_ones(
+def test_a_cancelled_call_leaves_no_question_behind(
     own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
 ) -> None:
     client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
@@ -5712,7 +5714,7 @@ def test_a_cancelled_call_leaves_no_question_to_later_ones(
 
 @pytest.mark.parametrize("first", ["tools/call", "tools/list"])
 @pytest.mark.parametrize("asks", ["hello", "start"])
-def test_a_process_that_asks_as_it_starts_is_answered_by_the_client_that_started_it(
+def test_a_question_at_startup_goes_to_the_client_that_started_the_process(
     own: Callable[..., Proxy],
     peculiar: str,
     stream: Callable[..., Stream],
@@ -5738,7 +5740,7 @@ def test_a_process_that_asks_as_it_starts_is_answered_by_the_client_that_started
 
 
 @pytest.mark.parametrize("asks", ["hello", "start"])
-def test_a_process_that_asks_as_it_starts_is_answered_by_a_session_too(
+def test_a_question_at_startup_may_be_answered_by_a_session(
     own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], asks: str
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar} asks={asks}")
@@ -5796,7 +5798,7 @@ def test_a_crash_leaves_the_processes_of_other_clients_alone(
     assert said(one.call("count")) == 1
 
 
-def test_a_session_is_unknown_at_once_when_its_process_has_died(
+def test_a_session_is_unknown_as_soon_as_its_process_dies(
     own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar}")
@@ -5811,7 +5813,9 @@ def test_a_session_is_unknown_at_once_when_its_process_has_died(
 
 
 @pytest.mark.slow
-def test_only_a_process_that_never_answers_is_held_back(own: Callable[..., Proxy]) -> None:
+def test_only_a_process_that_never_answered_is_restarted_with_a_delay(
+    own: Callable[..., Proxy],
+) -> None:
     proxy = own("--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
 
     def attempt() -> tuple[str, float]:
@@ -5839,7 +5843,7 @@ def test_only_a_process_that_never_answers_is_held_back(own: Callable[..., Proxy
         pytest.param(" era=modern", id="a modern server"),
     ],
 )
-def test_a_server_that_allows_one_instance_is_served(
+def test_a_server_that_allows_one_instance_works(
     own: Callable[..., Proxy],
     peculiar: str,
     tmp_path: pathlib.Path,
@@ -5857,7 +5861,7 @@ def test_a_server_that_allows_one_instance_is_served(
 
 
 @pytest.mark.parametrize("era", ["legacy", "modern"])
-def test_an_abandoned_session_makes_room_at_a_server_that_allows_one_instance(
+def test_an_abandoned_session_gives_up_the_only_instance(
     own: Callable[..., Proxy],
     peculiar: str,
     tmp_path: pathlib.Path,
@@ -5870,7 +5874,7 @@ def test_an_abandoned_session_makes_room_at_a_server_that_allows_one_instance(
     assert mcp(proxy, request("ping"), path=killed.path, **killed.headers)[0] == 404
 
 
-def test_a_session_in_use_makes_no_room(
+def test_a_session_in_use_keeps_the_only_instance(
     own: Callable[..., Proxy], peculiar: str, tmp_path: pathlib.Path, stream: Callable[..., Stream]
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock")
@@ -5892,7 +5896,7 @@ def test_a_session_in_use_makes_no_room(
         pytest.param("era=legacy silent", id="one that ignores what it does not know"),
     ],
 )
-def test_silence_is_no_verdict_and_starts_nothing_twice(
+def test_a_slow_server_is_started_once_and_still_served(
     own: Callable[..., Proxy],
     peculiar: str,
     tmp_path: pathlib.Path,
@@ -5909,7 +5913,7 @@ def test_silence_is_no_verdict_and_starts_nothing_twice(
 
 
 @pytest.mark.parametrize(("era", "server"), ERAS)
-def test_bytes_that_are_no_text_are_replaced(
+def test_invalid_bytes_are_replaced(
     own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], era: str, server: str
 ) -> None:
     client = Client(own(f"--mcp-server=x={peculiar} era={server}"), era, "x", stream)
@@ -5926,7 +5930,7 @@ def test_a_byte_order_mark_is_skipped(
 
 
 @pytest.mark.parametrize("place", ["first", "last"])
-def test_an_answer_beyond_the_limit_fails_that_call_only(
+def test_an_answer_beyond_the_limit_fails_its_call_only(
     own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], place: str
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar}")
@@ -5940,7 +5944,7 @@ def test_an_answer_beyond_the_limit_fails_that_call_only(
     assert said(other.result()) == process
 
 
-def test_lines_are_cut_alike_however_they_arrive() -> None:
+def test_lines_are_split_the_same_however_they_arrive() -> None:
     dice = random.Random(5)
     texts = [b"", b"a", b"x" * 20, b"y" * 21, b"{" + b"z" * 9000 + b"}", b"end"]
     expected = [
@@ -5984,7 +5988,7 @@ def test_the_id_of_a_long_answer_is_found_at_its_ends(head: bytes, tail: bytes, 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle ones", "busy ones"])
 @pytest.mark.slow
-def test_a_new_client_gets_room_when_an_old_one_is_idle(
+def test_a_new_client_gets_the_place_of_an_idle_one(
     own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], busy: bool
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar}")
@@ -6021,7 +6025,7 @@ def test_a_new_client_gets_room_when_an_old_one_is_idle(
         assert all(type(said(each.result())) is int for each in [*working, asking])
 
 
-def test_notices_before_a_session_listens_are_kept_the_newest_of_them(
+def test_the_newest_notices_are_kept_until_a_session_listens(
     own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar}")
@@ -6033,7 +6037,7 @@ def test_notices_before_a_session_listens_are_kept_the_newest_of_them(
     assert got == list(range(30, 130))
 
 
-def test_pings_of_a_server_to_a_session_without_a_stream_are_answered_here(
+def test_pings_of_a_server_are_answered_for_a_session_without_a_stream(
     own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
 ) -> None:
     client = Client(own(f"--mcp-server=x={peculiar}"), "legacy", "x", stream)
@@ -6070,7 +6074,7 @@ for line in sys.stdin:
 
 @pytest.mark.parametrize("kind", ["POST", "GET"])
 @pytest.mark.slow
-def test_a_stream_that_has_left_holds_up_no_server(
+def test_a_disconnected_stream_does_not_block_its_server(
     own: Callable[..., Proxy], tmp_path: pathlib.Path, stream: Callable[..., Stream], kind: str
 ) -> None:
     (tmp_path / "chatter.py").write_text(CHATTER)
@@ -6093,7 +6097,7 @@ def test_a_stream_that_has_left_holds_up_no_server(
 
 
 @pytest.mark.slow
-def test_a_child_whose_output_somebody_else_holds_is_noticed_too(
+def test_a_dead_child_is_noticed_even_if_its_output_stays_open(
     own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
 ) -> None:
     held = f"sleep 82.5 & exec {sys.executable} -S {fixtures} legacy"
@@ -6106,7 +6110,7 @@ def test_a_child_whose_output_somebody_else_holds_is_noticed_too(
 
 
 @pytest.mark.slow
-def test_a_child_that_left_its_log_to_somebody_is_gone_when_it_has_ended(
+def test_a_dead_child_is_removed_even_if_its_stderr_stays_open(
     own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
 ) -> None:
     left = "setsid sleep 5.25 >/dev/null & while read -r line; do"
@@ -6118,9 +6122,7 @@ def test_a_child_that_left_its_log_to_somebody_is_gone_when_it_has_ended(
 
 
 @pytest.mark.slow
-def test_calls_that_are_never_taken_up_again_lock_nothing(
-    relay: Proxy, stream: Callable[..., Stream]
-) -> None:
+def test_abandoned_calls_block_nothing(relay: Proxy, stream: Callable[..., Stream]) -> None:
     # More than there may be children.
     for number in range(40):
         can = {"elicitation": {"n": number % 20}}
@@ -6154,7 +6156,7 @@ def test_a_server_that_cannot_start_says_why_once(
 
 
 @pytest.mark.slow
-def test_a_server_cannot_reach_the_terminal_of_who_reads_the_log(own: Callable[..., Proxy]) -> None:
+def test_a_server_cannot_control_the_terminal_of_the_log_reader(own: Callable[..., Proxy]) -> None:
     proxy = own(
         """--mcp-server=loud=sh -c 'printf "\\033]2;evil\\007\\302\\233 \\r1\\n" >&2; exit 7'"""
     )
@@ -6189,7 +6191,7 @@ def test_children_end_as_a_group_and_are_never_orphaned(
     assert not processes_with(str(fixtures))
 
 
-def test_a_config_file_as_people_have_it_is_read(
+def test_a_typical_config_file_is_read(
     own: Callable[..., Proxy],
     fixtures: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -6299,7 +6301,7 @@ def test_a_wrong_file_of_servers_ends_the_start_with_a_sentence(
         pytest.param({"command": "cat", "env": {"A": "${input:s3cret}"}}, "env.A", id="an-input"),
     ],
 )
-def test_a_bad_entry_is_named_with_its_key_and_never_shown(
+def test_a_bad_entry_is_reported_by_its_key_and_never_shown(
     tmp_path: pathlib.Path, entry: Any, key: str
 ) -> None:
     config = {"mcpServers": {"good": {"command": "cat"}, "My Bad": entry}}
@@ -6333,7 +6335,7 @@ LIVED_IN = """\ufeff{
 
 
 @pytest.mark.parametrize("key", ["mcpServers", "servers"])
-def test_a_file_that_people_have_is_read(
+def test_both_common_layouts_of_a_config_file_are_read(
     own: Callable[..., Proxy],
     fixtures: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -6378,7 +6380,7 @@ def test_a_file_that_people_have_is_read(
 
 
 @pytest.mark.slow
-def test_what_nobody_uses_ends_after_the_time_that_was_set(
+def test_an_unused_child_ends_after_the_configured_time(
     own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
 ) -> None:
     proxy = own(
@@ -6399,7 +6401,7 @@ def test_what_nobody_uses_ends_after_the_time_that_was_set(
 
 
 @pytest.mark.slow
-def test_a_child_that_hangs_or_never_reads_is_given_up(fixtures: pathlib.Path) -> None:
+def test_calls_to_a_child_that_hangs_or_never_reads_time_out(fixtures: pathlib.Path) -> None:
     async def trouble() -> list[str]:
         said = []
         relay = pp.Relay(pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), "modern")))
@@ -6439,7 +6441,7 @@ def test_a_child_that_hangs_or_never_reads_is_given_up(fixtures: pathlib.Path) -
 
 
 @pytest.mark.slow
-def test_a_shared_child_that_nobody_uses_ends(fixtures: pathlib.Path) -> None:
+def test_an_unused_shared_child_ends(fixtures: pathlib.Path) -> None:
     async def idle(era: str) -> None:
         relay = pp.Relay(pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), era)), idle=0.2)
         outbox = pp.Outbox(int)
@@ -6475,7 +6477,7 @@ for line in sys.stdin:
 
 
 @pytest.mark.parametrize("era", ["modern", "legacy"])
-def test_whatever_a_child_writes_every_request_has_one_sound_answer(
+def test_whatever_a_child_writes_every_request_gets_one_valid_answer(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, era: str
 ) -> None:
     dice = random.Random(11)
@@ -6600,7 +6602,7 @@ def test_the_tools_are_described_for_models_and_programs(proxy: Proxy) -> None:
     assert {tool["name"] for tool in tools if "outputSchema" in tool} == {"exec", "list_terminals"}
 
 
-def test_exec_answers_for_a_model_and_for_a_program(proxy: Proxy, agent: str) -> None:
+def test_exec_answers_in_text_for_models_and_data_for_programs(proxy: Proxy, agent: str) -> None:
     result = call(proxy, "exec", cmd="printf 'ä\\n'; printf oops >&2; exit 3", agent_name=agent)
     assert text_of(result) == "ä\noops\n[exit code 3]"
     expected = {
@@ -6667,7 +6669,7 @@ def test_exec_answers_for_a_model_and_for_a_program(proxy: Proxy, agent: str) ->
         pytest.param("send_keys", {"keys": ["C-c\n"]}, "keys", id="keys-newline"),
     ],
 )
-def test_a_fault_that_a_model_can_mend_is_a_result_that_names_it(
+def test_a_wrong_argument_is_a_tool_result_that_names_it(
     proxy: Proxy, name: str, arguments: dict[str, Any], field: str
 ) -> None:
     result = call(proxy, name, **arguments)
@@ -6675,7 +6677,7 @@ def test_a_fault_that_a_model_can_mend_is_a_result_that_names_it(
     assert f"`{field}`" in text_of(result)
 
 
-def test_keys_that_make_a_terminal_are_no_part_of_the_next_command(
+def test_keys_that_create_a_terminal_stay_out_of_the_next_command(
     own: Callable[..., Proxy],
 ) -> None:
     server = own()
@@ -6688,7 +6690,7 @@ def test_keys_that_make_a_terminal_are_no_part_of_the_next_command(
     assert not os.path.exists(f"{server.folder}/half")
 
 
-def test_keys_reach_programs_that_others_wait_for(proxy: Proxy, agent: str) -> None:
+def test_keys_reach_a_program_whose_caller_is_waiting(proxy: Proxy, agent: str) -> None:
     asking = [
         proxy.start_exec("read -r x </dev/tty; echo $x", agent_name=agent)
         for _ in range(pp.MAX_PANES)
@@ -6706,7 +6708,7 @@ def test_keys_reach_programs_that_others_wait_for(proxy: Proxy, agent: str) -> N
     assert sorted(each.result()["stdout"] for each in asking) == ["", "", "", "here\n"]
 
 
-def test_keys_go_to_the_program_that_somebody_started(proxy: Proxy, agent: str) -> None:
+def test_keys_go_to_the_program_a_person_started(proxy: Proxy, agent: str) -> None:
     call(proxy, "send_keys", agent_name=agent, text=f"{sys.executable} -q", keys=["Enter"])
     eventually(lambda: ">>>" in text_of(call(proxy, "read_terminal", agent_name=agent)))
     running = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
@@ -6800,7 +6802,7 @@ def test_a_wrapped_line_is_read_as_one(proxy: Proxy, agent: str) -> None:
     )
 
 
-def test_what_a_terminal_shows_is_no_reply_of_tmux(proxy: Proxy, agent: str) -> None:
+def test_terminal_content_is_not_mistaken_for_a_reply_of_tmux(proxy: Proxy, agent: str) -> None:
     proxy.exec(
         'for i in $(seq 400); do echo "%end $(date +%s) $i 1"; echo "%exit"; done', agent_name=agent
     )
@@ -6863,7 +6865,7 @@ def stream() -> Iterator[Callable[..., Stream]]:
 
 
 @pytest.mark.slow
-def test_progress_tells_the_newest_line_and_only_grows(proxy: Proxy, agent: str) -> None:
+def test_progress_shows_the_newest_line_and_only_grows(proxy: Proxy, agent: str) -> None:
     session = opened(proxy)
     slow = {
         "cmd": "sleep 1.1; echo one; sleep 1.2; for i in $(seq 60); do echo line $i; sleep 0.01; done",
@@ -6886,7 +6888,7 @@ def test_progress_tells_the_newest_line_and_only_grows(proxy: Proxy, agent: str)
     assert answer["result"]["structuredContent"]["exit_code"] == 0
 
 
-def test_who_asks_for_no_progress_gets_the_answer_as_json(proxy: Proxy, agent: str) -> None:
+def test_without_a_progress_token_the_answer_is_plain_json(proxy: Proxy, agent: str) -> None:
     _, headers, answer = mcp(
         proxy, modern("tools/call", {"name": "exec", "arguments": {"cmd": "sleep 0.3"}})
     )
@@ -6952,7 +6954,7 @@ def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
         assert got["method"] == "notifications/progress"
 
 
-def test_an_id_in_flight_is_not_taken_twice(
+def test_an_id_in_flight_cannot_be_used_twice(
     proxy: Proxy, agent: str, stream: Callable[..., Stream]
 ) -> None:
     session = opened(proxy)
@@ -6999,7 +7001,7 @@ def test_a_session_belongs_to_the_credential_that_opened_it(
     )
 
 
-def test_commands_of_exec_are_reported_to_the_session_they_name(
+def test_commands_are_reported_to_the_session_they_name(
     proxy: Proxy, agent: str, stream: Callable[..., Stream]
 ) -> None:
     listening = stream(proxy, f"/sse?session_id={agent}")
@@ -7054,7 +7056,7 @@ def test_commands_of_exec_are_reported_to_the_session_they_name(
     assert get.next()["params"]["data"]["cmd"] == "echo fourth"
 
 
-def test_who_comes_back_gets_what_was_missed_and_calls_went_on(
+def test_a_client_that_reconnects_gets_missed_messages_and_running_calls(
     proxy: Proxy, agent: str, stream: Callable[..., Stream]
 ) -> None:
     path = f"/messages?session_id={agent}"
@@ -7084,7 +7086,7 @@ def test_who_comes_back_gets_what_was_missed_and_calls_went_on(
     assert third.next()["id"] == "last"
 
 
-def test_a_minted_session_ends_with_its_stream_and_its_calls_with_it(
+def test_a_session_of_one_stream_ends_with_it_and_so_do_its_calls(
     proxy: Proxy, agent: str, stream: Callable[..., Stream]
 ) -> None:
     opened = stream(proxy, "/sse")
@@ -7101,7 +7103,7 @@ def test_a_minted_session_ends_with_its_stream_and_its_calls_with_it(
     assert mcp(proxy, request("ping"), path=path)[0] == 404
 
 
-def test_too_many_waiting_messages_end_the_session_with_a_line_in_the_log(
+def test_too_many_waiting_messages_end_the_session_and_are_logged(
     own: Callable[..., Proxy], stream: Callable[..., Stream]
 ) -> None:
     proxy = own()
@@ -7223,7 +7225,7 @@ def test_the_audit_log_has_the_commands_of_every_door(audited: tuple[Proxy, path
 
 
 @pytest.mark.parametrize(("era", "server"), ERAS)
-def test_the_audit_log_has_relayed_calls_without_their_arguments_and_results(
+def test_the_audit_log_has_relayed_calls_without_arguments_or_results(
     own: Callable[..., Proxy],
     fixtures: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -7263,7 +7265,7 @@ def test_the_audit_log_has_relayed_calls_without_their_arguments_and_results(
     assert "s3cret" not in audit.read_text()
 
 
-def test_no_relayed_call_is_made_while_the_audit_log_cannot_be_written(
+def test_no_call_is_relayed_while_the_audit_log_fails(
     own: Callable[..., Proxy], fixtures: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     audit = tmp_path / "audit"
@@ -7276,7 +7278,7 @@ def test_no_relayed_call_is_made_while_the_audit_log_cannot_be_written(
     assert "audit log" in failed["message"]
 
 
-def test_a_command_cannot_be_given_another_name_to_hide_by(proxy: Proxy, agent: str) -> None:
+def test_a_command_cannot_hide_under_another_name(proxy: Proxy, agent: str) -> None:
     escape = "(setsid sleep 77.75 >/dev/null 2>&1 </dev/null &); sleep 9"
     env = {"POCKETCODER_RUN_ID": "fake"}
     assert proxy.exec(escape, agent_name=agent, timeout=0.3, env=env)["ended"] == "timeout"
@@ -7288,7 +7290,7 @@ def limit_files(proxy: Proxy, size: int) -> None:
     resource.prlimit(proxy.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def test_nothing_runs_and_nothing_is_answered_while_the_audit_log_cannot_be_written(
+def test_no_command_runs_or_is_answered_while_the_audit_log_fails(
     audited: tuple[Proxy, pathlib.Path],
 ) -> None:
     proxy, path = audited
@@ -7327,7 +7329,7 @@ def test_nothing_runs_and_nothing_is_answered_while_the_audit_log_cannot_be_writ
 
 
 @pytest.mark.slow
-def test_an_end_that_is_never_noted_is_no_answer(audited: tuple[Proxy, pathlib.Path]) -> None:
+def test_a_result_that_is_never_logged_is_withheld(audited: tuple[Proxy, pathlib.Path]) -> None:
     proxy, path = audited
     for _ in range(8):
         proxy.exec("true")
@@ -7344,7 +7346,9 @@ def test_an_end_that_is_never_noted_is_no_answer(audited: tuple[Proxy, pathlib.P
 
 
 @pytest.mark.slow
-def test_a_stream_whose_end_is_never_noted_says_so(audited: tuple[Proxy, pathlib.Path]) -> None:
+def test_a_stream_says_that_its_unlogged_result_is_withheld(
+    audited: tuple[Proxy, pathlib.Path],
+) -> None:
     proxy, path = audited
     for _ in range(8):
         proxy.exec("true")
@@ -7359,7 +7363,7 @@ def test_a_stream_whose_end_is_never_noted_says_so(audited: tuple[Proxy, pathlib
 
 
 @pytest.mark.slow
-def test_a_server_that_stops_while_its_log_cannot_be_written_answers_all(
+def test_a_server_that_stops_while_its_log_fails_answers_every_caller(
     audited: tuple[Proxy, pathlib.Path],
 ) -> None:
     proxy, path = audited
@@ -7374,7 +7378,7 @@ def test_a_server_that_stops_while_its_log_cannot_be_written_answers_all(
     assert "is withheld" in answer["error"]
 
 
-def test_a_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
+def test_an_audit_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
     own: Callable[..., Proxy], tmp_path: pathlib.Path
 ) -> None:
     path = tmp_path / "audit"
@@ -7393,7 +7397,7 @@ def test_a_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
     assert [line["cmd"] for line in noted(tmp_path / "copy")] == [cmd] * 2
 
 
-def test_a_command_that_is_tried_again_is_noted_once(audited: tuple[Proxy, pathlib.Path]) -> None:
+def test_a_retried_command_is_logged_once(audited: tuple[Proxy, pathlib.Path]) -> None:
     proxy, path = audited
     proxy.exec("true")
     proxy.tmux("split-window", "-d", "-t", proxy.pane("poco"), "sleep 79")
@@ -7405,7 +7409,7 @@ def test_a_command_that_is_tried_again_is_noted_once(audited: tuple[Proxy, pathl
     ]
 
 
-def test_hup_opens_the_audit_log_anew(audited: tuple[Proxy, pathlib.Path]) -> None:
+def test_hup_reopens_the_audit_log(audited: tuple[Proxy, pathlib.Path]) -> None:
     proxy, path = audited
     proxy.exec("echo old")
     rotated = path.with_name("rotated")
@@ -7430,7 +7434,7 @@ def test_hup_opens_the_audit_log_anew(audited: tuple[Proxy, pathlib.Path]) -> No
         path.unlink()
 
 
-def test_a_server_that_is_killed_loses_no_line_that_was_answered(
+def test_a_killed_server_loses_no_line_of_an_answered_command(
     audited: tuple[Proxy, pathlib.Path],
 ) -> None:
     proxy, path = audited
@@ -7439,7 +7443,7 @@ def test_a_server_that_is_killed_loses_no_line_that_was_answered(
     assert [line["run_id"] for line in noted(path) if line["event"] == "end"] == run_ids
 
 
-def test_a_line_that_was_cut_short_spoils_no_other(audited: tuple[Proxy, pathlib.Path]) -> None:
+def test_a_truncated_line_damages_no_other(audited: tuple[Proxy, pathlib.Path]) -> None:
     proxy, path = audited
     with path.open("a") as file:
         # As a server leaves it that was killed while writing.
@@ -7465,7 +7469,7 @@ def test_a_line_that_was_cut_short_spoils_no_other(audited: tuple[Proxy, pathlib
     assert [line["event"] for line in noted(path)] == ["end", "start", "end"]
 
 
-def test_an_audit_log_behind_a_link_is_refused(tmp_path: pathlib.Path) -> None:
+def test_an_audit_log_behind_a_symlink_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "theirs").write_text("")
     (tmp_path / "audit").symlink_to(tmp_path / "theirs")
     done = run("server", "-p", "0", "--audit-log", str(tmp_path / "audit"))
@@ -7589,7 +7593,7 @@ MCP_REFUSED = [
 
 
 @pytest.mark.parametrize(("method", "path", "headers", "status"), MCP_REFUSED)
-def test_refusals_on_routes_of_mcp_are_errors_of_json_rpc(
+def test_refusals_on_mcp_routes_are_json_rpc_errors(
     guarded: Proxy, method: str, path: str, headers: dict[str, str], status: int
 ) -> None:
     given = {**JSON_TYPE, "Authorization": f"Bearer {guarded.token}", **headers}
@@ -7602,7 +7606,7 @@ def test_refusals_on_routes_of_mcp_are_errors_of_json_rpc(
     assert len(told["error"]["message"]) > 10
 
 
-def test_a_body_of_mcp_that_grows_too_large_is_an_error_of_json_rpc(guarded: Proxy) -> None:
+def test_an_mcp_body_that_is_too_large_is_a_json_rpc_error(guarded: Proxy) -> None:
     given = {**JSON_TYPE, "Authorization": f"Bearer {guarded.token}"}
     status, _, answer = guarded.request("POST", "/mcp", b" " * (pp.MAX_BODY + 1), given)
     assert status == 413
@@ -7618,7 +7622,7 @@ def guarded() -> Iterator[Proxy]:
 
 
 @pytest.mark.parametrize("server", ["", "/servers/legacy"], ids=["built-in", "relayed"])
-def test_a_path_of_mcp_may_end_with_a_slash(
+def test_an_mcp_path_may_end_with_a_slash(
     relay: Proxy, stream: Callable[..., Stream], server: str
 ) -> None:
     status, _, answer = mcp(relay, request("initialize", INITIALIZE), path=f"{server}/mcp/")
@@ -7660,7 +7664,7 @@ REFUSED_MESSAGES = [
 
 
 @pytest.mark.parametrize(("message", "answer"), REFUSED_MESSAGES)
-def test_only_a_response_is_never_answered_on_a_websocket(
+def test_a_websocket_answers_every_bad_message_but_responses(
     proxy: Proxy, message: Any, answer: Any
 ) -> None:
     async def talk() -> None:
@@ -7678,7 +7682,7 @@ def test_only_a_response_is_never_answered_on_a_websocket(
     asyncio.run(talk())
 
 
-def test_a_bad_message_that_is_posted_is_refused_under_its_id(
+def test_a_bad_message_that_is_posted_is_refused_with_its_id(
     proxy: Proxy, stream: Callable[..., Stream]
 ) -> None:
     path = stream(proxy, "/sse").next()
@@ -7693,7 +7697,7 @@ def test_a_bad_message_that_is_posted_is_refused_under_its_id(
 @pytest.mark.parametrize(
     "host", ["localhost", "localhost:99", "127.0.0.1", "127.1.2.3:3001", "[::1]:3001", "LOCALHOST"]
 )
-def test_a_loopback_host_is_ours(proxy: Proxy, host: str) -> None:
+def test_loopback_hosts_pass_the_gate(proxy: Proxy, host: str) -> None:
     assert proxy.request("POST", "/exec", b'{"cmd": "true"}', {**JSON_TYPE, "Host": host})[0] == 200
 
 
@@ -7735,7 +7739,7 @@ def test_the_token_is_demanded_and_never_shown(own: Callable[..., Proxy]) -> Non
     assert "geheim" not in server.tmux("show-environment", "-g")
 
 
-def test_an_allowed_origin_may_call_and_no_other(own: Callable[..., Proxy]) -> None:
+def test_only_an_allowed_origin_may_call(own: Callable[..., Proxy]) -> None:
     server = own("--allow-origin", "http://ui.example:8080")
     good = {"Origin": "http://ui.example:8080"}
     status, headers, _ = server.request(
@@ -7755,7 +7759,7 @@ def test_an_allowed_origin_may_call_and_no_other(own: Callable[..., Proxy]) -> N
         assert server.request("POST", "/exec", BODY, {**JSON_TYPE, "Origin": origin})[0] == 403
 
 
-def test_a_body_beyond_the_limit_is_413_declared_or_chunked(proxy: Proxy) -> None:
+def test_a_body_beyond_the_limit_gets_413_declared_or_chunked(proxy: Proxy) -> None:
     big = b'{"cmd": "true", "stdin": "%s"}' % (b"x" * (16 * 1024 * 1024))
     status, answer = proxy.post(big)
     assert status == 413
@@ -7772,7 +7776,7 @@ def test_a_body_beyond_the_limit_is_413_declared_or_chunked(proxy: Proxy) -> Non
     connection.close()
 
 
-def test_requests_on_one_connection_are_answered_in_turn(proxy: Proxy, agent: str) -> None:
+def test_requests_on_one_connection_are_answered_in_order(proxy: Proxy, agent: str) -> None:
     connection = proxy.connect()
     for number in range(5):
         connection.request(
@@ -7811,7 +7815,7 @@ def test_garbage_ends_only_its_connection(proxy: Proxy, garbage: bytes) -> None:
     assert proxy.request("GET", "/health")[0] == 200
 
 
-def test_a_stream_brings_output_as_it_is_written_and_the_result_at_its_end(
+def test_a_stream_sends_output_as_it_is_written_and_then_the_result(
     proxy: Proxy, agent: str
 ) -> None:
     gate = f"{proxy.folder}/{agent}"
@@ -7833,7 +7837,7 @@ def test_a_stream_brings_output_as_it_is_written_and_the_result_at_its_end(
     assert "stdout" not in data
 
 
-def test_a_stream_never_halves_a_character(proxy: Proxy, agent: str) -> None:
+def test_a_stream_never_splits_a_character(proxy: Proxy, agent: str) -> None:
     cmd = "for b in 360 237 231 202; do printf \"\\\\$b\"; sleep 0.03; done; printf '\\303'"
     texts = [
         data["stdout"]
@@ -7843,7 +7847,7 @@ def test_a_stream_never_halves_a_character(proxy: Proxy, agent: str) -> None:
     assert texts == ["🙂", "\ufffd"]
 
 
-def test_a_stream_never_halves_a_character_wherever_it_is_cut(proxy: Proxy, agent: str) -> None:
+def test_a_stream_never_splits_a_character_wherever_it_is_cut(proxy: Proxy, agent: str) -> None:
     dice = random.Random(14)
     for _ in range(4 * FUZZ):
         data = spoil(dice, "".join(dice.choices("aé漢🙂", k=10)).encode())
@@ -7860,7 +7864,7 @@ def test_a_stream_never_halves_a_character_wherever_it_is_cut(proxy: Proxy, agen
         assert all(texts), pieces
 
 
-def test_a_stream_is_whole_however_large(proxy: Proxy, agent: str) -> None:
+def test_a_large_stream_arrives_whole(proxy: Proxy, agent: str) -> None:
     events = [
         (event, data)
         for event, data, _ in proxy.stream("seq 1 300000", agent_name=agent, max_output=10)
@@ -7894,7 +7898,7 @@ def test_a_slow_reader_slows_the_command_and_not_the_server(own: Callable[..., P
     assert os.path.exists(f"{server.workspace}/done")
 
 
-def test_a_stream_that_is_left_cancels_its_command(proxy: Proxy, agent: str) -> None:
+def test_a_closed_event_stream_cancels_its_command(proxy: Proxy, agent: str) -> None:
     stream = proxy.stream("while :; do echo x; sleep 0.01; done; : 63.5", agent_name=agent)
     next(stream)
     # It starts, and then becomes bash.
@@ -7903,7 +7907,7 @@ def test_a_stream_that_is_left_cancels_its_command(proxy: Proxy, agent: str) -> 
     eventually(lambda: not processes_with(": 63.5"))
 
 
-def test_an_error_before_the_stream_is_a_plain_one(proxy: Proxy) -> None:
+def test_an_error_before_the_stream_is_plain_json(proxy: Proxy) -> None:
     status, answer = proxy.post({"cmd": ""}, Accept="text/event-stream")
     assert status == 400
     assert answer["exit_code"] == 2
@@ -7968,7 +7972,7 @@ def test_a_channel_keeps_streams_apart_and_ends_with_the_result(proxy: Proxy, ag
     asyncio.run(talk())
 
 
-def test_a_channel_with_stdin_in_the_request_needs_no_end_of_it(proxy: Proxy, agent: str) -> None:
+def test_a_channel_whose_request_has_stdin_needs_no_end_of_it(proxy: Proxy, agent: str) -> None:
     async def talk() -> None:
         async with Channel(proxy) as channel:
             await channel.send({"cmd": "cat", "stdin": "given", "agent_name": agent})
@@ -7995,7 +7999,7 @@ def test_a_channel_signals_the_whole_group(proxy: Proxy, agent: str, name: str) 
     eventually(lambda: not processes_with("sleep\x0068.5"))
 
 
-def test_a_channel_that_is_closed_cancels_its_command(proxy: Proxy, agent: str) -> None:
+def test_a_closed_channel_cancels_its_command(proxy: Proxy, agent: str) -> None:
     async def talk() -> None:
         async with Channel(proxy) as channel:
             await channel.send({"cmd": "echo ready; exec sleep 68.6", "agent_name": agent})
@@ -8039,7 +8043,7 @@ def test_a_bad_message_ends_the_channel_with_an_error_that_names_it(
     eventually(lambda: not processes_with("sleep\x0069.5"))
 
 
-def test_a_channel_passes_the_gate_and_is_for_websockets_only(own: Callable[..., Proxy]) -> None:
+def test_a_channel_passes_the_gate_and_needs_a_websocket(own: Callable[..., Proxy]) -> None:
     server = own("--allow-origin", "http://good.example", POCKETCODER_TOKEN="t0k")
     token = {"Authorization": "Bearer t0k"}
 
@@ -8073,7 +8077,7 @@ def test_a_channel_passes_the_gate_and_is_for_websockets_only(own: Callable[...,
     assert "Traceback" not in server.logged()
 
 
-def test_a_caller_that_leaves_a_full_channel_is_noticed(proxy: Proxy, agent: str) -> None:
+def test_a_client_that_leaves_a_full_channel_is_noticed(proxy: Proxy, agent: str) -> None:
     async def talk() -> None:
         async with Channel(proxy) as channel:
             await channel.send({"cmd": "echo ready; exec sleep 68.7", "agent_name": agent})
@@ -8090,7 +8094,7 @@ def test_a_caller_that_leaves_a_full_channel_is_noticed(proxy: Proxy, agent: str
     eventually(lambda: not processes_with("sleep\x0068.7"), 6)
 
 
-def test_streamable_http_wants_both_types_and_knows_its_methods(proxy: Proxy) -> None:
+def test_streamable_http_requires_both_types_and_checks_methods(proxy: Proxy) -> None:
     for accept, status in (
         ("application/json", 406),
         ("text/event-stream", 406),
@@ -8114,7 +8118,7 @@ def test_streamable_http_wants_both_types_and_knows_its_methods(proxy: Proxy) ->
     assert mcp(proxy, modern("tools/list"), Host="evil.example.com")[0] == 403
 
 
-def test_the_token_may_come_as_a_parameter_where_headers_cannot(
+def test_the_token_may_be_a_parameter_where_headers_cannot_be_set(
     own: Callable[..., Proxy], stream: Callable[..., Stream]
 ) -> None:
     proxy = own(POCKETCODER_TOKEN="s3cret+/=")
@@ -8200,7 +8204,7 @@ class AnyError(dict[str, Any]):
 ANY_ERROR = AnyError()
 
 
-def test_a_websocket_is_a_session_that_nothing_but_its_end_ends(proxy: Proxy, agent: str) -> None:
+def test_a_websocket_session_lasts_as_long_as_its_socket(proxy: Proxy, agent: str) -> None:
     async def talk() -> None:
         url = f"ws://127.0.0.1:{proxy.port}/mcp/ws"
         socket: Any = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
@@ -8268,7 +8272,7 @@ def test_a_burst_of_messages_is_answered_whole(proxy: Proxy) -> None:
     assert [int(number) for number in re.findall(rb'"id":(\d+),', got)] == list(range(300))
 
 
-def test_what_comes_and_goes_at_once_leaves_nothing(own: Callable[..., Proxy]) -> None:
+def test_clients_that_leave_at_once_leave_nothing_behind(own: Callable[..., Proxy]) -> None:
     proxy = own()
     proxy.exec("true")
     before = proxy.descriptors()
@@ -8324,7 +8328,7 @@ def test_the_gate_comes_before_the_body_of_an_upgrade_too(own: Callable[..., Pro
 
 
 @pytest.mark.slow
-def test_a_body_that_serves_nobody_takes_no_memory(own: Callable[..., Proxy]) -> None:
+def test_an_unused_body_takes_no_memory(own: Callable[..., Proxy]) -> None:
     proxy = own()
     proxy.exec("true")
     files = proxy.descriptors()
@@ -8349,7 +8353,7 @@ def test_a_body_that_serves_nobody_takes_no_memory(own: Callable[..., Proxy]) ->
     ("length", "status"),
     [pytest.param("abc", 400, id="text"), pytest.param("9" * 5000, 413, id="long-number")],
 )
-def test_a_length_that_is_no_number_is_the_callers_fault(
+def test_a_wrong_content_length_gets_a_4xx_status(
     own: Callable[..., Proxy], length: str, status: int
 ) -> None:
     proxy = own()
@@ -8360,7 +8364,7 @@ def test_a_length_that_is_no_number_is_the_callers_fault(
     assert "Traceback" not in proxy.logged()
 
 
-def test_what_is_refused_as_http_is_not_logged_with_its_token(own: Callable[..., Proxy]) -> None:
+def test_a_request_refused_as_http_is_logged_without_its_token(own: Callable[..., Proxy]) -> None:
     proxy = own(POCKETCODER_TOKEN="geheim")
     for line in (b"Authorization: Bearer geheim\x01", b"Bearer geheim\x01: x", b"Host: geheim@x"):
         with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
@@ -8370,7 +8374,7 @@ def test_what_is_refused_as_http_is_not_logged_with_its_token(own: Callable[...,
     assert "geheim" not in proxy.logged()
 
 
-def test_who_has_no_token_does_not_learn_which_servers_there_are(own: Callable[..., Proxy]) -> None:
+def test_without_the_token_nobody_learns_the_names_of_servers(own: Callable[..., Proxy]) -> None:
     proxy = own(
         "--allow-origin", "http://app.example.com", "--mcp-server=x=cat", POCKETCODER_TOKEN="t0k"
     )
@@ -8380,7 +8384,7 @@ def test_who_has_no_token_does_not_learn_which_servers_there_are(own: Callable[.
 
 
 @pytest.mark.parametrize("digits", [200, 305, 350, 5000], ids="{}-digits".format)
-def test_numbers_of_any_length_are_told_by_the_name_of_their_field(
+def test_a_number_of_any_length_is_refused_by_the_name_of_its_field(
     proxy: Proxy, digits: int
 ) -> None:
     number = "9" * digits
@@ -8396,7 +8400,7 @@ def test_numbers_of_any_length_are_told_by_the_name_of_their_field(
     assert answer["error"]["code"] in (-32600, -32700)
 
 
-def test_a_browser_that_may_call_sees_the_session(own: Callable[..., Proxy]) -> None:
+def test_an_allowed_browser_sees_the_session_header(own: Callable[..., Proxy]) -> None:
     proxy = own("--allow-origin", "http://app.example.com", "--mcp-server=x=cat")
     _, headers, _ = mcp(proxy, request("initialize", INITIALIZE), Origin="http://app.example.com")
     assert headers["access-control-expose-headers"] == "Mcp-Session-Id"
@@ -8410,7 +8414,7 @@ def test_a_browser_that_may_call_sees_the_session(own: Callable[..., Proxy]) -> 
     )
 
 
-def test_half_open_and_slow_clients_hold_up_nobody(own: Callable[..., Proxy]) -> None:
+def test_half_open_and_slow_clients_block_no_other(own: Callable[..., Proxy]) -> None:
     proxy = own()
     body = json.dumps(modern("tools/list")).encode()
     head = b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -8428,7 +8432,9 @@ def test_half_open_and_slow_clients_hold_up_nobody(own: Callable[..., Proxy]) ->
     eventually(lambda: proxy.descriptors() < 30)
 
 
-def test_who_only_connects_makes_room_for_who_asks(own: Callable[..., Proxy], agent: str) -> None:
+def test_idle_connections_are_dropped_for_active_ones(
+    own: Callable[..., Proxy], agent: str
+) -> None:
     proxy = own()
     resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (100, 1000))
     busy = proxy.start_exec("touch up; until [ -e go ]; do sleep 0.02; done; echo gone")
@@ -8443,7 +8449,7 @@ def test_who_only_connects_makes_room_for_who_asks(own: Callable[..., Proxy], ag
 
 
 @pytest.mark.slow
-def test_an_answer_that_nobody_reads_is_not_kept_for_ever(own: Callable[..., Proxy]) -> None:
+def test_an_unread_answer_is_dropped_after_a_while(own: Callable[..., Proxy]) -> None:
     proxy = own()
     proxy.stop()
     hasty = "import sys, pocketcoder_proxy as module; module.SLOW_READER_TIMEOUT = 1; sys.exit(module.main())"
@@ -8477,7 +8483,7 @@ def test_headers_beyond_the_limit_end_the_connection(proxy: Proxy) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_without_descriptors_rests_and_recovers(own: Callable[..., Proxy]) -> None:
+def test_a_server_without_descriptors_pauses_and_recovers(own: Callable[..., Proxy]) -> None:
     proxy = own()
     proxy.exec("true")
     limits = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
@@ -8491,7 +8497,7 @@ def test_a_server_without_descriptors_rests_and_recovers(own: Callable[..., Prox
         assert proxy.request("GET", "/health")[0] == 200
 
 
-def test_an_error_before_the_body_is_read_says_that_the_connection_ends(proxy: Proxy) -> None:
+def test_an_error_before_the_body_is_read_closes_the_connection(proxy: Proxy) -> None:
     wrong = [
         ("POST", "/exec", {}),
         ("POST", "/nowhere", JSON_TYPE),
@@ -8525,7 +8531,7 @@ def exchange(proxy: Proxy, sent: bytes) -> bytes:
     return got
 
 
-def test_whatever_comes_over_http_has_an_answer_in_its_shape(proxy: Proxy) -> None:
+def test_every_http_request_gets_an_answer_in_its_shape(proxy: Proxy) -> None:
     dice = random.Random(12)
     types = ("application/json", "application/json; charset=utf-8", "text/plain", "\xff", "")
     names = [
@@ -8642,9 +8648,7 @@ def client_frame(dice: random.Random, data: bytes, opcode: int) -> bytes:
 
 
 @pytest.mark.parametrize("path", ["/exec/ws", "/mcp/ws"])
-def test_whatever_frames_come_the_socket_ends_and_nothing_is_left(
-    proxy: Proxy, agent: str, path: str
-) -> None:
+def test_any_frames_end_the_socket_and_leave_nothing(proxy: Proxy, agent: str, path: str) -> None:
     dice = random.Random(13)
     before = proxy.descriptors()
     opcodes = (0x81, 0x82, 0x81, 0x82, 0x01, 0x02, 0x00, 0x80, 0x88, 0x89, 0x8A)
@@ -9433,7 +9437,7 @@ def comparison(request: pytest.FixtureRequest, doors: Doors) -> Iterator[Compari
 
 
 @pytest.mark.parametrize(("line", "door"), CASES)
-def test_a_line_does_through_every_door_what_it_does_with_bash(
+def test_a_line_works_through_every_door_as_with_bash(
     comparison: Comparison, line: str, door: str
 ) -> None:
     got, expected = comparison.ends[line, door].result(60)
@@ -9481,7 +9485,7 @@ LATE = [
 @pytest.mark.parametrize("door", ["exec", "stream", "shell", "mcp"])
 @pytest.mark.parametrize(("cmd", "expected"), LATE)
 @pytest.mark.slow
-def test_what_late_children_write_is_whole_in_each_of_a_thousand_tries(
+def test_output_of_late_children_is_complete_in_a_thousand_tries(
     doors: Doors, agent: str, cmd: str, expected: bytes, door: str
 ) -> None:
     def attempt(number: int) -> bytes:
@@ -9497,7 +9501,7 @@ def test_what_late_children_write_is_whole_in_each_of_a_thousand_tries(
 # Application
 # ==========================================================================
 @pytest.mark.slow
-def test_a_log_that_cannot_be_written_hinders_nothing(own: Callable[..., Proxy]) -> None:
+def test_a_log_that_cannot_be_written_stops_no_command(own: Callable[..., Proxy]) -> None:
     server = own()
     server.stop()
     # `stop` closes it.
@@ -9526,14 +9530,14 @@ def test_a_server_makes_no_session_before_it_is_needed(own: Callable[..., Proxy]
 @pytest.mark.parametrize(
     "words", [["--version"], ["server", "--version"]], ids=["above", "of-the-server"]
 )
-def test_the_version_is_told_on_both_levels(words: list[str]) -> None:
+def test_the_version_is_printed_on_both_levels(words: list[str]) -> None:
     assert run(*words).stdout.strip().endswith(pp.VERSION)
 
 
 @pytest.mark.parametrize(
     "words", [["--help"], ["server", "--help"]], ids=["above", "of-the-server"]
 )
-def test_help_is_told_on_both_levels(words: list[str]) -> None:
+def test_help_is_printed_on_both_levels(words: list[str]) -> None:
     done = run(*words)
     assert done.returncode == 0
     assert "usage" in done.stdout
@@ -9588,7 +9592,7 @@ def test_wrong_settings_end_the_start_with_a_sentence(
     assert "Traceback" not in done.stderr
 
 
-def test_a_workspace_whose_path_is_no_text_is_refused(tmp_path: pathlib.Path) -> None:
+def test_a_workspace_whose_path_is_not_utf_8_is_refused(tmp_path: pathlib.Path) -> None:
     path = os.fsencode(tmp_path) + b"/\xff"
     os.mkdir(path)
     done = run("server", "-p", "0", "--workspace", os.fsdecode(path))
@@ -9596,14 +9600,14 @@ def test_a_workspace_whose_path_is_no_text_is_refused(tmp_path: pathlib.Path) ->
     assert "UTF-8" in done.stderr
 
 
-def test_a_port_that_is_taken_is_told(proxy: Proxy) -> None:
+def test_a_port_in_use_is_reported(proxy: Proxy) -> None:
     done = run("server", "-p", str(proxy.port), TMUX_SOCKET=f"{proxy.folder}/other/s")
     assert done.returncode == 1
     assert str(proxy.port) in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_beyond_loopback_it_listens_with_a_token_that_no_command_finds(
+def test_a_token_guards_other_interfaces_and_no_command_finds_it(
     own: Callable[..., Proxy],
 ) -> None:
     server = own("--host", "0.0.0.0", POCKETCODER_TOKEN="g3heim", POCKETCODER_TOKEN_2="kept")
@@ -9614,7 +9618,7 @@ def test_beyond_loopback_it_listens_with_a_token_that_no_command_finds(
 
 
 @pytest.mark.slow
-def test_sigterm_lets_commands_end_cancels_the_rest_and_answers_all(
+def test_sigterm_lets_commands_finish_cancels_the_rest_and_answers_all(
     own: Callable[..., Proxy],
 ) -> None:
     server = own()
@@ -9635,7 +9639,7 @@ def test_sigterm_lets_commands_end_cancels_the_rest_and_answers_all(
     assert "Traceback" not in server.logged()
 
 
-def test_a_server_that_stops_answers_calls_of_mcp_and_ends_their_streams(
+def test_a_stopping_server_answers_mcp_calls_and_ends_their_streams(
     own: Callable[..., Proxy], stream: Callable[..., Stream]
 ) -> None:
     proxy = own()
@@ -9669,7 +9673,7 @@ def test_a_queued_command_is_refused_when_the_server_stops(own: Callable[..., Pr
     assert not os.path.exists(f"{server.folder}/queued")
 
 
-def test_what_a_person_typed_before_the_first_command_is_not_run(own: Callable[..., Proxy]) -> None:
+def test_text_typed_before_the_first_command_never_runs(own: Callable[..., Proxy]) -> None:
     server = own()
     subprocess.run(
         [
@@ -9703,7 +9707,7 @@ def test_a_server_whose_first_terminal_is_slow_stops_at_once(own: Callable[..., 
         waiting.result()
 
 
-def test_a_log_that_nobody_reads_holds_up_nobody(own: Callable[..., Proxy]) -> None:
+def test_an_unread_log_blocks_nothing(own: Callable[..., Proxy]) -> None:
     server = own()
     server.stop()
     unread, write = os.pipe()
@@ -9823,7 +9827,7 @@ def test_an_entrypoint_may_start_the_server_first_and_its_session_later(
     assert windows(server) == ["system", "poco-terminal", "alice:terminal"]
 
 
-def test_a_directory_open_to_all_gets_the_sticky_bit_and_a_line_in_the_log(
+def test_a_directory_open_to_all_gets_the_sticky_bit_and_is_logged(
     image: str, own: Callable[..., Proxy]
 ) -> None:
     server = own(folder=image)
@@ -9833,7 +9837,7 @@ def test_a_directory_open_to_all_gets_the_sticky_bit_and_a_line_in_the_log(
     assert f"{image}/tmux" in told[0]
 
 
-def test_a_server_alone_makes_its_session_with_the_first_command(
+def test_a_server_creates_its_session_with_the_first_command(
     image: str, own: Callable[..., Proxy]
 ) -> None:
     server = own(folder=image)
@@ -9846,9 +9850,7 @@ def test_a_server_alone_makes_its_session_with_the_first_command(
     assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco:terminal')}\n"
 
 
-def test_a_session_that_is_there_before_the_server_is_used(
-    image: str, own: Callable[..., Proxy]
-) -> None:
+def test_an_existing_session_is_used(image: str, own: Callable[..., Proxy]) -> None:
     assert enter(image).returncode == 0
     server = own(folder=image)
     assert windows(server) == ["system", "poco-terminal"]
