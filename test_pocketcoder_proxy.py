@@ -79,6 +79,7 @@ def processes_with(text: str) -> list[int]:
             state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
             if text.encode() in words and state not in "ZX" and int(pid) != os.getpid():
                 found.append(int(pid))
+
     return found
 
 
@@ -149,6 +150,7 @@ class Proxy:
             text=True,
         )
         assert self.process.stdout
+
         self.said = self.process.stdout.readline()
         assert self.said, pathlib.Path(f"{self.folder}/log").read_text()
         self.port = int(self.said.rsplit(":", 1)[1])
@@ -201,6 +203,7 @@ class Proxy:
         answer = connection.getresponse()
         assert answer.status == 200, answer.read()
         assert answer.getheader("Content-Type") == "text/event-stream"
+
         try:
             while line := answer.readline().decode().rstrip("\n"):
                 yield from self._event(line, answer)
@@ -294,6 +297,7 @@ class Proxy:
         with contextlib.suppress(Exception):
             if self.process.poll() is None:
                 self.stop()
+
         with contextlib.suppress(Exception):
             self.close_files()
             subprocess.run(
@@ -301,6 +305,7 @@ class Proxy:
             )
             for pid in processes_with(self.folder):
                 os.kill(pid, signal.SIGKILL)
+
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -374,6 +379,7 @@ def junk(dice: random.Random, *likely: Any) -> Any:
         return {words(dice, 3): junk(dice, *likely) for _ in range(dice.randrange(3))}
     if kind == 2:
         return words(dice)
+
     return dice.choice(VALUES)
 
 
@@ -388,6 +394,7 @@ def spoil(dice: random.Random, data: bytes) -> bytes:
             + data[at + end :]
         )
         data = data or b"\0"
+
     return data
 
 
@@ -475,6 +482,7 @@ def names_defined(node: ast.stmt) -> list[str]:
         if isinstance(node, ast.AnnAssign)
         else []
     )
+
     return [
         name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
     ]
@@ -555,6 +563,7 @@ class Caller:
         cwd = options.pop("cwd", self.cwd)
         if options.pop("closes_stdin", False):
             words = ["/bin/bash", "-c", 'exec "$@" <&-', "closes", *words]
+
         return cast("subprocess.Popen[bytes]", subprocess.Popen(words, cwd=cwd, **options))
 
     def run(
@@ -759,6 +768,7 @@ def test_make_gives_its_recipes_no_stdin_to_wait_for(
     here.joinpath("Makefile").write_text("all:\n\t@cat; readlink /proc/self/fd/0\n")
     shell = f"{engine.names}/pocketcoder-shell"
     path = {"PATH": f"{engine.names}:{engine.env['PATH']}"}
+
     with stdin_of("terminal") as options:
         done = subprocess.run(
             ["make", f"SHELL={shell}"],
@@ -768,6 +778,7 @@ def test_make_gives_its_recipes_no_stdin_to_wait_for(
             capture_output=True,
             timeout=20,
         )
+
     assert done.stdout == b"/dev/null\n"
 
 
@@ -779,16 +790,20 @@ def test_the_shell_reports_errors_with_its_own_files(engine: Caller) -> None:
             == b"pocketcoder: cannot write: No space left on device\n"
         )
         assert process.returncode == 125
+
         process = engine.start("-c", "echo x >&2; sleep 5", stderr=full)
         assert process.communicate(timeout=15)[0] == b""
         assert process.returncode == 125
+
         process = engine.start(stdin=null)
         assert process.communicate(timeout=15)[0] == b""
         assert process.returncode == 1
+
     pathlib.Path(engine.cwd, "binary.sh").write_bytes(b"\x7fELF\0\0")
     code, _, err = engine.run("binary.sh")
     assert code == 126
     assert err == b"pocketcoder: binary.sh: cannot execute binary file\n"
+
     os.makedirs(f"{engine.cwd}/gone")
     words = ["bash", "-c", 'rmdir ../gone; exec "$@"', "x", *engine.words("-c", "echo no")]
     done = subprocess.run(words, env=engine.env, cwd=f"{engine.cwd}/gone", capture_output=True)
@@ -796,6 +811,7 @@ def test_the_shell_reports_errors_with_its_own_files(engine: Caller) -> None:
     assert done.stdout == b""
     assert b"gone" in done.stderr
     assert done.stderr.count(b"\n") == 1
+
     code, _, err = engine.run(
         "-c", "echo no", env={"ODD": b"\xff", "POCKETCODER_FORWARD_ENV": "ODD"}
     )
@@ -821,6 +837,7 @@ def test_every_form_of_arguments_works_as_with_bash(
         )
         # The bridge reads the script itself, so the message is its own.
         missing = form[:1] in (["nosuchscript"], ["."]) and err.startswith(b"pocketcoder: ")
+
         return code, out, engine.local(*form)[2] if missing else err
 
     with ThreadPoolExecutor(4) as pool:
@@ -876,6 +893,7 @@ def test_a_first_word_that_names_a_file_is_a_script(engine: Caller) -> None:
     assert out == b""
     assert b"no-such.sh" in err
     assert b"usage" in engine.run("server", "--help", name="pocketcoder")[1]
+
     os.unlink(f"{engine.cwd}/server")
 
 
@@ -909,6 +927,7 @@ def test_an_interactive_shell_is_refused(
     with stdin_of(kind) as options:
         process = engine.start(*words, name=name, **options)
         out, err = process.communicate(timeout=20)
+
     assert process.returncode == 1
     assert out == b""
     assert err.decode() == (
@@ -938,6 +957,7 @@ def test_an_empty_stdin_is_an_empty_script(
             options["stdin"].truncate(0)
         process = engine.start(*words, name=name, **options)
         out, err = process.communicate(timeout=20)
+
     assert process.returncode == 0
     assert out == b""
     assert err == b""
@@ -953,6 +973,7 @@ def test_both_parsers_agree_and_importers_can_run_commands(engine: Caller) -> No
         command = pp.Cli.parse(argv).command
         assert command.name == "shell"
         assert [*command.arguments] == pp.shell_arguments(argv)
+
     assert pp.shell_arguments(["pocketcoder", "server", "-p", "0"]) is None
     importer = {**engine.env, "PYTHONPATH": str(MODULE.parent)}
     code = (
@@ -963,6 +984,7 @@ def test_both_parsers_agree_and_importers_can_run_commands(engine: Caller) -> No
     )
     assert done.returncode == 6, done.stderr
     assert done.stdout == b"zero one\n", done.stderr
+
     code = "import sys, pocketcoder_proxy as p; sys.argv[1:] = ['shell', 'echo', 'a b']; sys.exit(p.main())"
     done = subprocess.run(
         [sys.executable, "-c", code], env=importer, cwd=engine.cwd, capture_output=True
@@ -992,6 +1014,7 @@ def test_the_way_to_a_command_imports_next_to_nothing(engine: Caller) -> None:
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0
+
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.split("\n")}
     slow = [
         "tornado",
@@ -1018,10 +1041,12 @@ def test_the_shell_runs_without_tornado_and_the_server_asks_for_it(engine: Calle
     )
     assert done.returncode == 0
     assert done.stdout == b"hi\n"
+
     done = subprocess.run([*bare, "server"], env=engine.env, cwd=engine.cwd, capture_output=True)
     assert done.returncode == 1
     assert b"tornado" in done.stderr
     assert b"Traceback" not in done.stderr
+
     code = "import sys; sys.path.insert(0, sys.argv[1]); import pocketcoder_proxy as p; print(p.default_agent_name())"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code, str(MODULE.parent)], capture_output=True
@@ -1074,6 +1099,7 @@ def test_the_shell_runs_on_old_pythons(
         code, out, err = engine.local(*form, input=ON_STDIN)
         assert done.returncode == code, done.stderr
         assert done.stdout == out
+
         if form != ["nosuchscript"]:
             assert done.stderr == err
 
@@ -1128,6 +1154,7 @@ def test_what_install_writes_is_the_shell_under_every_name(
     done = run("install", str(tmp_path), *names)
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path)) == sorted([pp.INSTALLED, *names])
+
     first, second = (tmp_path / pp.INSTALLED).read_text().split("\n")[:2]
     assert first == f"#!{sys.executable} -IS"
     assert "SPDX-License-Identifier" in second
@@ -1143,6 +1170,7 @@ def test_what_install_writes_is_the_shell_under_every_name(
         assert got.stdout.decode() == f"{name}\n"
         assert got.stderr == b""
         assert got.returncode == 3
+
     got = subprocess.run([tmp_path / "pocketcoder", "server"], capture_output=True)
     assert got.returncode == 1
     assert b"only the shell is here" in got.stderr
@@ -1157,6 +1185,7 @@ def test_what_install_writes_is_compiled_for_its_python_only(
     both: dict[str, Any] = {"env": engine.env, "cwd": engine.cwd, "capture_output": True}
     done = subprocess.run([sys.executable, str(path), "-c", "echo hi"], **both)
     assert done.stdout == b"hi\n", done.stderr
+
     done = subprocess.run([old_python("3.8"), str(path), "-c", "echo hi"], **both)
     assert done.returncode == 9
 
@@ -1172,11 +1201,13 @@ def test_install_replaces_what_it_wrote_and_nothing_else(tmp_path: pathlib.Path)
     (tmp_path / "ksh").symlink_to("/nowhere")
     (tmp_path / "ash").mkdir()
     installed.write_text(installed.read_text() + "# untouched\n")
+
     for name in ("zsh", "ksh", "ash"):
         done = run("install", str(tmp_path), "dash", name)
         assert done.returncode == 1
         assert f"{tmp_path}/{name} is not a file that `install` wrote" in done.stderr
         assert done.stderr.count("\n") == 1
+
     assert not (tmp_path / "dash").exists()
     assert "# untouched" in installed.read_text()
     assert (tmp_path / "zsh").read_text() == "#!/bin/sh\n"
@@ -1233,6 +1264,7 @@ def test_the_console_script_loads_nothing_of_the_server(
     assert done.returncode == 3
     assert done.stdout == "hi\n"
     assert "_socket" in done.stderr
+
     for module in ("asyncio", "tornado", "argparse", "json"):
         assert f" {module}\n" not in done.stderr
 
@@ -1280,6 +1312,7 @@ def test_busybox_runs_it_as_its_shell(engine: Caller, tmp_path: pathlib.Path) ->
             f"echo 'echo zero a b $POCKETCODER_AGENT; exit 3' | {tmp_path}/sh",
         ],
     ]
+
     for words in cases:
         done = subprocess.run(
             words,
@@ -1327,6 +1360,7 @@ def test_the_request_carries_ids_directory_and_chosen_variables_only(engine: Cal
     assert code == 0
     assert err == b""
     assert out.decode() == f'{engine.cwd}/sub dir\nengine s1 u"\\\n1||é\t"||\n'
+
     argv = ["-lc", "ls 'é' \x01\x7f\udcff", "zero"]
     read = pp.ExecRequest.from_wire(pp.request_of(argv), os.getcwd())
     assert read.argv == tuple(argv)
@@ -1412,11 +1446,13 @@ def test_people_and_the_audit_log_see_the_command_as_written(
         "echo script $1\n": ["shown.sh", "a"],
         "bash -s one": ["-s", "one"],
     }
+
     for shown, form in forms.items():
         name = "pocketcoder" if form[0] == "shell" else "bash"
         code, _, err = engine.run(*form, name=name, input=b"exit 0", stderr=subprocess.STDOUT)
         assert code == 0, shown
         assert not err
+
     starts = [line for line in noted(log) if line["event"] == "start"]
     assert [line["cmd"] for line in starts] == [*forms]
     assert starts[0]["argv"] == ["-lc", "echo login"]
@@ -1449,10 +1485,12 @@ def test_stdin_is_forwarded_as_it_arrives_without_delaying_the_command(engine: C
     )
     assert process.stdin
     assert process.stdout
+
     for word in (b"one", b"two"):
         process.stdin.write(word + b"\n")
         process.stdin.flush()
         assert process.stdout.readline() == b"got " + word + b"\n"
+
     # It exits although stdin is open.
     assert process.wait(15) == 2
     process.communicate()
@@ -1460,6 +1498,7 @@ def test_stdin_is_forwarded_as_it_arrives_without_delaying_the_command(engine: C
     process = engine.start("-c", "head -1; exit 3", stdin=endless.stdout)
     assert process.communicate(timeout=15)[0] == b"y\n"
     assert process.returncode == 3
+
     endless.kill()
     endless.communicate()
     closed = subprocess.run(
@@ -1480,9 +1519,11 @@ def test_a_slow_command_slows_stdin_and_memory_stays_flat(engine: Caller) -> Non
     assert process.stdout.readline() == b"done\n"
     assert engine.proxy.memory() < 80 * pp.MIB
     assert status_bytes(process.pid, "VmRSS") < 40_000 * 1024
+
     # Signals pass through even while stdin is stuck.
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 143
+
     process.communicate()
     flood.kill()
     flood.communicate()
@@ -1521,11 +1562,13 @@ def test_a_signal_reaches_the_command_and_ends_the_shell_at_once(engine: Caller)
         )
         assert process.stdout
         assert process.stdout.readline() == b"ready\n"
+
         started = time.monotonic()
         process.send_signal(number)
         assert process.wait(15) == 128 + number
         # It takes 0.15 s; a busy machine is given more.
         assert time.monotonic() - started < 3
+
         out, err = process.communicate()
         assert out in (b"", f"heard {name}\n".encode())
         assert b"pocketcoder" not in err
@@ -1591,11 +1634,13 @@ def test_the_exit_status_shows_a_lost_terminal_and_a_stopped_server(
     engine = Caller(own(), names)
     process = engine.start("-c", "echo ready; sleep 30")
     assert process.stdout
+
     process.stdout.readline()
     engine.proxy.tmux("kill-server")
     _, err = process.communicate(timeout=20)
     assert process.returncode == 137
     assert err[:18] == b"pocketcoder: lost:"
+
     process = engine.start("-c", "echo ready; sleep 30")
     assert process.stdout
     process.stdout.readline()
@@ -1604,6 +1649,7 @@ def test_the_exit_status_shows_a_lost_terminal_and_a_stopped_server(
     assert process.returncode == 125
     assert err.startswith(b"pocketcoder: http://127.0.0.1:")
     assert err.count(b"\n") == 1
+
     code, out, err = engine.run("-c", "touch run-here")
     assert code == 125
     assert out == b""
@@ -1644,6 +1690,7 @@ def test_a_server_that_answers_garbage_is_reported_in_one_line(
             connection.shutdown(socket.SHUT_WR)
         out, err = process.communicate(timeout=20)
         connection.close()
+
     assert process.returncode == 125
     assert out == b""
     assert err.count(b"\n") == 1
@@ -1756,12 +1803,14 @@ def test_programs_use_it_as_their_shell(engine: Caller) -> None:
         "git -c alias.x='!sh -c '\\''echo alias $POCKETCODER_AGENT \"$@\"'\\'' --' x argument"
     )
     programs["git"] = (["/bin/bash", "-c", git], "hook engine\nalias engine argument\n")
+
     for program, (words, said) in programs.items():
         if program == "python" or shutil.which(program):
             done = subprocess.run(
                 words, cwd=here, env=engine.env | path, capture_output=True, text=True, timeout=30
             )
             assert done.stdout == said, (program, done.stderr)
+
     pipe = subprocess.run(
         ["/bin/bash", "-c", f"{shell} -c yes | head -1; echo ${{PIPESTATUS[0]}}"],
         env=engine.env | path,
@@ -1897,11 +1946,13 @@ def test_any_list_of_arguments_means_the_same_to_bash(tmp_path: pathlib.Path) ->
     (tmp_path / "std0").write_text(f"{COMMANDS[0]}\nread y; echo $y\nnext\n")
     (tmp_path / "script.sh").write_text(f"{COMMANDS[1]}\nread y; echo $y; {COMMANDS[0]}")
     cases = []
+
     for _ in range(60 * FUZZ):
         cases.append(dice.choices(OPTION_WORDS, k=dice.randrange(4)))
         cases[-1] += [
             dice.choice([dice.choice(COMMANDS), words(dice)]) for _ in range(dice.randrange(4))
         ]
+
     sent = [argv for argv, _, _ in in_the_shell("[arguments_of(case)]", cases, tmp_path)]
     script = f"cd {tmp_path}\n"
     for number, (case, argv) in enumerate(zip(cases, sent, strict=True)):
@@ -1910,15 +1961,18 @@ def test_any_list_of_arguments_means_the_same_to_bash(tmp_path: pathlib.Path) ->
             continue
         request = pp.ExecRequest(cmd=pp.command_text(argv[0]), argv=tuple(argv[0]))
         there, _ = pp.bash_command(request, "/bin/bash")
+
         for name, called in (
             (f"here.{number}", ["-a", "bash", "/bin/bash", *case]),
             (f"there.{number}", there),
         ):
             script += f"(exec {' '.join(map(pp.quote, called))}) <std0 >{name} 2>{name}.err\n"
             script += f"echo $? >>{name}\n"
+
     subprocess.run(
         ["bash"], input=os.fsencode(script), env={**os.environ, "HOME": str(tmp_path)}, check=True
     )
+
     for number, (case, argv) in enumerate(zip(cases, sent, strict=True)):
         if len(argv) == 2:
             assert argv[1] in (1, 126, 127), (case, argv)
@@ -1972,6 +2026,7 @@ def test_whatever_a_server_sends_the_shell_exits_with_a_status_and_one_line(
     ]
     hello = f"HTTP/1.1 101 x\r\nSec-WebSocket-Accept: {pp.WS_ACCEPT.decode()}\r\n\r\n".encode()
     said = []
+
     for _ in range(100 * FUZZ):
         frames = hello
         for _ in range(dice.randrange(4)):
@@ -1985,7 +2040,9 @@ def test_whatever_a_server_sends_the_shell_exits_with_a_status_and_one_line(
             kind = dice.choice((0x82, 0x82, 0x82, dice.randrange(256)))
             width = dice.choice((0, 0, 2, 8))
             frames += server_frame(dice.choice((final, data)), kind, width)
+
         said.append(spoil(dice, frames) if dice.random() < 0.5 else frames)
+
     with socket.create_server(("127.0.0.1", 0), backlog=5) as listener:
 
         def serve() -> None:
@@ -2002,6 +2059,7 @@ def test_whatever_a_server_sends_the_shell_exits_with_a_status_and_one_line(
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         got = in_the_shell("run_shell(['-c', 'x'])", [None] * len(said), tmp_path, PROXY_URL=url)
         serving.result(60.0 * FUZZ)
+
     for each, (status, out, err) in zip(said, got, strict=True):
         assert type(status) is int, (status, each)
         assert 0 <= status <= 255, (status, each)
@@ -2209,6 +2267,7 @@ def test_the_names_of_the_original_module_still_work() -> None:
         pp.ExecResponse(stdout="x", exit_code=0, error=None).to_wire()
         == '{"stdout":"x","exit_code":0}'
     )
+
     driver = pp.PocketCoderDriver("/nowhere/at/all", "pocketcoder")
     assert driver.socket_path == "/nowhere/at/all"
     assert driver.session_name == "pocketcoder"
@@ -2239,6 +2298,7 @@ def test_any_body_becomes_a_valid_request_or_is_refused(
     taken = 0
     said = set[str]()
     (tmp_path / "sub").mkdir()
+
     for _ in range(3000 * FUZZ):
         fields = {"cmd": "true"} if dice.random() < 0.9 else {}
         fields |= {
@@ -2247,11 +2307,13 @@ def test_any_body_becomes_a_valid_request_or_is_refused(
         body = json.dumps(fields if dice.random() < 0.95 else junk(dice, fields)).encode()
         if dice.random() < 0.3:
             body = spoil(dice, body)
+
         try:
             got = pp.ExecRequest.from_wire(body, workspace)
         except pp.BadMessage as refused:
             said.add(str(refused))
             continue
+
         taken += 1
         texts = [got.cmd, got.cwd, got.agent_name, *got.env, *got.env.values()]
         texts += [text for text in (got.usage_id, got.session_id) if text is not None]
@@ -2269,6 +2331,7 @@ def test_any_body_becomes_a_valid_request_or_is_refused(
         assert type(got.max_output) is int, body
         assert 1 <= got.max_output <= 64 * 1024 * 1024, body
         assert not any(name == "" or "=" in name for name in got.env), body
+
     assert taken > 500 * FUZZ
     assert [text for text in said if "expected" not in text or len(ascii(text)) > 800] == []
 
@@ -2353,6 +2416,7 @@ def test_replies_of_tmux_are_read_the_same_however_they_are_cut() -> None:
         if told:
             assert told[-1] == tmux.notices
         assert tmux.attached.result() == ["attached"]
+
         return tmux.notices, tmux.unread, [reply.exception() or reply.result() for reply in replies]
 
     async def check() -> None:
@@ -2360,12 +2424,14 @@ def test_replies_of_tmux_are_read_the_same_however_they_are_cut() -> None:
             wrote = "%begin 1 1 0\nattached\n%end 1 1 0\n"
             expected = []
             notices = 0
+
             for number in range(dice.randrange(5)):
                 for _ in range(dice.randrange(3)):
                     wrote += dice.choice(
                         ["%window-add @1\n", "%session-changed $1 é\n", "\n", "noise\n"]
                     )
                     notices += 1
+
                 reply = dice.choices(lines, k=dice.randrange(4))
                 end = dice.choice(["%end", "%error"])
                 expected.append(
@@ -2380,11 +2446,13 @@ def test_replies_of_tmux_are_read_the_same_however_they_are_cut() -> None:
                 wrote += "".join(
                     f"{line}\n" for line in (f"%begin 9 {number} 1", *reply, f"{end} 9 {number} 1")
                 )
+
             data = (wrote + dice.choice(["", "%begin", "%beg"])).encode(errors="surrogateescape")
             for pieces in cuts(dice, data):
                 seen, unread, replies = await read(pieces, len(expected))
                 assert seen == notices, pieces
                 assert unread == data.rpartition(b"\n")[2], pieces
+
                 for (end, reply), got in zip(expected, replies, strict=True):
                     assert (
                         str(got) == f"tmux: {' '.join(reply)}" if end == "%error" else got == reply
@@ -2561,6 +2629,7 @@ def test_variables_say_what_runs_and_keep_programs_from_waiting(proxy: Proxy, ag
         answer["run_id"],
     ]
     assert answer["stdout"].splitlines() == expected
+
     asked = {
         "PAGER": "less",
         "POCKETCODER_AGENT": "me",
@@ -2621,9 +2690,11 @@ def test_a_directory_outside_the_workspace_is_refused_even_through_a_link(
         status, answer = proxy.post({"cmd": "pwd", "cwd": cwd, "agent_name": agent})
         assert status == 400, cwd
         assert "cwd" in answer["error"], cwd
+
     way = f"{proxy.folder}/way"
     assert proxy.exec("pwd", cwd=way, agent_name=agent)["stdout"] == f"{way}\n"
     assert proxy.exec("pwd -P", cwd=way, agent_name=agent)["stdout"] == f"{proxy.workspace}\n"
+
     pathlib.Path(proxy.workspace, "plain").touch()
     assert proxy.post({"cmd": "pwd", "cwd": "plain"})[0] == 400
 
@@ -2683,6 +2754,7 @@ def test_a_flood_leaves_the_server_small(own: Callable[..., Proxy]) -> None:
     before = server.memory()
     answer = server.exec("head -c 300000000 /dev/zero", max_output=100_000, timeout=60)
     assert answer["output_bytes"] == 300_000_000
+
     endless = server.exec("yes", timeout=0.5)
     assert endless["ended"] == "timeout"
     assert endless["exit_code"] == 124
@@ -2710,6 +2782,7 @@ def test_commands_run_in_up_to_four_panes_while_others_are_busy(proxy: Proxy, ag
     eventually(lambda: len(proxy.panes(agent)) == 4)
     time.sleep(0.3)
     assert len(proxy.panes(agent)) == 4
+
     pathlib.Path(gate).touch()
     answers = [call.result() for call in calls]
     assert {answer["exit_code"] for answer in answers} == {0}
@@ -2728,9 +2801,11 @@ def test_queued_commands_run_in_order(own: Callable[..., Proxy]) -> None:
     for number in range(80):
         queued.append(server.start_exec(f"flock {order} -c 'echo {number} >> {order}'"))
         time.sleep(0.01)
+
     assert server.exec("echo other", agent_name="other")["stdout"] == "other\n"
     pathlib.Path(gate).touch()
     assert {call.result()["exit_code"] for call in [*running, *queued]} == {0}
+
     got = [int(line) for line in pathlib.Path(order).read_text().split()]
     # Four run at a time, and one that is slow to write may be overtaken some times.
     # In no order it were by 40.
@@ -2749,6 +2824,7 @@ def test_a_thousand_commands_may_wait_and_the_next_gets_503(own: Callable[..., P
         connection = server.connect()
         connection.request("POST", "/exec", json.dumps({"cmd": f"exit {number % 99}"}), JSON_TYPE)
         queued.append(connection)
+
     eventually(lambda: server.post({"cmd": "true"})[0] == 503)
     status, answer = server.post({"cmd": "true"})
     assert status == 503
@@ -2761,6 +2837,7 @@ def test_a_thousand_commands_may_wait_and_the_next_gets_503(own: Callable[..., P
     for connection in queued:
         got.append(json.loads(connection.getresponse().read())["exit_code"])
         connection.close()
+
     assert got == [number % 99 for number in range(1000)]
 
 
@@ -2816,6 +2893,7 @@ def test_any_posix_shell_works_in_the_pane(own: Callable[..., Proxy], shell: str
         *shell.split(" ", 2)[:2],
         *(["exec bash --norc -i"] if "exec" in shell else shell.split()[2:]),
     )
+
     for cmd, output, code in [
         ("echo $BASH_VERSION | head -c 1; exit 3", "5", 3),
         ("kill -INT $$", "", 130),
@@ -2824,6 +2902,7 @@ def test_any_posix_shell_works_in_the_pane(own: Callable[..., Proxy], shell: str
         answer = server.exec(cmd, agent_name="mine")
         assert answer["stdout"] == output
         assert answer["exit_code"] == code
+
     # Two on a slow machine.
     assert len(server.panes("mine")) <= 2, server.screen("mine") + server.logged()
 
@@ -2902,10 +2981,12 @@ def test_text_typed_during_a_command_stays_out_of_the_next_one(
         pathlib.Path(asked).touch()
         call.result()
         assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
+
         # Anyone at a terminal may press Enter.
         if enter:
             eventually(lambda: os.path.exists(typed))
             assert pathlib.Path(typed).read_text() == "one\n"
+
         assert os.path.exists(typed) == bool(enter)
 
     for number in range(3):
@@ -2971,6 +3052,7 @@ def test_a_program_in_a_synchronized_pane_gets_nothing(proxy: Proxy, agent: str)
         answer = proxy.exec(f"echo {number}", agent_name=agent, timeout=2)
         assert answer["stdout"] == f"{number}\n"
         assert answer["exit_code"] == 0
+
     assert pathlib.Path(proxy.folder, agent).read_text() == ""
 
 
@@ -2986,11 +3068,13 @@ def test_shell_options_set_by_a_person_change_no_answer(
     time.sleep(0.2)
     proxy.type(agent, typed, "Enter")
     time.sleep(0.2)
+
     for code in (0, 55):
         answer = proxy.exec(f"echo {code}; exit {code}", agent_name=agent, env={"SECRET": "s3cret"})
         assert answer["stdout"] == f"{code}\n"
         assert answer["exit_code"] == code
         assert answer["ended"] == "exit"
+
     assert len(proxy.panes(agent)) == 1
 
 
@@ -3138,6 +3222,7 @@ def test_a_queued_command_whose_client_disconnects_never_runs(proxy: Proxy, agen
     time.sleep(0.1)
     pathlib.Path(gate).touch()
     assert [call.result()["exit_code"] for call in running] == [0] * 4
+
     proxy.exec("true", agent_name=agent)
     assert not os.path.exists(f"{gate}.run")
 
@@ -3150,6 +3235,7 @@ def test_background_processes_live_on_and_their_output_is_discarded(
     answer = proxy.exec(cmd, agent_name=agent)
     assert answer["stdout"].replace("noise\n", "") == "started\n"
     assert answer["duration_ms"] < 2000
+
     for _ in range(5):
         assert proxy.exec("sleep 0.03; echo mine", agent_name=agent)["stdout"] == "mine\n"
     pathlib.Path(gate).touch()
@@ -3282,6 +3368,7 @@ def test_keys_typed_while_a_new_shell_starts_are_never_run(
     precious = pathlib.Path(server.folder, "precious")
     precious.touch()
     agent = "poco"
+
     if where == "new-agent":
         server.exec("true")
         agent = "other"
@@ -3298,6 +3385,7 @@ def test_keys_typed_while_a_new_shell_starts_are_never_run(
     assert answer["stdout"] == "ok\n"
     assert answer["waited_ms"] + answer["duration_ms"] < 4000
     assert precious.exists()
+
     if where == "second-pane":
         busy.result()
 
@@ -3307,12 +3395,14 @@ def test_a_line_recalled_from_the_history_runs_nothing(own: Callable[..., Proxy]
     pathlib.Path(server.folder, "home/.bashrc").write_text("PS1='$ '; HISTCONTROL=ignoredups\n")
     count = f"{server.folder}/count"
     server.exec(f"echo x >> {count}")
+
     for _ in range(2):
         server.type("poco", "Up", "Enter")
         server.type("poco", "-l", f"touch {server.folder}/typed")
         server.type("poco", "Enter")
         eventually(lambda: os.path.exists(f"{server.folder}/typed"))
         os.unlink(f"{server.folder}/typed")
+
     assert pathlib.Path(count).read_text() == "x\n"
 
     # Nor does it end the next one, which has the same files.
@@ -3395,6 +3485,7 @@ def test_a_person_can_answer_a_question_and_interrupt(proxy: Proxy, agent: str) 
     eventually(lambda: "Password:" in proxy.screen(agent))
     proxy.type(agent, "secret", "Enter")
     assert asked.result()["stdout"] == "got secret\n"
+
     slow = proxy.start_exec("echo go; sleep 60", agent_name=agent)
     eventually(lambda: "\ngo" in proxy.screen(agent))
     proxy.type(agent, "C-c")
@@ -3440,6 +3531,7 @@ def test_a_terminal_that_dies_loses_its_command_and_is_replaced(
     assert answer["stdout"] == "before\n"
     assert re.match(LOST, answer["error"])
     eventually(lambda: not processes_with("sleep\x0062."))
+
     started = time.monotonic()
     assert server.exec("echo next")["stdout"] == "next\n"
     assert time.monotonic() - started < 10
@@ -3511,6 +3603,7 @@ def test_the_run_directory_is_private_and_recreated_when_wiped(own: Callable[...
     server.exec("true")
     base = pathlib.Path(f"{server.socket}.d")
     assert base.stat().st_mode & 0o777 == 0o700
+
     call = server.start_exec("sleep 0.5; echo survived; exit 4")
     eventually(lambda: processes_with("sleep\x000.5"))
     subprocess.run(["rm", "-rf", base], check=True)
@@ -3535,6 +3628,7 @@ def test_every_caller_learns_at_once_that_tmux_does_not_answer(own: Callable[...
         status, answer = call.result()
         assert status == 503
         assert "no answer within 5 s" in answer["error"]
+
     assert time.monotonic() - begun < 20  # seconds, of which it took eight callers 40 and more
     assert server.request("GET", "/health")[0] == 200
     os.kill(tmux, signal.SIGCONT)
@@ -3603,6 +3697,7 @@ def test_files_planted_by_a_command_harm_no_other_command(
         answer = server.exec("echo ok; exit 3", agent_name="a1", timeout=20)
         assert answer["stdout"] == "ok\n"
         assert answer["exit_code"] == 3
+
     assert precious.read_text() == "precious"
 
 
@@ -3646,6 +3741,7 @@ def test_commands_of_a_root_server_run_as_the_terminals_owner(workers: Proxy) ->
         answer = workers.exec(f"id -u; cat; exit {number}", stdin="x", env={"A": "b"})
         assert answer["stdout"] == f"{WORKER}\nx"
         assert answer["exit_code"] == number
+
     assert workers.exec("sleep 78.4 & wait", timeout=0.2)["ended"] == "timeout"
     base = pathlib.Path(f"{workers.socket}.d")
     assert base.stat().st_uid == 0
@@ -3666,12 +3762,14 @@ def test_a_worker_cannot_make_root_touch_files_or_processes_of_others(workers: P
         precious.chmod(0o600)
         (folder / name).unlink(missing_ok=True)
         os.link(precious, folder / name)
+
     assert workers.exec("echo ok", stdin="x" * 10)["stdout"] == "ok\n"
     assert workers.exec("echo ok")["stdout"] == "ok\n"
     for precious in folder.glob("precious.*"):
         assert precious.read_text() == "precious"
         assert precious.stat().st_uid == 0
     victim = subprocess.Popen(["sleep", "77"], start_new_session=True)
+
     try:
         # Delay the real report, so that the false one comes first.
         workers.type("poco", "trap 'sleep 0.3' DEBUG", "Enter")
@@ -3734,6 +3832,7 @@ def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(
     server = own()
     server.exec("true")
     files = f"{server.socket}.d"
+
     for limited, shell in (
         (server.process.pid, False),
         (int(server.panes("poco")[0].split()[1]), True),
@@ -3748,6 +3847,7 @@ def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(
         assert files in answer["error"], answer
         assert time.monotonic() - began < 5, answer
         assert server.request("GET", "/health")[0] == 200
+
         resource.prlimit(limited, resource.RLIMIT_FSIZE, before)
         assert server.exec("echo ok")["stdout"] == "ok\n"
         # Files of up to two names are kept.
@@ -3764,6 +3864,7 @@ def test_without_descriptors_new_runs_are_refused_and_others_continue(
     panes = server.panes("poco")
     kept.request("GET", "/health")
     assert kept.getresponse().read() == b"ok"
+
     running = server.start_exec("sleep 0.8; echo done")
     ends = server.start_exec(
         "trap '' TERM; sleep 9 & wait; sleep 9", agent_name="other", timeout=0.6
@@ -3771,12 +3872,14 @@ def test_without_descriptors_new_runs_are_refused_and_others_continue(
     eventually(lambda: processes_with("sleep\x000.8") and processes_with("sleep\x009"))
     used = server.descriptors()
     before = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+
     for limit in (used, 1):
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (limit, before[1]))
         kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
         answer = kept.getresponse()
         assert answer.status == 503
         assert "Too many open files" in answer.read().decode()
+
     time.sleep(0.6)
     resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, before)
     assert running.result()["stdout"] == "done\n"
@@ -3784,6 +3887,7 @@ def test_without_descriptors_new_runs_are_refused_and_others_continue(
     assert server.exec("echo ok")["stdout"] == "ok\n"
     assert server.panes("poco")[:1] == panes
     eventually(lambda: not processes_with("sleep\x009"))
+
     kept.close()
 
 
@@ -3809,18 +3913,21 @@ def test_a_run_whose_files_cannot_be_removed_does_not_block_the_next(
     running = server.start_exec("sleep 0.5; echo done")
     pid = eventually(lambda: [*pathlib.Path(f"{server.socket}.d").glob("*/*.pid")])[0]
     folder = pid.parent
+
     # Nothing can be removed from such a directory.
     if (
         not shutil.which("chattr")
         or subprocess.run(["chattr", "+a", folder], capture_output=True).returncode
     ):
         pytest.skip("needs a file system and a user that can `chattr +a`")
+
     try:
         assert running.result()["stdout"] == "done\n"
         assert server.exec("echo next")["stdout"] == "next\n"
         assert pid.exists()
     finally:
         subprocess.run(["chattr", "-a", folder], check=True)
+
     assert server.exec("echo ok")["stdout"] == "ok\n"
 
 
@@ -3854,14 +3961,17 @@ def test_a_run_directory_that_cannot_be_created_leaves_no_descriptor(
     kept.getresponse().read()
     used = server.descriptors()
     before = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+
     for free in range(-4, 4):
         shutil.rmtree(f"{server.socket}.d", ignore_errors=True)
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used + free, before[1]))
         kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
         assert kept.getresponse().read()
+
     resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, before)
     kept.close()
     assert server.exec("echo ok")["stdout"] == "ok\n"
+
     eventually(lambda: server.descriptors() <= used)
 
 
@@ -3879,6 +3989,7 @@ def test_commands_survive_a_killed_server_and_the_next_one_drains_them(
         call.result()
     server.start()
     assert server.exec("echo next")["stdout"] == "next\n"
+
     eventually(lambda: os.path.exists(done) and pathlib.Path(done).read_text() == "0\n")
     eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
 
@@ -3903,9 +4014,11 @@ def test_a_stray_file_or_a_missing_folder_stops_no_command(own: Callable[..., Pr
     pathlib.Path(f"{server.socket}.d/stray").touch()
     server.start()
     assert server.exec("echo ok")["stdout"] == "ok\n"
+
     tmux = int(server.tmux("display-message", "-p", "#{pid}"))
     subprocess.run(["rm", "-rf", f"{server.folder}/tmux"], check=True)
     assert server.exec("echo still")["stdout"] == "still\n"
+
     # Its socket is gone, so only a signal can end it.
     os.kill(tmux, signal.SIGKILL)
 
@@ -3952,6 +4065,7 @@ def test_a_command_cancelled_before_it_reports_its_start_gets_term(
             await asyncio.sleep(0)
         job = driver.jobs()[0]
         assert job.files is not None
+
         # Block the loop, so that the run has started and its report is not read.
         while not os.path.exists(f"{job.files.path}.pid"):  # noqa: ASYNC240
             time.sleep(0.0001)  # noqa: ASYNC251
@@ -3991,6 +4105,7 @@ def test_notices_of_tmux_during_a_start_harm_nothing(tmp_path: pathlib.Path) -> 
             pp.ExecRequest("exit 3"), {"out": lambda chunk: None}, watch=Slow()
         )
         assert (await job.result()).exit_code == 3
+
         await driver.close()
         return told
 
@@ -4012,6 +4127,7 @@ def test_a_failed_start_always_gives_the_pane_back(tmp_path: pathlib.Path) -> No
                 await driver.start(
                     pp.ExecRequest("true"), {"out": lambda chunk: None}, watch=Wrong()
                 )
+
         result = await asyncio.wait_for(driver.exec("echo ok", None, "poco"), 20)
         await driver.close()
         return result
@@ -4032,6 +4148,7 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
         assert driver.session_exists("pocketcoder")
         assert not driver.session_exists("pocket")
         assert (await driver.exec("echo here", None, "poco")).output == "here\n"
+
         await driver.close()
         return result
 
@@ -4043,10 +4160,12 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
                 subprocess.run(
                     ["tmux", "-S", driver.socket_path, "kill-server"], capture_output=True
                 )
+
             result = asyncio.run(use())
             assert result.output == f"{tmp_path}\npoco\n"
             assert result.exit_code == 3
             assert result.ended == "exit"
+
         driver.sandbox.stopping = False
         before = descriptors_of(os.getpid())
         # As a script would, without closing it.
@@ -4056,6 +4175,7 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
             asyncio.run(asyncio.wait_for(driver.exec("sleep 79.5", None, "poco"), 0.3))
         eventually(lambda: not processes_with("sleep\x0079.5"))
         assert [path for path in descriptors_of(os.getpid()) if path not in before] == []
+
         with pytest.raises(pp.BadMessage, match="agent_name"):
             asyncio.run(driver.exec("true", None, "a b"))
     finally:
@@ -4097,6 +4217,7 @@ def test_a_socket_a_stranger_could_have_made_is_refused(
     folder = pathlib.Path(tempfile.mkdtemp(prefix="pc"))
     (folder / "place").mkdir()
     (folder / "link").symlink_to("place")
+
     try:
         os.chmod(folder, 0o755)
         os.chown(folder / "place", owner, -1)
@@ -4106,6 +4227,7 @@ def test_a_socket_a_stranger_could_have_made_is_refused(
             os.chown(folder / "place/s", socket_owner, -1)
         os.chown(folder / "link", user, -1, follow_symlinks=False)
         os.seteuid(user)
+
         for name in ("place", "link"):
             with (
                 contextlib.nullcontext()
@@ -4113,6 +4235,7 @@ def test_a_socket_a_stranger_could_have_made_is_refused(
                 else pytest.raises(pp.NoTerminal, match=f"{folder}/(place|{name})")
             ):
                 pp.check_place(f"{folder}/{name}/s")
+
         os.seteuid(0)
         os.chown(folder / "link", 9, -1, follow_symlinks=False)
         os.seteuid(user)
@@ -4148,12 +4271,14 @@ def test_a_workspace_may_have_any_name(own: Callable[..., Proxy], tmp_path: path
     workspace = tmp_path / "#{pid} %H\nset-environment -g PWNED 1\n;"
     workspace.mkdir()
     server = own("--workspace", str(workspace))
+
     for agent_name in ("poco", "second"):
         assert server.exec("pwd", agent_name=agent_name)["stdout"] == f"{workspace}\n"
         path = server.tmux(
             "display-message", "-p", "-t", server.pane(agent_name), "#{pane_current_path}"
         )
         assert path == str(workspace)
+
     assert "PWNED" not in server.tmux("show-environment", "-g")
 
 
@@ -4227,6 +4352,7 @@ def test_an_alias_for_the_typed_command_changes_nothing(
     server.tmux("new-window", "-d", "-n", "mine:terminal", "--", *shell.split())
     server.type("mine", "alias .='echo alias'; echo is-$((1 + 1))", "Enter")
     eventually(lambda: "is-2" in server.screen("mine"))
+
     for _ in range(3):
         started = time.monotonic()
         answer = server.exec("echo $0", agent_name="mine", timeout=9)
@@ -4252,6 +4378,7 @@ def test_reports_of_runs_are_read_the_same_however_they_are_cut(tmp_path: pathli
         files = folder.open(lambda word, number: reports.append((word, number)), pp.ignore)
         name = files.token.encode()
         fd = os.open(folder.status_path, os.O_WRONLY)
+
         for _ in range(100 * FUZZ):
             wrote = b""
             expected = []
@@ -4271,12 +4398,14 @@ def test_reports_of_runs_are_read_the_same_however_they_are_cut(tmp_path: pathli
                         dice.randbytes(9),
                     )
                     wrote += dice.choice(noise).replace(b"\n", b"") + b"\n"
+
             for pieces in cuts(dice, wrote):
                 reports.clear()
                 for piece in filter(None, pieces):
                     os.write(fd, piece)
                     folder.on_status()
                 assert reports == expected, pieces
+
         os.close(fd)
         folder.close()
 
@@ -4291,6 +4420,7 @@ def test_captured_output_is_the_same_however_it_is_cut() -> None:
         if dice.random() < 0.3:
             data = spoil(dice, data)
         texts = set()
+
         for pieces in cuts(dice, data):
             capture = pp.Capture(limit)
             for piece in pieces:
@@ -4298,6 +4428,7 @@ def test_captured_output_is_the_same_however_it_is_cut() -> None:
             assert len(capture.head) <= limit // 2, pieces
             assert len(capture.tail) <= 2 * limit + max(map(len, pieces), default=0), pieces
             texts.add(capture.text(len(data)))
+
         assert len(texts) == 1, (limit, data)
         text = texts.pop()
         head = data[: limit // 2]
@@ -4357,6 +4488,7 @@ def mcp(
         given["MCP-Protocol-Version"] = str(body["params"]["_meta"][NS + "protocolVersion"])
         given["Mcp-Method"] = body["method"]
         given |= {"Mcp-Name": body["params"]["name"]} if "name" in body["params"] else {}
+
     given |= {name.replace("_", "-"): value for name, value in headers.items()}
     sent = body if isinstance(body, bytes) else json.dumps(body).encode()
     status, got, answer = proxy.request(
@@ -4381,9 +4513,11 @@ def opened(proxy: Proxy, version: str = "2025-11-25", **headers: str) -> str:
     )
     assert status == 200
     assert answer["result"]["protocolVersion"] == version
+
     session = got["mcp-session-id"]
     noted = {"jsonrpc": "2.0", "method": "notifications/initialized"}
     assert mcp(proxy, noted, Mcp_Session_Id=session, **headers)[0] == 202
+
     return session
 
 
@@ -4442,6 +4576,7 @@ def test_an_invalid_message_is_refused_with_its_code(
     assert answer["error"]["code"] == code
     assert answer["id"] == id_
     assert "expected" in answer["error"]["message"]
+
     with pytest.raises(pp.ProxyError) as refused:
         pp.read_message(body)
     assert refused.value.rpc_code == code
@@ -4624,6 +4759,7 @@ def test_every_fault_of_a_message_has_its_status_and_code(
     assert answer["id"] == (
         message["id"] if isinstance(message, dict) and "id" in message else None
     )
+
     if code == -32022:
         asked = message["params"]["_meta"][NS + "protocolVersion"]
         assert answer["error"]["data"] == {"supported": ["2026-07-28"], "requested": asked}
@@ -4653,20 +4789,24 @@ def test_modern_fields_are_in_modern_answers_only(proxy: Proxy) -> None:
     found = mcp(proxy, modern("server/discover"))[2]["result"]
     assert found["supportedVersions"] == ["2026-07-28"]
     assert found["capabilities"] == {"tools": {}}
+
     listed = mcp(proxy, modern("tools/list"))[2]["result"]
     for result in (found, listed):
         assert result["resultType"] == "complete"
         assert result["cacheScope"] == "private"
         assert type(result["ttlMs"]) is int
         assert result["_meta"] == {f"{NS}serverInfo": server}
+
     called = mcp(proxy, modern("tools/call", EXEC))[2]["result"]
     assert called["resultType"] == "complete"
     assert called["_meta"] == {f"{NS}serverInfo": server}
     assert "ttlMs" not in called
+
     session = opened(proxy)
     for method, params in (("tools/list", {}), ("tools/call", EXEC), ("ping", {})):
         result = mcp(proxy, request(method, params), Mcp_Session_Id=session)[2]["result"]
         assert {"resultType", "ttlMs", "cacheScope", "_meta"} & set(result) == set()
+
     assert (
         listed["tools"]
         == mcp(proxy, request("tools/list"), Mcp_Session_Id=session)[2]["result"]["tools"]
@@ -4706,15 +4846,18 @@ def test_headers_are_read_as_http_and_mcp_require(proxy: Proxy) -> None:
     call = modern("tools/call", EXEC)
     assert mcp(proxy, call, Mcp_Name="  exec ")[0] == 200
     assert mcp(proxy, call, Mcp_Name="=?base64?ZXhlYw==?=")[0] == 200
+
     connection = proxy.connect()
     body = json.dumps(call).encode()
     connection.putrequest("POST", "/mcp")
+
     for name, value in (
         ("MCP-Protocol-Version", "2026-07-28"),
         ("mcp-method", "tools/call"),
         ("Mcp-Name", "exec"),
     ):
         connection.putheader(name, value)
+
     # Twice: a router in between may read another one than we do.
     connection.putheader("Mcp-Name", "exec")
     connection.putheader("Content-Type", "application/json")
@@ -4736,6 +4879,7 @@ def test_a_legacy_fault_in_a_session_is_an_error_inside_a_200(proxy: Proxy) -> N
         status, _, answer = mcp(proxy, message, Mcp_Session_Id=session)
         assert status == 200
         assert answer["error"]["code"] == code
+
     assert mcp(proxy, request("ping"), Mcp_Session_Id=session)[2]["result"] == {}
 
 
@@ -4748,6 +4892,7 @@ def test_messages_without_an_answer_get_202(proxy: Proxy) -> None:
         {"jsonrpc": "2.0", "id": 5, "result": {}},
     ):
         assert mcp(proxy, message, Mcp_Session_Id=session)[::2] == (202, None)
+
     noted = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
     assert mcp(proxy, noted, MCP_Protocol_Version="2026-07-28")[::2] == (202, None)
 
@@ -4780,6 +4925,7 @@ def test_the_core_survives_any_message(proxy: Proxy) -> None:
         "\ud800",
         10**30,
     ]
+
     for _ in range(20_000):
         params = {
             dice.choice(
@@ -4787,11 +4933,13 @@ def test_the_core_survives_any_message(proxy: Proxy) -> None:
             ): pick(dice, values)
             for _ in range(dice.randrange(5))
         }
+
         if dice.random() < 0.5:
             params["_meta"] = {
                 NS + "protocolVersion": pick(dice, values),
                 NS + "clientCapabilities": pick(dice, values),
             }
+
         message = {
             "jsonrpc": "2.0",
             "id": pick(dice, values),
@@ -4800,6 +4948,7 @@ def test_the_core_survives_any_message(proxy: Proxy) -> None:
         }
         for name in [name for name in message if dice.random() < 0.05]:
             message[name] = pick(dice, values)
+
         try:
             read = pp.read_message(json.dumps(message))
             era = pp.is_modern(read, dice.choice([None, "2025-11-25", "2026-07-28"]))
@@ -4835,17 +4984,20 @@ def test_every_answer_has_the_id_and_the_shape_of_its_era() -> None:
         "=?base64?eA==?=",
     )
     answered = 0
+
     for _ in range(2000 * FUZZ):
         names = ("name", "arguments", "_meta", "level", "cursor", "protocolVersion", "uri")
         params: Any = {
             name: junk(dice, *likely) for name in dice.choices(names, k=dice.randrange(4))
         }
+
         if dice.random() < 0.7:
             claims = {NS + "protocolVersion": pp.MODERN, NS + "clientCapabilities": {}}
             params["_meta"] = {
                 **claims,
                 **({NS + "protocolVersion": junk(dice)} if dice.random() < 0.2 else {}),
             }
+
         sent = {
             "jsonrpc": "2.0",
             "id": junk(dice, 1, "1"),
@@ -4862,6 +5014,7 @@ def test_every_answer_has_the_id_and_the_shape_of_its_era() -> None:
         headers |= {"Mcp-Param-X": junk(dice, *likely)}
         given = {name: [value] for name, value in headers.items() if isinstance(value, str)}
         headers_of = partial(lambda given, name: given.get(name, []), given)
+
         try:
             read = pp.read_message(spoil(dice, body) if dice.random() < 0.2 else body)
             era = pp.is_modern(read, dice.choice((None, None, *pp.LEGACY, pp.MODERN, words(dice))))
@@ -4876,6 +5029,7 @@ def test_every_answer_has_the_id_and_the_shape_of_its_era() -> None:
             assert answer["error"]["code"] in (-32700, -32600, -32601, -32602, -32020, -32022), body
             assert set(json.loads(pp.to_json(answer).encode())) == {"jsonrpc", "id", "error"}, body
             continue
+
         for decision in decisions:
             if isinstance(decision, pp.Send):
                 answered += 1
@@ -4887,6 +5041,7 @@ def test_every_answer_has_the_id_and_the_shape_of_its_era() -> None:
             elif isinstance(decision, pp.CallTool):
                 assert decision.id == read["id"], body
                 assert decision.name in pp.TOOLS, body
+
     assert answered > 100 * FUZZ
 
 
@@ -4944,6 +5099,7 @@ class Client:
         self.can = CAN if can is None else can
         self.headers = dict[str, str]()
         self.info = info or {"name": "t", "version": "1"}
+
         if era == "legacy":
             params = {**INITIALIZE, "capabilities": self.can, "clientInfo": self.info}
             hello = request("initialize", params, id_=0)
@@ -4974,6 +5130,7 @@ class Client:
             **headers,
         )
         assert status in (200, 400, 404)
+
         return got if isinstance(got, list) else [got]
 
     def open(self, method: str, params: dict[str, Any], id_: Any = 1) -> Stream:
@@ -5014,28 +5171,34 @@ def test_clients_of_each_era_are_served_by_servers_of_each_era(client: Client) -
         assert found["protocolVersion"] == "2025-11-25"
         assert found["serverInfo"]["name"] == "fixture-server"
         assert client.ask("ping")[-1]["result"] == {}
+
     assert found["capabilities"]["tools"] == {"listChanged": True}
     listed = client.ask("tools/list")[-1]["result"]
     assert ("ttlMs" in listed) == modern_client
     assert ("resultType" in listed) == modern_client
+
     schema = next(each for each in listed["tools"] if each["name"] == "json_schema_2020_12_tool")[
         "inputSchema"
     ]
     assert schema["$defs"]["address"]["$anchor"] == "addressDef"
     assert schema["$schema"].endswith("2020-12/schema")
+
     result = client.call("test_simple_text", id_="s")
     assert text_of(result) == "This is a simple text response for testing."
     assert ("resultType" in result) == modern_client
+
     read = client.ask(
         "resources/read", {"uri": "test://static-text"}, Mcp_Name="test://static-text"
     )[-1]["result"]
     assert read["contents"][0]["uri"] == "test://static-text"
+
     missing = client.ask("resources/read", {"uri": "test://none"}, Mcp_Name="test://none")[-1][
         "error"
     ]
     assert missing["code"] == (-32602 if modern_client else -32002)
     assert missing["data"] == {"uri": "test://none"}
     assert client.ask("nope")[-1]["error"]["code"] == -32601
+
     if modern_client:
         for method in ("ping", "logging/setLevel", "resources/subscribe", "tasks/get"):
             assert client.ask(method)[-1]["error"]["code"] == -32601
@@ -5048,10 +5211,12 @@ def test_relayed_messages_arrive_unchanged(client: Client) -> None:
     )
     assert result["unknown"] == extra
     assert result["_meta"]["own"] == extra
+
     got = json.loads(text_of(result))
     assert got["arguments"]["deep"] == extra
     failed = client.call("fail", code=-31999, message="own", data=extra)
     assert failed == {"code": -31999, "message": "own", "data": extra}
+
     params = {"name": "echo", "arguments": {}, "_meta": {"trace": "t-1", "progressToken": "p"}}
     got = json.loads(text_of(client.ask("tools/call", params)[-1]["result"]))["params"]
     assert got["_meta"]["trace"] == "t-1"
@@ -5082,12 +5247,14 @@ def test_a_cancelled_call_is_cancelled_in_the_child(client: Client, relay: Proxy
     }
     going = client.open("tools/call", params, id_=7)
     assert going.next()["method"] == "notifications/progress"
+
     if client.era == "modern":
         going.close()
     else:
         client.tell("notifications/cancelled", {"requestId": 7})
         for got in iter(going.next, None):
             assert got["method"] == "notifications/progress"
+
     eventually(lambda: f"cancelled test_slow {label}" in relay.logged())
 
 
@@ -5099,6 +5266,7 @@ def test_a_server_may_ask_the_client_it_serves(client: Client) -> None:
         assert asked["resultType"] == "input_required"
         ((key, question),) = asked["inputRequests"].items()
         assert question["method"] == "elicitation/create"
+
         again = {**params, "inputResponses": {key: answer}}
         again |= {"requestState": asked["requestState"]} if "requestState" in asked else {}
         result = client.ask("tools/call", again, id_="second")[-1]
@@ -5108,10 +5276,12 @@ def test_a_server_may_ask_the_client_it_serves(client: Client) -> None:
         question = going.next()
         assert question["method"] == "elicitation/create"
         assert question["params"]["message"] == "What is your name?"
+
         reply = {"jsonrpc": "2.0", "id": question["id"], "result": answer}
         assert mcp(client.proxy, reply, path=client.path, **client.headers)[0] == 202
         result = going.next()
         assert result["id"] == "first"
+
     assert "Zoë" in json.loads(json.dumps(text_of(result["result"]))).encode().decode(
         "unicode_escape"
     ) or "Zoë" in text_of(result["result"])
@@ -5135,20 +5305,24 @@ def test_a_forged_request_state_is_refused(relay: Proxy, stream: Callable[..., S
     asked = client.ask("tools/call", params)[-1]["result"]
     ((key, _),) = asked["inputRequests"].items()
     good = {"requestState": asked["requestState"], "inputResponses": {key: {"action": "decline"}}}
+
     for wrong in (
         {**params, **good, "requestState": "x"},
         {**params, **good, "arguments": {"a": 1}},
     ):
         assert client.ask("tools/call", wrong)[-1]["error"]["code"] == -32602
+
     assert (
         client.ask("tools/call", {**params, **good}, Authorization="Bearer x")[-1]["error"]["code"]
         == -32602
     )
+
     missing = client.ask(
         "tools/call", {**params, "requestState": asked["requestState"], "inputResponses": 3}
     )[-1]
     # It asks again.
     assert missing["result"]["inputRequests"] == asked["inputRequests"]
+
     good["requestState"] = missing["result"]["requestState"]
     assert "decline" in text_of(client.ask("tools/call", {**params, **good})[-1]["result"])
     # This question has been answered already.
@@ -5169,6 +5343,7 @@ def test_changes_are_reported_to_subscribers_only(client: Client) -> None:
             client.ask("resources/subscribe", {"uri": "test://watched-resource"})[-1]["result"]
             == {}
         )
+
     # By then a modern child has received the subscription.
     time.sleep(0.2)
     client.call("test_trigger_tool_change", id_=50)
@@ -5176,6 +5351,7 @@ def test_changes_are_reported_to_subscribers_only(client: Client) -> None:
     heard = [events.next() for _ in range(2)]
     methods = {"notifications/tools/list_changed", "notifications/resources/updated"}
     assert {each["method"] for each in heard} == methods
+
     for each in heard:
         meta = (each.get("params") or {}).get("_meta", {})
         assert meta.get(NS + "subscriptionId") == ("w1" if client.era == "modern" else None)
@@ -5201,6 +5377,7 @@ def test_headers_repeat_the_arguments_that_a_schema_names(
         params = {"name": "test_x_mcp_header", "arguments": {"region": "Zürich", "priority": 42}}
         good = {"Mcp_Param_Region": "=?base64?WsO8cmljaA==?=", "Mcp_Param_Priority": "42.0"}
         assert "result" in client.ask("tools/call", params, **good)[-1]
+
         for wrong in (
             {},
             {**good, "Mcp_Param_Priority": "41"},
@@ -5221,6 +5398,7 @@ def test_clients_with_equal_ids_and_tokens_never_meet(
             assert json.loads(text_of(client.ask("tools/call", params)[-1]["result"]))[
                 "arguments"
             ] == {"mine": number}
+
         steps = 1 + number % 4
         slow = {
             "name": "test_slow",
@@ -5247,6 +5425,7 @@ def test_two_hundred_calls_through_one_child_get_their_own_answers(
     with ThreadPoolExecutor(200) as pool:
         for number, (_, echoed) in enumerate(pool.map(one, range(200))):
             assert json.loads(echoed)["arguments"] == {"n": number}
+
     assert text_of(client.call("pid")) == process
 
 
@@ -5279,6 +5458,7 @@ def test_websockets_and_event_streams_reach_stdio_servers_too(
             assert (await ask(request("initialize", {**INITIALIZE, "capabilities": CAN})))[
                 "result"
             ]["capabilities"]
+
             await socket.write_message(
                 json.dumps({"jsonrpc": "2.0", "method": "notifications/initialized"})
             )
@@ -5286,6 +5466,7 @@ def test_websockets_and_event_streams_reach_stdio_servers_too(
                 request("tools/call", {"name": "test_input_required_result_elicitation"}, id_="q")
             )
             assert question["method"] == "elicitation/create"
+
             answer = await ask(
                 {"jsonrpc": "2.0", "id": question["id"], "result": {"action": "cancel"}}
             )
@@ -5294,6 +5475,7 @@ def test_websockets_and_event_streams_reach_stdio_servers_too(
             assert (await ask(modern("server/discover", id_="m")))["result"][
                 "supportedVersions"
             ] == ["2026-07-28"]
+
             await close(socket)
 
         asyncio.run(talk(server))
@@ -5308,6 +5490,7 @@ def test_a_legacy_session_has_its_own_child_that_ends_with_it(
     assert mcp(relay, b"", "DELETE", path=one.path, **one.headers)[0] == 204
     eventually(lambda: not os.path.exists(f"/proc/{process}"))
     assert text_of(two.call("counter")) == "2"
+
     modern_one = Client(relay, "modern", "legacy", stream)
     before = int(text_of(modern_one.call("counter")))
     # Calls one after the other meet the same child.
@@ -5346,18 +5529,22 @@ def test_calls_to_a_child_that_dies_fail_at_once_and_it_is_restarted(
     assert "ended with -9" in failed["message"], failed
     assert state()["state"] == "failed"
     assert "ended with -9" in state()["error"]
+
     if era == server == "legacy":
         eventually(
             lambda: mcp(proxy, request("ping"), path=client.path, **client.headers)[0] == 404
         )
+
     eventually(reached)
     assert state()["state"] == "running"
     assert state()["restarts"] == 1
+
     for name in ("die", "half"):
         failed = Client(proxy, era, "x", stream).call(name)
         assert failed["code"] == -32603
         assert "before it answered" in failed["message"]
         eventually(reached)
+
     assert state()["restarts"] == 3
 
 
@@ -5423,6 +5610,7 @@ def test_whatever_a_server_answers_the_client_gets_an_answer(
         failed = client.call(name)
         assert failed["code"] == -32603
         assert re.search("answered (with|badly)", failed["message"])
+
     *_, answer = client.ask("tools/call", {"name": "notes", "arguments": {}})
     assert answer["result"]["right"] == 1
     if era == "modern":
@@ -5486,6 +5674,7 @@ def peculiar_server() -> None:
         calls[0] += 1
         if name == "crash":
             os._exit(3)
+
         if name == "pid":
             time.sleep(arguments.get("seconds", 0))
             say(id=id_, result=text(os.getpid()))
@@ -5523,6 +5712,7 @@ def peculiar_server() -> None:
     if "starts" in words:
         with open(words["starts"], "a") as file:
             file.write(f"{os.getpid()}\n")
+
     if "lock" in words:
         # It stays locked until this process ends.
         lock = open(words["lock"], "a")  # noqa: SIM115
@@ -5530,14 +5720,17 @@ def peculiar_server() -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             sys.exit("another one runs")
+
     time.sleep(float(words.get("slow", 0)))
     if "mark" in words:
         write(b"\xef\xbb\xbf")
     info = {"name": "peculiar", "version": "1"}
+
     for line in sys.stdin:
         got = json.loads(line)
         method = got.get("method")
         params = got.get("params") or {}
+
         if method is None:
             with came:
                 answers[got["id"]] = got
@@ -5588,6 +5781,7 @@ def answered(client: Client, asked: Any, tool: dict[str, Any], roots: list[Any],
     assert asked["resultType"] == "input_required", asked
     ((name, question),) = asked["inputRequests"].items()
     assert question["method"] == "roots/list"
+
     again = {
         **tool,
         "inputResponses": {name: {"roots": roots}},
@@ -5646,6 +5840,7 @@ def test_modern_clients_that_differ_get_a_process_each(
         connection.request("POST", "/servers/x/mcp", json.dumps(message), headers)
         answer = json.loads(connection.getresponse().read())
         connection.close()
+
         return said(answer["result"])
 
     assert count() == 1
@@ -5667,6 +5862,7 @@ def test_a_question_reaches_only_the_client_of_its_process(
     # The other one's state is unknown here.
     stolen = {**tool, "requestState": asked[0]["requestState"], "inputResponses": {}}
     assert clients[1].ask("tools/call", stolen)[-1]["error"]["code"] == -32602
+
     for client, question in zip(clients, asked, strict=True):
         roots = [{"uri": f"file:///{client.info['name']}"}]
         got = said(answered(client, question, tool, roots, id_="again"))
@@ -5695,6 +5891,7 @@ def test_a_question_outside_any_call_waits_for_the_next_call(
     time.sleep(0.3)
     # This one cannot be asked.
     assert client.ask("tools/list")[-1]["result"]["tools"] == []
+
     asked = client.call("roots", id_="next")
     roots = [{"uri": "file:///r"}]
     tool = {"name": "roots", "arguments": {}}
@@ -5750,14 +5947,17 @@ def test_a_question_at_startup_may_be_answered_by_a_session(
     first = starting.next()
     session = {"Mcp_Session_Id": starting.answer.getheader("Mcp-Session-Id") or ""}
     events = starting
+
     if asks == "start":
         noted = {"jsonrpc": "2.0", "method": "notifications/initialized"}
         assert mcp(proxy, noted, path=path, **session)[0] == 202
         events = stream(proxy, path, None, **session)
         first = events.next()
+
     assert first["method"] == "roots/list"
     answer = {"jsonrpc": "2.0", "id": first["id"], "result": {"roots": []}}
     assert mcp(proxy, answer, path=path, **session)[0] == 202
+
     if asks == "hello":
         assert "serverInfo" in starting.next()["result"]
     call = request("tools/call", {"name": "roots"}, id_=2)
@@ -5775,11 +5975,14 @@ def test_the_next_request_after_a_crash_waits_for_the_new_process(
         failed = crashing.call("crash")
         assert failed["code"] == -32603
         assert "ended with 3, before it answered" in failed["message"]
+
         if era == server == "legacy":
             status = mcp(proxy, request("ping"), path=crashing.path, **crashing.headers)[0]
             assert status == 404
             crashing = Client(proxy, era, "x", stream)
+
         assert type(said(crashing.call("pid"))) is int
+
     assert type(said(bystander.call("pid"))) is int
     assert json.loads(proxy.request("GET", "/servers")[2])[0]["state"] == "running"
 
@@ -5953,6 +6156,7 @@ def test_lines_are_split_the_same_however_they_arrive() -> None:
         else pp.TooLong(text[: pp.MAX_ENDS], text[-pp.MAX_ENDS :], len(text))
         for text in texts
     ]
+
     for _ in range(5):
         for pieces in cuts(dice, b"\n".join(texts)):
             lines = pp.Lines(20)
@@ -6006,6 +6210,7 @@ def test_a_new_client_gets_the_place_of_an_idle_one(
         assert count(1) == 2
         assert count(0) == 1
         return
+
     with ThreadPoolExecutor(17) as pool:
         seconds = [9.0] * 15 + [2.0]
         working = [
@@ -6016,6 +6221,7 @@ def test_a_new_client_gets_the_place_of_an_idle_one(
         started = time.monotonic()
         assert count(16) == 1
         assert 1 < time.monotonic() - started < 4
+
         asking = pool.submit(partial(client(16).call, "pid", seconds=9.0))
         time.sleep(0.3)
         started = time.monotonic()
@@ -6080,11 +6286,13 @@ def test_a_disconnected_stream_does_not_block_its_server(
     (tmp_path / "chatter.py").write_text(CHATTER)
     proxy = own(f"--mcp-server=c={sys.executable} -S {tmp_path}/chatter.py")
     client = Client(proxy, "legacy", "c", stream)
+
     if kind == "POST":
         left = client.open("tools/call", {"name": "x", "_meta": {"progressToken": 1}}, 7)
         assert left.next()["params"]["progress"] == 1
     else:
         left = stream(proxy, client.path, None, **client.headers)
+
     left.close()
     # By then the server has noticed.
     time.sleep(0.3)
@@ -6140,6 +6348,7 @@ def test_a_server_that_cannot_start_says_why_once(
     program.chmod(0o755)
     proxy = own(f"--mcp-server=gone={program}", "--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
     program.unlink()
+
     for name, why in (
         ("gone", r"server gone cannot start: .*No such file.*"),
         ("short", "server short ended with 7; it said: oh no, before it answered"),
@@ -6148,6 +6357,7 @@ def test_a_server_that_cannot_start_says_why_once(
             failed = mcp(proxy, message, path=f"/servers/{name}/mcp")[2]["error"]
             assert failed["code"] == -32603
             assert re.fullmatch(why, failed["message"]), failed["message"]
+
     shown = {each["name"]: each for each in json.loads(proxy.request("GET", "/servers")[2])}
     assert shown["gone"]["state"] == "failed"
     assert shown["gone"]["pid"] is None
@@ -6182,6 +6392,7 @@ def test_children_end_as_a_group_and_are_never_orphaned(
     eventually(lambda: not processes_with("sleep\x0081.5"), 10)
     assert not processes_with("sleep\x0081.6")
     assert pids
+
     proxy.stop(signal.SIGKILL)
     eventually(lambda: not processes_with(str(fixtures)))
     proxy.start()
@@ -6211,10 +6422,12 @@ def test_a_typical_config_file_is_read(
     assert [each["name"] for each in json.loads(listed)] == ["both", "two"]
     assert "s3cret" not in listed
     assert proxy.request("GET", "/servers")[0] == 401
+
     call = modern("tools/call", {"name": "env", "arguments": {"name": "SECRET"}})
     assert text_of(mcp(proxy, call, path="/servers/both/mcp", **headers)[2]["result"]) == "s3cret"
     call["params"]["arguments"] = {"name": "POCKETCODER_TOKEN"}
     assert text_of(mcp(proxy, call, path="/servers/both/mcp", **headers)[2]["result"]) == ""
+
     (shown,) = [
         each
         for each in json.loads(proxy.request("GET", "/servers", None, headers)[2])
@@ -6396,6 +6609,7 @@ def test_an_unused_child_ends_after_the_configured_time(
     assert [int(text_of(client.call("pid"))) for client in clients] == pids
     eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), 5)
     assert mcp(proxy, request("ping"), path=session.path, **session.headers)[0] == 404
+
     states = [each["state"] for each in json.loads(proxy.request("GET", "/servers")[2])]
     assert states == ["idle", "idle"]
 
@@ -6408,6 +6622,7 @@ def test_calls_to_a_child_that_hangs_or_never_reads_time_out(fixtures: pathlib.P
         outbox = pp.Outbox(int)
         peer = pp.Peer(outbox, int)
         await relay.respond(peer, modern("tools/list"), True, outbox)
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pp, "CHILD_TIMEOUT", 0.3)
             patch.setattr(
@@ -6422,16 +6637,19 @@ def test_calls_to_a_child_that_hangs_or_never_reads_time_out(fixtures: pathlib.P
             said.append(text_of((await relay.respond(peer, slow, True, outbox))["result"]))
             patch.setattr(pp, "CHILD_QUEUE", 1000)
             assert relay.shared
+
             os.kill(relay.shared.process.pid, signal.SIGSTOP)
             for _ in range(20):
                 with contextlib.suppress(pp.RelayError):
                     await relay.respond(
                         peer, modern("tools/call", {"name": "x" * 100_000}), True, outbox
                     )
+
             with pytest.raises(pp.RelayError) as full:
                 await relay.respond(peer, modern("tools/list"), True, outbox)
             said.append(str(full.value))
             await relay.close()
+
         return said
 
     hung, slow, full = asyncio.run(trouble())
@@ -6446,6 +6664,7 @@ def test_an_unused_shared_child_ends(fixtures: pathlib.Path) -> None:
         relay = pp.Relay(pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), era)), idle=0.2)
         outbox = pp.Outbox(int)
         peer = pp.Peer(outbox, int)
+
         for _ in range(2):
             slow = modern("tools/call", {"name": "test_slow", "arguments": {"seconds": 0.4}})
             assert "result" in await relay.respond(peer, slow, True, outbox)
@@ -6453,8 +6672,10 @@ def test_an_unused_shared_child_ends(fixtures: pathlib.Path) -> None:
                 if not relay.children:
                     break
                 await asyncio.sleep(0.05)
+
             assert relay.children == set()
             assert relay.failure == ""
+
         await relay.close()
 
     async def both() -> None:
@@ -6514,6 +6735,7 @@ def test_whatever_a_child_writes_every_request_gets_one_valid_answer(
             .replace('"=ID="', "ID")
             .replace("1e+300", dice.choice(("1e300", "1e999")))
         )
+
         return (
             text
             if dice.random() < 0.8
@@ -6527,6 +6749,7 @@ def test_whatever_a_child_writes_every_request_gets_one_valid_answer(
         outbox = pp.Outbox.nowhere()
         answered = list[bool]()
         peer = pp.Peer(outbox, int)
+
         try:
             for number in range(100 * FUZZ):
                 lines = [line() for _ in range(dice.randrange(6))]
@@ -6534,12 +6757,14 @@ def test_whatever_a_child_writes_every_request_gets_one_valid_answer(
                 message = pp.new_request("tools/call", {"lines": lines, "_meta": meta}) | {
                     "id": number
                 }
+
                 try:
                     answer = await asyncio.wait_for(
                         relay.respond(peer, message, dice.random() < 0.7, outbox), 5
                     )
                 except pp.RelayError as wrong:
                     answer = pp.refusal(number, wrong)
+
                 sent = json.loads(pp.to_json(answer).encode(), parse_constant=pytest.fail)
                 answered.append("capabilities" in sent.get("result", {}))
                 assert sent["id"] == number, lines
@@ -6549,6 +6774,7 @@ def test_whatever_a_child_writes_every_request_gets_one_valid_answer(
                 assert "error" not in sent or type(sent["error"]["code"]) is int, lines
         finally:
             await relay.close()
+
         assert sum(answered) > len(answered) / 4, sum(answered)
 
     asyncio.run(check())
@@ -6581,6 +6807,7 @@ def test_the_tools_are_described_for_models_and_programs(proxy: Proxy) -> None:
         "send_keys",
         "list_terminals",
     ]
+
     for tool in tools:
         assert tool["title"]
         assert len(tool["description"]) > 80
@@ -6592,6 +6819,7 @@ def test_the_tools_are_described_for_models_and_programs(proxy: Proxy) -> None:
         }
         assert tool["inputSchema"]["type"] == "object"
         assert all(shape.get("description") for shape in tool["inputSchema"]["properties"].values())
+
     reads = {tool["name"]: tool["annotations"]["readOnlyHint"] for tool in tools}
     assert reads == {
         "exec": False,
@@ -6615,6 +6843,7 @@ def test_exec_answers_in_text_for_models_and_data_for_programs(proxy: Proxy, age
     assert result["structuredContent"] == expected
     assert result["isError"] is False
     assert text_of(call(proxy, "exec", cmd="printf ok", agent_name=agent)) == "ok"
+
     result = call(
         proxy,
         "exec",
@@ -6626,11 +6855,13 @@ def test_exec_answers_in_text_for_models_and_data_for_programs(proxy: Proxy, age
         env={"ignored": 1},
     )
     assert text_of(result) == f"in {os.path.realpath(proxy.workspace)}\n"
+
     result = call(
         proxy, "exec", cmd="head -c 5000 /dev/zero | tr '\\0' x", agent_name=agent, max_output=100
     )
     assert result["structuredContent"]["truncated"] is True
     assert result["structuredContent"]["output_bytes"] == 5000
+
     result = call(proxy, "exec", cmd="echo before; sleep 30", agent_name=agent, timeout=0.3)
     assert result["isError"] is True
     assert result["structuredContent"]["ended"] == "timeout"
@@ -6703,6 +6934,7 @@ def test_keys_reach_a_program_whose_caller_is_waiting(proxy: Proxy, agent: str) 
     ).result(10)
     assert not answer["isError"]
     assert queued.result()["stdout"] == "queued\n"
+
     for pane in proxy.panes(agent):
         proxy.tmux("send-keys", "-t", pane.split()[0], "C-c")
     assert sorted(each.result()["stdout"] for each in asking) == ["", "", "", "here\n"]
@@ -6728,6 +6960,7 @@ def test_keys_go_to_the_program_a_person_started(proxy: Proxy, agent: str) -> No
     }
     call(proxy, "send_keys", agent_name=agent, text="aimed", keys=["Enter"], run_id=run_id)
     assert running.result()["stdout"] == "got aimed\n"
+
     refused = call(proxy, "send_keys", agent_name=agent, text="x", run_id=run_id)
     assert refused["isError"]
     assert "run_id" in text_of(refused)
@@ -6744,6 +6977,7 @@ def test_a_program_is_driven_by_keys_and_read_like_a_person_would(proxy: Proxy, 
     shown = text_of(call(proxy, "send_keys", agent_name=agent, text=ask, keys=["Enter"]))
     assert shown.endswith(f"$ {ask}\nName?")
     assert text_of(call(proxy, "read_terminal", agent_name=agent)) == shown
+
     listed = {
         each["agent_name"]: each
         for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
@@ -6755,6 +6989,7 @@ def test_a_program_is_driven_by_keys_and_read_like_a_person_would(proxy: Proxy, 
         "columns": 200,
         "lines": 50,
     }
+
     call(
         proxy,
         "send_keys",
@@ -6782,9 +7017,11 @@ def test_a_program_is_driven_by_keys_and_read_like_a_person_would(proxy: Proxy, 
         for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
     }
     assert listed[agent]["busy"] is True
+
     call(proxy, "send_keys", agent_name=agent, text="seen\n")
     call(proxy, "send_keys", agent_name=agent, keys=["C-d"])
     assert running.result()["stdout"] == "seen\n"
+
     lines = text_of(call(proxy, "read_terminal", agent_name=agent, lines=2)).split("\n")
     assert len(lines) == 2
     assert [line for line in lines if line != line.rstrip()] == []
@@ -6874,10 +7111,12 @@ def test_progress_shows_the_newest_line_and_only_grows(proxy: Proxy, agent: str)
     params = {"name": "exec", "arguments": slow, "_meta": {"progressToken": 0}}
     _, headers, events = mcp(proxy, request("tools/call", params, id_="p"), Mcp_Session_Id=session)
     assert headers["x-accel-buffering"] == "no"
+
     told = [each["params"] for each in events[:-1]]
     answer = events[-1]
     assert {each["method"] for each in events[:-1]} == {"notifications/progress"}
     assert {each["progressToken"] for each in told} == {0}
+
     seconds = [each["progress"] for each in told]
     assert all(after - before >= 0.09 for before, after in pairwise(seconds))
     assert all(after - before < 1.6 for before, after in pairwise([0.0, *seconds]))
@@ -6904,6 +7143,7 @@ def test_a_closed_stream_cancels_a_modern_call(
     names = {"MCP_Protocol_Version": "2026-07-28", "Mcp_Method": "tools/call", "Mcp_Name": "exec"}
     left = stream(proxy, "/mcp", message, **names)
     assert left.next()["params"]["message"] == "go"
+
     left.close()
     eventually(lambda: not processes_with("sleep\x0071.5"))
     # This connection breaks before any answer.
@@ -6930,9 +7170,11 @@ def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
     )
     left = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
     assert left.next()["params"]["message"] == "go"
+
     left.close()
     time.sleep(0.5)
     assert processes_with("sleep\x0072.5")
+
     cancel = {
         "jsonrpc": "2.0",
         "method": "notifications/cancelled",
@@ -6942,13 +7184,16 @@ def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
     assert mcp(proxy, cancel, Mcp_Session_Id=other)[0] == 202
     # The same id in another type cancels nothing.
     assert mcp(proxy, {**cancel, "params": {"requestId": "9"}}, Mcp_Session_Id=session)[0] == 202
+
     time.sleep(0.3)
     assert processes_with("sleep\x0072.5")
     assert mcp(proxy, cancel, Mcp_Session_Id=session)[0] == 202
     eventually(lambda: not processes_with("sleep\x0072.5"))
+
     again = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
     assert again.next()["params"]["message"] == "go"
     assert mcp(proxy, cancel, Mcp_Session_Id=session)[0] == 202
+
     # The stream ends without an answer.
     for got in iter(again.next, None):
         assert got["method"] == "notifications/progress"
@@ -6966,6 +7211,7 @@ def test_an_id_in_flight_cannot_be_used_twice(
     assert first.next()["params"]["message"] == "go"
     assert mcp(proxy, message, Mcp_Session_Id=session)[2]["error"]["code"] == -32600
     assert mcp(proxy, b"", "DELETE", Mcp_Session_Id=session)[0] == 204
+
     while first.next() is not None:
         pass
     eventually(lambda: not processes_with("sleep\x0073.5"))
@@ -7009,17 +7255,21 @@ def test_commands_are_reported_to_the_session_they_name(
     answer = proxy.exec("echo told; exit 4", agent_name=agent, session_id=agent)
     begun = listening.next()
     ended = listening.next()
+
     for told, event in ((begun, "start"), (ended, "end")):
         assert told["method"] == "notifications/message"
         assert told["params"]["level"] == "info"
         assert told["params"]["logger"] == "exec"
+
         data = told["params"]["data"]
         assert data["event"] == event
         assert data["run_id"] == answer["run_id"]
         assert data["agent_name"] == agent
+
     assert begun["params"]["data"]["cmd"] == "echo told; exit 4"
     assert ended["params"]["data"]["exit_code"] == 4
     assert ended["params"]["data"]["ended"] == "exit"
+
     left = proxy.connect()
     left.request(
         "POST",
@@ -7030,10 +7280,12 @@ def test_commands_are_reported_to_the_session_they_name(
     eventually(lambda: processes_with("sleep\x0077.5"))
     left.close()
     assert listening.next()["params"]["data"]["cmd"] == "sleep 77.5"
+
     told = listening.next()["params"]["data"]
     assert told["exit_code"] == 143
     assert told["ended"] == "cancelled"
     assert told["duration_ms"] > 0
+
     session = opened(proxy)
     # Nobody listens yet.
     proxy.exec("true", agent_name=agent, session_id=session)
@@ -7041,6 +7293,7 @@ def test_commands_are_reported_to_the_session_they_name(
     missed = [get.next()["params"]["data"] for _ in range(2)]
     assert [each["event"] for each in missed] == ["start", "end"]
     assert missed[0]["cmd"] == "true"
+
     proxy.exec("echo second", agent_name=agent, session_id=session)
     assert get.next()["params"]["data"]["cmd"] == "echo second"
     assert (
@@ -7048,10 +7301,12 @@ def test_commands_are_reported_to_the_session_they_name(
         == 200
     )
     assert get.next()["params"]["data"]["event"] == "end"
+
     proxy.exec("echo third", agent_name=agent, session_id=session)
     assert (
         mcp(proxy, request("logging/setLevel", {"level": "info"}), Mcp_Session_Id=session)[0] == 200
     )
+
     proxy.exec("echo fourth", agent_name=agent, session_id=session)
     assert get.next()["params"]["data"]["cmd"] == "echo fourth"
 
@@ -7062,6 +7317,7 @@ def test_a_client_that_reconnects_gets_missed_messages_and_running_calls(
     path = f"/messages?session_id={agent}"
     first = stream(proxy, f"/sse?session_id={agent}")
     assert first.next() == path
+
     arguments = {"cmd": "sleep 0.7; echo done", "agent_name": agent}
     assert (
         mcp(
@@ -7069,6 +7325,7 @@ def test_a_client_that_reconnects_gets_missed_messages_and_running_calls(
         )[0]
         == 202
     )
+
     first.close()
     time.sleep(0.3)
     for number in range(3):
@@ -7078,6 +7335,7 @@ def test_a_client_that_reconnects_gets_missed_messages_and_running_calls(
     assert second.next() == path
     assert [second.next()["id"] for _ in range(3)] == ["away0", "away1", "away2"]
     assert text_of(second.next()["result"]) == "done\n"
+
     # This stream replaces the second.
     third = stream(proxy, f"/sse?session_id={agent}")
     assert third.next() == path
@@ -7092,11 +7350,13 @@ def test_a_session_of_one_stream_ends_with_it_and_so_do_its_calls(
     opened = stream(proxy, "/sse")
     path = opened.next()
     assert re.fullmatch(r"/messages\?session_id=[0-9a-f]{32}", path)
+
     arguments = {"cmd": "sleep 74.5", "agent_name": agent}
     assert (
         mcp(proxy, request("tools/call", {"name": "exec", "arguments": arguments}), path=path)[0]
         == 202
     )
+
     eventually(lambda: processes_with("sleep\x0074.5"))
     opened.close()
     eventually(lambda: not processes_with("sleep\x0074.5"))
@@ -7126,6 +7386,7 @@ def test_named_sessions_and_idle_ones_expire(
         async with named.stream():
             await asyncio.sleep(0.1)
             assert "named" in state.sessions
+
         assert "named" in state.sessions
         await asyncio.sleep(0.3)
         return [*state.sessions]
@@ -7146,6 +7407,7 @@ def test_the_number_of_sessions_is_bounded() -> None:
         for _ in range(pp.MAX_SESSIONS):
             session = state.sessions.open(pp.Session(state, state.servers[""], "http", None, "", 9))
             session.streams += 1
+
         # The session that was unused longest made room.
         assert first.session_id not in state.sessions
         with pytest.raises(pp.NoTerminal):
@@ -7163,6 +7425,7 @@ def test_the_audit_log_has_the_start_and_the_end_of_each_command(
     answer = proxy.exec(cmd, **ids)
     # The start is recorded before the command runs.
     assert answer["stdout"] == "1\n"
+
     # The end is recorded before the answer.
     start, end = noted(path)
     fields = {
@@ -7174,6 +7437,7 @@ def test_the_audit_log_has_the_start_and_the_end_of_each_command(
     }
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", start["time"])
     assert start == {"time": start["time"], "event": "start", **fields}
+
     result = {
         "exit_code": 3,
         "ended": "exit",
@@ -7209,6 +7473,7 @@ def test_the_audit_log_has_the_commands_of_every_door(audited: tuple[Proxy, path
     assert all(
         start["run_id"] == end["run_id"] for start, end in zip(lines[::2], lines[1::2], strict=True)
     )
+
     ends = [
         (line["cmd"], line["exit_code"], line["error"] and line["error"][:9])
         for line in lines[1::2]
@@ -7241,6 +7506,7 @@ def test_the_audit_log_has_relayed_calls_without_arguments_or_results(
     client.call("echo", argument="s3cret", result={"secret": "s3cret"})
     assert client.call("fail", message="s3cret")["message"] == "s3cret"
     assert client.call("test_error_handling")["isError"] is True
+
     slow = {"name": "test_slow", "arguments": {"seconds": 9}, "_meta": {"progressToken": 1}}
     going = client.open("tools/call", slow, id_=9)
     if era == "legacy":
@@ -7254,6 +7520,7 @@ def test_the_audit_log_has_relayed_calls_without_arguments_or_results(
     assert [line["tool"] for line in starts] == ["echo", "fail", "test_error_handling", "test_slow"]
     assert [line["tool"] for line in ends] == [line["tool"] for line in starts]
     assert [line["call_id"] for line in ends] == [line["call_id"] for line in starts]
+
     expected = [None, "error -32000", "the tool failed", "cancelled"]
     assert [line["error"] for line in ends] == expected
     for line in lines:
@@ -7261,6 +7528,7 @@ def test_the_audit_log_has_relayed_calls_without_arguments_or_results(
         assert line["method"] == "tools/call"
         assert line["client"] == {"name": "tester", "version": "9"}
         assert line["address"] == "127.0.0.1"
+
     assert all(type(line["duration_ms"]) is int for line in ends)
     assert "s3cret" not in audit.read_text()
 
@@ -7272,6 +7540,7 @@ def test_no_call_is_relayed_while_the_audit_log_fails(
     proxy = own(f"--mcp-server=x={sys.executable} -S {fixtures} modern", f"--audit-log={audit}")
     call = modern("tools/call", {"name": "test_simple_text"})
     assert "result" in mcp(proxy, call, path="/servers/x/mcp")[2]
+
     audit.unlink()
     audit.mkdir()
     failed = mcp(proxy, call, path="/servers/x/mcp")[2]["error"]
@@ -7302,23 +7571,28 @@ def test_no_command_runs_or_is_answered_while_the_audit_log_fails(
     limit_files(proxy, size)
     # This is the end of `long`.
     eventually(lambda: "File too large" in proxy.logged())
+
     for _ in range(3):
         status, answer = proxy.post({"cmd": "touch ran"})
         assert status == 503
         assert answer["exit_code"] == 125
         assert answer["error"].startswith(f"cannot write the audit log {path}: File too large")
+
     result = call(proxy, "exec", cmd="touch ran")
     assert result["isError"]
     assert call(proxy, "send_keys", text="touch ran", keys=["Enter"])["isError"]
     assert proxy.request("GET", "/health")[0] == 200
     assert path.stat().st_size == size
     assert not long.future.done()
+
     limit_files(proxy, resource.RLIM_INFINITY)
     assert long.result()["exit_code"] == 5
     assert proxy.exec("ls")["stdout"] == ""
+
     limit_files(proxy, path.stat().st_size)
     # Nothing of its start is written, so nothing has to wait.
     assert proxy.post({"cmd": "touch ran"})[0] == 503
+
     limit_files(proxy, resource.RLIM_INFINITY)
     assert proxy.exec("ls")["stdout"] == ""
     lines = noted(path)
@@ -7373,6 +7647,7 @@ def test_a_server_that_stops_while_its_log_fails_answers_every_caller(
     eventually(lambda: processes_with("sleep\x0064.75"))
     limit_files(proxy, path.stat().st_size)
     assert proxy.stop() == 0
+
     status, answer = long.result()
     assert status == 500
     assert "is withheld" in answer["error"]
@@ -7392,6 +7667,7 @@ def test_an_audit_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
         time.sleep(0.2)
         reader = subprocess.Popen(f"exec cat {path} >{tmp_path}/copy", shell=True)
         assert call.result()["stdout"] == "hi\n"
+
     proxy.stop()
     assert reader.wait(15) == 0
     assert [line["cmd"] for line in noted(tmp_path / "copy")] == [cmd] * 2
@@ -7416,16 +7692,19 @@ def test_hup_reopens_the_audit_log(audited: tuple[Proxy, pathlib.Path]) -> None:
     path.rename(rotated)
     proxy.exec("echo old")
     assert len(noted(rotated)) == 4
+
     proxy.process.send_signal(signal.SIGHUP)
     eventually(path.exists)
     proxy.exec("echo new")
     assert len(noted(rotated)) == 4
     assert [line["cmd"] for line in noted(path)] == ["echo new"] * 2
+
     path.rename(path.with_name("again"))
     path.mkdir()
     proxy.process.send_signal(signal.SIGHUP)
     eventually(lambda: "Is a directory" in proxy.logged())
     assert proxy.post({"cmd": "true"})[0] == 503
+
     path.rmdir()
     for _ in range(2):
         # The server recovers by itself.
@@ -7459,6 +7738,7 @@ def test_a_truncated_line_damages_no_other(audited: tuple[Proxy, pathlib.Path]) 
     path.rename(cut)
     proxy.process.send_signal(signal.SIGHUP)
     assert long.result()["exit_code"] == 5
+
     limit_files(proxy, resource.RLIM_INFINITY)
     proxy.exec("true")
     torn, *lines, cut_short = cut.read_text().splitlines()
@@ -7566,9 +7846,11 @@ def test_the_gate_refuses_with_a_json_error(
     assert json.loads(answer)["exit_code"] == 125
     assert json.loads(answer)["error"]
     assert "access-control-allow-origin" not in answer_headers
+
     if status == 405:
         assert ("POST" if path == "/exec" else "GET") in answer_headers["allow"]
         assert method == "OPTIONS" or method not in answer_headers["allow"]
+
     assert not os.path.exists(f"{proxy.workspace}/pwned")
 
 
@@ -7599,6 +7881,7 @@ def test_refusals_on_mcp_routes_are_json_rpc_errors(
     given = {**JSON_TYPE, "Authorization": f"Bearer {guarded.token}", **headers}
     got, _, answer = guarded.request(method, path, b"{}" if method == "POST" else None, given)
     assert got == status
+
     told = json.loads(answer)
     assert told["jsonrpc"] == "2.0"
     assert told["id"] is None
@@ -7628,6 +7911,7 @@ def test_an_mcp_path_may_end_with_a_slash(
     status, _, answer = mcp(relay, request("initialize", INITIALIZE), path=f"{server}/mcp/")
     assert status == 200
     assert "serverInfo" in answer["result"]
+
     events = stream(relay, f"{server}/sse/")
     assert events.status == 200
     path = events.next().replace("/messages?", "/messages/?")
@@ -7676,6 +7960,7 @@ def test_a_websocket_answers_every_bad_message_but_responses(
         if answer is not None:
             assert {"id": got["id"], "code": got["error"]["code"]} == answer
             got = json.loads(await asyncio.wait_for(socket.read_message(), 10))
+
         assert got["id"] == "last"
         await close(socket)
 
@@ -7719,6 +8004,7 @@ def test_the_token_is_demanded_and_never_shown(own: Callable[..., Proxy]) -> Non
         assert status == 401
         assert headers["www-authenticate"] == "Bearer"
         assert json.loads(answer)["exit_code"] == 125
+
     status, _, _ = server.request(
         "POST",
         "/exec",
@@ -7726,6 +8012,7 @@ def test_the_token_is_demanded_and_never_shown(own: Callable[..., Proxy]) -> Non
         {**JSON_TYPE, "Authorization": "Bearer geheim-1", "Origin": "http://a.b"},
     )
     assert status == 403
+
     headers = {**JSON_TYPE, "Authorization": "Bearer geheim-1", "Host": "sandbox:3001"}
     status, _, answer = server.request(
         "POST",
@@ -7748,9 +8035,11 @@ def test_only_an_allowed_origin_may_call(own: Callable[..., Proxy]) -> None:
     assert status == 204
     assert headers["access-control-allow-origin"] == "http://ui.example:8080"
     assert "POST" in headers["access-control-allow-methods"]
+
     status, headers, _ = server.request("POST", "/exec", b'{"cmd": "true"}', {**JSON_TYPE, **good})
     assert status == 200
     assert headers["access-control-allow-origin"] == "http://ui.example:8080"
+
     for origin in (
         "http://ui.example",
         "https://ui.example:8080",
@@ -7764,6 +8053,7 @@ def test_a_body_beyond_the_limit_gets_413_declared_or_chunked(proxy: Proxy) -> N
     status, answer = proxy.post(big)
     assert status == 413
     assert answer["exit_code"] == 125
+
     connection = proxy.connect()
     connection.request(
         "POST",
@@ -7773,6 +8063,7 @@ def test_a_body_beyond_the_limit_gets_413_declared_or_chunked(proxy: Proxy) -> N
         encode_chunked=True,
     )
     assert connection.getresponse().status == 413
+
     connection.close()
 
 
@@ -7783,10 +8074,12 @@ def test_requests_on_one_connection_are_answered_in_order(proxy: Proxy, agent: s
             "POST", "/exec", json.dumps({"cmd": f"echo {number}", "agent_name": agent}), JSON_TYPE
         )
         assert json.loads(connection.getresponse().read())["stdout"] == f"{number}\n"
+
         connection.request("POST", "/exec", "{", JSON_TYPE)
         answer = connection.getresponse()
         assert answer.status == 400
         assert json.loads(answer.read())["exit_code"] == 2
+
     connection.close()
 
 
@@ -7828,6 +8121,7 @@ def test_a_stream_sends_output_as_it_is_written_and_then_the_result(
             pathlib.Path(gate).touch()
         if event != ":":
             got.append((event, data))
+
     assert "".join(data["stdout"] for event, data in got if event == "output") == "one\ntwo"
     event, data = got[-1]
     assert event == "exit"
@@ -7892,6 +8186,7 @@ def test_a_slow_reader_slows_the_command_and_not_the_server(own: Callable[..., P
     time.sleep(1)
     assert not os.path.exists(f"{server.workspace}/done")
     assert server.memory() - before < 30 * 1024 * 1024
+
     while answer.read(1 << 20):
         pass
     connection.close()
@@ -8061,18 +8356,21 @@ def test_a_channel_passes_the_gate_and_needs_a_websocket(own: Callable[..., Prox
     assert refused(token) == 101
     assert refused({**token, "Origin": "http://evil.example"}) == 403
     assert refused({**token, "Origin": "http://good.example"}) == 101
+
     shake = {
         "Upgrade": "websocket",
         "Connection": "Upgrade",
         "Sec-WebSocket-Key": "x",
         "Sec-WebSocket-Version": "13",
     }
+
     for name, wrong in zip(shake, ("h2c", "close", "", "8"), strict=True):
         status, _, answer = server.request(
             "GET", "/exec/ws", headers={**token, **shake, name: wrong}
         )
         assert status == 400
         assert json.loads(answer)["exit_code"] == 2
+
     assert server.post({"cmd": "true"}, "/exec/ws")[0] == 405
     assert "Traceback" not in server.logged()
 
@@ -8102,6 +8400,7 @@ def test_streamable_http_requires_both_types_and_checks_methods(proxy: Proxy) ->
         ("", 200),
     ):
         assert mcp(proxy, modern("tools/list"), Accept=accept)[0] == status
+
     both = "text/event-stream;q=0.9,application/*"
     assert mcp(proxy, modern("tools/list"), Accept=both)[0] == 200
     assert mcp(proxy, modern("tools/list"), Content_Type="text/plain")[0] == 415
@@ -8130,11 +8429,13 @@ def test_the_token_may_be_a_parameter_where_headers_cannot_be_set(
         == 401
     )
     assert stream(proxy, "/sse").status == 401
+
     opened = stream(proxy, "/sse?token=s3cret%2B/=")
     path = opened.next()
     assert mcp(proxy, request("ping"), path=path)[0] == 202
     assert opened.next()["result"] == {}
     assert mcp(proxy, request("ping"), path=path.partition("&")[0])[0] == 401
+
     with_header = stream(proxy, "/sse", None, Authorization="Bearer s3cret+/=")
     assert "token" not in with_header.next()
 
@@ -8179,6 +8480,7 @@ def test_a_client_of_either_era_is_served_on_an_event_stream(
     assert mcp(proxy, request("ping"), path="/messages?session_id=gone")[0] == 404
     assert mcp(proxy, request("ping"), path="/messages")[0] == 404
     assert stream(proxy, "/sse?session_id=a%20b").status == 400
+
     arguments = {"cmd": "sleep 75.5", "agent_name": agent}
     assert (
         mcp(
@@ -8188,6 +8490,7 @@ def test_a_client_of_either_era_is_served_on_an_event_stream(
         )[0]
         == 202
     )
+
     eventually(lambda: processes_with("sleep\x0075.5"))
     cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "c"}}
     assert mcp(proxy, cancel, path=path)[0] == 202
@@ -8223,9 +8526,11 @@ def test_a_websocket_session_lasts_as_long_as_its_socket(proxy: Proxy, agent: st
             "output"
         ] == "hi\n"
         assert (await ask(modern("server/discover")))["result"]["resultType"] == "complete"
+
         params = {"name": "exec", "arguments": {"cmd": "echo go; sleep 76.5", "agent_name": agent}}
         told = await ask(request("tools/call", {**params, "_meta": {"progressToken": "x"}}, id_=3))
         assert told["params"]["message"] == "go"
+
         await close(socket)
         await asyncio.to_thread(eventually, lambda: not processes_with("sleep\x0076.5"))
 
@@ -8278,6 +8583,7 @@ def test_clients_that_leave_at_once_leave_nothing_behind(own: Callable[..., Prox
     before = proxy.descriptors()
     params = {"name": "exec", "arguments": {"cmd": "sleep 78.5"}}
     cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
+
     for _ in range(10):
         shaken(
             proxy,
@@ -8295,17 +8601,20 @@ def test_clients_that_leave_at_once_leave_nothing_behind(own: Callable[..., Prox
         reset = shaken(proxy, "/exec/ws", b"x" * 100)
         reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         reset.close()
+
     both = frame(json.dumps(request("tools/call", params))) + frame(json.dumps(cancel))
     with shaken(proxy, "/mcp/ws", both + both + frame(json.dumps(request("ping", id_=1)))) as peer:
         got = b""
         # Until the id is free again.
         while b'"result":{}' not in got:
             got += peer.recv(4096)
+
     # It leaves while its output is being written.
     for _ in range(3):
         flood = Stream(proxy, "/exec", {"cmd": "yes"}, Accept="text/event-stream")
         assert flood.next()["stdout"].startswith("y\n")
         flood.close()
+
     eventually(lambda: not processes_with("sleep\x0078.5"))
     eventually(lambda: proxy.descriptors() <= before)
     # A failure without a listener is logged at the end.
@@ -8324,6 +8633,7 @@ def test_the_gate_comes_before_the_body_of_an_upgrade_too(own: Callable[..., Pro
             with contextlib.suppress(OSError):
                 for _ in range(100):
                     peer.sendall(bytes(1_000_000))
+
     assert proxy.peak() - before < 30_000_000
 
 
@@ -8334,6 +8644,7 @@ def test_an_unused_body_takes_no_memory(own: Callable[..., Proxy]) -> None:
     files = proxy.descriptors()
     before = proxy.memory()
     unread = ["GET /health", "HEAD /health", "OPTIONS /exec"] * 2
+
     with contextlib.ExitStack() as held:
         for number, start in enumerate(unread + ["POST /exec"] * 5):
             head = f"{start} HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\n"
@@ -8346,6 +8657,7 @@ def test_an_unused_body_takes_no_memory(own: Callable[..., Proxy]) -> None:
             if number + 1 >= len(unread):
                 held.close()
                 eventually(lambda: proxy.descriptors() <= files)
+
     assert proxy.peak() - before < 50_000_000
 
 
@@ -8392,6 +8704,7 @@ def test_a_number_of_any_length_is_refused_by_the_name_of_its_field(
     status, answer = proxy.post(f'{{"cmd": "true", "timeout": {number}}}'.encode())
     assert status == 400, answer
     assert answer["error"].startswith("`timeout`"), answer
+
     answer = mcp(
         proxy,
         f'{{"jsonrpc": "2.0", "id": 1, "method": "ping", "params": {{"x": {number}}}}}'.encode(),
@@ -8404,9 +8717,11 @@ def test_an_allowed_browser_sees_the_session_header(own: Callable[..., Proxy]) -
     proxy = own("--allow-origin", "http://app.example.com", "--mcp-server=x=cat")
     _, headers, _ = mcp(proxy, request("initialize", INITIALIZE), Origin="http://app.example.com")
     assert headers["access-control-expose-headers"] == "Mcp-Session-Id"
+
     asked = {"Origin": "http://app.example.com", "Access-Control-Request-Method": "POST"}
     status, headers, _ = proxy.request("OPTIONS", "/servers/x/mcp", None, asked)
     assert status == 204
+
     status, headers, _ = proxy.request("OPTIONS", "/mcp", None, asked)
     assert status == 204
     assert {"Mcp-Method", "Mcp-Name", "MCP-Protocol-Version"} <= set(
@@ -8427,6 +8742,7 @@ def test_half_open_and_slow_clients_block_no_other(own: Callable[..., Proxy]) ->
         slow.sendall(bytes([byte]))
     assert slow.recv(100).startswith(b"HTTP/1.1 200 OK")
     assert mcp(proxy, modern("tools/list"))[0] == 200
+
     for each in (*stuck, slow):
         each.close()
     eventually(lambda: proxy.descriptors() < 30)
@@ -8439,6 +8755,7 @@ def test_idle_connections_are_dropped_for_active_ones(
     resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (100, 1000))
     busy = proxy.start_exec("touch up; until [ -e go ]; do sleep 0.02; done; echo gone")
     eventually(lambda: os.path.exists(f"{proxy.workspace}/up"))
+
     with contextlib.ExitStack() as idle:
         for _ in range(200):
             idle.enter_context(socket.create_connection(("127.0.0.1", proxy.port), timeout=10))
@@ -8458,10 +8775,12 @@ def test_an_unread_answer_is_dropped_after_a_while(own: Callable[..., Proxy]) ->
     proxy.start()
     proxy.exec("true")
     body = json.dumps({"cmd": "yes | head -c 30000000", "max_output": 30_000_000})
+
     with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as unread:
         head = "POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         unread.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         assert unread.recv(15) == b"HTTP/1.1 200 OK"
+
         # The connection as the server sees it, established.
         there = rf":{proxy.port:04X} \w+:{unread.getsockname()[1]:04X} 01"
         table = pathlib.Path("/proc/net/tcp")
@@ -8479,6 +8798,7 @@ def test_headers_beyond_the_limit_end_the_connection(proxy: Proxy) -> None:
                 + b"\r\n\r\n"
             )
             got = peer.recv(100)
+
     assert got == b""
 
 
@@ -8489,6 +8809,7 @@ def test_a_server_without_descriptors_pauses_and_recovers(own: Callable[..., Pro
     limits = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
     # No new descriptor can be opened.
     resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+
     with socket.create_connection(("127.0.0.1", proxy.port), timeout=10):
         # It tries a second time.
         eventually(lambda: proxy.logged().count("accept failed") == 2)
@@ -8507,6 +8828,7 @@ def test_an_error_before_the_body_is_read_closes_the_connection(proxy: Proxy) ->
     for method, path, headers in wrong:
         assert proxy.request(method, path, b"{}", headers)[1]["connection"] == "close"
     connection = proxy.connect()
+
     # The connection remains usable afterwards.
     for _ in range(2):
         connection.request("POST", "/exec", b"{}", JSON_TYPE)
@@ -8514,6 +8836,7 @@ def test_an_error_before_the_body_is_read_closes_the_connection(proxy: Proxy) ->
         assert answer.status == 400
         assert answer.getheader("Connection") is None
         answer.read()
+
     connection.close()
 
 
@@ -8528,6 +8851,7 @@ def exchange(proxy: Proxy, sent: bytes) -> bytes:
         peer.shutdown(socket.SHUT_WR)
         while piece := peer.recv(65536):
             got += piece
+
     return got
 
 
@@ -8594,6 +8918,7 @@ def test_every_http_request_gets_an_answer_in_its_shape(proxy: Proxy) -> None:
         "/mcp/ws?token=%00",
         "/\xe9",
     ]
+
     for _ in range(60 * FUZZ):
         body = dice.choice(
             [b"", b"{}", b'{"cmd": ""}', json.dumps(request("ping")).encode(), dice.randbytes(20)]
@@ -8610,6 +8935,7 @@ def test_every_http_request_gets_an_answer_in_its_shape(proxy: Proxy) -> None:
             lines.append(
                 f"{dice.choice(names)}: {dice.choice([dice.choice(values), words(dice).strip()])}"
             )
+
         sent = (
             "\r\n".join([*lines, "", ""]).encode(
                 "utf-8" if dice.random() < 0.5 else "latin-1", "replace"
@@ -8624,15 +8950,18 @@ def test_every_http_request_gets_an_answer_in_its_shape(proxy: Proxy) -> None:
         status = int((re.match(rb"HTTP/1\.1 (\d{3}) ", head) or [b"", b"0"])[1])
         assert not got or status, (sent, got)
         assert status < 500, (sent, got)
+
         if status < 400 or not answer or b"HTTP/1.1 " in answer:
             continue
         told = json.loads(answer)
+
         if "jsonrpc" in told:
             assert any(path in sent for path in (b"/mcp", b"/sse", b"/messages")), (sent, got)
             assert type(told["error"]["code"]) is int, (sent, got)
         else:
             assert isinstance(told["error"], str), (sent, got)
             assert told["exit_code"] in (2, 125), (sent, got)
+
     assert proxy.request("GET", "/health")[0] == 200
     assert "Traceback" not in proxy.logged(), proxy.logged()[-3000:]
 
@@ -8660,6 +8989,7 @@ def test_any_frames_end_the_socket_and_leave_nothing(proxy: Proxy, agent: str, p
         json.dumps(each).encode()
         for each in (run, *calls, request("ping"), {"signal": "INT"}, [], {"cmd": ""})
     ]
+
     for _ in range(20 * FUZZ):
         sent = b""
         for _ in range(dice.randrange(6)):
@@ -8671,11 +9001,13 @@ def test_any_frames_end_the_socket_and_leave_nothing(proxy: Proxy, agent: str, p
             )
             data = spoil(dice, data) if dice.random() < 0.3 else data
             sent += client_frame(dice, data, dice.choice((*opcodes, dice.randrange(256))))
+
         sent = spoil(dice, sent) if dice.random() < 0.3 else sent
         with shaken(proxy, path, sent) as peer, contextlib.suppress(OSError):
             peer.shutdown(socket.SHUT_WR)
             while peer.recv(65536):
                 pass
+
     eventually(lambda: not processes_with("sleep\x0074.25"), 10)
     eventually(lambda: proxy.descriptors() <= before + 10, 10)
     assert "Traceback" not in proxy.logged(), proxy.logged()[-3000:]
@@ -9302,6 +9634,7 @@ class Doors:
                 os.close(write)
             else:
                 given = os.open(self.folder / "given", os.O_RDONLY)
+
             stack.callback(os.close, given)
 
             return subprocess.run(
@@ -9629,6 +9962,7 @@ def test_sigterm_lets_commands_finish_cancels_the_rest_and_answers_all(
     started = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     assert quick.result()["stdout"] == "quick\n"
+
     answer = slow.result()
     assert answer["ended"] == "cancelled"
     assert answer["stdout"] == "slow\n"
@@ -9648,6 +9982,7 @@ def test_a_stopping_server_answers_mcp_calls_and_ends_their_streams(
     path = events.next()
     params = {"name": "exec", "arguments": {"cmd": "sleep 0.6; echo done"}}
     assert mcp(proxy, request("tools/call", params), path=path)[0] == 202
+
     eventually(lambda: processes_with("sleep\x000.6"))
     started = time.monotonic()
     assert proxy.stop() == 0
@@ -9695,6 +10030,7 @@ def test_a_server_whose_first_terminal_is_slow_stops_at_once(own: Callable[..., 
     server = own()
     server.exec("true")
     assert server.stop() == 0
+
     pathlib.Path(server.folder, "home/.bashrc").write_text("sleep 12\n")
     server.tmux("kill-server")
     server.start()
@@ -9703,6 +10039,7 @@ def test_a_server_whose_first_terminal_is_slow_stops_at_once(own: Callable[..., 
     started = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() - started < 4.5
+
     with pytest.raises(AssertionError, match="stopping"):
         waiting.result()
 
@@ -9718,6 +10055,7 @@ def test_an_unread_log_blocks_nothing(own: Callable[..., Proxy]) -> None:
         assert server.exec(f"exit {number}")["exit_code"] == number
     assert server.stop() == 0
     assert b"exec end agent=poco" in os.read(unread, 4096)
+
     os.close(unread)
 
 
@@ -9741,6 +10079,7 @@ def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(own: Callable[..
     assert answer["exit_code"] == 125
     assert "tmux" in answer["error"]
     assert server.request("GET", "/health")[0] == 200
+
     os.unlink(f"{server.folder}/tmux")
     assert server.exec("echo back")["stdout"] == "back\n"
 
@@ -9959,11 +10298,13 @@ def test_bench_a_small_command_as_a_tool(own: Callable[..., Proxy]) -> None:
         "legacy": lambda: tool(request("tools/call", exec_true), **{"Mcp-Session-Id": session}),
     }
     call()
+
     for era, ask in eras.items():
         pairs = [(timed(call), timed(ask)) for _ in range(300)]
         plain, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
         ratio = f"ratio {ours / plain:.2f} (bound 1.5)"
         print(f"\n{era} tools/call exec true: {ours:.2f} ms, POST /exec: {plain:.2f} ms, {ratio}")
+
     connection.close()
     call.close()
 
@@ -10032,6 +10373,7 @@ def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pat
             child.stdout.readline()
         itself = 3000 / (time.perf_counter() - started)
         child.stdin.close()
+
     connection.close()
 
     async def pipelined() -> float:
@@ -10040,14 +10382,17 @@ def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pat
         started = time.perf_counter()
         done = 0
         sent = 0
+
         while done < 5000:
             while sent < 5000 and sent - done < 60:
                 socket.write_message(
                     json.dumps(modern("tools/call", {"name": "test_simple_text"}, id_=sent))
                 )
                 sent += 1
+
             await socket.read_message()
             done += 1
+
         await close(socket)
         return 5000 / (time.perf_counter() - started)
 
@@ -10077,6 +10422,7 @@ def test_bench_twenty_agents_at_once(own: Callable[..., Proxy]) -> None:
     for number, call in enumerate(calls):
         call(agent_name=f"a{number}")
     ratios = []
+
     for _ in range(3):
         with ThreadPoolExecutor(4) as pool:
             floor = 400 / timed(lambda: list(pool.map(lambda _: local(), range(400))))
@@ -10087,10 +10433,12 @@ def test_bench_twenty_agents_at_once(own: Callable[..., Proxy]) -> None:
                     assert calls[number](agent_name=f"a{number}")["exit_code"] == 0
 
             ours = 400 / timed(lambda: list(pool.map(work, range(20))))
+
         ratios.append(ours / floor)
         print(
             f"\n20 agents: {ours:.0f}/s, 4 threads of bash -c: {floor:.0f}/s, ratio {ours / floor:.2f} (bound 0.33)"
         )
+
     print(f"median ratio {statistics.median(ratios):.2f}")
     for call in calls:
         call.close()
@@ -10176,12 +10524,14 @@ def peak_memory(
     started = time.perf_counter()
     process = subprocess.Popen(pipe, env=engine.env, cwd=engine.cwd, stdout=subprocess.DEVNULL)
     most = 0
+
     while process.poll() is None:
         for pid in processes_with(engine.names):
             with contextlib.suppress(OSError, IndexError):
                 status = pathlib.Path(f"/proc/{pid}/status").read_text()
                 most = max(most, int(re.findall(r"VmHWM:\s+(\d+)", status)[0]))
         time.sleep(0.05)
+
     return time.perf_counter() - started, most
 
 
@@ -10196,6 +10546,7 @@ def test_bench_a_gigabyte_through_the_shell(engine: Caller) -> None:
             f"\n1 GB {way}: {1000 / seconds:.0f} MB/s (bound 150), the shell's memory {most / 1024:.0f} MiB",
             end="",
         )
+
     print(f"\nthe server's peak {engine.proxy.peak() / 2**20:.0f} MiB")
 
 
@@ -10214,6 +10565,7 @@ def test_bench_twenty_thousand_mixed_commands(own: Callable[..., Proxy]) -> None
             answer = calls[worker](cmd, agent_name=f"m{number % 5}")
             expected = f"{number}{str(number % 10) * size}"
             wrong += (answer.get("stdout"), answer["exit_code"]) != (expected, code)
+
         return wrong
 
     def rounds(start: int, total: int) -> int:
@@ -10327,6 +10679,7 @@ def ordered(chance: random.Random, tag: str, agent: str, folder: str, door: str)
         Order({"cmd": f": {'x' * 40_000}; echo {tag}"}, f"{tag}\n"),
         Order({"cmd": f"for i in 1 2 3; do echo {tag}; sleep 0.{number}; done"}, f"{tag}\n" * 3),
     ]
+
     if door == "channel" and number < 60:
         return Order(
             {"cmd": f"echo {tag}; {LINGER}{tag.replace('x', '00')}", "signal": name},
@@ -10334,6 +10687,7 @@ def ordered(chance: random.Random, tag: str, agent: str, folder: str, door: str)
             "",
             code,
         )
+
     if door != "shell" and number < 90:
         return Order(
             {"cmd": f"echo {tag}; {LINGER}{tag.replace('x', '00')}", "timeout": 0.3},
@@ -10342,6 +10696,7 @@ def ordered(chance: random.Random, tag: str, agent: str, folder: str, door: str)
             124,
             "timeout",
         )
+
     return chance.choice(orders)
 
 
@@ -10406,6 +10761,7 @@ class Soak:
                     descriptor = await channel.next()
                     if descriptor == 1:
                         await channel.send({"signal": number})
+
                 facts = await channel.end() if not hasattr(channel, "final") else channel.final
                 if "ended" not in facts:
                     raise Refused(str(facts))
@@ -10418,11 +10774,13 @@ class Soak:
         fields = order.fields
         caller.env["OPENCODE_AGENT"] = fields["agent_name"]
         where = os.path.join(caller.cwd, fields.get("cwd", ""))
+
         with caller.start("-c", fields["cmd"], stdin=subprocess.PIPE, cwd=where) as process:
             out, err = (
                 part.decode()
                 for part in process.communicate(fields.get("stdin", "").encode(), timeout=60)
             )
+
         ours = [line for line in err.split("\n") if line.startswith("pocketcoder: ")]
         if process.returncode == 125 and ours:
             raise Refused(err)
@@ -10452,6 +10810,7 @@ class Soak:
                 request("tools/call", params, id_),
                 Mcp_Session_Id=self.sessions[worker][1],
             )[2]
+
         answer = got[-1] if isinstance(got, list) else got
         assert answer["id"] == id_, answer
         return self.told(answer)
@@ -10462,6 +10821,7 @@ class Soak:
             socket = await tornado.websocket.websocket_connect(
                 url, subprotocols=["mcp"], max_message_size=64 << 20
             )
+
             for message in (
                 request("initialize", INITIALIZE, "hello"),
                 request(
@@ -10473,6 +10833,7 @@ class Soak:
                 await socket.write_message(json.dumps(message))
                 got = json.loads(cast(str, await asyncio.wait_for(socket.read_message(), 60)))
                 assert got["id"] == message["id"], got
+
             await close(socket)
             return self.told(got)
 
@@ -10489,6 +10850,7 @@ class Soak:
             "tools/call", {"name": "exec", "arguments": order.fields}, order.fields["usage_id"]
         )
         assert mcp(self.server, message, path=path)[0] == 202
+
         with contextlib.closing(Stream(self.server, name) if worker % 2 else first) as stream:
             got = stream.next()
             got = stream.next() if got == path else got
@@ -10504,6 +10866,7 @@ class Soak:
             "agent_name": agent,
             "timeout": 20,
         }
+
         with contextlib.closing(
             Stream(self.server, "/exec", ask, Accept="text/event-stream")
         ) as stream:
@@ -10517,8 +10880,10 @@ class Soak:
                     self.server, modern("tools/call", {"name": name, "arguments": arguments})
                 )[2]["result"]
                 assert not got["isError"], got
+
             assert stream.next() == {"stdout": f"{tag} word {tag}\n"}
             facts = stream.next()
+
         assert facts.pop("exit_code") == 5, facts
         assert facts["ended"] == "exit", facts
         return Answer(order.out, order.err, {"exit_code": order.code, "ended": order.ended})
@@ -10529,6 +10894,7 @@ class Soak:
             client = Client(self.server, era, server, partial(Stream))
         except KeyError as none:
             raise Lost("no session") from none
+
         for name, arguments in (
             ("echo", {"n": order.fields["usage_id"]}),
             ("test_slow", {"seconds": 0.4}),
@@ -10545,6 +10911,7 @@ class Soak:
                 if name == "test_slow"
                 else json.loads(text)["arguments"] == arguments
             ), got
+
         if era == "legacy":
             assert mcp(self.server, b"", "DELETE", path=client.path, **client.headers)[0] == 204
         return Answer(order.out, order.err, {"exit_code": order.code, "ended": order.ended})
@@ -10579,6 +10946,7 @@ class Soak:
         agent = f"a{worker if worker < 20 else 10 + worker % 10}"
         names = list(self.DOORS)
         weights = [weight for _, weight in self.DOORS.values()]
+
         while time.monotonic() < self.until and len(self.wrong) < 20:
             door = chance.choices(names, weights)[0]
             serial = serial + 1
@@ -10624,6 +10992,7 @@ class Soak:
             verdict, excused, said = self.compare(order, answer, begin, agent)
             if "late." in order.fields["cmd"] and door not in ("keys", "relay"):
                 self.late[tag] = f"{agent} {door} {verdict} {order.fields['cmd']}", begin
+
         if not excused:
             now = time.monotonic()
             past = [
@@ -10633,6 +11002,7 @@ class Soak:
             at = f"{door} {agent}, {now - begin:.2f} s, after {past}"
             self.wrong.append(f"{verdict} at {at}: {order.fields['cmd'][-200:]!r}: {said[:1500]}")
             print("WRONG", self.wrong[-1], flush=True)
+
         return verdict
 
     def compare(
@@ -10647,12 +11017,14 @@ class Soak:
             self.runs[facts["run_id"]] = facts["exit_code"]
         due = (order.out + order.err, "") if combined else (order.out, order.err)
         said = f"{facts}, {[text[:60] for text in got]}, {[len(text) for text in got]} of {[len(t) for t in due]}"
+
         if ended in ("lost", "cancelled") and ended != order.ended:
             kinds = RESTARTS[:1] if ended == "cancelled" else (*PANE_DIES, *TMUX_DIES)
             code = facts["exit_code"] == 137 or ended == "cancelled"
             # It may end within a character.
             begun = due[0].startswith(got[0].replace("\ufffd", ""))
             return ended, self.hit(begin, agent, *kinds) and begun and code, said
+
         right = got == due and (facts["exit_code"], ended) == (order.code, order.ended)
         return ("ok" if right else "wrong"), right, said
 
@@ -10669,6 +11041,7 @@ class Soak:
         with contextlib.suppress(AssertionError):
             panes = [line.split()[0] for line in server.panes(agent)]
         pane = chance.choice(panes or ["%none"])
+
         if kind in DEATHS:
             words = ["bash", "-c", DEATHS[kind].format(socket=server.socket, pane=pane)]
             subprocess.run(words, env=server.env, stderr=subprocess.DEVNULL, timeout=20)
@@ -10694,6 +11067,7 @@ class Soak:
                 half.sendall(
                     f"{head}Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{{".encode()
                 )
+
             params = {
                 "name": "exec",
                 "arguments": {"cmd": f"{LINGER}{number}", "agent_name": agent},
@@ -10717,6 +11091,7 @@ class Soak:
                 # In copy mode a key may ask something, and tmux waits for good.
                 server.tmux("copy-mode", "-q", "-t", pane)
                 server.tmux(*words)
+
         fault.end = time.monotonic()
 
     def leave(self, agent: str, number: int) -> None:
@@ -10727,6 +11102,7 @@ class Soak:
             assert process.stdout
             process.stdout.readline()
             process.kill()
+
         cmd = [f"echo go; {LINGER}{number}", "yes"][number % 2]
         left = Stream(
             self.server, "/exec", {"cmd": cmd, "agent_name": agent}, Accept="text/event-stream"
@@ -10744,6 +11120,7 @@ class Soak:
             for worker, since in list(self.since.items())
             if now - since > 100
         ]
+
         for pid in processes_with("sleep\x0030."):
             with contextlib.suppress(OSError):
                 ticks = int(
@@ -10764,12 +11141,14 @@ def left_over(server: Proxy, fixtures: pathlib.Path) -> list[str]:
     known = {server.process.pid, int(server.tmux("display-message", "-p", "#{pid}"))}
     known |= {int(pid) for pid in server.tmux("list-panes", "-a", "-F", "#{pane_pid}").split()}
     found = []
+
     for pid in set(processes_with(server.folder)) - known:
         with contextlib.suppress(OSError):
             process = pp.process(pid)
             if process and process.parent != server.process.pid:
                 words = pathlib.Path(f"/proc/{pid}/cmdline").read_text()[:200]
                 found.append(f"{pid} {words!r} of {process.parent}")
+
     return found
 
 
@@ -10783,6 +11162,7 @@ def unaudited(audit: pathlib.Path, runs: dict[str, int]) -> list[str]:
         for run, entries in found.items()
     }
     due = {run: [("start", None), ("end", code)] for run, code in runs.items()}
+
     return [
         f"audit of {run}: {told.get(run)}, not {due[run]}"
         for run in due
@@ -10811,6 +11191,7 @@ def test_soak_mixed_load_with_faults(names: str, fixtures: pathlib.Path) -> None
     ]
     audit = ["--audit-log", f"{fixtures.parent}/audit"] if '"--audit-log"' in SOURCE else []
     server = Guarded(*servers, *audit, POCKETCODER_TOKEN=SECRET)
+
     try:
         soak_for(seconds, Soak(server, names, fixtures), fixtures.parent / "audit")
     finally:
@@ -10828,6 +11209,7 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     files_before = server.descriptors()
     soak.until = begin + seconds
     faults = [*PANE_DIES, *TMUX_DIES, *OTHERS]
+
     with ThreadPoolExecutor(26) as pool:
         workers = [pool.submit(soak.work, worker) for worker in range(26)]
         while True:
@@ -10841,8 +11223,10 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
                 looked = now
                 soak.look(begin)
             time.sleep(chance.uniform(1, 4))
+
         for worker in workers:
             worker.result(120)
+
     ended = time.monotonic()
     soak.hurt("copy mode", chance)
     # Files of lines that were given up stay for so long.
@@ -10851,6 +11235,7 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     print(
         f"\n{'door':10}{'n':>7}{'ok':>7}{'lost':>6}{'cancel':>7}{'refused':>8}{'gone':>6}{'ms':>8}{'p99':>8}"
     )
+
     for door, done in soak.done.items():
         times = sorted(seconds for verdict, seconds in done if verdict == "ok") or [0.0]
         counts = [
@@ -10862,6 +11247,7 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
             end="",
         )
         print(f"{statistics.median(times) * 1000:8.1f}{times[len(times) * 99 // 100] * 1000:8.0f}")
+
     kinds = sorted(fault.kind for fault in soak.faults)
     print(f"{sum(map(len, soak.done.values())) / (ended - begin):.0f} calls/s; faults:", end=" ")
     print(", ".join(f"{kind} {kinds.count(kind)}" for kind in dict.fromkeys(kinds)))
@@ -10885,11 +11271,13 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     children = json.loads(server.request("GET", "/servers")[2])
     print("children", children)
     wrong = soak.wrong
+
     for tag, (agent, since) in soak.late.items():
         file = pathlib.Path(f"{server.folder}/late.{tag}")
         if not file.exists() or file.read_text() != f"{tag}\n":
             excused = soak.hit(since, agent.split()[0], *PANE_DIES, *TMUX_DIES)
             wrong += [] if excused else [f"a background process of {agent} did not live on: {tag}"]
+
     wrong += unaudited(audit, soak.runs) if audit.exists() else []
     wrong += [
         f"a half-typed line was run: {name}"
@@ -10916,6 +11304,7 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     if more > 10:
         wrong.append(f"memory grows: {more:+.1f} MiB")
     assert server.stop() == 0
+
     found = [*pathlib.Path(f"{server.socket}.d").rglob("*")]
     if found:
         wrong.append(f"files left: {found}")
