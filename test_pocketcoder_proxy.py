@@ -1,9 +1,937 @@
 """Behaviour of pocketcoder_proxy.py, in its sections and their order.
 
 Everything is real: servers, bash, and a tmux on a socket of its own for each server.
+
+    python -m pytest                everything but the following
+    python -m pytest -m slow        tests that wait for real time-outs, and the rarer cases
+    python -m pytest -m bench -s    medians and ratios of hot paths
+    python -m pytest -m soak -s     mixed load with faults
+
+    python test_pocketcoder_proxy.py mcp-fixture legacy|modern|both    the relay's MCP server alone
+
+POCKETCODER_FUZZ   how many times as many random inputs as usual (1)
+POCKETCODER_SOAK   how many seconds the soak test lasts (3600)
+PYENV_ROOT         where older interpreters are looked for (~/.pyenv)
 """
 
+# The other imports stand below the MCP fixture, which starts without them.
+# ruff: noqa: E402
+
 from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+# ==========================================================================
+# MCP fixture
+#
+# The stdio MCP server that the relay is tested with: what the official conformance suite calls, and
+# some misbehaving tools.  `python test_pocketcoder_proxy.py mcp-fixture legacy` runs it:
+#
+# legacy   speaks the revisions with a handshake only (2024-11-05 to 2025-11-25)
+# modern   speaks 2026-07-28 only
+# both     the first message decides (server/discover does not)
+#
+# FIXTURE_PAGE   entries in each page of a list; 0: all in one
+# FIXTURE_KEY    the secret that signs requestState
+#
+# Each tool is written once.  `ServedCall.ask()` asks the client and waits (legacy), or ends the call
+# with `input_required` and finds the answers in the retry (modern).
+#
+# The section stands above the other imports and uses nothing below it: a server has to start fast.
+# ==========================================================================
+JsonObject = dict[str, Any]
+
+NS = "io.modelcontextprotocol/"
+MODERN_REVISION = "2026-07-28"
+LEGACY_REVISIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
+FIXTURE_INFO = {"name": "fixture-server", "version": "1.0.0"}
+FIXTURE_HELLO: JsonObject = {
+    "instructions": "Fixtures for tests",
+    "capabilities": {
+        "tools": {"listChanged": True},
+        "prompts": {"listChanged": True},
+        "completions": {},
+        "logging": {},
+        "resources": {"subscribe": True, "listChanged": True},
+    },
+}
+LOG_LEVELS = ["debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"]
+CACHED_METHODS = {
+    "server/discover",
+    "tools/list",
+    "prompts/list",
+    "resources/list",
+    "resources/templates/list",
+    "resources/read",
+}
+STATE_KEY = os.environ.get("FIXTURE_KEY", "fixture").encode()
+PAGE_SIZE = int(os.environ.get("FIXTURE_PAGE", "0"))
+# What a server may ask: the capability that the client needs, and the member that every answer has.
+ASKABLE = {
+    "elicitation/create": ("elicitation", "action"),
+    "sampling/createMessage": ("sampling", "content"),
+    "roots/list": ("roots", "roots"),
+}
+
+
+class Reply(Exception):
+    """Ends a request with its argument: {"error": ...} or {"result": ...}."""
+
+
+class ToolError(Exception):
+    """Becomes a result with isError."""
+
+
+class CallCancelled(Exception):
+    """The client has cancelled the call."""
+
+
+def error_reply(code: int, message: str, data: Any = None) -> Reply:
+    error = {"code": code, "message": message}
+    if data is not None:
+        error["data"] = data
+    return Reply({"error": error})
+
+
+def as_object(value: Any) -> JsonObject:
+    return value if isinstance(value, dict) else {}
+
+
+def log_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def state_signature(body: bytes) -> str:
+    return hmac.new(STATE_KEY, body, hashlib.sha256).hexdigest()
+
+
+def seal_state(bound: Any, known: JsonObject) -> str:
+    """A requestState: the answers so far, good for this call only, for ten minutes."""
+    content = {"for": bound, "known": known, "until": time.time() + 600}
+    body = base64.urlsafe_b64encode(json.dumps(content).encode())
+    return f"{body.decode()}.{state_signature(body)}"
+
+
+def unseal_state(state: Any, bound: Any) -> JsonObject:
+    body, _, signature = state.partition(".") if isinstance(state, str) else ("", "", "")
+    if hmac.compare_digest(signature.encode(), state_signature(body.encode()).encode()):
+        content: JsonObject = json.loads(base64.urlsafe_b64decode(body))
+        if content["for"] == bound and content["until"] > time.time():
+            return dict(content["known"])
+    raise error_reply(-32602, "Invalid requestState")
+
+
+class ServedCall:
+    """A request that the fixture server answers."""
+
+    def __init__(self, server: FixtureServer, message: JsonObject, modern: bool) -> None:
+        self.server = server
+        self.modern = modern
+        self.id = message["id"]
+        self.method = str(message["method"])
+        self.params = as_object(message.get("params"))
+        self.meta = as_object(self.params.get("_meta"))
+        self.args = as_object(self.params.get("arguments"))
+        self.name = str(self.params.get("name", self.params.get("uri", "")))
+        if modern:
+            self.capabilities = as_object(self.meta.get(NS + "clientCapabilities"))
+        else:
+            self.capabilities = server.capabilities
+        # What its requestState is good for.
+        self.bound = [self.method, self.name, self.args]
+        # The answers so far.
+        self.known: JsonObject = {}
+        self.cancelled = False
+        self.changed = threading.Condition()
+
+    def receive(self, answers: JsonObject) -> None:
+        with self.changed:
+            self.known.update(answers)
+            self.changed.notify_all()
+
+    def cancel(self) -> None:
+        with self.changed:
+            self.cancelled = True
+            self.changed.notify_all()
+
+    def wait(self, done: Callable[[], bool] = lambda: False, seconds: float | None = None) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.cancelled or done(), seconds)
+        if self.cancelled:
+            raise CallCancelled
+
+    def progress(self, progress: float, **more: Any) -> None:
+        if "progressToken" in self.meta:
+            token = self.meta["progressToken"]
+            self.server.notify("progress", progressToken=token, progress=progress, **more)
+
+    def log(self, data: Any, level: str = "info") -> None:
+        floor = self.meta.get(NS + "logLevel") if self.modern else self.server.level
+        if floor is not None and LOG_LEVELS.index(level) >= LOG_LEVELS.index(floor):
+            self.server.notify("message", level=level, logger="fixture", data=data)
+
+    def need(self, capability: str) -> None:
+        if capability in self.capabilities:
+            return
+        if not self.modern:
+            raise ToolError(f"Client lacks {capability}")
+        needed: JsonObject = {"requiredCapabilities": {capability: {}}}
+        raise error_reply(-32021, "Missing required client capability", needed)
+
+    def ask(self, questions: JsonObject, stateful: bool) -> JsonObject:
+        """Ask the client all questions at once; the answers by key."""
+        for question in questions.values():
+            self.need(ASKABLE[question["method"]][0])
+        if not self.modern:
+            return self.ask_and_wait(questions)
+
+        given = {}
+        if "requestState" in self.params or not stateful:
+            given = as_object(self.params.get("inputResponses"))
+        for key, question in questions.items():
+            member = ASKABLE[question["method"]][1]
+            if member in as_object(given.get(key)):
+                self.known[key] = given[key]
+
+        missing = {key: each for key, each in questions.items() if key not in self.known}
+        if missing:
+            result: JsonObject = {"resultType": "input_required", "inputRequests": missing}
+            if stateful:
+                result["requestState"] = seal_state(self.bound, self.known)
+            raise Reply({"result": result})
+        return self.known
+
+    def ask_and_wait(self, questions: JsonObject) -> JsonObject:
+        ids = {key: next(self.server.ids) for key in questions}
+        for key, question in questions.items():
+            self.server.asked[ids[key]] = self, key
+            self.server.send({"id": ids[key], **question})
+        try:
+            self.wait(lambda: questions.keys() <= self.known.keys())
+        except CallCancelled:
+            for number in ids.values():
+                if self.server.asked.pop(number, None):
+                    self.server.notify("cancelled", requestId=number)
+            raise
+
+        errors = [answer["error"] for answer in self.known.values() if "error" in answer]
+        if errors:
+            raise ToolError(f"Client error: {json.dumps(errors)}")
+        return {key: answer.get("result", {}) for key, answer in self.known.items()}
+
+
+# Tools.  What runs one returns a string, which becomes text content, a list, which is the content,
+# or an object, which is the whole result.
+Run = Callable[[ServedCall], Any]
+FIXTURE_TOOLS: dict[str, tuple[JsonObject, Run]] = {}
+STRING = {"type": "string"}
+INTEGER = {"type": "integer"}
+BOOLEAN = {"type": "boolean"}
+NUMBER = {"type": "number"}
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+WAV = b"RIFF&\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0@\x1f\0\0\x80>\0\0\2\0\x10\0data\2\0\0\0\0\0"
+IMAGE: JsonObject = {"type": "image", "data": PNG, "mimeType": "image/png"}
+
+
+def schema_of(properties: JsonObject, required: str = "") -> JsonObject:
+    schema: JsonObject = {"type": "object", "properties": properties}
+    if required:
+        schema["required"] = required.split()
+    return schema
+
+
+def add_tool(
+    name: str,
+    run: Run | str | list[JsonObject],
+    about: str = "",
+    required: str = "",
+    /,
+    **properties: Any,
+) -> None:
+    listed = {
+        "name": name,
+        "description": about or f"Fixture {name}",
+        "inputSchema": properties.get("inputSchema") or schema_of(properties, required),
+    }
+    FIXTURE_TOOLS[name] = (listed, run if callable(run) else lambda call: run)
+
+
+def text_content(value: str) -> JsonObject:
+    return {"type": "text", "text": value}
+
+
+def resource_content(uri: str, mime: str, value: str) -> JsonObject:
+    return {"type": "resource", "resource": {"uri": uri, "mimeType": mime, "text": value}}
+
+
+def elicitation(message: str, required: str = "", **fields: JsonObject) -> JsonObject:
+    params = {"message": message, "requestedSchema": schema_of(fields, required)}
+    return {"method": "elicitation/create", "params": params}
+
+
+def sampling(prompt: str, tokens: int = 100) -> JsonObject:
+    messages = [{"role": "user", "content": text_content(prompt)}]
+    return {
+        "method": "sampling/createMessage",
+        "params": {"messages": messages, "maxTokens": tokens},
+    }
+
+
+ROOTS_LIST: JsonObject = {"method": "roots/list", "params": {}}
+ASK_NAME = elicitation("What is your name?", "name", name=STRING)
+ASK_OK = elicitation("Please confirm", "ok", ok=BOOLEAN)
+ASK_STEP_1 = elicitation("Step 1: your name?", "name", name=STRING)
+ASK_STEP_2 = elicitation("Step 2: your favorite color?", "color", color=STRING)
+ASK_CONTEXT = elicitation("What context should the prompt use?", "context", context=STRING)
+OPTIONS = ["option1", "option2", "option3"]
+TITLED = [{"const": f"value{number}", "title": f"Option {number}"} for number in (1, 2, 3)]
+ASK_DEFAULTS = elicitation(
+    "Please review the defaults",
+    name={**STRING, "default": "John Doe"},
+    age={**INTEGER, "default": 30},
+    score={**NUMBER, "default": 95.5},
+    status={**STRING, "enum": ["active", "inactive", "pending"], "default": "active"},
+    verified={**BOOLEAN, "default": True},
+)
+ASK_ENUMS = elicitation(
+    "Please select options",
+    untitledSingle={**STRING, "enum": OPTIONS},
+    titledSingle={**STRING, "oneOf": TITLED},
+    legacyEnum={
+        **STRING,
+        "enum": ["opt1", "opt2", "opt3"],
+        "enumNames": ["Option One", "Option Two", "Option Three"],
+    },
+    untitledMulti={"type": "array", "items": {**STRING, "enum": OPTIONS}},
+    titledMulti={"type": "array", "items": {"anyOf": TITLED}},
+)
+
+
+def three_steps(call: ServedCall) -> str:
+    steps = {
+        0: "Tool execution started",
+        50: "Tool processing data",
+        100: "Tool execution completed",
+    }
+    for value, line in steps.items():
+        if "logging" in call.name:
+            call.log(line)
+        else:
+            call.progress(value, total=100, message=line)
+        call.wait(seconds=0.05)
+    return "Three steps done"
+
+
+def sleep_with_progress(call: ServedCall) -> str:
+    last = round(call.args.get("seconds", 5) / 0.2)
+    for step in range(1, last + 1):
+        call.wait(seconds=0.2)
+        call.progress(step, message=f"step {step} of {last}")
+    return f"slept {last * 0.2:.1f} s"
+
+
+def answers_to(call: ServedCall, stateful: bool = False, **questions: JsonObject) -> str:
+    return f"Answers: {json.dumps(call.ask(questions, stateful))}"
+
+
+def ask_in_two_rounds(call: ServedCall) -> str:
+    answers_to(call, True, step1=ASK_STEP_1)
+    return answers_to(call, True, step2=ASK_STEP_2)
+
+
+def ask_after_progress(call: ServedCall) -> str:
+    call.progress(1, message="about to ask")
+    return answers_to(call, ok=ASK_OK)
+
+
+def ask_what_the_client_can(call: ServedCall) -> str:
+    questions = {}
+    for question in (ASK_NAME, sampling("Say hello"), ROOTS_LIST):
+        method = question["method"]
+        if ASKABLE[method][0] in call.capabilities:
+            questions[method] = question
+    return answers_to(call, False, **questions)
+
+
+def need_sampling(call: ServedCall) -> str:
+    call.need("sampling")
+    return "The client declared sampling"
+
+
+def fail(call: ServedCall) -> Any:
+    if call.name != "fail":
+        raise ToolError("This tool intentionally returns an error for testing")
+    code = call.args.get("code", -32000)
+    raise error_reply(code, call.args.get("message", "failed"), call.args.get("data"))
+
+
+def change_a_list(call: ServedCall) -> str:
+    """Really add or remove `extra_tool` or `extra_prompt`; resources only pretend to change."""
+    kind = call.name.split("_")[2]
+    uri = call.args.get("uri")
+    call.server.extra ^= {kind}
+    if uri is None:
+        call.server.tell(f"{kind}s/list_changed", f"{kind}sListChanged")
+    else:
+        call.server.tell("resources/updated", "resourceSubscriptions", uri)
+    return f"{kind} changed"
+
+
+def flood(call: ServedCall) -> str:
+    write = log_line if call.args.get("to") == "stderr" else call.log
+    for number in range(call.args.get("lines", 1000)):
+        write(f"log line {number}")
+    return "flooded"
+
+
+def write_noise(call: ServedCall) -> str:
+    call.server.write(b"this line is no JSON\n")
+    return "after the noise"
+
+
+def write_half_a_line(call: ServedCall) -> None:
+    call.server.write(b'{"jsonrpc":"2.0","resu')
+    os._exit(4)
+
+
+def echo(call: ServedCall) -> JsonObject:
+    received = {"arguments": call.args, "params": call.params}
+    content = [text_content(json.dumps(received, ensure_ascii=False))]
+    return {"content": content, **call.args.get("result", {})}
+
+
+def end_all_listening(call: ServedCall) -> str:
+    for key in list(call.server.listens):
+        del call.server.listens[key]
+        result = {"resultType": "complete", "_meta": {NS + "subscriptionId": key}}
+        call.server.send({"id": key, "result": result})
+    return "ended"
+
+
+add_tool("test_simple_text", "This is a simple text response for testing.")
+add_tool("test_image_content", [IMAGE])
+add_tool(
+    "test_audio_content",
+    [{"type": "audio", "data": base64.b64encode(WAV).decode(), "mimeType": "audio/wav"}],
+)
+add_tool(
+    "test_embedded_resource",
+    [
+        resource_content(
+            "test://embedded-resource", "text/plain", "This is an embedded resource content."
+        )
+    ],
+)
+add_tool(
+    "test_multiple_content_types",
+    [
+        text_content("Multiple content types test:"),
+        IMAGE,
+        resource_content(
+            "test://mixed-content-resource", "application/json", '{"test":"data","value":123}'
+        ),
+    ],
+)
+add_tool("test_error_handling", fail)
+add_tool("test_tool_with_logging", three_steps)
+add_tool("test_logging_tool", three_steps)
+add_tool("test_tool_with_progress", three_steps)
+add_tool(
+    "test_sampling",
+    lambda call: answers_to(call, llm=sampling(call.args["prompt"])),
+    "Asks the model",
+    "prompt",
+    prompt=STRING,
+)
+add_tool(
+    "test_elicitation",
+    lambda call: answers_to(
+        call,
+        user=elicitation(call.args["message"], "username email", username=STRING, email=STRING),
+    ),
+    "Asks the user",
+    "message",
+    message=STRING,
+)
+add_tool("test_elicitation_sep1034_defaults", lambda call: answers_to(call, form=ASK_DEFAULTS))
+add_tool("test_elicitation_sep1330_enums", lambda call: answers_to(call, form=ASK_ENUMS))
+add_tool("test_streaming_elicitation", ask_after_progress)
+add_tool("test_missing_capability", need_sampling)
+add_tool(
+    "json_schema_2020_12_tool",
+    lambda call: json.dumps(call.args),
+    inputSchema={
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "$defs": {
+            "address": {
+                "$anchor": "addressDef",
+                "type": "object",
+                "properties": {"street": STRING, "city": STRING},
+            }
+        },
+        "properties": {
+            "name": STRING,
+            "address": {"$ref": "#/$defs/address"},
+            "phone": STRING,
+            "email": STRING,
+            "contactMethod": {"type": "string", "enum": ["phone", "email"]},
+        },
+        "allOf": [{"anyOf": [{"required": ["phone"]}, {"required": ["email"]}]}],
+        "if": {
+            "properties": {"contactMethod": {"const": "phone"}},
+            "required": ["contactMethod"],
+        },
+        "then": {"required": ["phone"]},
+        "else": {"required": ["email"]},
+        "additionalProperties": False,
+    },
+)
+add_tool(
+    "test_x_mcp_header",
+    lambda call: json.dumps(call.args),
+    "Has arguments that HTTP headers repeat",
+    "region",
+    query=STRING,
+    region={**STRING, "x-mcp-header": "Region"},
+    priority={**INTEGER, "x-mcp-header": "Priority"},
+)
+add_tool("test_trigger_tool_change", change_a_list)
+add_tool("test_trigger_prompt_change", change_a_list)
+add_tool(
+    "test_trigger_resource_change",
+    change_a_list,
+    "With uri: the resource was updated; without: the list changed",
+    uri=STRING,
+)
+add_tool(
+    "test_input_required_result_elicitation", lambda call: answers_to(call, user_name=ASK_NAME)
+)
+add_tool(
+    "test_input_required_result_sampling",
+    lambda call: answers_to(call, capital_question=sampling("What is the capital of France?")),
+)
+add_tool(
+    "test_input_required_result_list_roots",
+    lambda call: answers_to(call, client_roots=ROOTS_LIST),
+)
+add_tool(
+    "test_input_required_result_request_state",
+    lambda call: "state-ok. " + answers_to(call, True, confirm=ASK_OK),
+)
+add_tool(
+    "test_input_required_result_multiple_inputs",
+    lambda call: answers_to(
+        call,
+        True,
+        user_name=ASK_NAME,
+        greeting=sampling("Generate a greeting", 50),
+        client_roots=ROOTS_LIST,
+    ),
+)
+add_tool("test_input_required_result_multi_round", ask_in_two_rounds)
+add_tool(
+    "test_input_required_result_tampered_state",
+    lambda call: answers_to(call, True, confirm=ASK_OK),
+)
+add_tool("test_input_required_result_capabilities", ask_what_the_client_can)
+add_tool("test_slow", sleep_with_progress, "Progress every 0.2 s", seconds=NUMBER, label=STRING)
+add_tool("hang", lambda call: call.wait(), "Never answers", label=STRING)
+add_tool("echo", echo, "Returns arguments and params as JSON; `result` is merged into the result")
+add_tool("fail", fail, "A JSON-RPC error", code=INTEGER, message=STRING, data={})
+add_tool("big", lambda call: "x" * call.args.get("bytes", 1 << 20), bytes=INTEGER)
+add_tool("die", lambda call: os._exit(3))
+add_tool("flood", flood, "Log messages, or lines on stderr (to=stderr)", lines=INTEGER, to=STRING)
+add_tool("noise", write_noise)
+add_tool("half", write_half_a_line, "Writes half a line and exits")
+add_tool(
+    "counter",
+    lambda call: str(next(call.server.count)),
+    "How often it was called in this process",
+)
+add_tool(
+    "env",
+    lambda call: os.environ.get(call.args["name"], ""),
+    "An environment variable",
+    "name",
+    name=STRING,
+)
+add_tool("pid", lambda call: str(os.getpid()))
+add_tool("end_listen", end_all_listening, "Ends all subscriptions/listen from this side")
+add_tool("extra_tool", "extra", "Comes and goes")
+
+# Prompts and resources.
+FIXTURE_PROMPTS: dict[str, tuple[JsonObject, Callable[[ServedCall], list[JsonObject]]]] = {}
+FIXTURE_RESOURCES: dict[str, tuple[str, Callable[[ServedCall], str]]] = {
+    "test://static-text": (
+        "text/plain",
+        lambda call: "This is the content of the static text resource.",
+    ),
+    "test://static-binary": ("image/png", lambda call: PNG),
+    "test://watched-resource": ("text/plain", lambda call: "Watched"),
+    "test://asking": ("text/plain", lambda call: answers_to(call, user_name=ASK_NAME)),
+}
+RESOURCES_LISTED = [
+    {
+        "uri": uri,
+        "name": uri.removeprefix("test://"),
+        "description": f"Fixture {uri}",
+        "mimeType": mime,
+    }
+    for uri, (mime, _) in FIXTURE_RESOURCES.items()
+]
+TEMPLATE_LISTED = {
+    "uriTemplate": "test://template/{id}/data",
+    "name": "template",
+    "mimeType": "application/json",
+}
+
+
+def add_prompt(name: str, make: Callable[[ServedCall], list[JsonObject]], *arguments: str) -> None:
+    listed: JsonObject = {"name": name, "description": f"Fixture {name}"}
+    if arguments:
+        listed["arguments"] = [{"name": each, "required": True} for each in arguments]
+    FIXTURE_PROMPTS[name] = (listed, make)
+
+
+add_prompt(
+    "test_simple_prompt", lambda call: [text_content("This is a simple prompt for testing.")]
+)
+add_prompt(
+    "test_prompt_with_arguments",
+    lambda call: [
+        text_content(
+            f"Prompt with arguments: arg1='{call.args['arg1']}', arg2='{call.args['arg2']}'"
+        )
+    ],
+    "arg1",
+    "arg2",
+)
+add_prompt(
+    "test_prompt_with_embedded_resource",
+    lambda call: [
+        resource_content(
+            call.args["resourceUri"], "text/plain", "Embedded resource content for testing."
+        ),
+        text_content("Please process the embedded resource above."),
+    ],
+    "resourceUri",
+)
+add_prompt(
+    "test_prompt_with_image",
+    lambda call: [IMAGE, text_content("Please analyze the image above.")],
+)
+add_prompt(
+    "test_input_required_result_prompt",
+    lambda call: [text_content(answers_to(call, user_context=ASK_CONTEXT))],
+)
+add_prompt("extra_prompt", lambda call: [text_content("extra")])
+
+
+# Methods.  None means that there is no answer.
+def page_of(call: ServedCall, key: str, entries: list[JsonObject]) -> JsonObject:
+    cursor = call.params.get("cursor", "0")
+    if not (isinstance(cursor, str) and cursor.isdecimal() and int(cursor) < len(entries)):
+        raise error_reply(-32602, "Invalid cursor")
+    start = int(cursor)
+    end = start + (PAGE_SIZE or len(entries))
+    page: JsonObject = {key: entries[start:end]}
+    if end < len(entries):
+        page["nextCursor"] = str(end)
+    return page
+
+
+def list_tools(call: ServedCall) -> JsonObject:
+    entries = [listed for listed, _ in FIXTURE_TOOLS.values()]
+    if "tool" not in call.server.extra:
+        entries = entries[:-1]
+    return page_of(call, "tools", entries)
+
+
+def list_prompts(call: ServedCall) -> JsonObject:
+    entries = [listed for listed, _ in FIXTURE_PROMPTS.values()]
+    if "prompt" not in call.server.extra:
+        entries = entries[:-1]
+    return page_of(call, "prompts", entries)
+
+
+def call_tool(call: ServedCall) -> JsonObject:
+    hidden = call.name == "extra_tool" and "tool" not in call.server.extra
+    if call.name not in FIXTURE_TOOLS or hidden:
+        raise error_reply(-32602, f"Unknown tool: {call.name}")
+    try:
+        out = FIXTURE_TOOLS[call.name][1](call)
+    except (ToolError, LookupError, TypeError, ValueError) as error:
+        return {"content": [text_content(str(error))], "isError": True}
+    if isinstance(out, dict):
+        return out
+    return {"content": out if isinstance(out, list) else [text_content(out)]}
+
+
+def get_prompt(call: ServedCall) -> JsonObject:
+    try:
+        contents = FIXTURE_PROMPTS[call.name][1](call)
+    except (ToolError, LookupError) as error:
+        raise error_reply(-32602, f"No such prompt, or it cannot be made: {error}") from None
+    return {"messages": [{"role": "user", "content": content} for content in contents]}
+
+
+def read_resource(call: ServedCall) -> JsonObject:
+    uri = call.name
+    key = uri[len("test://template/") : -len("/data")]
+    if uri == f"test://template/{key}/data":
+        data = {"id": key, "templateTest": True, "data": f"Data for ID: {key}"}
+        found = {"uri": uri, "mimeType": "application/json", "text": json.dumps(data)}
+        return {"contents": [found]}
+
+    if uri not in FIXTURE_RESOURCES:
+        code = -32602 if call.modern else -32002
+        raise error_reply(code, "Resource not found", {"uri": uri})
+    mime, get = FIXTURE_RESOURCES[uri]
+    member = "text" if mime == "text/plain" else "blob"
+    return {"contents": [{"uri": uri, "mimeType": mime, member: get(call)}]}
+
+
+def complete(call: ServedCall) -> JsonObject:
+    start = str(as_object(call.params.get("argument")).get("value", ""))
+    values = [
+        value for value in ("paris", "park", "party", "test1", "test2") if value.startswith(start)
+    ]
+    return {"completion": {"values": values, "total": len(values), "hasMore": False}}
+
+
+def initialize(call: ServedCall) -> JsonObject:
+    asked = call.params.get("protocolVersion")
+    call.server.begin(as_object(call.params.get("capabilities")))
+    return {
+        "protocolVersion": asked if asked in LEGACY_REVISIONS else LEGACY_REVISIONS[-1],
+        "serverInfo": FIXTURE_INFO,
+        **FIXTURE_HELLO,
+    }
+
+
+def set_level(call: ServedCall) -> JsonObject:
+    level = call.params.get("level")
+    if level not in LOG_LEVELS:
+        raise error_reply(-32602, "Invalid log level")
+    call.server.set_level(level)
+    return {}
+
+
+def subscribe(call: ServedCall) -> JsonObject:
+    if call.method == "resources/subscribe":
+        call.server.subscribed.add(call.name)
+    else:
+        call.server.subscribed.discard(call.name)
+    return {}
+
+
+def listen(call: ServedCall) -> None:
+    wanted = as_object(call.params.get("notifications"))
+    honoured = {}
+    for kind in (
+        "toolsListChanged",
+        "promptsListChanged",
+        "resourcesListChanged",
+        "resourceSubscriptions",
+    ):
+        if wanted.get(kind):
+            honoured[kind] = wanted[kind]
+    meta = {NS + "subscriptionId": call.id}
+    call.server.notify("subscriptions/acknowledged", _meta=meta, notifications=honoured)
+    # Not before: the acknowledgement comes first.
+    call.server.listens[call.id] = honoured
+
+
+Method = Callable[[ServedCall], JsonObject | None]
+COMMON_METHODS: dict[str, Method] = {
+    "tools/list": list_tools,
+    "tools/call": call_tool,
+    "prompts/list": list_prompts,
+    "prompts/get": get_prompt,
+    "resources/list": lambda call: page_of(call, "resources", RESOURCES_LISTED),
+    "resources/templates/list": lambda call: page_of(call, "resourceTemplates", [TEMPLATE_LISTED]),
+    "resources/read": read_resource,
+    "completion/complete": complete,
+}
+LEGACY_METHODS: dict[str, Method] = {
+    **COMMON_METHODS,
+    "initialize": initialize,
+    "ping": lambda call: {},
+    "logging/setLevel": set_level,
+    "resources/subscribe": subscribe,
+    "resources/unsubscribe": subscribe,
+}
+MODERN_METHODS: dict[str, Method] = {
+    **COMMON_METHODS,
+    "subscriptions/listen": listen,
+    "server/discover": lambda call: {"supportedVersions": [MODERN_REVISION], **FIXTURE_HELLO},
+}
+
+
+class FixtureServer:
+    """Reads messages from stdin and writes answers to stdout."""
+
+    def __init__(self, era: str) -> None:
+        # Empty until a message decides.
+        self.era = era
+        self.level = "info"
+        self.initialized = False
+        # From 0, so that they collide with the client's.
+        self.ids: itertools.count[int] = itertools.count()
+        self.count: itertools.count[int] = itertools.count(1)
+        self.out = threading.Lock()
+        self.calls: dict[Any, ServedCall] = {}
+        self.asked: dict[Any, tuple[ServedCall, str]] = {}
+        self.listens: dict[Any, JsonObject] = {}
+        self.capabilities: JsonObject = {}
+        self.subscribed: set[str] = set()
+        self.extra: set[str] = set()
+
+    def begin(self, capabilities: JsonObject) -> None:
+        self.capabilities = capabilities
+        self.initialized = True
+
+    def set_level(self, level: str) -> None:
+        self.level = level
+
+    def write(self, raw: bytes) -> None:
+        with self.out:
+            sys.stdout.buffer.write(raw)
+            sys.stdout.buffer.flush()
+
+    def send(self, message: JsonObject) -> None:
+        complete_message = {"jsonrpc": "2.0", **message}
+        line = json.dumps(complete_message, ensure_ascii=False, separators=(",", ":"))
+        # A lone surrogate is \udXXX in JSON, too.
+        self.write(line.encode(errors="backslashreplace") + b"\n")
+
+    def notify(self, kind: str, **params: Any) -> None:
+        self.send({"method": f"notifications/{kind}", "params": params})
+
+    def tell(self, method: str, kind: str, uri: str | None = None) -> None:
+        """Notify whoever subscribed to this kind of change."""
+        params = {} if uri is None else {"uri": uri}
+        if self.era == "legacy" and (uri is None or uri in self.subscribed):
+            self.notify(method, **params)
+        for key, wanted in list(self.listens.items()):
+            if kind in wanted and (uri is None or uri in wanted[kind]):
+                self.notify(method, _meta={NS + "subscriptionId": key}, **params)
+
+    def check(self, call: ServedCall) -> None:
+        methods = MODERN_METHODS if call.modern else LEGACY_METHODS
+        if call.method not in methods:
+            raise error_reply(-32601, "Method not found")
+        if call.modern:
+            self.check_modern(call)
+        elif not self.initialized and call.method not in ("initialize", "ping"):
+            raise error_reply(-32600, "Not initialized")
+
+    def check_modern(self, call: ServedCall) -> None:
+        asked = call.meta.get(NS + "protocolVersion")
+        if not isinstance(asked, str) or NS + "clientCapabilities" not in call.meta:
+            needed = f"_meta needs {NS}protocolVersion and {NS}clientCapabilities"
+            raise error_reply(-32602, needed)
+        if asked != MODERN_REVISION:
+            versions = {"supported": [MODERN_REVISION], "requested": asked}
+            raise error_reply(-32022, "Unsupported protocol version", versions)
+        if call.meta.get(NS + "logLevel", "info") not in LOG_LEVELS:
+            raise error_reply(-32602, "Invalid log level")
+        if "requestState" in call.params:
+            call.receive(unseal_state(call.params["requestState"], call.bound))
+
+    def answer(self, call: ServedCall) -> None:
+        methods = MODERN_METHODS if call.modern else LEGACY_METHODS
+        reply: JsonObject = {}
+        try:
+            self.check(call)
+            reply = {"result": methods[call.method](call)}
+        except Reply as end:
+            reply = end.args[0]
+        except CallCancelled:
+            log_line(f"cancelled {call.name} {call.args.get('label', '')}".rstrip())
+        except Exception as error:
+            reply = {"error": {"code": -32603, "message": repr(error)}}
+
+        served = self.calls.pop(call.id, call)
+        unanswered = "result" in reply and reply["result"] is None
+        if served.cancelled or unanswered:
+            return
+        if call.modern and "result" in reply:
+            result = reply["result"]
+            if call.method in CACHED_METHODS and "resultType" not in result:
+                result = {**result, "ttlMs": 1234, "cacheScope": "public"}
+            meta = {NS + "serverInfo": FIXTURE_INFO}
+            reply["result"] = {"resultType": "complete", "_meta": meta, **result}
+        self.send({"id": call.id, **reply})
+
+    def receive(self, line: bytes) -> None:
+        try:
+            message = as_object(json.loads(line))
+        except (ValueError, RecursionError):
+            message = {}
+        method = message.get("method")
+        params = as_object(message.get("params"))
+        cancels = method == "notifications/cancelled"
+        id_ = params.get("requestId") if cancels else message.get("id", 0)
+
+        if not message or not isinstance(id_, (int, str)):
+            error = {"code": -32700, "message": "Not a JSON-RPC message"}
+            self.send({"id": None, "error": error})
+        elif method is None:
+            self.receive_answer(id_, message)
+        elif cancels:
+            self.listens.pop(id_, None)
+            running = self.calls.get(id_)
+            if running is not None:
+                running.cancel()
+        elif "id" in message:
+            self.receive_request(message)
+
+    def receive_answer(self, id_: Any, message: JsonObject) -> None:
+        asked = self.asked.pop(id_, None)
+        if asked is not None:
+            call, key = asked
+            call.receive({key: message})
+
+    def receive_request(self, message: JsonObject) -> None:
+        if not self.era and message["method"] != "server/discover":
+            meta = as_object(as_object(message.get("params")).get("_meta"))
+            self.era = "modern" if NS + "protocolVersion" in meta else "legacy"
+        call = ServedCall(self, message, self.era != "legacy")
+        self.calls[call.id] = call
+        if call.method in ("tools/call", "prompts/get", "resources/read"):
+            threading.Thread(target=self.answer, args=(call,), daemon=True).start()
+        else:
+            self.answer(call)
+
+
+def run_mcp_fixture(era: str) -> None:
+    log_line(f"fixture server {os.getpid()}: {era}")
+    server = FixtureServer("" if era == "both" else era)
+    for line in sys.stdin.buffer:
+        if line.strip():
+            server.receive(line)
+    # Whatever still runs ends with it.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["mcp-fixture"] or sys.argv[2:] not in (["legacy"], ["modern"], ["both"]):
+        sys.exit(f"usage: {sys.argv[0]} mcp-fixture legacy|modern|both")
+    run_mcp_fixture(sys.argv[2])
+
+# ------------------------------- the line: all above is a program by itself, all below are tests
 
 import ast
 import asyncio
@@ -11,8 +939,6 @@ import contextlib
 import fcntl
 import http.client
 import inspect
-import json
-import os
 import pathlib
 import random
 import re
@@ -25,16 +951,14 @@ import stat
 import statistics
 import struct
 import subprocess
-import sys
 import tempfile
 import textwrap
-import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import ClassVar, NamedTuple, TypeVar, cast
 
 import pytest
 import tornado.httpclient
@@ -44,6 +968,10 @@ import pocketcoder_proxy as pp
 
 MODULE = pathlib.Path(pp.__file__)
 SOURCE = MODULE.read_text()
+# A file of its own starts faster than this one, which Python compiles anew each time.
+MCP_FIXTURE = (
+    pathlib.Path(__file__).read_text().partition("# ------------------------------- the line")[0]
+)
 T = TypeVar("T")
 
 # Otherwise what we start under nohup ignores them.
@@ -4451,7 +5379,6 @@ def test_captured_output_is_the_same_however_it_is_cut() -> None:
 # ==========================================================================
 # MCP core
 # ==========================================================================
-NS = "io.modelcontextprotocol/"
 INITIALIZE = {
     "protocolVersion": "2025-11-25",
     "capabilities": {},
@@ -5061,10 +5988,10 @@ def test_an_event_carries_any_message_unchanged() -> None:
 # ==========================================================================
 @pytest.fixture(scope="module")
 def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    """A server that relays FIXTURES in each era."""
+    """A server that relays the MCP fixture in each era."""
     path = tmp_path_factory.mktemp("fixtures") / "server.py"
-    path.write_text(FIXTURES)
-    command = f"{sys.executable} -S {path}"
+    path.write_text(MCP_FIXTURE)
+    command = f"{sys.executable} -S {path} mcp-fixture"
     server = Proxy(*(f"--mcp-server={era}={command} {era}" for era in ("legacy", "modern", "both")))
     yield server
     server.remove()
@@ -5072,7 +5999,7 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
 
 @pytest.fixture
 def fixtures(tmp_path: pathlib.Path) -> pathlib.Path:
-    (tmp_path / "server.py").write_text(FIXTURES)
+    (tmp_path / "server.py").write_text(MCP_FIXTURE)
     return tmp_path / "server.py"
 
 
@@ -5506,7 +6433,7 @@ def test_calls_to_a_child_that_dies_fail_at_once_and_it_is_restarted(
     era: str,
     server: str,
 ) -> None:
-    proxy = own(f"--mcp-server=x={sys.executable} -S {fixtures} {server}")
+    proxy = own(f"--mcp-server=x={sys.executable} -S {fixtures} mcp-fixture {server}")
 
     def state() -> Any:
         return json.loads(proxy.request("GET", "/servers")[2])[0]
@@ -6308,7 +7235,7 @@ def test_a_disconnected_stream_does_not_block_its_server(
 def test_a_dead_child_is_noticed_even_if_its_output_stays_open(
     own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
 ) -> None:
-    held = f"sleep 82.5 & exec {sys.executable} -S {fixtures} legacy"
+    held = f"sleep 82.5 & exec {sys.executable} -S {fixtures} mcp-fixture legacy"
     proxy = own(f"--mcp-server=x=sh -c {shlex.quote(held)}")
     client = Client(proxy, "legacy", "x", stream)
     started = time.monotonic()
@@ -6381,9 +7308,11 @@ def test_a_server_cannot_control_the_terminal_of_the_log_reader(own: Callable[..
 def test_children_end_as_a_group_and_are_never_orphaned(
     own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
 ) -> None:
-    stubborn = f"trap '' TERM; sleep 81.5 & {sys.executable} -S {fixtures} legacy; sleep 81.6"
+    stubborn = (
+        f"trap '' TERM; sleep 81.5 & {sys.executable} -S {fixtures} mcp-fixture legacy; sleep 81.6"
+    )
     proxy = own(
-        f"--mcp-server=plain={sys.executable} -S {fixtures} modern",
+        f"--mcp-server=plain={sys.executable} -S {fixtures} mcp-fixture modern",
         "--mcp-server=stubborn=sh -c " + shlex.quote(stubborn),
     )
     clients = [Client(proxy, "legacy", name, stream) for name in ("plain", "stubborn")]
@@ -6411,7 +7340,7 @@ def test_a_typical_config_file_is_read(
     config = tmp_path / "mcp.json"
     server = {
         "command": sys.executable,
-        "args": ["-S", str(fixtures), "both"],
+        "args": ["-S", str(fixtures), "mcp-fixture", "both"],
         "env": {"SECRET": "s3cret"},
         "cwd": str(tmp_path),
     }
@@ -6532,14 +7461,14 @@ LIVED_IN = """\ufeff{
   "SERVERS": {
     "plain": {
       "command": "PYTHON", /* with
-      a comment */ "args": ["-S", "FIXTURES", "${ERA:-both}"],
+      a comment */ "args": ["-S", "FIXTURES", "mcp-fixture", "${ERA:-both}"],
       "env": {
         "PORT": 8080, "RATE": 1.5, "DEBUG": true, "URL": "http://x//y", "TOKEN": "${TOKEN_X}",
         "HOST": "${HOST_X:-local}host", "SHELL_X": "${#x} $TOKEN_X", "CODE": "${env:TOKEN_X}",
       },
     },
     "My Server": {"command": "cat"},
-    "@scope/x": {"command": "PYTHON", "args": ["-S", "FIXTURES", "legacy"]},
+    "@scope/x": {"command": "PYTHON", "args": ["-S", "FIXTURES", "mcp-fixture", "legacy"]},
     "off": {"command": "/no/such/program", "disabled": true, "args": ["${UNSET_X}"]},
     "remote": {"type": "http", "url": "https://s3cret.example/mcp"},
   },
@@ -6597,8 +7526,8 @@ def test_an_unused_child_ends_after_the_configured_time(
     own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
 ) -> None:
     proxy = own(
-        f"--mcp-server=legacy={sys.executable} -S {fixtures} legacy",
-        f"--mcp-server=modern={sys.executable} -S {fixtures} modern",
+        f"--mcp-server=legacy={sys.executable} -S {fixtures} mcp-fixture legacy",
+        f"--mcp-server=modern={sys.executable} -S {fixtures} mcp-fixture modern",
         "--mcp-idle=1",
     )
     session = Client(proxy, "legacy", "legacy", stream)
@@ -6618,7 +7547,9 @@ def test_an_unused_child_ends_after_the_configured_time(
 def test_calls_to_a_child_that_hangs_or_never_reads_time_out(fixtures: pathlib.Path) -> None:
     async def trouble() -> list[str]:
         said = []
-        relay = pp.Relay(pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), "modern")))
+        relay = pp.Relay(
+            pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), "mcp-fixture", "modern"))
+        )
         outbox = pp.Outbox(int)
         peer = pp.Peer(outbox, int)
         await relay.respond(peer, modern("tools/list"), True, outbox)
@@ -6661,7 +7592,10 @@ def test_calls_to_a_child_that_hangs_or_never_reads_time_out(fixtures: pathlib.P
 @pytest.mark.slow
 def test_an_unused_shared_child_ends(fixtures: pathlib.Path) -> None:
     async def idle(era: str) -> None:
-        relay = pp.Relay(pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), era)), idle=0.2)
+        relay = pp.Relay(
+            pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), "mcp-fixture", era)),
+            idle=0.2,
+        )
         outbox = pp.Outbox(int)
         peer = pp.Peer(outbox, int)
 
@@ -7500,7 +8434,9 @@ def test_the_audit_log_has_relayed_calls_without_arguments_or_results(
 ) -> None:
     audit = tmp_path / "audit"
     proxy = own(
-        f"--mcp-server=x={sys.executable} -S {fixtures} {server}", "--audit-log", str(audit)
+        f"--mcp-server=x={sys.executable} -S {fixtures} mcp-fixture {server}",
+        "--audit-log",
+        str(audit),
     )
     client = Client(proxy, era, "x", stream, info={"name": "tester", "version": "9"})
     client.call("echo", argument="s3cret", result={"secret": "s3cret"})
@@ -7537,7 +8473,9 @@ def test_no_call_is_relayed_while_the_audit_log_fails(
     own: Callable[..., Proxy], fixtures: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     audit = tmp_path / "audit"
-    proxy = own(f"--mcp-server=x={sys.executable} -S {fixtures} modern", f"--audit-log={audit}")
+    proxy = own(
+        f"--mcp-server=x={sys.executable} -S {fixtures} mcp-fixture modern", f"--audit-log={audit}"
+    )
     call = modern("tools/call", {"name": "test_simple_text"})
     assert "result" in mcp(proxy, call, path="/servers/x/mcp")[2]
 
@@ -10330,7 +11268,7 @@ def test_bench_a_thousand_idle_sessions(
 
 @pytest.mark.bench
 def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pathlib.Path) -> None:
-    command = [sys.executable, "-S", str(fixtures), "modern"]
+    command = [sys.executable, "-S", str(fixtures), "mcp-fixture", "modern"]
     proxy = own(f"--mcp-server=x={shlex.join(command)}")
     connection = proxy.connect()
     names = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call"}
@@ -10404,7 +11342,7 @@ def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pat
 def test_bench_thirty_three_sessions_of_three_servers(
     own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
 ) -> None:
-    command = f"{sys.executable} -S {fixtures} legacy"
+    command = f"{sys.executable} -S {fixtures} mcp-fixture legacy"
     proxy = own(*(f"--mcp-server={name}={command}" for name in "abc"))
     proxy.exec("true")
     clients = [Client(proxy, "legacy", name, stream) for name in "abc" for _ in range(11)]
@@ -11187,7 +12125,8 @@ def drift(samples: list[tuple[int, float, int, int]]) -> tuple[float, float]:
 def test_soak_mixed_load_with_faults(names: str, fixtures: pathlib.Path) -> None:
     seconds = float(os.environ.get("POCKETCODER_SOAK", "3600"))
     servers = [
-        f"--mcp-server={era}={sys.executable} -S {fixtures} {era}" for era in ("legacy", "modern")
+        f"--mcp-server={era}={sys.executable} -S {fixtures} mcp-fixture {era}"
+        for era in ("legacy", "modern")
     ]
     audit = ["--audit-log", f"{fixtures.parent}/audit"] if '"--audit-log"' in SOURCE else []
     server = Guarded(*servers, *audit, POCKETCODER_TOKEN=SECRET)
@@ -11309,443 +12248,3 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     if found:
         wrong.append(f"files left: {found}")
     assert not wrong, "\n".join(wrong)
-
-
-# ==========================================================================
-# FIXTURES: a stdio MCP server of either era, which the relay is tested with
-# ==========================================================================
-FIXTURES = r'''"""MCP fixture server over stdio: what the official conformance suite calls, and some misbehaving tools.
-
-fixture_server.py legacy   speaks the handshake revisions only (2024-11-05 ... 2025-11-25)
-fixture_server.py modern   speaks 2026-07-28 only
-fixture_server.py both     the first message decides (server/discover does not)
-
-Each tool is written once: Call.ask() sends server requests and waits (legacy), or ends the call with input_required
-and finds the answers in the retry (modern). Environment: FIXTURE_PAGE = entries per list page (0: all on one),
-FIXTURE_KEY = the secret that signs requestState.
-"""
-from __future__ import annotations
-
-import base64, hashlib, hmac, itertools, json, os, sys, threading, time
-from collections.abc import Callable
-from typing import Any
-
-Obj = dict[str, Any]
-NS = "io.modelcontextprotocol/"
-MODERN, LEGACY = "2026-07-28", ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
-INFO = {"name": "fixture-server", "version": "1.0.0"}
-HELLO: Obj = {"instructions": "Fixtures for tests", "capabilities": {
-    "tools": {"listChanged": True}, "prompts": {"listChanged": True}, "completions": {}, "logging": {},
-    "resources": {"subscribe": True, "listChanged": True}}}
-LEVELS = ["debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"]
-CACHED = {"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list", "resources/read"}
-KEY, PAGE = os.environ.get("FIXTURE_KEY", "fixture").encode(), int(os.environ.get("FIXTURE_PAGE", "0"))
-# what a server may ask: the client capability that it needs, the member that every answer has
-ASKABLE = {"elicitation/create": ("elicitation", "action"), "sampling/createMessage": ("sampling", "content"),
-           "roots/list": ("roots", "roots")}
-
-class Reply(Exception): ...      # ends a request: {"error": ...} or {"result": ...}
-class ToolError(Exception): ...  # becomes a result with isError
-class Cancelled(Exception): ...
-
-def refusal(code: int, message: str, data: Any = None) -> Reply:
-    return Reply({"error": {"code": code, "message": message} | ({} if data is None else {"data": data})})
-
-def obj(value: Any) -> Obj: return value if isinstance(value, dict) else {}
-def note(line: str) -> None: print(line, file=sys.stderr, flush=True)
-
-def seal(bound: Any, known: Obj) -> str:
-    body = base64.urlsafe_b64encode(json.dumps({"for": bound, "known": known, "until": time.time() + 600}).encode())
-    return f"{body.decode()}.{hmac.new(KEY, body, hashlib.sha256).hexdigest()}"
-
-def unseal(state: Any, bound: Any) -> Obj:
-    body, _, mac = state.partition(".") if isinstance(state, str) else ("", "", "")
-    if hmac.compare_digest(mac.encode(), hmac.new(KEY, body.encode(), hashlib.sha256).hexdigest().encode()):
-        content: Obj = json.loads(base64.urlsafe_b64decode(body))
-        if content["for"] == bound and content["until"] > time.time():
-            return dict(content["known"])
-    raise refusal(-32602, "Invalid requestState")
-
-class Call:
-    def __init__(self, server: Server, msg: Obj, modern: bool) -> None:
-        self.server, self.modern, self.id, self.method = server, modern, msg["id"], str(msg["method"])
-        self.params = obj(msg.get("params"))
-        self.meta, self.args = obj(self.params.get("_meta")), obj(self.params.get("arguments"))
-        self.caps = obj(self.meta.get(NS + "clientCapabilities")) if modern else server.caps
-        self.name = str(self.params.get("name", self.params.get("uri", "")))
-        self.bound = [self.method, self.name, self.args]  # what its requestState is good for
-        self.known: Obj = {}  # the answers so far
-        self.cancelled, self.changed = False, threading.Condition()
-
-    def wake(self, **news: Any) -> None:  # news are answers; none: cancelled
-        with self.changed:
-            self.known.update(news)
-            self.cancelled |= not news
-            self.changed.notify_all()
-
-    def wait(self, done: Callable[[], bool] = lambda: False, seconds: float | None = None) -> Any:
-        with self.changed:
-            self.changed.wait_for(lambda: self.cancelled or done(), seconds)
-        if self.cancelled:
-            raise Cancelled
-
-    def progress(self, progress: float, **more: Any) -> Any:
-        if "progressToken" in self.meta:
-            self.server.notify("progress", progressToken=self.meta["progressToken"], progress=progress, **more)
-
-    def log(self, data: Any, level: str = "info") -> Any:
-        floor = self.meta.get(NS + "logLevel") if self.modern else self.server.level
-        if floor is not None and LEVELS.index(level) >= LEVELS.index(floor):
-            self.server.notify("message", level=level, logger="fixture", data=data)
-
-    def need(self, capability: str) -> Any:
-        if capability not in self.caps:
-            raise refusal(-32021, "Missing required client capability", {
-                "requiredCapabilities": {capability: {}}}) if self.modern else ToolError(f"Client lacks {capability}")
-
-    def ask(self, requests: Obj, stateful: bool) -> Obj:  # all at once; the answers by key
-        for request in requests.values():
-            self.need(ASKABLE[request["method"]][0])
-        if not self.modern:
-            return self.ask_now(requests)
-        given = obj(self.params.get("inputResponses")) if "requestState" in self.params or not stateful else {}
-        self.known |= {k: given[k] for k, r in requests.items() if ASKABLE[r["method"]][1] in obj(given.get(k))}
-        if missing := {k: r for k, r in requests.items() if k not in self.known}:
-            state = {"requestState": seal(self.bound, self.known)} if stateful else {}
-            raise Reply({"result": {"resultType": "input_required", "inputRequests": missing} | state})
-        return self.known
-
-    def ask_now(self, requests: Obj) -> Obj:
-        ids = {key: next(self.server.ids) for key in requests}
-        for key, request in requests.items():
-            self.server.asked[ids[key]] = self, key
-            self.server.send({"id": ids[key]} | request)
-        try:
-            self.wait(lambda: requests.keys() <= self.known.keys())
-        except Cancelled:
-            for number in [n for n in ids.values() if self.server.asked.pop(n, None)]:
-                self.server.notify("cancelled", requestId=number)
-            raise
-        if errors := [a["error"] for a in self.known.values() if "error" in a]:
-            raise ToolError(f"Client error: {json.dumps(errors)}")
-        return {key: answer.get("result", {}) for key, answer in self.known.items()}
-
-# ---- tools: a string becomes text content, a list is the content, an object the whole result ----
-
-TOOLS: dict[str, tuple[Obj, Callable[[Call], Any]]] = {}
-S, I, B, N = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}, {"type": "number"}
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
-WAV = base64.b64encode(b"RIFF&\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0@\x1f\0\0\x80>\0\0\2\0\x10\0data\2\0\0\0\0\0").decode()
-IMAGE: Obj = {"type": "image", "data": PNG, "mimeType": "image/png"}
-def schema(properties: Obj, required: str = "") -> Obj:
-    return {"type": "object", "properties": properties} | ({"required": required.split()} if required else {})
-
-def tool(name: str, run: Callable[[Call], Any] | str | list[Obj], about: str = "", required: str = "", /,
-         **properties: Any) -> None:
-    given = properties.get("inputSchema") or schema(properties, required)
-    TOOLS[name] = ({"name": name, "description": about or f"Fixture {name}", "inputSchema": given},
-                   run if callable(run) else lambda call: run)
-
-def text(value: str) -> Obj: return {"type": "text", "text": value}
-def resource(uri: str, mime: str, value: str) -> Obj:
-    return {"type": "resource", "resource": {"uri": uri, "mimeType": mime, "text": value}}
-def elicit(message: str, required: str = "", **fields: Obj) -> Obj:
-    return {"method": "elicitation/create", "params": {"message": message, "requestedSchema": schema(fields, required)}}
-def sample(prompt: str, tokens: int = 100) -> Obj:
-    return {"method": "sampling/createMessage",
-            "params": {"messages": [{"role": "user", "content": text(prompt)}], "maxTokens": tokens}}
-
-ROOTS: Obj = {"method": "roots/list", "params": {}}
-ASK_NAME, ASK_OK = elicit("What is your name?", "name", name=S), elicit("Please confirm", "ok", ok=B)
-STEP1, STEP2 = elicit("Step 1: your name?", "name", name=S), elicit("Step 2: your favorite color?", "color", color=S)
-OPTIONS, TITLED = ["option1", "option2", "option3"], [{"const": f"value{n}", "title": f"Option {n}"} for n in (1, 2, 3)]
-DEFAULTS = elicit(
-    "Please review the defaults", name=S | {"default": "John Doe"}, age=I | {"default": 30}, score=N | {"default": 95.5},
-    status=S | {"enum": ["active", "inactive", "pending"], "default": "active"}, verified=B | {"default": True})
-ENUMS = elicit(
-    "Please select options", untitledSingle=S | {"enum": OPTIONS}, titledSingle=S | {"oneOf": TITLED},
-    legacyEnum=S | {"enum": ["opt1", "opt2", "opt3"], "enumNames": ["Option One", "Option Two", "Option Three"]},
-    untitledMulti={"type": "array", "items": S | {"enum": OPTIONS}},
-    titledMulti={"type": "array", "items": {"anyOf": TITLED}})
-
-def steps(call: Call) -> str:
-    for value, line in (0, "Tool execution started"), (50, "Tool processing data"), (100, "Tool execution completed"):
-        call.log(line) if "logging" in call.name else call.progress(value, total=100, message=line)
-        call.wait(seconds=0.05)
-    return "Three steps done"
-def slow(call: Call) -> str:
-    last = round(call.args.get("seconds", 5) / 0.2)
-    for step in range(1, last + 1):
-        call.wait(seconds=0.2)
-        call.progress(step, message=f"step {step} of {last}")
-    return f"slept {last * 0.2:.1f} s"
-def answers(call: Call, stateful: bool = False, **questions: Obj) -> str:
-    return f"Answers: {json.dumps(call.ask(questions, stateful))}"
-def fail(call: Call) -> Any:
-    if call.name != "fail":
-        raise ToolError("This tool intentionally returns an error for testing")
-    raise refusal(call.args.get("code", -32000), call.args.get("message", "failed"), call.args.get("data"))
-def change(call: Call) -> str:  # really adds or removes extra_tool, extra_prompt; resources only pretend
-    kind, uri = call.name.split("_")[2], call.args.get("uri")
-    call.server.extra ^= {kind}
-    call.server.tell(*((f"{kind}s/list_changed", f"{kind}sListChanged") if uri is None else
-                       ("resources/updated", "resourceSubscriptions", uri)))
-    return f"{kind} changed"
-def flood(call: Call) -> str:
-    for number in range(call.args.get("lines", 1000)):
-        (note if call.args.get("to") == "stderr" else call.log)(f"log line {number}")
-    return "flooded"
-def end_listen(call: Call) -> str:
-    for key in list(call.server.listens):
-        del call.server.listens[key]
-        call.server.send({"id": key, "result": {"resultType": "complete", "_meta": {NS + "subscriptionId": key}}})
-    return "ended"
-
-tool("test_simple_text", "This is a simple text response for testing.")
-tool("test_image_content", [IMAGE])
-tool("test_audio_content", [{"type": "audio", "data": WAV, "mimeType": "audio/wav"}])
-tool("test_embedded_resource", [resource("test://embedded-resource", "text/plain", "This is an embedded resource content.")])
-tool("test_multiple_content_types", [text("Multiple content types test:"), IMAGE, resource(
-    "test://mixed-content-resource", "application/json", '{"test":"data","value":123}')])
-tool("test_error_handling", fail)
-tool("test_tool_with_logging", steps)
-tool("test_logging_tool", steps)
-tool("test_tool_with_progress", steps)
-tool("test_sampling", lambda c: answers(c, llm=sample(c.args["prompt"])), "Asks the model", "prompt", prompt=S)
-tool("test_elicitation", lambda c: answers(c, user=elicit(c.args["message"], "username email", username=S, email=S)),
-     "Asks the user", "message", message=S)
-tool("test_elicitation_sep1034_defaults", lambda c: answers(c, form=DEFAULTS))
-tool("test_elicitation_sep1330_enums", lambda c: answers(c, form=ENUMS))
-tool("test_streaming_elicitation", lambda c: c.progress(1, message="about to ask") or answers(c, ok=ASK_OK))
-tool("test_missing_capability", lambda c: c.need("sampling") or "The client declared sampling")
-tool("json_schema_2020_12_tool", lambda c: json.dumps(c.args), inputSchema={
-    "$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object",
-    "$defs": {"address": {"$anchor": "addressDef", "type": "object", "properties": {"street": S, "city": S}}},
-    "properties": {"name": S, "address": {"$ref": "#/$defs/address"}, "phone": S, "email": S,
-                   "contactMethod": {"type": "string", "enum": ["phone", "email"]}},
-    "allOf": [{"anyOf": [{"required": ["phone"]}, {"required": ["email"]}]}],
-    "if": {"properties": {"contactMethod": {"const": "phone"}}, "required": ["contactMethod"]},
-    "then": {"required": ["phone"]}, "else": {"required": ["email"]}, "additionalProperties": False})
-tool("test_x_mcp_header", lambda c: json.dumps(c.args), "Has arguments that HTTP headers repeat", "region", query=S,
-     region=S | {"x-mcp-header": "Region"}, priority=I | {"x-mcp-header": "Priority"})
-tool("test_trigger_tool_change", change)
-tool("test_trigger_prompt_change", change)
-tool("test_trigger_resource_change", change, "With uri: the resource was updated; without: the list changed", uri=S)
-IRR = "test_input_required_result_"
-tool(IRR + "elicitation", lambda c: answers(c, user_name=ASK_NAME))
-tool(IRR + "sampling", lambda c: answers(c, capital_question=sample("What is the capital of France?")))
-tool(IRR + "list_roots", lambda c: answers(c, client_roots=ROOTS))
-tool(IRR + "request_state", lambda c: "state-ok. " + answers(c, True, confirm=ASK_OK))
-tool(IRR + "multiple_inputs", lambda c: answers(
-    c, True, user_name=ASK_NAME, greeting=sample("Generate a greeting", 50), client_roots=ROOTS))
-tool(IRR + "multi_round", lambda c: answers(c, True, step1=STEP1) and answers(c, True, step2=STEP2))
-tool(IRR + "tampered_state", lambda c: answers(c, True, confirm=ASK_OK))
-tool(IRR + "capabilities", lambda c: answers(c, False, **{
-    q["method"]: q for q in (ASK_NAME, sample("Say hello"), ROOTS) if ASKABLE[q["method"]][0] in c.caps}))
-tool("test_slow", slow, "Progress every 0.2 s", seconds=N, label=S)
-tool("hang", lambda c: c.wait(), "Never answers", label=S)
-tool("echo", lambda c: {"content": [text(json.dumps({"arguments": c.args, "params": c.params}, ensure_ascii=False))]}
-     | c.args.get("result", {}), "Returns arguments and params as JSON; `result` is merged into the result")
-tool("fail", fail, "A JSON-RPC error", code=I, message=S, data={})
-tool("big", lambda c: "x" * c.args.get("bytes", 1 << 20), bytes=I)
-tool("die", lambda c: os._exit(3))
-tool("flood", flood, "Log messages, or lines on stderr (to=stderr)", lines=I, to=S)
-tool("noise", lambda c: c.server.write(b"this line is no JSON\n") or "after the noise")
-tool("half", lambda c: c.server.write(b'{"jsonrpc":"2.0","resu') or os._exit(4), "Writes half a line and exits")
-tool("counter", lambda c: str(next(c.server.count)), "How often it was called in this process")
-tool("env", lambda c: os.environ.get(c.args["name"], ""), "An environment variable", "name", name=S)
-tool("pid", lambda c: str(os.getpid()))
-tool("end_listen", end_listen, "Ends all subscriptions/listen from this side")
-tool("extra_tool", "extra", "Comes and goes")
-
-# ---- prompts and resources ----
-
-def prompt(name: str, *arguments: str) -> Obj:
-    listed = {"arguments": [{"name": a, "required": True} for a in arguments]} if arguments else {}
-    return {"name": name, "description": f"Fixture {name}"} | listed
-
-ASK_CONTEXT = elicit("What context should the prompt use?", "context", context=S)
-PROMPTS: dict[str, tuple[Obj, Callable[[Call], list[Obj]]]] = {made[0]["name"]: made for made in (
-    (prompt("test_simple_prompt"), lambda c: [text("This is a simple prompt for testing.")]),
-    (prompt("test_prompt_with_arguments", "arg1", "arg2"), lambda c: [
-        text(f"Prompt with arguments: arg1='{c.args['arg1']}', arg2='{c.args['arg2']}'")]),
-    (prompt("test_prompt_with_embedded_resource", "resourceUri"), lambda c: [
-        resource(c.args["resourceUri"], "text/plain", "Embedded resource content for testing."),
-        text("Please process the embedded resource above.")]),
-    (prompt("test_prompt_with_image"), lambda c: [IMAGE, text("Please analyze the image above.")]),
-    (prompt(IRR + "prompt"), lambda c: [text(answers(c, user_context=ASK_CONTEXT))]),
-    (prompt("extra_prompt"), lambda c: [text("extra")]))}
-RESOURCES: dict[str, tuple[str, Callable[[Call], str]]] = {
-    "test://static-text": ("text/plain", lambda c: "This is the content of the static text resource."),
-    "test://static-binary": ("image/png", lambda c: PNG), "test://watched-resource": ("text/plain", lambda c: "Watched"),
-    "test://asking": ("text/plain", lambda c: answers(c, user_name=ASK_NAME))}
-LISTED = [{"uri": uri, "name": uri[7:], "description": f"Fixture {uri}", "mimeType": r[0]} for uri, r in RESOURCES.items()]
-TEMPLATE = {"uriTemplate": "test://template/{id}/data", "name": "template", "mimeType": "application/json"}
-
-# ---- methods; None means no answer ----
-
-def page(call: Call, key: str, entries: list[Obj]) -> Obj:
-    cursor = call.params.get("cursor", "0")
-    if not (isinstance(cursor, str) and cursor.isdecimal() and int(cursor) < len(entries)):
-        raise refusal(-32602, "Invalid cursor")
-    end = int(cursor) + (PAGE or len(entries))
-    return {key: entries[int(cursor):end]} | ({"nextCursor": str(end)} if end < len(entries) else {})
-def call_tool(call: Call) -> Obj:
-    if call.name not in TOOLS or call.name == "extra_tool" and "tool" not in call.server.extra:
-        raise refusal(-32602, f"Unknown tool: {call.name}")
-    try:
-        out = TOOLS[call.name][1](call)
-    except (ToolError, LookupError, TypeError, ValueError) as error:
-        return {"content": [text(str(error))], "isError": True}
-    return out if isinstance(out, dict) else {"content": out if isinstance(out, list) else [text(out)]}
-def get_prompt(call: Call) -> Obj:
-    try:
-        return {"messages": [{"role": "user", "content": content} for content in PROMPTS[call.name][1](call)]}
-    except (ToolError, LookupError) as error:
-        raise refusal(-32602, f"No such prompt, or it cannot be made: {error}") from None
-def read(call: Call) -> Obj:
-    uri, key = call.name, call.name[16:-5]
-    if uri == f"test://template/{key}/data":
-        value = json.dumps({"id": key, "templateTest": True, "data": f"Data for ID: {key}"})
-        return {"contents": [{"uri": uri, "mimeType": "application/json", "text": value}]}
-    if uri not in RESOURCES:
-        raise refusal(-32602 if call.modern else -32002, "Resource not found", {"uri": uri})
-    mime, get = RESOURCES[uri]
-    return {"contents": [{"uri": uri, "mimeType": mime, "text" if mime == "text/plain" else "blob": get(call)}]}
-def complete(call: Call) -> Obj:
-    start = str(obj(call.params.get("argument")).get("value", ""))
-    values = [v for v in ("paris", "park", "party", "test1", "test2") if v.startswith(start)]
-    return {"completion": {"values": values, "total": len(values), "hasMore": False}}
-def initialize(call: Call) -> Obj:
-    asked, call.server.caps = call.params.get("protocolVersion"), obj(call.params.get("capabilities"))
-    call.server.initialized = True
-    return {"protocolVersion": asked if asked in LEGACY else LEGACY[-1], "serverInfo": INFO} | HELLO
-def set_level(call: Call) -> Obj:
-    if call.params.get("level") not in LEVELS:
-        raise refusal(-32602, "Invalid log level")
-    call.server.level = call.params["level"]
-    return {}
-def subscribe(call: Call) -> Obj:
-    (set.add if call.method == "resources/subscribe" else set.discard)(call.server.subscribed, call.name)
-    return {}
-def listen(call: Call) -> None:
-    known = ("toolsListChanged", "promptsListChanged", "resourcesListChanged", "resourceSubscriptions")
-    honoured = {k: want for k in known if (want := obj(call.params.get("notifications")).get(k))}
-    call.server.notify("subscriptions/acknowledged", _meta={NS + "subscriptionId": call.id}, notifications=honoured)
-    call.server.listens[call.id] = honoured  # not before: the acknowledgement comes first
-
-BOTH: dict[str, Callable[[Call], Obj | None]] = {
-    "tools/list": lambda c: page(c, "tools", [t for t, _ in TOOLS.values()][:None if "tool" in c.server.extra else -1]),
-    "prompts/list": lambda c: page(
-        c, "prompts", [p for p, _ in PROMPTS.values()][:None if "prompt" in c.server.extra else -1]),
-    "resources/list": lambda c: page(c, "resources", LISTED), "tools/call": call_tool, "prompts/get": get_prompt,
-    "resources/templates/list": lambda c: page(c, "resourceTemplates", [TEMPLATE]), "resources/read": read,
-    "completion/complete": complete}
-METHODS: dict[bool, dict[str, Callable[[Call], Obj | None]]] = {
-    False: BOTH | {"initialize": initialize, "ping": lambda c: {}, "logging/setLevel": set_level,
-                   "resources/subscribe": subscribe, "resources/unsubscribe": subscribe},
-    True: BOTH | {"subscriptions/listen": listen, "server/discover": lambda c: {"supportedVersions": [MODERN]} | HELLO}}
-
-class Server:
-    def __init__(self, era: str) -> None:
-        self.era, self.level, self.initialized = era, "info", False  # era: "" until a message decides
-        self.ids: itertools.count[int] = itertools.count()  # from 0: they collide with the client's
-        self.count: itertools.count[int] = itertools.count(1)
-        self.out = threading.Lock()
-        self.calls: dict[Any, Call] = {}
-        self.asked: dict[Any, tuple[Call, str]] = {}
-        self.listens: dict[Any, Obj] = {}
-        self.caps: Obj = {}
-        self.subscribed: set[str] = set()
-        self.extra: set[str] = set()
-
-    def write(self, raw: bytes) -> Any:
-        with self.out:
-            sys.stdout.buffer.write(raw)
-            sys.stdout.buffer.flush()
-
-    def send(self, message: Obj) -> None:
-        line = json.dumps({"jsonrpc": "2.0"} | message, ensure_ascii=False, separators=(",", ":"))
-        self.write(line.encode(errors="backslashreplace") + b"\n")  # a lone surrogate is \udXXX in JSON, too
-
-    def notify(self, kind: str, **params: Any) -> None:
-        self.send({"method": f"notifications/{kind}", "params": params})
-
-    def tell(self, method: str, kind: str, uri: str | None = None) -> None:
-        params = {} if uri is None else {"uri": uri}
-        if self.era == "legacy" and (uri is None or uri in self.subscribed):
-            self.notify(method, **params)
-        for key, want in list(self.listens.items()):
-            if kind in want and (uri is None or uri in want[kind]):
-                self.notify(method, _meta={NS + "subscriptionId": key}, **params)
-
-    def check(self, call: Call) -> None:
-        if call.method not in METHODS[call.modern]:
-            raise refusal(-32601, "Method not found")
-        if not call.modern:
-            if self.initialized or call.method in ("initialize", "ping"):
-                return
-            raise refusal(-32600, "Not initialized")
-        if not isinstance(call.meta.get(NS + "protocolVersion"), str) or NS + "clientCapabilities" not in call.meta:
-            raise refusal(-32602, f"_meta needs {NS}protocolVersion and {NS}clientCapabilities")
-        if (asked := call.meta[NS + "protocolVersion"]) != MODERN:
-            raise refusal(-32022, "Unsupported protocol version", {"supported": [MODERN], "requested": asked})
-        if call.meta.get(NS + "logLevel", "info") not in LEVELS:
-            raise refusal(-32602, "Invalid log level")
-        if "requestState" in call.params:
-            call.known = unseal(call.params["requestState"], call.bound)
-
-    def run(self, call: Call) -> None:
-        try:
-            self.check(call)
-            reply: Obj = {"result": METHODS[call.modern][call.method](call)}
-        except Reply as error:
-            reply = error.args[0]
-        except Cancelled:
-            note(f"cancelled {call.name} {call.args.get('label', '')}".rstrip())
-        except Exception as error:
-            reply = {"error": {"code": -32603, "message": repr(error)}}
-        if self.calls.pop(call.id, call).cancelled or reply.get("result", {}) is None:
-            return
-        if call.modern and "result" in reply:
-            if call.method in CACHED and "resultType" not in reply["result"]:
-                reply["result"] |= {"ttlMs": 1234, "cacheScope": "public"}
-            reply["result"] = {"resultType": "complete", "_meta": {NS + "serverInfo": INFO}} | reply["result"]
-        self.send({"id": call.id} | reply)
-
-    def receive(self, line: bytes) -> None:
-        try:
-            msg = obj(json.loads(line))
-        except (ValueError, RecursionError):
-            msg = {}
-        method, params = msg.get("method"), obj(msg.get("params"))
-        rid = params.get("requestId") if method == "notifications/cancelled" else msg.get("id", 0)
-        if not msg or not isinstance(rid, (int, str)):
-            self.send({"id": None, "error": {"code": -32700, "message": "Not a JSON-RPC message"}})
-        elif method is None:  # an answer
-            if found := self.asked.pop(rid, None):
-                found[0].wake(**{found[1]: msg})
-        elif method == "notifications/cancelled":
-            self.listens.pop(rid, None)
-            if running := self.calls.get(rid):
-                running.wake()
-        elif "id" in msg:
-            if not self.era and method != "server/discover":
-                self.era = "modern" if NS + "protocolVersion" in obj(params.get("_meta")) else "legacy"
-            call = Call(self, msg, self.era != "legacy")
-            self.calls[rid] = call
-            if method in ("tools/call", "prompts/get", "resources/read"):
-                threading.Thread(target=self.run, args=(call,), daemon=True).start()
-            else:
-                self.run(call)
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in ("legacy", "modern", "both"):
-        sys.exit("usage: fixture_server.py legacy|modern|both")
-    note(f"fixture server {os.getpid()}: {sys.argv[1]}")
-    SERVER = Server(sys.argv[1].replace("both", ""))
-    for LINE in sys.stdin.buffer:
-        if LINE.strip():
-            SERVER.receive(LINE)
-    os._exit(0)  # whatever still runs
-'''
