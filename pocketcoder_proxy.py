@@ -24,13 +24,17 @@ Sections, top to bottom; each uses only what stands above it:
   Run files         the go script, the FIFOs, their directory, what a killed server left
   Terminals         panes, prompts, who may type
   Runs              one run from files to prompt; PocketCoderDriver
+  Audit log         one line before a command starts, one before its end is answered
   MCP core          JSON-RPC, both eras: messages in, decisions out
   MCP children      a relayed server's process: its life, its lines, requests in flight
   Era translation   what a message of one era is in the other
   Relay             stdio MCP servers of the sandbox, for clients of either era
   State and tools   what handlers share, sessions, the tools of MCP
-  Transports        HTTP: the gate, handlers, endpoints, ROUTES
-  Application       command line, `install`, start and stop
+  HTTP gate         who may call: pure functions
+  Endpoints         handlers, what Tornado calls, ROUTES
+  Install           what `install` writes
+  MCP configuration which stdio servers are relayed
+  Application       command line, start and stop
 
 Routes:     GET /health, POST /exec, GET /exec/ws; of MCP POST GET DELETE /mcp, GET /mcp/ws,
             GET /sse, POST /messages, the same under /servers/NAME; GET /servers
@@ -76,12 +80,14 @@ import sys
 # ==========================================================================
 # S1  Every limit, time and default is here, with its unit.  Times in seconds.
 VERSION = "0.1.0"
-KIB, MIB = 1024, 1024 * 1024
+KIB = 1024
+MIB = 1024 * KIB
 
 DEFAULT_PORT = 3001
 DEFAULT_SOCKET = "/tmp/tmux/pocketcoder"
 DEFAULT_SESSION = "pocketcoder"
-QUIET_PROGRAMS = {  # nobody may be there to page or to answer
+# Programs must not wait for a person who may not be there, to page or to answer.
+QUIET_PROGRAMS = {
     "PAGER": "cat",
     "GIT_PAGER": "cat",
     "MANPAGER": "cat",
@@ -89,102 +95,160 @@ QUIET_PROGRAMS = {  # nobody may be there to page or to answer
     "DEBIAN_FRONTEND": "noninteractive",
 }
 
-MAX_BODY = 16 * MIB  # bytes of a request
-MAX_COMMAND = 8 * MIB  # bytes of `cmd`
-MAX_ARGUMENT = 128 * KIB  # MAX_ARG_STRLEN, execve(2): one argument with its NUL
-MAX_VARIABLE = 123 * KIB  # of one variable: with its name it is an argument of env(1)
-MAX_PATH = 4 * KIB  # PATH_MAX, limits.h; also of the name of a variable
-MAX_ID = 4 * KIB  # bytes of `usage_id` and `session_id`
-MAX_ENVIRONMENT = 512 * KIB  # of `env`; execve(2) takes a quarter of the stack for all
-MAX_OUTPUT, DEFAULT_OUTPUT = 64 * MIB, MIB  # `max_output`, bytes
-TOOL_OUTPUT = (
-    384 * KIB
-)  # the same of the MCP tool, which sends it twice: SDKs take messages of 1 MiB
-MAX_TIMEOUT, DEFAULT_TIMEOUT = 86400, 300  # `timeout`
-MAX_PANES, MAX_QUEUE = 4, 1000  # of one agent
-MAX_VIEW = 64 * KIB  # bytes a run shows to a person: about what tmux keeps, at a few ms of its time
-MAX_IGNORED = 20  # names of unknown fields that an answer repeats, of 80 characters each
-MAX_VIEW_COMMAND = 4 * KIB  # characters of the command shown
-CHUNK = MIB  # bytes read at once; also the size wanted of a pipe
+# --- What a request may ask for: bytes, where nothing else is said.
+MAX_BODY = 16 * MIB
+# So much of a larger body is read, so that its caller sees the 413.
+MAX_UNREAD_BODY = 4 * MAX_BODY
+# 64 KiB of headers take 10 ms to parse, before the gate.
+MAX_HEADERS = 16 * KIB
+MAX_COMMAND = 8 * MIB
+# MAX_ARG_STRLEN, execve(2): one argument with its NUL.
+MAX_ARGUMENT = 128 * KIB
+# The value of a variable: with its name it is an argument of env(1).
+MAX_VARIABLE = 123 * KIB
+# All of `env`: execve(2) takes a quarter of the stack for everything.
+MAX_ENVIRONMENT = 512 * KIB
+# PATH_MAX, limits.h; also the name of a variable.
+MAX_PATH = 4 * KIB
+# `usage_id` and `session_id`.
+MAX_ID = 4 * KIB
+MAX_OUTPUT = 64 * MIB
+DEFAULT_OUTPUT = MIB
+# The MCP tool sends its output twice, and some SDKs take messages of 1 MiB at most.
+TOOL_OUTPUT = 384 * KIB
+MAX_TIMEOUT = 86400  # seconds
+DEFAULT_TIMEOUT = 300  # seconds
+# Unknown fields that an answer names, 80 characters of each.
+MAX_IGNORED = 20
+# Lines of a terminal that are read at once.
+MAX_LINES = 2000
+# Typed at once: the buffer of a terminal's line.
+MAX_KEYS = 4 * KIB
 
+# --- Terminals.
+MAX_PANES = 4  # of one agent
+MAX_QUEUE = 1000  # commands of one agent that wait for a pane
+# Lines in a row that a shell did not run, before it is left alone.
+MAX_MISSED = 2
+# Attempts to start a command, each in another pane or after another failure.
+START_TRIES = 8
+# Attempts to look at a window's panes, each pause twice as long as the one before.
+LOOK_TRIES = 5
+RETRY_PAUSE = 0.05
 TMUX_TIMEOUT = 5.0  # a reply of tmux
-# After a command, while something that it started can still write: quiet for so long, before the
-# first byte and after each one, and at most so long in all.
-FIRST_QUIET_TIME = 0.2
-QUIET_TIME = 0.1
-SETTLE_TIMEOUT = 1.0
+START_TIMEOUT = 1.0  # from the typed line to the report that it started
+# The same for a new shell, which may be reading its start-up files.
+NEW_SHELL_TIMEOUT = 15.0
+# From the end of a command to the prompt of its shell.
+PROMPT_TIMEOUT = 0.5
+RETURN_TIMEOUT = 2.0  # from the report of the exit to that of the return
+# Until a shell has taken a key; nobody types a line in that time.
+CLEAR_PAUSE = 0.05
 LOOK_PAUSE = 0.001  # between looks at a shell that is about to show its prompt
-# Between looks whether the stdin of a command, at its end, is opened once more: at first, at most.
-OPEN_PAUSE = 0.01
-MAX_OPEN_PAUSE = 0.25
+QUEUE_CHECK = 0.5  # between looks whether a person's program has ended
+# Between looks whether the shell of a run lives: tmux may not tell.
+WATCH_PAUSE = 0.5
 SHOW_PAUSE = 0.2  # from keys to the screen that shows what they did
 QUESTION_TIMEOUT = 0.5  # to look at the screen of a command whose time is over
-RETRY_PAUSE = 0.05  # before another try with a tmux that is just ending, or a place just wiped
-LOOK_TRIES = 5  # at the panes of a window, each pause twice as long as the one before
-START_TRIES = 8  # of a command, each in another pane or after another failure
-MAX_MISSED = 2  # lines in a row that a shell did not run, until it is left alone
-ADOPT_PAUSE = 0.2  # for the last words of a run whose server was killed
-START_TIMEOUT = 1.0  # from the typed line to the start report
-NEW_SHELL_TIMEOUT = 15.0  # the same while a new shell may read its start-up files
-PROMPT_TIMEOUT = 0.5  # a shell that has just ended a command shows its prompt
-QUEUE_CHECK = 0.5  # look again whether a person's program has ended
-WATCH_PAUSE = 0.5  # look again whether the shell of a run lives: tmux may not tell
-RETURN_TIMEOUT = 2.0  # from the exit report to the prompt
-AUDIT_TIMEOUT, AUDIT_PAUSE = (
-    10.0,
-    0.05,
-)  # an answer waits so long for a line that cannot be written; between tries
-CLEAR_PAUSE = 0.05  # for a shell to take a key; shorter than anybody types a line
-DRAIN_PAUSE = 0.01  # between reads of what outlives its run: 100 MB/s
-VIEW_DELAY = 0.005  # a command that ends sooner is shown at its end
-VIEW_PAUSE, VIEW_TRIES = (
-    0.01,
-    20,
-)  # a full terminal is written to again, and may delay the prompt by that
-DESCRIPTORS_KEPT = 10  # that no further run takes: those that run need some to be watched and ended
-STOP_GRACE = 5.0  # SIGTERM: running commands may still end
-KEEP_ALIVE = 15.0  # between comments on a silent stream
+
+# --- Streams of a command.
+CHUNK = MIB  # bytes read at once; also the wanted size of a pipe
+# After a command, while something that it started can still write: so much quiet before its first
+# byte and after each later one, and so long in all.
+FIRST_QUIET_TIME = 0.2
+QUIET_TIME = 0.1
+LATE_OUTPUT_TIMEOUT = 1.0
+# Between reads of what a background process writes later: 100 MB/s.
+DRAIN_PAUSE = 0.01
+# Between looks whether stdin, at its end, is opened once more: the first pause, and the longest.
+OPEN_PAUSE = 0.01
+MAX_OPEN_PAUSE = 0.25
+# Bytes that a run shows to a person: about what tmux keeps, at a few ms of its time.
+MAX_VIEW = 64 * KIB
+MAX_VIEW_COMMAND = 4 * KIB  # characters of the command
+# A full terminal is written to again after a pause, so often: the prompt waits for it.
+VIEW_PAUSE = 0.01
+VIEW_TRIES = 20
+ADOPT_PAUSE = 0.2  # for the exit code of a run whose server was killed
+# Descriptors that no further run takes: those that run need some to be watched and ended.
+DESCRIPTORS_KEPT = 10
+
+# --- The audit log.
+AUDIT_TIMEOUT = 10.0  # an answer waits for a line that cannot be written
+AUDIT_PAUSE = 0.05  # between attempts to write it
+
+# --- HTTP.
+MAX_WAITING = 1000  # connections without a request at work
+ACCEPTED_AT_ONCE = 16  # connections in one turn of the loop
+ACCEPT_PAUSE = 0.5  # before the next attempt, when no descriptor is left
 BODY_TIMEOUT = 60.0  # for a body to arrive
 IDLE_TIMEOUT = 300.0  # of a kept connection
-SLOW_READER_TIMEOUT = 60.0  # a reader gets that for the rest of an ended command
-CONNECT_TIMEOUT = 10.0  # of the shell
-SIGNAL_PATIENCE = 0.15  # of the shell after a signal: its callers kill it after 0.2
-CHILD_TIMEOUT = 300.0  # of a relayed server: for an answer, or the next progress
-CHILD_QUEUE = 32 * MIB  # bytes that wait for it to read
-CHILD_READ = 256 * KIB  # bytes of it read at once
-MAX_ANSWER = 32 * MIB  # bytes of a line of it
-MAX_LOG_LINE = 64 * KIB  # bytes of a line of its stderr
-MAX_ENDS = 4 * KIB  # bytes kept of each end of a line that is too long: its id is there
-CHILD_BACKOFF = 30.0  # the longest wait before one that never answered is started again
-CHILD_PATIENCE = 5.0  # a request waits so long for a back-off, for room, or for the last one to end
-MAX_CHILDREN = 16  # of one legacy server, for modern clients: one each
-CHILD_CEILING = 3600.0  # for an answer, whatever progress it tells of
-CHILD_START = 60.0  # for its first answer
-CHILD_IDLE = 600.0  # until one that nobody uses is ended, unless --mcp-idle says otherwise
-PROBE_TIMEOUT = 5.0  # of silence, until it is asked for its era in another way too
-SETTLE_TIMEOUT = 1.0  # for a legacy one to deal with what it was sent
-ABANDON_PAUSE = 0.2  # for a session to be found abandoned, when a second process cannot start
-LAST_WORDS = 0.05  # for its exit status and its last lines, when it has closed its output
-LAST_ANSWERS = 1.0  # for the answers to leave that a session of a dead one still has
-CROWD_PAUSE = 0.05  # it waits so long for a slow reader, when others use it too
-MAX_QUESTIONS = 100  # of one, that wait for a call of its client
-HEADERS_KEPT = 30.0  # what its tools say of headers
-PARK_TIMEOUT = 300.0  # for a client to answer its question
-QUESTION_PAUSE = 0.02  # for more questions of a legacy server
-MAX_ROUNDS = 10  # of questions in one call
+KEEP_ALIVE = 15.0  # between comments on a silent stream
+# For a reader to take the rest of an ended command's output.
+SLOW_READER_TIMEOUT = 60.0
+GONE_CHECK = 0.5  # between looks whether the caller of a channel has left
+TCP_ESTABLISHED = 1  # include/net/tcp_states.h
+# Mcp-Param-* come to these, as asked for.
+CORS_HEADERS = (
+    "Authorization, Content-Type, Accept, MCP-Protocol-Version, Mcp-Session-Id, Mcp-Method,"
+    " Mcp-Name, Last-Event-ID"
+)
+# After SIGTERM running commands may still end, and then the answers of those that were ended leave.
+STOP_GRACE = 5.0
+SETTLE_GRACE = 0.5
+
+# --- The shell.
+CONNECT_TIMEOUT = 10.0
+# After a signal: callers kill their shell after 0.2 s.
+SIGNAL_PATIENCE = 0.15
+BRIDGE_CHUNK = 256 * KIB  # bytes read at once
+
+# --- MCP: sessions and tools.
+MAX_SESSIONS = 4096
+MAX_CALLS = 100  # of one session at once
 MAX_INBOX = 100  # messages that wait for a client
-MAX_SESSIONS, MAX_CALLS = 4096, 100  # of MCP; calls of one session at once
-MAX_WAITING = 1000  # connections without a request at work
-MAX_HEADERS = 16 * KIB  # bytes of a request's; 64 KiB of them take 10 ms to parse, before the gate
-SESSION_KEPT = 60.0  # a session that its client named outlives its stream
-SESSION_IDLE = 3600.0  # one of Streamable HTTP its last message; of a relayed server: CHILD_IDLE
-PROGRESS_EVERY, PROGRESS_PAUSE = 1.0, 0.1  # between progress notifications, at most and at least
-MAX_LINE = KIB  # bytes of a line told as progress
-MAX_NAME = 128  # characters of the name of a relayed server; of one shown in the audit log
-MAX_LINES, MAX_KEYS = 2000, 4 * KIB  # `lines` read; bytes typed at once: a terminal's line buffer
-CORS_HEADERS = "Authorization, Content-Type, Accept, MCP-Protocol-Version, Mcp-Session-Id, Mcp-Method, Mcp-Name, "
-CORS_HEADERS += "Last-Event-ID"  # and Mcp-Param-*, as asked for
-BRIDGE_CHUNK = 256 * KIB  # bytes that the shell reads at once
+# A session that its client named outlives its stream.
+SESSION_KEPT = 60.0
+# One of Streamable HTTP outlives its last message; of a relayed server CHILD_IDLE holds.
+SESSION_IDLE = 3600.0
+# Between notifications of progress: the longest time, and the shortest.
+PROGRESS_EVERY = 1.0
+PROGRESS_PAUSE = 0.1
+MAX_LINE = KIB  # bytes of a line of output in such a notification
+
+# --- MCP: relayed servers.
+# Characters of the name of one; also of names that the audit log shows.
+MAX_NAME = 128
+# Of one legacy server for modern clients, one for each client.
+MAX_CHILDREN = 16
+CHILD_START = 60.0  # for the first answer
+# Of silence, before it is asked for its era in another way too.
+PROBE_TIMEOUT = 5.0
+# For an answer, or the next progress; and whatever progress comes.
+CHILD_TIMEOUT = 300.0
+CHILD_CEILING = 3600.0
+# A process that nobody uses is ended, unless --mcp-idle says otherwise.
+CHILD_IDLE = 600.0
+# The longest wait before one that never answered is started again.
+CHILD_BACKOFF = 30.0
+# A request waits for that, for room, or for the last process to end.
+CHILD_PATIENCE = 5.0
+CHILD_QUEUE = 32 * MIB  # bytes that wait for it to read
+CHILD_READ = 256 * KIB  # bytes read at once
+MAX_ANSWER = 32 * MIB  # bytes of a line
+MAX_LOG_LINE = 64 * KIB  # bytes of a line of its stderr
+# Bytes kept of each end of a line that is too long: its id is there.
+MAX_ENDS = 4 * KIB
+SETTLE_TIMEOUT = 1.0  # for a legacy one to deal with what it was sent
+ABANDON_PAUSE = 0.2  # to find an abandoned session, when a second process cannot start
+LAST_WORDS = 0.05  # for its last lines, when it has closed its output
+LAST_ANSWERS = 1.0  # for the answers of a process that has died to leave
+CROWD_PAUSE = 0.05  # for a slow reader, when others use it too
+MAX_QUESTIONS = 100  # of one process, that wait for a call of its client
+QUESTION_PAUSE = 0.02  # for more questions of a legacy server
+PARK_TIMEOUT = 300.0  # for a client to answer
+MAX_ROUNDS = 10  # of questions in one call
+HEADERS_KEPT = 30.0  # what its tools say of headers
 
 
 def default_agent_name() -> str:
@@ -271,6 +335,7 @@ def shell_arguments(argv: list[str]) -> list[str] | None:
         return words
     if os.path.exists(first) and not os.path.isdir(first):
         return words
+
     return None
 
 
@@ -290,6 +355,7 @@ def subcommand_arguments(words: list[str]) -> list[str] | None:
         return ["-c", "--", plain_command(words[1:])]
     if first[:1] in ("-", "+"):
         return words
+
     return ["-c", "--", plain_command(words)]
 
 
@@ -321,6 +387,7 @@ def split_options(words: list[str]) -> tuple[str, list[str], list[str]]:
     """
     letters = ""
     at = 0
+
     while at < len(words):
         word = words[at]
         if word in ("-", "--"):
@@ -329,6 +396,7 @@ def split_options(words: list[str]) -> tuple[str, list[str], list[str]]:
             break
 
         at += 1
+
         # Long ones come first, and one dash will do for them.
         name = word[2:] if word[:2] == "--" else word[1:]
         if name in LONG_OPTIONS and letters == "":
@@ -339,6 +407,7 @@ def split_options(words: list[str]) -> tuple[str, list[str], list[str]]:
         else:
             letters += word[1:]
             at += word.count("o") + word.count("O")
+
     return letters, words[:at], words[at:]
 
 
@@ -359,6 +428,7 @@ def arguments_of(words: list[str]) -> list[str]:
 
     if not has_stdin():
         raise Failed(BLOCKED, 1)
+
     return words
 
 
@@ -371,8 +441,10 @@ def read_script(path: str) -> str:
         raise Failed(f"{path}: {wrong.strerror}", 127) from None
     except OSError as wrong:
         raise Failed(f"{path}: {wrong.strerror}", 126) from None
+
     if "\0" in script:
         raise Failed(f"{path}: cannot execute binary file", 126)
+
     return script
 
 
@@ -396,6 +468,7 @@ def current_directory() -> str:
             return named
     except OSError:  # the name leads nowhere
         pass
+
     try:
         return os.getcwd()
     except OSError as wrong:
@@ -427,10 +500,13 @@ def request_of(argv: list[str]) -> bytes:
     }
     if not has_stdin():
         fields["stdin"] = ""
+
     if variables.get("OPENCODE_SESSION_ID"):
         fields["session_id"] = variables["OPENCODE_SESSION_ID"]
+
     if variables.get("POCKETCODER_USAGE_ID"):
         fields["usage_id"] = variables["POCKETCODER_USAGE_ID"]
+
     return json_text(fields).encode()
 
 
@@ -445,6 +521,7 @@ def json_text(value: object) -> str:
     if isinstance(value, dict):
         pairs = (f"{json_text(name)}:{json_text(each)}" for name, each in value.items())
         return "{" + ",".join(pairs) + "}"
+
     return str(value).lower()
 
 
@@ -457,6 +534,7 @@ def parse_url(url: str) -> tuple[str, int]:
     place = address
     for mark in "/?#":
         place = place.partition(mark)[0]
+
     if place != address:
         raise Failed(f"PROXY_URL: got one with a path behind {place!a}, {URL_FORMS}", 125)
 
@@ -464,9 +542,11 @@ def parse_url(url: str) -> tuple[str, int]:
     if not colon or place.endswith("]"):
         host = place
         port = "80"
+
     is_port = port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536
     if scheme != "http" or not host or not is_port:
         raise Failed(f"PROXY_URL: got {url!a}, {URL_FORMS}", 125)
+
     return host, int(port)
 
 
@@ -503,8 +583,10 @@ class Bridge:
         is_first = not self.status
         if is_first:
             self.status = 128 + number
+
         if not is_first or self.sock is None or is_alarm:
             raise Failed("", self.status)
+
         _signal.setitimer(_signal.ITIMER_REAL, SIGNAL_PATIENCE)
         self.send(1, b'{"signal":"%s","end":true}' % SIGNALS[number].encode(), wait=False)
 
@@ -537,6 +619,7 @@ class Bridge:
 
         host, port = parse_url(self.url)
         failure = 0
+
         for family, kind, protocol, _, place in _socket.getaddrinfo(
             host.strip("[]").encode(), port, 0, _socket.SOCK_STREAM
         ):
@@ -559,14 +642,18 @@ class Bridge:
         token = os.environ.get("POCKETCODER_TOKEN")
         if token:
             lines.append(f"Authorization: Bearer {token}")
+
         sock.sendall("\r\n".join([*lines, "", ""]).encode())
 
         answer = b""
+
         while b"\r\n\r\n" not in answer and len(answer) < BRIDGE_CHUNK:
             more = sock.recv(BRIDGE_CHUNK)
             if not more:
                 break
+
             answer += more
+
         head, _, self.unread = answer.partition(b"\r\n\r\n")
         if head[:13] != b"HTTP/1.1 101 " or WS_ACCEPT not in head:
             said = ascii(head[:80].partition(b"\r")[0].decode("latin-1"))
@@ -574,6 +661,7 @@ class Bridge:
 
         sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_KEEPALIVE, 1)
+
         # Close with RST, so that a proxy that has stopped reading stdin notices our end.
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self.sock = sock
@@ -586,9 +674,12 @@ class Bridge:
                 more = self.sock.recv(BRIDGE_CHUNK)
             except OSError:
                 more = b""
+
             if not more:
                 raise Failed(f"{self.url} closed the connection before the end of the command", 125)
+
             self.unread = self.unread + more if self.unread else more
+
         data = self.unread[:size]
         self.unread = self.unread[size:]
         return data
@@ -599,11 +690,13 @@ class Bridge:
         import _thread
 
         _signal.setitimer(_signal.ITIMER_REAL, CONNECT_TIMEOUT)
+
         try:
             self.connect()
         except (OSError, UnicodeError, OverflowError) as wrong:
             text = f"cannot reach the proxy at {self.url}: {wrong}; is it running?"
             raise Failed(text, 125) from None
+
         _signal.setitimer(_signal.ITIMER_REAL, 0)
 
         self.send(1, request)
@@ -614,6 +707,7 @@ class Bridge:
             channel, left = self.read_header()
             if channel == 3:
                 return self.end(self.read(left))
+
             while left:
                 piece = self.read(left, all_of_it=False)
                 left -= len(piece)
@@ -626,6 +720,7 @@ class Bridge:
             size = int.from_bytes(self.read(2), "big")
         elif size == 127:
             size = int.from_bytes(self.read(8), "big")
+
         channel = self.read(1)[0]
         left = size - 1
 
@@ -633,6 +728,7 @@ class Bridge:
         is_end = channel == 3 and left <= MIB
         if kind != 0x82 or left < 0 or not (is_output or is_end):
             raise Failed(f"{self.url} closed the channel, or does not speak {CHANNELS}", 125)
+
         return channel, left
 
     def write(self, fd: int, data: bytes) -> None:
@@ -662,6 +758,7 @@ class Bridge:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             said = ascii(final[:80].decode("latin-1"))
             raise Failed(f"{self.url} ended with {said}", 125) from None
+
         raise Failed(text, status)
 
 
@@ -673,6 +770,7 @@ def run_shell(words: list[str]) -> int:
     fd = os.open(os.devnull, os.O_RDWR)
     while fd < 3:
         fd = os.open(os.devnull, os.O_RDWR)
+
     os.close(fd)
 
     bridge = Bridge(os.environ.get("PROXY_URL") or f"http://localhost:{DEFAULT_PORT}")
@@ -684,6 +782,7 @@ def run_shell(words: list[str]) -> int:
     try:
         if sys.version_info < (3, 8):  # noqa: UP036
             raise Failed(f"the shell needs Python 3.8 or later, this is {python_version()}", 125)
+
         status = bridge.run(request_of(arguments_of(words)), has_stdin())
         bridge.over = True
     except Failed as failure:
@@ -698,6 +797,7 @@ def run_shell(words: list[str]) -> int:
     _signal.setitimer(_signal.ITIMER_REAL, 0)
     for number, handler in before.items():
         _signal.signal(number, handler)
+
     return bridge.status or status
 
 
@@ -749,7 +849,6 @@ import datetime
 import enum
 import errno
 import fcntl
-import gc
 import hmac
 import ipaddress
 import json
@@ -846,10 +945,9 @@ SIGNAL_NUMBERS = {
 # Errors
 # ==========================================================================
 # E1  A command that fails is a result; a proxy that cannot do its job is an error.
-# E2  Each class carries its answers; nothing else maps errors to numbers.
-#     What is HTTP's alone (401, 404, 405, 413, 415) is Tornado's HTTPError.
+# E2  Each class carries its HTTP status, JSON-RPC code and exit code.
 class ProxyError(Exception):
-    """The proxy cannot do its job.  Raised itself for what nobody expected."""
+    """The proxy cannot do its job.  Raised itself for its own faults."""
 
     http_status = 500
     # Of JSON-RPC.
@@ -865,6 +963,7 @@ class ProxyError(Exception):
         in_response: bool = False,
     ) -> None:
         super().__init__(text)
+
         # For a JSON-RPC error: its `data`, and the request that it answers.
         self.data = data
         self.request_id = request_id
@@ -931,6 +1030,49 @@ class Forbidden(ProxyError):
     http_status, rpc_code = 403, -32600
 
 
+class Refused(ProxyError):
+    """HTTP has a status for it."""
+
+    http_status = 400
+    rpc_code = -32600
+
+
+class Unauthorized(Refused):
+    """The token is missing or wrong."""
+
+    http_status = 401
+
+
+class NoSuchPath(Refused):
+    """There is no such path, or no such MCP server."""
+
+    http_status = 404
+
+
+class MethodNotAllowed(Refused):
+    """The path has no such method."""
+
+    http_status = 405
+
+
+class NotAcceptable(Refused):
+    """The caller takes no media type that we send."""
+
+    http_status = 406
+
+
+class TooLarge(Refused):
+    """The body is larger than MAX_BODY."""
+
+    http_status = 413
+
+
+class UnsupportedMedia(Refused):
+    """The body is not `application/json`."""
+
+    http_status = 415
+
+
 class NoTerminal(ProxyError):
     """The sandbox cannot run it now, and nothing was run.
 
@@ -949,7 +1091,7 @@ class NoAudit(ProxyError):
 # ==========================================================================
 # Wire types
 # ==========================================================================
-# W1  What comes from outside is checked here, once; nobody checks it again.
+# W1  What comes from outside is checked here, once, and nowhere again.
 # W2  A complaint names the field, what was got and what was expected.
 Message = dict[str, Any]
 RUN_ID = re.compile(r"[0-9a-f]{16}")
@@ -979,12 +1121,15 @@ def check_text(name: str, got: object, expected: str, limit: int, nul: bool = Fa
         raise complain(name, got, expected)
     if "\0" in got and not nul:
         raise complain(name, got, f"{expected} without NUL")
+
     try:
         size = len(got.encode())
     except UnicodeEncodeError:
         raise complain(name, got, f"{expected} in UTF-8, without lone surrogates") from None
+
     if size > limit:
         raise complain(name, got, f"{expected} of at most {limit} bytes (it has {size})")
+
     return got
 
 
@@ -996,17 +1141,21 @@ def check_argv(got: object) -> tuple[str, ...]:
     expected = "an array of strings, the arguments of bash"
     if not isinstance(got, (list, tuple)):
         raise complain("argv", got, expected)
+
     for word in got:
         if not isinstance(word, str):
             raise complain("argv", word, expected)
         if "\0" in word:
             raise complain("argv", word, f"{expected}, without NUL")
+
         try:
             size = len(word.encode(errors="surrogateescape"))
         except UnicodeEncodeError:
             raise complain("argv", word, f"{expected}, in UTF-8 or as U+DC80 to U+DCFF") from None
+
         if size > MAX_COMMAND:
             raise complain("argv", word, f"at most {MAX_COMMAND} bytes a string (it has {size})")
+
     return tuple(got)
 
 
@@ -1043,11 +1192,13 @@ def inside(workspace: str, cwd: str) -> str:
     else:
         # `..` goes back by the name, as `cd` of a shell does.
         named = os.path.normpath(os.path.join(workspace, cwd))
+
     real = os.path.realpath(named)
     if os.path.commonpath([workspace, real]) != workspace:
         raise complain("cwd", cwd, f"a directory inside the workspace {workspace}")
     if not os.path.isdir(real):
         raise complain("cwd", cwd, f"a directory (there is none at {real})")
+
     return named
 
 
@@ -1055,13 +1206,17 @@ def check_environment(got: object) -> None:
     """Raise BadMessage unless it is an object of variables that a process can take."""
     if not isinstance(got, dict):
         raise complain("env", got, "an object of strings")
+
     size = 0
+
     for name, value in got.items():
         check_text("env", name, "names of variables", MAX_PATH)
         if not name or "=" in name:
             raise complain("env", name, "names of variables, not empty, without `=`")
+
         check_text(f"env.{name[:40]}", value, "a string", MAX_VARIABLE)
         size += len(name.encode()) + len(value.encode())
+
     if size > MAX_ENVIRONMENT:
         raise complain("env", f"{size} bytes", f"at most {MAX_ENVIRONMENT}")
 
@@ -1105,13 +1260,17 @@ class ExecRequest:
         check_text("cwd", self.cwd, "a directory in the workspace", MAX_PATH)
         if self.usage_id is not None:
             check_text("usage_id", self.usage_id, "a string or null", MAX_ID)
+
         if self.session_id is not None:
             check_text("session_id", self.session_id, "a string or null", MAX_ID)
+
         check_agent(self.agent_name)
         if type(self.timeout) not in (int, float) or not 0 < self.timeout <= MAX_TIMEOUT:
             raise complain("timeout", self.timeout, f"seconds, 0 < timeout <= {MAX_TIMEOUT}")
+
         if self.stdin is not None:
             check_text("stdin", self.stdin, "a string or null", MAX_BODY, nul=True)
+
         check_environment(self.env)
         if type(self.max_output) is not int or not 1 <= self.max_output <= MAX_OUTPUT:
             raise complain("max_output", self.max_output, f"an integer, 1 to {MAX_OUTPUT} (bytes)")
@@ -1142,10 +1301,12 @@ class ExecRequest:
         if "argv" in got:
             if "cmd" in got:
                 raise complain("cmd", got["cmd"], "no `cmd` beside `argv`")
+
             got["argv"] = check_argv(got["argv"])
             got["cmd"] = command_text(got["argv"])
         elif "cmd" not in got:
             raise BadMessage("`cmd`: got nothing, expected a bash command, or `argv`")
+
         cwd = check_text("cwd", got.get("cwd", ""), "a directory", MAX_PATH)
         got["cwd"] = inside(workspace, cwd)
         known = cls.__dataclass_fields__.keys() - {"ignored"}
@@ -1220,7 +1381,7 @@ class ExecResponse:
 # P1  A process that cannot be looked at for lack of descriptors or memory counts as alive.
 # P2  Nothing here waits.
 #
-# Errors of ours that say nothing about what was looked for.
+# The proxy is short of something; that says nothing about the process that it looked for.
 SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -1235,6 +1396,7 @@ def find_shell() -> str:
             path = f"{folder}/{name}"
             if os.access(path, os.X_OK) and not os.path.samefile(path, __file__):
                 return path
+
     raise NoTerminal("no bash and no sh in PATH: install one")
 
 
@@ -1257,16 +1419,19 @@ class Process(NamedTuple):
 
 
 def process(pid: int) -> Process | None:
-    """None: there is none, or it has ended.  Raises OSError if nobody can look now."""
+    """What it is doing; None if it has ended.  Raises OSError if we cannot look now."""
     try:
         head, _, tail = read_proc(pid, "stat").decode("latin-1").rpartition(")")
     except OSError as wrong:
         if wrong.errno in SHORTAGE:
             raise
+
         return None
+
     state, parent, group, _, _, foreground, *rest = tail.split()
     if state in "ZX":
         return None
+
     return Process(
         name=head.partition("(")[2],
         parent=int(parent),
@@ -1307,9 +1472,11 @@ class RunTraits(NamedTuple):
         """
         if found.group == self.group:
             return True
+
         mark = f"POCKETCODER_RUN_ID={self.run_id}".encode()
         if mark in read_proc(pid, "environ", 4 * MIB).split(b"\0"):
             return True
+
         links = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (1, 2))
         return any(link.startswith(f"{self.path}.") for link in links)
 
@@ -1322,14 +1489,17 @@ async def processes_of(run: RunTraits) -> set[int]:
     found = set[int]()
     parents = dict[int, int]()
     pids = map(int, filter(str.isdecimal, os.listdir("/proc")))
+
     for count, pid in enumerate(pids):
         if count % 16 == 0:
             await asyncio.sleep(0)
+
         # It has ended, or is another user's.
         with contextlib.suppress(OSError):
             seen = process(pid)
             if seen is None or seen.started_at < run.born:
                 continue
+
             parents[pid] = seen.parent
             if run.fit(pid, seen):
                 found.add(pid)
@@ -1338,6 +1508,7 @@ async def processes_of(run: RunTraits) -> set[int]:
         children = {pid for pid, parent in parents.items() if parent in found} - found
         if not children:
             return found - {os.getpid()}
+
         found |= children
 
 
@@ -1402,7 +1573,7 @@ def is_open(folder: os.stat_result) -> bool:
 
 
 def close_to_others(folder: str) -> None:
-    """Set the sticky bit on a directory of ours that is open to all, as sandbox images make it."""
+    """Set the sticky bit on a directory that we own and that is open to all, as sandbox images make it."""
     place = os.stat(folder)
     if is_open(place) and place.st_uid == os.geteuid():
         os.chmod(folder, stat.S_IMODE(place.st_mode) | stat.S_ISVTX)
@@ -1418,6 +1589,7 @@ def check_place(path: str) -> None:
     """
     folder = os.path.dirname(path)
     user = os.geteuid()
+
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         close_to_others(folder)
@@ -1433,6 +1605,7 @@ def check_place(path: str) -> None:
     owners = {0, user}
     if user == 0:
         owners.add(place.st_uid)
+
     for name, it in found.items():
         if it.st_uid not in owners or (it is place and is_open(place)):
             raise NoTerminal(
@@ -1449,10 +1622,13 @@ def open_above(path: str) -> list[str]:
     """
     found = list[str]()
     folder = os.path.dirname(os.path.realpath(os.path.dirname(path)))
+
     while folder != "/":
         if is_open(os.stat(folder)):
             found.append(folder)
+
         folder = os.path.dirname(folder)
+
     return found
 
 
@@ -1484,6 +1660,7 @@ async def capture_pane(
     """
     target = ["-S", f"-{lines}", "-t", pane_id]
     command = ["tmux", "-S", socket_path, "capture-pane", "-p", "-J", *target]
+
     try:
         done = await asyncio.to_thread(
             subprocess.run, command, capture_output=True, timeout=timeout
@@ -1491,8 +1668,10 @@ async def capture_pane(
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as wrong:
         # RuntimeError: no thread.
         raise NoTerminal(f"tmux: {wrong}") from None
+
     if done.returncode:
         raise NoTerminal(f"tmux: {done.stderr.decode(errors='replace').strip()}")
+
     text = done.stdout.decode(errors="replace").rstrip()
     return "\n".join(line.rstrip() for line in text.split("\n"))
 
@@ -1536,8 +1715,10 @@ class Tmux(asyncio.SubprocessProtocol):
         """Attach to `session` at the socket `path`; make it with this `window` if it is missing."""
         check_place(path)
         self = await cls._start(path, session, window, on_notice)
+
         try:
             self.made = [Pane.parse(line) for line in await self.reply(self.attached)]
+
             # In a directory like /tmp somebody may just have made it.
             check_place(path)
         except BaseException as refused:
@@ -1545,10 +1726,13 @@ class Tmux(asyncio.SubprocessProtocol):
             if isinstance(refused, NoTerminal) and not self.made:
                 # Tmux does not tell why.
                 refused.args = (f"{refused}; is there a place, and space, for its socket {path}?",)
+
             raise
+
         self.send(["set-option", "-t", f"={session}:", "default-size", "200x50"])
         for pane in self.made:
             self.keep_name(pane)
+
         return self
 
     @classmethod
@@ -1567,6 +1751,7 @@ class Tmux(asyncio.SubprocessProtocol):
         ]
         # A `;` at the end of a word would end the command.
         words = [re.sub(r";\Z", r"\;", word) for word in words]
+
         try:
             _, self = await asyncio.get_running_loop().subprocess_exec(
                 lambda: cls(session, on_notice), *words, env=variables
@@ -1576,6 +1761,7 @@ class Tmux(asyncio.SubprocessProtocol):
         except (OSError, RuntimeError) as refused:
             # RuntimeError: no thread.
             raise NoTerminal(f"cannot run tmux at {path}: {refused}") from None
+
         return self
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -1614,10 +1800,12 @@ class Tmux(asyncio.SubprocessProtocol):
         if not failed:
             future.set_result(lines)
             return
+
         said = " ".join(lines).replace(
             "failed: No space", "failed, no terminal is left (kernel.pty.max): No space"
         )
         future.set_exception(NoTerminal(f"tmux: {said}"))
+
         # Not every reply is waited for, and asyncio would complain.
         future.exception()
 
@@ -1650,6 +1838,7 @@ class Tmux(asyncio.SubprocessProtocol):
         for words in filter(None, commands):
             line = " ".join(map(quote, words))
             lines.append(line.replace("\n", "'\"\\n\"'") + "\n")
+
         self.process.get_pipe_transport(0).write("".join(lines).encode())
         return futures[-1]
 
@@ -1673,7 +1862,7 @@ class Tmux(asyncio.SubprocessProtocol):
         return [Pane.parse(line) for line in lines]
 
     async def new_window(self, name: str, shell: list[str]) -> Pane:
-        """Make a window, whose name nobody but a person changes.  Raises ValueError."""
+        """Make a window; only a person changes its name later.  Raises ValueError."""
         place = ["-t", f"={self.session}:", "-n", name]
         pane = await self._make("new-window", *place, shell=shell)
         self.keep_name(pane)
@@ -1731,7 +1920,7 @@ class Tmux(asyncio.SubprocessProtocol):
         await self.reply(self.send(*commands))
 
     def keep_name(self, pane: Pane) -> None:
-        """Let nobody but a person rename its window."""
+        """Keep programs from renaming its window."""
         rename = ["set-option", "-w", "-t", pane.window_id]
         self.send([*rename, "automatic-rename", "off"], [*rename, "allow-rename", "off"])
 
@@ -1741,8 +1930,8 @@ class Tmux(asyncio.SubprocessProtocol):
 # ==========================================================================
 # What goes in and out of a command.
 #
-# S1  A run's output is read as it comes; a slow reader slows the command, nobody else.
-# S2  What a person sees is best effort: nobody waits for it.
+# S1  Output is read as it comes; a slow reader slows its own command only.
+# S2  What a person sees is best effort: no command waits for it.
 #
 # Takes what a stream brings; what it returns is awaited before more is read.
 Take = Callable[[bytes], "Awaitable[None] | None"]
@@ -1750,7 +1939,7 @@ Take = Callable[[bytes], "Awaitable[None] | None"]
 Takes = Mapping[str, Take]
 USUAL_PIPE = 64 * KIB  # bytes that a pipe holds unless it is widened, pipe(7)
 # Waits at descriptor 0 for our end, then discards what comes from 1.  In the background, so that
-# it is nobody's child: we need not wait for it.
+# its parent ends at once: we need not wait for it.
 KEEPER = "exec 3<&0 4<&1 >/dev/null; (read -r _ <&3; exec cat <&4) &"
 
 
@@ -1816,6 +2005,7 @@ class Pipe:
     def close(self) -> None:
         if self.fd < 0:
             return
+
         self.loop.remove_reader(self.fd)
         self.loop.remove_writer(self.fd)
         os.close(self.fd)
@@ -1859,7 +2049,7 @@ class Output(Pipe):
         return self.taken is not None and not self.taken.done()
 
     def leave(self) -> None:
-        """Close, and tell nobody: its files stay."""
+        """Close without calling `on_close`: its files stay."""
         self.on_close = ignore
         self.close()
 
@@ -1885,6 +2075,7 @@ class Output(Pipe):
         self.total += len(chunk)
         if len(chunk) == USUAL_PIPE:
             self.widen()
+
         wait = self.take(chunk)
         if wait is not None:
             self.loop.remove_reader(self.fd)
@@ -1920,7 +2111,7 @@ class Output(Pipe):
         """Have a process read on when ours has gone, so that no writer blocks or gets SIGPIPE.
 
         It waits for the end of a pipe that only we hold: when we close that, or are killed, it
-        discards what comes until nobody can write any more.
+        discards what comes until no writer is left.
         """
         self.has_keeper = True
         with contextlib.ExitStack() as opened:
@@ -1991,7 +2182,7 @@ class Input(Pipe):
 
         A FIFO that is opened by name (`/dev/stdin`) waits for one, and an anonymous pipe does not.
         """
-        # OSError: nobody has it open.
+        # OSError: no process has it open.
         with contextlib.suppress(OSError):
             os.close(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
         longer = min(2 * pause, MAX_OPEN_PAUSE)
@@ -2004,7 +2195,7 @@ class Input(Pipe):
 
 
 class View(Pipe):
-    """A run's output copied to the pane's tty for a person: best effort, nobody waits for it."""
+    """A run's output copied to the pane's tty for a person, as far as that takes it."""
 
     # Colours and movements pass; what else a terminal does on request is not for a command.
     UNSAFE = re.compile(rb"[\0-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[[0-9;:]*[A-HJKSTfm])")
@@ -2012,6 +2203,7 @@ class View(Pipe):
     def __init__(self, pane: Pane, command: str, line: str, column: int) -> None:
         """Replace the typed `line` by `command`, behind the prompt that ends at `column`."""
         super().__init__(pane.tty, os.O_WRONLY)
+
         # Bytes of output so far, and the last one that was shown.
         self.seen = 0
         self.last = b"\n"
@@ -2021,6 +2213,7 @@ class View(Pipe):
         shown = command[:MAX_VIEW_COMMAND]
         if len(command) > MAX_VIEW_COMMAND:
             shown += "…"
+
         # What stands before any question: the command, and the end of its output.
         self.command = self.UNSAFE.sub(b"", shown.encode(errors="replace")).replace(b"\x1b", b"")
         self.tail = b""
@@ -2066,14 +2259,18 @@ class View(Pipe):
         text = "" if self.last == b"\n" else "\n"
         if self.seen > MAX_VIEW:
             text += f"[pocketcoder: {self.seen - MAX_VIEW} more bytes not shown here]\n"
+
         if exit_code != 0:
             text += f"[exit {exit_code}]\n"
+
         self.unwritten += text.encode()
         for _ in range(VIEW_TRIES):
             self.write()
             if not self.unwritten:
                 break
+
             await asyncio.sleep(VIEW_PAUSE)
+
         self.close()
 
 
@@ -2114,8 +2311,8 @@ HISTORY = "ignorespace:ignoredups"
 # Backslashes keep aliases out.  Functions of these names matter outside the subshell, so there is
 # no exec and no echo there.  `&&` keeps `set -e` out.  INT is trapped, since a command that dies of
 # C-c would take go along.  `read` has a limit, or does not know one and fails: go does not wait for
-# a server that may be gone.  Where our FIFO was wiped, `<>` makes a file, and nobody would learn of
-# a start.
+# a server that may be gone.  Where our FIFO was wiped, `<>` makes a file, and a start would
+# go unseen.
 # Descriptors 6 and 7 keep a reader and a writer of the outputs open around the command, and only
 # there: opening never waits for a server that has gone, a command whose server is killed gets no
 # SIGPIPE, and at the exit report the server sees the end of the output if nothing of the command is
@@ -2157,6 +2354,7 @@ def remove_files(path: str, suffixes: tuple[str, ...]) -> bool:
             pass
         except OSError:
             gone = False
+
     return gone
 
 
@@ -2173,7 +2371,7 @@ class RunFiles:
     """The files of one run: `path` with suffixes, see the Map.  Made by RunFolder.open.
 
     on_report  called with what go reports: `start`, `exit` or `back`, and a number
-    on_closed  called when the last output has closed itself: nobody writes any more
+    on_closed  called when the last output has closed itself: no writer is left
     """
 
     def __init__(
@@ -2196,7 +2394,7 @@ class RunFiles:
         self.reusable = False
 
     def open(self, takes: Takes, fed: bool) -> None:
-        """Open our ends.  Before the line is typed: a FIFO forgets what nobody has open.
+        """Open our ends.  Before the line is typed: a FIFO that no process has open forgets.
 
         Raises OSError.
         """
@@ -2228,6 +2426,7 @@ class RunFiles:
         except OSError:
             # Go has made it, or we have no descriptor.
             return False
+
         return True
 
     def let_return(self) -> None:
@@ -2265,7 +2464,7 @@ class RunFiles:
         return sum(output.total for output in self.outputs)
 
     def release(self, has_run: bool, was_typed: bool, reusable: bool) -> None:
-        """No run needs them any more; they go when nobody writes any more.
+        """No run needs them any more; they go when no writer is left.
 
         reusable  go has read them to its end, and nothing of the run is being ended
         """
@@ -2273,16 +2472,19 @@ class RunFiles:
         self.reusable = reusable
         if self.feed:
             self.feed.close()
+
         if not was_typed:
             # Go cannot have seen these files, and we cannot trust what is there now.
             remove_files(self.path, ALL_FILES)
             self.reusable = False
+
         for output in self.outputs:
-            # Before its start nobody has opened it to write.
+            # Before its start no process has opened it to write.
             if has_run:
                 output.finish()
             else:
                 output.close()
+
         self._give_back()
 
     def _on_output_closed(self) -> None:
@@ -2313,6 +2515,7 @@ class RunFolder:
     def __init__(self, base: str) -> None:
         self.base = base
         self._check_base()
+
         # Names there were, and those to use again.
         self.count = 0
         self.free = list[str]()
@@ -2328,17 +2531,20 @@ class RunFolder:
         # A line that was typed for one that was wiped finds no other.
         self.path = f"{base}/{secrets.token_hex(2)}"
         self.status_path = f"{self.path}/status"
+
         # There may be no space or no descriptor for all of it.
         with contextlib.ExitStack() as undo:
             os.mkdir(self.path, 0o700)
             undo.callback(remove_folder, self.path)
             self.lock = os.open(self.path, os.O_RDONLY)
             undo.callback(os.close, self.lock)
+
             # A driver that starts now may be adopting it.
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.mkfifo(self.status_path, 0o600)
             self.status = Pipe(self.status_path, os.O_RDWR)
             undo.pop_all()
+
         self.found = os.fstat(self.status.fd)
         self.status.loop.add_reader(self.status.fd, self.on_status)
 
@@ -2374,6 +2580,7 @@ class RunFolder:
             is_there = os.path.samestat(os.stat(self.status_path), self.found)
         if not is_there and not self.runs:
             self.close()
+
         return is_there
 
     def open(
@@ -2395,12 +2602,14 @@ class RunFolder:
         except OSError:
             remove_files(path, FIFOS)
             raise
+
         return path
 
     def give_back(self, files: RunFiles) -> None:
-        """Nobody has them open any more."""
+        """No process has them open any more."""
         if self.runs.pop(files.token, None) is None:
             return
+
         # A keeper may read on for a moment.
         is_kept = any(output.has_keeper for output in files.outputs)
         if is_kept or not files.reusable:
@@ -2408,6 +2617,7 @@ class RunFolder:
             self.status.loop.call_later(NEW_SHELL_TIMEOUT, remove_files, files.path, ALL_FILES)
         elif remove_files(files.path, OWN_FILES):
             self.free.append(files.path)
+
         self.is_there()
 
     @contextlib.contextmanager
@@ -2418,14 +2628,17 @@ class RunFolder:
         """
         user = os.geteuid()
         if owner != self.owner:
-            log.warning("the terminals belong to user %d, who can read every command", owner)
+            log.warning("the terminals belong to user %d: that user can read every command", owner)
             os.chmod(self.base, 0o711)
             for name in (*os.listdir(self.path), "."):
                 os.chown(f"{self.path}/{name}", owner, -1, follow_symlinks=False)
+
             self.owner = owner
+
         try:
             if owner != user:
                 os.seteuid(owner)
+
             yield
         finally:
             if owner != user:
@@ -2453,7 +2666,7 @@ class RunFolder:
 
 async def adopt(folder: str) -> None:
     """Read to its end, and remove, what a killed driver left; its commands run to their end."""
-    # Its driver lives, or it is no directory of ours.
+    # OSError: its driver lives, or it is not our directory.
     with contextlib.suppress(OSError):
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -2461,8 +2674,10 @@ async def adopt(folder: str) -> None:
             names = os.listdir(folder)
             void_all(folder, names)
             await read_all(folder, names)
+
             # Go may just be noting the exit code there.
             await asyncio.sleep(ADOPT_PAUSE)
+
             # A command may have put a million files there.
             await asyncio.to_thread(remove_folder, folder)
         finally:
@@ -2470,7 +2685,7 @@ async def adopt(folder: str) -> None:
 
 
 def void_all(folder: str, names: list[str]) -> None:
-    """Let nothing start that was typed and has not: nobody would know of it."""
+    """Keep lines that were typed from starting now: they would go unseen."""
     for name in names:
         path, _, suffix = name.rpartition(".")
         if suffix == "go":
@@ -2479,17 +2694,20 @@ def void_all(folder: str, names: list[str]) -> None:
 
 
 async def read_all(folder: str, names: list[str]) -> None:
-    """Discard what its runs write, until nobody can write any more."""
+    """Discard what its runs write, until no writer is left."""
     closed = asyncio.Event()
     outputs = list[Output]()
+
     for name in names:
         if name.endswith((".out", ".err")):
             # It is something else by now.
             with contextlib.suppress(OSError):
                 outputs.append(Output(f"{folder}/{name}", None, closed.set))
+
     for output in outputs:
-        # Nobody may have it open, of which epoll(7) does not tell.
+        # Perhaps no process has it open; epoll(7) does not report that.
         output.read()
+
     while any(output.fd >= 0 for output in outputs):
         closed.clear()
         await closed.wait()
@@ -2507,10 +2725,12 @@ def bash_command(request: ExecRequest, shell: str) -> tuple[list[str], str | Non
     long_text = None
     if has_text:
         at = len(arguments) - len(operands)
+
         # In characters of up to four bytes.
         if len(arguments[at]) > MAX_ARGUMENT // 4:
             long_text = arguments[at]
             arguments[at] = READ_COMMAND
+
         if len(operands) == 1:
             arguments.append(name)
 
@@ -2518,6 +2738,7 @@ def bash_command(request: ExecRequest, shell: str) -> tuple[list[str], str | Non
     shows_own_name = not has_text or any(letter not in SURE_OPTIONS for letter in letters)
     if shows_own_name and name == "bash":
         return [shell, "-c", 'exec -a "$0" "$@"', name, shell, *arguments], long_text
+
     return [shell, *arguments], long_text
 
 
@@ -2527,12 +2748,15 @@ def go_script(request: ExecRequest, files: RunFiles, run_id: str, shell: str) ->
     `go`; `in`, its stdin; `cmd`, where that is too long for an argument.
     """
     texts = dict[str, str]()
+
     # Where there is nothing to read, stdin is /dev/null itself: programs look at what it is.
     if request.stdin:
         texts["in"] = request.stdin
+
     command, long_text = bash_command(request, shell)
     if long_text is not None:
         texts["cmd"] = long_text
+
     env = [f"{name}={value}" for name, value in request.env.items() if name not in OURS]
     if env:
         # `env` takes names that are none for a shell.
@@ -2546,6 +2770,7 @@ def go_script(request: ExecRequest, files: RunFiles, run_id: str, shell: str) ->
     outputs = [f"{DESCRIPTORS[name][0]}>{path}.{name}" for name in streams]
     if "err" not in streams:
         outputs.append("2>&1")
+
     closed = "6>&- 7>&- 8>&- 9>&-"
 
     texts["go"] = GO.format(
@@ -2561,7 +2786,7 @@ def go_script(request: ExecRequest, files: RunFiles, run_id: str, shell: str) ->
         held=" ".join(f"{DESCRIPTORS[name][1]}<>{path}.{name}" for name in streams),
         drains=" ".join(rf"\cat <{path}.{name} >/dev/null {closed} &" for name in streams),
         # `read` knows whole seconds only in some shells.
-        patience=math.ceil(SETTLE_TIMEOUT + RETURN_TIMEOUT),
+        patience=math.ceil(LATE_OUTPUT_TIMEOUT + RETURN_TIMEOUT),
         history=HISTORY,
         quiet=QUIET,
         cwd=shlex.quote(request.cwd or "."),
@@ -2580,7 +2805,7 @@ def go_script(request: ExecRequest, files: RunFiles, run_id: str, shell: str) ->
 # ==========================================================================
 # Panes, what stands at their prompts, and who may type there.
 #
-# L1  Whoever holds a pane types there, nobody else of ours, and only at a prompt.
+# L1  Only the command that holds a pane types there, and only at a prompt.
 # L2  Nothing that a person has typed is run by us.
 # L3  Where nothing is asked of tmux, nothing is made.
 #
@@ -2623,7 +2848,7 @@ class PaneShell:
 
     def __init__(self, pane: Pane, new: bool = False) -> None:
         self.pane = pane
-        # It ran a line of ours: it is through with its start-up files, and is no script.
+        # It has run one of our lines: it has read its start-up files, and is not a script.
         self.ran = False
         # It has shown its prompt, in a way that can be told.
         self.shown = False
@@ -2637,7 +2862,7 @@ class PaneShell:
         self.settled_by = 0.0
         # Its terminal, locked; -1: it is not.
         self.held = -1
-        # Nobody waits for it any more.
+        # The driver closes: do not wait for it.
         self.stopped = False
 
     def stop(self) -> None:
@@ -2655,12 +2880,14 @@ class PaneShell:
             return True
         if not await self.at_prompt():
             return False
+
         with contextlib.suppress(OSError):
             self.held = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
             try:
                 fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.let_go()
+
         return self.held >= 0
 
     def let_go(self) -> None:
@@ -2668,7 +2895,7 @@ class PaneShell:
         self.held = -1
 
     def answered(self) -> None:
-        """It runs a line of ours."""
+        """It has run our line."""
         self.ran = True
         self.missed = 0
 
@@ -2700,11 +2927,13 @@ class PaneShell:
                 return Look.BUSY
             if not self.ran and not self._reads_tty():
                 return Look.BUSY
+
             return self._look_at_tty() if SHELLS[shell.name] else Look.READY
         except (OSError, termios.error) as wrong:
             # Otherwise commands would wait for the end of a program that does not run.
             if wrong.args[0] in SHORTAGE:
                 raise NoTerminal(f"cannot look at pane {self.pane.pane_id}: {wrong}") from None
+
         return Look.BUSY
 
     def _look_at_tty(self) -> Look:
@@ -2732,14 +2961,17 @@ class PaneShell:
             look = self.look()
             if look is Look.READY:
                 self.shown = True
+
             if look is not Look.SOON or self.stopped:
                 return look is Look.READY
+
             # One that never tells is taken at its word.
             if not self.shown and (self.ran or time.monotonic() >= deadline):
                 return True
             if time.monotonic() >= deadline:
                 return False
-            # A shell announces its prompt to nobody.
+
+            # A shell does not announce its prompt.
             await asyncio.sleep(LOOK_PAUSE)
 
     async def clear(self, tmux: Tmux) -> str:
@@ -2757,6 +2989,7 @@ class PaneShell:
         now = await tmux.state(self.pane)
         if not now.endswith(" 0 0"):
             now = await tmux.leave_modes(self.pane)
+
         if now == self.last:
             return now
 
@@ -2765,6 +2998,7 @@ class PaneShell:
                 tmux.send_keys(self.pane, now, "C-c")
             else:
                 tmux.send_keys(self.pane, "", *CLEAR)
+
             await asyncio.sleep(CLEAR_PAUSE)
             await self.at_prompt()
             now = await tmux.state(self.pane)
@@ -2800,9 +3034,11 @@ class PaneShell:
             await asyncio.sleep(CLEAR_PAUSE)
             if not self._is_learning() or not await self.at_prompt():
                 return
+
             now = await tmux.state(self.pane)
             if not self._is_learning():
                 return
+
             # In another column something was typed during the run.
             self.prompt = Prompt.STALE
             if self._is_empty(now):
@@ -2821,7 +3057,7 @@ def foreground_of(pane: Pane) -> Process | None:
 
 
 def is_idle(pane: Pane) -> bool:
-    """Whether its shell is in the foreground: nobody runs a program there."""
+    """Whether its shell is in the foreground: no program runs there."""
     shell = process(pane.pid)
     return shell is not None and shell.foreground == shell.group and shell.name in SHELLS
 
@@ -2885,6 +3121,7 @@ class Sandbox:
         async with self.connecting:
             if self.tmux is not None and not self.tmux.closed:
                 return self.tmux
+
             try:
                 self.open_folder()
             except OSError as refused:
@@ -2894,7 +3131,9 @@ class Sandbox:
             asked_at = time.monotonic()
             if asked_at < self.silent_until:
                 raise NoTerminal(self.silence)
+
             window = ["-n", window_name, *self.new_shell]
+
             try:
                 self.tmux = await Tmux.connect(
                     self.socket_path, self.session_name, window, self.on_notice
@@ -2904,7 +3143,9 @@ class Sandbox:
                 if now >= asked_at + TMUX_TIMEOUT:
                     self.silent_until = now + TMUX_TIMEOUT
                     self.silence = str(refused)
+
                 raise
+
             return self.tmux
 
     def has_session(self, name: str) -> bool:
@@ -2922,19 +3163,25 @@ class Sandbox:
                 exists = await asyncio.to_thread(self.has_session, self.session_name)
             except RuntimeError as no_thread:
                 raise NoTerminal(f"tmux: {no_thread}") from None
+
             if not exists:
                 return {}
+
         tmux = await self.connect(f"{default_agent_name()}:terminal")
 
         found: dict[str, list[Pane]] = {}
+
         for pane in await tmux.panes():
             named = WINDOW_NAME.fullmatch(pane.window_name)
             if named is None:
                 continue
+
             panes = found.setdefault(named[1], [])
+
             # The first window of an agent is the one.
             if not panes or panes[0].window_id == pane.window_id:
                 panes.append(pane)
+
         return found
 
     async def close(self) -> None:
@@ -2974,6 +3221,7 @@ class Terminal:
             raise NoTerminal(
                 f"{MAX_QUEUE} commands wait for this terminal already: try again later"
             )
+
         self.waiting += 1
         try:
             async with self.lock:
@@ -2992,10 +3240,12 @@ class Terminal:
             if shell:
                 self.used[shell.pane.pane_id] = False
                 return shell, tmux
+
             # Tmux does not tell when a person's program ends, so look now and then.
             timer = tmux.loop.call_later(QUEUE_CHECK, self.freed.set)
             await self.freed.wait()
             timer.cancel()
+
         raise NoTerminal("the proxy is stopping")
 
     def will_return(self, shell: PaneShell) -> None:
@@ -3034,6 +3284,7 @@ class Terminal:
         tmux = self.sandbox.tmux
         if tmux and not tmux.closed and self.looked_at == (tmux, tmux.notices):
             return tmux
+
         for attempt in range(LOOK_TRIES):
             is_last = attempt == LOOK_TRIES - 1
             try:
@@ -3042,13 +3293,16 @@ class Terminal:
                 # ValueError: what tmux describes is just going.
                 if is_last:
                     raise NoTerminal(str(failure)) from None
+
             # The session may be gone, and we be attached to another.  Not at the first try: others
             # wait for replies.
             if attempt > 0 and self.sandbox.tmux:
                 self.sandbox.tmux.close()
+
             # A tmux that is just ending fails once.  Two that are started at the same moment end each
             # other, so that their drivers must not try again in step.
             await asyncio.sleep(RETRY_PAUSE * 2**attempt * random.uniform(1, 2))
+
         raise AssertionError("the last try returns or raises")
 
     async def _look_once(self) -> Tmux:
@@ -3059,6 +3313,7 @@ class Terminal:
         if not panes:
             panes = [await tmux.new_window(self.name, self.sandbox.new_shell)]
             new.append(panes[0].pid)
+
         for at, pane in enumerate(panes):
             # remain-on-exit, or tmux does not know yet.
             if has_ended(pane.pid):
@@ -3067,10 +3322,12 @@ class Terminal:
 
         known = {shell.pane.pid: shell for shell in self.shells}
         self.shells = []
+
         for pane in panes:
             shell = known.get(pane.pid) or PaneShell(pane, pane.pid in new)
             shell.moved(pane)
             self.shells.append(shell)
+
         self.looked_at = (tmux, notices)
         return tmux
 
@@ -3100,7 +3357,7 @@ class Terminal:
         if len(self.shells) < MAX_PANES and not one_returns and await self._split(tmux):
             return self.shells[-1] if await self.shells[-1].hold() else None
 
-        # Rather than let a command wait for a person who reads.
+        # Otherwise a command would wait for a person who reads.
         for shell in sound:
             if shell.pane.in_mode and await shell.hold():
                 return shell
@@ -3108,7 +3365,9 @@ class Terminal:
         if free == self.shells and not sound:
             for shell in free:
                 shell.forgive()
+
             raise NoTerminal(f"no shell in the window {self.name} answers: the terminal shows why")
+
         return None
 
     async def _split(self, tmux: Tmux) -> bool:
@@ -3120,6 +3379,7 @@ class Terminal:
                 self.shells.append(PaneShell(pane, True))
                 return True
             tmux.tile(beside)
+
         return False
 
 
@@ -3152,7 +3412,7 @@ STOPPED = range(128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1)
 
 
 class Watch:
-    """Is told of a run: once before it starts, and once of its end, or that it never started."""
+    """Follows a run: `start` before it starts, `end` when it has ended, or never started."""
 
     async def start(self, run_id: str) -> None:
         """What this raises stops the start."""
@@ -3275,6 +3535,7 @@ class Job:
         state = await self.shell.clear(self.tmux)
         if self.phase is Phase.HELD:
             self._type(line, state)
+
         return await self.started
 
     def _prepare(self, folder: RunFolder) -> str:
@@ -3300,9 +3561,10 @@ class Job:
         reply = self.tmux.send_keys(pane, state, *clearing, line, "Enter")
         reply.add_done_callback(self._on_typed)
 
-        # No descriptor is left: nobody sees it.
+        # OSError: no descriptor is left, and a person sees nothing of it.
         with contextlib.suppress(OSError):
             self.view = View(pane, self.request.cmd, line, self.shell.column())
+
         self._later(START_TIMEOUT, self.tick)
 
     def _on_typed(self, reply: asyncio.Future[list[str]]) -> None:
@@ -3346,15 +3608,19 @@ class Job:
         self.started_at = time.monotonic()
         if self.files and self.files.folder.is_owners(pid):
             self.group = pid
+
         self.shell.answered()
+
         # The command stands on the terminal before anything that it writes there by itself.
         if self.view:
             self.view.write()
+
         self._later(min(WATCH_PAUSE, self.request.timeout), self.tick)
 
         # It may have been cancelled before we knew whom to signal.
         if self.ending is not None:
             signal_group(self, signal.SIGTERM)
+
         if not self.started.done():
             self.started.set_result(True)
 
@@ -3383,11 +3649,13 @@ class Job:
         # A loop that was stopped for a while runs timers first: what is reported was in time.
         if self.phase >= Phase.TYPED and self.files:
             self.files.folder.on_status()
+
         pause = WATCH_PAUSE
         if self.phase is Phase.RUNNING:
             pause = self._watch()
         elif self.phase < Phase.RUNNING:
             self._watch_start()
+
         if self.phase <= Phase.RUNNING:
             self._later(pause, self.tick)
 
@@ -3413,6 +3681,7 @@ class Job:
         elif self.view:
             self.view.write()
             return min(WATCH_PAUSE, left)
+
         return WATCH_PAUSE
 
     def end(self, ended: str, why: str = "") -> None:
@@ -3420,6 +3689,7 @@ class Job:
         if self.phase is Phase.SETTLING:
             # It has ended by itself: the answer waits no longer for what still writes.
             self._finish()
+
         if self.phase >= Phase.OVER or (self.phase < Phase.RUNNING and self.void()):
             return
 
@@ -3427,6 +3697,7 @@ class Job:
         if is_first:
             self.ended = ended
             self.why = why
+
         if ended == "lost":
             # Its terminal died: answer with what there is.
             self._note_end(128 + signal.SIGKILL)
@@ -3446,10 +3717,10 @@ class Job:
             self.duration = time.monotonic() - self.started_at
 
     def _settle(self, exit_code: int) -> None:
-        """The command has ended: it is over when nobody writes any more, or after some quiet."""
+        """The command has ended: it is over when no writer is left, or after some quiet."""
         self._note_end(exit_code)
         self._enter(Phase.SETTLING)
-        self.settled_by = time.monotonic() + SETTLE_TIMEOUT
+        self.settled_by = time.monotonic() + LATE_OUTPUT_TIMEOUT
         assert self.files is not None
         if self.files.read_rest():
             self._on_all_read()
@@ -3457,7 +3728,7 @@ class Job:
             self._wait_for_quiet(FIRST_QUIET_TIME)
 
     def _on_all_read(self) -> None:
-        """Nobody can write any more."""
+        """No writer is left."""
         if self.phase is Phase.SETTLING:
             self._finish()
 
@@ -3477,18 +3748,21 @@ class Job:
         """All that the answer needs is known."""
         if self.phase >= Phase.OVER:
             return
+
         self._enter(Phase.OVER)
         self._stop_timer()
         if self.files:
             self.files.finish()
+
         self.terminal.will_return(self.shell)
         self.on_end(self.outcome())
         self.over.set()
+
         # A task: whoever waits for the answer comes first.
         self.leaving = asyncio.ensure_future(self._leave())
 
         if self.ending is None:
-            # Nobody will continue a command that only stopped.
+            # A command that only stopped would never be continued.
             if self.exit_code in STOPPED and self.group and not has_ended(self.group):
                 self.ending = asyncio.ensure_future(climb(self, KILL_AT_ONCE))
             elif self.leaves_nothing:
@@ -3523,6 +3797,7 @@ class Job:
     async def _leave(self) -> None:
         """Show the end, and let the prompt come."""
         self._later(RETURN_TIMEOUT, self.release)
+
         # Whoever got the answer often waits for this very CPU: 5 % of a small command's time.
         os.sched_yield()
         end = self.outcome()
@@ -3536,24 +3811,29 @@ class Job:
         )
         if self.view:
             await self.view.end(self.exit_code)
+
         if self.files:
             self.files.let_return()
+
         # A shell whose `read` knows no limit did not wait for us.
         if self.returned and self.phase is Phase.OVER:
             self.release()
             self.shell.back(self.tmux)
 
     def release(self) -> None:
-        """Give the pane back; the files go when nobody writes any more."""
+        """Give the pane back; the files go when no writer is left."""
         if self.phase is Phase.RELEASED:
             return
+
         was_over = self.phase is Phase.OVER
         was_typed = self.phase > Phase.HELD
         self._enter(Phase.RELEASED)
         self._stop_timer()
+
         # The view of a run that is over ends by itself.
         if self.view and not was_over:
             self.view.close()
+
         if self.files:
             self.files.release(
                 has_run=self.started_at != math.inf,
@@ -3562,11 +3842,12 @@ class Job:
                 reusable=self.returned and self.ending is None,
             )
 
-        # Refer to nobody who took output, or was told of the end.
+        # Let go of the callers that took output, or wait for the end.
         self.takes = {}
         self.on_end = ignore
         if not self.started.done():
             self.started.set_result(was_over)
+
         self.terminal.let_go(self.shell)
         self.on_release(self)
 
@@ -3584,12 +3865,13 @@ class Job:
                 if output.taken is not None:
                     await asyncio.wait_for(output.taken, patience)
         finally:
-            # If it is not over: nobody waits for it any more.
+            # If it is not over, its caller has left.
             self.end("cancelled")
 
         outcome = self.outcome()
         if capture is None:
             return outcome
+
         return replace(
             outcome,
             output=capture.text(outcome.output_bytes),
@@ -3632,11 +3914,13 @@ async def kill(job: Job, number: int) -> int:
     except OSError:
         # No descriptor to look with: there may be some.
         return 1
+
     for pid in found:
         with contextlib.suppress(OSError):
             # Those in the group have the signal; some take a second one amiss.
             if os.getpgid(pid) != job.group or job.over.is_set():
                 os.kill(pid, number)
+
     return len(found)
 
 
@@ -3644,14 +3928,17 @@ async def climb(job: Job, ladder: tuple[tuple[int, float], ...]) -> None:
     """End a run, and what escaped from it."""
     if job.ended == "timeout":
         await job.look_for_question()
+
     for number, patience in ladder:
         next_step = time.monotonic() + patience
         await kill(job, number)
         await over_within(job, patience)
         if not await kill(job, 0):
             break
+
         # The same time for what escaped.
         await asyncio.sleep(next_step - time.monotonic())
+
     if not await over_within(job, RETURN_TIMEOUT):
         job.end("lost", "its shell does not report the end")
 
@@ -3732,6 +4019,7 @@ class PocketCoderDriver:
         is_told = False
         job = None
         why = f"no shell in the window {terminal.name} answers: the terminal shows why"
+
         try:
             for attempt in range(START_TRIES):
                 shell, tmux = await terminal.take()
@@ -3748,21 +4036,27 @@ class PocketCoderDriver:
                     on_release=self._forget,
                 )
                 self.running[run_id] = job
+
                 try:
                     if not is_told:
                         await watch.start(run_id)
                         is_told = True
+
                     problem = await self._try(job)
                 except BaseException:
                     # Whatever it is, the pane is given back.
                     job.end("cancelled")
                     raise
+
                 if problem is None:
                     return job
+
                 why = problem or why
+
                 # The first time somebody may just have wiped its files.
                 if job.why and attempt > 0:
                     break
+
             raise NoTerminal(why)
         except BaseException as failure:
             if is_told and job and not job.over.is_set() and job.ending is None:
@@ -3775,6 +4069,7 @@ class PocketCoderDriver:
                         run_id=run_id,
                     )
                 )
+
             raise
 
     async def _try(self, job: Job) -> str | None:
@@ -3789,12 +4084,16 @@ class PocketCoderDriver:
             job.end("lost", why)
             if job.over.is_set():
                 return None
+
             await asyncio.sleep(RETRY_PAUSE)
             return why
+
         if not job.returned:
             job.shell.did_not_answer()
+
         if job.why and job.files:
             return f"cannot begin a run in {job.files.path}: {job.why}"
+
         return ""
 
     def _forget(self, job: Job) -> None:
@@ -3840,6 +4139,7 @@ class PocketCoderDriver:
                     "lines": pane.height,
                 }
             )
+
         return found
 
     async def read_terminal(self, agent_name: str, lines: int) -> str:
@@ -3849,15 +4149,19 @@ class PocketCoderDriver:
         """
         panes = await self.window(agent_name)
         texts = dict[Pane, str]()
+
         for pane in panes:
             text = await capture_pane(self.socket_path, pane.pane_id, lines)
+
             # A prompt alone is nothing to read.
             if "\n" in text or not is_idle(pane):
                 texts[pane] = "\n".join(text.split("\n")[-lines:])
+
         if not texts:
             return await capture_pane(self.socket_path, panes[0].pane_id)
         if len(texts) == 1:
             return next(iter(texts.values()))
+
         return "\n".join(f"[{title_of(pane)}]\n{text}" for pane, text in texts.items())
 
     async def send_keys(
@@ -3870,14 +4174,17 @@ class PocketCoderDriver:
         Raises NoTerminal, BadMessage.
         """
         terminal = self.terminal(agent_name)
+
         # Otherwise it might wait behind commands that wait for keys.
         if run_id is None and not (terminal.waiting and terminal.shells):
             await terminal.open()
+
         pane = self._target(await self.window(agent_name), self.jobs_of(agent_name), run_id)
         tmux = await self.sandbox.connect(terminal.name)
         await tmux.type(pane, text, keys)
 
         await asyncio.sleep(SHOW_PAUSE)
+
         try:
             return await capture_pane(self.socket_path, pane.pane_id)
         except NoTerminal:
@@ -3891,12 +4198,14 @@ class PocketCoderDriver:
                 job = jobs.get(pane.pane_id)
                 if job is not None and job.run_id == run_id:
                     return pane
+
             raise complain("run_id", run_id, "a command that runs in this agent's terminal now")
 
         programs = [pane for pane in panes if pane.pane_id not in jobs and not is_idle(pane)]
         if programs:
             # The one that was started last.
             return max(programs, key=age_rank)
+
         newest = next(reversed(jobs), "")
         return next((pane for pane in panes if pane.pane_id == newest), panes[0])
 
@@ -3912,11 +4221,13 @@ class PocketCoderDriver:
         self.sandbox.stopping = True
         for terminal in self.terminals.values():
             terminal.stop()
+
         await asyncio.gather(*(over_within(job, grace) for job in self.jobs()))
 
         jobs = self.jobs()
         for job in jobs:
             job.end("cancelled")
+
         endings = [job.ending for job in jobs if job.ending is not None]
         await asyncio.gather(*endings, return_exceptions=True)
         for job in jobs:
@@ -3929,6 +4240,155 @@ class PocketCoderDriver:
     def jobs(self) -> list[Job]:
         """All that hold a pane."""
         return [*self.running.values()]
+
+
+# ==========================================================================
+# Audit log
+# ==========================================================================
+# U1  A line is written before its command starts, and before its end is answered.
+# U2  While a line cannot be written, no command starts.
+class AuditLog:
+    """JSON lines in the file `path`: one before a command starts, one before its end is answered.
+
+    path  "": none is kept
+    What cannot be written waits, and no command starts until it is written: so little waits.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        self.path = path
+        # -1: it is not open.
+        self.fd = -1
+        # Seconds that an answer waits for its line.
+        self.patience = AUDIT_TIMEOUT
+        # Whole lines, and how much of the first one is in the file.
+        self.unwritten = b""
+        self.sent = 0
+
+    async def start(self, fields: Message) -> None:
+        """Record a start.  Raises NoAudit."""
+        if not self.path:
+            return
+
+        self.flush()
+        line = self._line("start", fields)
+        self.unwritten += line
+        try:
+            self.flush()
+        except NoAudit:
+            # Nothing is run; but a line that was begun is completed.
+            if self.unwritten == line and not self.sent:
+                self.unwritten = b""
+
+            raise
+
+        await self.written()
+
+    def end(self, fields: Message) -> None:
+        """Record an end; see `written`."""
+        if self.path:
+            self.unwritten += self._line("end", fields)
+            self._try()
+
+    def hurry(self, seconds: float) -> None:
+        """Let answers wait so long, at most, from now on: the server stops."""
+        self.patience = seconds
+
+    def _try(self) -> None:
+        """Write what waits.  A failure is logged; the next line brings another try."""
+        try:
+            self.flush()
+        except NoAudit as wrong:
+            log.error("%s", wrong)
+
+    async def written(self) -> None:
+        """Wait until all is written: a full pipe may be read, a full disk may get space again.
+
+        Raises NoAudit.
+        """
+        deadline = time.monotonic() + self.patience
+        failure = self._refuse("its reader does not read")
+
+        while self.unwritten:
+            await asyncio.sleep(AUDIT_PAUSE)
+            try:
+                self.flush()
+            except NoAudit as wrong:
+                failure = wrong
+
+            if self.unwritten and time.monotonic() > deadline:
+                raise failure
+
+    def _line(self, event: str, fields: Message) -> bytes:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        text = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return json.dumps({"time": text, "event": event, **fields}).encode() + b"\n"
+
+    def _refuse(self, why: str) -> NoAudit:
+        return NoAudit(
+            f"cannot write the audit log {self.path}: {why}; no command runs until this is fixed"
+        )
+
+    def flush(self) -> None:
+        """Write what waits, as far as a pipe takes it.  Raises NoAudit."""
+        try:
+            # Somebody has removed it.
+            if self.fd >= 0 and not os.fstat(self.fd).st_nlink:
+                self._close()
+
+            if self.fd < 0:
+                self._open()
+
+            while self.unwritten:
+                self.sent += os.write(self.fd, self.unwritten[self.sent :])
+                done = self.unwritten.rfind(b"\n", 0, self.sent) + 1
+                self.unwritten = self.unwritten[done:]
+                self.sent -= done
+        except BlockingIOError:
+            # A pipe, and full.
+            pass
+        except OSError as wrong:
+            raise self._refuse(wrong.strerror or str(wrong)) from None
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+
+        # No link, which somebody else may have put there; but /dev/stderr is one.
+        if not self.path.startswith("/dev/"):
+            flags |= os.O_NOFOLLOW
+
+        self.fd = os.open(self.path, flags, 0o600)
+
+        try:
+            self._complete_line()
+        except OSError:
+            # Another user's.
+            self._close()
+            raise
+
+    def _complete_line(self) -> None:
+        """Write whole lines from now on: another writer may have been killed in one of its own."""
+        found = os.fstat(self.fd)
+        if not stat.S_ISREG(found.st_mode):
+            return
+        self.sent = 0
+        os.fchmod(self.fd, 0o600)
+
+        with open(f"/proc/self/fd/{self.fd}", "rb") as file:
+            file.seek(max(0, found.st_size - 1))
+            if file.read(1) not in (b"", b"\n"):
+                os.write(self.fd, b"\n")
+
+    def _close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def reopen(self) -> None:
+        """Open the file anew, after a rotation."""
+        with contextlib.suppress(NoAudit):
+            self.flush()
+        self._close()
+        self._try()
 
 
 # ==========================================================================
@@ -6323,137 +6783,25 @@ class SessionMap(dict[str, Session]):
             session.outbox.send(notification("notifications/message", told))
 
 
-class AuditLog:
-    """JSON lines in the file `path`: one before a command starts, one before its end is answered.
-
-    path  "": none is kept
-    What cannot be written waits, and until it is written no command starts; so there is not much of it.
-    """
-
-    def __init__(self, path: str = "") -> None:
-        self.path, self.fd, self.patience = path, -1, AUDIT_TIMEOUT
-        self.unwritten, self.sent = b"", 0  # whole lines, and how much of the first is in the file
-
-    async def start(self, fields: Message) -> None:
-        """Note a start.  Raises NoAudit."""
-        if self.path:
-            self.flush()
-            self.unwritten += (line := self._line("start", fields))
-            try:
-                self.flush()
-            except NoAudit:  # nothing is run; but a line that was begun is completed
-                self.unwritten = b"" if self.unwritten == line and not self.sent else self.unwritten
-                raise
-            await self.written()
-
-    def end(self, fields: Message) -> None:
-        """Note an end; see `written`."""
-        if self.path:
-            self.unwritten += self._line("end", fields)
-            self._try()
-
-    def _try(self) -> None:
-        """Write what waits; a failure is told, and tried again by who writes next."""
-        try:
-            self.flush()
-        except NoAudit as wrong:
-            log.error("%s", wrong)
-
-    async def written(self) -> None:
-        """Wait until all is written: a pipe may be full, a disk may get space again.  Raises NoAudit."""
-        begun, failure = time.monotonic(), self._refuse("nobody reads it")
-        while self.unwritten:
-            await asyncio.sleep(AUDIT_PAUSE)
-            try:
-                self.flush()
-            except NoAudit as wrong:
-                failure = wrong
-            if self.unwritten and time.monotonic() > begun + self.patience:
-                raise failure
-
-    def _line(self, event: str, fields: Message) -> bytes:
-        now = (
-            datetime.datetime.now(datetime.timezone.utc)
-            .isoformat(timespec="milliseconds")
-            .replace("+00:00", "Z")
-        )
-        return json.dumps({"time": now, "event": event, **fields}).encode() + b"\n"
-
-    def _refuse(self, why: str) -> NoAudit:
-        return NoAudit(
-            f"cannot write the audit log {self.path}: {why}; until that is mended no command is run"
-        )
-
-    def flush(self) -> None:
-        """Write what waits, as far as a pipe takes it.  Raises NoAudit."""
-        try:
-            if self.fd >= 0 and not os.fstat(self.fd).st_nlink:  # somebody has removed it
-                self._close()
-            if self.fd < 0:
-                # No link, which somebody else may have put there; but /dev/stderr is one.
-                link = 0 if self.path.startswith("/dev/") else os.O_NOFOLLOW
-                self.fd = os.open(
-                    self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | link, 0o600
-                )
-                try:
-                    self._begin()
-                except OSError:  # another user's
-                    self._close()
-                    raise
-            while self.unwritten:
-                self.sent += os.write(self.fd, self.unwritten[self.sent :])
-                told = self.unwritten.rfind(b"\n", 0, self.sent) + 1
-                self.unwritten, self.sent = self.unwritten[told:], self.sent - told
-        except BlockingIOError:  # a pipe, and full
-            pass
-        except OSError as wrong:
-            raise self._refuse(wrong.strerror or str(wrong)) from None
-
-    def _begin(self) -> None:
-        """Write whole lines from now on, whatever was there, or was begun elsewhere."""
-        found = os.fstat(self.fd)
-        if stat.S_ISREG(found.st_mode):
-            self.sent = 0
-            os.fchmod(self.fd, 0o600)
-            with open(f"/proc/self/fd/{self.fd}", "rb") as file:
-                file.seek(max(0, found.st_size - 1))
-                if file.read(1) not in (
-                    b"",
-                    b"\n",
-                ):  # who wrote it was killed, or its disk was full
-                    os.write(self.fd, b"\n")
-
-    def _close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def reopen(self) -> None:
-        """After a rotation."""
-        with contextlib.suppress(NoAudit):
-            self.flush()
-        self._close()
-        self._try()
-
-
 @dataclass
 class AppState:
-    """`sessions`: who listens, by session id; `driver`: runs commands; `workspace`: a real path."""
+    """What the handlers share."""
 
+    # Of MCP, by id.
     sessions: SessionMap
     driver: PocketCoderDriver
+    # A real path.
     workspace: str = "/"
-    audit: AuditLog = field(default_factory=AuditLog)  # of commands and of keys
-    calls: set[asyncio.Task[Any]] = field(
-        default_factory=set
-    )  # handlers at work; each adds and removes itself
-    servers: dict[str, Server] = field(
-        default_factory=dict
-    )  # of MCP, by name; "" is the built-in one
+    audit: AuditLog = field(default_factory=AuditLog)
+    # Handlers at work; each adds and removes itself.
+    calls: set[asyncio.Task[Any]] = field(default_factory=set)
+    # Of MCP, by name; "" is the built-in one.
+    servers: dict[str, Server] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.servers[""] = Terminals(self)
-        if not isinstance(self.sessions, SessionMap):  # a plain dict will do
+        # A plain dict will do.
+        if not isinstance(self.sessions, SessionMap):
             self.sessions = SessionMap(self.sessions)
 
 
@@ -6888,11 +7236,127 @@ Server = Terminals | Relay
 
 
 # ==========================================================================
-# Transports
+# HTTP gate
 # ==========================================================================
-# H1  Every request passes `Endpoint.prepare`, the gate, before its handler.
-# H2  Handlers are coroutines over plain values; only Endpoint knows Tornado.
-# H3  Whoever waits for a caller that left is cancelled.
+# Who may call: pure functions over headers and settings.
+#
+# G1  Every request passes `admit` before its body is read.
+# G2  No refusal says whether a token was nearly right.
+@lru_cache(maxsize=64)
+def is_loopback(host: str) -> bool:
+    """Whether `host`, maybe with a port, is a name or address of this machine for itself."""
+    with contextlib.suppress(ValueError):
+        is_bare_ipv6 = host.count(":") > 1 and "[" not in host
+        name = host if is_bare_ipv6 else urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    return False
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What decides who may call."""
+
+    # "": every caller on this machine may.
+    token: str = ""
+    # Those of browser pages that may call.
+    origins: frozenset[str] = frozenset()
+
+    def admit(
+        self, headers: Mapping[str, str], needs_token: bool = True, query_token: str | None = None
+    ) -> str:
+        """The credential that the caller showed.  Raises Forbidden, Unauthorized.
+
+        query_token  of the address, for clients that cannot set headers
+        """
+        # HTTP/1.0 has no `Host`.
+        host = headers.get("Host", "127.0.0.1")
+        self._check_host(host)
+        self._check_origin(headers, host)
+
+        scheme, _, credential = headers.get("Authorization", "").partition(" ")
+        if query_token is not None and not scheme:
+            scheme = "bearer"
+            credential = query_token
+
+        credential = credential.strip()
+        is_right = hmac.compare_digest(credential.encode("utf-8", "replace"), self.token.encode())
+        if self.token and needs_token and not (is_right and scheme.lower() == "bearer"):
+            raise Unauthorized("expected `Authorization: Bearer TOKEN`")
+
+        return credential
+
+    def _check_host(self, host: str) -> None:
+        """Without a token, a name that was bound to us anew (DNS rebinding) would open the door."""
+        if not self.token and not is_loopback(host):
+            raise Forbidden(f"`Host`: got {host[:80]!r}, expected localhost or a loopback address")
+
+    def _check_origin(self, headers: Mapping[str, str], host: str) -> None:
+        """A page of another site may not call."""
+        origin = headers.get("Origin")
+        own = f"http://{host}" if is_loopback(host) else None
+        if origin is not None and origin != own and origin not in self.origins:
+            raise Forbidden(
+                f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin"
+            )
+
+        # An <img> for instance, of which no browser says the Origin.
+        site = headers.get("Sec-Fetch-Site", "none")
+        if origin is None and site not in ("none", "same-origin"):
+            raise Forbidden(
+                f"`Sec-Fetch-Site`: got {site[:80]!r}, expected a request with an `Origin`"
+            )
+
+    def cors(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """What lets the page of an allowed origin read the answer."""
+        origin = headers.get("Origin")
+        if origin is None or origin not in self.origins:
+            return {}
+
+        allowed = [CORS_HEADERS]
+        for name in headers.get("Access-Control-Request-Headers", "").split(","):
+            if re.fullmatch(r"mcp-param-[\w-]+", name.strip(), re.IGNORECASE):
+                allowed.append(name.strip())
+
+        return {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Allow-Headers": ", ".join(allowed),
+            "Access-Control-Expose-Headers": "Mcp-Session-Id",
+            "Vary": "Origin",
+        }
+
+
+def accepts(accept: str, kind: str, in_general: bool) -> bool:
+    """Whether an `Accept` header takes this media type.
+
+    in_general  whether a wildcard, or no header at all, means it too
+    """
+    if not accept:
+        return in_general
+
+    taken = {kind}
+    if in_general:
+        taken |= {f"{kind.partition('/')[0]}/*", "*/*"}
+
+    for part in accept.lower().split(","):
+        media, *parameters = (word.strip() for word in part.split(";"))
+        is_refused = any(re.fullmatch(r"q=0(\.0*)?", word) for word in parameters)
+        if media in taken and not is_refused:
+            return True
+
+    return False
+
+
+def media_type(content_type: str) -> str:
+    """Without its parameters."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+# ==========================================================================
+# Endpoints
+# ==========================================================================
+# H1  Handlers are coroutines over plain values; only endpoints know Tornado.
+# H2  Whoever waits for a caller that left is cancelled.
+# H3  What has started as a stream ends as one: the status is fixed with its first byte.
 async def health_handler() -> str:
     """Answers while commands run."""
     return "ok"
@@ -6905,23 +7369,80 @@ async def exec_handler(state: AppState, request: ExecRequest) -> ExecResponse:
     return ExecResponse.of(request, result, result.output)
 
 
-async def channel_handler(job: Job, message: str | bytes) -> None:
-    """Take what a caller sends to its command; return when there is room for more.  Raises BadMessage."""
+async def stream_handler(
+    state: AppState, request: ExecRequest, send: Callable[[str], Awaitable[None]]
+) -> ExecResponse:
+    """Run a command to its end, and send its output as events; a slow `send` slows the command.
+
+    Cancelling this cancels the command.  Raises TimeoutError if `send` takes longer than
+    SLOW_READER_TIMEOUT for the rest of an ended command.
+    """
+    # Never half a character.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    async def output(chunk: bytes, final: bool = False) -> None:
+        text = decoder.decode(chunk, final)
+        if text:
+            await send(f"event: output\ndata: {ExecResponse(stdout=text).to_wire()}\n\n")
+
+    async def started(_: Job) -> None:
+        await send(": started\n\n")
+
+    result = await execute(
+        state,
+        request,
+        "stream",
+        {"out": output},
+        started=started,
+        patience=SLOW_READER_TIMEOUT,
+    )
+    await output(b"", final=True)
+    return ExecResponse.of(request, result, None)
+
+
+async def channel_handler(
+    state: AppState,
+    message: str | bytes,
+    send: Callable[[int, bytes], Awaitable[None]],
+    started: Callable[[Job], Awaitable[None]],
+) -> str:
+    """Run the command that the first message of a channel asks for; the final JSON.
+
+    Cancelling this cancels the command.  Raises ProxyError.
+    """
+    body = message.encode() if isinstance(message, str) else message
+    request = ExecRequest.from_wire(body, state.workspace)
+    takes: dict[str, Take] = {"out": partial(send, 1)}
+    if not request.combined:
+        takes["err"] = partial(send, 2)
+
+    is_fed = request.stdin is None
+    result = await execute(state, request, "shell", takes, started=started, fed=is_fed)
+    return ExecResponse.of(request, result, None).to_wire()
+
+
+async def channel_input(job: Job, message: str | bytes) -> None:
+    """Take a later message of a channel; return when there is room for more.  Raises BadMessage."""
     if isinstance(message, str):
         try:
             got = json.loads(message)
-            # A shell that ends: nobody is left to care for the rest.
+
+            # A shell that ends leaves no caller for the rest.
             if got.get("end") is True:
                 job.leave_nothing()
+
             signal_group(job, SIGNAL_NUMBERS[got["signal"]])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise complain(
-                "signal", message, f"one of {', '.join(SIGNAL_NUMBERS)}, in an object"
-            ) from None
-    elif message[:1] != b"\0" and message != b"\xff\0":
+            expected = f"one of {', '.join(SIGNAL_NUMBERS)}, in an object"
+            raise complain("signal", message, expected) from None
+    elif message == b"\xff\0":
+        if job.feed is not None:
+            job.feed.finish()
+    elif message[:1] == b"\0":
+        if job.feed is not None:
+            await job.feed.write(message[1:])
+    else:
         raise complain("channel", message[:2], "0 for stdin, or 255 and 0 for its end")
-    elif job.feed is not None:
-        await job.feed.write(message[1:]) if message[0] == 0 else job.feed.finish()
 
 
 async def sse_handler(
@@ -6932,12 +7453,13 @@ async def sse_handler(
     name: str = "",
     address: str = "",
 ) -> AsyncGenerator[str, None]:
-    """Yield a session's events until its client leaves, or comes back by another stream.  Raises UnknownSession.
+    """Yield a session's events until its client leaves, or comes back by another stream.
 
-    owner   the credential that the session belongs to
-    suffix  of the path to post to
-    name    of the server; "" is the built-in one
-    address of the client's machine
+    owner    the credential that the session belongs to
+    suffix   of the path to post to
+    name     of the server; "" is the built-in one
+    address  of the client's machine
+    Raises UnknownSession.
     """
     if query.session_id in state.sessions:
         session = state.sessions.find(f"{name}/sse", query.session_id, owner)
@@ -6946,6 +7468,7 @@ async def sse_handler(
         server = state.servers[name]
         session = Session(state, server, "sse", query.session_id, owner, kept, address)
         state.sessions.open(session)
+
     async with session.stream() as messages:
         path = f"/servers/{percent_encoded(name, safe='')}/messages" if name else "/messages"
         yield f"event: endpoint\ndata: {path}?session_id={session.session_id}{suffix}\n\n"
@@ -6964,53 +7487,51 @@ def sse_event(message: Message | None) -> str:
     return ":\n\n" if message is None else f"event: message\ndata: {to_json(message)}\n\n"
 
 
-@lru_cache(maxsize=64)
-def is_loopback(host: str) -> bool:
-    """Whether `host`, maybe with a port, is a name or address of this machine for itself."""
-    with contextlib.suppress(ValueError):
-        name = (
-            host
-            if host.count(":") > 1 and "[" not in host
-            else urlsplit(f"//{host}").hostname or ""
-        )
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
-    return False
+def unforeseen(status: int, text: str) -> ProxyError:
+    """An error for what Tornado has refused, or for a fault of the proxy."""
+    if status == 400:
+        return NotAMessage(text)
+    return Refused(text) if status < 500 else ProxyError(text)
 
 
 class Endpoint(tornado.web.RequestHandler):
-    """The gate, the body, errors as JSON; children add handlers."""
+    """A path: the gate, the body, errors as JSON.  Children add methods."""
 
-    _stream_request_body = True  # so that the gate comes before the body, and 413 is ours
-    open_to_all = False  # needs no token
-    token_in_query = False  # for clients that cannot set headers
-    of_mcp = False  # its errors are those of JSON-RPC
-    slash_too = False  # its path may end with one
-    patience = SLOW_READER_TIMEOUT  # with a reader of events; 0: as long as TCP has it
+    # So that the gate comes before the body, and 413 is ours.
+    _stream_request_body = True
+    # It needs no token.
+    open_to_all = False
+    # For clients that cannot set headers.
+    token_in_query = False
+    # Its errors are those of JSON-RPC.
+    of_mcp = False
+    # Its path may end with a slash.
+    slash_too = False
+    # The work that a caller waits for.
     task: asyncio.Task[Any] | None = None
 
     def initialize(self, state: AppState) -> None:
         self.state = state
-        self.name = ""  # of an MCP server, from the path
-        self.admitted = False  # else the body is not read, and the connection ends
-        self.body, self.received = bytearray(), 0
-        self.sending = asyncio.Lock()  # Tornado knows one flush at a time
-        self.peer: Any = getattr(self.request.connection, "stream", None)  # below HTTP
+        self.gate: Gate = self.settings["gate"]
+        # The credential that the caller showed.
+        self.owner = ""
+        # Of an MCP server, from the path.
+        self.name = ""
+        # Otherwise the body is not read, and the connection ends.
+        self.admitted = False
+        self.body = bytearray()
+        self.received = 0
+        # The connection below HTTP.
+        self.stream: Any = getattr(self.request.connection, "stream", None)
 
     def set_default_headers(self) -> None:
         self.set_header("Server", f"pocketcoder-proxy/{VERSION}")
         self.set_header("Cache-Control", "no-store")
         self.set_header("X-Content-Type-Options", "nosniff")
-        if (origin := self.request.headers.get("Origin")) in self.settings["origins"]:
-            self.set_header("Access-Control-Allow-Origin", str(origin))
-            asked = self.request.headers.get("Access-Control-Request-Headers", "").split(",")
-            extra = [
-                name.strip()
-                for name in asked
-                if re.fullmatch(r"\s*mcp-param-[\w-]+\s*", name, re.IGNORECASE)
-            ]
-            self.set_header("Access-Control-Allow-Headers", ", ".join([CORS_HEADERS, *extra]))
-            self.set_header("Access-Control-Expose-Headers", "Mcp-Session-Id")
-            self.set_header("Vary", "Origin")
+        # A method is not known to Tornado: this comes before `initialize`.
+        gate: Gate = self.settings["gate"]
+        for name, value in gate.cors(self.request.headers).items():
+            self.set_header(name, value)
 
     @property
     def address(self) -> str:
@@ -7022,81 +7543,46 @@ class Endpoint(tornado.web.RequestHandler):
         self.admitted = True
 
     def check(self) -> None:
-        """The gate."""
+        """Refuse what is not for this path, before the body is read.  Raises ProxyError."""
         headers = self.request.headers
+        method = self.request.method
+        is_preflight = method == "OPTIONS" and "Origin" in headers
+        needs_token = not (self.open_to_all or is_preflight)
+        query_token = self.get_query_argument("token", "") if self.token_in_query else None
+        self.owner = self.gate.admit(headers, needs_token, query_token)
+
+        # Tornado refuses what is no number.
+        length = headers.get("Content-Length", "")
+        if length.isdecimal() and (len(length) > 20 or int(length) > MAX_UNREAD_BODY):
+            raise TooLarge(f"body: expected at most {MAX_BODY} bytes")
+
+        # A preflight has no token, and learns nothing.
         self.name = (self.path_kwargs or {}).get("name", "")
-        preflight = self.request.method == "OPTIONS" and "Origin" in headers
-        self.admit(headers.get("Origin"), self.open_to_all or preflight)
-        length = headers.get("Content-Length", "")  # Tornado refuses what is no number
-        if length.isdecimal() and (len(length) > 20 or int(length) > 4 * MAX_BODY):
-            raise tornado.web.HTTPError(413, f"body: expected at most {MAX_BODY} bytes")
-        if (
-            self.name not in self.state.servers and not preflight
-        ):  # which has no token, and learns nothing
-            raise tornado.web.HTTPError(404, f"no server {self.name[:80]!r}: see GET /servers")
-        if self.request.method not in self._allowed() or (
-            self.request.method == "OPTIONS" and not preflight
-        ):
-            raise tornado.web.HTTPError(405)
-        kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if self.request.method == "POST" and kind != "application/json":
-            raise tornado.web.HTTPError(
-                415, f"`Content-Type`: got {kind!r}, expected application/json"
-            )
+        if self.name not in self.state.servers and not is_preflight:
+            raise NoSuchPath(f"no server {self.name[:80]!r}: see GET /servers")
+        if method not in self._allowed() or (method == "OPTIONS" and not is_preflight):
+            raise MethodNotAllowed("405 Method Not Allowed")
 
-    def admit(self, origin: str | None, open_to_all: bool) -> None:
-        """Who may call.  Raises Forbidden, or HTTPError 401."""
-        token, host = (
-            self.settings["token"],
-            self.request.headers.get("Host", "127.0.0.1"),
-        )  # none: HTTP/1.0
-        local = is_loopback(host)
-        if not token and not local:  # else a name could be bound to us anew
-            raise Forbidden(f"`Host`: got {host[:80]!r}, expected localhost or a loopback address")
-        own = f"http://{host}" if local else None
-        if origin is not None and origin != own and origin not in self.settings["origins"]:
-            raise Forbidden(
-                f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin"
-            )
-        site = self.request.headers.get("Sec-Fetch-Site", "none")
-        if origin is None and site not in (
-            "none",
-            "same-origin",
-        ):  # an <img> for instance: no browser says its Origin
-            raise Forbidden(
-                f"`Sec-Fetch-Site`: got {site[:80]!r}, expected a request with an `Origin`"
-            )
-        scheme, _, self.owner = self.request.headers.get("Authorization", "").partition(" ")
-        if self.token_in_query and not scheme:
-            scheme, self.owner = "bearer", self.get_query_argument("token", "")
-        self.owner = self.owner.strip()
-        right = hmac.compare_digest(self.owner.encode("utf-8", "replace"), token.encode())
-        if token and not open_to_all and not (right and scheme.lower() == "bearer"):
-            raise tornado.web.HTTPError(401, "expected `Authorization: Bearer TOKEN`")
+        kind = media_type(headers.get("Content-Type", ""))
+        if method == "POST" and kind != "application/json":
+            raise UnsupportedMedia(f"`Content-Type`: got {kind!r}, expected application/json")
 
-    def accepts(self, kind: str, missing: bool) -> bool:
-        """Whether the caller takes this media type; `missing`: what no header at all means."""
-        accept = self.request.headers.get("Accept", "").lower().replace(" ", "")
-        family = re.escape(kind.partition("/")[0])
-        named = rf"{re.escape(kind)}" + (rf"|{family}/\*|\*/\*" if missing else "")
-        return (
-            bool(re.search(rf"(^|,)({named})(?!;q=0(\.0*)?(,|$))(?=[,;]|$)", accept))
-            if accept
-            else missing
-        )
+    def accepts(self, kind: str, in_general: bool) -> bool:
+        """Whether the caller takes this media type, see `accepts`."""
+        return accepts(self.request.headers.get("Accept", ""), kind, in_general)
 
     def data_received(self, chunk: bytes) -> None:
         self.received += len(chunk)
-        if self.received <= MAX_BODY and self.request.method == "POST":  # no other has a use for it
+        # No other method has a use for it.
+        if self.received <= MAX_BODY and self.request.method == "POST":
             self.body += chunk
-        elif self.received > 4 * MAX_BODY:  # read so far that the caller may see the 413
-            self.peer.close()
+        elif self.received > MAX_UNREAD_BODY:
+            self.stream.close()
 
     def whole_body(self) -> bytes:
+        """Raises TooLarge."""
         if self.received > MAX_BODY:
-            raise tornado.web.HTTPError(
-                413, f"body: got {self.received} bytes, expected at most {MAX_BODY}"
-            )
+            raise TooLarge(f"body: got {self.received} bytes, expected at most {MAX_BODY}")
         return bytes(self.body)
 
     def query(self) -> McpQuery:
@@ -7109,24 +7595,24 @@ class Endpoint(tornado.web.RequestHandler):
 
     def _allowed(self) -> list[str]:
         missing = tornado.web.RequestHandler._unimplemented_method
-        return [
-            name
-            for name in self.SUPPORTED_METHODS
-            if getattr(type(self), name.lower()) is not missing
-        ]
+        names = self.SUPPORTED_METHODS
+        return [name for name in names if getattr(type(self), name.lower()) is not missing]
 
     async def perform(self, work: Coroutine[Any, Any, None]) -> None:
         """Await `work`; cancel it when the caller leaves."""
-        task = self.task = asyncio.current_task()
+        task = asyncio.current_task()
         assert task is not None
-        self.settings["server"].waiting.pop(self.request.server_connection, None)
+        self.task = task
+        self.settings["server"].has_request(self.request.server_connection)
         self.state.calls.add(task)
+
         try:
             await work
         except asyncio.CancelledError:
             if self.task is not None:
                 raise
-        except tornado.iostream.StreamClosedError:  # it has left in the middle of our writing
+        except tornado.iostream.StreamClosedError:
+            # The caller has left in the middle of our writing.
             pass
         finally:
             self.task = None
@@ -7136,37 +7622,23 @@ class Endpoint(tornado.web.RequestHandler):
         """Do it apart from this request, while the server runs."""
         task = asyncio.ensure_future(work)
         self.state.calls.add(task)
-        task.add_done_callback(self.ended)
+        task.add_done_callback(self._on_done)
         return task
 
-    def ended(self, task: asyncio.Task[None]) -> None:
+    def _on_done(self, task: asyncio.Task[None]) -> None:
         self.state.calls.discard(task)
-        if not task.cancelled() and (failure := task.exception()):
+        failure = None if task.cancelled() else task.exception()
+        if failure:
             log.error("failed path=%s", self.request.path, exc_info=failure)
 
     def on_connection_close(self) -> None:
-        super().on_connection_close()  # ends the wait for a body
-        self.body = bytearray()  # the handler may stay until the next collection
+        # Ends the wait for a body.
+        super().on_connection_close()
+        # The handler may stay until the next collection.
+        self.body = bytearray()
         if self.task is not None:
             self.task.cancel()
             self.task = None
-
-    async def send_event(self, text: str) -> None:
-        """Write to an event stream, which begins with the first."""
-        if not self._headers_written:
-            self.set_header("Content-Type", "text/event-stream")
-            self.set_header("Cache-Control", "no-cache, no-store, no-transform")
-            self.set_header("X-Accel-Buffering", "no")
-            if self.peer.closed():
-                raise tornado.iostream.StreamClosedError
-            self.peer.set_nodelay(True)
-            timeout = round(self.patience * 1000)  # a peer that has died without a word is noticed
-            self.peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
-        async with self.sending:
-            if self._finished:  # it has left while we waited for our turn
-                raise tornado.iostream.StreamClosedError
-            self.write(text)
-            await self.flush()
 
     def finish_json(self, answer: Message, status: int = 200) -> None:
         self.set_status(status)
@@ -7175,62 +7647,93 @@ class Endpoint(tornado.web.RequestHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None))[1]
-        text = (getattr(error, "log_message", None) or f"{status_code} {self._reason}").replace(
-            "%%", "%"
-        )
-        if isinstance(error, MemoryError):
-            text = "the proxy has no memory for this: send less, or ask for less with `max_output`"
-        answer = {
-            "error": text,
-            "exit_code": (BadMessage if status_code == 400 else ProxyError).exit_code,
-        }
         if isinstance(error, ProxyError):
-            answer, status_code = (
-                {"error": str(error), "exit_code": error.exit_code},
-                error.http_status,
-            )
-        if self.of_mcp:
-            answer = self._rpc_error(error, text, status_code)
+            status_code = error.http_status
+        else:
+            text = getattr(error, "log_message", None) or f"{status_code} {self._reason}"
+            error = unforeseen(status_code, text.replace("%%", "%"))
+
         if not self.admitted:
             self.set_header("Connection", "close")
+
         if status_code == 401:
             self.set_header("WWW-Authenticate", "Bearer")
+
         if status_code == 405:
             self.set_header("Allow", ", ".join(self._allowed()))
-        self.finish_json(answer, status_code)
 
-    def _rpc_error(self, error: object, text: str, status: int) -> Message:
-        """The same for a client of MCP, which shows nothing else."""
-        if isinstance(error, ProxyError):
-            return refusal(error.request_id, error)
-        kind = NotAMessage if status < 500 else ProxyError
-        return refusal(None, kind(text))
+        if self.of_mcp:
+            # Its clients show nothing else.
+            self.finish_json(refusal(error.request_id, error), status_code)
+        else:
+            answer = {"error": str(error), "exit_code": error.exit_code}
+            self.finish_json(answer, status_code)
 
     def log_exception(self, *exc_info: Any) -> None:
         if not isinstance(exc_info[1], (ProxyError, tornado.web.HTTPError)):
             log.error("request failed path=%s", self.request.path, exc_info=exc_info)
 
 
+class EventsEndpoint(Endpoint):
+    """An answer that may be a stream of events."""
+
+    # Seconds that a reader may take for what is in TCP's buffers; 0: as long as TCP has it.
+    patience = SLOW_READER_TIMEOUT
+
+    def initialize(self, state: AppState) -> None:
+        super().initialize(state)
+        # Tornado knows one flush at a time.
+        self.sending = asyncio.Lock()
+
+    async def send_event(self, text: str) -> None:
+        """Write to the stream, which starts with the first event.  Raises StreamClosedError."""
+        if not self._headers_written:
+            self._start_stream()
+        async with self.sending:
+            # It has left while we waited for our turn.
+            if self._finished:
+                raise tornado.iostream.StreamClosedError
+            self.write(text)
+            await self.flush()
+
+    def _start_stream(self) -> None:
+        self.set_header("Content-Type", "text/event-stream")
+        self.set_header("Cache-Control", "no-cache, no-store, no-transform")
+        self.set_header("X-Accel-Buffering", "no")
+        if self.stream.closed():
+            raise tornado.iostream.StreamClosedError
+        self.stream.set_nodelay(True)
+        # A reader that has died without a word is noticed.
+        set_user_timeout(self.stream.socket, self.patience)
+
+
+def set_user_timeout(sock: socket.socket, seconds: float) -> None:
+    """Give up a peer that acknowledges nothing so long, tcp(7); 0: as long as TCP does."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(seconds * 1000))
+
+
 class HttpServer(tornado.httpserver.HTTPServer):
-    """Parts from those who keep it waiting longest, before they are too many."""
+    """Closes connections that have waited longest without a request, before there are too many."""
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
         super().initialize(*args, **kwargs)
-        self.waiting: dict[
-            Any, None
-        ] = {}  # connections without a request at work, the oldest first
+        # Connections without a request at work, the oldest first.
+        self.waiting: dict[Any, None] = {}
 
     def listen_on(self, listener: socket.socket) -> None:
         if listener.fileno() >= 0:
             asyncio.get_running_loop().add_reader(listener, self.accept, listener)
 
     def accept(self, listener: socket.socket) -> None:
-        """Take what has come.  Tornado's own, out of descriptors, tries for ever and logs each time."""
-        most = min(
-            MAX_WAITING, os.sysconf("SC_OPEN_MAX") // 2
-        )  # the other descriptors are for runs
+        """Take new connections.
+
+        Tornado's own, when there are no descriptors left, tries for ever and logs each time.
+        """
+        # The other descriptors are for runs.
+        most = min(MAX_WAITING, os.sysconf("SC_OPEN_MAX") // 2)
         try:
-            for _ in range(16):  # they are counted in the next turn of the loop
+            # They are counted in the next turn of the loop.
+            for _ in range(ACCEPTED_AT_ONCE):
                 connection, address = listener.accept()
                 self.handle_stream(tornado.iostream.IOStream(connection), address)
                 if len(self.waiting) >= most:
@@ -7243,13 +7746,17 @@ class HttpServer(tornado.httpserver.HTTPServer):
             log.error("accept failed: %s", full)
             loop = asyncio.get_running_loop()
             loop.remove_reader(listener)
-            loop.call_later(QUEUE_CHECK, self.listen_on, listener)
+            loop.call_later(ACCEPT_PAUSE, self.listen_on, listener)
 
     def start_request(self, server_conn: Any, request_conn: Any) -> Any:
         """Called when a connection may bring its first request, or its next."""
         self.waiting.pop(server_conn, None)
         self.waiting[server_conn] = None
         return super().start_request(server_conn, request_conn)
+
+    def has_request(self, server_conn: Any) -> None:
+        """This connection has a request at work."""
+        self.waiting.pop(server_conn, None)
 
     def on_close(self, server_conn: Any) -> None:
         self.waiting.pop(server_conn, None)
@@ -7266,13 +7773,16 @@ class HealthEndpoint(Endpoint):
     head = get
 
 
-class ExecEndpoint(Endpoint):
-    patience = 0.0  # who reads slowly slows the command
+class ExecEndpoint(EventsEndpoint):
+    # A slow reader slows the command.
+    patience = 0.0
 
     async def post(self) -> None:
         request = ExecRequest.from_wire(self.whole_body(), self.state.workspace)
-        streamed = self.accepts("text/event-stream", missing=False)
-        await self.perform(self.answer_stream(request) if streamed else self.answer(request))
+        if self.accepts("text/event-stream", in_general=False):
+            await self.perform(self.answer_stream(request))
+        else:
+            await self.perform(self.answer(request))
 
     async def answer(self, request: ExecRequest) -> None:
         response = await exec_handler(self.state, request)
@@ -7280,41 +7790,26 @@ class ExecEndpoint(Endpoint):
         self.finish(response.to_wire())
 
     async def answer_stream(self, request: ExecRequest) -> None:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-        async def output(chunk: bytes, final: bool = False) -> None:
-            if text := decoder.decode(chunk, final):  # never half a character
-                await self.send_event(f"event: output\ndata: {ExecResponse(text).to_wire()}\n\n")
-
-        async def started(_: Job) -> None:
-            await self.send_event(": started\n\n")
-
-        run = execute(
-            self.state,
-            request,
-            "stream",
-            {"out": output},
-            started=started,
-            patience=SLOW_READER_TIMEOUT,
-        )
-        work = asyncio.ensure_future(run)
+        work = asyncio.ensure_future(stream_handler(self.state, request, self.send_event))
         try:
             while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
                 if self._headers_written and not self.sending.locked():
                     await self.send_event(": keep-alive\n\n")
-            response = ExecResponse.of(request, await work, None)
-            await output(b"", final=True)
-            await self.send_event(f"event: exit\ndata: {response.to_wire()}\n\n")
+
+            response = await work
         except ProxyError as failure:
             if not self._headers_written:
                 raise
-            told = ExecResponse(error=str(failure), exit_code=failure.exit_code)
-            await self.send_event(f"event: exit\ndata: {told.to_wire()}\n\n")
+
+            response = ExecResponse(error=str(failure), exit_code=failure.exit_code)
         except asyncio.TimeoutError:
             log.warning("stream ended: its reader did not read for %g s", SLOW_READER_TIMEOUT)
-            self.peer.close()
+            self.stream.close()
+            return
         finally:
             work.cancel()
+
+        await self.send_event(f"event: exit\ndata: {response.to_wire()}\n\n")
 
 
 class SocketEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
@@ -7323,31 +7818,25 @@ class SocketEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
     subprotocol = ""
 
     def check_origin(self, origin: str) -> bool:
-        return True  # the gate has
+        """The gate has checked it."""
+        return True
 
     def on_connection_close(self) -> None:
         super().on_connection_close()
-        Endpoint.on_connection_close(
-            self
-        )  # Tornado's own leaves that out: what waits for a body waited on
+        # Tornado's own leaves that out: a request that waits for its body would wait on.
+        Endpoint.on_connection_close(self)
 
     def select_subprotocol(self, offered: list[str]) -> str | None:
         return self.subprotocol if self.subprotocol in offered else None
 
     async def get(self, **path: str) -> None:
-        names = (
-            "Upgrade",
-            "Connection",
-            "Sec-WebSocket-Key",
-            "Sec-WebSocket-Version",
-        )  # what Tornado has no JSON for
-        upgrade, connection, key, version = (
-            self.request.headers.get(name, "").lower() for name in names
-        )
-        if upgrade != "websocket" or "upgrade" not in connection or not key or version != "13":
-            raise tornado.web.HTTPError(
-                400, f"expected a WebSocket of version 13, with {', '.join(names)}"
-            )
+        # For these Tornado's own refusal is no JSON.
+        names = ("Upgrade", "Connection", "Sec-WebSocket-Key", "Sec-WebSocket-Version")
+        values = [self.request.headers.get(name, "").lower() for name in names]
+        upgrade, connection, key, version = values
+        is_upgrade = upgrade == "websocket" and "upgrade" in connection
+        if not is_upgrade or not key or version != "13":
+            raise NotAMessage(f"expected a WebSocket of version 13, with {', '.join(names)}")
         await super().get(**path)
 
 
@@ -7358,54 +7847,48 @@ class ChannelEndpoint(SocketEndpoint):
     work: asyncio.Task[None] | None = None
 
     def open(self) -> None:
+        # None: it never started.
         self.job: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
         self.set_nodelay(True)
-        if not self.peer.closed():  # it may have left already
-            self.peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            self.peer.socket.setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0
-            )  # a pager may rest
-        self.slow = asyncio.get_running_loop().call_later(BODY_TIMEOUT, self.close)
+        # It may have left already.
+        if not self.stream.closed():
+            self.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            # The reader may be a pager, where a person rests.
+            set_user_timeout(self.stream.socket, 0)
+        self.too_slow = asyncio.get_running_loop().call_later(BODY_TIMEOUT, self.close)
 
     async def on_message(self, message: str | bytes) -> None:
-        """The first is the request.  Tornado reads the next one after this, which slows a caller."""
+        """The first is the request.  Tornado reads on after this returns: a full pipe slows a caller."""
         if self.work is None:
-            self.slow.cancel()
+            self.too_slow.cancel()
             self.work = self.start(self.answer(message))
-        elif job := await self.unless_gone(self.job):
-            try:
-                await self.unless_gone(asyncio.ensure_future(channel_handler(job, message)))
-            except BadMessage as wrong:
-                await self.end(json.dumps({"error": str(wrong), "exit_code": wrong.exit_code}))
+            return
+
+        job = await self.unless_gone(self.job)
+        if job is None:
+            return
+
+        try:
+            await self.unless_gone(asyncio.ensure_future(channel_input(job, message)))
+        except BadMessage as wrong:
+            await self.end(json.dumps({"error": str(wrong), "exit_code": wrong.exit_code}))
 
     async def answer(self, message: str | bytes) -> None:
         async def started(job: Job) -> None:
             self.job.set_result(job)
 
         try:
-            body = message.encode() if isinstance(message, str) else message
-            request = ExecRequest.from_wire(body, self.state.workspace)
-            takes = {"out": partial(self.send, 1)}
-            if not request.combined:
-                takes["err"] = partial(self.send, 2)
-            result = await execute(
-                self.state,
-                request,
-                "shell",
-                takes,
-                started=started,
-                fed=request.stdin is None,
-            )
-            await self.end(ExecResponse.of(request, result, None).to_wire())
+            await self.end(await channel_handler(self.state, message, self.send, started))
         except ProxyError as failure:
             await self.end(json.dumps({"error": str(failure), "exit_code": failure.exit_code}))
         finally:
-            self.close()  # whatever went wrong, its caller does not wait for us
+            # Whatever went wrong, the caller does not wait for us.
+            self.close()
             if not self.job.done():
                 self.job.set_result(None)
 
     async def end(self, final: str) -> None:
-        """Tell the end, and close."""
+        """Send the final object, and close."""
         with contextlib.suppress(OSError):
             await self.send(3, final.encode())
         self.close()
@@ -7418,14 +7901,15 @@ class ChannelEndpoint(SocketEndpoint):
             raise BrokenPipeError from None
 
     async def unless_gone(self, work: asyncio.Future[T]) -> T | None:
-        """Wait for it.  Nobody reads the socket meanwhile, so look whether the caller has left."""
-        while not (await asyncio.wait({work}, timeout=QUEUE_CHECK))[0]:
-            if (
-                self.peer.closed()
-                or self.peer.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != 1
-            ):
-                self.peer.close()
+        """Wait for it; None: the caller has left.
+
+        Nothing reads the socket meanwhile, so look at it now and then.
+        """
+        while not (await asyncio.wait({work}, timeout=GONE_CHECK))[0]:
+            if self.stream.closed() or not is_established(self.stream.socket):
+                self.stream.close()
                 return None
+
         return work.result()
 
     def on_close(self) -> None:
@@ -7433,24 +7917,27 @@ class ChannelEndpoint(SocketEndpoint):
             self.work.cancel()
 
 
-class McpEndpoint(Endpoint):
+def is_established(sock: socket.socket) -> bool:
+    """Whether the peer has not closed its side, tcp(7)."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_ESTABLISHED
+
+
+class McpEndpoint(EventsEndpoint):
     """`/mcp`: Streamable HTTP.  A modern request stands for itself, a legacy one has a session."""
 
-    of_mcp = slash_too = True
+    of_mcp = True
+    slash_too = True
 
     def check(self) -> None:
         super().check()
-        if (
-            self.request.method in ("GET", "DELETE")
-            and "Mcp-Session-Id" not in self.request.headers
-        ):
-            raise tornado.web.HTTPError(405)
+        needs_session = self.request.method in ("GET", "DELETE")
+        if needs_session and "Mcp-Session-Id" not in self.request.headers:
+            raise MethodNotAllowed("405 Method Not Allowed")
 
     async def post(self, name: str = "") -> None:
-        if not (self.accepts("application/json", True) and self.accepts("text/event-stream", True)):
-            raise tornado.web.HTTPError(
-                406, "`Accept`: expected application/json and text/event-stream"
-            )
+        for kind in ("application/json", "text/event-stream"):
+            if not self.accepts(kind, in_general=True):
+                raise NotAcceptable("`Accept`: expected application/json and text/event-stream")
         await self.perform(self.answer(self.whole_body()))
 
     async def answer(self, body: bytes) -> None:
@@ -7459,27 +7946,33 @@ class McpEndpoint(Endpoint):
             message = read_message(body)
             modern = is_modern(message, self.request.headers.get("MCP-Protocol-Version"))
             if modern and not is_request(message):
-                return self.set_status(202)
+                self.set_status(202)
+                return
+
             session, opens = self.session_of(message, modern)
             outbox = Outbox(session.overflow)
             session.receive(message, modern, outbox)
         except ProxyError as wrong:
-            return self.finish_json(
-                refusal(message.get("id", wrong.request_id), wrong), wrong.http_status
-            )
+            answer = refusal(message.get("id", wrong.request_id), wrong)
+            self.finish_json(answer, wrong.http_status)
+            return
+
         if not is_request(message):
-            return self.set_status(202)
+            self.set_status(202)
+            return
+
         try:
             await self.deliver(outbox, modern)
         finally:
             outbox.leave()
-            if modern or (
-                opens and not session.peer.version
-            ):  # who leaves, cancels; not so with a session
+
+            # A client that disconnects cancels a single request, but not a session's call.
+            was_refused = opens and not session.peer.version
+            if modern or was_refused:
                 session.end()
 
     def session_of(self, message: Message, modern: bool) -> tuple[Session, bool]:
-        """Whose message this is, and whether that begins with it.  Raises ProxyError."""
+        """The session of this message, and whether it starts with it.  Raises ProxyError."""
         server = self.state.servers[self.name]
         if modern:
             check_envelope(message, self.request.headers.get_list)
@@ -7493,22 +7986,31 @@ class McpEndpoint(Endpoint):
             session.expire()
             self.set_header("Mcp-Session-Id", session.session_id)
             return session, True
+
         return self.session(), False
 
     async def deliver(self, outbox: Outbox, modern: bool) -> None:
         """The answer as JSON; as a stream, if anything comes before it."""
         async with contextlib.aclosing(outbox.messages()) as messages:
             async for message in messages:
-                if message and "method" not in message and not self._headers_written:
-                    if "error" in message:  # nothing has begun
+                is_answer = message is not None and "method" not in message
+                if message is not None and is_answer and not self._headers_written:
+                    if "error" in message:
+                        # Nothing has started.
                         self.clear_header("Mcp-Session-Id")
-                    return self.finish_json(message, status_of(message) if modern else 200)
+
+                    self.finish_json(message, status_of(message) if modern else 200)
+                    return
+
                 await self.send_event(sse_event(message))
-        if not self._headers_written:  # cancelled: no answer, but an end
+
+        if not self._headers_written:
+            # It was cancelled: no answer, but an end.
             self.set_header("Content-Type", "text/event-stream")
 
     def session(self) -> Session:
-        if not (session_id := self.request.headers.get("Mcp-Session-Id")):
+        session_id = self.request.headers.get("Mcp-Session-Id")
+        if not session_id:
             raise NotAMessage(
                 "`Mcp-Session-Id`: got none, expected the one that `initialize` was answered with"
             )
@@ -7528,20 +8030,20 @@ class McpEndpoint(Endpoint):
         self.set_status(204)
 
 
-class SseEndpoint(Endpoint):
+class SseEndpoint(EventsEndpoint):
     """`GET /sse`: what the server says; the client posts to `/messages`."""
 
-    of_mcp = slash_too = True
+    of_mcp = True
+    slash_too = True
     token_in_query = True
 
     async def get(self, name: str = "") -> None:
-        given = "" if "Authorization" in self.request.headers else self.owner
-        suffix = (
-            given and f"&token={quote_plus(given)}"
-        )  # who cannot set a header here, cannot there
-        async with contextlib.aclosing(
-            sse_handler(self.state, self.query(), self.owner, suffix, name, self.address)
-        ) as events:
+        suffix = ""
+        # A client that cannot set a header here cannot there.
+        if self.owner and "Authorization" not in self.request.headers:
+            suffix = f"&token={quote_plus(self.owner)}"
+        events = sse_handler(self.state, self.query(), self.owner, suffix, name, self.address)
+        async with contextlib.aclosing(events):
             await self.perform(self.pass_on(events))
 
     async def pass_on(self, events: AsyncIterator[str]) -> None:
@@ -7550,7 +8052,8 @@ class SseEndpoint(Endpoint):
 
 
 class MessagesEndpoint(Endpoint):
-    of_mcp = slash_too = True
+    of_mcp = True
+    slash_too = True
     token_in_query = True
 
     async def post(self, name: str = "") -> None:
@@ -7565,10 +8068,12 @@ class MessagesEndpoint(Endpoint):
 class McpSocket(SocketEndpoint):
     """`GET /mcp/ws`: a session that lasts as long as the socket."""
 
-    of_mcp = slash_too = True
+    of_mcp = True
+    slash_too = True
     token_in_query = True
     subprotocol = "mcp"
-    ping_interval = ping_timeout = KEEP_ALIVE
+    ping_interval = KEEP_ALIVE
+    ping_timeout = KEEP_ALIVE
     session: Session | None = None
 
     def open(self, name: str = "") -> None:
@@ -7590,14 +8095,16 @@ class McpSocket(SocketEndpoint):
         self.close()
 
     async def on_message(self, message: str | bytes) -> None:
-        if self.session is not None:
-            try:
-                self.session.answer(read_message(message))
-            except ProxyError as wrong:
-                # Two must not answer errors with errors.
-                if not wrong.in_response:
-                    self.session.outbox.send(refusal(wrong.request_id, wrong))
-            await self.session.outbox.room(SLOW_READER_TIMEOUT)  # Tornado reads on without a pause
+        if self.session is None:
+            return
+        try:
+            self.session.answer(read_message(message))
+        except ProxyError as wrong:
+            # Two must not answer errors with errors.
+            if not wrong.in_response:
+                self.session.outbox.send(refusal(wrong.request_id, wrong))
+        # Tornado reads on without a pause.
+        await self.session.outbox.room(SLOW_READER_TIMEOUT)
 
     def on_close(self) -> None:
         if self.session is not None:
@@ -7614,15 +8121,18 @@ class ServersEndpoint(Endpoint):
 
 
 class UnknownEndpoint(Endpoint):
+    """Every other path."""
+
     def _allowed(self) -> list[str]:
         return list(self.SUPPORTED_METHODS)
 
     def check(self) -> None:
         super().check()
-        raise tornado.web.HTTPError(404, f"no such path: {self.request.path[:80]}")
+        raise NoSuchPath(f"no such path: {self.request.path[:80]}")
 
 
-SERVERS = ("", r"/servers/(?P<name>[^/]+)")  # the built-in one; those behind the relay
+# The built-in MCP server, and those behind the relay.
+SERVERS = ("", r"/servers/(?P<name>[^/]+)")
 ROUTES: list[tuple[str, type[Endpoint]]] = [
     (r"/health", HealthEndpoint),
     (r"/exec", ExecEndpoint),
@@ -7636,7 +8146,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
 
 
 # ==========================================================================
-# Application
+# Install
 # ==========================================================================
 # What `install` writes, and the line by which it knows its own files.
 INSTALLED = "pocketcoder-shell"
@@ -7658,132 +8168,6 @@ sys.exit("pocketcoder: only the shell is here: `{INSTALLED} -c CMD`, `pocketcode
 """
 
 
-@dataclass(frozen=True)
-class Commands:
-    """What the command line asks for: `server`, `shell` or `install`, and its options."""
-
-    name: str
-    # Of the shell; of `install` a directory and names.
-    arguments: tuple[str, ...] = ()
-    port: str = str(DEFAULT_PORT)
-    host: str = "127.0.0.1"
-    workspace: str = "/"
-    origins: tuple[str, ...] = ()
-    servers: tuple[ServerConfig, ...] = ()
-    audit_log: str = ""
-    mcp_idle: float = CHILD_IDLE  # seconds
-
-
-@dataclass(frozen=True)
-class Cli:
-    """The command line."""
-
-    command: Commands
-
-    @classmethod
-    def parse(cls, argv: list[str]) -> Cli:
-        """Exits with 2 and a message when the words are wrong."""
-        if (words := shell_arguments(argv)) is not None:
-            return cls(Commands("shell", tuple(words)))
-        parser = argparse.ArgumentParser(
-            prog="pocketcoder",
-            description=__doc__.split("\n")[0],
-            epilog="Called as a shell (sh, bash, ...-shell), or with an option of one (-c, -lc), or "
-            "with a script file, it is `pocketcoder shell`.",
-        )
-        commands = parser.add_subparsers(
-            dest="command", required=True, metavar="{server,shell,install}"
-        )
-        server = commands.add_parser("server", help="start the proxy server")
-        forms = "pocketcoder shell {-c CMD [ARG0 ARG...], --command CMD, WORD..., -s [ARG...], FILE [ARG...]}"
-        shell = commands.add_parser(
-            "shell", help="run a command in the sandbox, as bash would", usage=forms
-        )
-        installer = commands.add_parser(
-            "install",
-            help="write the shell alone, which starts fastest, into a directory",
-            description=f"Write the shell alone, which starts fastest, as DIR/{INSTALLED}.",
-        )
-        installer.add_argument("folder", metavar="DIR")
-        installer.add_argument(
-            "names",
-            metavar="NAME",
-            nargs="*",
-            help=f"links to it: {', '.join(SHELL_NAMES)}, pocketcoder, or a name that ends in -shell",
-        )
-        if len(argv) == 1:
-            # A person, see `shell_arguments`.
-            parser.print_help(sys.stderr)
-            parser.exit(2)
-        for level in (parser, server, shell, installer):
-            level.add_argument(
-                "--version", action="version", version=f"pocketcoder-proxy {VERSION}"
-            )
-        workspace = "/workspace" if os.path.isdir("/workspace") else os.getcwd()
-        environ, add = os.environ.get, server.add_argument
-        add("-p", "--port", default=str(DEFAULT_PORT), help="default %(default)s; 0: any free port")
-        add("--host", default=environ("POCKETCODER_HOST") or "127.0.0.1", metavar="ADDR")
-        add("--workspace", default=environ("POCKETCODER_WORKSPACE") or workspace, metavar="DIR")
-        add("--allow-origin", action="append", default=[], metavar="ORIGIN")
-        add(
-            "--audit-log",
-            metavar="FILE",
-            help="append a JSON line for the start and the end of each command and relayed request",
-        )
-        add(
-            "--mcp-server",
-            action="append",
-            default=[],
-            metavar="NAME=COMMAND",
-            help="relay a stdio MCP server",
-        )
-        add(
-            "--mcp-config",
-            metavar="FILE",
-            help="the same from a file with `mcpServers`, as clients have it",
-        )
-        add(
-            "--mcp-idle",
-            default=f"{CHILD_IDLE:g}",
-            metavar="SECONDS",
-            help="end a relayed server's process that nobody has used so long, default %(default)s",
-        )
-        got = parser.parse_args(argv[1:])
-        if got.command == "install":
-            return cls(Commands("install", (got.folder, *got.names)))
-        if not (got.port.isdecimal() and int(got.port) < 65536):
-            server.error(f"--port: got {got.port!r}, expected a number from 0 to 65535")
-        path = os.path.realpath(got.workspace)
-        if not os.path.isdir(path) or path.encode(errors="ignore") != os.fsencode(path):
-            server.error(
-                f"--workspace: got {got.workspace!r}, expected a directory, its path in UTF-8"
-            )
-        if got.audit_log == "":  # an unset variable maybe
-            server.error("--audit-log: got '', expected a file")
-        for origin in got.allow_origin:
-            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
-                server.error(f"--allow-origin: got {origin!r}, expected one like http://name:port")
-        if not (re.fullmatch(r"\d+(\.\d+)?", got.mcp_idle) and float(got.mcp_idle) > 0):
-            server.error(f"--mcp-idle: got {got.mcp_idle!r}, expected a number of seconds above 0")
-        try:
-            servers = read_servers(got.mcp_server, got.mcp_config)
-        except BadMessage as wrong:
-            server.error(str(wrong))
-        origins = tuple(got.allow_origin)
-        return cls(
-            Commands(
-                name="server",
-                port=got.port,
-                host=got.host,
-                workspace=path,
-                origins=origins,
-                servers=servers,
-                audit_log=got.audit_log or "",
-                mcp_idle=float(got.mcp_idle),
-            )
-        )
-
-
 def installed_text() -> str:
     """The shell alone: this file down to the line, for this interpreter.  Raises ProxyError, OSError."""
     # It needs neither `site` nor what PYTHON… variables say.
@@ -7795,6 +8179,7 @@ def installed_text() -> str:
 
     with open(__file__, encoding="utf-8") as file:
         head = file.read().partition("\n# ------------------------------- the line")[0]
+
     # The settings of the script above that are for a server stay behind.
     text = head[head.index('r"""') :].rstrip() + "\n"
     code = marshal.dumps(compile(text, INSTALLED, "exec", dont_inherit=True))
@@ -7821,8 +8206,10 @@ def install(folder: str, names: list[str]) -> str:
         if not is_ours or "/" in name:
             expected = f"one of {', '.join(SHELL_NAMES)}, pocketcoder, or …-shell"
             raise complain("NAME", name, expected)
+
     if not os.path.isdir(folder):
         raise complain("DIR", folder, "a directory")
+
     for name in (INSTALLED, *links):
         path = os.path.join(folder, name)
         if os.path.lexists(path) and not is_installed(path):
@@ -7833,10 +8220,12 @@ def install(folder: str, names: list[str]) -> str:
     # Each is made under another name and put in its place at once: others may be starting it.
     target = os.path.join(folder, INSTALLED)
     made, new = tempfile.mkstemp(prefix=f".{INSTALLED}-", dir=folder)
+
     try:
         with open(made, "w", encoding="utf-8") as file:
             file.write(installed_text())
             os.fchmod(made, 0o755)
+
         os.replace(new, target)
         for name in links:
             os.symlink(INSTALLED, new)
@@ -7844,11 +8233,19 @@ def install(folder: str, names: list[str]) -> str:
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(new)
+
         raise
+
     beside = f", and beside it {', '.join(links)}" if links else ""
     return f"wrote {target}{beside}"
 
 
+# ==========================================================================
+# MCP configuration
+# ==========================================================================
+# Which stdio servers are relayed: `--mcp-server`, and files of clients.
+#
+# C1  One bad entry is an error when the server starts; no message shows a value, which may be secret.
 # A string of JSON, or a comment as clients allow it; a string, or a comma that ends a list.
 TEXT_OR_COMMENT = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 TEXT_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[\]}])', re.DOTALL)
@@ -7870,13 +8267,16 @@ def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]
             command = shlex.split(line)
         except ValueError as wrong:
             raise complain("--mcp-server", word, f"NAME=COMMAND ({wrong})") from None
+
         if not command:
             raise complain("--mcp-server", word, "NAME=COMMAND")
+
         configs[name] = ServerConfig(name=name, words=tuple(command))
 
     for config in configs.values():
         if not config.left_out:
             check_command(config)
+
     return tuple(configs.values())
 
 
@@ -7891,10 +8291,12 @@ def read_entries(path: str) -> Message:
         raise complain("--mcp-config", path, f"a file with JSON ({wrong})") from None
 
     fields = as_object(found)
+
     # `servers` is what VS Code calls them.
     for key in ("mcpServers", "servers"):
         if isinstance(fields.get(key), dict):
             return as_object(fields[key])
+
     raise complain("--mcp-config", path, 'a file with {"mcpServers": {NAME: {"command": TEXT}}}')
 
 
@@ -7914,11 +8316,13 @@ def read_entry(name: str, entry: object) -> ServerConfig:
     check_server_name(name)
     if not isinstance(entry, dict):
         raise bad_entry(name, "", entry, "an object")
+
     disabled = entry.get("disabled", False)
     if not isinstance(disabled, bool):
         raise bad_entry(name, "disabled", disabled, "true or false")
     if disabled:
         return ServerConfig(name=name, words=(), left_out="it is disabled")
+
     is_remote = any(key in entry for key in ("url", "httpUrl", "serverUrl"))
     if "command" not in entry and is_remote:
         return ServerConfig(name=name, words=(), left_out="it is a remote server, and has a `url`")
@@ -7926,18 +8330,23 @@ def read_entry(name: str, entry: object) -> ServerConfig:
     arguments = entry.get("args")
     if arguments is None:
         arguments = []
+
     if not isinstance(arguments, list):
         raise bad_entry(name, "args", arguments, "a list of strings")
+
     env = entry.get("env")
     if env is None:
         env = {}
+
     if not isinstance(env, dict):
         raise bad_entry(name, "env", env, "an object of strings")
+
     cwd = entry.get("cwd")
 
     command = filled_in(name, "command", entry.get("command"))
     if not command:
         raise bad_entry(name, "command", command, "a program")
+
     return ServerConfig(
         name=name,
         words=(
@@ -7969,6 +8378,7 @@ def filled_in(name: str, key: str, value: object) -> str:
     filled = VARIABLE.sub(fill, value)
     if "\0" in filled:
         raise bad_entry(name, key, value, "a string without NUL")
+
     return filled
 
 
@@ -8008,80 +8418,301 @@ def check_command(config: ServerConfig) -> None:
         raise bad_entry(config.name, "command", program, "a program that is here and can be run")
 
 
+# ==========================================================================
+# Application
+# ==========================================================================
+# The command line, and the server from its start to its end.
+@dataclass(frozen=True)
+class Commands:
+    """What the command line asks for: `server`, `shell` or `install`, and its options."""
+
+    name: str
+    # Of the shell; of `install` a directory and names.
+    arguments: tuple[str, ...] = ()
+    port: str = str(DEFAULT_PORT)
+    host: str = "127.0.0.1"
+    workspace: str = "/"
+    origins: tuple[str, ...] = ()
+    servers: tuple[ServerConfig, ...] = ()
+    audit_log: str = ""
+    # Seconds.
+    mcp_idle: float = CHILD_IDLE
+
+
+@dataclass(frozen=True)
+class Cli:
+    """The command line."""
+
+    command: Commands
+
+    @classmethod
+    def parse(cls, argv: list[str]) -> Cli:
+        """Exits with 2 and a message when the words are wrong."""
+        words = shell_arguments(argv)
+        if words is not None:
+            return cls(Commands(name="shell", arguments=tuple(words)))
+
+        parser, server = make_parsers()
+        if len(argv) == 1:
+            # A person, see `shell_arguments`.
+            parser.print_help(sys.stderr)
+            parser.exit(2)
+
+        got = parser.parse_args(argv[1:])
+        if got.command == "install":
+            return cls(Commands(name="install", arguments=(got.folder, *got.names)))
+
+        try:
+            return cls(server_options(got))
+        except BadMessage as wrong:
+            server.error(str(wrong))
+
+
+def make_parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """That of the command line, and that of `server`."""
+    parser = argparse.ArgumentParser(
+        prog="pocketcoder",
+        description=__doc__.split("\n")[0],
+        epilog="Called as a shell (sh, bash, ...-shell), or with an option of one (-c, -lc), or "
+        "with a script file, it is `pocketcoder shell`.",
+    )
+    levels = parser.add_subparsers(dest="command", required=True, metavar="{server,shell,install}")
+    server = levels.add_parser("server", help="start the proxy server")
+    add_server_options(server)
+    shell = levels.add_parser(
+        "shell",
+        help="run a command in the sandbox, as bash would",
+        usage="pocketcoder shell {-c CMD [ARG0 ARG...], --command CMD, WORD..., -s [ARG...],"
+        " FILE [ARG...]}",
+    )
+    installer = levels.add_parser(
+        "install",
+        help="write the shell alone, which starts fastest, into a directory",
+        description=f"Write the shell alone, which starts fastest, as DIR/{INSTALLED}.",
+    )
+    installer.add_argument("folder", metavar="DIR")
+    installer.add_argument(
+        "names",
+        metavar="NAME",
+        nargs="*",
+        help=f"links to it: {', '.join(SHELL_NAMES)}, pocketcoder, or a name that ends in -shell",
+    )
+    for level in (parser, server, shell, installer):
+        level.add_argument("--version", action="version", version=f"pocketcoder-proxy {VERSION}")
+
+    return parser, server
+
+
+def add_server_options(server: argparse.ArgumentParser) -> None:
+    workspace = "/workspace" if os.path.isdir("/workspace") else os.getcwd()
+    server.add_argument(
+        "-p",
+        "--port",
+        default=str(DEFAULT_PORT),
+        help="default %(default)s; 0: any free port",
+    )
+    server.add_argument(
+        "--host",
+        default=os.environ.get("POCKETCODER_HOST") or "127.0.0.1",
+        metavar="ADDR",
+        help="default $POCKETCODER_HOST, else 127.0.0.1; beyond loopback only with a token",
+    )
+    server.add_argument(
+        "--workspace",
+        default=os.environ.get("POCKETCODER_WORKSPACE") or workspace,
+        metavar="DIR",
+        help="root of all `cwd`; default $POCKETCODER_WORKSPACE, else /workspace where it exists,"
+        " else the current directory",
+    )
+    server.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a browser origin that may call (repeatable)",
+    )
+    server.add_argument(
+        "--audit-log",
+        metavar="FILE",
+        help="append a JSON line for the start and the end of each command and relayed request",
+    )
+    server.add_argument(
+        "--mcp-server",
+        action="append",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="relay a stdio MCP server (repeatable)",
+    )
+    server.add_argument(
+        "--mcp-config",
+        metavar="FILE",
+        help="the same from a file with `mcpServers`, as clients have it",
+    )
+    server.add_argument(
+        "--mcp-idle",
+        default=f"{CHILD_IDLE:g}",
+        metavar="SECONDS",
+        help="end a relayed server's process that nobody has used so long, default %(default)s",
+    )
+
+
+def server_options(got: argparse.Namespace) -> Commands:
+    """The options of `server`, checked.  Raises BadMessage."""
+    if not (got.port.isdecimal() and int(got.port) < 65536):
+        raise BadMessage(f"--port: got {got.port!r}, expected a number from 0 to 65535")
+
+    workspace = os.path.realpath(got.workspace)
+    is_utf8 = workspace.encode(errors="ignore") == os.fsencode(workspace)
+    if not os.path.isdir(workspace) or not is_utf8:
+        expected = "a directory, its path in UTF-8"
+        raise BadMessage(f"--workspace: got {got.workspace!r}, expected {expected}")
+
+    # An unset variable maybe.
+    if got.audit_log == "":
+        raise BadMessage("--audit-log: got '', expected a file")
+
+    for origin in got.allow_origin:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
+            expected = "one like http://name:port"
+            raise BadMessage(f"--allow-origin: got {origin!r}, expected {expected}")
+
+    if not (re.fullmatch(r"\d+(\.\d+)?", got.mcp_idle) and float(got.mcp_idle) > 0):
+        expected = "a number of seconds above 0"
+        raise BadMessage(f"--mcp-idle: got {got.mcp_idle!r}, expected {expected}")
+
+    return Commands(
+        name="server",
+        port=got.port,
+        host=got.host,
+        workspace=workspace,
+        origins=tuple(got.allow_origin),
+        servers=read_servers(got.mcp_server, got.mcp_config),
+        audit_log=got.audit_log or "",
+        mcp_idle=float(got.mcp_idle),
+    )
+
+
 async def serve(options: Commands, token: str) -> None:
-    """Listen until SIGTERM or SIGINT.  Raises OSError when it cannot."""
-    socket_path = os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET
-    session = os.environ.get("TMUX_SESSION") or DEFAULT_SESSION
-    driver = PocketCoderDriver(socket_path, session, options.workspace)
+    """Listen until SIGTERM or SIGINT.  Raises ProxyError, OSError when it cannot."""
+    loop = asyncio.get_running_loop()
+    state = make_state(options)
+    if options.audit_log:
+        # It must be there.
+        state.audit.flush()
+        loop.add_signal_handler(signal.SIGHUP, state.audit.reopen)
+
+    server = make_server(state, Gate(token=token, origins=frozenset(options.origins)))
+
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    listeners = tornado.netutil.bind_sockets(int(options.port), options.host)
+
+    for listener in listeners:
+        # Connections inherit it.
+        set_user_timeout(listener, SLOW_READER_TIMEOUT)
+        server.listen_on(listener)
+
+    say_where(listeners[0], state.driver)
+
+    await stop.wait()
+    for listener in listeners:
+        loop.remove_reader(listener)
+        listener.close()
+
+    await shut_down(state)
+    await server.close_all_connections()
+
+
+def make_state(options: Commands) -> AppState:
+    """What the handlers share.  Raises NoTerminal."""
+    driver = PocketCoderDriver(
+        os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET,
+        os.environ.get("TMUX_SESSION") or DEFAULT_SESSION,
+        options.workspace,
+    )
     check_place(driver.socket_path)
+
     for folder in open_above(driver.socket_path):
         log.warning(
             "%s: any user could replace what is in it, the directory of TMUX_SOCKET too", folder
         )
-    state = AppState(SessionMap(), driver, options.workspace, AuditLog(options.audit_log))
+
+    state = AppState(
+        sessions=SessionMap(),
+        driver=driver,
+        workspace=options.workspace,
+        audit=AuditLog(options.audit_log),
+    )
+
     for config in options.servers:
         if config.left_out:
             log.info("server %s is not served: %s", config.name, config.left_out)
         else:
             state.servers[config.name] = Relay(config, options.mcp_idle)
-    if options.audit_log:
-        state.audit.flush()  # it must be there
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, state.audit.reopen)
+
+    return state
+
+
+def make_server(state: AppState, gate: Gate) -> HttpServer:
+    """An HTTP server for all routes, which listens nowhere yet."""
     shared: dict[str, Any] = {"state": state}
+    routes = []
+    for path, endpoint in ROUTES:
+        pattern = f"{path}/?" if endpoint.slash_too else path
+        routes.append((pattern, endpoint, shared))
+
     application = tornado.web.Application(
-        [
-            (f"{path}/?" if endpoint.slash_too else path, endpoint, shared)
-            for path, endpoint in ROUTES
-        ],
+        routes,
         default_handler_class=UnknownEndpoint,
         default_handler_args=shared,
-        log_function=lambda handler: None,
-        token=token,
-        origins=frozenset(options.origins),
+        log_function=ignore,
+        gate=gate,
         websocket_max_message_size=MAX_BODY,
     )
-    limits: dict[str, Any] = {
-        "max_body_size": 1 << 40,
-        "max_header_size": MAX_HEADERS,
-    }  # Endpoint answers 413
-    limits |= {"idle_connection_timeout": IDLE_TIMEOUT, "body_timeout": BODY_TIMEOUT}
-    server = application.settings["server"] = HttpServer(application, **limits)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    sockets = tornado.netutil.bind_sockets(int(options.port), options.host)
-    for listener in sockets:
-        listener.setsockopt(
-            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER_TIMEOUT * 1000)
-        )  # inherited
-        server.listen_on(listener)
-    host, port = sockets[0].getsockname()[:2]
-    attach = attach_command(driver.socket_path, session)
-    address = f"{f'[{host}]' if ':' in host else host}:{port}"
-    for file, line in (
-        (sys.stdout, f"listening on http://{address}"),
-        (sys.stderr, f"watch with: {attach}"),
-    ):
-        with contextlib.suppress(OSError):  # whoever should read it has left, or its disk is full
-            print(f"pocketcoder: {line}", file=file, flush=True)
-    # What is here now stays, and requests create few cycles, so collect rarely.
-    gc.freeze()
-    gc.set_threshold(10_000)
-    await stop.wait()
-    state.audit.patience = STOP_GRACE / 2  # who waits for the log is answered before the end
-    for listener in sockets:
-        asyncio.get_running_loop().remove_reader(listener)
-        listener.close()
-    await asyncio.gather(driver.close(STOP_GRACE), state.sessions.settle(STOP_GRACE))
-    await state.sessions.settle(TMUX_TIMEOUT / 10)  # those of commands that had to be ended
-    for open_session in [*state.sessions.values()]:
-        open_session.end()
-    await asyncio.gather(
-        *(server.close() for server in state.servers.values() if isinstance(server, Relay))
+    server = HttpServer(
+        application,
+        # `Endpoint` answers 413 itself.
+        max_body_size=1 << 40,
+        max_header_size=MAX_HEADERS,
+        idle_connection_timeout=IDLE_TIMEOUT,
+        body_timeout=BODY_TIMEOUT,
     )
-    if state.calls:  # they have their results, and send them now
+    application.settings["server"] = server
+    return server
+
+
+def say_where(listener: socket.socket, driver: PocketCoderDriver) -> None:
+    """Print the address for programs, and how a person watches."""
+    host, port = listener.getsockname()[:2]
+    if ":" in host:
+        host = f"[{host}]"
+    attach = attach_command(driver.socket_path, driver.session_name)
+    # A reader may have left, or its disk be full.
+    with contextlib.suppress(OSError):
+        print(f"pocketcoder: listening on http://{host}:{port}", flush=True)
+    with contextlib.suppress(OSError):
+        print(f"pocketcoder: watch with: {attach}", file=sys.stderr, flush=True)
+
+
+async def shut_down(state: AppState) -> None:
+    """Take no more commands; give those that run STOP_GRACE seconds, and answer their callers."""
+    # Callers that wait for the log are answered before the end.
+    state.audit.hurry(STOP_GRACE / 2)
+    await asyncio.gather(state.driver.close(STOP_GRACE), state.sessions.settle(STOP_GRACE))
+
+    # Those of commands that had to be ended.
+    await state.sessions.settle(SETTLE_GRACE)
+    for session in [*state.sessions.values()]:
+        session.end()
+
+    relays = [server for server in state.servers.values() if isinstance(server, Relay)]
+    await asyncio.gather(*(relay.close() for relay in relays))
+
+    # They have their results, and send them now.
+    if state.calls:
         await asyncio.wait(state.calls, timeout=STOP_GRACE)
-    await server.close_all_connections()
 
 
 def why_not(options: Commands, token: str) -> str | None:
@@ -8089,71 +8720,124 @@ def why_not(options: Commands, token: str) -> str | None:
     if isinstance(tornado, SimpleNamespace):
         return "needs the Python package tornado: `pip install tornado`"
     if not token and not is_loopback(options.host):
-        return f"--host {options.host} is reached from elsewhere: set POCKETCODER_TOKEN, or listen on 127.0.0.1"
+        return (
+            f"--host {options.host} is reached from elsewhere: set POCKETCODER_TOKEN, or listen on"
+            " 127.0.0.1"
+        )
     if not re.fullmatch(r"[!-~]*", token):
         return "POCKETCODER_TOKEN: expected visible ASCII characters without blanks"
     if process(os.getpid()) is None:
         return "needs /proc, which is not mounted or not ours to read: it tells what runs in a terminal"
+
     version = tmux_version()
     number = re.search(r"(\d+)\.(\d+)", version)
-    if not version or (number and (int(number[1]), int(number[2])) < (3, 2)):
-        return f"needs tmux 3.2 or later, got {version or 'none'}: install it, for instance `apt-get install tmux`"
+    is_old = number is not None and (int(number[1]), int(number[2])) < (3, 2)
+    if not version or is_old:
+        return (
+            f"needs tmux 3.2 or later, got {version or 'none'}: install it, for instance"
+            " `apt-get install tmux`"
+        )
+
     return None
 
 
 def wipe(name: str) -> None:
-    """Overwrite a variable where /proc/PID/environ shows what we were started with: commands can read that."""
+    """Overwrite a variable in /proc/PID/environ, which commands can read.
+
+    That file shows what we were started with.
+    """
     try:
-        first, last = map(
-            int, read_proc(os.getpid(), "stat").rpartition(b")")[2].split()[47:49]
-        )  # fields 50 and 51
+        # Fields 50 and 51, proc(5).
+        fields = read_proc(os.getpid(), "stat").rpartition(b")")[2].split()
+        place = int(fields[47])
+        end = int(fields[48])
+
         with open("/proc/self/mem", "r+b", 0) as memory:
-            memory.seek(first)
-            for variable in memory.read(last - first).split(b"\0"):
+            memory.seek(place)
+            for variable in memory.read(end - place).split(b"\0"):
                 if variable.startswith(f"{name}=".encode()):
-                    memory.seek(first)
+                    memory.seek(place)
                     memory.write(bytes(len(variable)))
-                first += len(variable) + 1
+
+                place += len(variable) + 1
     except (OSError, ValueError) as refused:
         log.warning("%s stays in /proc/%d/environ: %s", name, os.getpid(), refused)
 
 
 class Stderr(logging.Handler):
-    """Plain text for whom it may concern: nobody waits for who does not read it, so it may miss some.
+    """Logs to stderr without ever blocking: lines are dropped if its reader does not read.
 
-    What relayed servers say may be made for the terminal of who reads the log: it gets no control characters.
+    What relayed servers say may be made for the terminal of a person who reads the log, so there
+    are no control characters.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = re.sub(
-                r"[\0-\x08\x0b-\x1f\x7f-\x9f]",
-                lambda found: ascii(found[0])[1:-1],
-                self.format(record),
-            )
-        except Exception:  # arguments that do not fit are no reason for whoever logs to fail
-            return self.handleError(record)
-        data, size = f"{text}\n".encode(errors="backslashreplace"), select.PIPE_BUF
-        with contextlib.suppress(OSError):  # it is closed, or its disk is full
-            for at in range(0, len(data), size):
-                if select.select([], [2], [], 0)[1]:  # then a pipe takes that much
-                    os.write(2, data[at : at + size])
+            line = self.format(record)
+        except Exception:
+            # Arguments that do not fit are no reason for their caller to fail.
+            self.handleError(record)
+            return
+
+        text = re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], line)
+        data = f"{text}\n".encode(errors="backslashreplace")
+
+        # It is closed, or its disk is full.
+        with contextlib.suppress(OSError):
+            for at in range(0, len(data), select.PIPE_BUF):
+                # A pipe that is ready takes that much.
+                if select.select([], [2], [], 0)[1]:
+                    os.write(2, data[at : at + select.PIPE_BUF])
 
 
 def log_to_stderr() -> None:
-    form = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(handlers=[Stderr()], format=form, level=logging.INFO)
-    logging.getLogger("tornado.general").setLevel(
-        logging.WARNING
-    )  # else it shows headers that it refuses: tokens
+    logging.basicConfig(
+        handlers=[Stderr()], format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO
+    )
+    # It shows headers that it refuses, and so tokens.
+    logging.getLogger("tornado.general").setLevel(logging.WARNING)
 
 
 def watch_children() -> None:
     """Before Python 3.12 each child needs a thread otherwise, which may be the one too many."""
-    with contextlib.suppress(OSError, AttributeError):  # pidfd_open(2) needs Linux 5.3
+    # pidfd_open(2) needs Linux 5.3.
+    with contextlib.suppress(OSError, AttributeError):
         os.close(os.pidfd_open(os.getpid()))
         if sys.version_info < (3, 12):
             asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+
+
+def run_server(options: Commands) -> str | None:
+    """Serve until a signal comes; otherwise what is wrong, in a sentence."""
+    token = os.environ.pop("POCKETCODER_TOKEN", "")
+    log_to_stderr()
+    if token:
+        wipe("POCKETCODER_TOKEN")
+
+    watch_children()
+    wrong = why_not(options, token)
+    if wrong:
+        return wrong
+
+    try:
+        asyncio.run(serve(options, token))
+    except (ProxyError, OSError, UnicodeError) as failure:
+        # UnicodeError: a host that can be none.
+        return f"cannot serve on {options.host}:{options.port}: {failure}"
+
+    return None
+
+
+def run_install(folder: str, names: Sequence[str]) -> str | None:
+    """Write the shell; otherwise what is wrong, in a sentence."""
+    try:
+        print(f"pocketcoder: {install(folder, [*names])}")
+    except ProxyError as failure:
+        return str(failure)
+    except OSError as failure:
+        return f"{failure.filename}: {failure.strerror}"
+
+    return None
 
 
 def main() -> int:
@@ -8161,29 +8845,17 @@ def main() -> int:
     options = Cli.parse(sys.argv).command
     if options.name == "shell":
         return run_shell([*options.arguments])
+
     if options.name == "install":
-        folder, *names = options.arguments
-        try:
-            print(f"pocketcoder: {install(folder, names)}")
-            return 0
-        except ProxyError as failure:
-            print(f"pocketcoder: {failure}", file=sys.stderr)
-        except OSError as failure:
-            print(f"pocketcoder: {failure.filename}: {failure.strerror}", file=sys.stderr)
-        return 1
-    token = os.environ.pop("POCKETCODER_TOKEN", "")
-    log_to_stderr()
-    if token:
-        wipe("POCKETCODER_TOKEN")
-    watch_children()
-    try:
-        if not (wrong := why_not(options, token)):
-            asyncio.run(serve(options, token))
-    except (ProxyError, OSError, UnicodeError) as failure:  # UnicodeError: a host that can be none
-        wrong = f"cannot serve on {options.host}:{options.port}: {failure}"
+        wrong = run_install(options.arguments[0], options.arguments[1:])
+    else:
+        wrong = run_server(options)
+
     if wrong:
         print(f"pocketcoder: {wrong}", file=sys.stderr)
-    return 1 if wrong else 0
+        return 1
+
+    return 0
 
 
 if __name__ == "__main__":
