@@ -1011,6 +1011,44 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
+def wait_until_running(text: str, seconds: float = 15.0) -> None:
+    """Wait for a process with `text` in its environment or command line."""
+    eventually(lambda: processes_with(text), seconds)
+
+
+def wait_until_gone(text: str, seconds: float = 15.0) -> None:
+    """Wait until no process has `text` in its environment or command line."""
+    eventually(lambda: not processes_with(text), seconds)
+
+
+def kill_tmux(socket_path: str) -> None:
+    """End a tmux server if it runs."""
+    words = ["tmux", "-S", socket_path, "kill-server"]
+    subprocess.run(words, capture_output=True, timeout=10)
+
+
+@contextlib.contextmanager
+def limited(process: subprocess.Popen[Any] | int, kind: int, soft: int) -> Iterator[None]:
+    """A soft limit of a process, which is restored at the end."""
+    pid = process if isinstance(process, int) else process.pid
+    before = resource.prlimit(pid, kind)
+    resource.prlimit(pid, kind, (soft, before[1]))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(pid, kind, before)
+
+
+def outer_environment() -> dict[str, str]:
+    """Our environment without what a server or a tmux around us has put into it."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("POCKETCODER", "TMUX"))
+    }
+
+
 def descriptors_of(pid: int) -> list[str]:
     """What a process has open."""
     found = []
@@ -1038,11 +1076,7 @@ class Proxy:
             os.makedirs(f"{self.folder}/{name}", exist_ok=True)
         pathlib.Path(self.folder, "home/.bashrc").write_text("PS1='$ '\n")
         self.env = {
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith(("POCKETCODER", "TMUX"))
-            },
+            **outer_environment(),
             "HOME": f"{self.folder}/home",
             "TMUX_SOCKET": self.socket,
             **variables,
@@ -1228,9 +1262,7 @@ class Proxy:
 
         with contextlib.suppress(Exception):
             self.close_files()
-            subprocess.run(
-                ["tmux", "-S", self.socket, "kill-server"], capture_output=True, timeout=10
-            )
+            kill_tmux(self.socket)
             for pid in processes_with(self.folder):
                 os.kill(pid, signal.SIGKILL)
 
@@ -1358,6 +1390,18 @@ def own() -> Iterator[Callable[..., Proxy]]:
 
 
 @pytest.fixture
+def warm(own: Callable[..., Proxy]) -> Callable[..., Proxy]:
+    """Such servers after their first command, so with a tmux and a terminal."""
+
+    def make(*words: str, **variables: str) -> Proxy:
+        server = own(*words, **variables)
+        server.exec("true")
+        return server
+
+    return make
+
+
+@pytest.fixture
 def agent(request: pytest.FixtureRequest) -> str:
     """An agent that no other test has."""
     return "t" + re.sub(r"\W", "", str(abs(hash(request.node.nodeid))))[:12]
@@ -1374,17 +1418,12 @@ def noted(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("POCKETCODER", "TMUX"))
-    }
     return subprocess.run(
         [sys.executable, str(MODULE), *words],
         capture_output=True,
         text=True,
         timeout=20,
-        env=env | variables,
+        env=outer_environment() | variables,
     )
 
 
@@ -2455,7 +2494,7 @@ def test_a_slow_command_slows_stdin_and_memory_stays_flat(engine: Caller) -> Non
     process.communicate()
     flood.kill()
     flood.communicate()
-    eventually(lambda: not processes_with("sleep\x0030"), 6)
+    wait_until_gone("sleep\x0030", 6)
 
 
 def test_a_reader_that_leaves_ends_the_command_with_141(engine: Caller) -> None:
@@ -2467,7 +2506,7 @@ def test_a_reader_that_leaves_ends_the_command_with_141(engine: Caller) -> None:
     assert process.stderr
     assert process.stderr.read() == b""
     process.stderr.close()
-    eventually(lambda: not processes_with("marker141"), 6)
+    wait_until_gone("marker141", 6)
 
 
 def test_a_slow_reader_slows_the_command(engine: Caller) -> None:
@@ -2520,7 +2559,7 @@ def test_a_signalled_shell_leaves_nothing_behind_even_if_its_command_ends_at_onc
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 143
     process.communicate()
-    eventually(lambda: not processes_with("sleep\x0066."), 6)
+    wait_until_gone("sleep\x0066.", 6)
 
 
 def test_other_signals_end_the_shell_with_their_number(engine: Caller) -> None:
@@ -2531,7 +2570,7 @@ def test_other_signals_end_the_shell_with_their_number(engine: Caller) -> None:
         process.send_signal(number)
         assert process.wait(10) == 128 + number
         assert process.communicate()[1] == b""
-    eventually(lambda: not processes_with("sleep\x0066."), 6)
+    wait_until_gone("sleep\x0066.", 6)
 
 
 @pytest.mark.slow
@@ -2543,17 +2582,17 @@ def test_killing_the_shell_ends_its_command(engine: Caller) -> None:
     process.stdout.readline()
     process.kill()
     process.communicate()
-    eventually(lambda: not processes_with("sleep\x0066."), 6)
+    wait_until_gone("sleep\x0066.", 6)
 
 
 def test_a_signal_ends_a_shell_whose_output_is_stuck(engine: Caller) -> None:
     process = engine.start("-c", "exec yes stuck67")
-    eventually(lambda: processes_with("yes\x00stuck67"), 20)
+    wait_until_running("yes\x00stuck67", 20)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 143
     process.communicate()
-    eventually(lambda: not processes_with("stuck67"), 6)
+    wait_until_gone("stuck67", 6)
 
 
 def test_the_exit_status_shows_a_lost_terminal_and_a_stopped_server(
@@ -3676,9 +3715,8 @@ def test_bytes_that_are_no_text_become_replacement_characters(proxy: Proxy, agen
     assert answer["output_bytes"] == 4
 
 
-def test_a_flood_leaves_the_server_small(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_flood_leaves_the_server_small(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     before = server.memory()
     answer = server.exec("head -c 300000000 /dev/zero", max_output=100_000, timeout=60)
     assert answer["output_bytes"] == 300_000_000
@@ -3718,9 +3756,8 @@ def test_commands_run_in_up_to_four_panes_while_others_are_busy(proxy: Proxy, ag
     assert proxy.exec("echo x", agent_name=agent)["stdout"] == "x\n"
 
 
-def test_queued_commands_run_in_order(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_queued_commands_run_in_order(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     gate = f"{server.folder}/gate"
     order = f"{server.folder}/order"
     running = [server.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done") for _ in range(4)]
@@ -3741,9 +3778,8 @@ def test_queued_commands_run_in_order(own: Callable[..., Proxy]) -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_commands_may_wait_and_the_next_gets_503(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_thousand_commands_may_wait_and_the_next_gets_503(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     gate = f"{server.folder}/gate"
     running = [server.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done") for _ in range(4)]
     eventually(lambda: len(processes_with("until [ -e")) >= 4)
@@ -3783,9 +3819,8 @@ def test_two_hundred_clients_at_once_get_their_own_answers(proxy: Proxy) -> None
         assert [answer for answer in pool.map(wrong, range(200)) if answer] == []
 
 
-def test_an_existing_terminal_is_used_as_it_is(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_an_existing_terminal_is_used_as_it_is(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     server.tmux(
         "new-window", "-d", "-n", "mine:terminal", "-e", "MINE=1", "--", "/bin/bash", "--norc", "-i"
     )
@@ -3806,12 +3841,11 @@ def test_an_existing_terminal_is_used_as_it_is(own: Callable[..., Proxy]) -> Non
     ],
 )
 @pytest.mark.slow
-def test_any_posix_shell_works_in_the_pane(own: Callable[..., Proxy], shell: str) -> None:
+def test_any_posix_shell_works_in_the_pane(warm: Callable[..., Proxy], shell: str) -> None:
     if shutil.which(shell.split()[0]) is None:
         # This machine lacks the shell.
         return
-    server = own()
-    server.exec("true")
+    server = warm()
     server.tmux(
         "new-window",
         "-d",
@@ -3846,9 +3880,8 @@ def test_nothing_is_typed_into_a_program_that_a_person_runs(proxy: Proxy, agent:
     eventually(lambda: pathlib.Path(typed).read_text() == "mine\n")
 
 
-def test_nothing_is_typed_into_a_script_or_a_builtin_that_reads(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_nothing_is_typed_into_a_script_or_a_builtin_that_reads(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     server.tmux(
         "new-window",
         "-d",
@@ -3901,7 +3934,7 @@ def test_text_typed_during_a_command_stays_out_of_the_next_one(
         typed = f"{proxy.folder}/{agent}.{number}"
         asked = f"{proxy.folder}/{agent}.asked.{number}"
         call = proxy.start_exec(f"until [ -e {asked} ]; do sleep 0.01; done", agent_name=agent)
-        eventually(lambda: processes_with(f"until [ -e {asked} ]"))
+        wait_until_running(f"until [ -e {asked} ]")
         proxy.type(agent, "-l", f"echo >>{typed} one")
         if enter:
             proxy.type(agent, *enter)
@@ -4031,9 +4064,8 @@ def test_the_next_command_runs_in_any_state_of_the_line_editor(proxy: Proxy, age
 
 
 @pytest.mark.slow
-def test_a_shell_that_never_answers_is_replaced(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_shell_that_never_answers_is_replaced(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     server.tmux("new-window", "-d", "-n", "deaf:terminal", "--", "bash", "--norc", "-i")
     eventually(lambda: "bash" in server.screen("deaf"))
     server.exec("true", agent_name="deaf")
@@ -4046,9 +4078,8 @@ def test_a_shell_that_never_answers_is_replaced(own: Callable[..., Proxy]) -> No
 
 
 @pytest.mark.slow
-def test_a_slow_start_up_file_delays_the_first_command(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_slow_start_up_file_delays_the_first_command(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     pathlib.Path(server.folder, "home/.bashrc").write_text("sleep 1.5\nexport FROM_RC=1\n")
     assert server.exec("echo $FROM_RC", agent_name="slow")["stdout"] == "1\n"
     assert ".go" not in server.screen("slow")
@@ -4075,7 +4106,7 @@ def test_a_timeout_ends_the_whole_tree(proxy: Proxy, agent: str) -> None:
         assert answer["stdout"][:7] == "before\n"
         assert "0.3 s" in answer["error"]
         assert 0.3 <= time.monotonic() - started < 10
-        eventually(lambda: not processes_with(f"POCKETCODER_RUN_ID={answer['run_id']}"))
+        wait_until_gone(f"POCKETCODER_RUN_ID={answer['run_id']}")
         assert proxy.exec("echo next", agent_name=name)["stdout"] == "next\n"
 
     with ThreadPoolExecutor(3) as pool:
@@ -4125,9 +4156,9 @@ def test_a_client_that_disconnects_cancels_its_command(proxy: Proxy, agent: str)
         json.dumps({"cmd": f"{mark}; true", "agent_name": agent}),
         {"Content-Type": "application/json"},
     )
-    eventually(lambda: processes_with(mark.replace(" ", "\0")))
+    wait_until_running(mark.replace(" ", "\0"))
     connection.close()
-    eventually(lambda: not processes_with(mark.replace(" ", "\0")))
+    wait_until_gone(mark.replace(" ", "\0"))
     assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
 
 
@@ -4257,7 +4288,7 @@ def test_a_background_process_outlives_the_server(own: Callable[..., Proxy], num
     eventually(lambda: os.path.getsize(count) > before + 100)
     os.kill(pid, signal.SIGKILL)
     # Nobody reads on for a writer that is no more.
-    eventually(lambda: not processes_with("exec 3<&0 4<&1"))
+    wait_until_gone("exec 3<&0 4<&1")
 
 
 def test_a_command_whose_server_is_killed_leaves_its_background_processes_alone(
@@ -4302,7 +4333,7 @@ def test_keys_typed_while_a_new_shell_starts_are_never_run(
         agent = "other"
     elif where == "second-pane":
         busy = server.start_exec("sleep 4")
-        eventually(lambda: processes_with("sleep\x004\x00"))
+        wait_until_running("sleep\x004\x00")
 
     rc.write_text("sleep 1; PS1='$ '\n")
     running = server.start_exec("echo ok", agent_name=agent)
@@ -4335,7 +4366,7 @@ def test_a_line_recalled_from_the_history_runs_nothing(own: Callable[..., Proxy]
 
     # Nor does it end the next one, which has the same files.
     running = server.start_exec(f"sleep 1; echo y >> {count}; exit 7")
-    eventually(lambda: processes_with("sleep\x001\x00"))
+    wait_until_running("sleep\x001\x00")
     server.tmux("split-window", "-d", "-t", server.pane("poco"), "bash", "-i")
     go = server.tmux("list-panes", "-s", "-F", "#{pane_id}").split()[-1]
     files = sorted(pathlib.Path(server.folder).glob("tmux/s.d/*/*.go"))
@@ -4402,7 +4433,7 @@ def test_a_command_that_stops_itself_is_ended(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec("kill -STOP $$; sleep 60", agent_name=agent)
     assert answer["exit_code"] == 128 + signal.SIGSTOP
     assert answer["ended"] == "exit"
-    eventually(lambda: not processes_with(f"POCKETCODER_RUN_ID={answer['run_id']}"))
+    wait_until_gone(f"POCKETCODER_RUN_ID={answer['run_id']}")
 
 
 def test_a_person_can_answer_a_question_and_interrupt(proxy: Proxy, agent: str) -> None:
@@ -4437,10 +4468,9 @@ DEATHS = {
 
 @pytest.mark.parametrize("death", DEATHS)
 def test_a_terminal_that_dies_loses_its_command_and_is_replaced(
-    own: Callable[..., Proxy], death: str
+    warm: Callable[..., Proxy], death: str
 ) -> None:
-    server = own()
-    server.exec("true")
+    server = warm()
     call = server.start_exec(
         "echo before; (trap '' HUP TERM; sleep 62.5) & setsid sleep 62.6 & sleep 62.7"
     )
@@ -4458,7 +4488,7 @@ def test_a_terminal_that_dies_loses_its_command_and_is_replaced(
     assert answer["exit_code"] == 137
     assert answer["stdout"] == "before\n"
     assert re.match(LOST, answer["error"])
-    eventually(lambda: not processes_with("sleep\x0062."))
+    wait_until_gone("sleep\x0062.")
 
     started = time.monotonic()
     assert server.exec("echo next")["stdout"] == "next\n"
@@ -4481,9 +4511,8 @@ def test_a_shell_without_descriptors_runs_nothing_of_older_commands(
 
 @pytest.mark.parametrize("death", DEATHS)
 @pytest.mark.slow
-def test_an_idle_terminal_that_died_is_replaced(own: Callable[..., Proxy], death: str) -> None:
-    server = own()
-    server.exec("true")
+def test_an_idle_terminal_that_died_is_replaced(warm: Callable[..., Proxy], death: str) -> None:
+    server = warm()
     subprocess.run(
         ["bash", "-c", DEATHS[death].format(socket=server.socket, pane=server.pane("poco"))],
         check=True,
@@ -4502,9 +4531,8 @@ def test_a_command_that_kills_its_parent_is_lost(proxy: Proxy, agent: str) -> No
     assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
 
 
-def test_a_dead_pane_that_remains_is_started_again(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_dead_pane_that_remains_is_started_again(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     server.tmux("set-option", "-g", "remain-on-exit", "on")
     assert server.exec("kill -9 $PPID; sleep 60")["ended"] == "lost"
     eventually(lambda: server.tmux("list-panes", "-F", "#{pane_dead}") == "1")
@@ -4526,14 +4554,13 @@ def test_a_program_that_sets_titles_does_not_rename_the_window(proxy: Proxy, age
 
 
 @pytest.mark.slow
-def test_the_run_directory_is_private_and_recreated_when_wiped(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_the_run_directory_is_private_and_recreated_when_wiped(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     base = pathlib.Path(f"{server.socket}.d")
     assert base.stat().st_mode & 0o777 == 0o700
 
     call = server.start_exec("sleep 0.5; echo survived; exit 4")
-    eventually(lambda: processes_with("sleep\x000.5"))
+    wait_until_running("sleep\x000.5")
     subprocess.run(["rm", "-rf", base], check=True)
     answer = call.result()
     assert answer["stdout"] == "survived\n"
@@ -4542,9 +4569,8 @@ def test_the_run_directory_is_private_and_recreated_when_wiped(own: Callable[...
 
 
 @pytest.mark.slow
-def test_every_caller_learns_at_once_that_tmux_does_not_answer(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_every_caller_learns_at_once_that_tmux_does_not_answer(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     tmux = int(server.tmux("display-message", "-p", "#{pid}"))
     os.kill(tmux, signal.SIGSTOP)
     begun = time.monotonic()
@@ -4566,10 +4592,9 @@ def test_every_caller_learns_at_once_that_tmux_does_not_answer(own: Callable[...
 @pytest.mark.parametrize("file", ["*.out", "*.cmd", "status"])
 @pytest.mark.slow
 def test_a_run_whose_files_are_wiped_just_before_its_start_is_retried(
-    own: Callable[..., Proxy], file: str
+    warm: Callable[..., Proxy], file: str
 ) -> None:
-    server = own()
-    server.exec("true")
+    server = warm()
     base = pathlib.Path(f"{server.socket}.d")
     tmux = int(server.tmux("display-message", "-p", "#{pid}"))
     # This tmux is about to type the line.
@@ -4585,9 +4610,8 @@ def test_a_run_whose_files_are_wiped_just_before_its_start_is_retried(
     assert answer["ended"] == "exit"
 
 
-def test_a_run_directory_of_another_user_is_refused(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_run_directory_of_another_user_is_refused(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     subprocess.run(["rm", "-rf", f"{server.socket}.d"], check=True)
     os.symlink(server.workspace, f"{server.socket}.d")
     status, answer = server.post({"cmd": "true"})
@@ -4721,7 +4745,7 @@ def test_a_command_whose_report_is_stolen_is_lost(proxy: Proxy, agent: str) -> N
     assert answer["ended"] == "lost"
     assert "did not report" in answer["error"]
     assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
-    eventually(lambda: not processes_with("sleep\x0078.5"))
+    wait_until_gone("sleep\x0078.5")
 
 
 @pytest.mark.slow
@@ -4755,28 +4779,26 @@ def test_runs_leave_no_files_and_no_descriptors(own: Callable[..., Proxy]) -> No
 
 @pytest.mark.slow
 def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(
-    own: Callable[..., Proxy],
+    warm: Callable[..., Proxy],
 ) -> None:
-    server = own()
-    server.exec("true")
+    server = warm()
     files = f"{server.socket}.d"
 
-    for limited, shell in (
+    for pid, shell in (
         (server.process.pid, False),
         (int(server.panes("poco")[0].split()[1]), True),
     ):
         if shell:
             server.type("poco", "trap '' XFSZ", "Enter")
             eventually(lambda: "XFSZ" in server.screen("poco"))
-        before = resource.prlimit(limited, resource.RLIMIT_FSIZE, (0, -1))
-        began = time.monotonic()
-        status, answer = server.post({"cmd": "true"})
-        assert status == 503, answer
-        assert files in answer["error"], answer
-        assert time.monotonic() - began < 5, answer
-        assert server.request("GET", "/health")[0] == 200
+        with limited(pid, resource.RLIMIT_FSIZE, 0):
+            began = time.monotonic()
+            status, answer = server.post({"cmd": "true"})
+            assert status == 503, answer
+            assert files in answer["error"], answer
+            assert time.monotonic() - began < 5, answer
+            assert server.request("GET", "/health")[0] == 200
 
-        resource.prlimit(limited, resource.RLIMIT_FSIZE, before)
         assert server.exec("echo ok")["stdout"] == "ok\n"
         # Files of up to two names are kept.
         assert len(list(pathlib.Path(files).rglob("*"))) <= 10, os.listdir(files)
@@ -4784,10 +4806,9 @@ def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(
 
 @pytest.mark.slow
 def test_without_descriptors_new_runs_are_refused_and_others_continue(
-    own: Callable[..., Proxy],
+    warm: Callable[..., Proxy],
 ) -> None:
-    server = own()
-    server.exec("true")
+    server = warm()
     kept = server.connect()
     panes = server.panes("poco")
     kept.request("GET", "/health")
@@ -4799,45 +4820,45 @@ def test_without_descriptors_new_runs_are_refused_and_others_continue(
     )
     eventually(lambda: processes_with("sleep\x000.8") and processes_with("sleep\x009"))
     used = server.descriptors()
-    before = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
 
-    for limit in (used, 1):
-        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (limit, before[1]))
+    def refused() -> None:
         kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
         answer = kept.getresponse()
         assert answer.status == 503
         assert "Too many open files" in answer.read().decode()
 
-    time.sleep(0.6)
-    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, before)
+    with limited(server.process, resource.RLIMIT_NOFILE, used):
+        refused()
+        with limited(server.process, resource.RLIMIT_NOFILE, 1):
+            refused()
+            time.sleep(0.6)
     assert running.result()["stdout"] == "done\n"
     assert ends.result()["ended"] == "timeout"
     assert server.exec("echo ok")["stdout"] == "ok\n"
     assert server.panes("poco")[:1] == panes
-    eventually(lambda: not processes_with("sleep\x009"))
+    wait_until_gone("sleep\x009")
 
     kept.close()
 
 
 @pytest.mark.slow
-def test_starting_a_child_needs_no_thread(own: Callable[..., Proxy]) -> None:
-    server = own("--mcp-server", "none=false")
-    server.exec("true")
+def test_starting_a_child_needs_no_thread(warm: Callable[..., Proxy]) -> None:
+    server = warm("--mcp-server", "none=false")
     size = status_bytes(server.process.pid, "VmSize")
     # A thread's stack takes 8 MiB.
-    resource.prlimit(server.process.pid, resource.RLIMIT_AS, (size + 4 * pp.MIB, -1))
-    answer = mcp(server, request("initialize", INITIALIZE), path="/servers/none/mcp")[2]
-    assert "before it answered" in answer["error"]["message"]
-    server.tmux("kill-server")
-    assert server.exec("echo ok")["stdout"] == "ok\n"
+    with limited(server.process, resource.RLIMIT_AS, size + 4 * pp.MIB):
+        answer = mcp(server, request("initialize", INITIALIZE), path="/servers/none/mcp")[2]
+        assert "before it answered" in answer["error"]["message"]
+
+        server.tmux("kill-server")
+        assert server.exec("echo ok")["stdout"] == "ok\n"
 
 
 @pytest.mark.slow
 def test_a_run_whose_files_cannot_be_removed_does_not_block_the_next(
-    own: Callable[..., Proxy],
+    warm: Callable[..., Proxy],
 ) -> None:
-    server = own()
-    server.exec("true")
+    server = warm()
     running = server.start_exec("sleep 0.5; echo done")
     pid = eventually(lambda: [*pathlib.Path(f"{server.socket}.d").glob("*/*.pid")])[0]
     folder = pid.parent
@@ -4861,12 +4882,11 @@ def test_a_run_whose_files_cannot_be_removed_does_not_block_the_next(
 
 @pytest.mark.slow
 def test_a_command_that_exits_while_the_server_is_stopped_is_in_time(
-    own: Callable[..., Proxy],
+    warm: Callable[..., Proxy],
 ) -> None:
-    server = own()
-    server.exec("true")
+    server = warm()
     running = server.start_exec("sleep 0.8; echo done; exit 3", timeout=1.5)
-    eventually(lambda: processes_with("sleep\x000.8"))
+    wait_until_running("sleep\x000.8")
     # By then it waits in epoll_wait(2).
     time.sleep(0.2)
     server.process.send_signal(signal.SIGSTOP)
@@ -4880,23 +4900,20 @@ def test_a_command_that_exits_while_the_server_is_stopped_is_in_time(
 
 @pytest.mark.slow
 def test_a_run_directory_that_cannot_be_created_leaves_no_descriptor(
-    own: Callable[..., Proxy],
+    warm: Callable[..., Proxy],
 ) -> None:
-    server = own()
-    server.exec("true")
+    server = warm()
     kept = server.connect()
     kept.request("GET", "/health")
     kept.getresponse().read()
     used = server.descriptors()
-    before = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
 
     for free in range(-4, 4):
         shutil.rmtree(f"{server.socket}.d", ignore_errors=True)
-        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used + free, before[1]))
-        kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
-        assert kept.getresponse().read()
+        with limited(server.process, resource.RLIMIT_NOFILE, used + free):
+            kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
+            assert kept.getresponse().read()
 
-    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, before)
     kept.close()
     assert server.exec("echo ok")["stdout"] == "ok\n"
 
@@ -4911,7 +4928,7 @@ def test_commands_survive_a_killed_server_and_the_next_one_drains_them(
     done = f"{server.folder}/done"
     server.exec("true")
     call = server.start_exec(f"sleep 0.5; head -c 3000000 /dev/zero; echo $? > {done}; sleep 0.2")
-    eventually(lambda: processes_with("sleep\x000.5"))
+    wait_until_running("sleep\x000.5")
     server.stop(signal.SIGKILL)
     with pytest.raises((http.client.HTTPException, OSError)):
         call.result()
@@ -4935,9 +4952,8 @@ def test_background_writers_pass_to_the_next_server_after_a_clean_stop(
     eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
 
 
-def test_a_stray_file_or_a_missing_folder_stops_no_command(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_stray_file_or_a_missing_folder_stops_no_command(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     server.stop()
     pathlib.Path(f"{server.socket}.d/stray").touch()
     server.start()
@@ -5006,7 +5022,7 @@ def test_a_command_cancelled_before_it_reports_its_start_gets_term(
         assert result.exit_code == 143
         assert result.duration_ms < 1900
     finally:
-        subprocess.run(["tmux", "-S", driver.socket_path, "kill-server"], capture_output=True)
+        kill_tmux(driver.socket_path)
 
 
 def test_notices_of_tmux_during_a_start_harm_nothing(tmp_path: pathlib.Path) -> None:
@@ -5040,7 +5056,7 @@ def test_notices_of_tmux_during_a_start_harm_nothing(tmp_path: pathlib.Path) -> 
     try:
         assert asyncio.run(use()) == []
     finally:
-        subprocess.run(["tmux", "-S", f"{tmp_path}/tmux/s", "kill-server"], capture_output=True)
+        kill_tmux(f"{tmp_path}/tmux/s")
 
 
 def test_a_failed_start_always_gives_the_pane_back(tmp_path: pathlib.Path) -> None:
@@ -5063,7 +5079,7 @@ def test_a_failed_start_always_gives_the_pane_back(tmp_path: pathlib.Path) -> No
     try:
         assert asyncio.run(use()).output == "ok\n"
     finally:
-        subprocess.run(["tmux", "-S", f"{tmp_path}/tmux/s", "kill-server"], capture_output=True)
+        kill_tmux(f"{tmp_path}/tmux/s")
 
 
 def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
@@ -5085,9 +5101,7 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
         for _ in range(2):
             driver.sandbox.stopping = False
             with contextlib.suppress(subprocess.SubprocessError):
-                subprocess.run(
-                    ["tmux", "-S", driver.socket_path, "kill-server"], capture_output=True
-                )
+                kill_tmux(driver.socket_path)
 
             result = asyncio.run(use())
             assert result.output == f"{tmp_path}\npoco\n"
@@ -5101,13 +5115,13 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
             assert asyncio.run(driver.exec(f"echo {number}", None, "poco")).output == f"{number}\n"
         with pytest.raises(asyncio.TimeoutError):
             asyncio.run(asyncio.wait_for(driver.exec("sleep 79.5", None, "poco"), 0.3))
-        eventually(lambda: not processes_with("sleep\x0079.5"))
+        wait_until_gone("sleep\x0079.5")
         assert [path for path in descriptors_of(os.getpid()) if path not in before] == []
 
         with pytest.raises(pp.BadMessage, match="agent_name"):
             asyncio.run(driver.exec("true", None, "a b"))
     finally:
-        subprocess.run(["tmux", "-S", driver.socket_path, "kill-server"], capture_output=True)
+        kill_tmux(driver.socket_path)
         shutil.rmtree(folder)
 
 
@@ -5271,12 +5285,11 @@ def test_output_neither_floods_nor_attacks_a_person(proxy: Proxy, agent: str) ->
 
 @pytest.mark.parametrize("shell", ["bash --norc -i", "zsh -f", "dash", "ksh", "busybox ash"])
 def test_an_alias_for_the_typed_command_changes_nothing(
-    own: Callable[..., Proxy], shell: str
+    warm: Callable[..., Proxy], shell: str
 ) -> None:
     if shutil.which(shell.split()[0]) is None:
         pytest.skip(f"there is no {shell.split()[0]} here")
-    server = own()
-    server.exec("true")
+    server = warm()
     server.tmux("new-window", "-d", "-n", "mine:terminal", "--", *shell.split())
     server.type("mine", "alias .='echo alias'; echo is-$((1 + 1))", "Enter")
     eventually(lambda: "is-2" in server.screen("mine"))
@@ -7241,7 +7254,7 @@ def test_a_dead_child_is_noticed_even_if_its_output_stays_open(
     started = time.monotonic()
     assert "ended with 3" in client.call("die")["message"]
     assert time.monotonic() - started < 10
-    eventually(lambda: not processes_with("sleep\x0082.5"))
+    wait_until_gone("sleep\x0082.5")
 
 
 @pytest.mark.slow
@@ -7318,12 +7331,12 @@ def test_children_end_as_a_group_and_are_never_orphaned(
     clients = [Client(proxy, "legacy", name, stream) for name in ("plain", "stubborn")]
     pids = [int(text_of(client.call("pid"))) for client in clients]
     assert mcp(proxy, b"", "DELETE", path=clients[1].path, **clients[1].headers)[0] == 204
-    eventually(lambda: not processes_with("sleep\x0081.5"), 10)
+    wait_until_gone("sleep\x0081.5", 10)
     assert not processes_with("sleep\x0081.6")
     assert pids
 
     proxy.stop(signal.SIGKILL)
-    eventually(lambda: not processes_with(str(fixtures)))
+    wait_until_gone(str(fixtures))
     proxy.start()
     assert text_of(Client(proxy, "modern", "plain", stream).call("pid"))
     assert processes_with(str(fixtures))
@@ -7843,10 +7856,9 @@ def test_a_wrong_argument_is_a_tool_result_that_names_it(
 
 
 def test_keys_that_create_a_terminal_stay_out_of_the_next_command(
-    own: Callable[..., Proxy],
+    warm: Callable[..., Proxy],
 ) -> None:
-    server = own()
-    server.exec("true")
+    server = warm()
     server.tmux("kill-server")
     half = f"echo >{server.folder}/half one"
     # At first tmux may be just dying.
@@ -7878,7 +7890,7 @@ def test_keys_go_to_the_program_a_person_started(proxy: Proxy, agent: str) -> No
     call(proxy, "send_keys", agent_name=agent, text=f"{sys.executable} -q", keys=["Enter"])
     eventually(lambda: ">>>" in text_of(call(proxy, "read_terminal", agent_name=agent)))
     running = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
-    eventually(lambda: processes_with("read -r x </dev/tty; echo got"))
+    wait_until_running("read -r x </dev/tty; echo got")
 
     shown = call(proxy, "send_keys", agent_name=agent, text="print(6*7)", keys=["Enter"])
     assert "\n42\n" in text_of(shown)
@@ -7901,7 +7913,7 @@ def test_keys_go_to_the_program_a_person_started(proxy: Proxy, agent: str) -> No
 
     call(proxy, "send_keys", agent_name=agent, keys=["C-d"])
     again = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
-    eventually(lambda: processes_with("read -r x </dev/tty; echo got"))
+    wait_until_running("read -r x </dev/tty; echo got")
     call(proxy, "send_keys", agent_name=agent, text="newest", keys=["Enter"])
     assert again.result()["stdout"] == "got newest\n"
 
@@ -8079,7 +8091,7 @@ def test_a_closed_stream_cancels_a_modern_call(
     assert left.next()["params"]["message"] == "go"
 
     left.close()
-    eventually(lambda: not processes_with("sleep\x0071.5"))
+    wait_until_gone("sleep\x0071.5")
     # This connection breaks before any answer.
     unanswered = proxy.connect()
     head = {
@@ -8088,9 +8100,9 @@ def test_a_closed_stream_cancels_a_modern_call(
     }
     params = {"name": "exec", "arguments": {"cmd": "sleep 71.6", "agent_name": agent}}
     unanswered.request("POST", "/mcp", json.dumps(modern("tools/call", params)), head)
-    eventually(lambda: processes_with("sleep\x0071.6"))
+    wait_until_running("sleep\x0071.6")
     unanswered.close()
-    eventually(lambda: not processes_with("sleep\x0071.6"))
+    wait_until_gone("sleep\x0071.6")
 
 
 def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
@@ -8122,7 +8134,7 @@ def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
     time.sleep(0.3)
     assert processes_with("sleep\x0072.5")
     assert mcp(proxy, cancel, Mcp_Session_Id=session)[0] == 202
-    eventually(lambda: not processes_with("sleep\x0072.5"))
+    wait_until_gone("sleep\x0072.5")
 
     again = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
     assert again.next()["params"]["message"] == "go"
@@ -8148,7 +8160,7 @@ def test_an_id_in_flight_cannot_be_used_twice(
 
     while first.next() is not None:
         pass
-    eventually(lambda: not processes_with("sleep\x0073.5"))
+    wait_until_gone("sleep\x0073.5")
     assert mcp(proxy, message, Mcp_Session_Id=session)[0] == 404
 
 
@@ -8211,7 +8223,7 @@ def test_commands_are_reported_to_the_session_they_name(
         json.dumps({"cmd": "sleep 77.5", "agent_name": agent, "session_id": agent}),
         JSON_TYPE,
     )
-    eventually(lambda: processes_with("sleep\x0077.5"))
+    wait_until_running("sleep\x0077.5")
     left.close()
     assert listening.next()["params"]["data"]["cmd"] == "sleep 77.5"
 
@@ -8291,9 +8303,9 @@ def test_a_session_of_one_stream_ends_with_it_and_so_do_its_calls(
         == 202
     )
 
-    eventually(lambda: processes_with("sleep\x0074.5"))
+    wait_until_running("sleep\x0074.5")
     opened.close()
-    eventually(lambda: not processes_with("sleep\x0074.5"))
+    wait_until_gone("sleep\x0074.5")
     assert mcp(proxy, request("ping"), path=path)[0] == 404
 
 
@@ -8489,12 +8501,7 @@ def test_a_command_cannot_hide_under_another_name(proxy: Proxy, agent: str) -> N
     escape = "(setsid sleep 77.75 >/dev/null 2>&1 </dev/null &); sleep 9"
     env = {"POCKETCODER_RUN_ID": "fake"}
     assert proxy.exec(escape, agent_name=agent, timeout=0.3, env=env)["ended"] == "timeout"
-    eventually(lambda: not processes_with("sleep\x0077.75"))
-
-
-def limit_files(proxy: Proxy, size: int) -> None:
-    """Let the server write no file beyond that many bytes."""
-    resource.prlimit(proxy.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    wait_until_gone("sleep\x0077.75")
 
 
 def test_no_command_runs_or_is_answered_while_the_audit_log_fails(
@@ -8506,32 +8513,30 @@ def test_no_command_runs_or_is_answered_while_the_audit_log_fails(
     eventually(lambda: proxy.exec("true") and len(noted(path)) > 8)
     # Only part of a line can be written.
     size = path.stat().st_size + 20
-    limit_files(proxy, size)
-    # This is the end of `long`.
-    eventually(lambda: "File too large" in proxy.logged())
+    with limited(proxy.process, resource.RLIMIT_FSIZE, size):
+        # This is the end of `long`.
+        eventually(lambda: "File too large" in proxy.logged())
 
-    for _ in range(3):
-        status, answer = proxy.post({"cmd": "touch ran"})
-        assert status == 503
-        assert answer["exit_code"] == 125
-        assert answer["error"].startswith(f"cannot write the audit log {path}: File too large")
+        for _ in range(3):
+            status, answer = proxy.post({"cmd": "touch ran"})
+            assert status == 503
+            assert answer["exit_code"] == 125
+            assert answer["error"].startswith(f"cannot write the audit log {path}: File too large")
 
-    result = call(proxy, "exec", cmd="touch ran")
-    assert result["isError"]
-    assert call(proxy, "send_keys", text="touch ran", keys=["Enter"])["isError"]
-    assert proxy.request("GET", "/health")[0] == 200
-    assert path.stat().st_size == size
-    assert not long.future.done()
+        result = call(proxy, "exec", cmd="touch ran")
+        assert result["isError"]
+        assert call(proxy, "send_keys", text="touch ran", keys=["Enter"])["isError"]
+        assert proxy.request("GET", "/health")[0] == 200
+        assert path.stat().st_size == size
+        assert not long.future.done()
 
-    limit_files(proxy, resource.RLIM_INFINITY)
     assert long.result()["exit_code"] == 5
     assert proxy.exec("ls")["stdout"] == ""
 
-    limit_files(proxy, path.stat().st_size)
     # Nothing of its start is written, so nothing has to wait.
-    assert proxy.post({"cmd": "touch ran"})[0] == 503
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
+        assert proxy.post({"cmd": "touch ran"})[0] == 503
 
-    limit_files(proxy, resource.RLIM_INFINITY)
     assert proxy.exec("ls")["stdout"] == ""
     lines = noted(path)
     assert [line["event"] for line in lines].count("start") == len(lines) / 2
@@ -8547,8 +8552,8 @@ def test_a_result_that_is_never_logged_is_withheld(audited: tuple[Proxy, pathlib
         proxy.exec("true")
     began = Background(lambda: proxy.post({"cmd": "sleep 0.3; echo secret; exit 5"}))
     eventually(lambda: len(noted(path)) == 17)
-    limit_files(proxy, path.stat().st_size)
-    status, answer = began.result()
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
+        status, answer = began.result()
     assert status == 500
     assert answer["exit_code"] == 125
     assert set(answer) == {"error", "exit_code"}
@@ -8567,8 +8572,8 @@ def test_a_stream_says_that_its_unlogged_result_is_withheld(
     events = proxy.stream("echo out; sleep 0.5")
     while next(events)[0] != "output":
         pass
-    limit_files(proxy, path.stat().st_size)
-    *_, (kind, last, _) = events
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
+        *_, (kind, last, _) = events
     assert kind == "exit"
     assert last["exit_code"] == 125
     assert "is withheld" in last["error"]
@@ -8582,9 +8587,9 @@ def test_a_server_that_stops_while_its_log_fails_answers_every_caller(
     for _ in range(8):
         proxy.exec("true")
     long = Background(lambda: proxy.post({"cmd": "sleep 64.75"}))
-    eventually(lambda: processes_with("sleep\x0064.75"))
-    limit_files(proxy, path.stat().st_size)
-    assert proxy.stop() == 0
+    wait_until_running("sleep\x0064.75")
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
+        assert proxy.stop() == 0
 
     status, answer = long.result()
     assert status == 500
@@ -8670,14 +8675,13 @@ def test_a_truncated_line_damages_no_other(audited: tuple[Proxy, pathlib.Path]) 
         proxy.exec("true")
     long = proxy.start_exec("sleep 0.3; exit 5")
     eventually(lambda: len(path.read_text().splitlines()) == 18)
-    limit_files(proxy, path.stat().st_size + 20)
-    eventually(lambda: "File too large" in proxy.logged())
-    cut = path.with_name("cut")
-    path.rename(cut)
-    proxy.process.send_signal(signal.SIGHUP)
-    assert long.result()["exit_code"] == 5
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size + 20):
+        eventually(lambda: "File too large" in proxy.logged())
+        cut = path.with_name("cut")
+        path.rename(cut)
+        proxy.process.send_signal(signal.SIGHUP)
+        assert long.result()["exit_code"] == 5
 
-    limit_files(proxy, resource.RLIM_INFINITY)
     proxy.exec("true")
     torn, *lines, cut_short = cut.read_text().splitlines()
     assert torn == '{"time": "2026-'
@@ -9108,9 +9112,8 @@ def test_a_large_stream_arrives_whole(proxy: Proxy, agent: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_slow_reader_slows_the_command_and_not_the_server(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_slow_reader_slows_the_command_and_not_the_server(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     before = server.memory()
     connection = server.connect()
     accept = {**JSON_TYPE, "Accept": "text/event-stream"}
@@ -9135,9 +9138,9 @@ def test_a_closed_event_stream_cancels_its_command(proxy: Proxy, agent: str) -> 
     stream = proxy.stream("while :; do echo x; sleep 0.01; done; : 63.5", agent_name=agent)
     next(stream)
     # It starts, and then becomes bash.
-    eventually(lambda: processes_with(": 63.5"))
+    wait_until_running(": 63.5")
     stream.close()
-    eventually(lambda: not processes_with(": 63.5"))
+    wait_until_gone(": 63.5")
 
 
 def test_an_error_before_the_stream_is_plain_json(proxy: Proxy) -> None:
@@ -9222,14 +9225,14 @@ def test_a_channel_signals_the_whole_group(proxy: Proxy, agent: str, name: str) 
             await channel.send({"cmd": "echo ready; sleep 68.5", "agent_name": agent})
             await channel.next()
             # Wait for it, since bash itself ignores QUIT.
-            await asyncio.to_thread(eventually, lambda: processes_with("sleep\x0068.5"))
+            await asyncio.to_thread(wait_until_running, "sleep\x0068.5")
             await channel.send({"signal": name})
             final = await channel.end()
             assert final["exit_code"] == 128 + signal.Signals[f"SIG{name}"]
             assert final["ended"] == "exit"
 
     asyncio.run(talk())
-    eventually(lambda: not processes_with("sleep\x0068.5"))
+    wait_until_gone("sleep\x0068.5")
 
 
 def test_a_closed_channel_cancels_its_command(proxy: Proxy, agent: str) -> None:
@@ -9239,7 +9242,7 @@ def test_a_closed_channel_cancels_its_command(proxy: Proxy, agent: str) -> None:
             await channel.next()
 
     asyncio.run(talk())
-    eventually(lambda: not processes_with("sleep\x0068.6"))
+    wait_until_gone("sleep\x0068.6")
 
 
 BAD_MESSAGES = [
@@ -9273,7 +9276,7 @@ def test_a_bad_message_ends_the_channel_with_an_error_that_names_it(
             assert "ended" not in final
 
     asyncio.run(talk())
-    eventually(lambda: not processes_with("sleep\x0069.5"))
+    wait_until_gone("sleep\x0069.5")
 
 
 def test_a_channel_passes_the_gate_and_needs_a_websocket(own: Callable[..., Proxy]) -> None:
@@ -9327,7 +9330,7 @@ def test_a_client_that_leaves_a_full_channel_is_noticed(proxy: Proxy, agent: str
             await asyncio.gather(*waiting, return_exceptions=True)
 
     asyncio.run(talk())
-    eventually(lambda: not processes_with("sleep\x0068.7"), 6)
+    wait_until_gone("sleep\x0068.7", 6)
 
 
 def test_streamable_http_requires_both_types_and_checks_methods(proxy: Proxy) -> None:
@@ -9429,10 +9432,10 @@ def test_a_client_of_either_era_is_served_on_an_event_stream(
         == 202
     )
 
-    eventually(lambda: processes_with("sleep\x0075.5"))
+    wait_until_running("sleep\x0075.5")
     cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "c"}}
     assert mcp(proxy, cancel, path=path)[0] == 202
-    eventually(lambda: not processes_with("sleep\x0075.5"))
+    wait_until_gone("sleep\x0075.5")
     # The cancelled request gets no answer.
     assert ask(request("ping", id_="after"))["id"] == "after"
 
@@ -9470,7 +9473,7 @@ def test_a_websocket_session_lasts_as_long_as_its_socket(proxy: Proxy, agent: st
         assert told["params"]["message"] == "go"
 
         await close(socket)
-        await asyncio.to_thread(eventually, lambda: not processes_with("sleep\x0076.5"))
+        await asyncio.to_thread(wait_until_gone, "sleep\x0076.5")
 
     asyncio.run(talk())
     assert proxy.request("GET", "/mcp/ws")[0] == 400
@@ -9515,9 +9518,8 @@ def test_a_burst_of_messages_is_answered_whole(proxy: Proxy) -> None:
     assert [int(number) for number in re.findall(rb'"id":(\d+),', got)] == list(range(300))
 
 
-def test_clients_that_leave_at_once_leave_nothing_behind(own: Callable[..., Proxy]) -> None:
-    proxy = own()
-    proxy.exec("true")
+def test_clients_that_leave_at_once_leave_nothing_behind(warm: Callable[..., Proxy]) -> None:
+    proxy = warm()
     before = proxy.descriptors()
     params = {"name": "exec", "arguments": {"cmd": "sleep 78.5"}}
     cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
@@ -9553,7 +9555,7 @@ def test_clients_that_leave_at_once_leave_nothing_behind(own: Callable[..., Prox
         assert flood.next()["stdout"].startswith("y\n")
         flood.close()
 
-    eventually(lambda: not processes_with("sleep\x0078.5"))
+    wait_until_gone("sleep\x0078.5")
     eventually(lambda: proxy.descriptors() <= before)
     # A failure without a listener is logged at the end.
     assert proxy.stop() == 0
@@ -9576,9 +9578,8 @@ def test_the_gate_comes_before_the_body_of_an_upgrade_too(own: Callable[..., Pro
 
 
 @pytest.mark.slow
-def test_an_unused_body_takes_no_memory(own: Callable[..., Proxy]) -> None:
-    proxy = own()
-    proxy.exec("true")
+def test_an_unused_body_takes_no_memory(warm: Callable[..., Proxy]) -> None:
+    proxy = warm()
     files = proxy.descriptors()
     before = proxy.memory()
     unread = ["GET /health", "HEAD /health", "OPTIONS /exec"] * 2
@@ -9741,18 +9742,18 @@ def test_headers_beyond_the_limit_end_the_connection(proxy: Proxy) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_without_descriptors_pauses_and_recovers(own: Callable[..., Proxy]) -> None:
-    proxy = own()
-    proxy.exec("true")
-    limits = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
-    # No new descriptor can be opened.
-    resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+def test_a_server_without_descriptors_pauses_and_recovers(warm: Callable[..., Proxy]) -> None:
+    proxy = warm()
+    connection = socket.socket()
+    connection.settimeout(10)
+    with connection:
+        # No new descriptor can be opened.
+        with limited(proxy.process, resource.RLIMIT_NOFILE, 3):
+            connection.connect(("127.0.0.1", proxy.port))
+            # It tries a second time.
+            eventually(lambda: proxy.logged().count("accept failed") == 2)
+            assert len(proxy.logged()) < 2000
 
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=10):
-        # It tries a second time.
-        eventually(lambda: proxy.logged().count("accept failed") == 2)
-        assert len(proxy.logged()) < 2000
-        resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, limits)
         assert proxy.request("GET", "/health")[0] == 200
 
 
@@ -9946,7 +9947,7 @@ def test_any_frames_end_the_socket_and_leave_nothing(proxy: Proxy, agent: str, p
             while peer.recv(65536):
                 pass
 
-    eventually(lambda: not processes_with("sleep\x0074.25"), 10)
+    wait_until_gone("sleep\x0074.25", 10)
     eventually(lambda: proxy.descriptors() <= before + 10, 10)
     assert "Traceback" not in proxy.logged(), proxy.logged()[-3000:]
 
@@ -10890,13 +10891,12 @@ def test_a_token_guards_other_interfaces_and_no_command_finds_it(
 
 @pytest.mark.slow
 def test_sigterm_lets_commands_finish_cancels_the_rest_and_answers_all(
-    own: Callable[..., Proxy],
+    warm: Callable[..., Proxy],
 ) -> None:
-    server = own()
-    server.exec("true")
+    server = warm()
     quick = server.start_exec("sleep 1; echo quick")
     slow = server.start_exec("echo slow; sleep 64.5", agent_name="slow")
-    eventually(lambda: processes_with("sleep\x0064.5"))
+    wait_until_running("sleep\x0064.5")
     started = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     assert quick.result()["stdout"] == "quick\n"
@@ -10921,7 +10921,7 @@ def test_a_stopping_server_answers_mcp_calls_and_ends_their_streams(
     params = {"name": "exec", "arguments": {"cmd": "sleep 0.6; echo done"}}
     assert mcp(proxy, request("tools/call", params), path=path)[0] == 202
 
-    eventually(lambda: processes_with("sleep\x000.6"))
+    wait_until_running("sleep\x000.6")
     started = time.monotonic()
     assert proxy.stop() == 0
     assert time.monotonic() - started < 4
@@ -10930,9 +10930,8 @@ def test_a_stopping_server_answers_mcp_calls_and_ends_their_streams(
 
 
 @pytest.mark.slow
-def test_a_queued_command_is_refused_when_the_server_stops(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_queued_command_is_refused_when_the_server_stops(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     running = [server.start_exec("sleep 1; echo ran") for _ in range(4)]
     eventually(lambda: len(processes_with("sleep\x001")) >= 4)
     queued = Background(lambda: server.post({"cmd": f"touch {server.folder}/queued"}))
@@ -10964,16 +10963,15 @@ def test_text_typed_before_the_first_command_never_runs(own: Callable[..., Proxy
     assert not os.path.exists(f"{server.folder}/typed")
 
 
-def test_a_server_whose_first_terminal_is_slow_stops_at_once(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_server_whose_first_terminal_is_slow_stops_at_once(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     assert server.stop() == 0
 
     pathlib.Path(server.folder, "home/.bashrc").write_text("sleep 12\n")
     server.tmux("kill-server")
     server.start()
     waiting = server.start_exec("true")
-    eventually(lambda: processes_with("sleep\x0012\x00"))
+    wait_until_running("sleep\x0012\x00")
     started = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() - started < 4.5
@@ -10997,18 +10995,16 @@ def test_an_unread_log_blocks_nothing(own: Callable[..., Proxy]) -> None:
     os.close(unread)
 
 
-def test_a_server_without_commands_stops_at_once(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_server_without_commands_stops_at_once(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     started = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() - started < 4.5
     assert "Traceback" not in server.logged()
 
 
-def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     server.tmux("kill-server")
     os.rename(f"{server.folder}/tmux", f"{server.folder}/away")
     pathlib.Path(f"{server.folder}/tmux").write_text("a file in the way")
@@ -11032,7 +11028,7 @@ def image() -> Iterator[str]:
     )
     yield folder
     # Also where no server took the session over.
-    subprocess.run(["tmux", "-S", f"{folder}/tmux/s", "kill-server"], capture_output=True)
+    kill_tmux(f"{folder}/tmux/s")
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -11046,16 +11042,11 @@ ENTRYPOINT = lines(
 
 
 def enter(folder: str) -> subprocess.CompletedProcess[str]:
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("POCKETCODER", "TMUX"))
-    }
     os.makedirs(f"{folder}/work", exist_ok=True)
     words = ["bash", "-c", ENTRYPOINT, "bash", folder]
     return subprocess.run(
         words,
-        env=env | {"HOME": f"{folder}/home"},
+        env=outer_environment() | {"HOME": f"{folder}/home"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -11340,11 +11331,10 @@ def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pat
 
 @pytest.mark.bench
 def test_bench_thirty_three_sessions_of_three_servers(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+    warm: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
 ) -> None:
     command = f"{sys.executable} -S {fixtures} mcp-fixture legacy"
-    proxy = own(*(f"--mcp-server={name}={command}" for name in "abc"))
-    proxy.exec("true")
+    proxy = warm(*(f"--mcp-server={name}={command}" for name in "abc"))
     clients = [Client(proxy, "legacy", name, stream) for name in "abc" for _ in range(11)]
     for client in clients:
         assert text_of(client.call("big", bytes=1_000_000))
@@ -11383,9 +11373,8 @@ def test_bench_twenty_agents_at_once(own: Callable[..., Proxy]) -> None:
 
 
 @pytest.mark.bench
-def test_bench_a_hundred_megabytes(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_bench_a_hundred_megabytes(warm: Callable[..., Proxy]) -> None:
+    server = warm()
     idle = server.memory()
     cmd = "head -c 100000000 /dev/zero | tr '\\0' x"
     pairs = [(local(f"{cmd} | cat >/dev/null"), timed(lambda: server.exec(cmd))) for _ in range(7)]
@@ -11401,12 +11390,11 @@ def test_bench_a_hundred_megabytes(own: Callable[..., Proxy]) -> None:
 
 
 @pytest.mark.bench
-def test_bench_start_and_size(own: Callable[..., Proxy]) -> None:
+def test_bench_start_and_size(warm: Callable[..., Proxy]) -> None:
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        server = own()
-        server.exec("true")
+        server = warm()
         times.append(time.perf_counter() - started)
     print(f"\nstart to the first answer: {statistics.median(times):.2f} s (bound 1)")
     print(f"idle: {server.memory() / 2**20:.1f} MiB resident (bound 45)")
