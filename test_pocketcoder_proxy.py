@@ -984,6 +984,9 @@ if shutil.which("tmux") is None:
     )
 
 
+# ==========================================================================
+# Tools of the tests
+# ==========================================================================
 def eventually(fact: Callable[[], T], seconds: float = 15.0) -> T:
     """Wait for a fact to be true, and return it."""
     deadline = time.monotonic() + seconds
@@ -1063,6 +1066,18 @@ def status_bytes(pid: int, field: str) -> int:
     """A size in /proc/PID/status, which has it in KiB."""
     text = pathlib.Path(f"/proc/{pid}/status").read_text()
     return int(re.findall(rf"{field}:\s+(\d+)", text)[0]) * 1024
+
+
+class Background:
+    """A call in a thread of its own."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.pool = ThreadPoolExecutor(1)
+        self.future = self.pool.submit(call)
+        self.pool.shutdown(wait=False)
+
+    def result(self, seconds: float = 30.0) -> Any:
+        return self.future.result(seconds)
 
 
 class Proxy:
@@ -1269,18 +1284,6 @@ class Proxy:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Background:
-    """A call in a thread of its own."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.pool = ThreadPoolExecutor(1)
-        self.future = self.pool.submit(call)
-        self.pool.shutdown(wait=False)
-
-    def result(self, seconds: float = 30.0) -> Any:
-        return self.future.result(seconds)
-
-
 # How many times as many random inputs as usual.
 FUZZ = int(os.environ.get("POCKETCODER_FUZZ", "1"))
 MARKS = [
@@ -1427,64 +1430,6 @@ def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-# ==========================================================================
-# Map
-# ==========================================================================
-BANNER = re.compile(r"# ={70,}\n# (?P<name>[^\n]+)\n# ={70,}\n")
-SECTIONS = [(match["name"], match.start()) for match in BANNER.finditer(SOURCE)]
-STARTS = [SOURCE.count("\n", 0, start) + 1 for _, start in SECTIONS]
-
-
-def section_of(line: int) -> int:
-    return sum(start <= line for start in STARTS) - 1
-
-
-def names_defined(node: ast.stmt) -> list[str]:
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return [node.name]
-    targets = (
-        node.targets
-        if isinstance(node, ast.Assign)
-        else [node.target]
-        if isinstance(node, ast.AnnAssign)
-        else []
-    )
-
-    return [
-        name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
-    ]
-
-
-def test_sections_use_only_what_stands_above_them() -> None:
-    home: dict[str, int] = {}
-    uses = []
-    for node in ast.parse(SOURCE).body:
-        home |= {name: section_of(node.lineno) for name in names_defined(node)}
-        uses += [(section_of(node.lineno), n.id) for n in ast.walk(node) if isinstance(n, ast.Name)]
-    assert [use for use in uses if home.get(use[1], -1) > use[0]] == []
-
-
-def test_the_map_lists_every_section_route_and_variable() -> None:
-    head = ast.get_docstring(ast.parse(SOURCE)) or ""
-    assert [name for name, _ in SECTIONS if name not in head] == []
-    assert [path for path, _ in pp.ROUTES if "<name>" not in path and path not in head] == []
-    assert [
-        name
-        for name in re.findall(r"\"(POCKETCODER_[A-Z_]+|TMUX_S[A-Z]+)\"", SOURCE)
-        if name not in head
-    ] == []
-
-
-def test_a_copy_of_the_file_carries_its_licence_and_can_be_run() -> None:
-    assert SOURCE.startswith(
-        "#!/usr/bin/env python3\n# SPDX-License-Identifier: MIT\n# /// script\n"
-    )
-    assert os.access(MODULE, os.X_OK)
-
-
-# ==========================================================================
-# Shell Bridge
-# ==========================================================================
 NAMES = ["pocketcoder", "pocketcoder-shell", "sh", "bash"]
 
 
@@ -1580,6 +1525,570 @@ def engine(proxy: Proxy, names: str, wedged: object) -> Caller:
     return Caller(proxy, names)
 
 
+def old_python(version: str) -> str:
+    """An interpreter of this version; skips where there is none."""
+    root = pathlib.Path(os.environ.get("PYENV_ROOT") or pathlib.Path.home() / ".pyenv")
+    found = [shutil.which(f"python{version}")]
+    found += [str(path) for path in root.glob(f"versions/{version}.*/bin/python3")]
+    for path in found:
+        if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
+            return path
+    pytest.skip(f"there is no Python {version} here")
+
+
+@pytest.fixture
+def console_script(tmp_path: pathlib.Path) -> str:
+    """The script that pip makes of `[project.scripts]`."""
+    path = tmp_path / "bin" / "pocketcoder"
+    path.parent.mkdir()
+    path.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom pocketcoder_proxy import main\n"
+        "if __name__ == '__main__':\n    sys.exit(main())\n"
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+LOST = (
+    r"lost: (tmux has ended|\w+:terminal, pane %\d+, died); the next command starts a new terminal"
+)
+DEATHS = {
+    "shell": "kill -9 $(tmux -S {socket} display -p -t {pane} '#{{pane_pid}}')",
+    "pane": "tmux -S {socket} kill-pane -t {pane}",
+    "window": "tmux -S {socket} kill-window -t {pane}",
+    "session": "tmux -S {socket} kill-session -t pocketcoder",
+    "server": "tmux -S {socket} kill-server",
+    "server killed": "kill -9 $(tmux -S {socket} display -p '#{{pid}}')",
+    "hung up": "kill -HUP $(tmux -S {socket} display -p -t {pane} '#{{pane_pid}}')",
+}
+INITIALIZE = {
+    "protocolVersion": "2025-11-25",
+    "capabilities": {},
+    "clientInfo": {"name": "t", "version": "1"},
+}
+EXEC = {"name": "exec", "arguments": {"cmd": "echo hi"}}
+
+
+def request(method: str, params: Any = None, id_: Any = 1, **fields: Any) -> dict[str, Any]:
+    return {
+        "jsonrpc": "2.0",
+        "id": id_,
+        "method": method,
+        "params": {} if params is None else params,
+        **fields,
+    }
+
+
+def modern(
+    method: str, params: Any = None, id_: Any = 1, version: Any = "2026-07-28", **meta: Any
+) -> dict[str, Any]:
+    envelope = {f"{NS}protocolVersion": version, f"{NS}clientCapabilities": {}, **meta}
+    return request(method, {**(params or {}), "_meta": envelope}, id_)
+
+
+def events_of(text: str) -> list[Any]:
+    assert text.endswith("\n\n") or not text
+    return [
+        json.loads(part.partition("data: ")[2]) for part in text.split("\n\n") if "data: " in part
+    ]
+
+
+def mcp(
+    proxy: Proxy, body: Any, method: str = "POST", path: str = "/mcp", **headers: str
+) -> tuple[int, dict[str, str], Any]:
+    """A message to `/mcp` with the headers that its era wants; the status, headers, and JSON or events."""
+    given = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+    if isinstance(body, dict) and NS + "protocolVersion" in (body.get("params") or {}).get(
+        "_meta", {}
+    ):
+        given["MCP-Protocol-Version"] = str(body["params"]["_meta"][NS + "protocolVersion"])
+        given["Mcp-Method"] = body["method"]
+        given |= {"Mcp-Name": body["params"]["name"]} if "name" in body["params"] else {}
+
+    given |= {name.replace("_", "-"): value for name, value in headers.items()}
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+    status, got, answer = proxy.request(
+        method, path, sent, {name: value for name, value in given.items() if value}
+    )
+    if got.get("content-type") == "text/event-stream":
+        return status, got, events_of(answer.decode())
+    return status, got, json.loads(answer) if answer[:1] == b"{" else None
+
+
+def opened(proxy: Proxy, version: str = "2025-11-25", **headers: str) -> str:
+    """A session of Streamable HTTP."""
+    status, got, answer = mcp(
+        proxy, request("initialize", {**INITIALIZE, "protocolVersion": version}), **headers
+    )
+    assert status == 200
+    assert answer["result"]["protocolVersion"] == version
+
+    session = got["mcp-session-id"]
+    noted = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+    assert mcp(proxy, noted, Mcp_Session_Id=session, **headers)[0] == 202
+
+    return session
+
+
+@pytest.fixture(scope="module")
+def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """A server that relays the MCP fixture in each era."""
+    path = tmp_path_factory.mktemp("fixtures") / "server.py"
+    path.write_text(MCP_FIXTURE)
+    command = f"{sys.executable} -S {path} mcp-fixture"
+    server = Proxy(*(f"--mcp-server={era}={command} {era}" for era in ("legacy", "modern", "both")))
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def fixtures(tmp_path: pathlib.Path) -> pathlib.Path:
+    (tmp_path / "server.py").write_text(MCP_FIXTURE)
+    return tmp_path / "server.py"
+
+
+ERAS = [(client, server) for client in ("legacy", "modern") for server in ("legacy", "modern")]
+CAN: dict[str, Any] = {"elicitation": {}, "sampling": {}, "roots": {}}
+
+
+class Client:
+    """A client of one era at `/servers/NAME/mcp`, with all capabilities."""
+
+    def __init__(
+        self,
+        proxy: Proxy,
+        era: str,
+        name: str,
+        make: Callable[..., Stream],
+        can: Any = None,
+        info: Any = None,
+    ) -> None:
+        self.proxy = proxy
+        self.era = era
+        self.path = f"/servers/{name}/mcp"
+        self.make = make
+        self.can = CAN if can is None else can
+        self.headers = dict[str, str]()
+        self.info = info or {"name": "t", "version": "1"}
+
+        if era == "legacy":
+            params = {**INITIALIZE, "capabilities": self.can, "clientInfo": self.info}
+            hello = request("initialize", params, id_=0)
+            _, headers, self.hello = mcp(proxy, hello, path=self.path)
+            self.headers = {"Mcp_Session_Id": headers["mcp-session-id"]}
+            self.tell("notifications/initialized", {})
+
+    def message(self, method: str, params: dict[str, Any], id_: Any) -> dict[str, Any]:
+        meta = params.get("_meta", {})
+        if self.era == "legacy":
+            return request(method, params, id_)
+        envelope = {NS + "clientCapabilities": self.can, NS + "clientInfo": self.info}
+        return modern(method, params, id_, **{**envelope, **meta})
+
+    def tell(self, method: str, params: dict[str, Any]) -> None:
+        message = {"jsonrpc": "2.0", "method": method, "params": params}
+        assert mcp(self.proxy, message, path=self.path, **self.headers)[0] == 202
+
+    def ask(
+        self, method: str, params: dict[str, Any] | None = None, id_: Any = 1, **headers: str
+    ) -> Any:
+        """All that comes, the response last."""
+        status, _, got = mcp(
+            self.proxy,
+            self.message(method, params or {}, id_),
+            path=self.path,
+            **self.headers,
+            **headers,
+        )
+        assert status in (200, 400, 404)
+
+        return got if isinstance(got, list) else [got]
+
+    def open(self, method: str, params: dict[str, Any], id_: Any = 1) -> Stream:
+        """The same, event by event."""
+        message = self.message(method, params, id_)
+        headers = dict(self.headers)
+        if self.era == "modern":
+            headers |= {"MCP_Protocol_Version": "2026-07-28", "Mcp_Method": method}
+            headers |= {"Mcp_Name": params["name"]} if "name" in params else {}
+        return self.make(self.proxy, self.path, message, **headers)
+
+    def call(self, name: str, id_: Any = 1, token: Any = None, **arguments: Any) -> Any:
+        """The result of a tool; or the error."""
+        params: dict[str, Any] = {"name": name, "arguments": arguments}
+        if token is not None:
+            params["_meta"] = {"progressToken": token}
+        *told, answer = self.ask("tools/call", params, id_)
+        assert answer["id"] == id_
+        assert {each["params"]["progressToken"] for each in told} <= {token}
+        return answer.get("result", answer.get("error"))
+
+
+class Stream:
+    """An event stream, read as it comes."""
+
+    def __init__(self, proxy: Proxy, path: str, body: Any = None, **headers: str) -> None:
+        self.connection = proxy.connect()
+        given = {
+            "Accept": "application/json, text/event-stream",
+            "Content-Type": "application/json",
+        }
+        given |= {name.replace("_", "-"): value for name, value in headers.items()}
+        self.connection.request(
+            "POST" if body else "GET", path, json.dumps(body) if body else None, given
+        )
+        self.answer = self.connection.getresponse()
+        self.status = self.answer.status
+
+    def next(self) -> Any:
+        """The next event's data; None at the end."""
+        data = None
+        while line := self.answer.readline().decode():
+            if line.startswith("data: "):
+                data = line[6:].rstrip("\n")
+            elif line == "\n" and data is not None:
+                return json.loads(data) if data[:1] == "{" else data
+        return None
+
+    def close(self) -> None:
+        self.answer.close()
+        self.connection.close()
+
+
+@pytest.fixture
+def stream() -> Iterator[Callable[..., Stream]]:
+    made: list[Stream] = []
+
+    def make(proxy: Proxy, path: str, body: Any = None, **headers: str) -> Stream:
+        made.append(Stream(proxy, path, body, **headers))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture(params=ERAS, ids=[" to ".join(pair) for pair in ERAS])
+def client(request: pytest.FixtureRequest, relay: Proxy, stream: Callable[..., Stream]) -> Client:
+    era, server = request.param
+    return Client(relay, era, server, stream)
+
+
+def peculiar_server() -> None:
+    """A stdio MCP server whose words say what is peculiar about it.
+
+    era=legacy|modern|both  what it speaks
+    lock=FILE    only one may run at a time
+    starts=FILE  gets a line for each start
+    slow=S       it reads nothing before
+    exits        it ends at `server/discover`
+    silent       it answers nothing that it does not know
+    asks=hello   it asks for the roots before it answers `initialize`, and waits for them
+    asks=start   it does so once it is initialized
+    mark         a byte order mark comes first
+    """
+    import fcntl
+    import json
+    import os
+    import sys
+    import threading
+    import time
+
+    words = dict(word.partition("=")[::2] for word in sys.argv[1:])
+    era = words.get("era", "legacy")
+    served = "2026-07-28"
+    writing = threading.Lock()
+    came = threading.Condition()
+    answers: dict[Any, Any] = {}
+    roots: list[Any] = []
+    calls = [0]
+
+    def write(raw: bytes) -> None:
+        with writing:
+            sys.stdout.buffer.write(raw)
+            sys.stdout.buffer.flush()
+
+    def say(**fields: Any) -> None:
+        write(json.dumps({"jsonrpc": "2.0", **fields}).encode() + b"\n")
+
+    def ask(method: str, name: str) -> Any:
+        say(id=name, method=method, params={})
+        with came:
+            came.wait_for(lambda: name in answers)
+            return answers.pop(name)
+
+    def ask_for_roots() -> None:
+        roots.append(ask("roots/list", "roots").get("result"))
+
+    def text(value: Any) -> Any:
+        return {"content": [{"type": "text", "text": json.dumps(value)}]}
+
+    def call(id_: Any, name: str, arguments: Any) -> None:
+        calls[0] += 1
+        if name == "crash":
+            os._exit(3)
+
+        if name == "pid":
+            time.sleep(arguments.get("seconds", 0))
+            say(id=id_, result=text(os.getpid()))
+        elif name == "count":
+            say(id=id_, result=text(calls[0]))
+        elif name == "roots":
+            say(id=id_, result=text(roots))
+        elif name == "ask":
+            time.sleep(arguments.get("seconds", 0))
+            say(id=id_, result=text(ask("roots/list", f"ask {id_}")))
+        elif name == "ask later":
+            say(id=id_, result=text("soon"))
+            time.sleep(0.1)
+            ask_for_roots()
+        elif name == "odd bytes":
+            write(b'{"jsonrpc":"2.0","id":%d,"result":{"text":"caf\xe9"}}\n' % id_)
+        elif name == "long":
+            filling = b"x" * arguments["bytes"]
+            first = b'{"jsonrpc":"2.0","id":%d,"result":{"text":"%s"}}\n'
+            last = b'{"result":{"text":"\\",\\"id\\":1}%s"},"jsonrpc":"2.0","id":%d}\n'
+            write(last % (filling, id_) if arguments["id"] == "last" else first % (id_, filling))
+        elif name == "note later":
+            say(id=id_, result=text("soon"))
+            time.sleep(0.1)
+            for number in range(arguments["count"]):
+                say(method="notifications/message", params={"level": "info", "data": number})
+        elif name == "ping later":
+            say(id=id_, result=text("soon"))
+            time.sleep(0.1)
+            for number in range(arguments["count"]):
+                roots.append(ask("ping", f"ping {number}").get("result"))
+        else:
+            say(id=id_, error={"code": -32602, "message": f"no tool {name}: {arguments}"})
+
+    if "starts" in words:
+        with open(words["starts"], "a") as file:
+            file.write(f"{os.getpid()}\n")
+
+    if "lock" in words:
+        # It stays locked until this process ends.
+        lock = open(words["lock"], "a")  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            sys.exit("another one runs")
+
+    time.sleep(float(words.get("slow", 0)))
+    if "mark" in words:
+        write(b"\xef\xbb\xbf")
+    info = {"name": "peculiar", "version": "1"}
+
+    for line in sys.stdin:
+        got = json.loads(line)
+        method = got.get("method")
+        params = got.get("params") or {}
+
+        if method is None:
+            with came:
+                answers[got["id"]] = got
+                came.notify_all()
+        elif method == "server/discover" and era != "legacy":
+            result = {"supportedVersions": [served], "capabilities": {"tools": {}}}
+            say(id=got["id"], result=result)
+        elif method == "server/discover" and "exits" in words:
+            sys.exit(4)
+        elif method == "initialize" and era != "modern":
+
+            def greet(id_: Any = got["id"]) -> None:
+                if words.get("asks") == "hello":
+                    ask_for_roots()
+                hello = {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}}}
+                say(id=id_, result={**hello, "serverInfo": info})
+
+            threading.Thread(target=greet, daemon=True).start()
+        elif method == "notifications/initialized" and words.get("asks") == "start":
+            threading.Thread(target=ask_for_roots, daemon=True).start()
+        elif method == "ping":
+            say(id=got["id"], result={})
+        elif method == "tools/list":
+            say(id=got["id"], result={"tools": []})
+        elif method == "tools/call":
+            given = (got["id"], params["name"], params.get("arguments") or {})
+            threading.Thread(target=call, args=given, daemon=True).start()
+        elif "id" in got and "silent" not in words:
+            say(id=got["id"], error={"code": -32601, "message": "no such method"})
+
+
+@pytest.fixture
+def peculiar(tmp_path: pathlib.Path) -> str:
+    """The command that starts one."""
+    path = tmp_path / "peculiar.py"
+    source = textwrap.dedent(inspect.getsource(peculiar_server))
+    path.write_text(f"from __future__ import annotations\n\n\n{source}\n\npeculiar_server()\n")
+    return f"{sys.executable} -S {path}"
+
+
+def text_of(result: dict[str, Any]) -> str:
+    return "".join(part["text"] for part in result["content"])
+
+
+def said(result: Any) -> Any:
+    """What a tool of the peculiar server answers."""
+    return json.loads(text_of(result))
+
+
+def call(proxy: Proxy, name: str, **arguments: Any) -> dict[str, Any]:
+    """The result of a tool, by a modern request."""
+    status, _, answer = mcp(proxy, modern("tools/call", {"name": name, "arguments": arguments}))
+    assert status == 200, answer
+    return dict(answer["result"])
+
+
+async def close(connection: Any) -> None:
+    """Close a WebSocket, and wait until the other side has closed it too."""
+    connection.close()
+    with contextlib.suppress(asyncio.TimeoutError):
+        while await asyncio.wait_for(connection.read_message(), 1) is not None:
+            pass
+
+
+JSON_TYPE = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Proxy]:
+    """A server with a token, for requests that it refuses."""
+    server = Proxy(POCKETCODER_TOKEN="t0ken")
+    yield server
+    server.remove()
+
+
+class Channel:
+    """A client of `GET /exec/ws`, with another implementation of WebSocket than ours."""
+
+    patience = 10.0  # seconds, for a message
+
+    def __init__(self, proxy: Proxy, **options: Any) -> None:
+        self.url = f"ws://127.0.0.1:{proxy.port}/exec/ws"
+        self.options = options
+
+    async def __aenter__(self) -> Channel:
+        request = tornado.httpclient.HTTPRequest(self.url, **self.options)
+        self.socket = await tornado.websocket.websocket_connect(request, subprotocols=[pp.CHANNELS])
+        assert self.socket.selected_subprotocol == pp.CHANNELS
+        self.streams = {1: b"", 2: b""}
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await close(self.socket)
+
+    async def send(self, message: bytes | dict[str, Any]) -> None:
+        binary = isinstance(message, bytes)
+        await self.socket.write_message(message if binary else json.dumps(message), binary=binary)
+
+    async def next(self) -> int:
+        """Read a message; its channel."""
+        message = await asyncio.wait_for(self.socket.read_message(), self.patience)
+        assert isinstance(message, bytes), message
+        if message[0] == 3:
+            self.final = json.loads(message[1:])
+        else:
+            self.streams[message[0]] += message[1:]
+        return message[0]
+
+    async def end(self) -> dict[str, Any]:
+        while await self.next() != 3:
+            pass
+        return dict(self.final)
+
+
+def frame(text: str) -> bytes:
+    """A WebSocket frame of a client, with a mask of zeros."""
+    data = text.encode()
+    size = bytes([128 | len(data)]) if len(data) < 126 else b"\xfe" + len(data).to_bytes(2, "big")
+    return b"\x81" + size + bytes(4) + data
+
+
+def shaken(proxy: Proxy, path: str, after: bytes = b"") -> socket.socket:
+    """A WebSocket whose handshake and first frames come in one piece."""
+    peer = socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
+    head = (
+        f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    )
+    head += f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {pp.WS_KEY}\r\nSec-WebSocket-Protocol: mcp\r\n\r\n"
+    peer.sendall(head.encode() + after)
+    return peer
+
+
+class Kept:
+    """`POST /exec` on one connection that is kept open."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.connection = proxy.connect()
+
+    def __call__(self, cmd: str = "true", **fields: Any) -> dict[str, Any]:
+        self.connection.request("POST", "/exec", json.dumps({"cmd": cmd, **fields}), JSON_TYPE)
+        answer: dict[str, Any] = json.loads(self.connection.getresponse().read())
+        return answer
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+# ==========================================================================
+# Map
+# ==========================================================================
+BANNER = re.compile(r"# ={70,}\n# (?P<name>[^\n]+)\n# ={70,}\n")
+SECTIONS = [(match["name"], match.start()) for match in BANNER.finditer(SOURCE)]
+STARTS = [SOURCE.count("\n", 0, start) + 1 for _, start in SECTIONS]
+
+
+def section_of(line: int) -> int:
+    return sum(start <= line for start in STARTS) - 1
+
+
+def names_defined(node: ast.stmt) -> list[str]:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
+
+    return [
+        name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
+    ]
+
+
+def test_sections_use_only_what_stands_above_them() -> None:
+    home: dict[str, int] = {}
+    uses = []
+    for node in ast.parse(SOURCE).body:
+        home |= {name: section_of(node.lineno) for name in names_defined(node)}
+        uses += [(section_of(node.lineno), n.id) for n in ast.walk(node) if isinstance(n, ast.Name)]
+    assert [use for use in uses if home.get(use[1], -1) > use[0]] == []
+
+
+def test_the_map_lists_every_section_route_and_variable() -> None:
+    head = ast.get_docstring(ast.parse(SOURCE)) or ""
+    assert [name for name, _ in SECTIONS if name not in head] == []
+    assert [path for path, _ in pp.ROUTES if "<name>" not in path and path not in head] == []
+    assert [
+        name
+        for name in re.findall(r"\"(POCKETCODER_[A-Z_]+|TMUX_S[A-Z]+)\"", SOURCE)
+        if name not in head
+    ] == []
+
+
+def test_a_copy_of_the_file_carries_its_licence_and_can_be_run() -> None:
+    assert SOURCE.startswith(
+        "#!/usr/bin/env python3\n# SPDX-License-Identifier: MIT\n# /// script\n"
+    )
+    assert os.access(MODULE, os.X_OK)
+
+
+# ==========================================================================
+# Shell Bridge
+# ==========================================================================
 @pytest.fixture
 def audited_engine(audited: tuple[Proxy, pathlib.Path], names: str) -> tuple[Caller, pathlib.Path]:
     proxy, log = audited
@@ -1641,8 +2150,6 @@ FORMS: list[list[str | bytes]] = [
     [],
     ["-e"],
 ]
-
-
 ON_STDIN = b'echo "script $1 $2"; read -r line; echo "$line"; false; echo end >&2\nnext\nexit 5\n'
 
 
@@ -2021,17 +2528,6 @@ def test_the_shell_runs_without_tornado_and_the_server_asks_for_it(engine: Calle
     assert done.stdout == b"poco\n", done.stderr
 
 
-def old_python(version: str) -> str:
-    """An interpreter of this version; skips where there is none."""
-    root = pathlib.Path(os.environ.get("PYENV_ROOT") or pathlib.Path.home() / ".pyenv")
-    found = [shutil.which(f"python{version}")]
-    found += [str(path) for path in root.glob(f"versions/{version}.*/bin/python3")]
-    for path in found:
-        if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
-            return path
-    pytest.skip(f"there is no Python {version} here")
-
-
 def test_every_line_has_the_grammar_of_python_3_8() -> None:
     ast.parse(SOURCE, feature_version=(3, 8))
 
@@ -2112,137 +2608,6 @@ def test_a_python_that_is_too_old_for_the_shell_says_so(tmp_path: pathlib.Path) 
     assert done.returncode == 125
     assert done.stderr.startswith("pocketcoder: the shell needs Python 3.8 or later, this is 3.7")
     assert done.stderr.count("\n") == 1
-
-
-def test_what_install_writes_is_the_shell_under_every_name(
-    engine: Caller, tmp_path: pathlib.Path
-) -> None:
-    names = ["sh", "bash", "my-shell", "pocketcoder"]
-    done = run("install", str(tmp_path), *names)
-    assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(tmp_path)) == sorted([pp.INSTALLED, *names])
-
-    first, second = (tmp_path / pp.INSTALLED).read_text().split("\n")[:2]
-    assert first == f"#!{sys.executable} -IS"
-    assert "SPDX-License-Identifier" in second
-    assert (tmp_path / pp.INSTALLED).stat().st_mode & 0o7777 == 0o755
-
-    for name in (pp.INSTALLED, *names):
-        got = subprocess.run(
-            [tmp_path / name, "-c", "echo $1; exit 3", "zero", name],
-            env=engine.env,
-            cwd=engine.cwd,
-            capture_output=True,
-        )
-        assert got.stdout.decode() == f"{name}\n"
-        assert got.stderr == b""
-        assert got.returncode == 3
-
-    got = subprocess.run([tmp_path / "pocketcoder", "server"], capture_output=True)
-    assert got.returncode == 1
-    assert b"only the shell is here" in got.stderr
-
-
-def test_what_install_writes_is_compiled_for_its_python_only(
-    engine: Caller, tmp_path: pathlib.Path
-) -> None:
-    # Only the text ends with 9.
-    path = tmp_path / pp.INSTALLED
-    path.write_text(pp.installed_text().replace("\nimport os\n", "\nimport os; os._exit(9)\n", 1))
-    both: dict[str, Any] = {"env": engine.env, "cwd": engine.cwd, "capture_output": True}
-    done = subprocess.run([sys.executable, str(path), "-c", "echo hi"], **both)
-    assert done.stdout == b"hi\n", done.stderr
-
-    done = subprocess.run([old_python("3.8"), str(path), "-c", "echo hi"], **both)
-    assert done.returncode == 9
-
-
-def test_install_replaces_what_it_wrote_and_nothing_else(tmp_path: pathlib.Path) -> None:
-    assert run("install", str(tmp_path), "sh").returncode == 0
-    installed = tmp_path / pp.INSTALLED
-    installed.write_text(installed.read_text() + "# older\n")
-    assert run("install", str(tmp_path), "sh", "bash").returncode == 0
-    assert "# older" not in installed.read_text()
-
-    (tmp_path / "zsh").write_text("#!/bin/sh\n")
-    (tmp_path / "ksh").symlink_to("/nowhere")
-    (tmp_path / "ash").mkdir()
-    installed.write_text(installed.read_text() + "# untouched\n")
-
-    for name in ("zsh", "ksh", "ash"):
-        done = run("install", str(tmp_path), "dash", name)
-        assert done.returncode == 1
-        assert f"{tmp_path}/{name} is not a file that `install` wrote" in done.stderr
-        assert done.stderr.count("\n") == 1
-
-    assert not (tmp_path / "dash").exists()
-    assert "# untouched" in installed.read_text()
-    assert (tmp_path / "zsh").read_text() == "#!/bin/sh\n"
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        pytest.param(["/no/such"], "DIR", id="no-directory"),
-        pytest.param(["/proc", "sh"], "/proc", id="not-to-be-written-to"),
-        pytest.param([".", "../sh"], "NAME", id="another-directory"),
-        pytest.param([".", "x/y-shell"], "NAME", id="below"),
-        pytest.param([".", "python3"], "NAME", id="no-name-of-a-shell"),
-    ],
-)
-def test_install_fails_with_one_sentence(words: list[str], said: str) -> None:
-    done = run("install", *words)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "Errno" not in done.stderr
-
-
-@pytest.fixture
-def console_script(tmp_path: pathlib.Path) -> str:
-    """The script that pip makes of `[project.scripts]`."""
-    path = tmp_path / "bin" / "pocketcoder"
-    path.parent.mkdir()
-    path.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom pocketcoder_proxy import main\n"
-        "if __name__ == '__main__':\n    sys.exit(main())\n"
-    )
-    path.chmod(0o755)
-    return str(path)
-
-
-@pytest.mark.parametrize("name", ["pocketcoder", "sh"])
-def test_the_console_script_loads_nothing_of_the_server(
-    engine: Caller, console_script: str, name: str
-) -> None:
-    link = os.path.join(os.path.dirname(console_script), name)
-    if name != "pocketcoder":
-        os.symlink(console_script, link)
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", link, "-c", "echo hi; exit 3"],
-        env={**engine.env, "PYTHONPATH": str(MODULE.parent)},
-        cwd=engine.cwd,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 3
-    assert done.stdout == "hi\n"
-    assert "_socket" in done.stderr
-
-    for module in ("asyncio", "tornado", "argparse", "json"):
-        assert f" {module}\n" not in done.stderr
-
-
-def test_the_console_script_has_the_other_subcommands_too(console_script: str) -> None:
-    env = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
-    done = subprocess.run(
-        [console_script, "--version"], env=env, capture_output=True, text=True, timeout=20
-    )
-    assert done.returncode == 0
-    assert done.stdout == f"pocketcoder-proxy {pp.VERSION}\n"
 
 
 def test_a_program_that_imports_the_module_is_not_mistaken_for_the_shell(
@@ -3303,6 +3668,99 @@ def test_any_body_becomes_a_valid_request_or_is_refused(
     assert [text for text in said if "expected" not in text or len(ascii(text)) > 800] == []
 
 
+def test_unknown_fields_are_named_in_the_answer(proxy: Proxy, agent: str) -> None:
+    answer = proxy.exec("true", agent_name=agent, agent="x", time_out=3)
+    assert answer["ignored"] == ["agent", "time_out"]
+    many = {f"field{number}" + "x" * 100: 0 for number in range(1000)}
+    assert len(proxy.exec("true", agent_name=agent, **many)["ignored"]) == pp.MAX_IGNORED
+    assert proxy.exec("true", agent_name=agent, ignored=["cmd"])["ignored"] == ["ignored"]
+    assert "ignored" not in proxy.exec("true", agent_name=agent)
+
+
+# ==========================================================================
+# Processes
+# ==========================================================================
+TREES = [
+    "sleep 60",
+    "trap '' TERM; sleep 60 & sleep 60; sleep 60",
+    "setsid sleep 60; sleep 60",
+    "(setsid sleep 60 &) ; (trap '' TERM HUP; exec setsid sleep 60) & sleep 60",
+    "env -i sleep 60",
+    "(env -i setsid -f sleep 60); sleep 60",
+]
+
+
+@pytest.mark.slow
+def test_a_timeout_ends_the_whole_tree(proxy: Proxy, agent: str) -> None:
+    def end(number: int) -> None:
+        name = f"{agent}-{number}"
+        started = time.monotonic()
+        answer = proxy.exec(f"echo before; {TREES[number]}", agent_name=name, timeout=0.3)
+        assert answer["ended"] == "timeout"
+        assert answer["exit_code"] == 124
+        assert answer["stdout"][:7] == "before\n"
+        assert "0.3 s" in answer["error"]
+        assert 0.3 <= time.monotonic() - started < 10
+        wait_until_gone(f"POCKETCODER_RUN_ID={answer['run_id']}")
+        assert proxy.exec("echo next", agent_name=name)["stdout"] == "next\n"
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(end, range(len(TREES))))
+
+
+@pytest.mark.slow
+def test_ending_one_run_does_not_harm_the_next_ones(proxy: Proxy, agent: str) -> None:
+    def follow(number: int) -> list[tuple[int, str]]:
+        name = f"{agent}-{number}"
+        assert proxy.exec("sleep 30", agent_name=name, timeout=0.2)["ended"] == "timeout"
+        # Enough commands to last beyond the last step of the ladder.
+        count = 26 // number
+        answers = [
+            proxy.exec(f"sleep {0.1 * number}; echo ok", agent_name=name) for _ in range(count)
+        ]
+        return [(answer["exit_code"], answer["stdout"]) for answer in answers]
+
+    with ThreadPoolExecutor(4) as pool:
+        for answers in pool.map(follow, range(1, 5)):
+            assert set(answers) == {(0, "ok\n")}
+
+
+def test_a_command_may_clean_up_after_its_timeout(proxy: Proxy, agent: str) -> None:
+    answer = proxy.exec(
+        "trap 'echo clean; exit 5' TERM; sleep 60 & wait", agent_name=agent, timeout=0.3
+    )
+    assert answer["stdout"] == "clean\n"
+    assert answer["exit_code"] == 124
+    assert answer["ended"] == "timeout"
+
+
+def test_a_command_that_stops_itself_is_ended(proxy: Proxy, agent: str) -> None:
+    answer = proxy.exec("kill -STOP $$; sleep 60", agent_name=agent)
+    assert answer["exit_code"] == 128 + signal.SIGSTOP
+    assert answer["ended"] == "exit"
+    wait_until_gone(f"POCKETCODER_RUN_ID={answer['run_id']}")
+
+
+@pytest.mark.slow
+def test_starting_a_child_needs_no_thread(warm: Callable[..., Proxy]) -> None:
+    server = warm("--mcp-server", "none=false")
+    size = status_bytes(server.process.pid, "VmSize")
+    # A thread's stack takes 8 MiB.
+    with limited(server.process, resource.RLIMIT_AS, size + 4 * pp.MIB):
+        answer = mcp(server, request("initialize", INITIALIZE), path="/servers/none/mcp")[2]
+        assert "before it answered" in answer["error"]["message"]
+
+        server.tmux("kill-server")
+        assert server.exec("echo ok")["stdout"] == "ok\n"
+
+
+def test_a_command_cannot_hide_under_another_name(proxy: Proxy, agent: str) -> None:
+    escape = "(setsid sleep 77.75 >/dev/null 2>&1 </dev/null &); sleep 9"
+    env = {"POCKETCODER_RUN_ID": "fake"}
+    assert proxy.exec(escape, agent_name=agent, timeout=0.3, env=env)["ended"] == "timeout"
+    wait_until_gone("sleep\x0077.75")
+
+
 # ==========================================================================
 # Tmux
 # ==========================================================================
@@ -3428,249 +3886,124 @@ def test_replies_of_tmux_are_read_the_same_however_they_are_cut() -> None:
     asyncio.run(check())
 
 
-# ==========================================================================
-# Execution Driver
-# ==========================================================================
-def lines(*commands: str) -> str:
-    return "\n".join(commands)
+@pytest.mark.slow
+def test_every_caller_learns_at_once_that_tmux_does_not_answer(warm: Callable[..., Proxy]) -> None:
+    server = warm()
+    tmux = int(server.tmux("display-message", "-p", "#{pid}"))
+    os.kill(tmux, signal.SIGSTOP)
+    begun = time.monotonic()
+    calls = [
+        Background(partial(server.post, {"cmd": "true", "agent_name": f"a{number}"}))
+        for number in range(8)
+    ]
+    for call in calls:
+        status, answer = call.result()
+        assert status == 503
+        assert "no answer within 5 s" in answer["error"]
+
+    assert time.monotonic() - begun < 20  # seconds, of which it took eight callers 40 and more
+    assert server.request("GET", "/health")[0] == 200
+    os.kill(tmux, signal.SIGCONT)
+    eventually(lambda: server.post({"cmd": "true"})[0] == 200, 10)
 
 
-# What bash -c does, the sandbox does.
-ALIKE = [
-    pytest.param("echo hi; exit 3", id="output-and-status"),
-    pytest.param("printf 'no newline'", id="no-newline"),
-    pytest.param("printf 'a\\n\\n\\nb\\n\\n'", id="blank-lines-at-the-end"),
-    pytest.param("echo out; echo err >&2; echo out", id="out-and-err-in-turn"),
-    pytest.param("true", id="true"),
-    pytest.param("false", id="false"),
-    pytest.param("exit 255", id="exit-255"),
-    pytest.param("nosuchcommand", id="no-such-command"),
-    pytest.param("if then", id="syntax-error"),
-    pytest.param("kill -KILL $$", id="killed"),
-    pytest.param("kill -TERM $$", id="terminated"),
-    pytest.param("kill -INT $$", id="interrupted"),
-    pytest.param("kill -HUP $$; sleep 1", id="hung-up"),
-    pytest.param("(exit 139); echo $?", id="status-139"),
-    pytest.param("cat", id="empty-stdin"),
-    pytest.param("cat | wc -c", id="empty-stdin-counted"),
-    pytest.param('read x; echo "$? [$x]"', id="empty-stdin-read"),
-    pytest.param('echo $0 $# "$@"', id="name-and-arguments"),
-    pytest.param("echo $-", id="flags"),
-    pytest.param("shopt expand_aliases login_shell", id="shell-options"),
-    pytest.param("ls /proc/$$/fd", id="descriptors"),
-    pytest.param("[ -t 0 ] || [ -t 1 ] || [ -t 2 ] || echo no tty", id="no-terminal"),
-    pytest.param("set -e; false; echo never", id="errexit"),
-    pytest.param("trap 'echo bye' EXIT; exit 4", id="trap-exit"),
-    pytest.param("cd /; pwd; export X=1; X=2; alias ls=echo; exit 1", id="nothing-stays"),
-    pytest.param(
-        "echo 'single' \"double $((1+1))\" `echo back` $(echo dollar) \\\\ \\$ '!' !x ~nobody # comment",
-        id="quotes",
-    ),
-    pytest.param("cat <<'E'\nhere $x `y`\nE", id="here-document-quoted"),
-    pytest.param("cat <<E\nlast line without newline\nE", id="here-document-without-newline"),
-    pytest.param("echo a\\\nb; echo 'c\nd'", id="continued-lines"),
-    pytest.param("printf '\\001\\002\\177\\033[31m\\r\\n\\200\\377'", id="binary-bytes"),
-    pytest.param("echo é ü 漢字 🙂", id="unicode"),
-    pytest.param(
-        "x='\x01\x7f\x1b\r\t'; printf %s \"$x\" | od -c", id="control-characters-in-the-command"
-    ),
-    pytest.param("seq 1 5000", id="large-output"),
-    pytest.param("head -c 300000 /dev/zero | tr '\\0' x", id="one-long-line"),
-    pytest.param("sleep 0.05 & wait; echo $?", id="background-job"),
-    pytest.param("echo $BASH_SUBSHELL $SHLVL >/dev/null; ulimit -n", id="limits-and-depth"),
-    pytest.param("umask; bash -c 'exit 9'", id="umask-and-a-shell"),
-    pytest.param("exec echo replaced", id="exec"),
-    pytest.param(
-        "kill -STOP $BASHPID & sleep 0.1; kill -CONT %1 2>/dev/null; echo done",
-        id="stopped-and-continued",
-    ),
-    pytest.param("f() { return 7; }; f", id="function-status"),
-    pytest.param("yes | head -3; echo ${PIPESTATUS[*]}", id="broken-pipe"),
-    pytest.param("printf '%s\\n' {1..3}; [[ a == a* ]] && echo bash", id="braces-and-tests"),
-    pytest.param('echo "$(yes x | head -c 140000 | wc -c)"', id="large-substitution"),
-    pytest.param("#" + "x" * 200_000 + "\necho long", id="long-comment"),
-    pytest.param("echo '" + "é'\"'" * 40_000 + "' | wc -c; exit 6", id="long-quoted-text"),
+# user, owner and mode of the directory, owner of the socket; whether it is sound
+PLACES = [
+    pytest.param(0, 0, 0o700, 0, True, id="root-private"),
+    # The terminals are a worker's.
+    pytest.param(0, 7, 0o755, 7, True, id="root-private-of-a-worker"),
+    # Also through his group.
+    pytest.param(0, 0, 0o2770, 7, True, id="root-group-of-a-worker"),
+    pytest.param(0, 0, 0o1777, 0, True, id="root-sticky"),
+    pytest.param(0, 7, 0o1777, 7, True, id="root-sticky-socket-of-the-owner"),
+    pytest.param(0, 0, 0o1777, 7, False, id="root-sticky-socket-of-a-stranger"),
+    pytest.param(0, 0, 0o777, 0, True, id="root-writable"),
+    pytest.param(0, 7, 0o777, 7, False, id="root-writable-of-a-worker"),
+    pytest.param(7, 7, 0o700, None, True, id="own-private-no-socket"),
+    pytest.param(7, 7, 0o775, 7, True, id="own-group"),
+    pytest.param(7, 0, 0o1777, None, True, id="sticky-of-root-no-socket"),
+    pytest.param(7, 0, 0o1777, 7, True, id="sticky-of-root-own-socket"),
+    pytest.param(7, 0, 0o755, 0, True, id="closed-of-root"),
+    pytest.param(7, 0, 0o1777, 8, False, id="sticky-of-root-socket-of-a-stranger"),
+    pytest.param(7, 8, 0o700, None, False, id="private-of-a-stranger"),
+    pytest.param(7, 8, 0o1777, 7, False, id="sticky-of-a-stranger"),
+    pytest.param(7, 7, 0o777, 7, True, id="own-writable"),
 ]
 
 
-@pytest.mark.parametrize("cmd", ALIKE)
-def test_a_command_behaves_as_with_bash_c(proxy: Proxy, agent: str, cmd: str) -> None:
-    words = ["bash", "-c", cmd, "bash"]
-    # Such a command is too long for an argument.
-    if len(cmd) > 100_000:
-        words[2:] = ['eval "$(cat "$1")"', "bash", write(proxy, cmd)]
-    here = subprocess.run(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        cwd=proxy.workspace,
-        check=False,
-    )
-    there = proxy.exec(cmd, agent_name="alike")
-    assert there["stdout"] == here.stdout.decode(errors="replace")
-    assert there["exit_code"] == (
-        here.returncode if here.returncode >= 0 else 128 - here.returncode
-    )
-    assert there["ended"] == "exit"
-    assert there["truncated"] is False
-    assert there.get("error") is None
-    assert there["output_bytes"] == len(here.stdout)
-
-
-def write(proxy: Proxy, text: str) -> str:
-    path = pathlib.Path(proxy.folder, "script")
-    path.write_text(text)
-    return str(path)
-
-
-def test_the_answer_has_every_field_of_the_contract(proxy: Proxy, agent: str) -> None:
-    answer = proxy.exec("sleep 0.1; exit 2", agent_name=agent)
-    assert set(answer) == {
-        "stdout",
-        "exit_code",
-        "ended",
-        "truncated",
-        "output_bytes",
-        "duration_ms",
-        "waited_ms",
-        "run_id",
-    }
-    # It counts from the report of the start, which may come late.
-    assert 50 <= answer["duration_ms"] < 5000
-    assert answer["run_id"] != proxy.exec("true", agent_name=agent)["run_id"]
-
-
-def test_nothing_of_a_command_reaches_the_next_one(proxy: Proxy, agent: str) -> None:
-    proxy.exec(
-        "cd /; export LEAK=1; alias true=false; set -e; trap 'echo x' EXIT; exit 1",
-        agent_name=agent,
-    )
-    answer = proxy.exec('echo "${LEAK-none} $PWD"; true; echo $?', agent_name=agent)
-    assert answer["stdout"] == f"none {proxy.workspace}\n0\n"
-
-
-def test_commands_inherit_the_exports_of_the_pane_but_no_aliases_functions_or_descriptors(
-    proxy: Proxy, agent: str
+@pytest.mark.parametrize(("user", "owner", "mode", "socket_owner", "sound"), PLACES)
+def test_a_socket_a_stranger_could_have_made_is_refused(
+    user: int, owner: int, mode: int, socket_owner: int | None, sound: bool
 ) -> None:
-    proxy.exec("true", agent_name=agent)
-    proxy.type(
-        agent,
-        "export SHARED=yes; alias ls=false cd=false; ls() { false; }; cd() { false; }; exec 5</etc/passwd",
-        "Enter",
-    )
-    eventually(lambda: proxy.exec("echo $SHARED", agent_name=agent)["stdout"] == "yes\n")
-    answer = proxy.exec(
-        "ls -d /; type -t ls; ls /proc/self/fd | tr '\\n' ' '; pwd", agent_name=agent, cwd=""
-    )
-    assert answer["stdout"] == f"/\nfile\n0 1 2 3 {proxy.workspace}\n"
-    assert len(proxy.panes(agent)) == 1
+    if os.geteuid():
+        # Only root can try.
+        return
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="pc"))
+    (folder / "place").mkdir()
+    (folder / "link").symlink_to("place")
+
+    try:
+        os.chmod(folder, 0o755)
+        os.chown(folder / "place", owner, -1)
+        os.chmod(folder / "place", mode)
+        if socket_owner is not None:
+            (folder / "place/s").touch()
+            os.chown(folder / "place/s", socket_owner, -1)
+        os.chown(folder / "link", user, -1, follow_symlinks=False)
+        os.seteuid(user)
+
+        for name in ("place", "link"):
+            with (
+                contextlib.nullcontext()
+                if sound
+                else pytest.raises(pp.NoTerminal, match=f"{folder}/(place|{name})")
+            ):
+                pp.check_place(f"{folder}/{name}/s")
+
+        os.seteuid(0)
+        os.chown(folder / "link", 9, -1, follow_symlinks=False)
+        os.seteuid(user)
+        with pytest.raises(pp.NoTerminal, match="got user 9"):
+            pp.check_place(f"{folder}/link/s")
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(folder)
 
 
-def test_a_command_that_looks_like_an_option_is_run_as_a_command(proxy: Proxy, agent: str) -> None:
-    for cmd in ("-s", "-n; exit 127", "+x", "--version", "-" + " " * 200_000):
-        answer = proxy.exec(cmd, stdin="echo not a command", agent_name=agent)
-        assert answer["exit_code"] == 127
-        assert "not found" in answer["stdout"]
+def test_our_directory_gets_the_sticky_bit_if_open_to_all(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.chmod(tmp_path, 0o777)
+    pp.check_place(f"{tmp_path}/s")
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
+    assert f"{tmp_path}: any user could replace what is in it" in caplog.text
 
 
-def test_a_command_may_kill_its_own_shell_but_not_the_pane(proxy: Proxy, agent: str) -> None:
-    before = proxy.exec("echo x", agent_name=agent) and proxy.panes(agent)
-    assert proxy.exec("kill $$", agent_name=agent)["exit_code"] == 143
-    assert proxy.panes(agent) == before
+def test_our_directory_below_one_open_to_all_is_accepted_with_a_warning(
+    tmp_path: pathlib.Path,
+) -> None:
+    # As volumes of Kubernetes are.
+    os.chmod(tmp_path, 0o2777)
+    pp.check_place(f"{tmp_path}/own/s")
+    assert pp.open_above(f"{tmp_path}/own/s") == [str(tmp_path)]
+    os.chmod(tmp_path, 0o1777)
+    assert pp.open_above(f"{tmp_path}/own/s") == []
 
 
-def test_variables_say_what_runs_and_keep_programs_from_waiting(proxy: Proxy, agent: str) -> None:
-    names = "POCKETCODER_AGENT POCKETCODER_SESSION_ID POCKETCODER_USAGE_ID PAGER GIT_PAGER MANPAGER GIT_TERMINAL_PROMPT"
-    show = f"for n in {names} DEBIAN_FRONTEND; do echo ${{!n}}; done; echo $POCKETCODER_RUN_ID"
-    answer = proxy.exec(show, agent_name=agent, session_id="s 'x'", usage_id='u"$y')
-    expected = [
-        agent,
-        "s 'x'",
-        'u"$y',
-        "cat",
-        "cat",
-        "cat",
-        "0",
-        "noninteractive",
-        answer["run_id"],
-    ]
-    assert answer["stdout"].splitlines() == expected
-
-    asked = {
-        "PAGER": "less",
-        "POCKETCODER_AGENT": "me",
-        "odd.name": "v = 'w'\nx",
-        "UID": "7",
-        "EMPTY": "",
-    }
-    answer = proxy.exec(
-        "env -0 | grep -zE '^(PAGER|POCKETCODER_AGENT|odd.name|EMPTY)=' | sort -z",
-        agent_name=agent,
-        env=asked,
-    )
-    assert answer["stdout"].split("\0")[:-1] == [
-        "EMPTY=",
-        "PAGER=less",
-        f"POCKETCODER_AGENT={agent}",
-        "odd.name=v = 'w'\nx",
-    ]
+def test_a_session_name_that_tmux_would_change_is_refused() -> None:
+    for name in ("", "a:b", "a.b", "x\n", "=x", "#{x}", "a;", "$1", "a\\", "\x9b"):
+        with pytest.raises(pp.BadMessage, match="session_name"):
+            pp.PocketCoderDriver("/tmp/s", name)
 
 
+# ==========================================================================
+# Streams
+# ==========================================================================
 def test_stdin_arrives_byte_for_byte(proxy: Proxy, agent: str) -> None:
     text = "line\nno newline\0é\x1b" + "y" * 300_000
     answer = proxy.exec("cat", agent_name=agent, stdin=text)
     assert answer["stdout"] == text
     assert proxy.exec("cat; echo end", agent_name=agent, stdin="")["stdout"] == "end\n"
-
-
-ODD_DIRECTORIES = [
-    "a b",
-    "it's",
-    'say "hi"',
-    "$(touch evil)",
-    "`x`",
-    "a\nb",
-    "-rf",
-    "é漢",
-    "*",
-    "\\",
-    "#{pane_id}",
-]
-
-
-@pytest.mark.parametrize("name", ODD_DIRECTORIES)
-def test_a_directory_may_have_any_name(proxy: Proxy, name: str) -> None:
-    path = pathlib.Path(proxy.workspace, "odd", name)
-    path.mkdir(parents=True, exist_ok=True)
-    for cwd in (f"odd/{name}", str(path)):
-        assert proxy.exec("pwd", agent_name="odd", cwd=cwd)["stdout"] == f"{path}\n"
-    assert not pathlib.Path(proxy.workspace, "evil").exists()
-
-
-def test_a_directory_outside_the_workspace_is_refused_even_through_a_link(
-    proxy: Proxy, agent: str
-) -> None:
-    os.symlink("/etc", f"{proxy.workspace}/link")
-    os.symlink(proxy.workspace, f"{proxy.folder}/way")
-    for cwd in ("link", "..", "/etc", f"{proxy.workspace}-other", "link/../.."):
-        status, answer = proxy.post({"cmd": "pwd", "cwd": cwd, "agent_name": agent})
-        assert status == 400, cwd
-        assert "cwd" in answer["error"], cwd
-
-    way = f"{proxy.folder}/way"
-    assert proxy.exec("pwd", cwd=way, agent_name=agent)["stdout"] == f"{way}\n"
-    assert proxy.exec("pwd -P", cwd=way, agent_name=agent)["stdout"] == f"{proxy.workspace}\n"
-
-    pathlib.Path(proxy.workspace, "plain").touch()
-    assert proxy.post({"cmd": "pwd", "cwd": "plain"})[0] == 400
-
-
-def test_a_long_command_still_knows_its_name(proxy: Proxy, agent: str) -> None:
-    cmd = "echo $0 $#; nosuchcommand #" + "x" * 500_000
-    answer = proxy.exec(cmd, agent_name=agent)
-    assert answer["stdout"].startswith("bash 0\nbash:")
-    assert answer["exit_code"] == 127
 
 
 def test_output_beyond_the_limit_keeps_both_ends(proxy: Proxy, agent: str) -> None:
@@ -3728,6 +4061,697 @@ def test_a_flood_leaves_the_server_small(warm: Callable[..., Proxy]) -> None:
     assert server.peak() - before < 80 * 1024 * 1024
 
 
+def test_background_processes_live_on_and_their_output_is_discarded(
+    proxy: Proxy, agent: str
+) -> None:
+    gate = f"{proxy.folder}/{agent}"
+    cmd = f"(until [ -e {gate} ]; do echo noise; sleep 0.02; done; echo last > {gate}.out) & echo started"
+    answer = proxy.exec(cmd, agent_name=agent)
+    assert answer["stdout"].replace("noise\n", "") == "started\n"
+    assert answer["duration_ms"] < 2000
+
+    for _ in range(5):
+        assert proxy.exec("sleep 0.03; echo mine", agent_name=agent)["stdout"] == "mine\n"
+    pathlib.Path(gate).touch()
+    eventually(lambda: os.path.exists(f"{gate}.out"))
+
+
+def test_a_background_flood_blocks_no_command_and_releases_its_descriptor(
+    own: Callable[..., Proxy],
+) -> None:
+    server = own()
+    assert server.exec("(sleep 0.05; timeout 2.5 yes) & echo on")["stdout"].startswith("on\n")
+    assert server.exec("echo mine")["stdout"] == "mine\n"
+    assert server.run_files() >= 1
+    eventually(lambda: server.run_files() == 0)
+
+
+def test_an_editor_does_not_read_its_own_screen_as_keys(proxy: Proxy, agent: str) -> None:
+    """As vim does, which reads keys from descriptor 2 where stdin is no terminal."""
+    editor = f"{sys.executable} -c \"import os; os.write(1, b'touch'); print(os.read(2, 9))\""
+    assert "Bad file descriptor" in proxy.exec(editor, agent_name=agent, timeout=3)["stdout"]
+
+
+LATE_CHILDREN = [
+    pytest.param("echo hi > >(cat)", "hi\n", id="process-substitution"),
+    pytest.param("exec > >(tee /dev/null) 2>&1; echo hi", "hi\n", id="tee-for-good"),
+    pytest.param("(echo no >&2) 2> >(sed s/^/E:/ >&2)", "E:no\n", id="stderr-filtered"),
+    pytest.param("(sleep 0.15; echo late) & echo now", "now\nlate\n", id="once-later"),
+    pytest.param(
+        "(for n in 1 2 3 4; do sleep 0.08; echo $n; done) &", "1\n2\n3\n4\n", id="some-times-later"
+    ),
+]
+
+
+@pytest.mark.parametrize(("cmd", "output"), LATE_CHILDREN)
+def test_output_of_late_children_is_in_the_answer(
+    proxy: Proxy, agent: str, cmd: str, output: str
+) -> None:
+    assert [proxy.exec(cmd, agent_name=agent)["stdout"] for _ in range(5)] == [output] * 5
+
+
+def test_a_silent_background_process_delays_the_answer_a_little(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    started = time.monotonic()
+    answer = proxy.exec("sleep 79.75 & echo on", agent_name=agent)
+    assert answer["stdout"] == "on\n"
+    assert answer["duration_ms"] < 100
+    assert 0.1 < time.monotonic() - started < 0.9
+    for pid in processes_with("sleep\x0079.75"):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_background_process_that_keeps_writing_delays_the_answer_by_a_second(
+    proxy: Proxy, agent: str
+) -> None:
+    proxy.exec("true", agent_name=agent)
+    started = time.monotonic()
+    answer = proxy.exec("(while sleep 0.01; do echo tick; done) & echo $!", agent_name=agent)
+    assert 0.9 < time.monotonic() - started < 2.5
+    os.kill(int(answer["stdout"].split()[0]), signal.SIGKILL)
+
+
+def test_a_background_process_that_exits_takes_no_output_from_a_later_command(
+    proxy: Proxy, agent: str
+) -> None:
+    call = Kept(proxy)
+
+    def leave_some(name: str) -> None:
+        for _ in range(5):
+            proxy.exec("sleep 0.3 &", agent_name=name)
+
+    ending = [Background(partial(leave_some, f"{agent}{number}")) for number in range(4)]
+    said = set()
+    while not all(each.future.done() for each in ending):
+        said.add(call("echo whole", agent_name=agent)["stdout"])
+    call.close()
+    assert said == {"whole\n"}
+
+
+def test_a_person_sees_prompt_command_output_and_exit_code(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    proxy.exec("echo one; printf 'no newline'; exit 3", agent_name=agent)
+    proxy.exec("echo 'a\nb'", agent_name=agent)
+    expected = [
+        "$ true",
+        "$ echo one; printf 'no newline'; exit 3",
+        "one",
+        "no newline",
+        "[exit 3]",
+        "$ echo 'a",
+        "b'",
+        "a",
+        "b",
+        "$",
+    ]
+    shown = eventually(
+        lambda: [line.rstrip() for line in proxy.screen(agent).split("\n") if line.strip()]
+    )
+    eventually(lambda: proxy.screen(agent).rstrip().endswith("$"))
+    shown = [line.rstrip() for line in proxy.screen(agent).split("\n") if line.strip()]
+    assert shown == expected
+
+
+def test_a_person_sees_output_as_it_comes(proxy: Proxy, agent: str) -> None:
+    gate = f"{proxy.folder}/{agent}"
+    call = proxy.start_exec(
+        f"echo live; until [ -e {gate} ]; do sleep 0.02; done", agent_name=agent
+    )
+    eventually(lambda: "\nlive" in proxy.screen(agent))
+    pathlib.Path(gate).touch()
+    assert call.result()["exit_code"] == 0
+
+
+def test_output_neither_floods_nor_attacks_a_person(proxy: Proxy, agent: str) -> None:
+    proxy.exec(
+        "printf '\\033]2;evil\\007\\033[?1049h\\016\\033[31mred\\033[0m'; head -c 1000000 /dev/zero | tr '\\0' x",
+        agent_name=agent,
+    )
+    assert "more bytes not shown here]" in eventually(
+        lambda: proxy.screen(agent) if "shown" in proxy.screen(agent) else ""
+    )
+    assert (
+        proxy.tmux(
+            "display-message", "-p", "-t", proxy.pane(agent), "#{alternate_on} #{pane_title}"
+        ).split()[0]
+        == "0"
+    )
+    assert "evil" not in proxy.tmux(
+        "display-message", "-p", "-t", proxy.pane(agent), "#{pane_title}"
+    )
+
+
+def test_captured_output_is_the_same_however_it_is_cut() -> None:
+    dice = random.Random(8)
+    for _ in range(500 * FUZZ):
+        limit = dice.choice((1, 2, 3, 5, 10, 20, 50))
+        data = "".join(dice.choices("ab\né漢🙂", k=dice.randrange(40))).encode()
+        if dice.random() < 0.3:
+            data = spoil(dice, data)
+        texts = set()
+
+        for pieces in cuts(dice, data):
+            capture = pp.Capture(limit)
+            for piece in pieces:
+                capture.add(piece)
+            assert len(capture.head) <= limit // 2, pieces
+            assert len(capture.tail) <= 2 * limit + max(map(len, pieces), default=0), pieces
+            texts.add(capture.text(len(data)))
+
+        assert len(texts) == 1, (limit, data)
+        text = texts.pop()
+        head = data[: limit // 2]
+        tail = data[max(0, len(data) - (limit - limit // 2)) :]
+        if len(data) <= limit:
+            assert text == data.decode(errors="replace"), (limit, data)
+            continue
+        match = re.fullmatch(r"(?s)(.*?\n)\[pocketcoder: (\d+) bytes left out\]\n(.*)", text)
+        assert match, (limit, data)
+        assert head.decode(errors="ignore").startswith(
+            match[1].rstrip("\n\ufffd").partition("\ufffd")[0]
+        ), (
+            limit,
+            data,
+        )
+        assert tail.decode(errors="replace").endswith(match[3]), (limit, data)
+        assert len(data) - limit <= int(match[2]) <= len(data) - limit + 6, (limit, data)
+
+
+# ==========================================================================
+# Run files
+# ==========================================================================
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
+def test_a_background_process_outlives_the_server(own: Callable[..., Proxy], number: int) -> None:
+    server = own()
+    count = f"{server.folder}/count"
+    # More than any pipe holds, and SIGPIPE would end it.
+    loop = (
+        f"(while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done) & echo $! > pid"
+    )
+    server.exec(loop, max_output=8)
+    pid = int(pathlib.Path(server.workspace, "pid").read_text())
+    server.stop(number)
+    before = os.path.getsize(count)
+    eventually(lambda: os.path.getsize(count) > before + 100)
+    os.kill(pid, signal.SIGKILL)
+    # Nobody reads on for a writer that is no more.
+    wait_until_gone("exec 3<&0 4<&1")
+
+
+def test_a_command_whose_server_is_killed_leaves_its_background_processes_alone(
+    own: Callable[..., Proxy],
+) -> None:
+    server = own()
+    count = f"{server.folder}/count"
+    gate = f"{server.folder}/gate"
+    loop = f"(while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done) & echo $! > {gate}; sleep 1"
+    connection = server.connect()
+    connection.request("POST", "/exec", json.dumps({"cmd": loop}), JSON_TYPE)
+    eventually(lambda: os.path.exists(gate) and pathlib.Path(gate).read_text())
+    server.stop(signal.SIGKILL)
+    connection.close()
+    # By then its command has ended, without a server to report to.
+    time.sleep(1.5)
+    before = os.path.getsize(count)
+    eventually(lambda: os.path.getsize(count) > before + 100)
+    os.kill(int(pathlib.Path(gate).read_text()), signal.SIGKILL)
+
+
+def test_a_line_recalled_from_the_history_runs_nothing(own: Callable[..., Proxy]) -> None:
+    server = own()
+    pathlib.Path(server.folder, "home/.bashrc").write_text("PS1='$ '; HISTCONTROL=ignoredups\n")
+    count = f"{server.folder}/count"
+    server.exec(f"echo x >> {count}")
+
+    for _ in range(2):
+        server.type("poco", "Up", "Enter")
+        server.type("poco", "-l", f"touch {server.folder}/typed")
+        server.type("poco", "Enter")
+        eventually(lambda: os.path.exists(f"{server.folder}/typed"))
+        os.unlink(f"{server.folder}/typed")
+
+    assert pathlib.Path(count).read_text() == "x\n"
+
+    # Nor does it end the next one, which has the same files.
+    running = server.start_exec(f"sleep 1; echo y >> {count}; exit 7")
+    wait_until_running("sleep\x001\x00")
+    server.tmux("split-window", "-d", "-t", server.pane("poco"), "bash", "-i")
+    go = server.tmux("list-panes", "-s", "-F", "#{pane_id}").split()[-1]
+    files = sorted(pathlib.Path(server.folder).glob("tmux/s.d/*/*.go"))
+    server.tmux("send-keys", "-t", go, f". {files[0]}", "Enter")
+    assert running.result()["exit_code"] == 7
+    assert pathlib.Path(count).read_text() == "x\ny\n"
+
+
+@pytest.mark.slow
+def test_a_shell_without_descriptors_runs_nothing_of_older_commands(
+    own: Callable[..., Proxy],
+) -> None:
+    server = own()
+    server.exec("cat >/dev/null <<'X'\n" + f"touch {server.folder}/old\n" * 200 + "X")
+    time.sleep(0.2)
+    server.type("poco", "ulimit -S -n 9", "Enter")
+    time.sleep(0.2)
+    # This one runs in another pane.
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+    assert not os.path.exists(f"{server.folder}/old")
+
+
+@pytest.mark.slow
+def test_the_run_directory_is_private_and_recreated_when_wiped(warm: Callable[..., Proxy]) -> None:
+    server = warm()
+    base = pathlib.Path(f"{server.socket}.d")
+    assert base.stat().st_mode & 0o777 == 0o700
+
+    call = server.start_exec("sleep 0.5; echo survived; exit 4")
+    wait_until_running("sleep\x000.5")
+    subprocess.run(["rm", "-rf", base], check=True)
+    answer = call.result()
+    assert answer["stdout"] == "survived\n"
+    assert answer["exit_code"] == 4
+    assert server.exec("echo next")["stdout"] == "next\n"
+
+
+@pytest.mark.parametrize("file", ["*.out", "*.cmd", "status"])
+@pytest.mark.slow
+def test_a_run_whose_files_are_wiped_just_before_its_start_is_retried(
+    warm: Callable[..., Proxy], file: str
+) -> None:
+    server = warm()
+    base = pathlib.Path(f"{server.socket}.d")
+    tmux = int(server.tmux("display-message", "-p", "#{pid}"))
+    # This tmux is about to type the line.
+    os.kill(tmux, signal.SIGSTOP)
+    call = server.start_exec(f"ls /proc/self/fd; echo kept #{'x' * 40_000}")
+    eventually(lambda: [path for path in base.rglob("*.cmd") if "echo kept" in path.read_text()])
+    for path in base.rglob(file):
+        path.unlink()
+    os.kill(tmux, signal.SIGCONT)
+    answer = call.result()
+    # 3 is that of ls.
+    assert answer["stdout"] == "0\n1\n2\n3\nkept\n"
+    assert answer["ended"] == "exit"
+
+
+def test_a_run_directory_of_another_user_is_refused(warm: Callable[..., Proxy]) -> None:
+    server = warm()
+    subprocess.run(["rm", "-rf", f"{server.socket}.d"], check=True)
+    os.symlink(server.workspace, f"{server.socket}.d")
+    status, answer = server.post({"cmd": "true"})
+    assert status == 503
+    assert f"{server.socket}.d" in answer["error"]
+    os.unlink(f"{server.socket}.d")
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+
+
+# The directory with the files of runs.
+RUNS = "cd $(ls -d {socket}.d/*/); "
+PLANTS = {
+    "go": "for n in 1 2 3 4; do rm -f $n.go; mkfifo $n.go; done",
+    "done": "for n in 1 2 3 4; do rm $n.done; ln -s {precious} $n.done; done",
+    "out": "for n in 1 2 3 4; do rm $n.out; ln {precious} $n.out; done",
+    "status": "rm status; touch status",
+    "reports": "head -c 100000 /dev/zero >status; printf '%s 1' $POCKETCODER_RUN_ID exit >status",
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+@pytest.mark.slow
+def test_files_planted_by_a_command_harm_no_other_command(
+    own: Callable[..., Proxy], plant: str
+) -> None:
+    server = own()
+    precious = pathlib.Path(server.folder, "precious")
+    precious.write_text("precious")
+    # Make four names.
+    for call in [server.start_exec("true", agent_name=f"a{number}") for number in range(4)]:
+        call.result()
+    command = (RUNS + PLANTS[plant]).format(socket=server.socket, precious=precious)
+    server.exec(command)
+    for _ in range(3):
+        answer = server.exec("echo ok; exit 3", agent_name="a1", timeout=20)
+        assert answer["stdout"] == "ok\n"
+        assert answer["exit_code"] == 3
+
+    assert precious.read_text() == "precious"
+
+
+WORKER = 65534  # nobody
+
+
+@pytest.fixture
+def workers() -> Iterator[Proxy]:
+    """A server of root, with the terminals of another user.  The test ends where we are not root."""
+    if os.geteuid():
+        pytest.skip("only root can hand files over")
+    folder = tempfile.mkdtemp(prefix="pc")
+    os.makedirs(f"{folder}/tmux")
+    os.chown(f"{folder}/tmux", WORKER, -1)
+    os.chmod(folder, 0o755)
+    command = [
+        "tmux",
+        "-S",
+        f"{folder}/tmux/s",
+        "new-session",
+        "-d",
+        "-s",
+        "pocketcoder",
+        "-n",
+        "poco:terminal",
+    ]
+    subprocess.run(
+        [*command, "--", "bash", "--norc", "-i"],
+        check=True,
+        user=WORKER,
+        env={**os.environ, "HOME": "/"},
+    )
+    server = Proxy(folder=folder)
+    yield server
+    server.remove()
+
+
+@pytest.mark.slow
+def test_commands_of_a_root_server_run_as_the_terminals_owner(workers: Proxy) -> None:
+    for number in range(2):
+        answer = workers.exec(f"id -u; cat; exit {number}", stdin="x", env={"A": "b"})
+        assert answer["stdout"] == f"{WORKER}\nx"
+        assert answer["exit_code"] == number
+
+    assert workers.exec("sleep 78.4 & wait", timeout=0.2)["ended"] == "timeout"
+    base = pathlib.Path(f"{workers.socket}.d")
+    assert base.stat().st_uid == 0
+    assert base.stat().st_mode & 0o777 == 0o711
+    assert {(path.stat().st_uid, path.stat().st_mode & 0o077) for path in base.glob("*")} == {
+        (WORKER, 0)
+    }
+    assert "the terminals belong to user 65534:" in workers.logged()
+
+
+@pytest.mark.slow
+def test_a_worker_cannot_make_root_touch_files_or_processes_of_others(workers: Proxy) -> None:
+    workers.exec("true")
+    folder = next(pathlib.Path(f"{workers.socket}.d").glob("*"))
+    for name in ("1.go", "1.done", "1.in"):
+        precious = folder / f"precious.{name}"
+        precious.write_text("precious")
+        precious.chmod(0o600)
+        (folder / name).unlink(missing_ok=True)
+        os.link(precious, folder / name)
+
+    assert workers.exec("echo ok", stdin="x" * 10)["stdout"] == "ok\n"
+    assert workers.exec("echo ok")["stdout"] == "ok\n"
+    for precious in folder.glob("precious.*"):
+        assert precious.read_text() == "precious"
+        assert precious.stat().st_uid == 0
+    victim = subprocess.Popen(["sleep", "77"], start_new_session=True)
+
+    try:
+        # Delay the real report, so that the false one comes first.
+        workers.type("poco", "trap 'sleep 0.3' DEBUG", "Enter")
+        call = workers.start_exec("echo $PPID; sleep 76.5", timeout=0.3)
+        found = eventually(
+            lambda: [path for path in folder.glob("*.go") if "76.5" in path.read_text()]
+        )
+        token = re.findall(r'"(\w{16}) start', found[0].read_text())[0]
+        (folder / "status").write_text(f"{token} start {victim.pid}\n")
+        assert call.result()["ended"] in ("timeout", "lost")
+        assert victim.poll() is None
+    finally:
+        victim.kill()
+        victim.wait()
+
+
+def test_a_command_whose_report_is_stolen_is_lost(proxy: Proxy, agent: str) -> None:
+    token = r"$(grep -o '[0-9a-f]\{16\} exit' $(grep -lx $$ *.pid | sed s/pid/go/) | head -n 1 | cut -c1-16)"
+    command = RUNS.format(socket=proxy.socket) + f"echo {token} back 0 >status; sleep 78.5"
+    answer = proxy.exec(command, agent_name=agent, timeout=20)
+    assert answer["ended"] == "lost"
+    assert "did not report" in answer["error"]
+    assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
+    wait_until_gone("sleep\x0078.5")
+
+
+@pytest.mark.slow
+def test_a_server_stops_even_with_strange_files_among_its_own(own: Callable[..., Proxy]) -> None:
+    server = own()
+    deep = "import os\nfor _ in range(1200):\n os.mkdir('d')\n os.chdir('d')"
+    server.exec(RUNS.format(socket=server.socket) + f'{sys.executable} -c "{deep}"')
+    try:
+        assert server.stop() == 0
+    finally:
+        subprocess.run(["rm", "-rf", f"{server.socket}.d"], check=True)
+
+
+def test_runs_leave_no_files_and_no_descriptors(own: Callable[..., Proxy]) -> None:
+    server = own()
+    for cmd in ("true", "cat", "exit 3", "kill -9 $$"):
+        server.exec(cmd, stdin="x")
+    server.exec("sleep 9", timeout=0.1)
+    server.post({"cmd": "true", "cwd": "nowhere"})
+    # Files of up to three names are kept.
+    eventually(lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13)
+    before = server.descriptors()
+    for number in range(50):
+        server.exec(f"exit {number}", stdin="x" * number)
+    eventually(lambda: server.descriptors() <= before)
+    # Files of up to three names are kept.
+    eventually(lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13)
+    server.stop()
+    assert list(pathlib.Path(f"{server.socket}.d").rglob("*")) == []
+
+
+@pytest.mark.slow
+def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(
+    warm: Callable[..., Proxy],
+) -> None:
+    server = warm()
+    files = f"{server.socket}.d"
+
+    for pid, shell in (
+        (server.process.pid, False),
+        (int(server.panes("poco")[0].split()[1]), True),
+    ):
+        if shell:
+            server.type("poco", "trap '' XFSZ", "Enter")
+            eventually(lambda: "XFSZ" in server.screen("poco"))
+        with limited(pid, resource.RLIMIT_FSIZE, 0):
+            began = time.monotonic()
+            status, answer = server.post({"cmd": "true"})
+            assert status == 503, answer
+            assert files in answer["error"], answer
+            assert time.monotonic() - began < 5, answer
+            assert server.request("GET", "/health")[0] == 200
+
+        assert server.exec("echo ok")["stdout"] == "ok\n"
+        # Files of up to two names are kept.
+        assert len(list(pathlib.Path(files).rglob("*"))) <= 10, os.listdir(files)
+
+
+@pytest.mark.slow
+def test_without_descriptors_new_runs_are_refused_and_others_continue(
+    warm: Callable[..., Proxy],
+) -> None:
+    server = warm()
+    kept = server.connect()
+    panes = server.panes("poco")
+    kept.request("GET", "/health")
+    assert kept.getresponse().read() == b"ok"
+
+    running = server.start_exec("sleep 0.8; echo done")
+    ends = server.start_exec(
+        "trap '' TERM; sleep 9 & wait; sleep 9", agent_name="other", timeout=0.6
+    )
+    eventually(lambda: processes_with("sleep\x000.8") and processes_with("sleep\x009"))
+    used = server.descriptors()
+
+    def refused() -> None:
+        kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
+        answer = kept.getresponse()
+        assert answer.status == 503
+        assert "Too many open files" in answer.read().decode()
+
+    with limited(server.process, resource.RLIMIT_NOFILE, used):
+        refused()
+        with limited(server.process, resource.RLIMIT_NOFILE, 1):
+            refused()
+            time.sleep(0.6)
+    assert running.result()["stdout"] == "done\n"
+    assert ends.result()["ended"] == "timeout"
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+    assert server.panes("poco")[:1] == panes
+    wait_until_gone("sleep\x009")
+
+    kept.close()
+
+
+@pytest.mark.slow
+def test_a_run_whose_files_cannot_be_removed_does_not_block_the_next(
+    warm: Callable[..., Proxy],
+) -> None:
+    server = warm()
+    running = server.start_exec("sleep 0.5; echo done")
+    pid = eventually(lambda: [*pathlib.Path(f"{server.socket}.d").glob("*/*.pid")])[0]
+    folder = pid.parent
+
+    # Nothing can be removed from such a directory.
+    if (
+        not shutil.which("chattr")
+        or subprocess.run(["chattr", "+a", folder], capture_output=True).returncode
+    ):
+        pytest.skip("needs a file system and a user that can `chattr +a`")
+
+    try:
+        assert running.result()["stdout"] == "done\n"
+        assert server.exec("echo next")["stdout"] == "next\n"
+        assert pid.exists()
+    finally:
+        subprocess.run(["chattr", "-a", folder], check=True)
+
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+
+
+@pytest.mark.slow
+def test_a_run_directory_that_cannot_be_created_leaves_no_descriptor(
+    warm: Callable[..., Proxy],
+) -> None:
+    server = warm()
+    kept = server.connect()
+    kept.request("GET", "/health")
+    kept.getresponse().read()
+    used = server.descriptors()
+
+    for free in range(-4, 4):
+        shutil.rmtree(f"{server.socket}.d", ignore_errors=True)
+        with limited(server.process, resource.RLIMIT_NOFILE, used + free):
+            kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
+            assert kept.getresponse().read()
+
+    kept.close()
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+
+    eventually(lambda: server.descriptors() <= used)
+
+
+@pytest.mark.slow
+def test_commands_survive_a_killed_server_and_the_next_one_drains_them(
+    own: Callable[..., Proxy],
+) -> None:
+    server = own()
+    done = f"{server.folder}/done"
+    server.exec("true")
+    call = server.start_exec(f"sleep 0.5; head -c 3000000 /dev/zero; echo $? > {done}; sleep 0.2")
+    wait_until_running("sleep\x000.5")
+    server.stop(signal.SIGKILL)
+    with pytest.raises((http.client.HTTPException, OSError)):
+        call.result()
+    server.start()
+    assert server.exec("echo next")["stdout"] == "next\n"
+
+    eventually(lambda: os.path.exists(done) and pathlib.Path(done).read_text() == "0\n")
+    eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
+
+
+@pytest.mark.slow
+def test_background_writers_pass_to_the_next_server_after_a_clean_stop(
+    own: Callable[..., Proxy],
+) -> None:
+    server = own()
+    done = f"{server.folder}/done"
+    server.exec(f"(sleep 1; seq 100000; touch {done}) & true")
+    assert server.stop() == 0
+    server.start()
+    eventually(lambda: os.path.exists(done))
+    eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
+
+
+def test_a_stray_file_or_a_missing_folder_stops_no_command(warm: Callable[..., Proxy]) -> None:
+    server = warm()
+    server.stop()
+    pathlib.Path(f"{server.socket}.d/stray").touch()
+    server.start()
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+
+    tmux = int(server.tmux("display-message", "-p", "#{pid}"))
+    subprocess.run(["rm", "-rf", f"{server.folder}/tmux"], check=True)
+    assert server.exec("echo still")["stdout"] == "still\n"
+
+    # Its socket is gone, so only a signal can end it.
+    os.kill(tmux, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("shell", ["bash --norc -i", "zsh -f", "dash", "ksh", "busybox ash"])
+def test_an_alias_for_the_typed_command_changes_nothing(
+    warm: Callable[..., Proxy], shell: str
+) -> None:
+    if shutil.which(shell.split()[0]) is None:
+        pytest.skip(f"there is no {shell.split()[0]} here")
+    server = warm()
+    server.tmux("new-window", "-d", "-n", "mine:terminal", "--", *shell.split())
+    server.type("mine", "alias .='echo alias'; echo is-$((1 + 1))", "Enter")
+    eventually(lambda: "is-2" in server.screen("mine"))
+
+    for _ in range(3):
+        started = time.monotonic()
+        answer = server.exec("echo $0", agent_name="mine", timeout=9)
+        assert answer["stdout"] == "bash\n"
+        assert time.monotonic() - started < 5
+
+
+def test_the_typed_line_stays_out_of_the_history(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    proxy.type(agent, "echo mine", "Enter")
+    eventually(lambda: "\nmine" in proxy.screen(agent))
+    proxy.exec("true", agent_name=agent)
+    proxy.type(agent, "Up")
+    eventually(lambda: proxy.screen(agent).rstrip().endswith("$ echo mine"))
+
+
+def test_reports_of_runs_are_read_the_same_however_they_are_cut(tmp_path: pathlib.Path) -> None:
+    dice = random.Random(7)
+    reports: list[tuple[str, int]] = []
+
+    async def check() -> None:
+        folder = pp.RunFolder(f"{tmp_path}/s.d")
+        files = folder.open(lambda word, number: reports.append((word, number)), pp.ignore)
+        name = files.token.encode()
+        fd = os.open(folder.status_path, os.O_WRONLY)
+
+        for _ in range(100 * FUZZ):
+            wrote = b""
+            expected = []
+            for _ in range(dice.randrange(8)):
+                word = dice.choice(["start", "exit", "back"])
+                number = dice.randrange(10**9)
+                if dice.random() < 0.5:
+                    wrote += b"%s %s %d\n" % (name, word.encode(), number)
+                    expected.append((word, number))
+                else:
+                    noise = (
+                        b"",
+                        b"other exit 0",
+                        name + b" exit",
+                        name + b" exit x",
+                        name + b" exit 1 2",
+                        dice.randbytes(9),
+                    )
+                    wrote += dice.choice(noise).replace(b"\n", b"") + b"\n"
+
+            for pieces in cuts(dice, wrote):
+                reports.clear()
+                for piece in filter(None, pieces):
+                    os.write(fd, piece)
+                    folder.on_status()
+                assert reports == expected, pieces
+
+        os.close(fd)
+        folder.close()
+
+    asyncio.run(check())
+
+
+# ==========================================================================
+# Terminals
+# ==========================================================================
 def test_two_agents_do_not_wait_for_each_other(proxy: Proxy, agent: str) -> None:
     go = pathlib.Path(proxy.folder, f"{agent}.go")
     slow = proxy.start_exec(f"until [ -e {go} ]; do sleep 0.05; done; echo slow", agent_name=agent)
@@ -3803,20 +4827,6 @@ def test_a_thousand_commands_may_wait_and_the_next_gets_503(warm: Callable[..., 
         connection.close()
 
     assert got == [number % 99 for number in range(1000)]
-
-
-@pytest.mark.slow
-def test_two_hundred_clients_at_once_get_their_own_answers(proxy: Proxy) -> None:
-    def wrong(number: int) -> dict[str, Any]:
-        answer = proxy.exec(f"echo {number}; exit {number % 100}", agent_name=f"many{number % 20}")
-        return (
-            answer
-            if (answer["stdout"], answer["exit_code"]) != (f"{number}\n", number % 100)
-            else {}
-        )
-
-    with ThreadPoolExecutor(200) as pool:
-        assert [answer for answer in pool.map(wrong, range(200)) if answer] == []
 
 
 def test_an_existing_terminal_is_used_as_it_is(warm: Callable[..., Proxy]) -> None:
@@ -4085,58 +5095,426 @@ def test_a_slow_start_up_file_delays_the_first_command(warm: Callable[..., Proxy
     assert ".go" not in server.screen("slow")
 
 
-TREES = [
-    "sleep 60",
-    "trap '' TERM; sleep 60 & sleep 60; sleep 60",
-    "setsid sleep 60; sleep 60",
-    "(setsid sleep 60 &) ; (trap '' TERM HUP; exec setsid sleep 60) & sleep 60",
-    "env -i sleep 60",
-    "(env -i setsid -f sleep 60); sleep 60",
+def type_early(server: Proxy, window: str, text: str) -> None:
+    """Type while the shell of a new window reads its start-up files."""
+    eventually(lambda: os.path.exists(server.socket))
+    eventually(lambda: server.panes(window))
+    time.sleep(0.3)
+    server.tmux("send-keys", "-t", server.panes(window)[-1].split()[0], "-l", text)
+
+
+@pytest.mark.parametrize("where", ["first-window", "new-agent", "second-pane"])
+def test_keys_typed_while_a_new_shell_starts_are_never_run(
+    own: Callable[..., Proxy], where: str
+) -> None:
+    server = own()
+    rc = pathlib.Path(server.folder, "home/.bashrc")
+    precious = pathlib.Path(server.folder, "precious")
+    precious.touch()
+    agent = "poco"
+
+    if where == "new-agent":
+        server.exec("true")
+        agent = "other"
+    elif where == "second-pane":
+        busy = server.start_exec("sleep 4")
+        wait_until_running("sleep\x004\x00")
+
+    rc.write_text("sleep 1; PS1='$ '\n")
+    running = server.start_exec("echo ok", agent_name=agent)
+    if where == "second-pane":
+        eventually(lambda: len(server.panes(agent)) == 2)
+    type_early(server, agent, f"rm -f {precious} ;")
+    answer = running.result()
+    assert answer["stdout"] == "ok\n"
+    assert answer["waited_ms"] + answer["duration_ms"] < 4000
+    assert precious.exists()
+
+    if where == "second-pane":
+        busy.result()
+
+
+def test_a_program_that_asks_on_its_terminal_shows_in_the_answer_of_a_timeout(
+    proxy: Proxy, agent: str
+) -> None:
+    ask = "echo out; sleep 0.1; read -p 'Continue connecting (yes/no)? ' x </dev/tty 2>/dev/tty"
+    answer = proxy.exec(ask, agent_name=agent, timeout=0.5)
+    assert answer["ended"] == "timeout"
+    assert answer["terminal"] == "Continue connecting (yes/no)?"
+
+
+QUIET_TIMEOUTS = {
+    "nothing was written": "sleep 60",
+    "the last line is output": "echo out; sleep 60",
+    "no newline": "printf half; sleep 60",
+    "tabs and colours": "printf 'a\\tb\\033[31mred\\033[0m c'; sleep 60",
+    "a command of two lines": "true\nsleep 60",
+}
+
+
+@pytest.mark.parametrize("cmd", QUIET_TIMEOUTS.values(), ids=QUIET_TIMEOUTS)
+def test_output_and_the_command_are_not_taken_for_a_question(
+    proxy: Proxy, agent: str, cmd: str
+) -> None:
+    answer = proxy.exec(cmd, agent_name=agent, timeout=0.3)
+    assert answer["ended"] == "timeout"
+    assert "terminal" not in answer
+
+
+def test_a_person_can_answer_a_question_and_interrupt(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    asked = proxy.start_exec(
+        "read -rsp 'Password: ' x </dev/tty 2>/dev/tty; echo \"got $x\"", agent_name=agent
+    )
+    eventually(lambda: "Password:" in proxy.screen(agent))
+    proxy.type(agent, "secret", "Enter")
+    assert asked.result()["stdout"] == "got secret\n"
+
+    slow = proxy.start_exec("echo go; sleep 60", agent_name=agent)
+    eventually(lambda: "\ngo" in proxy.screen(agent))
+    proxy.type(agent, "C-c")
+    assert slow.result()["exit_code"] == 130
+    assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_terminal_that_dies_loses_its_command_and_is_replaced(
+    warm: Callable[..., Proxy], death: str
+) -> None:
+    server = warm()
+    call = server.start_exec(
+        "echo before; (trap '' HUP TERM; sleep 62.5) & setsid sleep 62.6 & sleep 62.7"
+    )
+    eventually(lambda: len(processes_with("sleep\x0062.")) >= 3)
+    pane = server.pane("poco")
+    started = time.monotonic()
+    subprocess.run(
+        ["bash", "-c", DEATHS[death].format(socket=server.socket, pane=pane)],
+        check=True,
+        env=server.env,
+    )
+    answer = call.result()
+    assert time.monotonic() - started < 10
+    assert answer["ended"] == "lost"
+    assert answer["exit_code"] == 137
+    assert answer["stdout"] == "before\n"
+    assert re.match(LOST, answer["error"])
+    wait_until_gone("sleep\x0062.")
+
+    started = time.monotonic()
+    assert server.exec("echo next")["stdout"] == "next\n"
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.slow
+def test_an_idle_terminal_that_died_is_replaced(warm: Callable[..., Proxy], death: str) -> None:
+    server = warm()
+    subprocess.run(
+        ["bash", "-c", DEATHS[death].format(socket=server.socket, pane=server.pane("poco"))],
+        check=True,
+        env=server.env,
+    )
+    started = time.monotonic()
+    assert server.exec("echo next")["stdout"] == "next\n"
+    assert time.monotonic() - started < 10
+
+
+def test_a_dead_pane_that_remains_is_started_again(warm: Callable[..., Proxy]) -> None:
+    server = warm()
+    server.tmux("set-option", "-g", "remain-on-exit", "on")
+    assert server.exec("kill -9 $PPID; sleep 60")["ended"] == "lost"
+    eventually(lambda: server.tmux("list-panes", "-F", "#{pane_dead}") == "1")
+    assert server.exec("echo next")["stdout"] == "next\n"
+    assert len(server.panes("poco")) == 1
+
+
+def test_a_renamed_window_no_longer_belongs_to_the_agent(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    proxy.tmux("rename-window", "-t", proxy.pane(agent), f"{agent}-old")
+    assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
+    assert len(proxy.panes(agent)) == 1
+    proxy.tmux("kill-window", "-t", f"={agent}-old")
+
+
+def test_a_program_that_sets_titles_does_not_rename_the_window(proxy: Proxy, agent: str) -> None:
+    proxy.exec("printf '\\033k%s\\033\\\\' evil >/dev/tty; sleep 0.1", agent_name=agent)
+    assert len(proxy.panes(agent)) == 1
+
+
+def test_two_servers_on_one_socket_share_it(own: Callable[..., Proxy]) -> None:
+    first = own()
+    second = Proxy(folder=first.folder)
+    try:
+        calls = [
+            server.start_exec(f"sleep 0.05; echo {name} {n}")
+            for n in range(8)
+            for name, server in (("a", first), ("b", second))
+        ]
+        got = [call.result()["stdout"] for call in calls]
+        assert got == [f"{name} {n}\n" for n in range(8) for name in "ab"]
+    finally:
+        second.stop()
+
+
+def test_a_pane_held_by_another_driver_is_left_alone(proxy: Proxy, agent: str) -> None:
+    first = proxy.exec("echo $PPID", agent_name=agent)["stdout"]
+    tty = proxy.tmux("display-message", "-p", "-t", proxy.pane(agent), "#{pane_tty}")
+    held = os.open(tty, os.O_RDONLY | os.O_NOCTTY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        assert proxy.exec("echo $PPID", agent_name=agent)["stdout"] != first
+    finally:
+        os.close(held)
+    assert proxy.exec("echo $PPID", agent_name=agent)["stdout"] == first
+
+
+# ==========================================================================
+# Runs
+# ==========================================================================
+# What bash -c does, the sandbox does.
+ALIKE = [
+    pytest.param("echo hi; exit 3", id="output-and-status"),
+    pytest.param("printf 'no newline'", id="no-newline"),
+    pytest.param("printf 'a\\n\\n\\nb\\n\\n'", id="blank-lines-at-the-end"),
+    pytest.param("echo out; echo err >&2; echo out", id="out-and-err-in-turn"),
+    pytest.param("true", id="true"),
+    pytest.param("false", id="false"),
+    pytest.param("exit 255", id="exit-255"),
+    pytest.param("nosuchcommand", id="no-such-command"),
+    pytest.param("if then", id="syntax-error"),
+    pytest.param("kill -KILL $$", id="killed"),
+    pytest.param("kill -TERM $$", id="terminated"),
+    pytest.param("kill -INT $$", id="interrupted"),
+    pytest.param("kill -HUP $$; sleep 1", id="hung-up"),
+    pytest.param("(exit 139); echo $?", id="status-139"),
+    pytest.param("cat", id="empty-stdin"),
+    pytest.param("cat | wc -c", id="empty-stdin-counted"),
+    pytest.param('read x; echo "$? [$x]"', id="empty-stdin-read"),
+    pytest.param('echo $0 $# "$@"', id="name-and-arguments"),
+    pytest.param("echo $-", id="flags"),
+    pytest.param("shopt expand_aliases login_shell", id="shell-options"),
+    pytest.param("ls /proc/$$/fd", id="descriptors"),
+    pytest.param("[ -t 0 ] || [ -t 1 ] || [ -t 2 ] || echo no tty", id="no-terminal"),
+    pytest.param("set -e; false; echo never", id="errexit"),
+    pytest.param("trap 'echo bye' EXIT; exit 4", id="trap-exit"),
+    pytest.param("cd /; pwd; export X=1; X=2; alias ls=echo; exit 1", id="nothing-stays"),
+    pytest.param(
+        "echo 'single' \"double $((1+1))\" `echo back` $(echo dollar) \\\\ \\$ '!' !x ~nobody # comment",
+        id="quotes",
+    ),
+    pytest.param("cat <<'E'\nhere $x `y`\nE", id="here-document-quoted"),
+    pytest.param("cat <<E\nlast line without newline\nE", id="here-document-without-newline"),
+    pytest.param("echo a\\\nb; echo 'c\nd'", id="continued-lines"),
+    pytest.param("printf '\\001\\002\\177\\033[31m\\r\\n\\200\\377'", id="binary-bytes"),
+    pytest.param("echo é ü 漢字 🙂", id="unicode"),
+    pytest.param(
+        "x='\x01\x7f\x1b\r\t'; printf %s \"$x\" | od -c", id="control-characters-in-the-command"
+    ),
+    pytest.param("seq 1 5000", id="large-output"),
+    pytest.param("head -c 300000 /dev/zero | tr '\\0' x", id="one-long-line"),
+    pytest.param("sleep 0.05 & wait; echo $?", id="background-job"),
+    pytest.param("echo $BASH_SUBSHELL $SHLVL >/dev/null; ulimit -n", id="limits-and-depth"),
+    pytest.param("umask; bash -c 'exit 9'", id="umask-and-a-shell"),
+    pytest.param("exec echo replaced", id="exec"),
+    pytest.param(
+        "kill -STOP $BASHPID & sleep 0.1; kill -CONT %1 2>/dev/null; echo done",
+        id="stopped-and-continued",
+    ),
+    pytest.param("f() { return 7; }; f", id="function-status"),
+    pytest.param("yes | head -3; echo ${PIPESTATUS[*]}", id="broken-pipe"),
+    pytest.param("printf '%s\\n' {1..3}; [[ a == a* ]] && echo bash", id="braces-and-tests"),
+    pytest.param('echo "$(yes x | head -c 140000 | wc -c)"', id="large-substitution"),
+    pytest.param("#" + "x" * 200_000 + "\necho long", id="long-comment"),
+    pytest.param("echo '" + "é'\"'" * 40_000 + "' | wc -c; exit 6", id="long-quoted-text"),
 ]
 
 
-@pytest.mark.slow
-def test_a_timeout_ends_the_whole_tree(proxy: Proxy, agent: str) -> None:
-    def end(number: int) -> None:
-        name = f"{agent}-{number}"
-        started = time.monotonic()
-        answer = proxy.exec(f"echo before; {TREES[number]}", agent_name=name, timeout=0.3)
-        assert answer["ended"] == "timeout"
-        assert answer["exit_code"] == 124
-        assert answer["stdout"][:7] == "before\n"
-        assert "0.3 s" in answer["error"]
-        assert 0.3 <= time.monotonic() - started < 10
-        wait_until_gone(f"POCKETCODER_RUN_ID={answer['run_id']}")
-        assert proxy.exec("echo next", agent_name=name)["stdout"] == "next\n"
-
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(end, range(len(TREES))))
+def write(proxy: Proxy, text: str) -> str:
+    path = pathlib.Path(proxy.folder, "script")
+    path.write_text(text)
+    return str(path)
 
 
-@pytest.mark.slow
-def test_ending_one_run_does_not_harm_the_next_ones(proxy: Proxy, agent: str) -> None:
-    def follow(number: int) -> list[tuple[int, str]]:
-        name = f"{agent}-{number}"
-        assert proxy.exec("sleep 30", agent_name=name, timeout=0.2)["ended"] == "timeout"
-        # Enough commands to last beyond the last step of the ladder.
-        count = 26 // number
-        answers = [
-            proxy.exec(f"sleep {0.1 * number}; echo ok", agent_name=name) for _ in range(count)
-        ]
-        return [(answer["exit_code"], answer["stdout"]) for answer in answers]
-
-    with ThreadPoolExecutor(4) as pool:
-        for answers in pool.map(follow, range(1, 5)):
-            assert set(answers) == {(0, "ok\n")}
-
-
-def test_a_command_may_clean_up_after_its_timeout(proxy: Proxy, agent: str) -> None:
-    answer = proxy.exec(
-        "trap 'echo clean; exit 5' TERM; sleep 60 & wait", agent_name=agent, timeout=0.3
+@pytest.mark.parametrize("cmd", ALIKE)
+def test_a_command_behaves_as_with_bash_c(proxy: Proxy, agent: str, cmd: str) -> None:
+    words = ["bash", "-c", cmd, "bash"]
+    # Such a command is too long for an argument.
+    if len(cmd) > 100_000:
+        words[2:] = ['eval "$(cat "$1")"', "bash", write(proxy, cmd)]
+    here = subprocess.run(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=proxy.workspace,
+        check=False,
     )
-    assert answer["stdout"] == "clean\n"
-    assert answer["exit_code"] == 124
-    assert answer["ended"] == "timeout"
+    there = proxy.exec(cmd, agent_name="alike")
+    assert there["stdout"] == here.stdout.decode(errors="replace")
+    assert there["exit_code"] == (
+        here.returncode if here.returncode >= 0 else 128 - here.returncode
+    )
+    assert there["ended"] == "exit"
+    assert there["truncated"] is False
+    assert there.get("error") is None
+    assert there["output_bytes"] == len(here.stdout)
+
+
+def test_the_answer_has_every_field_of_the_contract(proxy: Proxy, agent: str) -> None:
+    answer = proxy.exec("sleep 0.1; exit 2", agent_name=agent)
+    assert set(answer) == {
+        "stdout",
+        "exit_code",
+        "ended",
+        "truncated",
+        "output_bytes",
+        "duration_ms",
+        "waited_ms",
+        "run_id",
+    }
+    # It counts from the report of the start, which may come late.
+    assert 50 <= answer["duration_ms"] < 5000
+    assert answer["run_id"] != proxy.exec("true", agent_name=agent)["run_id"]
+
+
+def test_nothing_of_a_command_reaches_the_next_one(proxy: Proxy, agent: str) -> None:
+    proxy.exec(
+        "cd /; export LEAK=1; alias true=false; set -e; trap 'echo x' EXIT; exit 1",
+        agent_name=agent,
+    )
+    answer = proxy.exec('echo "${LEAK-none} $PWD"; true; echo $?', agent_name=agent)
+    assert answer["stdout"] == f"none {proxy.workspace}\n0\n"
+
+
+def test_commands_inherit_the_exports_of_the_pane_but_no_aliases_functions_or_descriptors(
+    proxy: Proxy, agent: str
+) -> None:
+    proxy.exec("true", agent_name=agent)
+    proxy.type(
+        agent,
+        "export SHARED=yes; alias ls=false cd=false; ls() { false; }; cd() { false; }; exec 5</etc/passwd",
+        "Enter",
+    )
+    eventually(lambda: proxy.exec("echo $SHARED", agent_name=agent)["stdout"] == "yes\n")
+    answer = proxy.exec(
+        "ls -d /; type -t ls; ls /proc/self/fd | tr '\\n' ' '; pwd", agent_name=agent, cwd=""
+    )
+    assert answer["stdout"] == f"/\nfile\n0 1 2 3 {proxy.workspace}\n"
+    assert len(proxy.panes(agent)) == 1
+
+
+def test_a_command_that_looks_like_an_option_is_run_as_a_command(proxy: Proxy, agent: str) -> None:
+    for cmd in ("-s", "-n; exit 127", "+x", "--version", "-" + " " * 200_000):
+        answer = proxy.exec(cmd, stdin="echo not a command", agent_name=agent)
+        assert answer["exit_code"] == 127
+        assert "not found" in answer["stdout"]
+
+
+def test_a_command_may_kill_its_own_shell_but_not_the_pane(proxy: Proxy, agent: str) -> None:
+    before = proxy.exec("echo x", agent_name=agent) and proxy.panes(agent)
+    assert proxy.exec("kill $$", agent_name=agent)["exit_code"] == 143
+    assert proxy.panes(agent) == before
+
+
+def test_variables_say_what_runs_and_keep_programs_from_waiting(proxy: Proxy, agent: str) -> None:
+    names = "POCKETCODER_AGENT POCKETCODER_SESSION_ID POCKETCODER_USAGE_ID PAGER GIT_PAGER MANPAGER GIT_TERMINAL_PROMPT"
+    show = f"for n in {names} DEBIAN_FRONTEND; do echo ${{!n}}; done; echo $POCKETCODER_RUN_ID"
+    answer = proxy.exec(show, agent_name=agent, session_id="s 'x'", usage_id='u"$y')
+    expected = [
+        agent,
+        "s 'x'",
+        'u"$y',
+        "cat",
+        "cat",
+        "cat",
+        "0",
+        "noninteractive",
+        answer["run_id"],
+    ]
+    assert answer["stdout"].splitlines() == expected
+
+    asked = {
+        "PAGER": "less",
+        "POCKETCODER_AGENT": "me",
+        "odd.name": "v = 'w'\nx",
+        "UID": "7",
+        "EMPTY": "",
+    }
+    answer = proxy.exec(
+        "env -0 | grep -zE '^(PAGER|POCKETCODER_AGENT|odd.name|EMPTY)=' | sort -z",
+        agent_name=agent,
+        env=asked,
+    )
+    assert answer["stdout"].split("\0")[:-1] == [
+        "EMPTY=",
+        "PAGER=less",
+        f"POCKETCODER_AGENT={agent}",
+        "odd.name=v = 'w'\nx",
+    ]
+
+
+ODD_DIRECTORIES = [
+    "a b",
+    "it's",
+    'say "hi"',
+    "$(touch evil)",
+    "`x`",
+    "a\nb",
+    "-rf",
+    "é漢",
+    "*",
+    "\\",
+    "#{pane_id}",
+]
+
+
+@pytest.mark.parametrize("name", ODD_DIRECTORIES)
+def test_a_directory_may_have_any_name(proxy: Proxy, name: str) -> None:
+    path = pathlib.Path(proxy.workspace, "odd", name)
+    path.mkdir(parents=True, exist_ok=True)
+    for cwd in (f"odd/{name}", str(path)):
+        assert proxy.exec("pwd", agent_name="odd", cwd=cwd)["stdout"] == f"{path}\n"
+    assert not pathlib.Path(proxy.workspace, "evil").exists()
+
+
+def test_a_directory_outside_the_workspace_is_refused_even_through_a_link(
+    proxy: Proxy, agent: str
+) -> None:
+    os.symlink("/etc", f"{proxy.workspace}/link")
+    os.symlink(proxy.workspace, f"{proxy.folder}/way")
+    for cwd in ("link", "..", "/etc", f"{proxy.workspace}-other", "link/../.."):
+        status, answer = proxy.post({"cmd": "pwd", "cwd": cwd, "agent_name": agent})
+        assert status == 400, cwd
+        assert "cwd" in answer["error"], cwd
+
+    way = f"{proxy.folder}/way"
+    assert proxy.exec("pwd", cwd=way, agent_name=agent)["stdout"] == f"{way}\n"
+    assert proxy.exec("pwd -P", cwd=way, agent_name=agent)["stdout"] == f"{proxy.workspace}\n"
+
+    pathlib.Path(proxy.workspace, "plain").touch()
+    assert proxy.post({"cmd": "pwd", "cwd": "plain"})[0] == 400
+
+
+def test_a_long_command_still_knows_its_name(proxy: Proxy, agent: str) -> None:
+    cmd = "echo $0 $#; nosuchcommand #" + "x" * 500_000
+    answer = proxy.exec(cmd, agent_name=agent)
+    assert answer["stdout"].startswith("bash 0\nbash:")
+    assert answer["exit_code"] == 127
+
+
+@pytest.mark.slow
+def test_two_hundred_clients_at_once_get_their_own_answers(proxy: Proxy) -> None:
+    def wrong(number: int) -> dict[str, Any]:
+        answer = proxy.exec(f"echo {number}; exit {number % 100}", agent_name=f"many{number % 20}")
+        return (
+            answer
+            if (answer["stdout"], answer["exit_code"]) != (f"{number}\n", number % 100)
+            else {}
+        )
+
+    with ThreadPoolExecutor(200) as pool:
+        assert [answer for answer in pool.map(wrong, range(200)) if answer] == []
 
 
 @pytest.mark.slow
@@ -4186,237 +5564,12 @@ def test_a_queued_command_whose_client_disconnects_never_runs(proxy: Proxy, agen
     assert not os.path.exists(f"{gate}.run")
 
 
-def test_background_processes_live_on_and_their_output_is_discarded(
-    proxy: Proxy, agent: str
-) -> None:
-    gate = f"{proxy.folder}/{agent}"
-    cmd = f"(until [ -e {gate} ]; do echo noise; sleep 0.02; done; echo last > {gate}.out) & echo started"
-    answer = proxy.exec(cmd, agent_name=agent)
-    assert answer["stdout"].replace("noise\n", "") == "started\n"
-    assert answer["duration_ms"] < 2000
-
-    for _ in range(5):
-        assert proxy.exec("sleep 0.03; echo mine", agent_name=agent)["stdout"] == "mine\n"
-    pathlib.Path(gate).touch()
-    eventually(lambda: os.path.exists(f"{gate}.out"))
-
-
-def test_a_background_flood_blocks_no_command_and_releases_its_descriptor(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    assert server.exec("(sleep 0.05; timeout 2.5 yes) & echo on")["stdout"].startswith("on\n")
-    assert server.exec("echo mine")["stdout"] == "mine\n"
-    assert server.run_files() >= 1
-    eventually(lambda: server.run_files() == 0)
-
-
-def test_an_editor_does_not_read_its_own_screen_as_keys(proxy: Proxy, agent: str) -> None:
-    """As vim does, which reads keys from descriptor 2 where stdin is no terminal."""
-    editor = f"{sys.executable} -c \"import os; os.write(1, b'touch'); print(os.read(2, 9))\""
-    assert "Bad file descriptor" in proxy.exec(editor, agent_name=agent, timeout=3)["stdout"]
-
-
-LATE_CHILDREN = [
-    pytest.param("echo hi > >(cat)", "hi\n", id="process-substitution"),
-    pytest.param("exec > >(tee /dev/null) 2>&1; echo hi", "hi\n", id="tee-for-good"),
-    pytest.param("(echo no >&2) 2> >(sed s/^/E:/ >&2)", "E:no\n", id="stderr-filtered"),
-    pytest.param("(sleep 0.15; echo late) & echo now", "now\nlate\n", id="once-later"),
-    pytest.param(
-        "(for n in 1 2 3 4; do sleep 0.08; echo $n; done) &", "1\n2\n3\n4\n", id="some-times-later"
-    ),
-]
-
-
-@pytest.mark.parametrize(("cmd", "output"), LATE_CHILDREN)
-def test_output_of_late_children_is_in_the_answer(
-    proxy: Proxy, agent: str, cmd: str, output: str
-) -> None:
-    assert [proxy.exec(cmd, agent_name=agent)["stdout"] for _ in range(5)] == [output] * 5
-
-
-def test_a_silent_background_process_delays_the_answer_a_little(proxy: Proxy, agent: str) -> None:
-    proxy.exec("true", agent_name=agent)
-    started = time.monotonic()
-    answer = proxy.exec("sleep 79.75 & echo on", agent_name=agent)
-    assert answer["stdout"] == "on\n"
-    assert answer["duration_ms"] < 100
-    assert 0.1 < time.monotonic() - started < 0.9
-    for pid in processes_with("sleep\x0079.75"):
-        os.kill(pid, signal.SIGKILL)
-
-
-def test_a_background_process_that_keeps_writing_delays_the_answer_by_a_second(
-    proxy: Proxy, agent: str
-) -> None:
-    proxy.exec("true", agent_name=agent)
-    started = time.monotonic()
-    answer = proxy.exec("(while sleep 0.01; do echo tick; done) & echo $!", agent_name=agent)
-    assert 0.9 < time.monotonic() - started < 2.5
-    os.kill(int(answer["stdout"].split()[0]), signal.SIGKILL)
-
-
-def test_a_background_process_that_exits_takes_no_output_from_a_later_command(
-    proxy: Proxy, agent: str
-) -> None:
-    call = Kept(proxy)
-
-    def leave_some(name: str) -> None:
-        for _ in range(5):
-            proxy.exec("sleep 0.3 &", agent_name=name)
-
-    ending = [Background(partial(leave_some, f"{agent}{number}")) for number in range(4)]
-    said = set()
-    while not all(each.future.done() for each in ending):
-        said.add(call("echo whole", agent_name=agent)["stdout"])
-    call.close()
-    assert said == {"whole\n"}
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
-def test_a_background_process_outlives_the_server(own: Callable[..., Proxy], number: int) -> None:
-    server = own()
-    count = f"{server.folder}/count"
-    # More than any pipe holds, and SIGPIPE would end it.
-    loop = (
-        f"(while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done) & echo $! > pid"
-    )
-    server.exec(loop, max_output=8)
-    pid = int(pathlib.Path(server.workspace, "pid").read_text())
-    server.stop(number)
-    before = os.path.getsize(count)
-    eventually(lambda: os.path.getsize(count) > before + 100)
-    os.kill(pid, signal.SIGKILL)
-    # Nobody reads on for a writer that is no more.
-    wait_until_gone("exec 3<&0 4<&1")
-
-
-def test_a_command_whose_server_is_killed_leaves_its_background_processes_alone(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    count = f"{server.folder}/count"
-    gate = f"{server.folder}/gate"
-    loop = f"(while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done) & echo $! > {gate}; sleep 1"
-    connection = server.connect()
-    connection.request("POST", "/exec", json.dumps({"cmd": loop}), JSON_TYPE)
-    eventually(lambda: os.path.exists(gate) and pathlib.Path(gate).read_text())
-    server.stop(signal.SIGKILL)
-    connection.close()
-    # By then its command has ended, without a server to report to.
-    time.sleep(1.5)
-    before = os.path.getsize(count)
-    eventually(lambda: os.path.getsize(count) > before + 100)
-    os.kill(int(pathlib.Path(gate).read_text()), signal.SIGKILL)
-
-
-def type_early(server: Proxy, window: str, text: str) -> None:
-    """Type while the shell of a new window reads its start-up files."""
-    eventually(lambda: os.path.exists(server.socket))
-    eventually(lambda: server.panes(window))
-    time.sleep(0.3)
-    server.tmux("send-keys", "-t", server.panes(window)[-1].split()[0], "-l", text)
-
-
-@pytest.mark.parametrize("where", ["first-window", "new-agent", "second-pane"])
-def test_keys_typed_while_a_new_shell_starts_are_never_run(
-    own: Callable[..., Proxy], where: str
-) -> None:
-    server = own()
-    rc = pathlib.Path(server.folder, "home/.bashrc")
-    precious = pathlib.Path(server.folder, "precious")
-    precious.touch()
-    agent = "poco"
-
-    if where == "new-agent":
-        server.exec("true")
-        agent = "other"
-    elif where == "second-pane":
-        busy = server.start_exec("sleep 4")
-        wait_until_running("sleep\x004\x00")
-
-    rc.write_text("sleep 1; PS1='$ '\n")
-    running = server.start_exec("echo ok", agent_name=agent)
-    if where == "second-pane":
-        eventually(lambda: len(server.panes(agent)) == 2)
-    type_early(server, agent, f"rm -f {precious} ;")
-    answer = running.result()
-    assert answer["stdout"] == "ok\n"
-    assert answer["waited_ms"] + answer["duration_ms"] < 4000
-    assert precious.exists()
-
-    if where == "second-pane":
-        busy.result()
-
-
-def test_a_line_recalled_from_the_history_runs_nothing(own: Callable[..., Proxy]) -> None:
-    server = own()
-    pathlib.Path(server.folder, "home/.bashrc").write_text("PS1='$ '; HISTCONTROL=ignoredups\n")
-    count = f"{server.folder}/count"
-    server.exec(f"echo x >> {count}")
-
-    for _ in range(2):
-        server.type("poco", "Up", "Enter")
-        server.type("poco", "-l", f"touch {server.folder}/typed")
-        server.type("poco", "Enter")
-        eventually(lambda: os.path.exists(f"{server.folder}/typed"))
-        os.unlink(f"{server.folder}/typed")
-
-    assert pathlib.Path(count).read_text() == "x\n"
-
-    # Nor does it end the next one, which has the same files.
-    running = server.start_exec(f"sleep 1; echo y >> {count}; exit 7")
-    wait_until_running("sleep\x001\x00")
-    server.tmux("split-window", "-d", "-t", server.pane("poco"), "bash", "-i")
-    go = server.tmux("list-panes", "-s", "-F", "#{pane_id}").split()[-1]
-    files = sorted(pathlib.Path(server.folder).glob("tmux/s.d/*/*.go"))
-    server.tmux("send-keys", "-t", go, f". {files[0]}", "Enter")
-    assert running.result()["exit_code"] == 7
-    assert pathlib.Path(count).read_text() == "x\ny\n"
-
-
 def test_tmux_inside_a_command_does_not_reach_the_servers_tmux(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec('echo "${TMUX-none} ${TMUX_PANE-none}"', agent_name=agent)
     assert answer["stdout"] == "none none\n"
     killed = proxy.exec("TMUX_TMPDIR=/nonexistent tmux kill-server; echo on", agent_name=agent)
     assert killed["stdout"].endswith("on\n")
     assert proxy.panes(agent)
-
-
-def test_a_program_that_asks_on_its_terminal_shows_in_the_answer_of_a_timeout(
-    proxy: Proxy, agent: str
-) -> None:
-    ask = "echo out; sleep 0.1; read -p 'Continue connecting (yes/no)? ' x </dev/tty 2>/dev/tty"
-    answer = proxy.exec(ask, agent_name=agent, timeout=0.5)
-    assert answer["ended"] == "timeout"
-    assert answer["terminal"] == "Continue connecting (yes/no)?"
-
-
-QUIET_TIMEOUTS = {
-    "nothing was written": "sleep 60",
-    "the last line is output": "echo out; sleep 60",
-    "no newline": "printf half; sleep 60",
-    "tabs and colours": "printf 'a\\tb\\033[31mred\\033[0m c'; sleep 60",
-    "a command of two lines": "true\nsleep 60",
-}
-
-
-@pytest.mark.parametrize("cmd", QUIET_TIMEOUTS.values(), ids=QUIET_TIMEOUTS)
-def test_output_and_the_command_are_not_taken_for_a_question(
-    proxy: Proxy, agent: str, cmd: str
-) -> None:
-    answer = proxy.exec(cmd, agent_name=agent, timeout=0.3)
-    assert answer["ended"] == "timeout"
-    assert "terminal" not in answer
-
-
-def test_unknown_fields_are_named_in_the_answer(proxy: Proxy, agent: str) -> None:
-    answer = proxy.exec("true", agent_name=agent, agent="x", time_out=3)
-    assert answer["ignored"] == ["agent", "time_out"]
-    many = {f"field{number}" + "x" * 100: 0 for number in range(1000)}
-    assert len(proxy.exec("true", agent_name=agent, **many)["ignored"]) == pp.MAX_IGNORED
-    assert proxy.exec("true", agent_name=agent, ignored=["cmd"])["ignored"] == ["ignored"]
-    assert "ignored" not in proxy.exec("true", agent_name=agent)
 
 
 def test_the_time_in_the_queue_is_in_the_answer(proxy: Proxy, agent: str) -> None:
@@ -4429,455 +5582,12 @@ def test_the_time_in_the_queue_is_in_the_answer(proxy: Proxy, agent: str) -> Non
     assert [call.result()["exit_code"] for call in running] == [0] * 4
 
 
-def test_a_command_that_stops_itself_is_ended(proxy: Proxy, agent: str) -> None:
-    answer = proxy.exec("kill -STOP $$; sleep 60", agent_name=agent)
-    assert answer["exit_code"] == 128 + signal.SIGSTOP
-    assert answer["ended"] == "exit"
-    wait_until_gone(f"POCKETCODER_RUN_ID={answer['run_id']}")
-
-
-def test_a_person_can_answer_a_question_and_interrupt(proxy: Proxy, agent: str) -> None:
-    proxy.exec("true", agent_name=agent)
-    asked = proxy.start_exec(
-        "read -rsp 'Password: ' x </dev/tty 2>/dev/tty; echo \"got $x\"", agent_name=agent
-    )
-    eventually(lambda: "Password:" in proxy.screen(agent))
-    proxy.type(agent, "secret", "Enter")
-    assert asked.result()["stdout"] == "got secret\n"
-
-    slow = proxy.start_exec("echo go; sleep 60", agent_name=agent)
-    eventually(lambda: "\ngo" in proxy.screen(agent))
-    proxy.type(agent, "C-c")
-    assert slow.result()["exit_code"] == 130
-    assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
-
-
-LOST = (
-    r"lost: (tmux has ended|\w+:terminal, pane %\d+, died); the next command starts a new terminal"
-)
-DEATHS = {
-    "shell": "kill -9 $(tmux -S {socket} display -p -t {pane} '#{{pane_pid}}')",
-    "pane": "tmux -S {socket} kill-pane -t {pane}",
-    "window": "tmux -S {socket} kill-window -t {pane}",
-    "session": "tmux -S {socket} kill-session -t pocketcoder",
-    "server": "tmux -S {socket} kill-server",
-    "server killed": "kill -9 $(tmux -S {socket} display -p '#{{pid}}')",
-    "hung up": "kill -HUP $(tmux -S {socket} display -p -t {pane} '#{{pane_pid}}')",
-}
-
-
-@pytest.mark.parametrize("death", DEATHS)
-def test_a_terminal_that_dies_loses_its_command_and_is_replaced(
-    warm: Callable[..., Proxy], death: str
-) -> None:
-    server = warm()
-    call = server.start_exec(
-        "echo before; (trap '' HUP TERM; sleep 62.5) & setsid sleep 62.6 & sleep 62.7"
-    )
-    eventually(lambda: len(processes_with("sleep\x0062.")) >= 3)
-    pane = server.pane("poco")
-    started = time.monotonic()
-    subprocess.run(
-        ["bash", "-c", DEATHS[death].format(socket=server.socket, pane=pane)],
-        check=True,
-        env=server.env,
-    )
-    answer = call.result()
-    assert time.monotonic() - started < 10
-    assert answer["ended"] == "lost"
-    assert answer["exit_code"] == 137
-    assert answer["stdout"] == "before\n"
-    assert re.match(LOST, answer["error"])
-    wait_until_gone("sleep\x0062.")
-
-    started = time.monotonic()
-    assert server.exec("echo next")["stdout"] == "next\n"
-    assert time.monotonic() - started < 10
-
-
-@pytest.mark.slow
-def test_a_shell_without_descriptors_runs_nothing_of_older_commands(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    server.exec("cat >/dev/null <<'X'\n" + f"touch {server.folder}/old\n" * 200 + "X")
-    time.sleep(0.2)
-    server.type("poco", "ulimit -S -n 9", "Enter")
-    time.sleep(0.2)
-    # This one runs in another pane.
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-    assert not os.path.exists(f"{server.folder}/old")
-
-
-@pytest.mark.parametrize("death", DEATHS)
-@pytest.mark.slow
-def test_an_idle_terminal_that_died_is_replaced(warm: Callable[..., Proxy], death: str) -> None:
-    server = warm()
-    subprocess.run(
-        ["bash", "-c", DEATHS[death].format(socket=server.socket, pane=server.pane("poco"))],
-        check=True,
-        env=server.env,
-    )
-    started = time.monotonic()
-    assert server.exec("echo next")["stdout"] == "next\n"
-    assert time.monotonic() - started < 10
-
-
 def test_a_command_that_kills_its_parent_is_lost(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec("echo before; kill -9 $PPID; sleep 60", agent_name=agent)
     assert answer["ended"] == "lost"
     assert answer["stdout"] == "before\n"
     assert re.match(LOST, answer["error"])
     assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
-
-
-def test_a_dead_pane_that_remains_is_started_again(warm: Callable[..., Proxy]) -> None:
-    server = warm()
-    server.tmux("set-option", "-g", "remain-on-exit", "on")
-    assert server.exec("kill -9 $PPID; sleep 60")["ended"] == "lost"
-    eventually(lambda: server.tmux("list-panes", "-F", "#{pane_dead}") == "1")
-    assert server.exec("echo next")["stdout"] == "next\n"
-    assert len(server.panes("poco")) == 1
-
-
-def test_a_renamed_window_no_longer_belongs_to_the_agent(proxy: Proxy, agent: str) -> None:
-    proxy.exec("true", agent_name=agent)
-    proxy.tmux("rename-window", "-t", proxy.pane(agent), f"{agent}-old")
-    assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
-    assert len(proxy.panes(agent)) == 1
-    proxy.tmux("kill-window", "-t", f"={agent}-old")
-
-
-def test_a_program_that_sets_titles_does_not_rename_the_window(proxy: Proxy, agent: str) -> None:
-    proxy.exec("printf '\\033k%s\\033\\\\' evil >/dev/tty; sleep 0.1", agent_name=agent)
-    assert len(proxy.panes(agent)) == 1
-
-
-@pytest.mark.slow
-def test_the_run_directory_is_private_and_recreated_when_wiped(warm: Callable[..., Proxy]) -> None:
-    server = warm()
-    base = pathlib.Path(f"{server.socket}.d")
-    assert base.stat().st_mode & 0o777 == 0o700
-
-    call = server.start_exec("sleep 0.5; echo survived; exit 4")
-    wait_until_running("sleep\x000.5")
-    subprocess.run(["rm", "-rf", base], check=True)
-    answer = call.result()
-    assert answer["stdout"] == "survived\n"
-    assert answer["exit_code"] == 4
-    assert server.exec("echo next")["stdout"] == "next\n"
-
-
-@pytest.mark.slow
-def test_every_caller_learns_at_once_that_tmux_does_not_answer(warm: Callable[..., Proxy]) -> None:
-    server = warm()
-    tmux = int(server.tmux("display-message", "-p", "#{pid}"))
-    os.kill(tmux, signal.SIGSTOP)
-    begun = time.monotonic()
-    calls = [
-        Background(partial(server.post, {"cmd": "true", "agent_name": f"a{number}"}))
-        for number in range(8)
-    ]
-    for call in calls:
-        status, answer = call.result()
-        assert status == 503
-        assert "no answer within 5 s" in answer["error"]
-
-    assert time.monotonic() - begun < 20  # seconds, of which it took eight callers 40 and more
-    assert server.request("GET", "/health")[0] == 200
-    os.kill(tmux, signal.SIGCONT)
-    eventually(lambda: server.post({"cmd": "true"})[0] == 200, 10)
-
-
-@pytest.mark.parametrize("file", ["*.out", "*.cmd", "status"])
-@pytest.mark.slow
-def test_a_run_whose_files_are_wiped_just_before_its_start_is_retried(
-    warm: Callable[..., Proxy], file: str
-) -> None:
-    server = warm()
-    base = pathlib.Path(f"{server.socket}.d")
-    tmux = int(server.tmux("display-message", "-p", "#{pid}"))
-    # This tmux is about to type the line.
-    os.kill(tmux, signal.SIGSTOP)
-    call = server.start_exec(f"ls /proc/self/fd; echo kept #{'x' * 40_000}")
-    eventually(lambda: [path for path in base.rglob("*.cmd") if "echo kept" in path.read_text()])
-    for path in base.rglob(file):
-        path.unlink()
-    os.kill(tmux, signal.SIGCONT)
-    answer = call.result()
-    # 3 is that of ls.
-    assert answer["stdout"] == "0\n1\n2\n3\nkept\n"
-    assert answer["ended"] == "exit"
-
-
-def test_a_run_directory_of_another_user_is_refused(warm: Callable[..., Proxy]) -> None:
-    server = warm()
-    subprocess.run(["rm", "-rf", f"{server.socket}.d"], check=True)
-    os.symlink(server.workspace, f"{server.socket}.d")
-    status, answer = server.post({"cmd": "true"})
-    assert status == 503
-    assert f"{server.socket}.d" in answer["error"]
-    os.unlink(f"{server.socket}.d")
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-
-
-# The directory with the files of runs.
-RUNS = "cd $(ls -d {socket}.d/*/); "
-PLANTS = {
-    "go": "for n in 1 2 3 4; do rm -f $n.go; mkfifo $n.go; done",
-    "done": "for n in 1 2 3 4; do rm $n.done; ln -s {precious} $n.done; done",
-    "out": "for n in 1 2 3 4; do rm $n.out; ln {precious} $n.out; done",
-    "status": "rm status; touch status",
-    "reports": "head -c 100000 /dev/zero >status; printf '%s 1' $POCKETCODER_RUN_ID exit >status",
-}
-
-
-@pytest.mark.parametrize("plant", PLANTS)
-@pytest.mark.slow
-def test_files_planted_by_a_command_harm_no_other_command(
-    own: Callable[..., Proxy], plant: str
-) -> None:
-    server = own()
-    precious = pathlib.Path(server.folder, "precious")
-    precious.write_text("precious")
-    # Make four names.
-    for call in [server.start_exec("true", agent_name=f"a{number}") for number in range(4)]:
-        call.result()
-    command = (RUNS + PLANTS[plant]).format(socket=server.socket, precious=precious)
-    server.exec(command)
-    for _ in range(3):
-        answer = server.exec("echo ok; exit 3", agent_name="a1", timeout=20)
-        assert answer["stdout"] == "ok\n"
-        assert answer["exit_code"] == 3
-
-    assert precious.read_text() == "precious"
-
-
-WORKER = 65534  # nobody
-
-
-@pytest.fixture
-def workers() -> Iterator[Proxy]:
-    """A server of root, with the terminals of another user.  The test ends where we are not root."""
-    if os.geteuid():
-        pytest.skip("only root can hand files over")
-    folder = tempfile.mkdtemp(prefix="pc")
-    os.makedirs(f"{folder}/tmux")
-    os.chown(f"{folder}/tmux", WORKER, -1)
-    os.chmod(folder, 0o755)
-    command = [
-        "tmux",
-        "-S",
-        f"{folder}/tmux/s",
-        "new-session",
-        "-d",
-        "-s",
-        "pocketcoder",
-        "-n",
-        "poco:terminal",
-    ]
-    subprocess.run(
-        [*command, "--", "bash", "--norc", "-i"],
-        check=True,
-        user=WORKER,
-        env={**os.environ, "HOME": "/"},
-    )
-    server = Proxy(folder=folder)
-    yield server
-    server.remove()
-
-
-@pytest.mark.slow
-def test_commands_of_a_root_server_run_as_the_terminals_owner(workers: Proxy) -> None:
-    for number in range(2):
-        answer = workers.exec(f"id -u; cat; exit {number}", stdin="x", env={"A": "b"})
-        assert answer["stdout"] == f"{WORKER}\nx"
-        assert answer["exit_code"] == number
-
-    assert workers.exec("sleep 78.4 & wait", timeout=0.2)["ended"] == "timeout"
-    base = pathlib.Path(f"{workers.socket}.d")
-    assert base.stat().st_uid == 0
-    assert base.stat().st_mode & 0o777 == 0o711
-    assert {(path.stat().st_uid, path.stat().st_mode & 0o077) for path in base.glob("*")} == {
-        (WORKER, 0)
-    }
-    assert "the terminals belong to user 65534:" in workers.logged()
-
-
-@pytest.mark.slow
-def test_a_worker_cannot_make_root_touch_files_or_processes_of_others(workers: Proxy) -> None:
-    workers.exec("true")
-    folder = next(pathlib.Path(f"{workers.socket}.d").glob("*"))
-    for name in ("1.go", "1.done", "1.in"):
-        precious = folder / f"precious.{name}"
-        precious.write_text("precious")
-        precious.chmod(0o600)
-        (folder / name).unlink(missing_ok=True)
-        os.link(precious, folder / name)
-
-    assert workers.exec("echo ok", stdin="x" * 10)["stdout"] == "ok\n"
-    assert workers.exec("echo ok")["stdout"] == "ok\n"
-    for precious in folder.glob("precious.*"):
-        assert precious.read_text() == "precious"
-        assert precious.stat().st_uid == 0
-    victim = subprocess.Popen(["sleep", "77"], start_new_session=True)
-
-    try:
-        # Delay the real report, so that the false one comes first.
-        workers.type("poco", "trap 'sleep 0.3' DEBUG", "Enter")
-        call = workers.start_exec("echo $PPID; sleep 76.5", timeout=0.3)
-        found = eventually(
-            lambda: [path for path in folder.glob("*.go") if "76.5" in path.read_text()]
-        )
-        token = re.findall(r'"(\w{16}) start', found[0].read_text())[0]
-        (folder / "status").write_text(f"{token} start {victim.pid}\n")
-        assert call.result()["ended"] in ("timeout", "lost")
-        assert victim.poll() is None
-    finally:
-        victim.kill()
-        victim.wait()
-
-
-def test_a_command_whose_report_is_stolen_is_lost(proxy: Proxy, agent: str) -> None:
-    token = r"$(grep -o '[0-9a-f]\{16\} exit' $(grep -lx $$ *.pid | sed s/pid/go/) | head -n 1 | cut -c1-16)"
-    command = RUNS.format(socket=proxy.socket) + f"echo {token} back 0 >status; sleep 78.5"
-    answer = proxy.exec(command, agent_name=agent, timeout=20)
-    assert answer["ended"] == "lost"
-    assert "did not report" in answer["error"]
-    assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
-    wait_until_gone("sleep\x0078.5")
-
-
-@pytest.mark.slow
-def test_a_server_stops_even_with_strange_files_among_its_own(own: Callable[..., Proxy]) -> None:
-    server = own()
-    deep = "import os\nfor _ in range(1200):\n os.mkdir('d')\n os.chdir('d')"
-    server.exec(RUNS.format(socket=server.socket) + f'{sys.executable} -c "{deep}"')
-    try:
-        assert server.stop() == 0
-    finally:
-        subprocess.run(["rm", "-rf", f"{server.socket}.d"], check=True)
-
-
-def test_runs_leave_no_files_and_no_descriptors(own: Callable[..., Proxy]) -> None:
-    server = own()
-    for cmd in ("true", "cat", "exit 3", "kill -9 $$"):
-        server.exec(cmd, stdin="x")
-    server.exec("sleep 9", timeout=0.1)
-    server.post({"cmd": "true", "cwd": "nowhere"})
-    # Files of up to three names are kept.
-    eventually(lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13)
-    before = server.descriptors()
-    for number in range(50):
-        server.exec(f"exit {number}", stdin="x" * number)
-    eventually(lambda: server.descriptors() <= before)
-    # Files of up to three names are kept.
-    eventually(lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13)
-    server.stop()
-    assert list(pathlib.Path(f"{server.socket}.d").rglob("*")) == []
-
-
-@pytest.mark.slow
-def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(
-    warm: Callable[..., Proxy],
-) -> None:
-    server = warm()
-    files = f"{server.socket}.d"
-
-    for pid, shell in (
-        (server.process.pid, False),
-        (int(server.panes("poco")[0].split()[1]), True),
-    ):
-        if shell:
-            server.type("poco", "trap '' XFSZ", "Enter")
-            eventually(lambda: "XFSZ" in server.screen("poco"))
-        with limited(pid, resource.RLIMIT_FSIZE, 0):
-            began = time.monotonic()
-            status, answer = server.post({"cmd": "true"})
-            assert status == 503, answer
-            assert files in answer["error"], answer
-            assert time.monotonic() - began < 5, answer
-            assert server.request("GET", "/health")[0] == 200
-
-        assert server.exec("echo ok")["stdout"] == "ok\n"
-        # Files of up to two names are kept.
-        assert len(list(pathlib.Path(files).rglob("*"))) <= 10, os.listdir(files)
-
-
-@pytest.mark.slow
-def test_without_descriptors_new_runs_are_refused_and_others_continue(
-    warm: Callable[..., Proxy],
-) -> None:
-    server = warm()
-    kept = server.connect()
-    panes = server.panes("poco")
-    kept.request("GET", "/health")
-    assert kept.getresponse().read() == b"ok"
-
-    running = server.start_exec("sleep 0.8; echo done")
-    ends = server.start_exec(
-        "trap '' TERM; sleep 9 & wait; sleep 9", agent_name="other", timeout=0.6
-    )
-    eventually(lambda: processes_with("sleep\x000.8") and processes_with("sleep\x009"))
-    used = server.descriptors()
-
-    def refused() -> None:
-        kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
-        answer = kept.getresponse()
-        assert answer.status == 503
-        assert "Too many open files" in answer.read().decode()
-
-    with limited(server.process, resource.RLIMIT_NOFILE, used):
-        refused()
-        with limited(server.process, resource.RLIMIT_NOFILE, 1):
-            refused()
-            time.sleep(0.6)
-    assert running.result()["stdout"] == "done\n"
-    assert ends.result()["ended"] == "timeout"
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-    assert server.panes("poco")[:1] == panes
-    wait_until_gone("sleep\x009")
-
-    kept.close()
-
-
-@pytest.mark.slow
-def test_starting_a_child_needs_no_thread(warm: Callable[..., Proxy]) -> None:
-    server = warm("--mcp-server", "none=false")
-    size = status_bytes(server.process.pid, "VmSize")
-    # A thread's stack takes 8 MiB.
-    with limited(server.process, resource.RLIMIT_AS, size + 4 * pp.MIB):
-        answer = mcp(server, request("initialize", INITIALIZE), path="/servers/none/mcp")[2]
-        assert "before it answered" in answer["error"]["message"]
-
-        server.tmux("kill-server")
-        assert server.exec("echo ok")["stdout"] == "ok\n"
-
-
-@pytest.mark.slow
-def test_a_run_whose_files_cannot_be_removed_does_not_block_the_next(
-    warm: Callable[..., Proxy],
-) -> None:
-    server = warm()
-    running = server.start_exec("sleep 0.5; echo done")
-    pid = eventually(lambda: [*pathlib.Path(f"{server.socket}.d").glob("*/*.pid")])[0]
-    folder = pid.parent
-
-    # Nothing can be removed from such a directory.
-    if (
-        not shutil.which("chattr")
-        or subprocess.run(["chattr", "+a", folder], capture_output=True).returncode
-    ):
-        pytest.skip("needs a file system and a user that can `chattr +a`")
-
-    try:
-        assert running.result()["stdout"] == "done\n"
-        assert server.exec("echo next")["stdout"] == "next\n"
-        assert pid.exists()
-    finally:
-        subprocess.run(["chattr", "-a", folder], check=True)
-
-    assert server.exec("echo ok")["stdout"] == "ok\n"
 
 
 @pytest.mark.slow
@@ -4896,102 +5606,6 @@ def test_a_command_that_exits_while_the_server_is_stopped_is_in_time(
     assert answer["stdout"] == "done\n"
     assert answer["ended"] == "exit"
     assert answer["exit_code"] == 3
-
-
-@pytest.mark.slow
-def test_a_run_directory_that_cannot_be_created_leaves_no_descriptor(
-    warm: Callable[..., Proxy],
-) -> None:
-    server = warm()
-    kept = server.connect()
-    kept.request("GET", "/health")
-    kept.getresponse().read()
-    used = server.descriptors()
-
-    for free in range(-4, 4):
-        shutil.rmtree(f"{server.socket}.d", ignore_errors=True)
-        with limited(server.process, resource.RLIMIT_NOFILE, used + free):
-            kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
-            assert kept.getresponse().read()
-
-    kept.close()
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-
-    eventually(lambda: server.descriptors() <= used)
-
-
-@pytest.mark.slow
-def test_commands_survive_a_killed_server_and_the_next_one_drains_them(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    done = f"{server.folder}/done"
-    server.exec("true")
-    call = server.start_exec(f"sleep 0.5; head -c 3000000 /dev/zero; echo $? > {done}; sleep 0.2")
-    wait_until_running("sleep\x000.5")
-    server.stop(signal.SIGKILL)
-    with pytest.raises((http.client.HTTPException, OSError)):
-        call.result()
-    server.start()
-    assert server.exec("echo next")["stdout"] == "next\n"
-
-    eventually(lambda: os.path.exists(done) and pathlib.Path(done).read_text() == "0\n")
-    eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
-
-
-@pytest.mark.slow
-def test_background_writers_pass_to_the_next_server_after_a_clean_stop(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    done = f"{server.folder}/done"
-    server.exec(f"(sleep 1; seq 100000; touch {done}) & true")
-    assert server.stop() == 0
-    server.start()
-    eventually(lambda: os.path.exists(done))
-    eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
-
-
-def test_a_stray_file_or_a_missing_folder_stops_no_command(warm: Callable[..., Proxy]) -> None:
-    server = warm()
-    server.stop()
-    pathlib.Path(f"{server.socket}.d/stray").touch()
-    server.start()
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-
-    tmux = int(server.tmux("display-message", "-p", "#{pid}"))
-    subprocess.run(["rm", "-rf", f"{server.folder}/tmux"], check=True)
-    assert server.exec("echo still")["stdout"] == "still\n"
-
-    # Its socket is gone, so only a signal can end it.
-    os.kill(tmux, signal.SIGKILL)
-
-
-def test_two_servers_on_one_socket_share_it(own: Callable[..., Proxy]) -> None:
-    first = own()
-    second = Proxy(folder=first.folder)
-    try:
-        calls = [
-            server.start_exec(f"sleep 0.05; echo {name} {n}")
-            for n in range(8)
-            for name, server in (("a", first), ("b", second))
-        ]
-        got = [call.result()["stdout"] for call in calls]
-        assert got == [f"{name} {n}\n" for n in range(8) for name in "ab"]
-    finally:
-        second.stop()
-
-
-def test_a_pane_held_by_another_driver_is_left_alone(proxy: Proxy, agent: str) -> None:
-    first = proxy.exec("echo $PPID", agent_name=agent)["stdout"]
-    tty = proxy.tmux("display-message", "-p", "-t", proxy.pane(agent), "#{pane_tty}")
-    held = os.open(tty, os.O_RDONLY | os.O_NOCTTY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    try:
-        assert proxy.exec("echo $PPID", agent_name=agent)["stdout"] != first
-    finally:
-        os.close(held)
-    assert proxy.exec("echo $PPID", agent_name=agent)["stdout"] == first
 
 
 def test_a_command_cancelled_before_it_reports_its_start_gets_term(
@@ -5125,89 +5739,6 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
         shutil.rmtree(folder)
 
 
-# user, owner and mode of the directory, owner of the socket; whether it is sound
-PLACES = [
-    pytest.param(0, 0, 0o700, 0, True, id="root-private"),
-    # The terminals are a worker's.
-    pytest.param(0, 7, 0o755, 7, True, id="root-private-of-a-worker"),
-    # Also through his group.
-    pytest.param(0, 0, 0o2770, 7, True, id="root-group-of-a-worker"),
-    pytest.param(0, 0, 0o1777, 0, True, id="root-sticky"),
-    pytest.param(0, 7, 0o1777, 7, True, id="root-sticky-socket-of-the-owner"),
-    pytest.param(0, 0, 0o1777, 7, False, id="root-sticky-socket-of-a-stranger"),
-    pytest.param(0, 0, 0o777, 0, True, id="root-writable"),
-    pytest.param(0, 7, 0o777, 7, False, id="root-writable-of-a-worker"),
-    pytest.param(7, 7, 0o700, None, True, id="own-private-no-socket"),
-    pytest.param(7, 7, 0o775, 7, True, id="own-group"),
-    pytest.param(7, 0, 0o1777, None, True, id="sticky-of-root-no-socket"),
-    pytest.param(7, 0, 0o1777, 7, True, id="sticky-of-root-own-socket"),
-    pytest.param(7, 0, 0o755, 0, True, id="closed-of-root"),
-    pytest.param(7, 0, 0o1777, 8, False, id="sticky-of-root-socket-of-a-stranger"),
-    pytest.param(7, 8, 0o700, None, False, id="private-of-a-stranger"),
-    pytest.param(7, 8, 0o1777, 7, False, id="sticky-of-a-stranger"),
-    pytest.param(7, 7, 0o777, 7, True, id="own-writable"),
-]
-
-
-@pytest.mark.parametrize(("user", "owner", "mode", "socket_owner", "sound"), PLACES)
-def test_a_socket_a_stranger_could_have_made_is_refused(
-    user: int, owner: int, mode: int, socket_owner: int | None, sound: bool
-) -> None:
-    if os.geteuid():
-        # Only root can try.
-        return
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="pc"))
-    (folder / "place").mkdir()
-    (folder / "link").symlink_to("place")
-
-    try:
-        os.chmod(folder, 0o755)
-        os.chown(folder / "place", owner, -1)
-        os.chmod(folder / "place", mode)
-        if socket_owner is not None:
-            (folder / "place/s").touch()
-            os.chown(folder / "place/s", socket_owner, -1)
-        os.chown(folder / "link", user, -1, follow_symlinks=False)
-        os.seteuid(user)
-
-        for name in ("place", "link"):
-            with (
-                contextlib.nullcontext()
-                if sound
-                else pytest.raises(pp.NoTerminal, match=f"{folder}/(place|{name})")
-            ):
-                pp.check_place(f"{folder}/{name}/s")
-
-        os.seteuid(0)
-        os.chown(folder / "link", 9, -1, follow_symlinks=False)
-        os.seteuid(user)
-        with pytest.raises(pp.NoTerminal, match="got user 9"):
-            pp.check_place(f"{folder}/link/s")
-    finally:
-        os.seteuid(0)
-        shutil.rmtree(folder)
-
-
-def test_our_directory_gets_the_sticky_bit_if_open_to_all(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    os.chmod(tmp_path, 0o777)
-    pp.check_place(f"{tmp_path}/s")
-    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
-    assert f"{tmp_path}: any user could replace what is in it" in caplog.text
-
-
-def test_our_directory_below_one_open_to_all_is_accepted_with_a_warning(
-    tmp_path: pathlib.Path,
-) -> None:
-    # As volumes of Kubernetes are.
-    os.chmod(tmp_path, 0o2777)
-    pp.check_place(f"{tmp_path}/own/s")
-    assert pp.open_above(f"{tmp_path}/own/s") == [str(tmp_path)]
-    os.chmod(tmp_path, 0o1777)
-    assert pp.open_above(f"{tmp_path}/own/s") == []
-
-
 @pytest.mark.slow
 def test_a_workspace_may_have_any_name(own: Callable[..., Proxy], tmp_path: pathlib.Path) -> None:
     workspace = tmp_path / "#{pid} %H\nset-environment -g PWNED 1\n;"
@@ -5224,243 +5755,346 @@ def test_a_workspace_may_have_any_name(own: Callable[..., Proxy], tmp_path: path
     assert "PWNED" not in server.tmux("show-environment", "-g")
 
 
-def test_a_session_name_that_tmux_would_change_is_refused() -> None:
-    for name in ("", "a:b", "a.b", "x\n", "=x", "#{x}", "a;", "$1", "a\\", "\x9b"):
-        with pytest.raises(pp.BadMessage, match="session_name"):
-            pp.PocketCoderDriver("/tmp/s", name)
-
-
-def test_a_person_sees_prompt_command_output_and_exit_code(proxy: Proxy, agent: str) -> None:
-    proxy.exec("true", agent_name=agent)
-    proxy.exec("echo one; printf 'no newline'; exit 3", agent_name=agent)
-    proxy.exec("echo 'a\nb'", agent_name=agent)
-    expected = [
-        "$ true",
-        "$ echo one; printf 'no newline'; exit 3",
-        "one",
-        "no newline",
-        "[exit 3]",
-        "$ echo 'a",
-        "b'",
-        "a",
-        "b",
-        "$",
-    ]
-    shown = eventually(
-        lambda: [line.rstrip() for line in proxy.screen(agent).split("\n") if line.strip()]
-    )
-    eventually(lambda: proxy.screen(agent).rstrip().endswith("$"))
-    shown = [line.rstrip() for line in proxy.screen(agent).split("\n") if line.strip()]
-    assert shown == expected
-
-
-def test_a_person_sees_output_as_it_comes(proxy: Proxy, agent: str) -> None:
-    gate = f"{proxy.folder}/{agent}"
-    call = proxy.start_exec(
-        f"echo live; until [ -e {gate} ]; do sleep 0.02; done", agent_name=agent
-    )
-    eventually(lambda: "\nlive" in proxy.screen(agent))
-    pathlib.Path(gate).touch()
-    assert call.result()["exit_code"] == 0
-
-
-def test_output_neither_floods_nor_attacks_a_person(proxy: Proxy, agent: str) -> None:
-    proxy.exec(
-        "printf '\\033]2;evil\\007\\033[?1049h\\016\\033[31mred\\033[0m'; head -c 1000000 /dev/zero | tr '\\0' x",
-        agent_name=agent,
-    )
-    assert "more bytes not shown here]" in eventually(
-        lambda: proxy.screen(agent) if "shown" in proxy.screen(agent) else ""
-    )
-    assert (
-        proxy.tmux(
-            "display-message", "-p", "-t", proxy.pane(agent), "#{alternate_on} #{pane_title}"
-        ).split()[0]
-        == "0"
-    )
-    assert "evil" not in proxy.tmux(
-        "display-message", "-p", "-t", proxy.pane(agent), "#{pane_title}"
-    )
-
-
-@pytest.mark.parametrize("shell", ["bash --norc -i", "zsh -f", "dash", "ksh", "busybox ash"])
-def test_an_alias_for_the_typed_command_changes_nothing(
-    warm: Callable[..., Proxy], shell: str
+# ==========================================================================
+# Audit log
+# ==========================================================================
+def test_the_audit_log_has_the_start_and_the_end_of_each_command(
+    audited: tuple[Proxy, pathlib.Path],
 ) -> None:
-    if shutil.which(shell.split()[0]) is None:
-        pytest.skip(f"there is no {shell.split()[0]} here")
-    server = warm()
-    server.tmux("new-window", "-d", "-n", "mine:terminal", "--", *shell.split())
-    server.type("mine", "alias .='echo alias'; echo is-$((1 + 1))", "Enter")
-    eventually(lambda: "is-2" in server.screen("mine"))
+    proxy, path = audited
+    ids = {"usage_id": "u\n\u2028", "session_id": "s", "agent_name": "a"}
+    cmd = f"grep -c $POCKETCODER_RUN_ID {path}; exit 3"
+    answer = proxy.exec(cmd, **ids)
+    # The start is recorded before the command runs.
+    assert answer["stdout"] == "1\n"
 
-    for _ in range(3):
-        started = time.monotonic()
-        answer = server.exec("echo $0", agent_name="mine", timeout=9)
-        assert answer["stdout"] == "bash\n"
-        assert time.monotonic() - started < 5
-
-
-def test_the_typed_line_stays_out_of_the_history(proxy: Proxy, agent: str) -> None:
-    proxy.exec("true", agent_name=agent)
-    proxy.type(agent, "echo mine", "Enter")
-    eventually(lambda: "\nmine" in proxy.screen(agent))
-    proxy.exec("true", agent_name=agent)
-    proxy.type(agent, "Up")
-    eventually(lambda: proxy.screen(agent).rstrip().endswith("$ echo mine"))
-
-
-def test_reports_of_runs_are_read_the_same_however_they_are_cut(tmp_path: pathlib.Path) -> None:
-    dice = random.Random(7)
-    reports: list[tuple[str, int]] = []
-
-    async def check() -> None:
-        folder = pp.RunFolder(f"{tmp_path}/s.d")
-        files = folder.open(lambda word, number: reports.append((word, number)), pp.ignore)
-        name = files.token.encode()
-        fd = os.open(folder.status_path, os.O_WRONLY)
-
-        for _ in range(100 * FUZZ):
-            wrote = b""
-            expected = []
-            for _ in range(dice.randrange(8)):
-                word = dice.choice(["start", "exit", "back"])
-                number = dice.randrange(10**9)
-                if dice.random() < 0.5:
-                    wrote += b"%s %s %d\n" % (name, word.encode(), number)
-                    expected.append((word, number))
-                else:
-                    noise = (
-                        b"",
-                        b"other exit 0",
-                        name + b" exit",
-                        name + b" exit x",
-                        name + b" exit 1 2",
-                        dice.randbytes(9),
-                    )
-                    wrote += dice.choice(noise).replace(b"\n", b"") + b"\n"
-
-            for pieces in cuts(dice, wrote):
-                reports.clear()
-                for piece in filter(None, pieces):
-                    os.write(fd, piece)
-                    folder.on_status()
-                assert reports == expected, pieces
-
-        os.close(fd)
-        folder.close()
-
-    asyncio.run(check())
-
-
-def test_captured_output_is_the_same_however_it_is_cut() -> None:
-    dice = random.Random(8)
-    for _ in range(500 * FUZZ):
-        limit = dice.choice((1, 2, 3, 5, 10, 20, 50))
-        data = "".join(dice.choices("ab\né漢🙂", k=dice.randrange(40))).encode()
-        if dice.random() < 0.3:
-            data = spoil(dice, data)
-        texts = set()
-
-        for pieces in cuts(dice, data):
-            capture = pp.Capture(limit)
-            for piece in pieces:
-                capture.add(piece)
-            assert len(capture.head) <= limit // 2, pieces
-            assert len(capture.tail) <= 2 * limit + max(map(len, pieces), default=0), pieces
-            texts.add(capture.text(len(data)))
-
-        assert len(texts) == 1, (limit, data)
-        text = texts.pop()
-        head = data[: limit // 2]
-        tail = data[max(0, len(data) - (limit - limit // 2)) :]
-        if len(data) <= limit:
-            assert text == data.decode(errors="replace"), (limit, data)
-            continue
-        match = re.fullmatch(r"(?s)(.*?\n)\[pocketcoder: (\d+) bytes left out\]\n(.*)", text)
-        assert match, (limit, data)
-        assert head.decode(errors="ignore").startswith(
-            match[1].rstrip("\n\ufffd").partition("\ufffd")[0]
-        ), (
-            limit,
-            data,
-        )
-        assert tail.decode(errors="replace").endswith(match[3]), (limit, data)
-        assert len(data) - limit <= int(match[2]) <= len(data) - limit + 6, (limit, data)
-
-
-# ==========================================================================
-# MCP core
-# ==========================================================================
-INITIALIZE = {
-    "protocolVersion": "2025-11-25",
-    "capabilities": {},
-    "clientInfo": {"name": "t", "version": "1"},
-}
-EXEC = {"name": "exec", "arguments": {"cmd": "echo hi"}}
-
-
-def request(method: str, params: Any = None, id_: Any = 1, **fields: Any) -> dict[str, Any]:
-    return {
-        "jsonrpc": "2.0",
-        "id": id_,
-        "method": method,
-        "params": {} if params is None else params,
-        **fields,
+    # The end is recorded before the answer.
+    start, end = noted(path)
+    fields = {
+        "run_id": answer["run_id"],
+        "door": "exec",
+        **ids,
+        "cwd": os.path.realpath(proxy.workspace),
+        "cmd": cmd,
     }
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", start["time"])
+    assert start == {"time": start["time"], "event": "start", **fields}
+
+    result = {
+        "exit_code": 3,
+        "ended": "exit",
+        "error": None,
+        "waited_ms": answer["waited_ms"],
+        "duration_ms": answer["duration_ms"],
+        "output_bytes": 2,
+    }
+    assert end == {"time": end["time"], "event": "end", **fields, **result}
+    assert start["time"] <= end["time"]
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
-def modern(
-    method: str, params: Any = None, id_: Any = 1, version: Any = "2026-07-28", **meta: Any
-) -> dict[str, Any]:
-    envelope = {f"{NS}protocolVersion": version, f"{NS}clientCapabilities": {}, **meta}
-    return request(method, {**(params or {}), "_meta": envelope}, id_)
+def test_the_audit_log_has_the_commands_of_every_door(audited: tuple[Proxy, pathlib.Path]) -> None:
+    proxy, path = audited
 
+    async def talk() -> None:
+        async with Channel(proxy) as channel:
+            await channel.send({"cmd": "echo channel; kill -9 $$"})
+            await channel.end()
 
-def mcp(
-    proxy: Proxy, body: Any, method: str = "POST", path: str = "/mcp", **headers: str
-) -> tuple[int, dict[str, str], Any]:
-    """A message to `/mcp` with the headers that its era wants; the status, headers, and JSON or events."""
-    given = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
-    if isinstance(body, dict) and NS + "protocolVersion" in (body.get("params") or {}).get(
-        "_meta", {}
-    ):
-        given["MCP-Protocol-Version"] = str(body["params"]["_meta"][NS + "protocolVersion"])
-        given["Mcp-Method"] = body["method"]
-        given |= {"Mcp-Name": body["params"]["name"]} if "name" in body["params"] else {}
-
-    given |= {name.replace("_", "-"): value for name, value in headers.items()}
-    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
-    status, got, answer = proxy.request(
-        method, path, sent, {name: value for name, value in given.items() if value}
+    list(proxy.stream("echo stream"))
+    asyncio.run(talk())
+    call(proxy, "exec", cmd="sleep 30", timeout=0.05)
+    call(proxy, "send_keys", text="p\u00e4ss", keys=["Enter"])
+    connection = proxy.connect()
+    connection.request("POST", "/exec", json.dumps({"cmd": "touch begun; sleep 31"}), JSON_TYPE)
+    eventually(pathlib.Path(proxy.workspace, "begun").exists)
+    connection.close()
+    eventually(lambda: len(noted(path)) == 10)
+    lines = noted(path)
+    assert [line["event"] for line in lines] == ["start", "end"] * 5
+    assert all(
+        start["run_id"] == end["run_id"] for start, end in zip(lines[::2], lines[1::2], strict=True)
     )
-    if got.get("content-type") == "text/event-stream":
-        return status, got, events_of(answer.decode())
-    return status, got, json.loads(answer) if answer[:1] == b"{" else None
+
+    ends = [
+        (line["cmd"], line["exit_code"], line["error"] and line["error"][:9])
+        for line in lines[1::2]
+    ]
+    assert ends == [
+        ("echo stream", 0, None),
+        ("echo channel; kill -9 $$", 137, None),
+        ("sleep 30", 124, "ended aft"),
+        (None, 0, None),
+        ("touch begun; sleep 31", 143, "cancelled"),
+    ]
+    assert lines[6]["text"] == "p\u00e4ss"
+    assert lines[6]["keys"] == ["Enter"]
 
 
-def events_of(text: str) -> list[Any]:
-    assert text.endswith("\n\n") or not text
-    return [
-        json.loads(part.partition("data: ")[2]) for part in text.split("\n\n") if "data: " in part
+@pytest.mark.parametrize(("era", "server"), ERAS)
+def test_the_audit_log_has_relayed_calls_without_arguments_or_results(
+    own: Callable[..., Proxy],
+    fixtures: pathlib.Path,
+    tmp_path: pathlib.Path,
+    stream: Callable[..., Stream],
+    era: str,
+    server: str,
+) -> None:
+    audit = tmp_path / "audit"
+    proxy = own(
+        f"--mcp-server=x={sys.executable} -S {fixtures} mcp-fixture {server}",
+        "--audit-log",
+        str(audit),
+    )
+    client = Client(proxy, era, "x", stream, info={"name": "tester", "version": "9"})
+    client.call("echo", argument="s3cret", result={"secret": "s3cret"})
+    assert client.call("fail", message="s3cret")["message"] == "s3cret"
+    assert client.call("test_error_handling")["isError"] is True
+
+    slow = {"name": "test_slow", "arguments": {"seconds": 9}, "_meta": {"progressToken": 1}}
+    going = client.open("tools/call", slow, id_=9)
+    if era == "legacy":
+        client.tell("notifications/cancelled", {"requestId": 9})
+    going.close()
+    eventually(lambda: "cancelled" in audit.read_text())
+
+    lines = [line for line in noted(audit) if line.get("tool")]
+    starts = [line for line in lines if line["event"] == "start"]
+    ends = [line for line in lines if line["event"] == "end"]
+    assert [line["tool"] for line in starts] == ["echo", "fail", "test_error_handling", "test_slow"]
+    assert [line["tool"] for line in ends] == [line["tool"] for line in starts]
+    assert [line["call_id"] for line in ends] == [line["call_id"] for line in starts]
+
+    expected = [None, "error -32000", "the tool failed", "cancelled"]
+    assert [line["error"] for line in ends] == expected
+    for line in lines:
+        assert line["server"] == "x"
+        assert line["method"] == "tools/call"
+        assert line["client"] == {"name": "tester", "version": "9"}
+        assert line["address"] == "127.0.0.1"
+
+    assert all(type(line["duration_ms"]) is int for line in ends)
+    assert "s3cret" not in audit.read_text()
+
+
+def test_no_call_is_relayed_while_the_audit_log_fails(
+    own: Callable[..., Proxy], fixtures: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    audit = tmp_path / "audit"
+    proxy = own(
+        f"--mcp-server=x={sys.executable} -S {fixtures} mcp-fixture modern", f"--audit-log={audit}"
+    )
+    call = modern("tools/call", {"name": "test_simple_text"})
+    assert "result" in mcp(proxy, call, path="/servers/x/mcp")[2]
+
+    audit.unlink()
+    audit.mkdir()
+    failed = mcp(proxy, call, path="/servers/x/mcp")[2]["error"]
+    assert "audit log" in failed["message"]
+
+
+def test_no_command_runs_or_is_answered_while_the_audit_log_fails(
+    audited: tuple[Proxy, pathlib.Path],
+) -> None:
+    proxy, path = audited
+    long = proxy.start_exec("sleep 0.3; exit 5", agent_name="a")
+    # Make the log longer than the files of a run.
+    eventually(lambda: proxy.exec("true") and len(noted(path)) > 8)
+    # Only part of a line can be written.
+    size = path.stat().st_size + 20
+    with limited(proxy.process, resource.RLIMIT_FSIZE, size):
+        # This is the end of `long`.
+        eventually(lambda: "File too large" in proxy.logged())
+
+        for _ in range(3):
+            status, answer = proxy.post({"cmd": "touch ran"})
+            assert status == 503
+            assert answer["exit_code"] == 125
+            assert answer["error"].startswith(f"cannot write the audit log {path}: File too large")
+
+        result = call(proxy, "exec", cmd="touch ran")
+        assert result["isError"]
+        assert call(proxy, "send_keys", text="touch ran", keys=["Enter"])["isError"]
+        assert proxy.request("GET", "/health")[0] == 200
+        assert path.stat().st_size == size
+        assert not long.future.done()
+
+    assert long.result()["exit_code"] == 5
+    assert proxy.exec("ls")["stdout"] == ""
+
+    # Nothing of its start is written, so nothing has to wait.
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
+        assert proxy.post({"cmd": "touch ran"})[0] == 503
+
+    assert proxy.exec("ls")["stdout"] == ""
+    lines = noted(path)
+    assert [line["event"] for line in lines].count("start") == len(lines) / 2
+    assert [
+        line["exit_code"] for line in lines if line["event"] == "end" and line["agent_name"] == "a"
+    ] == [5]
+
+
+@pytest.mark.slow
+def test_a_result_that_is_never_logged_is_withheld(audited: tuple[Proxy, pathlib.Path]) -> None:
+    proxy, path = audited
+    for _ in range(8):
+        proxy.exec("true")
+    began = Background(lambda: proxy.post({"cmd": "sleep 0.3; echo secret; exit 5"}))
+    eventually(lambda: len(noted(path)) == 17)
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
+        status, answer = began.result()
+    assert status == 500
+    assert answer["exit_code"] == 125
+    assert set(answer) == {"error", "exit_code"}
+    assert answer["error"].startswith(
+        "the command ended with 5, its answer is withheld: cannot write the audit log"
+    )
+
+
+@pytest.mark.slow
+def test_a_stream_says_that_its_unlogged_result_is_withheld(
+    audited: tuple[Proxy, pathlib.Path],
+) -> None:
+    proxy, path = audited
+    for _ in range(8):
+        proxy.exec("true")
+    events = proxy.stream("echo out; sleep 0.5")
+    while next(events)[0] != "output":
+        pass
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
+        *_, (kind, last, _) = events
+    assert kind == "exit"
+    assert last["exit_code"] == 125
+    assert "is withheld" in last["error"]
+
+
+@pytest.mark.slow
+def test_a_server_that_stops_while_its_log_fails_answers_every_caller(
+    audited: tuple[Proxy, pathlib.Path],
+) -> None:
+    proxy, path = audited
+    for _ in range(8):
+        proxy.exec("true")
+    long = Background(lambda: proxy.post({"cmd": "sleep 64.75"}))
+    wait_until_running("sleep\x0064.75")
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
+        assert proxy.stop() == 0
+
+    status, answer = long.result()
+    assert status == 500
+    assert "is withheld" in answer["error"]
+
+
+def test_an_audit_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
+    own: Callable[..., Proxy], tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "audit"
+    os.mkfifo(path)
+    # The reader exists, and reads nothing.
+    with contextlib.closing(open(os.open(path, os.O_RDONLY | os.O_NONBLOCK))):
+        proxy = own("--audit-log", str(path))
+        # The line has been read before the command runs.
+        cmd = "#" * 300_000 + f"\n[ -s {tmp_path}/copy ] && echo hi"
+        call = proxy.start_exec(cmd)
+        time.sleep(0.2)
+        reader = subprocess.Popen(f"exec cat {path} >{tmp_path}/copy", shell=True)
+        assert call.result()["stdout"] == "hi\n"
+
+    proxy.stop()
+    assert reader.wait(15) == 0
+    assert [line["cmd"] for line in noted(tmp_path / "copy")] == [cmd] * 2
+
+
+def test_a_retried_command_is_logged_once(audited: tuple[Proxy, pathlib.Path]) -> None:
+    proxy, path = audited
+    proxy.exec("true")
+    proxy.tmux("split-window", "-d", "-t", proxy.pane("poco"), "sleep 79")
+    proxy.tmux("set-option", "-w", "-t", proxy.pane("poco"), "synchronize-panes", "on")
+    # The first one is not typed.
+    answers = [proxy.exec("true")["run_id"] for _ in range(3)]
+    assert [line["run_id"] for line in noted(path)[2:]] == [
+        run_id for run_id in answers for _ in range(2)
     ]
 
 
-def opened(proxy: Proxy, version: str = "2025-11-25", **headers: str) -> str:
-    """A session of Streamable HTTP."""
-    status, got, answer = mcp(
-        proxy, request("initialize", {**INITIALIZE, "protocolVersion": version}), **headers
+def test_hup_reopens_the_audit_log(audited: tuple[Proxy, pathlib.Path]) -> None:
+    proxy, path = audited
+    proxy.exec("echo old")
+    rotated = path.with_name("rotated")
+    path.rename(rotated)
+    proxy.exec("echo old")
+    assert len(noted(rotated)) == 4
+
+    proxy.process.send_signal(signal.SIGHUP)
+    eventually(path.exists)
+    proxy.exec("echo new")
+    assert len(noted(rotated)) == 4
+    assert [line["cmd"] for line in noted(path)] == ["echo new"] * 2
+
+    path.rename(path.with_name("again"))
+    path.mkdir()
+    proxy.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "Is a directory" in proxy.logged())
+    assert proxy.post({"cmd": "true"})[0] == 503
+
+    path.rmdir()
+    for _ in range(2):
+        # The server recovers by itself.
+        proxy.exec("true")
+        assert len(noted(path)) == 2
+        path.unlink()
+
+
+def test_a_killed_server_loses_no_line_of_an_answered_command(
+    audited: tuple[Proxy, pathlib.Path],
+) -> None:
+    proxy, path = audited
+    run_ids = [proxy.exec("true")["run_id"] for _ in range(20)]
+    proxy.stop(signal.SIGKILL)
+    assert [line["run_id"] for line in noted(path) if line["event"] == "end"] == run_ids
+
+
+def test_a_truncated_line_damages_no_other(audited: tuple[Proxy, pathlib.Path]) -> None:
+    proxy, path = audited
+    with path.open("a") as file:
+        # As a server leaves it that was killed while writing.
+        file.write('{"time": "2026-')
+    proxy.process.send_signal(signal.SIGHUP)
+    for _ in range(8):
+        proxy.exec("true")
+    long = proxy.start_exec("sleep 0.3; exit 5")
+    eventually(lambda: len(path.read_text().splitlines()) == 18)
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size + 20):
+        eventually(lambda: "File too large" in proxy.logged())
+        cut = path.with_name("cut")
+        path.rename(cut)
+        proxy.process.send_signal(signal.SIGHUP)
+        assert long.result()["exit_code"] == 5
+
+    proxy.exec("true")
+    torn, *lines, cut_short = cut.read_text().splitlines()
+    assert torn == '{"time": "2026-'
+    assert cut_short[:8] == '{"time":'
+    assert len(cut_short) == 20
+    assert [json.loads(line)["event"] for line in lines] == ["start", "end"] * 8 + ["start"]
+    assert [line["event"] for line in noted(path)] == ["end", "start", "end"]
+
+
+def test_an_audit_log_behind_a_symlink_is_refused(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "theirs").write_text("")
+    (tmp_path / "audit").symlink_to(tmp_path / "theirs")
+    done = run("server", "-p", "0", "--audit-log", str(tmp_path / "audit"))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert (
+        f"cannot write the audit log {tmp_path}/audit: Too many levels of symbolic links"
+        in done.stderr
     )
-    assert status == 200
-    assert answer["result"]["protocolVersion"] == version
-
-    session = got["mcp-session-id"]
-    noted = {"jsonrpc": "2.0", "method": "notifications/initialized"}
-    assert mcp(proxy, noted, Mcp_Session_Id=session, **headers)[0] == 202
-
-    return session
 
 
+# ==========================================================================
+# MCP messages
+# ==========================================================================
 MALFORMED = [
     pytest.param(b"", -32700, None, id="empty"),
     pytest.param(b"{", -32700, None, id="half-an-object"),
@@ -5837,6 +6471,10 @@ def test_messages_without_an_answer_get_202(proxy: Proxy) -> None:
     assert mcp(proxy, noted, MCP_Protocol_Version="2026-07-28")[::2] == (202, None)
 
 
+def pick(dice: random.Random, values: list[Any]) -> Any:
+    return dice.choice(values)
+
+
 def test_the_core_survives_any_message(proxy: Proxy) -> None:
     """Decisions or a BadMessage, whatever comes; a fixed seed."""
     dice = random.Random(4)
@@ -5897,10 +6535,6 @@ def test_the_core_survives_any_message(proxy: Proxy) -> None:
             pp.step(read, pp.MODERN if era else "2025-11-25", pp.FACTS)
         except pp.BadMessage as refused:
             pp.to_json(pp.refusal(refused.request_id, refused)).encode()
-
-
-def pick(dice: random.Random, values: list[Any]) -> Any:
-    return dice.choice(values)
 
 
 def test_every_answer_has_the_id_and_the_shape_of_its_era() -> None:
@@ -5997,108 +6631,634 @@ def test_an_event_carries_any_message_unchanged() -> None:
 
 
 # ==========================================================================
-# Relay
+# MCP children
 # ==========================================================================
-@pytest.fixture(scope="module")
-def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    """A server that relays the MCP fixture in each era."""
-    path = tmp_path_factory.mktemp("fixtures") / "server.py"
-    path.write_text(MCP_FIXTURE)
-    command = f"{sys.executable} -S {path} mcp-fixture"
-    server = Proxy(*(f"--mcp-server={era}={command} {era}" for era in ("legacy", "modern", "both")))
-    yield server
-    server.remove()
+@pytest.mark.parametrize(("era", "server"), ERAS)
+@pytest.mark.slow
+def test_calls_to_a_child_that_dies_fail_at_once_and_it_is_restarted(
+    own: Callable[..., Proxy],
+    fixtures: pathlib.Path,
+    stream: Callable[..., Stream],
+    era: str,
+    server: str,
+) -> None:
+    proxy = own(f"--mcp-server=x={sys.executable} -S {fixtures} mcp-fixture {server}")
 
+    def state() -> Any:
+        return json.loads(proxy.request("GET", "/servers")[2])[0]
 
-@pytest.fixture
-def fixtures(tmp_path: pathlib.Path) -> pathlib.Path:
-    (tmp_path / "server.py").write_text(MCP_FIXTURE)
-    return tmp_path / "server.py"
+    def reached() -> Any:
+        """A call by a new client; it is refused while the server is held back."""
+        # There is no session in this era.
+        with contextlib.suppress(KeyError):
+            return Client(proxy, era, "x", stream).call("pid").get("content")
 
+    client = Client(proxy, era, "x", stream)
+    process = int(text_of(client.call("pid")))
+    waiting = Background(partial(client.call, "hang", id_="h"))
+    time.sleep(0.2)
+    started = time.monotonic()
+    os.kill(process, signal.SIGKILL)
+    failed = waiting.result()
+    assert time.monotonic() - started < 5
+    assert failed["code"] == -32603, failed
+    assert "ended with -9" in failed["message"], failed
+    assert state()["state"] == "failed"
+    assert "ended with -9" in state()["error"]
 
-ERAS = [(client, server) for client in ("legacy", "modern") for server in ("legacy", "modern")]
-CAN: dict[str, Any] = {"elicitation": {}, "sampling": {}, "roots": {}}
-
-
-class Client:
-    """A client of one era at `/servers/NAME/mcp`, with all capabilities."""
-
-    def __init__(
-        self,
-        proxy: Proxy,
-        era: str,
-        name: str,
-        make: Callable[..., Stream],
-        can: Any = None,
-        info: Any = None,
-    ) -> None:
-        self.proxy = proxy
-        self.era = era
-        self.path = f"/servers/{name}/mcp"
-        self.make = make
-        self.can = CAN if can is None else can
-        self.headers = dict[str, str]()
-        self.info = info or {"name": "t", "version": "1"}
-
-        if era == "legacy":
-            params = {**INITIALIZE, "capabilities": self.can, "clientInfo": self.info}
-            hello = request("initialize", params, id_=0)
-            _, headers, self.hello = mcp(proxy, hello, path=self.path)
-            self.headers = {"Mcp_Session_Id": headers["mcp-session-id"]}
-            self.tell("notifications/initialized", {})
-
-    def message(self, method: str, params: dict[str, Any], id_: Any) -> dict[str, Any]:
-        meta = params.get("_meta", {})
-        if self.era == "legacy":
-            return request(method, params, id_)
-        envelope = {NS + "clientCapabilities": self.can, NS + "clientInfo": self.info}
-        return modern(method, params, id_, **{**envelope, **meta})
-
-    def tell(self, method: str, params: dict[str, Any]) -> None:
-        message = {"jsonrpc": "2.0", "method": method, "params": params}
-        assert mcp(self.proxy, message, path=self.path, **self.headers)[0] == 202
-
-    def ask(
-        self, method: str, params: dict[str, Any] | None = None, id_: Any = 1, **headers: str
-    ) -> Any:
-        """All that comes, the response last."""
-        status, _, got = mcp(
-            self.proxy,
-            self.message(method, params or {}, id_),
-            path=self.path,
-            **self.headers,
-            **headers,
+    if era == server == "legacy":
+        eventually(
+            lambda: mcp(proxy, request("ping"), path=client.path, **client.headers)[0] == 404
         )
-        assert status in (200, 400, 404)
 
-        return got if isinstance(got, list) else [got]
+    eventually(reached)
+    assert state()["state"] == "running"
+    assert state()["restarts"] == 1
 
-    def open(self, method: str, params: dict[str, Any], id_: Any = 1) -> Stream:
-        """The same, event by event."""
-        message = self.message(method, params, id_)
-        headers = dict(self.headers)
-        if self.era == "modern":
-            headers |= {"MCP_Protocol_Version": "2026-07-28", "Mcp_Method": method}
-            headers |= {"Mcp_Name": params["name"]} if "name" in params else {}
-        return self.make(self.proxy, self.path, message, **headers)
+    for name in ("die", "half"):
+        failed = Client(proxy, era, "x", stream).call(name)
+        assert failed["code"] == -32603
+        assert "before it answered" in failed["message"]
+        eventually(reached)
 
-    def call(self, name: str, id_: Any = 1, token: Any = None, **arguments: Any) -> Any:
-        """The result of a tool; or the error."""
-        params: dict[str, Any] = {"name": name, "arguments": arguments}
-        if token is not None:
-            params["_meta"] = {"progressToken": token}
-        *told, answer = self.ask("tools/call", params, id_)
-        assert answer["id"] == id_
-        assert {each["params"]["progressToken"] for each in told} <= {token}
-        return answer.get("result", answer.get("error"))
+    assert state()["restarts"] == 3
 
 
-@pytest.fixture(params=ERAS, ids=[" to ".join(pair) for pair in ERAS])
-def client(request: pytest.FixtureRequest, relay: Proxy, stream: Callable[..., Stream]) -> Client:
-    era, server = request.param
-    return Client(relay, era, server, stream)
+def test_noisy_servers_still_get_answers_through(client: Client) -> None:
+    assert text_of(client.call("noise")) == "after the noise"
+    *told, answer = client.ask("tools/call", {"name": "flood", "arguments": {"lines": 3000}})
+    assert text_of(answer["result"]) == "flooded"
+    if client.era == "legacy":
+        assert [each["params"]["data"] for each in told] == [
+            f"log line {number}" for number in range(3000)
+        ]
+    assert text_of(client.call("flood", lines=500, to="stderr")) == "flooded"
+    assert text_of(client.call("test_simple_text"))
 
 
+ODD = """
+import json, os, sys, time
+def say(**fields):
+    print(json.dumps({"jsonrpc": "2.0", **fields}), flush=True)
+for line in sys.stdin:
+    got = json.loads(line)
+    if "id" not in got:
+        continue
+    id_, name = got["id"], (got.get("params") or {}).get("name")
+    if got["method"] == "initialize":
+        for number in range(300):
+            say(method="notifications/message", params={"level": "info", "data": number})
+        say(id=id_, result={"protocolVersion": 7, "capabilities": ["x"], "serverInfo": None, "_meta": 3})
+    elif got["method"] == "tools/list":
+        say(id=id_, result={"tools": [None, 3, {"name": None}, {"name": "t", "inputSchema": []}]})
+    elif name in ("null", "list", "text"):
+        say(id=id_, result={"null": None, "list": [1], "text": "x"}[name])
+    elif name == "code":
+        say(id=id_, error={"message": "no code"})
+    elif name in ("nan", "infinity"):
+        number = "NaN" if name == "nan" else "1e999"
+        print('{"jsonrpc":"2.0","id":%d,"result":{"x":%s}}' % (id_, number), flush=True)
+    elif name == "notes":
+        odd = {"_meta": {"io.modelcontextprotocol/subscriptionId": []}}
+        for params in ({"progressToken": id_}, {"progressToken": {}}, {"_meta": 3}, {"uri": {}}, odd):
+            for method in ("progress", "message", "tools/list_changed", "resources/updated"):
+                say(method="notifications/" + method, params=params)
+        for wrong in (99999, str(id_), True):
+            say(id=wrong, result={})
+        say(id=id_, result={"right": 1})
+        say(id=id_, result={"twice": 1})
+    elif name == "close":
+        os.close(1)
+        time.sleep(1)
+    else:
+        say(id=id_, error={"code": -32601, "message": "no"})
+"""
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+def test_whatever_a_server_answers_the_client_gets_an_answer(
+    own: Callable[..., Proxy], tmp_path: pathlib.Path, stream: Callable[..., Stream], era: str
+) -> None:
+    (tmp_path / "odd.py").write_text(ODD)
+    proxy = own(f"--mcp-server=odd={sys.executable} -S {tmp_path}/odd.py")
+    client = Client(proxy, era, "odd", stream)
+    for name in ("null", "list", "text", "code", "nan", "infinity"):
+        failed = client.call(name)
+        assert failed["code"] == -32603
+        assert re.search("answered (with|badly)", failed["message"])
+
+    *_, answer = client.ask("tools/call", {"name": "notes", "arguments": {}})
+    assert answer["result"]["right"] == 1
+    if era == "modern":
+        assert client.ask("server/discover")[-1]["result"]["capabilities"] == {}
+    started = time.monotonic()
+    assert "closed its output" in client.call("close")["message"]
+    assert time.monotonic() - started < 5
+    assert "Traceback" not in proxy.logged()
+
+
+@pytest.mark.parametrize(("era", "server"), ERAS)
+def test_the_next_request_after_a_crash_waits_for_the_new_process(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], era: str, server: str
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} era={server}")
+    bystander = Client(proxy, "legacy", "x", stream)
+    for _ in range(5):
+        crashing = Client(proxy, era, "x", stream)
+        failed = crashing.call("crash")
+        assert failed["code"] == -32603
+        assert "ended with 3, before it answered" in failed["message"]
+
+        if era == server == "legacy":
+            status = mcp(proxy, request("ping"), path=crashing.path, **crashing.headers)[0]
+            assert status == 404
+            crashing = Client(proxy, era, "x", stream)
+
+        assert type(said(crashing.call("pid"))) is int
+
+    assert type(said(bystander.call("pid"))) is int
+    assert json.loads(proxy.request("GET", "/servers")[2])[0]["state"] == "running"
+
+
+def test_a_crash_leaves_the_processes_of_other_clients_alone(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+    one, two = (
+        Client(proxy, "modern", "x", stream, info={"name": name, "version": "1"})
+        for name in ("one", "two")
+    )
+    assert [said(each.call("count")) for each in (one, two)] == [1, 1]
+    assert "ended with 3" in one.call("crash")["message"]
+    assert said(two.call("count")) == 2
+    assert said(one.call("count")) == 1
+
+
+@pytest.mark.slow
+def test_only_a_process_that_never_answered_is_restarted_with_a_delay(
+    own: Callable[..., Proxy],
+) -> None:
+    proxy = own("--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
+
+    def attempt() -> tuple[str, float]:
+        started = time.monotonic()
+        answer = mcp(proxy, modern("tools/list"), path="/servers/short/mcp")[2]
+        return answer["error"]["message"], time.monotonic() - started
+
+    tries = [attempt() for _ in range(7)]
+    assert all("ended with 7; it said: oh no, before it answered" in text for text, _ in tries[:5])
+    refused, seconds = tries[-1]
+    assert re.fullmatch(r"server short ended with 7; .*; it is started again in \d+ s", refused)
+    # A request waits for the next start, but not longer than for 5 s.
+    assert max(took for _, took in tries) < 6
+    assert tries[3][1] > 0.5
+    assert seconds < 6
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param("", id="a legacy server"),
+        pytest.param(" exits", id="one that ends at what it does not know"),
+        pytest.param(" era=both", id="a server of both eras"),
+        pytest.param(" era=modern", id="a modern server"),
+    ],
+)
+def test_a_server_that_allows_one_instance_works(
+    own: Callable[..., Proxy],
+    peculiar: str,
+    tmp_path: pathlib.Path,
+    stream: Callable[..., Stream],
+    era: str,
+    odd: str,
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock{odd}")
+    client = Client(proxy, era, "x", stream)
+    first = said(client.call("pid"))
+    client.call("crash")
+    if (era, "modern" in odd or "both" in odd) == ("legacy", False):
+        client = Client(proxy, era, "x", stream)
+    assert said(client.call("pid")) != first
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+def test_an_abandoned_session_gives_up_the_only_instance(
+    own: Callable[..., Proxy],
+    peculiar: str,
+    tmp_path: pathlib.Path,
+    stream: Callable[..., Stream],
+    era: str,
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock")
+    killed = Client(proxy, "legacy", "x", stream)
+    assert type(said(Client(proxy, era, "x", stream).call("pid"))) is int
+    assert mcp(proxy, request("ping"), path=killed.path, **killed.headers)[0] == 404
+
+
+def test_a_session_in_use_keeps_the_only_instance(
+    own: Callable[..., Proxy], peculiar: str, tmp_path: pathlib.Path, stream: Callable[..., Stream]
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock")
+    session = Client(proxy, "legacy", "x", stream)
+    stream(proxy, session.path, None, **session.headers)
+    refused = mcp(proxy, request("initialize", INITIALIZE), path=session.path)[2]
+    assert "another one runs" in refused["error"]["message"]
+    assert type(said(session.call("pid"))) is int
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param("era=legacy slow=7", id="a slow legacy server"),
+        pytest.param("era=modern slow=7", id="a slow modern server"),
+        pytest.param("era=both slow=7", id="a slow server of both eras"),
+        pytest.param("era=legacy silent", id="one that ignores what it does not know"),
+    ],
+)
+def test_a_slow_server_is_started_once_and_still_served(
+    own: Callable[..., Proxy],
+    peculiar: str,
+    tmp_path: pathlib.Path,
+    stream: Callable[..., Stream],
+    era: str,
+    odd: str,
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} {odd} starts={tmp_path}/starts")
+    started = time.monotonic()
+    client = Client(proxy, era, "x", stream)
+    assert type(said(client.call("pid"))) is int
+    assert time.monotonic() - started < 9
+    assert len((tmp_path / "starts").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("era", "server"), ERAS)
+def test_invalid_bytes_are_replaced(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], era: str, server: str
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar} era={server}"), era, "x", stream)
+    assert client.call("odd bytes")["text"] == "caf\ufffd"
+
+
+def test_a_byte_order_mark_is_skipped(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+) -> None:
+    started = time.monotonic()
+    client = Client(own(f"--mcp-server=x={peculiar} mark"), "modern", "x", stream)
+    assert type(said(client.call("pid"))) is int
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_an_answer_beyond_the_limit_fails_its_call_only(
+    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], place: str
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+    client = Client(proxy, "modern", "x", stream)
+    process = said(client.call("pid"))
+    other = Background(partial(client.call, "pid", id_="other", seconds=2))
+    failed = client.call("long", bytes=pp.MAX_ANSWER, id=place)
+    assert failed["code"] == -32603
+    assert f"expected at most {pp.MAX_ANSWER}" in failed["message"]
+    assert said(client.call("pid")) == process
+    assert said(other.result()) == process
+
+
+def test_lines_are_split_the_same_however_they_arrive() -> None:
+    dice = random.Random(5)
+    texts = [b"", b"a", b"x" * 20, b"y" * 21, b"{" + b"z" * 9000 + b"}", b"end"]
+    expected = [
+        text
+        if len(text) <= 20
+        else pp.TooLong(text[: pp.MAX_ENDS], text[-pp.MAX_ENDS :], len(text))
+        for text in texts
+    ]
+
+    for _ in range(5):
+        for pieces in cuts(dice, b"\n".join(texts)):
+            lines = pp.Lines(20)
+            got = [line for piece in pieces for line in lines.feed(piece)]
+            shown = [
+                each if isinstance(each, bytes) else (each.head[:20], each.tail[-20:], each.size)
+                for each in [*got, lines.rest()]
+            ]
+            assert shown == [
+                each if isinstance(each, bytes) else (each.head[:20], each.tail[-20:], each.size)
+                for each in expected
+            ]
+
+
+@pytest.mark.parametrize(
+    ("head", "tail", "id_"),
+    [
+        pytest.param(b'{"jsonrpc":"2.0","id":7,"result":{"a', b'"}}', 7, id="before the result"),
+        pytest.param(b'\xef\xbb\xbf { "id" : 7 , "x', b'"}}', 7, id="behind a byte order mark"),
+        pytest.param(b'{"result":{"id":3,"x', b'"},"jsonrpc":"2.0","id":7}', 7, id="at the end"),
+        pytest.param(
+            b'{"result":{"id":3,"x', b'"} , "id" : 7 }\r', 7, id="at the end, with blanks"
+        ),
+        pytest.param(b'{"result":{"x', b'","id":3}}', None, id="in the result only"),
+        pytest.param(b'{"result":"x', b',\\"id\\":3}"}', None, id="in a text only"),
+        pytest.param(b'{"method":"notifications/message","params":{"x', b'"}}', None, id="none"),
+        pytest.param(b"no JSON", b"", None, id="no JSON"),
+    ],
+)
+def test_the_id_of_a_long_answer_is_found_at_its_ends(head: bytes, tail: bytes, id_: Any) -> None:
+    assert pp.id_of_long(pp.TooLong(head, tail, 1 << 30)) == id_
+
+
+@pytest.mark.slow
+def test_a_dead_child_is_noticed_even_if_its_output_stays_open(
+    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+) -> None:
+    held = f"sleep 82.5 & exec {sys.executable} -S {fixtures} mcp-fixture legacy"
+    proxy = own(f"--mcp-server=x=sh -c {shlex.quote(held)}")
+    client = Client(proxy, "legacy", "x", stream)
+    started = time.monotonic()
+    assert "ended with 3" in client.call("die")["message"]
+    assert time.monotonic() - started < 10
+    wait_until_gone("sleep\x0082.5")
+
+
+@pytest.mark.slow
+def test_a_dead_child_is_removed_even_if_its_stderr_stays_open(
+    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+) -> None:
+    left = "setsid sleep 5.25 >/dev/null & while read -r line; do"
+    left += """ echo '{"jsonrpc": "2.0", "id": 1, "result": {"protocolVersion": "2025-11-25", "capabilities": {}}}'; """
+    left += "exec >&-; sleep 0.3; exit 3; done"
+    proxy = own(f"--mcp-server=x=sh -c {shlex.quote(left)}")
+    mcp(proxy, request("initialize", INITIALIZE), path="/servers/x/mcp")
+    eventually(lambda: json.loads(proxy.request("GET", "/servers")[2])[0]["state"] == "failed", 4)
+
+
+def test_a_server_that_cannot_start_says_why_once(
+    own: Callable[..., Proxy], tmp_path: pathlib.Path
+) -> None:
+    program = tmp_path / "gone"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    proxy = own(f"--mcp-server=gone={program}", "--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
+    program.unlink()
+
+    for name, why in (
+        ("gone", r"server gone cannot start: .*No such file.*"),
+        ("short", "server short ended with 7; it said: oh no, before it answered"),
+    ):
+        for message in (request("initialize", INITIALIZE), modern("tools/list")):
+            failed = mcp(proxy, message, path=f"/servers/{name}/mcp")[2]["error"]
+            assert failed["code"] == -32603
+            assert re.fullmatch(why, failed["message"]), failed["message"]
+
+    shown = {each["name"]: each for each in json.loads(proxy.request("GET", "/servers")[2])}
+    assert shown["gone"]["state"] == "failed"
+    assert shown["gone"]["pid"] is None
+    assert re.fullmatch("cannot start: .*No such file.*", shown["gone"]["error"])
+    assert mcp(proxy, modern("tools/list"), path="/servers/other/mcp")[0] == 404
+
+
+@pytest.mark.slow
+def test_a_server_cannot_control_the_terminal_of_the_log_reader(own: Callable[..., Proxy]) -> None:
+    proxy = own(
+        """--mcp-server=loud=sh -c 'printf "\\033]2;evil\\007\\302\\233 \\r1\\n" >&2; exit 7'"""
+    )
+    mcp(proxy, request("initialize", INITIALIZE), path="/servers/loud/mcp")
+    assert r"server loud: \x1b]2;evil\x07\x9b \r1" in eventually(
+        lambda: proxy.logged() if "evil" in proxy.logged() else ""
+    )
+    assert not re.search(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", proxy.logged())
+
+
+@pytest.mark.slow
+def test_children_end_as_a_group_and_are_never_orphaned(
+    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+) -> None:
+    stubborn = (
+        f"trap '' TERM; sleep 81.5 & {sys.executable} -S {fixtures} mcp-fixture legacy; sleep 81.6"
+    )
+    proxy = own(
+        f"--mcp-server=plain={sys.executable} -S {fixtures} mcp-fixture modern",
+        "--mcp-server=stubborn=sh -c " + shlex.quote(stubborn),
+    )
+    clients = [Client(proxy, "legacy", name, stream) for name in ("plain", "stubborn")]
+    pids = [int(text_of(client.call("pid"))) for client in clients]
+    assert mcp(proxy, b"", "DELETE", path=clients[1].path, **clients[1].headers)[0] == 204
+    wait_until_gone("sleep\x0081.5", 10)
+    assert not processes_with("sleep\x0081.6")
+    assert pids
+
+    proxy.stop(signal.SIGKILL)
+    wait_until_gone(str(fixtures))
+    proxy.start()
+    assert text_of(Client(proxy, "modern", "plain", stream).call("pid"))
+    assert processes_with(str(fixtures))
+    assert proxy.stop() == 0
+    assert not processes_with(str(fixtures))
+
+
+@pytest.mark.slow
+def test_an_unused_child_ends_after_the_configured_time(
+    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+) -> None:
+    proxy = own(
+        f"--mcp-server=legacy={sys.executable} -S {fixtures} mcp-fixture legacy",
+        f"--mcp-server=modern={sys.executable} -S {fixtures} mcp-fixture modern",
+        "--mcp-idle=1",
+    )
+    session = Client(proxy, "legacy", "legacy", stream)
+    clients = [session, *(Client(proxy, "modern", name, stream) for name in ("legacy", "modern"))]
+    pids = [int(text_of(client.call("pid"))) for client in clients]
+    working = [Background(partial(client.call, "test_slow", seconds=2)) for client in clients]
+    assert [text_of(each.result()) for each in working] == ["slept 2.0 s"] * 3
+    assert [int(text_of(client.call("pid"))) for client in clients] == pids
+    eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), 5)
+    assert mcp(proxy, request("ping"), path=session.path, **session.headers)[0] == 404
+
+    states = [each["state"] for each in json.loads(proxy.request("GET", "/servers")[2])]
+    assert states == ["idle", "idle"]
+
+
+@pytest.mark.slow
+def test_calls_to_a_child_that_hangs_or_never_reads_time_out(fixtures: pathlib.Path) -> None:
+    async def trouble() -> list[str]:
+        said = []
+        relay = pp.Relay(
+            pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), "mcp-fixture", "modern"))
+        )
+        outbox = pp.Outbox(int)
+        peer = pp.Peer(outbox, int)
+        await relay.respond(peer, modern("tools/list"), True, outbox)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pp, "CHILD_TIMEOUT", 0.3)
+            patch.setattr(
+                pp, "CHILD_LADDER", ((0, 0.1), (signal.SIGTERM, 0.1), (signal.SIGKILL, 2.0))
+            )
+            hang = await relay.respond(peer, modern("tools/call", {"name": "hang"}), True, outbox)
+            said.append(hang["error"]["message"])
+            slow = modern(
+                "tools/call", {"name": "test_slow", "arguments": {"seconds": 1}}, progressToken=1
+            )
+            # Progress gives the call more time.
+            said.append(text_of((await relay.respond(peer, slow, True, outbox))["result"]))
+            patch.setattr(pp, "CHILD_QUEUE", 1000)
+            assert relay.shared
+
+            os.kill(relay.shared.process.pid, signal.SIGSTOP)
+            for _ in range(20):
+                with contextlib.suppress(pp.RelayError):
+                    await relay.respond(
+                        peer, modern("tools/call", {"name": "x" * 100_000}), True, outbox
+                    )
+
+            with pytest.raises(pp.RelayError) as full:
+                await relay.respond(peer, modern("tools/list"), True, outbox)
+            said.append(str(full.value))
+            await relay.close()
+
+        return said
+
+    hung, slow, full = asyncio.run(trouble())
+    assert hung == "server x did not answer within 0.3 s"
+    assert slow == "slept 1.0 s"
+    assert full == "server x does not read what it is sent"
+
+
+@pytest.mark.slow
+def test_an_unused_shared_child_ends(fixtures: pathlib.Path) -> None:
+    async def idle(era: str) -> None:
+        relay = pp.Relay(
+            pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), "mcp-fixture", era)),
+            idle=0.2,
+        )
+        outbox = pp.Outbox(int)
+        peer = pp.Peer(outbox, int)
+
+        for _ in range(2):
+            slow = modern("tools/call", {"name": "test_slow", "arguments": {"seconds": 0.4}})
+            assert "result" in await relay.respond(peer, slow, True, outbox)
+            for _ in range(100):
+                if not relay.children:
+                    break
+                await asyncio.sleep(0.05)
+
+            assert relay.children == set()
+            assert relay.failure == ""
+
+        await relay.close()
+
+    async def both() -> None:
+        await asyncio.gather(idle("legacy"), idle("modern"))
+
+    asyncio.run(both())
+
+
+TALKER = """
+import json, sys
+sys.stdout.reconfigure(encoding="utf-8")
+for line in sys.stdin:
+    got = json.loads(line, parse_constant=sys.exit)
+    for wrote in (got.get("params") or {}).get("lines", []):
+        sys.stdout.write(wrote.replace("ID", str(got["id"])) + chr(10))
+    if "id" in got:
+        result = {"capabilities": {}, "protocolVersion": "2025-11-25", "supportedVersions": ["2026-07-28"]}
+        print(json.dumps({"jsonrpc": "2.0", "id": got["id"], "result": result}), flush=True)
+"""
+
+
+@pytest.mark.parametrize("era", ["modern", "legacy"])
+def test_whatever_a_child_writes_every_request_gets_one_valid_answer(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, era: str
+) -> None:
+    dice = random.Random(11)
+    (tmp_path / "talker.py").write_text(
+        TALKER.replace("2026-07-28", {"modern": pp.MODERN, "legacy": "none"}[era])
+    )
+    methods = [
+        "notifications/progress",
+        "notifications/message",
+        "roots/list",
+        "ping",
+        "notifications/tools/list_changed",
+    ]
+    likely = (
+        "=ID=",
+        {"_meta": {pp.SUBSCRIPTION: "=ID="}},
+        {"progressToken": "=ID="},
+        {"code": 1, "message": "m"},
+        {"_meta": 3},
+    )
+
+    def line() -> str:
+        fields = {
+            "result": junk(dice, *likely),
+            "error": junk(dice, *likely),
+            "params": junk(dice, *likely),
+        }
+        fields |= {"id": junk(dice, "=ID=", "=ID="), "method": junk(dice, *methods)}
+        chosen = {"jsonrpc": "2.0"} | {
+            name: fields[name] for name in dice.choices([*fields], k=dice.randrange(5))
+        }
+        text = (
+            json.dumps(chosen)
+            .replace('"=ID="', "ID")
+            .replace("1e+300", dice.choice(("1e300", "1e999")))
+        )
+
+        return (
+            text
+            if dice.random() < 0.8
+            else spoil(dice, text.encode()).decode("latin-1").replace("\n", "")
+        )
+
+    async def check() -> None:
+        relay = pp.Relay(
+            pp.ServerConfig("talker", (sys.executable, "-S", str(tmp_path / "talker.py")))
+        )
+        outbox = pp.Outbox.nowhere()
+        answered = list[bool]()
+        peer = pp.Peer(outbox, int)
+
+        try:
+            for number in range(100 * FUZZ):
+                lines = [line() for _ in range(dice.randrange(6))]
+                meta = {**pp.envelope({"roots": {}}, pp.OURSELVES), "progressToken": "t"}
+                message = pp.new_request("tools/call", {"lines": lines, "_meta": meta}) | {
+                    "id": number
+                }
+
+                try:
+                    answer = await asyncio.wait_for(
+                        relay.respond(peer, message, dice.random() < 0.7, outbox), 5
+                    )
+                except pp.RelayError as wrong:
+                    answer = pp.refusal(number, wrong)
+
+                sent = json.loads(pp.to_json(answer).encode(), parse_constant=pytest.fail)
+                answered.append("capabilities" in sent.get("result", {}))
+                assert sent["id"] == number, lines
+                assert isinstance(sent.get("result"), dict) != isinstance(
+                    sent.get("error"), dict
+                ), lines
+                assert "error" not in sent or type(sent["error"]["code"]) is int, lines
+        finally:
+            await relay.close()
+
+        assert sum(answered) > len(answered) / 4, sum(answered)
+
+    asyncio.run(check())
+    assert [
+        each.getMessage()
+        for each in caplog.records
+        if (each.name, each.levelname) == ("pocketcoder", "ERROR")
+    ] == []
+
+
+# ==========================================================================
+# Era translation
+# ==========================================================================
 def test_clients_of_each_era_are_served_by_servers_of_each_era(client: Client) -> None:
     modern_client = client.era == "modern"
     if modern_client:
@@ -6326,6 +7486,9 @@ def test_headers_repeat_the_arguments_that_a_schema_names(
             assert client.ask("tools/call", params, **wrong)[-1]["error"]["code"] == -32020
 
 
+# ==========================================================================
+# Relay
+# ==========================================================================
 @pytest.mark.slow
 def test_clients_with_equal_ids_and_tokens_never_meet(
     relay: Proxy, stream: Callable[..., Stream]
@@ -6435,285 +7598,6 @@ def test_a_legacy_session_has_its_own_child_that_ends_with_it(
     before = int(text_of(modern_one.call("counter")))
     # Calls one after the other meet the same child.
     assert int(text_of(modern_one.call("counter"))) == before + 1
-
-
-@pytest.mark.parametrize(("era", "server"), ERAS)
-@pytest.mark.slow
-def test_calls_to_a_child_that_dies_fail_at_once_and_it_is_restarted(
-    own: Callable[..., Proxy],
-    fixtures: pathlib.Path,
-    stream: Callable[..., Stream],
-    era: str,
-    server: str,
-) -> None:
-    proxy = own(f"--mcp-server=x={sys.executable} -S {fixtures} mcp-fixture {server}")
-
-    def state() -> Any:
-        return json.loads(proxy.request("GET", "/servers")[2])[0]
-
-    def reached() -> Any:
-        """A call by a new client; it is refused while the server is held back."""
-        # There is no session in this era.
-        with contextlib.suppress(KeyError):
-            return Client(proxy, era, "x", stream).call("pid").get("content")
-
-    client = Client(proxy, era, "x", stream)
-    process = int(text_of(client.call("pid")))
-    waiting = Background(partial(client.call, "hang", id_="h"))
-    time.sleep(0.2)
-    started = time.monotonic()
-    os.kill(process, signal.SIGKILL)
-    failed = waiting.result()
-    assert time.monotonic() - started < 5
-    assert failed["code"] == -32603, failed
-    assert "ended with -9" in failed["message"], failed
-    assert state()["state"] == "failed"
-    assert "ended with -9" in state()["error"]
-
-    if era == server == "legacy":
-        eventually(
-            lambda: mcp(proxy, request("ping"), path=client.path, **client.headers)[0] == 404
-        )
-
-    eventually(reached)
-    assert state()["state"] == "running"
-    assert state()["restarts"] == 1
-
-    for name in ("die", "half"):
-        failed = Client(proxy, era, "x", stream).call(name)
-        assert failed["code"] == -32603
-        assert "before it answered" in failed["message"]
-        eventually(reached)
-
-    assert state()["restarts"] == 3
-
-
-def test_noisy_servers_still_get_answers_through(client: Client) -> None:
-    assert text_of(client.call("noise")) == "after the noise"
-    *told, answer = client.ask("tools/call", {"name": "flood", "arguments": {"lines": 3000}})
-    assert text_of(answer["result"]) == "flooded"
-    if client.era == "legacy":
-        assert [each["params"]["data"] for each in told] == [
-            f"log line {number}" for number in range(3000)
-        ]
-    assert text_of(client.call("flood", lines=500, to="stderr")) == "flooded"
-    assert text_of(client.call("test_simple_text"))
-
-
-ODD = """
-import json, os, sys, time
-def say(**fields):
-    print(json.dumps({"jsonrpc": "2.0", **fields}), flush=True)
-for line in sys.stdin:
-    got = json.loads(line)
-    if "id" not in got:
-        continue
-    id_, name = got["id"], (got.get("params") or {}).get("name")
-    if got["method"] == "initialize":
-        for number in range(300):
-            say(method="notifications/message", params={"level": "info", "data": number})
-        say(id=id_, result={"protocolVersion": 7, "capabilities": ["x"], "serverInfo": None, "_meta": 3})
-    elif got["method"] == "tools/list":
-        say(id=id_, result={"tools": [None, 3, {"name": None}, {"name": "t", "inputSchema": []}]})
-    elif name in ("null", "list", "text"):
-        say(id=id_, result={"null": None, "list": [1], "text": "x"}[name])
-    elif name == "code":
-        say(id=id_, error={"message": "no code"})
-    elif name in ("nan", "infinity"):
-        number = "NaN" if name == "nan" else "1e999"
-        print('{"jsonrpc":"2.0","id":%d,"result":{"x":%s}}' % (id_, number), flush=True)
-    elif name == "notes":
-        odd = {"_meta": {"io.modelcontextprotocol/subscriptionId": []}}
-        for params in ({"progressToken": id_}, {"progressToken": {}}, {"_meta": 3}, {"uri": {}}, odd):
-            for method in ("progress", "message", "tools/list_changed", "resources/updated"):
-                say(method="notifications/" + method, params=params)
-        for wrong in (99999, str(id_), True):
-            say(id=wrong, result={})
-        say(id=id_, result={"right": 1})
-        say(id=id_, result={"twice": 1})
-    elif name == "close":
-        os.close(1)
-        time.sleep(1)
-    else:
-        say(id=id_, error={"code": -32601, "message": "no"})
-"""
-
-
-@pytest.mark.parametrize("era", ["legacy", "modern"])
-def test_whatever_a_server_answers_the_client_gets_an_answer(
-    own: Callable[..., Proxy], tmp_path: pathlib.Path, stream: Callable[..., Stream], era: str
-) -> None:
-    (tmp_path / "odd.py").write_text(ODD)
-    proxy = own(f"--mcp-server=odd={sys.executable} -S {tmp_path}/odd.py")
-    client = Client(proxy, era, "odd", stream)
-    for name in ("null", "list", "text", "code", "nan", "infinity"):
-        failed = client.call(name)
-        assert failed["code"] == -32603
-        assert re.search("answered (with|badly)", failed["message"])
-
-    *_, answer = client.ask("tools/call", {"name": "notes", "arguments": {}})
-    assert answer["result"]["right"] == 1
-    if era == "modern":
-        assert client.ask("server/discover")[-1]["result"]["capabilities"] == {}
-    started = time.monotonic()
-    assert "closed its output" in client.call("close")["message"]
-    assert time.monotonic() - started < 5
-    assert "Traceback" not in proxy.logged()
-
-
-def peculiar_server() -> None:
-    """A stdio MCP server whose words say what is peculiar about it.
-
-    era=legacy|modern|both  what it speaks
-    lock=FILE    only one may run at a time
-    starts=FILE  gets a line for each start
-    slow=S       it reads nothing before
-    exits        it ends at `server/discover`
-    silent       it answers nothing that it does not know
-    asks=hello   it asks for the roots before it answers `initialize`, and waits for them
-    asks=start   it does so once it is initialized
-    mark         a byte order mark comes first
-    """
-    import fcntl
-    import json
-    import os
-    import sys
-    import threading
-    import time
-
-    words = dict(word.partition("=")[::2] for word in sys.argv[1:])
-    era = words.get("era", "legacy")
-    served = "2026-07-28"
-    writing = threading.Lock()
-    came = threading.Condition()
-    answers: dict[Any, Any] = {}
-    roots: list[Any] = []
-    calls = [0]
-
-    def write(raw: bytes) -> None:
-        with writing:
-            sys.stdout.buffer.write(raw)
-            sys.stdout.buffer.flush()
-
-    def say(**fields: Any) -> None:
-        write(json.dumps({"jsonrpc": "2.0", **fields}).encode() + b"\n")
-
-    def ask(method: str, name: str) -> Any:
-        say(id=name, method=method, params={})
-        with came:
-            came.wait_for(lambda: name in answers)
-            return answers.pop(name)
-
-    def ask_for_roots() -> None:
-        roots.append(ask("roots/list", "roots").get("result"))
-
-    def text(value: Any) -> Any:
-        return {"content": [{"type": "text", "text": json.dumps(value)}]}
-
-    def call(id_: Any, name: str, arguments: Any) -> None:
-        calls[0] += 1
-        if name == "crash":
-            os._exit(3)
-
-        if name == "pid":
-            time.sleep(arguments.get("seconds", 0))
-            say(id=id_, result=text(os.getpid()))
-        elif name == "count":
-            say(id=id_, result=text(calls[0]))
-        elif name == "roots":
-            say(id=id_, result=text(roots))
-        elif name == "ask":
-            time.sleep(arguments.get("seconds", 0))
-            say(id=id_, result=text(ask("roots/list", f"ask {id_}")))
-        elif name == "ask later":
-            say(id=id_, result=text("soon"))
-            time.sleep(0.1)
-            ask_for_roots()
-        elif name == "odd bytes":
-            write(b'{"jsonrpc":"2.0","id":%d,"result":{"text":"caf\xe9"}}\n' % id_)
-        elif name == "long":
-            filling = b"x" * arguments["bytes"]
-            first = b'{"jsonrpc":"2.0","id":%d,"result":{"text":"%s"}}\n'
-            last = b'{"result":{"text":"\\",\\"id\\":1}%s"},"jsonrpc":"2.0","id":%d}\n'
-            write(last % (filling, id_) if arguments["id"] == "last" else first % (id_, filling))
-        elif name == "note later":
-            say(id=id_, result=text("soon"))
-            time.sleep(0.1)
-            for number in range(arguments["count"]):
-                say(method="notifications/message", params={"level": "info", "data": number})
-        elif name == "ping later":
-            say(id=id_, result=text("soon"))
-            time.sleep(0.1)
-            for number in range(arguments["count"]):
-                roots.append(ask("ping", f"ping {number}").get("result"))
-        else:
-            say(id=id_, error={"code": -32602, "message": f"no tool {name}: {arguments}"})
-
-    if "starts" in words:
-        with open(words["starts"], "a") as file:
-            file.write(f"{os.getpid()}\n")
-
-    if "lock" in words:
-        # It stays locked until this process ends.
-        lock = open(words["lock"], "a")  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            sys.exit("another one runs")
-
-    time.sleep(float(words.get("slow", 0)))
-    if "mark" in words:
-        write(b"\xef\xbb\xbf")
-    info = {"name": "peculiar", "version": "1"}
-
-    for line in sys.stdin:
-        got = json.loads(line)
-        method = got.get("method")
-        params = got.get("params") or {}
-
-        if method is None:
-            with came:
-                answers[got["id"]] = got
-                came.notify_all()
-        elif method == "server/discover" and era != "legacy":
-            result = {"supportedVersions": [served], "capabilities": {"tools": {}}}
-            say(id=got["id"], result=result)
-        elif method == "server/discover" and "exits" in words:
-            sys.exit(4)
-        elif method == "initialize" and era != "modern":
-
-            def greet(id_: Any = got["id"]) -> None:
-                if words.get("asks") == "hello":
-                    ask_for_roots()
-                hello = {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}}}
-                say(id=id_, result={**hello, "serverInfo": info})
-
-            threading.Thread(target=greet, daemon=True).start()
-        elif method == "notifications/initialized" and words.get("asks") == "start":
-            threading.Thread(target=ask_for_roots, daemon=True).start()
-        elif method == "ping":
-            say(id=got["id"], result={})
-        elif method == "tools/list":
-            say(id=got["id"], result={"tools": []})
-        elif method == "tools/call":
-            given = (got["id"], params["name"], params.get("arguments") or {})
-            threading.Thread(target=call, args=given, daemon=True).start()
-        elif "id" in got and "silent" not in words:
-            say(id=got["id"], error={"code": -32601, "message": "no such method"})
-
-
-@pytest.fixture
-def peculiar(tmp_path: pathlib.Path) -> str:
-    """The command that starts one."""
-    path = tmp_path / "peculiar.py"
-    source = textwrap.dedent(inspect.getsource(peculiar_server))
-    path.write_text(f"from __future__ import annotations\n\n\n{source}\n\npeculiar_server()\n")
-    return f"{sys.executable} -S {path}"
-
-
-def said(result: Any) -> Any:
-    """What a tool of the peculiar server answers."""
-    return json.loads(text_of(result))
 
 
 def answered(client: Client, asked: Any, tool: dict[str, Any], roots: list[Any], id_: Any) -> Any:
@@ -6904,43 +7788,6 @@ def test_a_question_at_startup_may_be_answered_by_a_session(
     assert said(mcp(proxy, call, path=path, **session)[2]["result"]) == [{"roots": []}]
 
 
-@pytest.mark.parametrize(("era", "server"), ERAS)
-def test_the_next_request_after_a_crash_waits_for_the_new_process(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], era: str, server: str
-) -> None:
-    proxy = own(f"--mcp-server=x={peculiar} era={server}")
-    bystander = Client(proxy, "legacy", "x", stream)
-    for _ in range(5):
-        crashing = Client(proxy, era, "x", stream)
-        failed = crashing.call("crash")
-        assert failed["code"] == -32603
-        assert "ended with 3, before it answered" in failed["message"]
-
-        if era == server == "legacy":
-            status = mcp(proxy, request("ping"), path=crashing.path, **crashing.headers)[0]
-            assert status == 404
-            crashing = Client(proxy, era, "x", stream)
-
-        assert type(said(crashing.call("pid"))) is int
-
-    assert type(said(bystander.call("pid"))) is int
-    assert json.loads(proxy.request("GET", "/servers")[2])[0]["state"] == "running"
-
-
-def test_a_crash_leaves_the_processes_of_other_clients_alone(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
-) -> None:
-    proxy = own(f"--mcp-server=x={peculiar}")
-    one, two = (
-        Client(proxy, "modern", "x", stream, info={"name": name, "version": "1"})
-        for name in ("one", "two")
-    )
-    assert [said(each.call("count")) for each in (one, two)] == [1, 1]
-    assert "ended with 3" in one.call("crash")["message"]
-    assert said(two.call("count")) == 2
-    assert said(one.call("count")) == 1
-
-
 def test_a_session_is_unknown_as_soon_as_its_process_dies(
     own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
 ) -> None:
@@ -6953,181 +7800,6 @@ def test_a_session_is_unknown_as_soon_as_its_process_dies(
             mcp(proxy, request("ping"), path=client.path, **client.headers)[0] for _ in range(3)
         ]
         assert answers == [404] * 3
-
-
-@pytest.mark.slow
-def test_only_a_process_that_never_answered_is_restarted_with_a_delay(
-    own: Callable[..., Proxy],
-) -> None:
-    proxy = own("--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
-
-    def attempt() -> tuple[str, float]:
-        started = time.monotonic()
-        answer = mcp(proxy, modern("tools/list"), path="/servers/short/mcp")[2]
-        return answer["error"]["message"], time.monotonic() - started
-
-    tries = [attempt() for _ in range(7)]
-    assert all("ended with 7; it said: oh no, before it answered" in text for text, _ in tries[:5])
-    refused, seconds = tries[-1]
-    assert re.fullmatch(r"server short ended with 7; .*; it is started again in \d+ s", refused)
-    # A request waits for the next start, but not longer than for 5 s.
-    assert max(took for _, took in tries) < 6
-    assert tries[3][1] > 0.5
-    assert seconds < 6
-
-
-@pytest.mark.parametrize("era", ["legacy", "modern"])
-@pytest.mark.parametrize(
-    "odd",
-    [
-        pytest.param("", id="a legacy server"),
-        pytest.param(" exits", id="one that ends at what it does not know"),
-        pytest.param(" era=both", id="a server of both eras"),
-        pytest.param(" era=modern", id="a modern server"),
-    ],
-)
-def test_a_server_that_allows_one_instance_works(
-    own: Callable[..., Proxy],
-    peculiar: str,
-    tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
-    era: str,
-    odd: str,
-) -> None:
-    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock{odd}")
-    client = Client(proxy, era, "x", stream)
-    first = said(client.call("pid"))
-    client.call("crash")
-    if (era, "modern" in odd or "both" in odd) == ("legacy", False):
-        client = Client(proxy, era, "x", stream)
-    assert said(client.call("pid")) != first
-
-
-@pytest.mark.parametrize("era", ["legacy", "modern"])
-def test_an_abandoned_session_gives_up_the_only_instance(
-    own: Callable[..., Proxy],
-    peculiar: str,
-    tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
-    era: str,
-) -> None:
-    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock")
-    killed = Client(proxy, "legacy", "x", stream)
-    assert type(said(Client(proxy, era, "x", stream).call("pid"))) is int
-    assert mcp(proxy, request("ping"), path=killed.path, **killed.headers)[0] == 404
-
-
-def test_a_session_in_use_keeps_the_only_instance(
-    own: Callable[..., Proxy], peculiar: str, tmp_path: pathlib.Path, stream: Callable[..., Stream]
-) -> None:
-    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock")
-    session = Client(proxy, "legacy", "x", stream)
-    stream(proxy, session.path, None, **session.headers)
-    refused = mcp(proxy, request("initialize", INITIALIZE), path=session.path)[2]
-    assert "another one runs" in refused["error"]["message"]
-    assert type(said(session.call("pid"))) is int
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("era", ["legacy", "modern"])
-@pytest.mark.parametrize(
-    "odd",
-    [
-        pytest.param("era=legacy slow=7", id="a slow legacy server"),
-        pytest.param("era=modern slow=7", id="a slow modern server"),
-        pytest.param("era=both slow=7", id="a slow server of both eras"),
-        pytest.param("era=legacy silent", id="one that ignores what it does not know"),
-    ],
-)
-def test_a_slow_server_is_started_once_and_still_served(
-    own: Callable[..., Proxy],
-    peculiar: str,
-    tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
-    era: str,
-    odd: str,
-) -> None:
-    proxy = own(f"--mcp-server=x={peculiar} {odd} starts={tmp_path}/starts")
-    started = time.monotonic()
-    client = Client(proxy, era, "x", stream)
-    assert type(said(client.call("pid"))) is int
-    assert time.monotonic() - started < 9
-    assert len((tmp_path / "starts").read_text().splitlines()) == 1
-
-
-@pytest.mark.parametrize(("era", "server"), ERAS)
-def test_invalid_bytes_are_replaced(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], era: str, server: str
-) -> None:
-    client = Client(own(f"--mcp-server=x={peculiar} era={server}"), era, "x", stream)
-    assert client.call("odd bytes")["text"] == "caf\ufffd"
-
-
-def test_a_byte_order_mark_is_skipped(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
-) -> None:
-    started = time.monotonic()
-    client = Client(own(f"--mcp-server=x={peculiar} mark"), "modern", "x", stream)
-    assert type(said(client.call("pid"))) is int
-    assert time.monotonic() - started < 5
-
-
-@pytest.mark.parametrize("place", ["first", "last"])
-def test_an_answer_beyond_the_limit_fails_its_call_only(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], place: str
-) -> None:
-    proxy = own(f"--mcp-server=x={peculiar}")
-    client = Client(proxy, "modern", "x", stream)
-    process = said(client.call("pid"))
-    other = Background(partial(client.call, "pid", id_="other", seconds=2))
-    failed = client.call("long", bytes=pp.MAX_ANSWER, id=place)
-    assert failed["code"] == -32603
-    assert f"expected at most {pp.MAX_ANSWER}" in failed["message"]
-    assert said(client.call("pid")) == process
-    assert said(other.result()) == process
-
-
-def test_lines_are_split_the_same_however_they_arrive() -> None:
-    dice = random.Random(5)
-    texts = [b"", b"a", b"x" * 20, b"y" * 21, b"{" + b"z" * 9000 + b"}", b"end"]
-    expected = [
-        text
-        if len(text) <= 20
-        else pp.TooLong(text[: pp.MAX_ENDS], text[-pp.MAX_ENDS :], len(text))
-        for text in texts
-    ]
-
-    for _ in range(5):
-        for pieces in cuts(dice, b"\n".join(texts)):
-            lines = pp.Lines(20)
-            got = [line for piece in pieces for line in lines.feed(piece)]
-            shown = [
-                each if isinstance(each, bytes) else (each.head[:20], each.tail[-20:], each.size)
-                for each in [*got, lines.rest()]
-            ]
-            assert shown == [
-                each if isinstance(each, bytes) else (each.head[:20], each.tail[-20:], each.size)
-                for each in expected
-            ]
-
-
-@pytest.mark.parametrize(
-    ("head", "tail", "id_"),
-    [
-        pytest.param(b'{"jsonrpc":"2.0","id":7,"result":{"a', b'"}}', 7, id="before the result"),
-        pytest.param(b'\xef\xbb\xbf { "id" : 7 , "x', b'"}}', 7, id="behind a byte order mark"),
-        pytest.param(b'{"result":{"id":3,"x', b'"},"jsonrpc":"2.0","id":7}', 7, id="at the end"),
-        pytest.param(
-            b'{"result":{"id":3,"x', b'"} , "id" : 7 }\r', 7, id="at the end, with blanks"
-        ),
-        pytest.param(b'{"result":{"x', b'","id":3}}', None, id="in the result only"),
-        pytest.param(b'{"result":"x', b',\\"id\\":3}"}', None, id="in a text only"),
-        pytest.param(b'{"method":"notifications/message","params":{"x', b'"}}', None, id="none"),
-        pytest.param(b"no JSON", b"", None, id="no JSON"),
-    ],
-)
-def test_the_id_of_a_long_answer_is_found_at_its_ends(head: bytes, tail: bytes, id_: Any) -> None:
-    assert pp.id_of_long(pp.TooLong(head, tail, 1 << 30)) == id_
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle ones", "busy ones"])
@@ -7245,31 +7917,6 @@ def test_a_disconnected_stream_does_not_block_its_server(
 
 
 @pytest.mark.slow
-def test_a_dead_child_is_noticed_even_if_its_output_stays_open(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
-) -> None:
-    held = f"sleep 82.5 & exec {sys.executable} -S {fixtures} mcp-fixture legacy"
-    proxy = own(f"--mcp-server=x=sh -c {shlex.quote(held)}")
-    client = Client(proxy, "legacy", "x", stream)
-    started = time.monotonic()
-    assert "ended with 3" in client.call("die")["message"]
-    assert time.monotonic() - started < 10
-    wait_until_gone("sleep\x0082.5")
-
-
-@pytest.mark.slow
-def test_a_dead_child_is_removed_even_if_its_stderr_stays_open(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
-) -> None:
-    left = "setsid sleep 5.25 >/dev/null & while read -r line; do"
-    left += """ echo '{"jsonrpc": "2.0", "id": 1, "result": {"protocolVersion": "2025-11-25", "capabilities": {}}}'; """
-    left += "exec >&-; sleep 0.3; exit 3; done"
-    proxy = own(f"--mcp-server=x=sh -c {shlex.quote(left)}")
-    mcp(proxy, request("initialize", INITIALIZE), path="/servers/x/mcp")
-    eventually(lambda: json.loads(proxy.request("GET", "/servers")[2])[0]["state"] == "failed", 4)
-
-
-@pytest.mark.slow
 def test_abandoned_calls_block_nothing(relay: Proxy, stream: Callable[..., Stream]) -> None:
     # More than there may be children.
     for number in range(40):
@@ -7280,807 +7927,9 @@ def test_abandoned_calls_block_nothing(relay: Proxy, stream: Callable[..., Strea
     assert text_of(Client(relay, "modern", "legacy", stream).call("test_simple_text"))
 
 
-def test_a_server_that_cannot_start_says_why_once(
-    own: Callable[..., Proxy], tmp_path: pathlib.Path
-) -> None:
-    program = tmp_path / "gone"
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
-    proxy = own(f"--mcp-server=gone={program}", "--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
-    program.unlink()
-
-    for name, why in (
-        ("gone", r"server gone cannot start: .*No such file.*"),
-        ("short", "server short ended with 7; it said: oh no, before it answered"),
-    ):
-        for message in (request("initialize", INITIALIZE), modern("tools/list")):
-            failed = mcp(proxy, message, path=f"/servers/{name}/mcp")[2]["error"]
-            assert failed["code"] == -32603
-            assert re.fullmatch(why, failed["message"]), failed["message"]
-
-    shown = {each["name"]: each for each in json.loads(proxy.request("GET", "/servers")[2])}
-    assert shown["gone"]["state"] == "failed"
-    assert shown["gone"]["pid"] is None
-    assert re.fullmatch("cannot start: .*No such file.*", shown["gone"]["error"])
-    assert mcp(proxy, modern("tools/list"), path="/servers/other/mcp")[0] == 404
-
-
-@pytest.mark.slow
-def test_a_server_cannot_control_the_terminal_of_the_log_reader(own: Callable[..., Proxy]) -> None:
-    proxy = own(
-        """--mcp-server=loud=sh -c 'printf "\\033]2;evil\\007\\302\\233 \\r1\\n" >&2; exit 7'"""
-    )
-    mcp(proxy, request("initialize", INITIALIZE), path="/servers/loud/mcp")
-    assert r"server loud: \x1b]2;evil\x07\x9b \r1" in eventually(
-        lambda: proxy.logged() if "evil" in proxy.logged() else ""
-    )
-    assert not re.search(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", proxy.logged())
-
-
-@pytest.mark.slow
-def test_children_end_as_a_group_and_are_never_orphaned(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
-) -> None:
-    stubborn = (
-        f"trap '' TERM; sleep 81.5 & {sys.executable} -S {fixtures} mcp-fixture legacy; sleep 81.6"
-    )
-    proxy = own(
-        f"--mcp-server=plain={sys.executable} -S {fixtures} mcp-fixture modern",
-        "--mcp-server=stubborn=sh -c " + shlex.quote(stubborn),
-    )
-    clients = [Client(proxy, "legacy", name, stream) for name in ("plain", "stubborn")]
-    pids = [int(text_of(client.call("pid"))) for client in clients]
-    assert mcp(proxy, b"", "DELETE", path=clients[1].path, **clients[1].headers)[0] == 204
-    wait_until_gone("sleep\x0081.5", 10)
-    assert not processes_with("sleep\x0081.6")
-    assert pids
-
-    proxy.stop(signal.SIGKILL)
-    wait_until_gone(str(fixtures))
-    proxy.start()
-    assert text_of(Client(proxy, "modern", "plain", stream).call("pid"))
-    assert processes_with(str(fixtures))
-    assert proxy.stop() == 0
-    assert not processes_with(str(fixtures))
-
-
-def test_a_typical_config_file_is_read(
-    own: Callable[..., Proxy],
-    fixtures: pathlib.Path,
-    tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
-) -> None:
-    config = tmp_path / "mcp.json"
-    server = {
-        "command": sys.executable,
-        "args": ["-S", str(fixtures), "mcp-fixture", "both"],
-        "env": {"SECRET": "s3cret"},
-        "cwd": str(tmp_path),
-    }
-    config.write_text(json.dumps({"mcpServers": {"both": {**server, "type": "stdio"}}, "other": 1}))
-    proxy = own(f"--mcp-config={config}", "--mcp-server=two=cat", POCKETCODER_TOKEN="t0ken")
-    headers = {"Authorization": "Bearer t0ken"}
-    listed = proxy.request("GET", "/servers", None, headers)[2].decode()
-    assert [each["name"] for each in json.loads(listed)] == ["both", "two"]
-    assert "s3cret" not in listed
-    assert proxy.request("GET", "/servers")[0] == 401
-
-    call = modern("tools/call", {"name": "env", "arguments": {"name": "SECRET"}})
-    assert text_of(mcp(proxy, call, path="/servers/both/mcp", **headers)[2]["result"]) == "s3cret"
-    call["params"]["arguments"] = {"name": "POCKETCODER_TOKEN"}
-    assert text_of(mcp(proxy, call, path="/servers/both/mcp", **headers)[2]["result"]) == ""
-
-    (shown,) = [
-        each
-        for each in json.loads(proxy.request("GET", "/servers", None, headers)[2])
-        if each["name"] == "both"
-    ]
-    assert shown["state"] == "running"
-    assert shown["era"] == "modern"
-    assert type(shown["pid"]) is int
-    assert shown["restarts"] == 0
-
-
-def started_with(tmp_path: pathlib.Path, text: str, *words: str, **variables: str) -> Any:
-    """A server that is to fail at its start with this configuration."""
-    (tmp_path / "c.json").write_text(text)
-    command = [sys.executable, str(MODULE), "server", "-p", "0"]
-    return subprocess.run(
-        [*command, "--mcp-config", str(tmp_path / "c.json"), *words],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        env={**os.environ, "TMUX_SOCKET": str(tmp_path / "tmux/s"), **variables},
-    )
-
-
-@pytest.mark.parametrize(
-    ("words", "text"),
-    [
-        pytest.param(["--mcp-server", "x"], "`--mcp-server`", id="no-command"),
-        pytest.param(["--mcp-server", "x="], "`--mcp-server`", id="an-empty-command"),
-        pytest.param(["--mcp-server", "=cat"], "`the name of an MCP server`", id="no-name"),
-        pytest.param(["--mcp-server", "..=cat"], "`the name of an MCP server`", id="dots"),
-        pytest.param(["--mcp-server", "a\n=cat"], "`the name of an MCP server`", id="a-line"),
-        pytest.param(["--mcp-server", "a='"], "`--mcp-server`", id="an-open-quote"),
-        pytest.param(
-            ["--mcp-server", "a=/no/such/program x"],
-            "MCP server `a`, key `command`",
-            id="no-such-program",
-        ),
-        pytest.param(["--mcp-config", "/no/such/file"], "`--mcp-config`", id="no-file"),
-        pytest.param(["--mcp-config", "/dev/null"], "`--mcp-config`", id="an-empty-file"),
-    ],
-)
-def test_wrong_servers_end_the_start_with_a_sentence(words: list[str], text: str) -> None:
-    done = subprocess.run(
-        [sys.executable, MODULE, "server", *words], capture_output=True, text=True, timeout=20
-    )
-    assert done.returncode == 2
-    assert text in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("config", "text"),
-    [
-        pytest.param("{}", "`--mcp-config`", id="no-servers"),
-        pytest.param("{'mcpServers': {}}", "`--mcp-config`", id="other-quotes"),
-        pytest.param('{"mcpServers": []}', "`--mcp-config`", id="a-list"),
-    ],
-)
-def test_a_wrong_file_of_servers_ends_the_start_with_a_sentence(
-    tmp_path: pathlib.Path, config: str, text: str
-) -> None:
-    done = started_with(tmp_path, config)
-    assert done.returncode == 2
-    assert text in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("entry", "key"),
-    [
-        pytest.param("s3cret", "", id="a-string"),
-        pytest.param({"args": ["s3cret"]}, "command", id="no-command"),
-        pytest.param({"command": ["cat", "s3cret"]}, "command", id="a-command-as-list"),
-        pytest.param({"command": "/no/s3cret"}, "command", id="no-such-program"),
-        pytest.param({"command": "cat", "args": "s3cret"}, "args", id="args-as-string"),
-        pytest.param({"command": "cat", "args": ["-", ["s3cret"]]}, "args[1]", id="nested-args"),
-        pytest.param({"command": "cat", "env": ["s3cret"]}, "env", id="env-as-list"),
-        pytest.param({"command": "cat", "env": {"A": {"s3cret": 1}}}, "env.A", id="nested-env"),
-        pytest.param({"command": "cat", "env": {"A": None}}, "env.A", id="null-in-env"),
-        pytest.param({"command": "cat", "env": {"A": "s3cret\0"}}, "env.A", id="nul-in-env"),
-        pytest.param({"command": "cat", "cwd": "/no/s3cret"}, "cwd", id="no-such-directory"),
-        pytest.param({"command": "cat", "cwd": ["s3cret"]}, "cwd", id="cwd-as-list"),
-        pytest.param({"command": "cat", "disabled": "s3cret"}, "disabled", id="disabled-as-text"),
-        pytest.param({"command": "cat", "args": ["s3cret${UNSET_X}"]}, "args[0]", id="no-variable"),
-        pytest.param({"command": "cat", "env": {"A": "${input:s3cret}"}}, "env.A", id="an-input"),
-    ],
-)
-def test_a_bad_entry_is_reported_by_its_key_and_never_shown(
-    tmp_path: pathlib.Path, entry: Any, key: str
-) -> None:
-    config = {"mcpServers": {"good": {"command": "cat"}, "My Bad": entry}}
-    done = started_with(tmp_path, json.dumps(config))
-    assert done.returncode == 2
-    assert "MCP server `My Bad`" in done.stderr
-    assert f", key `{key}`:" in done.stderr or not key
-    assert "s3cret" not in done.stderr
-    assert "listening" not in done.stdout
-
-
-LIVED_IN = """\ufeff{
-  // What VS Code writes has `servers`; a // in "a string // is none".
-  "inputs": [],
-  "SERVERS": {
-    "plain": {
-      "command": "PYTHON", /* with
-      a comment */ "args": ["-S", "FIXTURES", "mcp-fixture", "${ERA:-both}"],
-      "env": {
-        "PORT": 8080, "RATE": 1.5, "DEBUG": true, "URL": "http://x//y", "TOKEN": "${TOKEN_X}",
-        "HOST": "${HOST_X:-local}host", "SHELL_X": "${#x} $TOKEN_X", "CODE": "${env:TOKEN_X}",
-      },
-    },
-    "My Server": {"command": "cat"},
-    "@scope/x": {"command": "PYTHON", "args": ["-S", "FIXTURES", "mcp-fixture", "legacy"]},
-    "off": {"command": "/no/such/program", "disabled": true, "args": ["${UNSET_X}"]},
-    "remote": {"type": "http", "url": "https://s3cret.example/mcp"},
-  },
-}
-"""
-
-
-@pytest.mark.parametrize("key", ["mcpServers", "servers"])
-def test_both_common_layouts_of_a_config_file_are_read(
-    own: Callable[..., Proxy],
-    fixtures: pathlib.Path,
-    tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
-    key: str,
-) -> None:
-    config = tmp_path / "mcp.json"
-    text = LIVED_IN.replace("PYTHON", sys.executable).replace("FIXTURES", str(fixtures))
-    config.write_text(text.replace("SERVERS", key))
-    proxy = own(f"--mcp-config={config}", TOKEN_X="s3cret")
-    names = [each["name"] for each in json.loads(proxy.request("GET", "/servers")[2])]
-    assert names == ["plain", "My Server", "@scope/x"]
-    assert "server off is not served: it is disabled" in proxy.logged()
-    assert "server remote is not served: it is a remote server" in proxy.logged()
-    assert "s3cret" not in proxy.logged()
-
-    client = Client(proxy, "modern", "plain", stream)
-    expected = {
-        "PORT": "8080",
-        "RATE": "1.5",
-        "DEBUG": "true",
-        "URL": "http://x//y",
-        "TOKEN": "s3cret",
-        "HOST": "localhost",
-        "SHELL_X": "${#x} $TOKEN_X",
-        "CODE": "s3cret",
-    }
-
-    def variable(name: str) -> str:
-        params = {"name": "env", "arguments": {"name": name}}
-        return text_of(client.ask("tools/call", params)[-1]["result"])
-
-    assert {name: variable(name) for name in expected} == expected
-
-    events = stream(proxy, "/servers/%40scope%2Fx/sse")
-    path = events.next()
-    assert path.startswith("/servers/%40scope%2Fx/messages?session_id=")
-    assert mcp(proxy, request("initialize", INITIALIZE), path=path)[0] == 202
-    assert events.next()["result"]["serverInfo"]["name"] == "fixture-server"
-    assert type(text_of(Client(proxy, "legacy", "%40scope%2Fx", stream).call("pid"))) is str
-    assert mcp(proxy, modern("tools/list"), path="/servers/My%20Server/mcp")[0] == 200
-
-
-@pytest.mark.slow
-def test_an_unused_child_ends_after_the_configured_time(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
-) -> None:
-    proxy = own(
-        f"--mcp-server=legacy={sys.executable} -S {fixtures} mcp-fixture legacy",
-        f"--mcp-server=modern={sys.executable} -S {fixtures} mcp-fixture modern",
-        "--mcp-idle=1",
-    )
-    session = Client(proxy, "legacy", "legacy", stream)
-    clients = [session, *(Client(proxy, "modern", name, stream) for name in ("legacy", "modern"))]
-    pids = [int(text_of(client.call("pid"))) for client in clients]
-    working = [Background(partial(client.call, "test_slow", seconds=2)) for client in clients]
-    assert [text_of(each.result()) for each in working] == ["slept 2.0 s"] * 3
-    assert [int(text_of(client.call("pid"))) for client in clients] == pids
-    eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), 5)
-    assert mcp(proxy, request("ping"), path=session.path, **session.headers)[0] == 404
-
-    states = [each["state"] for each in json.loads(proxy.request("GET", "/servers")[2])]
-    assert states == ["idle", "idle"]
-
-
-@pytest.mark.slow
-def test_calls_to_a_child_that_hangs_or_never_reads_time_out(fixtures: pathlib.Path) -> None:
-    async def trouble() -> list[str]:
-        said = []
-        relay = pp.Relay(
-            pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), "mcp-fixture", "modern"))
-        )
-        outbox = pp.Outbox(int)
-        peer = pp.Peer(outbox, int)
-        await relay.respond(peer, modern("tools/list"), True, outbox)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pp, "CHILD_TIMEOUT", 0.3)
-            patch.setattr(
-                pp, "CHILD_LADDER", ((0, 0.1), (signal.SIGTERM, 0.1), (signal.SIGKILL, 2.0))
-            )
-            hang = await relay.respond(peer, modern("tools/call", {"name": "hang"}), True, outbox)
-            said.append(hang["error"]["message"])
-            slow = modern(
-                "tools/call", {"name": "test_slow", "arguments": {"seconds": 1}}, progressToken=1
-            )
-            # Progress gives the call more time.
-            said.append(text_of((await relay.respond(peer, slow, True, outbox))["result"]))
-            patch.setattr(pp, "CHILD_QUEUE", 1000)
-            assert relay.shared
-
-            os.kill(relay.shared.process.pid, signal.SIGSTOP)
-            for _ in range(20):
-                with contextlib.suppress(pp.RelayError):
-                    await relay.respond(
-                        peer, modern("tools/call", {"name": "x" * 100_000}), True, outbox
-                    )
-
-            with pytest.raises(pp.RelayError) as full:
-                await relay.respond(peer, modern("tools/list"), True, outbox)
-            said.append(str(full.value))
-            await relay.close()
-
-        return said
-
-    hung, slow, full = asyncio.run(trouble())
-    assert hung == "server x did not answer within 0.3 s"
-    assert slow == "slept 1.0 s"
-    assert full == "server x does not read what it is sent"
-
-
-@pytest.mark.slow
-def test_an_unused_shared_child_ends(fixtures: pathlib.Path) -> None:
-    async def idle(era: str) -> None:
-        relay = pp.Relay(
-            pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), "mcp-fixture", era)),
-            idle=0.2,
-        )
-        outbox = pp.Outbox(int)
-        peer = pp.Peer(outbox, int)
-
-        for _ in range(2):
-            slow = modern("tools/call", {"name": "test_slow", "arguments": {"seconds": 0.4}})
-            assert "result" in await relay.respond(peer, slow, True, outbox)
-            for _ in range(100):
-                if not relay.children:
-                    break
-                await asyncio.sleep(0.05)
-
-            assert relay.children == set()
-            assert relay.failure == ""
-
-        await relay.close()
-
-    async def both() -> None:
-        await asyncio.gather(idle("legacy"), idle("modern"))
-
-    asyncio.run(both())
-
-
-TALKER = """
-import json, sys
-sys.stdout.reconfigure(encoding="utf-8")
-for line in sys.stdin:
-    got = json.loads(line, parse_constant=sys.exit)
-    for wrote in (got.get("params") or {}).get("lines", []):
-        sys.stdout.write(wrote.replace("ID", str(got["id"])) + chr(10))
-    if "id" in got:
-        result = {"capabilities": {}, "protocolVersion": "2025-11-25", "supportedVersions": ["2026-07-28"]}
-        print(json.dumps({"jsonrpc": "2.0", "id": got["id"], "result": result}), flush=True)
-"""
-
-
-@pytest.mark.parametrize("era", ["modern", "legacy"])
-def test_whatever_a_child_writes_every_request_gets_one_valid_answer(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, era: str
-) -> None:
-    dice = random.Random(11)
-    (tmp_path / "talker.py").write_text(
-        TALKER.replace("2026-07-28", {"modern": pp.MODERN, "legacy": "none"}[era])
-    )
-    methods = [
-        "notifications/progress",
-        "notifications/message",
-        "roots/list",
-        "ping",
-        "notifications/tools/list_changed",
-    ]
-    likely = (
-        "=ID=",
-        {"_meta": {pp.SUBSCRIPTION: "=ID="}},
-        {"progressToken": "=ID="},
-        {"code": 1, "message": "m"},
-        {"_meta": 3},
-    )
-
-    def line() -> str:
-        fields = {
-            "result": junk(dice, *likely),
-            "error": junk(dice, *likely),
-            "params": junk(dice, *likely),
-        }
-        fields |= {"id": junk(dice, "=ID=", "=ID="), "method": junk(dice, *methods)}
-        chosen = {"jsonrpc": "2.0"} | {
-            name: fields[name] for name in dice.choices([*fields], k=dice.randrange(5))
-        }
-        text = (
-            json.dumps(chosen)
-            .replace('"=ID="', "ID")
-            .replace("1e+300", dice.choice(("1e300", "1e999")))
-        )
-
-        return (
-            text
-            if dice.random() < 0.8
-            else spoil(dice, text.encode()).decode("latin-1").replace("\n", "")
-        )
-
-    async def check() -> None:
-        relay = pp.Relay(
-            pp.ServerConfig("talker", (sys.executable, "-S", str(tmp_path / "talker.py")))
-        )
-        outbox = pp.Outbox.nowhere()
-        answered = list[bool]()
-        peer = pp.Peer(outbox, int)
-
-        try:
-            for number in range(100 * FUZZ):
-                lines = [line() for _ in range(dice.randrange(6))]
-                meta = {**pp.envelope({"roots": {}}, pp.OURSELVES), "progressToken": "t"}
-                message = pp.new_request("tools/call", {"lines": lines, "_meta": meta}) | {
-                    "id": number
-                }
-
-                try:
-                    answer = await asyncio.wait_for(
-                        relay.respond(peer, message, dice.random() < 0.7, outbox), 5
-                    )
-                except pp.RelayError as wrong:
-                    answer = pp.refusal(number, wrong)
-
-                sent = json.loads(pp.to_json(answer).encode(), parse_constant=pytest.fail)
-                answered.append("capabilities" in sent.get("result", {}))
-                assert sent["id"] == number, lines
-                assert isinstance(sent.get("result"), dict) != isinstance(
-                    sent.get("error"), dict
-                ), lines
-                assert "error" not in sent or type(sent["error"]["code"]) is int, lines
-        finally:
-            await relay.close()
-
-        assert sum(answered) > len(answered) / 4, sum(answered)
-
-    asyncio.run(check())
-    assert [
-        each.getMessage()
-        for each in caplog.records
-        if (each.name, each.levelname) == ("pocketcoder", "ERROR")
-    ] == []
-
-
 # ==========================================================================
-# State and tools
+# Sessions
 # ==========================================================================
-def call(proxy: Proxy, name: str, **arguments: Any) -> dict[str, Any]:
-    """The result of a tool, by a modern request."""
-    status, _, answer = mcp(proxy, modern("tools/call", {"name": name, "arguments": arguments}))
-    assert status == 200, answer
-    return dict(answer["result"])
-
-
-def text_of(result: dict[str, Any]) -> str:
-    return "".join(part["text"] for part in result["content"])
-
-
-def test_the_tools_are_described_for_models_and_programs(proxy: Proxy) -> None:
-    tools = mcp(proxy, modern("tools/list"))[2]["result"]["tools"]
-    assert [tool["name"] for tool in tools] == [
-        "exec",
-        "read_terminal",
-        "send_keys",
-        "list_terminals",
-    ]
-
-    for tool in tools:
-        assert tool["title"]
-        assert len(tool["description"]) > 80
-        assert set(tool["annotations"]) >= {
-            "readOnlyHint",
-            "destructiveHint",
-            "idempotentHint",
-            "openWorldHint",
-        }
-        assert tool["inputSchema"]["type"] == "object"
-        assert all(shape.get("description") for shape in tool["inputSchema"]["properties"].values())
-
-    reads = {tool["name"]: tool["annotations"]["readOnlyHint"] for tool in tools}
-    assert reads == {
-        "exec": False,
-        "read_terminal": True,
-        "send_keys": False,
-        "list_terminals": True,
-    }
-    assert {tool["name"] for tool in tools if "outputSchema" in tool} == {"exec", "list_terminals"}
-
-
-def test_exec_answers_in_text_for_models_and_data_for_programs(proxy: Proxy, agent: str) -> None:
-    result = call(proxy, "exec", cmd="printf 'ä\\n'; printf oops >&2; exit 3", agent_name=agent)
-    assert text_of(result) == "ä\noops\n[exit code 3]"
-    expected = {
-        "output": "ä\noops",
-        "exit_code": 3,
-        "ended": "exit",
-        "truncated": False,
-        "output_bytes": 7,
-    }
-    assert result["structuredContent"] == expected
-    assert result["isError"] is False
-    assert text_of(call(proxy, "exec", cmd="printf ok", agent_name=agent)) == "ok"
-
-    result = call(
-        proxy,
-        "exec",
-        cmd="cat; pwd",
-        agent_name=agent,
-        stdin="in ",
-        cwd="",
-        timeout=9.5,
-        env={"ignored": 1},
-    )
-    assert text_of(result) == f"in {os.path.realpath(proxy.workspace)}\n"
-
-    result = call(
-        proxy, "exec", cmd="head -c 5000 /dev/zero | tr '\\0' x", agent_name=agent, max_output=100
-    )
-    assert result["structuredContent"]["truncated"] is True
-    assert result["structuredContent"]["output_bytes"] == 5000
-
-    result = call(proxy, "exec", cmd="echo before; sleep 30", agent_name=agent, timeout=0.3)
-    assert result["isError"] is True
-    assert result["structuredContent"]["ended"] == "timeout"
-    assert re.fullmatch(r"before\n\[exit code 124\]\n\[ended after 0.3 s: .+\]", text_of(result))
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "field"),
-    [
-        pytest.param("exec", {}, "cmd", id="exec-no-cmd"),
-        pytest.param("exec", {"cmd": ""}, "cmd", id="exec-empty-cmd"),
-        pytest.param("exec", {"cmd": "true", "timeout": True}, "timeout", id="exec-timeout-true"),
-        pytest.param("exec", {"cmd": "true", "cwd": "/"}, "cwd", id="exec-cwd-root"),
-        pytest.param(
-            "exec", {"cmd": "true", "agent_name": "a b"}, "agent_name", id="exec-agent-with-a-blank"
-        ),
-        pytest.param("read_terminal", {"lines": 0}, "lines", id="read-no-lines"),
-        pytest.param("read_terminal", {"lines": 2001}, "lines", id="read-too-many-lines"),
-        pytest.param("read_terminal", {"lines": "5"}, "lines", id="read-lines-text"),
-        pytest.param(
-            "read_terminal", {"agent_name": "nobody-yet"}, "agent_name", id="read-unknown-agent"
-        ),
-        pytest.param(
-            "read_terminal",
-            {"agent_name": "x; kill-server"},
-            "agent_name",
-            id="read-agent-with-a-command",
-        ),
-        pytest.param("send_keys", {}, "keys", id="keys-none"),
-        pytest.param("send_keys", {"text": 7}, "text", id="keys-text-number"),
-        pytest.param("send_keys", {"text": "a\0"}, "text", id="keys-text-nul"),
-        pytest.param("send_keys", {"text": "x" * 5000}, "text", id="keys-text-too-long"),
-        pytest.param("send_keys", {"keys": "Enter"}, "keys", id="keys-no-list"),
-        pytest.param("send_keys", {"keys": ["Entr"]}, "keys", id="keys-unknown"),
-        pytest.param("send_keys", {"keys": ["-t", "%0"]}, "keys", id="keys-option"),
-        pytest.param("send_keys", {"keys": ["C-c\n"]}, "keys", id="keys-newline"),
-    ],
-)
-def test_a_wrong_argument_is_a_tool_result_that_names_it(
-    proxy: Proxy, name: str, arguments: dict[str, Any], field: str
-) -> None:
-    result = call(proxy, name, **arguments)
-    assert result["isError"] is True
-    assert f"`{field}`" in text_of(result)
-
-
-def test_keys_that_create_a_terminal_stay_out_of_the_next_command(
-    warm: Callable[..., Proxy],
-) -> None:
-    server = warm()
-    server.tmux("kill-server")
-    half = f"echo >{server.folder}/half one"
-    # At first tmux may be just dying.
-    eventually(lambda: not call(server, "send_keys", text=half)["isError"])
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-    assert not os.path.exists(f"{server.folder}/half")
-
-
-def test_keys_reach_a_program_whose_caller_is_waiting(proxy: Proxy, agent: str) -> None:
-    asking = [
-        proxy.start_exec("read -r x </dev/tty; echo $x", agent_name=agent)
-        for _ in range(pp.MAX_PANES)
-    ]
-    eventually(lambda: len(proxy.panes(agent)) == pp.MAX_PANES)
-    queued = proxy.start_exec("echo queued", agent_name=agent)
-    time.sleep(0.3)
-    answer = Background(
-        partial(call, proxy, "send_keys", text="here", keys=["Enter"], agent_name=agent)
-    ).result(10)
-    assert not answer["isError"]
-    assert queued.result()["stdout"] == "queued\n"
-
-    for pane in proxy.panes(agent):
-        proxy.tmux("send-keys", "-t", pane.split()[0], "C-c")
-    assert sorted(each.result()["stdout"] for each in asking) == ["", "", "", "here\n"]
-
-
-def test_keys_go_to_the_program_a_person_started(proxy: Proxy, agent: str) -> None:
-    call(proxy, "send_keys", agent_name=agent, text=f"{sys.executable} -q", keys=["Enter"])
-    eventually(lambda: ">>>" in text_of(call(proxy, "read_terminal", agent_name=agent)))
-    running = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
-    wait_until_running("read -r x </dev/tty; echo got")
-
-    shown = call(proxy, "send_keys", agent_name=agent, text="print(6*7)", keys=["Enter"])
-    assert "\n42\n" in text_of(shown)
-    both = text_of(call(proxy, "read_terminal", agent_name=agent))
-    assert "\n42\n" in both
-    assert "read -r x" in both
-
-    (run_id,) = {
-        word.split("=")[1]
-        for pid in processes_with("echo got")
-        for word in pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0")
-        if word.startswith("POCKETCODER_RUN_ID=")
-    }
-    call(proxy, "send_keys", agent_name=agent, text="aimed", keys=["Enter"], run_id=run_id)
-    assert running.result()["stdout"] == "got aimed\n"
-
-    refused = call(proxy, "send_keys", agent_name=agent, text="x", run_id=run_id)
-    assert refused["isError"]
-    assert "run_id" in text_of(refused)
-
-    call(proxy, "send_keys", agent_name=agent, keys=["C-d"])
-    again = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
-    wait_until_running("read -r x </dev/tty; echo got")
-    call(proxy, "send_keys", agent_name=agent, text="newest", keys=["Enter"])
-    assert again.result()["stdout"] == "got newest\n"
-
-
-def test_a_program_is_driven_by_keys_and_read_like_a_person_would(proxy: Proxy, agent: str) -> None:
-    ask = "read -p 'Name? ' n; echo \"<$n>\""
-    shown = text_of(call(proxy, "send_keys", agent_name=agent, text=ask, keys=["Enter"]))
-    assert shown.endswith(f"$ {ask}\nName?")
-    assert text_of(call(proxy, "read_terminal", agent_name=agent)) == shown
-
-    listed = {
-        each["agent_name"]: each
-        for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
-    }
-    assert listed[agent] == {
-        "agent_name": agent,
-        "busy": False,
-        "command": "bash",
-        "columns": 200,
-        "lines": 50,
-    }
-
-    call(
-        proxy,
-        "send_keys",
-        agent_name=agent,
-        text='Zoë \'n "$HOME" ; # {}\\',
-        keys=["BSpace", "Enter"],
-    )
-    eventually(
-        lambda: (
-            '<Zoë \'n "$HOME" ; # {}>' in text_of(call(proxy, "read_terminal", agent_name=agent))
-        )
-    )
-    running = proxy.start_exec("cat /dev/tty", agent_name=agent, timeout=20)
-    eventually(
-        lambda: (
-            "cat"
-            in [
-                each["command"]
-                for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
-            ]
-        )
-    )
-    listed = {
-        each["agent_name"]: each
-        for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
-    }
-    assert listed[agent]["busy"] is True
-
-    call(proxy, "send_keys", agent_name=agent, text="seen\n")
-    call(proxy, "send_keys", agent_name=agent, keys=["C-d"])
-    assert running.result()["stdout"] == "seen\n"
-
-    lines = text_of(call(proxy, "read_terminal", agent_name=agent, lines=2)).split("\n")
-    assert len(lines) == 2
-    assert [line for line in lines if line != line.rstrip()] == []
-
-
-def test_a_wrapped_line_is_read_as_one(proxy: Proxy, agent: str) -> None:
-    proxy.exec("printf '%0500d\\n' 7; echo end", agent_name=agent)
-    eventually(lambda: f"{7:0500}\nend" in text_of(call(proxy, "read_terminal", agent_name=agent)))
-    proxy.exec("seq 3000", agent_name=agent)
-    eventually(
-        lambda: "\n3000\n" in text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000))
-    )
-    assert (
-        len(text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000)).split("\n")) == 2000
-    )
-
-
-def test_terminal_content_is_not_mistaken_for_a_reply_of_tmux(proxy: Proxy, agent: str) -> None:
-    proxy.exec(
-        'for i in $(seq 400); do echo "%end $(date +%s) $i 1"; echo "%exit"; done', agent_name=agent
-    )
-    eventually(
-        lambda: "%exit" in text_of(call(proxy, "read_terminal", agent_name=agent, lines=900))
-    )
-    assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
-
-
-async def close(connection: Any) -> None:
-    """Close a WebSocket, and wait until the other side has closed it too."""
-    connection.close()
-    with contextlib.suppress(asyncio.TimeoutError):
-        while await asyncio.wait_for(connection.read_message(), 1) is not None:
-            pass
-
-
-class Stream:
-    """An event stream, read as it comes."""
-
-    def __init__(self, proxy: Proxy, path: str, body: Any = None, **headers: str) -> None:
-        self.connection = proxy.connect()
-        given = {
-            "Accept": "application/json, text/event-stream",
-            "Content-Type": "application/json",
-        }
-        given |= {name.replace("_", "-"): value for name, value in headers.items()}
-        self.connection.request(
-            "POST" if body else "GET", path, json.dumps(body) if body else None, given
-        )
-        self.answer = self.connection.getresponse()
-        self.status = self.answer.status
-
-    def next(self) -> Any:
-        """The next event's data; None at the end."""
-        data = None
-        while line := self.answer.readline().decode():
-            if line.startswith("data: "):
-                data = line[6:].rstrip("\n")
-            elif line == "\n" and data is not None:
-                return json.loads(data) if data[:1] == "{" else data
-        return None
-
-    def close(self) -> None:
-        self.answer.close()
-        self.connection.close()
-
-
-@pytest.fixture
-def stream() -> Iterator[Callable[..., Stream]]:
-    made: list[Stream] = []
-
-    def make(proxy: Proxy, path: str, body: Any = None, **headers: str) -> Stream:
-        made.append(Stream(proxy, path, body, **headers))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
-
-
-@pytest.mark.slow
-def test_progress_shows_the_newest_line_and_only_grows(proxy: Proxy, agent: str) -> None:
-    session = opened(proxy)
-    slow = {
-        "cmd": "sleep 1.1; echo one; sleep 1.2; for i in $(seq 60); do echo line $i; sleep 0.01; done",
-        "agent_name": agent,
-    }
-    params = {"name": "exec", "arguments": slow, "_meta": {"progressToken": 0}}
-    _, headers, events = mcp(proxy, request("tools/call", params, id_="p"), Mcp_Session_Id=session)
-    assert headers["x-accel-buffering"] == "no"
-
-    told = [each["params"] for each in events[:-1]]
-    answer = events[-1]
-    assert {each["method"] for each in events[:-1]} == {"notifications/progress"}
-    assert {each["progressToken"] for each in told} == {0}
-
-    seconds = [each["progress"] for each in told]
-    assert all(after - before >= 0.09 for before, after in pairwise(seconds))
-    assert all(after - before < 1.6 for before, after in pairwise([0.0, *seconds]))
-    assert "message" not in told[0]
-    assert told[1]["message"] == "one"
-    assert any(re.fullmatch(r"line \d+", each.get("message", "")) for each in told)
-    assert answer["id"] == "p"
-    assert answer["result"]["structuredContent"]["exit_code"] == 0
-
-
-def test_without_a_progress_token_the_answer_is_plain_json(proxy: Proxy, agent: str) -> None:
-    _, headers, answer = mcp(
-        proxy, modern("tools/call", {"name": "exec", "arguments": {"cmd": "sleep 0.3"}})
-    )
-    assert headers["content-type"] == "application/json"
-    assert answer["result"]["structuredContent"]["exit_code"] == 0
-
-
 def test_a_closed_stream_cancels_a_modern_call(
     proxy: Proxy, agent: str, stream: Callable[..., Stream]
 ) -> None:
@@ -8362,362 +8211,295 @@ def test_the_number_of_sessions_is_bounded() -> None:
     asyncio.run(crowded())
 
 
-def test_the_audit_log_has_the_start_and_the_end_of_each_command(
-    audited: tuple[Proxy, pathlib.Path],
-) -> None:
-    proxy, path = audited
-    ids = {"usage_id": "u\n\u2028", "session_id": "s", "agent_name": "a"}
-    cmd = f"grep -c $POCKETCODER_RUN_ID {path}; exit 3"
-    answer = proxy.exec(cmd, **ids)
-    # The start is recorded before the command runs.
-    assert answer["stdout"] == "1\n"
+# ==========================================================================
+# Tools
+# ==========================================================================
+def test_the_tools_are_described_for_models_and_programs(proxy: Proxy) -> None:
+    tools = mcp(proxy, modern("tools/list"))[2]["result"]["tools"]
+    assert [tool["name"] for tool in tools] == [
+        "exec",
+        "read_terminal",
+        "send_keys",
+        "list_terminals",
+    ]
 
-    # The end is recorded before the answer.
-    start, end = noted(path)
-    fields = {
-        "run_id": answer["run_id"],
-        "door": "exec",
-        **ids,
-        "cwd": os.path.realpath(proxy.workspace),
-        "cmd": cmd,
+    for tool in tools:
+        assert tool["title"]
+        assert len(tool["description"]) > 80
+        assert set(tool["annotations"]) >= {
+            "readOnlyHint",
+            "destructiveHint",
+            "idempotentHint",
+            "openWorldHint",
+        }
+        assert tool["inputSchema"]["type"] == "object"
+        assert all(shape.get("description") for shape in tool["inputSchema"]["properties"].values())
+
+    reads = {tool["name"]: tool["annotations"]["readOnlyHint"] for tool in tools}
+    assert reads == {
+        "exec": False,
+        "read_terminal": True,
+        "send_keys": False,
+        "list_terminals": True,
     }
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", start["time"])
-    assert start == {"time": start["time"], "event": "start", **fields}
+    assert {tool["name"] for tool in tools if "outputSchema" in tool} == {"exec", "list_terminals"}
 
-    result = {
+
+def test_exec_answers_in_text_for_models_and_data_for_programs(proxy: Proxy, agent: str) -> None:
+    result = call(proxy, "exec", cmd="printf 'ä\\n'; printf oops >&2; exit 3", agent_name=agent)
+    assert text_of(result) == "ä\noops\n[exit code 3]"
+    expected = {
+        "output": "ä\noops",
         "exit_code": 3,
         "ended": "exit",
-        "error": None,
-        "waited_ms": answer["waited_ms"],
-        "duration_ms": answer["duration_ms"],
-        "output_bytes": 2,
+        "truncated": False,
+        "output_bytes": 7,
     }
-    assert end == {"time": end["time"], "event": "end", **fields, **result}
-    assert start["time"] <= end["time"]
-    assert path.stat().st_mode & 0o777 == 0o600
+    assert result["structuredContent"] == expected
+    assert result["isError"] is False
+    assert text_of(call(proxy, "exec", cmd="printf ok", agent_name=agent)) == "ok"
 
-
-def test_the_audit_log_has_the_commands_of_every_door(audited: tuple[Proxy, pathlib.Path]) -> None:
-    proxy, path = audited
-
-    async def talk() -> None:
-        async with Channel(proxy) as channel:
-            await channel.send({"cmd": "echo channel; kill -9 $$"})
-            await channel.end()
-
-    list(proxy.stream("echo stream"))
-    asyncio.run(talk())
-    call(proxy, "exec", cmd="sleep 30", timeout=0.05)
-    call(proxy, "send_keys", text="p\u00e4ss", keys=["Enter"])
-    connection = proxy.connect()
-    connection.request("POST", "/exec", json.dumps({"cmd": "touch begun; sleep 31"}), JSON_TYPE)
-    eventually(pathlib.Path(proxy.workspace, "begun").exists)
-    connection.close()
-    eventually(lambda: len(noted(path)) == 10)
-    lines = noted(path)
-    assert [line["event"] for line in lines] == ["start", "end"] * 5
-    assert all(
-        start["run_id"] == end["run_id"] for start, end in zip(lines[::2], lines[1::2], strict=True)
+    result = call(
+        proxy,
+        "exec",
+        cmd="cat; pwd",
+        agent_name=agent,
+        stdin="in ",
+        cwd="",
+        timeout=9.5,
+        env={"ignored": 1},
     )
+    assert text_of(result) == f"in {os.path.realpath(proxy.workspace)}\n"
 
-    ends = [
-        (line["cmd"], line["exit_code"], line["error"] and line["error"][:9])
-        for line in lines[1::2]
+    result = call(
+        proxy, "exec", cmd="head -c 5000 /dev/zero | tr '\\0' x", agent_name=agent, max_output=100
+    )
+    assert result["structuredContent"]["truncated"] is True
+    assert result["structuredContent"]["output_bytes"] == 5000
+
+    result = call(proxy, "exec", cmd="echo before; sleep 30", agent_name=agent, timeout=0.3)
+    assert result["isError"] is True
+    assert result["structuredContent"]["ended"] == "timeout"
+    assert re.fullmatch(r"before\n\[exit code 124\]\n\[ended after 0.3 s: .+\]", text_of(result))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "field"),
+    [
+        pytest.param("exec", {}, "cmd", id="exec-no-cmd"),
+        pytest.param("exec", {"cmd": ""}, "cmd", id="exec-empty-cmd"),
+        pytest.param("exec", {"cmd": "true", "timeout": True}, "timeout", id="exec-timeout-true"),
+        pytest.param("exec", {"cmd": "true", "cwd": "/"}, "cwd", id="exec-cwd-root"),
+        pytest.param(
+            "exec", {"cmd": "true", "agent_name": "a b"}, "agent_name", id="exec-agent-with-a-blank"
+        ),
+        pytest.param("read_terminal", {"lines": 0}, "lines", id="read-no-lines"),
+        pytest.param("read_terminal", {"lines": 2001}, "lines", id="read-too-many-lines"),
+        pytest.param("read_terminal", {"lines": "5"}, "lines", id="read-lines-text"),
+        pytest.param(
+            "read_terminal", {"agent_name": "nobody-yet"}, "agent_name", id="read-unknown-agent"
+        ),
+        pytest.param(
+            "read_terminal",
+            {"agent_name": "x; kill-server"},
+            "agent_name",
+            id="read-agent-with-a-command",
+        ),
+        pytest.param("send_keys", {}, "keys", id="keys-none"),
+        pytest.param("send_keys", {"text": 7}, "text", id="keys-text-number"),
+        pytest.param("send_keys", {"text": "a\0"}, "text", id="keys-text-nul"),
+        pytest.param("send_keys", {"text": "x" * 5000}, "text", id="keys-text-too-long"),
+        pytest.param("send_keys", {"keys": "Enter"}, "keys", id="keys-no-list"),
+        pytest.param("send_keys", {"keys": ["Entr"]}, "keys", id="keys-unknown"),
+        pytest.param("send_keys", {"keys": ["-t", "%0"]}, "keys", id="keys-option"),
+        pytest.param("send_keys", {"keys": ["C-c\n"]}, "keys", id="keys-newline"),
+    ],
+)
+def test_a_wrong_argument_is_a_tool_result_that_names_it(
+    proxy: Proxy, name: str, arguments: dict[str, Any], field: str
+) -> None:
+    result = call(proxy, name, **arguments)
+    assert result["isError"] is True
+    assert f"`{field}`" in text_of(result)
+
+
+def test_keys_that_create_a_terminal_stay_out_of_the_next_command(
+    warm: Callable[..., Proxy],
+) -> None:
+    server = warm()
+    server.tmux("kill-server")
+    half = f"echo >{server.folder}/half one"
+    # At first tmux may be just dying.
+    eventually(lambda: not call(server, "send_keys", text=half)["isError"])
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+    assert not os.path.exists(f"{server.folder}/half")
+
+
+def test_keys_reach_a_program_whose_caller_is_waiting(proxy: Proxy, agent: str) -> None:
+    asking = [
+        proxy.start_exec("read -r x </dev/tty; echo $x", agent_name=agent)
+        for _ in range(pp.MAX_PANES)
     ]
-    assert ends == [
-        ("echo stream", 0, None),
-        ("echo channel; kill -9 $$", 137, None),
-        ("sleep 30", 124, "ended aft"),
-        (None, 0, None),
-        ("touch begun; sleep 31", 143, "cancelled"),
-    ]
-    assert lines[6]["text"] == "p\u00e4ss"
-    assert lines[6]["keys"] == ["Enter"]
+    eventually(lambda: len(proxy.panes(agent)) == pp.MAX_PANES)
+    queued = proxy.start_exec("echo queued", agent_name=agent)
+    time.sleep(0.3)
+    answer = Background(
+        partial(call, proxy, "send_keys", text="here", keys=["Enter"], agent_name=agent)
+    ).result(10)
+    assert not answer["isError"]
+    assert queued.result()["stdout"] == "queued\n"
+
+    for pane in proxy.panes(agent):
+        proxy.tmux("send-keys", "-t", pane.split()[0], "C-c")
+    assert sorted(each.result()["stdout"] for each in asking) == ["", "", "", "here\n"]
 
 
-@pytest.mark.parametrize(("era", "server"), ERAS)
-def test_the_audit_log_has_relayed_calls_without_arguments_or_results(
-    own: Callable[..., Proxy],
-    fixtures: pathlib.Path,
-    tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
-    era: str,
-    server: str,
-) -> None:
-    audit = tmp_path / "audit"
-    proxy = own(
-        f"--mcp-server=x={sys.executable} -S {fixtures} mcp-fixture {server}",
-        "--audit-log",
-        str(audit),
+def test_keys_go_to_the_program_a_person_started(proxy: Proxy, agent: str) -> None:
+    call(proxy, "send_keys", agent_name=agent, text=f"{sys.executable} -q", keys=["Enter"])
+    eventually(lambda: ">>>" in text_of(call(proxy, "read_terminal", agent_name=agent)))
+    running = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
+    wait_until_running("read -r x </dev/tty; echo got")
+
+    shown = call(proxy, "send_keys", agent_name=agent, text="print(6*7)", keys=["Enter"])
+    assert "\n42\n" in text_of(shown)
+    both = text_of(call(proxy, "read_terminal", agent_name=agent))
+    assert "\n42\n" in both
+    assert "read -r x" in both
+
+    (run_id,) = {
+        word.split("=")[1]
+        for pid in processes_with("echo got")
+        for word in pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0")
+        if word.startswith("POCKETCODER_RUN_ID=")
+    }
+    call(proxy, "send_keys", agent_name=agent, text="aimed", keys=["Enter"], run_id=run_id)
+    assert running.result()["stdout"] == "got aimed\n"
+
+    refused = call(proxy, "send_keys", agent_name=agent, text="x", run_id=run_id)
+    assert refused["isError"]
+    assert "run_id" in text_of(refused)
+
+    call(proxy, "send_keys", agent_name=agent, keys=["C-d"])
+    again = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
+    wait_until_running("read -r x </dev/tty; echo got")
+    call(proxy, "send_keys", agent_name=agent, text="newest", keys=["Enter"])
+    assert again.result()["stdout"] == "got newest\n"
+
+
+def test_a_program_is_driven_by_keys_and_read_like_a_person_would(proxy: Proxy, agent: str) -> None:
+    ask = "read -p 'Name? ' n; echo \"<$n>\""
+    shown = text_of(call(proxy, "send_keys", agent_name=agent, text=ask, keys=["Enter"]))
+    assert shown.endswith(f"$ {ask}\nName?")
+    assert text_of(call(proxy, "read_terminal", agent_name=agent)) == shown
+
+    listed = {
+        each["agent_name"]: each
+        for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
+    }
+    assert listed[agent] == {
+        "agent_name": agent,
+        "busy": False,
+        "command": "bash",
+        "columns": 200,
+        "lines": 50,
+    }
+
+    call(
+        proxy,
+        "send_keys",
+        agent_name=agent,
+        text='Zoë \'n "$HOME" ; # {}\\',
+        keys=["BSpace", "Enter"],
     )
-    client = Client(proxy, era, "x", stream, info={"name": "tester", "version": "9"})
-    client.call("echo", argument="s3cret", result={"secret": "s3cret"})
-    assert client.call("fail", message="s3cret")["message"] == "s3cret"
-    assert client.call("test_error_handling")["isError"] is True
-
-    slow = {"name": "test_slow", "arguments": {"seconds": 9}, "_meta": {"progressToken": 1}}
-    going = client.open("tools/call", slow, id_=9)
-    if era == "legacy":
-        client.tell("notifications/cancelled", {"requestId": 9})
-    going.close()
-    eventually(lambda: "cancelled" in audit.read_text())
-
-    lines = [line for line in noted(audit) if line.get("tool")]
-    starts = [line for line in lines if line["event"] == "start"]
-    ends = [line for line in lines if line["event"] == "end"]
-    assert [line["tool"] for line in starts] == ["echo", "fail", "test_error_handling", "test_slow"]
-    assert [line["tool"] for line in ends] == [line["tool"] for line in starts]
-    assert [line["call_id"] for line in ends] == [line["call_id"] for line in starts]
-
-    expected = [None, "error -32000", "the tool failed", "cancelled"]
-    assert [line["error"] for line in ends] == expected
-    for line in lines:
-        assert line["server"] == "x"
-        assert line["method"] == "tools/call"
-        assert line["client"] == {"name": "tester", "version": "9"}
-        assert line["address"] == "127.0.0.1"
-
-    assert all(type(line["duration_ms"]) is int for line in ends)
-    assert "s3cret" not in audit.read_text()
-
-
-def test_no_call_is_relayed_while_the_audit_log_fails(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    audit = tmp_path / "audit"
-    proxy = own(
-        f"--mcp-server=x={sys.executable} -S {fixtures} mcp-fixture modern", f"--audit-log={audit}"
+    eventually(
+        lambda: (
+            '<Zoë \'n "$HOME" ; # {}>' in text_of(call(proxy, "read_terminal", agent_name=agent))
+        )
     )
-    call = modern("tools/call", {"name": "test_simple_text"})
-    assert "result" in mcp(proxy, call, path="/servers/x/mcp")[2]
-
-    audit.unlink()
-    audit.mkdir()
-    failed = mcp(proxy, call, path="/servers/x/mcp")[2]["error"]
-    assert "audit log" in failed["message"]
-
-
-def test_a_command_cannot_hide_under_another_name(proxy: Proxy, agent: str) -> None:
-    escape = "(setsid sleep 77.75 >/dev/null 2>&1 </dev/null &); sleep 9"
-    env = {"POCKETCODER_RUN_ID": "fake"}
-    assert proxy.exec(escape, agent_name=agent, timeout=0.3, env=env)["ended"] == "timeout"
-    wait_until_gone("sleep\x0077.75")
-
-
-def test_no_command_runs_or_is_answered_while_the_audit_log_fails(
-    audited: tuple[Proxy, pathlib.Path],
-) -> None:
-    proxy, path = audited
-    long = proxy.start_exec("sleep 0.3; exit 5", agent_name="a")
-    # Make the log longer than the files of a run.
-    eventually(lambda: proxy.exec("true") and len(noted(path)) > 8)
-    # Only part of a line can be written.
-    size = path.stat().st_size + 20
-    with limited(proxy.process, resource.RLIMIT_FSIZE, size):
-        # This is the end of `long`.
-        eventually(lambda: "File too large" in proxy.logged())
-
-        for _ in range(3):
-            status, answer = proxy.post({"cmd": "touch ran"})
-            assert status == 503
-            assert answer["exit_code"] == 125
-            assert answer["error"].startswith(f"cannot write the audit log {path}: File too large")
-
-        result = call(proxy, "exec", cmd="touch ran")
-        assert result["isError"]
-        assert call(proxy, "send_keys", text="touch ran", keys=["Enter"])["isError"]
-        assert proxy.request("GET", "/health")[0] == 200
-        assert path.stat().st_size == size
-        assert not long.future.done()
-
-    assert long.result()["exit_code"] == 5
-    assert proxy.exec("ls")["stdout"] == ""
-
-    # Nothing of its start is written, so nothing has to wait.
-    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
-        assert proxy.post({"cmd": "touch ran"})[0] == 503
-
-    assert proxy.exec("ls")["stdout"] == ""
-    lines = noted(path)
-    assert [line["event"] for line in lines].count("start") == len(lines) / 2
-    assert [
-        line["exit_code"] for line in lines if line["event"] == "end" and line["agent_name"] == "a"
-    ] == [5]
-
-
-@pytest.mark.slow
-def test_a_result_that_is_never_logged_is_withheld(audited: tuple[Proxy, pathlib.Path]) -> None:
-    proxy, path = audited
-    for _ in range(8):
-        proxy.exec("true")
-    began = Background(lambda: proxy.post({"cmd": "sleep 0.3; echo secret; exit 5"}))
-    eventually(lambda: len(noted(path)) == 17)
-    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
-        status, answer = began.result()
-    assert status == 500
-    assert answer["exit_code"] == 125
-    assert set(answer) == {"error", "exit_code"}
-    assert answer["error"].startswith(
-        "the command ended with 5, its answer is withheld: cannot write the audit log"
+    running = proxy.start_exec("cat /dev/tty", agent_name=agent, timeout=20)
+    eventually(
+        lambda: (
+            "cat"
+            in [
+                each["command"]
+                for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
+            ]
+        )
     )
+    listed = {
+        each["agent_name"]: each
+        for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
+    }
+    assert listed[agent]["busy"] is True
+
+    call(proxy, "send_keys", agent_name=agent, text="seen\n")
+    call(proxy, "send_keys", agent_name=agent, keys=["C-d"])
+    assert running.result()["stdout"] == "seen\n"
+
+    lines = text_of(call(proxy, "read_terminal", agent_name=agent, lines=2)).split("\n")
+    assert len(lines) == 2
+    assert [line for line in lines if line != line.rstrip()] == []
 
 
-@pytest.mark.slow
-def test_a_stream_says_that_its_unlogged_result_is_withheld(
-    audited: tuple[Proxy, pathlib.Path],
-) -> None:
-    proxy, path = audited
-    for _ in range(8):
-        proxy.exec("true")
-    events = proxy.stream("echo out; sleep 0.5")
-    while next(events)[0] != "output":
-        pass
-    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
-        *_, (kind, last, _) = events
-    assert kind == "exit"
-    assert last["exit_code"] == 125
-    assert "is withheld" in last["error"]
-
-
-@pytest.mark.slow
-def test_a_server_that_stops_while_its_log_fails_answers_every_caller(
-    audited: tuple[Proxy, pathlib.Path],
-) -> None:
-    proxy, path = audited
-    for _ in range(8):
-        proxy.exec("true")
-    long = Background(lambda: proxy.post({"cmd": "sleep 64.75"}))
-    wait_until_running("sleep\x0064.75")
-    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
-        assert proxy.stop() == 0
-
-    status, answer = long.result()
-    assert status == 500
-    assert "is withheld" in answer["error"]
-
-
-def test_an_audit_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
-    own: Callable[..., Proxy], tmp_path: pathlib.Path
-) -> None:
-    path = tmp_path / "audit"
-    os.mkfifo(path)
-    # The reader exists, and reads nothing.
-    with contextlib.closing(open(os.open(path, os.O_RDONLY | os.O_NONBLOCK))):
-        proxy = own("--audit-log", str(path))
-        # The line has been read before the command runs.
-        cmd = "#" * 300_000 + f"\n[ -s {tmp_path}/copy ] && echo hi"
-        call = proxy.start_exec(cmd)
-        time.sleep(0.2)
-        reader = subprocess.Popen(f"exec cat {path} >{tmp_path}/copy", shell=True)
-        assert call.result()["stdout"] == "hi\n"
-
-    proxy.stop()
-    assert reader.wait(15) == 0
-    assert [line["cmd"] for line in noted(tmp_path / "copy")] == [cmd] * 2
-
-
-def test_a_retried_command_is_logged_once(audited: tuple[Proxy, pathlib.Path]) -> None:
-    proxy, path = audited
-    proxy.exec("true")
-    proxy.tmux("split-window", "-d", "-t", proxy.pane("poco"), "sleep 79")
-    proxy.tmux("set-option", "-w", "-t", proxy.pane("poco"), "synchronize-panes", "on")
-    # The first one is not typed.
-    answers = [proxy.exec("true")["run_id"] for _ in range(3)]
-    assert [line["run_id"] for line in noted(path)[2:]] == [
-        run_id for run_id in answers for _ in range(2)
-    ]
-
-
-def test_hup_reopens_the_audit_log(audited: tuple[Proxy, pathlib.Path]) -> None:
-    proxy, path = audited
-    proxy.exec("echo old")
-    rotated = path.with_name("rotated")
-    path.rename(rotated)
-    proxy.exec("echo old")
-    assert len(noted(rotated)) == 4
-
-    proxy.process.send_signal(signal.SIGHUP)
-    eventually(path.exists)
-    proxy.exec("echo new")
-    assert len(noted(rotated)) == 4
-    assert [line["cmd"] for line in noted(path)] == ["echo new"] * 2
-
-    path.rename(path.with_name("again"))
-    path.mkdir()
-    proxy.process.send_signal(signal.SIGHUP)
-    eventually(lambda: "Is a directory" in proxy.logged())
-    assert proxy.post({"cmd": "true"})[0] == 503
-
-    path.rmdir()
-    for _ in range(2):
-        # The server recovers by itself.
-        proxy.exec("true")
-        assert len(noted(path)) == 2
-        path.unlink()
-
-
-def test_a_killed_server_loses_no_line_of_an_answered_command(
-    audited: tuple[Proxy, pathlib.Path],
-) -> None:
-    proxy, path = audited
-    run_ids = [proxy.exec("true")["run_id"] for _ in range(20)]
-    proxy.stop(signal.SIGKILL)
-    assert [line["run_id"] for line in noted(path) if line["event"] == "end"] == run_ids
-
-
-def test_a_truncated_line_damages_no_other(audited: tuple[Proxy, pathlib.Path]) -> None:
-    proxy, path = audited
-    with path.open("a") as file:
-        # As a server leaves it that was killed while writing.
-        file.write('{"time": "2026-')
-    proxy.process.send_signal(signal.SIGHUP)
-    for _ in range(8):
-        proxy.exec("true")
-    long = proxy.start_exec("sleep 0.3; exit 5")
-    eventually(lambda: len(path.read_text().splitlines()) == 18)
-    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size + 20):
-        eventually(lambda: "File too large" in proxy.logged())
-        cut = path.with_name("cut")
-        path.rename(cut)
-        proxy.process.send_signal(signal.SIGHUP)
-        assert long.result()["exit_code"] == 5
-
-    proxy.exec("true")
-    torn, *lines, cut_short = cut.read_text().splitlines()
-    assert torn == '{"time": "2026-'
-    assert cut_short[:8] == '{"time":'
-    assert len(cut_short) == 20
-    assert [json.loads(line)["event"] for line in lines] == ["start", "end"] * 8 + ["start"]
-    assert [line["event"] for line in noted(path)] == ["end", "start", "end"]
-
-
-def test_an_audit_log_behind_a_symlink_is_refused(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "theirs").write_text("")
-    (tmp_path / "audit").symlink_to(tmp_path / "theirs")
-    done = run("server", "-p", "0", "--audit-log", str(tmp_path / "audit"))
-    assert done.returncode == 1
-    assert done.stdout == ""
+def test_a_wrapped_line_is_read_as_one(proxy: Proxy, agent: str) -> None:
+    proxy.exec("printf '%0500d\\n' 7; echo end", agent_name=agent)
+    eventually(lambda: f"{7:0500}\nend" in text_of(call(proxy, "read_terminal", agent_name=agent)))
+    proxy.exec("seq 3000", agent_name=agent)
+    eventually(
+        lambda: "\n3000\n" in text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000))
+    )
     assert (
-        f"cannot write the audit log {tmp_path}/audit: Too many levels of symbolic links"
-        in done.stderr
+        len(text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000)).split("\n")) == 2000
     )
 
 
-# ==========================================================================
-# Transports
-# ==========================================================================
-def test_health_needs_no_token_and_answers_while_commands_run(own: Callable[..., Proxy]) -> None:
-    server = own(POCKETCODER_TOKEN="geheim")
-    call = server.start_exec("sleep 0.5")
-    status, headers, body = server.request("GET", "/health")
-    assert status == 200
-    assert body == b"ok"
-    assert server.request("HEAD", "/health")[0] == 200
-    assert call.result()["exit_code"] == 0
-    assert "Access-Control-Allow-Origin".lower() not in headers
+def test_terminal_content_is_not_mistaken_for_a_reply_of_tmux(proxy: Proxy, agent: str) -> None:
+    proxy.exec(
+        'for i in $(seq 400); do echo "%end $(date +%s) $i 1"; echo "%exit"; done', agent_name=agent
+    )
+    eventually(
+        lambda: "%exit" in text_of(call(proxy, "read_terminal", agent_name=agent, lines=900))
+    )
+    assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
 
 
-JSON_TYPE = {"Content-Type": "application/json"}
+@pytest.mark.slow
+def test_progress_shows_the_newest_line_and_only_grows(proxy: Proxy, agent: str) -> None:
+    session = opened(proxy)
+    slow = {
+        "cmd": "sleep 1.1; echo one; sleep 1.2; for i in $(seq 60); do echo line $i; sleep 0.01; done",
+        "agent_name": agent,
+    }
+    params = {"name": "exec", "arguments": slow, "_meta": {"progressToken": 0}}
+    _, headers, events = mcp(proxy, request("tools/call", params, id_="p"), Mcp_Session_Id=session)
+    assert headers["x-accel-buffering"] == "no"
+
+    told = [each["params"] for each in events[:-1]]
+    answer = events[-1]
+    assert {each["method"] for each in events[:-1]} == {"notifications/progress"}
+    assert {each["progressToken"] for each in told} == {0}
+
+    seconds = [each["progress"] for each in told]
+    assert all(after - before >= 0.09 for before, after in pairwise(seconds))
+    assert all(after - before < 1.6 for before, after in pairwise([0.0, *seconds]))
+    assert "message" not in told[0]
+    assert told[1]["message"] == "one"
+    assert any(re.fullmatch(r"line \d+", each.get("message", "")) for each in told)
+    assert answer["id"] == "p"
+    assert answer["result"]["structuredContent"]["exit_code"] == 0
+
+
+def test_without_a_progress_token_the_answer_is_plain_json(proxy: Proxy, agent: str) -> None:
+    _, headers, answer = mcp(
+        proxy, modern("tools/call", {"name": "exec", "arguments": {"cmd": "sleep 0.3"}})
+    )
+    assert headers["content-type"] == "application/json"
+    assert answer["result"]["structuredContent"]["exit_code"] == 0
+
+
+# ==========================================================================
+# HTTP gate
+# ==========================================================================
 BODY = b'{"cmd": "touch pwned"}'
 REFUSED = [
     pytest.param("POST", "/exec", {}, 415, id="no-content-type"),
@@ -8831,19 +8613,217 @@ def test_refusals_on_mcp_routes_are_json_rpc_errors(
     assert len(told["error"]["message"]) > 10
 
 
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:99", "127.0.0.1", "127.1.2.3:3001", "[::1]:3001", "LOCALHOST"]
+)
+def test_loopback_hosts_pass_the_gate(proxy: Proxy, host: str) -> None:
+    assert proxy.request("POST", "/exec", b'{"cmd": "true"}', {**JSON_TYPE, "Host": host})[0] == 200
+
+
+def test_the_token_is_demanded_and_never_shown(own: Callable[..., Proxy]) -> None:
+    server = own(POCKETCODER_TOKEN="geheim-1")
+    for given in (
+        "",
+        "Bearer",
+        "Bearer geheim",
+        "Bearer geheim-12",
+        "geheim-1",
+        "Basic geheim-1",
+        "Bearer Geheim-1",
+        "Bearer \xff",
+    ):
+        status, headers, answer = server.request(
+            "POST", "/exec", BODY, {**JSON_TYPE, "Authorization": given}
+        )
+        assert status == 401
+        assert headers["www-authenticate"] == "Bearer"
+        assert json.loads(answer)["exit_code"] == 125
+
+    status, _, _ = server.request(
+        "POST",
+        "/exec",
+        BODY,
+        {**JSON_TYPE, "Authorization": "Bearer geheim-1", "Origin": "http://a.b"},
+    )
+    assert status == 403
+
+    headers = {**JSON_TYPE, "Authorization": "Bearer geheim-1", "Host": "sandbox:3001"}
+    status, _, answer = server.request(
+        "POST",
+        "/exec",
+        b'{"cmd": "env; tr \\"\\\\\\\\0\\" \\"\\\\\\\\n\\" </proc/$PPID/environ"}',
+        headers,
+    )
+    assert status == 200
+    assert "geheim" not in answer.decode()
+    assert "geheim" not in server.logged()
+    assert "geheim" not in server.tmux("show-environment", "-g")
+
+
+def test_only_an_allowed_origin_may_call(own: Callable[..., Proxy]) -> None:
+    server = own("--allow-origin", "http://ui.example:8080")
+    good = {"Origin": "http://ui.example:8080"}
+    status, headers, _ = server.request(
+        "OPTIONS", "/exec", None, {**good, "Access-Control-Request-Method": "POST"}
+    )
+    assert status == 204
+    assert headers["access-control-allow-origin"] == "http://ui.example:8080"
+    assert "POST" in headers["access-control-allow-methods"]
+
+    status, headers, _ = server.request("POST", "/exec", b'{"cmd": "true"}', {**JSON_TYPE, **good})
+    assert status == 200
+    assert headers["access-control-allow-origin"] == "http://ui.example:8080"
+
+    for origin in (
+        "http://ui.example",
+        "https://ui.example:8080",
+        "http://ui.example:8080.evil.example",
+    ):
+        assert server.request("POST", "/exec", BODY, {**JSON_TYPE, "Origin": origin})[0] == 403
+
+
+def test_a_channel_passes_the_gate_and_needs_a_websocket(own: Callable[..., Proxy]) -> None:
+    server = own("--allow-origin", "http://good.example", POCKETCODER_TOKEN="t0k")
+    token = {"Authorization": "Bearer t0k"}
+
+    def refused(headers: dict[str, str]) -> int:
+        async def talk() -> int:
+            try:
+                async with Channel(server, headers=headers):
+                    return 101
+            except tornado.httpclient.HTTPError as error:
+                return error.code
+
+        return asyncio.run(talk())
+
+    assert refused({}) == 401
+    assert refused(token) == 101
+    assert refused({**token, "Origin": "http://evil.example"}) == 403
+    assert refused({**token, "Origin": "http://good.example"}) == 101
+
+    shake = {
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Key": "x",
+        "Sec-WebSocket-Version": "13",
+    }
+
+    for name, wrong in zip(shake, ("h2c", "close", "", "8"), strict=True):
+        status, _, answer = server.request(
+            "GET", "/exec/ws", headers={**token, **shake, name: wrong}
+        )
+        assert status == 400
+        assert json.loads(answer)["exit_code"] == 2
+
+    assert server.post({"cmd": "true"}, "/exec/ws")[0] == 405
+    assert "Traceback" not in server.logged()
+
+
+def test_the_token_may_be_a_parameter_where_headers_cannot_be_set(
+    own: Callable[..., Proxy], stream: Callable[..., Stream]
+) -> None:
+    proxy = own(POCKETCODER_TOKEN="s3cret+/=")
+    assert mcp(proxy, modern("tools/list"))[0] == 401
+    assert (
+        proxy.request(
+            "POST", "/mcp?token=s3cret%2B/=", b"{}", {"Content-Type": "application/json"}
+        )[0]
+        == 401
+    )
+    assert stream(proxy, "/sse").status == 401
+
+    opened = stream(proxy, "/sse?token=s3cret%2B/=")
+    path = opened.next()
+    assert mcp(proxy, request("ping"), path=path)[0] == 202
+    assert opened.next()["result"] == {}
+    assert mcp(proxy, request("ping"), path=path.partition("&")[0])[0] == 401
+
+    with_header = stream(proxy, "/sse", None, Authorization="Bearer s3cret+/=")
+    assert "token" not in with_header.next()
+
+    async def socket(query: str) -> Any:
+        url = f"ws://127.0.0.1:{proxy.port}/mcp/ws{query}"
+        connection = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
+        await connection.write_message(json.dumps(request("ping")))
+        answer = await connection.read_message()
+        await close(connection)
+        return json.loads(answer or "null")
+
+    with pytest.raises(tornado.httpclient.HTTPClientError):
+        asyncio.run(socket(""))
+    assert asyncio.run(socket("?token=s3cret%2B/="))["result"] == {}
+    assert "s3cret" not in proxy.logged()
+
+
+def test_the_gate_comes_before_the_body_of_an_upgrade_too(own: Callable[..., Proxy]) -> None:
+    proxy = own(POCKETCODER_TOKEN="t")
+    before = proxy.memory()
+    for path in ("/mcp/ws", "/exec/ws"):
+        with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
+            peer.sendall(
+                f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 400000000\r\n\r\n".encode()
+            )
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    peer.sendall(bytes(1_000_000))
+
+    assert proxy.peak() - before < 30_000_000
+
+
+def test_a_request_refused_as_http_is_logged_without_its_token(own: Callable[..., Proxy]) -> None:
+    proxy = own(POCKETCODER_TOKEN="geheim")
+    for line in (b"Authorization: Bearer geheim\x01", b"Bearer geheim\x01: x", b"Host: geheim@x"):
+        with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
+            peer.sendall(b"GET /servers HTTP/1.1\r\n" + line + b"\r\n\r\n")
+            # It is 400, or 401 with an old Tornado.
+            assert peer.recv(100).startswith(b"HTTP/1.1 40")
+    assert "geheim" not in proxy.logged()
+
+
+def test_without_the_token_nobody_learns_the_names_of_servers(own: Callable[..., Proxy]) -> None:
+    proxy = own(
+        "--allow-origin", "http://app.example.com", "--mcp-server=x=cat", POCKETCODER_TOKEN="t0k"
+    )
+    for headers, status in (({}, 401), ({"Origin": "http://app.example.com"}, 204)):
+        for name in ("x", "none"):
+            assert proxy.request("OPTIONS", f"/servers/{name}/mcp", None, headers)[0] == status
+
+
+def test_an_allowed_browser_sees_the_session_header(own: Callable[..., Proxy]) -> None:
+    proxy = own("--allow-origin", "http://app.example.com", "--mcp-server=x=cat")
+    _, headers, _ = mcp(proxy, request("initialize", INITIALIZE), Origin="http://app.example.com")
+    assert headers["access-control-expose-headers"] == "Mcp-Session-Id"
+
+    asked = {"Origin": "http://app.example.com", "Access-Control-Request-Method": "POST"}
+    status, headers, _ = proxy.request("OPTIONS", "/servers/x/mcp", None, asked)
+    assert status == 204
+
+    status, headers, _ = proxy.request("OPTIONS", "/mcp", None, asked)
+    assert status == 204
+    assert {"Mcp-Method", "Mcp-Name", "MCP-Protocol-Version"} <= set(
+        headers["access-control-allow-headers"].split(", ")
+    )
+
+
+# ==========================================================================
+# Endpoints
+# ==========================================================================
+def test_health_needs_no_token_and_answers_while_commands_run(own: Callable[..., Proxy]) -> None:
+    server = own(POCKETCODER_TOKEN="geheim")
+    call = server.start_exec("sleep 0.5")
+    status, headers, body = server.request("GET", "/health")
+    assert status == 200
+    assert body == b"ok"
+    assert server.request("HEAD", "/health")[0] == 200
+    assert call.result()["exit_code"] == 0
+    assert "Access-Control-Allow-Origin".lower() not in headers
+
+
 def test_an_mcp_body_that_is_too_large_is_a_json_rpc_error(guarded: Proxy) -> None:
     given = {**JSON_TYPE, "Authorization": f"Bearer {guarded.token}"}
     status, _, answer = guarded.request("POST", "/mcp", b" " * (pp.MAX_BODY + 1), given)
     assert status == 413
     assert json.loads(answer)["error"]["code"] == -32600
-
-
-@pytest.fixture(scope="module")
-def guarded() -> Iterator[Proxy]:
-    """A server with a token, for requests that it refuses."""
-    server = Proxy(POCKETCODER_TOKEN="t0ken")
-    yield server
-    server.remove()
 
 
 @pytest.mark.parametrize("server", ["", "/servers/legacy"], ids=["built-in", "relayed"])
@@ -8919,75 +8899,6 @@ def test_a_bad_message_that_is_posted_is_refused_with_its_id(
         assert status == 400
         assert answer["id"] == 7
         assert answer["error"]["code"] == -32600
-
-
-@pytest.mark.parametrize(
-    "host", ["localhost", "localhost:99", "127.0.0.1", "127.1.2.3:3001", "[::1]:3001", "LOCALHOST"]
-)
-def test_loopback_hosts_pass_the_gate(proxy: Proxy, host: str) -> None:
-    assert proxy.request("POST", "/exec", b'{"cmd": "true"}', {**JSON_TYPE, "Host": host})[0] == 200
-
-
-def test_the_token_is_demanded_and_never_shown(own: Callable[..., Proxy]) -> None:
-    server = own(POCKETCODER_TOKEN="geheim-1")
-    for given in (
-        "",
-        "Bearer",
-        "Bearer geheim",
-        "Bearer geheim-12",
-        "geheim-1",
-        "Basic geheim-1",
-        "Bearer Geheim-1",
-        "Bearer \xff",
-    ):
-        status, headers, answer = server.request(
-            "POST", "/exec", BODY, {**JSON_TYPE, "Authorization": given}
-        )
-        assert status == 401
-        assert headers["www-authenticate"] == "Bearer"
-        assert json.loads(answer)["exit_code"] == 125
-
-    status, _, _ = server.request(
-        "POST",
-        "/exec",
-        BODY,
-        {**JSON_TYPE, "Authorization": "Bearer geheim-1", "Origin": "http://a.b"},
-    )
-    assert status == 403
-
-    headers = {**JSON_TYPE, "Authorization": "Bearer geheim-1", "Host": "sandbox:3001"}
-    status, _, answer = server.request(
-        "POST",
-        "/exec",
-        b'{"cmd": "env; tr \\"\\\\\\\\0\\" \\"\\\\\\\\n\\" </proc/$PPID/environ"}',
-        headers,
-    )
-    assert status == 200
-    assert "geheim" not in answer.decode()
-    assert "geheim" not in server.logged()
-    assert "geheim" not in server.tmux("show-environment", "-g")
-
-
-def test_only_an_allowed_origin_may_call(own: Callable[..., Proxy]) -> None:
-    server = own("--allow-origin", "http://ui.example:8080")
-    good = {"Origin": "http://ui.example:8080"}
-    status, headers, _ = server.request(
-        "OPTIONS", "/exec", None, {**good, "Access-Control-Request-Method": "POST"}
-    )
-    assert status == 204
-    assert headers["access-control-allow-origin"] == "http://ui.example:8080"
-    assert "POST" in headers["access-control-allow-methods"]
-
-    status, headers, _ = server.request("POST", "/exec", b'{"cmd": "true"}', {**JSON_TYPE, **good})
-    assert status == 200
-    assert headers["access-control-allow-origin"] == "http://ui.example:8080"
-
-    for origin in (
-        "http://ui.example",
-        "https://ui.example:8080",
-        "http://ui.example:8080.evil.example",
-    ):
-        assert server.request("POST", "/exec", BODY, {**JSON_TYPE, "Origin": origin})[0] == 403
 
 
 def test_a_body_beyond_the_limit_gets_413_declared_or_chunked(proxy: Proxy) -> None:
@@ -9149,45 +9060,6 @@ def test_an_error_before_the_stream_is_plain_json(proxy: Proxy) -> None:
     assert answer["exit_code"] == 2
 
 
-class Channel:
-    """A client of `GET /exec/ws`, with another implementation of WebSocket than ours."""
-
-    patience = 10.0  # seconds, for a message
-
-    def __init__(self, proxy: Proxy, **options: Any) -> None:
-        self.url = f"ws://127.0.0.1:{proxy.port}/exec/ws"
-        self.options = options
-
-    async def __aenter__(self) -> Channel:
-        request = tornado.httpclient.HTTPRequest(self.url, **self.options)
-        self.socket = await tornado.websocket.websocket_connect(request, subprotocols=[pp.CHANNELS])
-        assert self.socket.selected_subprotocol == pp.CHANNELS
-        self.streams = {1: b"", 2: b""}
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await close(self.socket)
-
-    async def send(self, message: bytes | dict[str, Any]) -> None:
-        binary = isinstance(message, bytes)
-        await self.socket.write_message(message if binary else json.dumps(message), binary=binary)
-
-    async def next(self) -> int:
-        """Read a message; its channel."""
-        message = await asyncio.wait_for(self.socket.read_message(), self.patience)
-        assert isinstance(message, bytes), message
-        if message[0] == 3:
-            self.final = json.loads(message[1:])
-        else:
-            self.streams[message[0]] += message[1:]
-        return message[0]
-
-    async def end(self) -> dict[str, Any]:
-        while await self.next() != 3:
-            pass
-        return dict(self.final)
-
-
 def test_a_channel_keeps_streams_apart_and_ends_with_the_result(proxy: Proxy, agent: str) -> None:
     async def talk() -> None:
         async with Channel(proxy) as channel:
@@ -9279,43 +9151,6 @@ def test_a_bad_message_ends_the_channel_with_an_error_that_names_it(
     wait_until_gone("sleep\x0069.5")
 
 
-def test_a_channel_passes_the_gate_and_needs_a_websocket(own: Callable[..., Proxy]) -> None:
-    server = own("--allow-origin", "http://good.example", POCKETCODER_TOKEN="t0k")
-    token = {"Authorization": "Bearer t0k"}
-
-    def refused(headers: dict[str, str]) -> int:
-        async def talk() -> int:
-            try:
-                async with Channel(server, headers=headers):
-                    return 101
-            except tornado.httpclient.HTTPError as error:
-                return error.code
-
-        return asyncio.run(talk())
-
-    assert refused({}) == 401
-    assert refused(token) == 101
-    assert refused({**token, "Origin": "http://evil.example"}) == 403
-    assert refused({**token, "Origin": "http://good.example"}) == 101
-
-    shake = {
-        "Upgrade": "websocket",
-        "Connection": "Upgrade",
-        "Sec-WebSocket-Key": "x",
-        "Sec-WebSocket-Version": "13",
-    }
-
-    for name, wrong in zip(shake, ("h2c", "close", "", "8"), strict=True):
-        status, _, answer = server.request(
-            "GET", "/exec/ws", headers={**token, **shake, name: wrong}
-        )
-        assert status == 400
-        assert json.loads(answer)["exit_code"] == 2
-
-    assert server.post({"cmd": "true"}, "/exec/ws")[0] == 405
-    assert "Traceback" not in server.logged()
-
-
 def test_a_client_that_leaves_a_full_channel_is_noticed(proxy: Proxy, agent: str) -> None:
     async def talk() -> None:
         async with Channel(proxy) as channel:
@@ -9358,40 +9193,12 @@ def test_streamable_http_requires_both_types_and_checks_methods(proxy: Proxy) ->
     assert mcp(proxy, modern("tools/list"), Host="evil.example.com")[0] == 403
 
 
-def test_the_token_may_be_a_parameter_where_headers_cannot_be_set(
-    own: Callable[..., Proxy], stream: Callable[..., Stream]
-) -> None:
-    proxy = own(POCKETCODER_TOKEN="s3cret+/=")
-    assert mcp(proxy, modern("tools/list"))[0] == 401
-    assert (
-        proxy.request(
-            "POST", "/mcp?token=s3cret%2B/=", b"{}", {"Content-Type": "application/json"}
-        )[0]
-        == 401
-    )
-    assert stream(proxy, "/sse").status == 401
+class AnyError(dict[str, Any]):
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, dict) and set(other) == {"code", "message"}
 
-    opened = stream(proxy, "/sse?token=s3cret%2B/=")
-    path = opened.next()
-    assert mcp(proxy, request("ping"), path=path)[0] == 202
-    assert opened.next()["result"] == {}
-    assert mcp(proxy, request("ping"), path=path.partition("&")[0])[0] == 401
 
-    with_header = stream(proxy, "/sse", None, Authorization="Bearer s3cret+/=")
-    assert "token" not in with_header.next()
-
-    async def socket(query: str) -> Any:
-        url = f"ws://127.0.0.1:{proxy.port}/mcp/ws{query}"
-        connection = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
-        await connection.write_message(json.dumps(request("ping")))
-        answer = await connection.read_message()
-        await close(connection)
-        return json.loads(answer or "null")
-
-    with pytest.raises(tornado.httpclient.HTTPClientError):
-        asyncio.run(socket(""))
-    assert asyncio.run(socket("?token=s3cret%2B/="))["result"] == {}
-    assert "s3cret" not in proxy.logged()
+ANY_ERROR = AnyError()
 
 
 def test_a_client_of_either_era_is_served_on_an_event_stream(
@@ -9440,14 +9247,6 @@ def test_a_client_of_either_era_is_served_on_an_event_stream(
     assert ask(request("ping", id_="after"))["id"] == "after"
 
 
-class AnyError(dict[str, Any]):
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, dict) and set(other) == {"code", "message"}
-
-
-ANY_ERROR = AnyError()
-
-
 def test_a_websocket_session_lasts_as_long_as_its_socket(proxy: Proxy, agent: str) -> None:
     async def talk() -> None:
         url = f"ws://127.0.0.1:{proxy.port}/mcp/ws"
@@ -9487,24 +9286,6 @@ def test_a_websocket_session_lasts_as_long_as_its_socket(proxy: Proxy, agent: st
         proxy.request("GET", "/mcp/ws", headers={**head, "Origin": "http://evil.example.com"})[0]
         == 403
     )
-
-
-def frame(text: str) -> bytes:
-    """A WebSocket frame of a client, with a mask of zeros."""
-    data = text.encode()
-    size = bytes([128 | len(data)]) if len(data) < 126 else b"\xfe" + len(data).to_bytes(2, "big")
-    return b"\x81" + size + bytes(4) + data
-
-
-def shaken(proxy: Proxy, path: str, after: bytes = b"") -> socket.socket:
-    """A WebSocket whose handshake and first frames come in one piece."""
-    peer = socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
-    head = (
-        f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-    )
-    head += f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {pp.WS_KEY}\r\nSec-WebSocket-Protocol: mcp\r\n\r\n"
-    peer.sendall(head.encode() + after)
-    return peer
 
 
 def test_a_burst_of_messages_is_answered_whole(proxy: Proxy) -> None:
@@ -9562,21 +9343,6 @@ def test_clients_that_leave_at_once_leave_nothing_behind(warm: Callable[..., Pro
     assert "Traceback" not in proxy.logged()
 
 
-def test_the_gate_comes_before_the_body_of_an_upgrade_too(own: Callable[..., Proxy]) -> None:
-    proxy = own(POCKETCODER_TOKEN="t")
-    before = proxy.memory()
-    for path in ("/mcp/ws", "/exec/ws"):
-        with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
-            peer.sendall(
-                f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 400000000\r\n\r\n".encode()
-            )
-            with contextlib.suppress(OSError):
-                for _ in range(100):
-                    peer.sendall(bytes(1_000_000))
-
-    assert proxy.peak() - before < 30_000_000
-
-
 @pytest.mark.slow
 def test_an_unused_body_takes_no_memory(warm: Callable[..., Proxy]) -> None:
     proxy = warm()
@@ -9615,25 +9381,6 @@ def test_a_wrong_content_length_gets_a_4xx_status(
     assert "Traceback" not in proxy.logged()
 
 
-def test_a_request_refused_as_http_is_logged_without_its_token(own: Callable[..., Proxy]) -> None:
-    proxy = own(POCKETCODER_TOKEN="geheim")
-    for line in (b"Authorization: Bearer geheim\x01", b"Bearer geheim\x01: x", b"Host: geheim@x"):
-        with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
-            peer.sendall(b"GET /servers HTTP/1.1\r\n" + line + b"\r\n\r\n")
-            # It is 400, or 401 with an old Tornado.
-            assert peer.recv(100).startswith(b"HTTP/1.1 40")
-    assert "geheim" not in proxy.logged()
-
-
-def test_without_the_token_nobody_learns_the_names_of_servers(own: Callable[..., Proxy]) -> None:
-    proxy = own(
-        "--allow-origin", "http://app.example.com", "--mcp-server=x=cat", POCKETCODER_TOKEN="t0k"
-    )
-    for headers, status in (({}, 401), ({"Origin": "http://app.example.com"}, 204)):
-        for name in ("x", "none"):
-            assert proxy.request("OPTIONS", f"/servers/{name}/mcp", None, headers)[0] == status
-
-
 @pytest.mark.parametrize("digits", [200, 305, 350, 5000], ids="{}-digits".format)
 def test_a_number_of_any_length_is_refused_by_the_name_of_its_field(
     proxy: Proxy, digits: int
@@ -9650,22 +9397,6 @@ def test_a_number_of_any_length_is_refused_by_the_name_of_its_field(
     )[2]
     # An unknown session, or a length that is no number.
     assert answer["error"]["code"] in (-32600, -32700)
-
-
-def test_an_allowed_browser_sees_the_session_header(own: Callable[..., Proxy]) -> None:
-    proxy = own("--allow-origin", "http://app.example.com", "--mcp-server=x=cat")
-    _, headers, _ = mcp(proxy, request("initialize", INITIALIZE), Origin="http://app.example.com")
-    assert headers["access-control-expose-headers"] == "Mcp-Session-Id"
-
-    asked = {"Origin": "http://app.example.com", "Access-Control-Request-Method": "POST"}
-    status, headers, _ = proxy.request("OPTIONS", "/servers/x/mcp", None, asked)
-    assert status == 204
-
-    status, headers, _ = proxy.request("OPTIONS", "/mcp", None, asked)
-    assert status == 204
-    assert {"Mcp-Method", "Mcp-Name", "MCP-Protocol-Version"} <= set(
-        headers["access-control-allow-headers"].split(", ")
-    )
 
 
 def test_half_open_and_slow_clients_block_no_other(own: Callable[..., Proxy]) -> None:
@@ -9952,6 +9683,684 @@ def test_any_frames_end_the_socket_and_leave_nothing(proxy: Proxy, agent: str, p
     assert "Traceback" not in proxy.logged(), proxy.logged()[-3000:]
 
 
+# ==========================================================================
+# Install
+# ==========================================================================
+def test_what_install_writes_is_the_shell_under_every_name(
+    engine: Caller, tmp_path: pathlib.Path
+) -> None:
+    names = ["sh", "bash", "my-shell", "pocketcoder"]
+    done = run("install", str(tmp_path), *names)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path)) == sorted([pp.INSTALLED, *names])
+
+    first, second = (tmp_path / pp.INSTALLED).read_text().split("\n")[:2]
+    assert first == f"#!{sys.executable} -IS"
+    assert "SPDX-License-Identifier" in second
+    assert (tmp_path / pp.INSTALLED).stat().st_mode & 0o7777 == 0o755
+
+    for name in (pp.INSTALLED, *names):
+        got = subprocess.run(
+            [tmp_path / name, "-c", "echo $1; exit 3", "zero", name],
+            env=engine.env,
+            cwd=engine.cwd,
+            capture_output=True,
+        )
+        assert got.stdout.decode() == f"{name}\n"
+        assert got.stderr == b""
+        assert got.returncode == 3
+
+    got = subprocess.run([tmp_path / "pocketcoder", "server"], capture_output=True)
+    assert got.returncode == 1
+    assert b"only the shell is here" in got.stderr
+
+
+def test_what_install_writes_is_compiled_for_its_python_only(
+    engine: Caller, tmp_path: pathlib.Path
+) -> None:
+    # Only the text ends with 9.
+    path = tmp_path / pp.INSTALLED
+    path.write_text(pp.installed_text().replace("\nimport os\n", "\nimport os; os._exit(9)\n", 1))
+    both: dict[str, Any] = {"env": engine.env, "cwd": engine.cwd, "capture_output": True}
+    done = subprocess.run([sys.executable, str(path), "-c", "echo hi"], **both)
+    assert done.stdout == b"hi\n", done.stderr
+
+    done = subprocess.run([old_python("3.8"), str(path), "-c", "echo hi"], **both)
+    assert done.returncode == 9
+
+
+def test_install_replaces_what_it_wrote_and_nothing_else(tmp_path: pathlib.Path) -> None:
+    assert run("install", str(tmp_path), "sh").returncode == 0
+    installed = tmp_path / pp.INSTALLED
+    installed.write_text(installed.read_text() + "# older\n")
+    assert run("install", str(tmp_path), "sh", "bash").returncode == 0
+    assert "# older" not in installed.read_text()
+
+    (tmp_path / "zsh").write_text("#!/bin/sh\n")
+    (tmp_path / "ksh").symlink_to("/nowhere")
+    (tmp_path / "ash").mkdir()
+    installed.write_text(installed.read_text() + "# untouched\n")
+
+    for name in ("zsh", "ksh", "ash"):
+        done = run("install", str(tmp_path), "dash", name)
+        assert done.returncode == 1
+        assert f"{tmp_path}/{name} is not a file that `install` wrote" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+    assert not (tmp_path / "dash").exists()
+    assert "# untouched" in installed.read_text()
+    assert (tmp_path / "zsh").read_text() == "#!/bin/sh\n"
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        pytest.param(["/no/such"], "DIR", id="no-directory"),
+        pytest.param(["/proc", "sh"], "/proc", id="not-to-be-written-to"),
+        pytest.param([".", "../sh"], "NAME", id="another-directory"),
+        pytest.param([".", "x/y-shell"], "NAME", id="below"),
+        pytest.param([".", "python3"], "NAME", id="no-name-of-a-shell"),
+    ],
+)
+def test_install_fails_with_one_sentence(words: list[str], said: str) -> None:
+    done = run("install", *words)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Errno" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["pocketcoder", "sh"])
+def test_the_console_script_loads_nothing_of_the_server(
+    engine: Caller, console_script: str, name: str
+) -> None:
+    link = os.path.join(os.path.dirname(console_script), name)
+    if name != "pocketcoder":
+        os.symlink(console_script, link)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", link, "-c", "echo hi; exit 3"],
+        env={**engine.env, "PYTHONPATH": str(MODULE.parent)},
+        cwd=engine.cwd,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 3
+    assert done.stdout == "hi\n"
+    assert "_socket" in done.stderr
+
+    for module in ("asyncio", "tornado", "argparse", "json"):
+        assert f" {module}\n" not in done.stderr
+
+
+def test_the_console_script_has_the_other_subcommands_too(console_script: str) -> None:
+    env = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
+    done = subprocess.run(
+        [console_script, "--version"], env=env, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 0
+    assert done.stdout == f"pocketcoder-proxy {pp.VERSION}\n"
+
+
+# ==========================================================================
+# MCP configuration
+# ==========================================================================
+def test_a_typical_config_file_is_read(
+    own: Callable[..., Proxy],
+    fixtures: pathlib.Path,
+    tmp_path: pathlib.Path,
+    stream: Callable[..., Stream],
+) -> None:
+    config = tmp_path / "mcp.json"
+    server = {
+        "command": sys.executable,
+        "args": ["-S", str(fixtures), "mcp-fixture", "both"],
+        "env": {"SECRET": "s3cret"},
+        "cwd": str(tmp_path),
+    }
+    config.write_text(json.dumps({"mcpServers": {"both": {**server, "type": "stdio"}}, "other": 1}))
+    proxy = own(f"--mcp-config={config}", "--mcp-server=two=cat", POCKETCODER_TOKEN="t0ken")
+    headers = {"Authorization": "Bearer t0ken"}
+    listed = proxy.request("GET", "/servers", None, headers)[2].decode()
+    assert [each["name"] for each in json.loads(listed)] == ["both", "two"]
+    assert "s3cret" not in listed
+    assert proxy.request("GET", "/servers")[0] == 401
+
+    call = modern("tools/call", {"name": "env", "arguments": {"name": "SECRET"}})
+    assert text_of(mcp(proxy, call, path="/servers/both/mcp", **headers)[2]["result"]) == "s3cret"
+    call["params"]["arguments"] = {"name": "POCKETCODER_TOKEN"}
+    assert text_of(mcp(proxy, call, path="/servers/both/mcp", **headers)[2]["result"]) == ""
+
+    (shown,) = [
+        each
+        for each in json.loads(proxy.request("GET", "/servers", None, headers)[2])
+        if each["name"] == "both"
+    ]
+    assert shown["state"] == "running"
+    assert shown["era"] == "modern"
+    assert type(shown["pid"]) is int
+    assert shown["restarts"] == 0
+
+
+def started_with(tmp_path: pathlib.Path, text: str, *words: str, **variables: str) -> Any:
+    """A server that is to fail at its start with this configuration."""
+    (tmp_path / "c.json").write_text(text)
+    command = [sys.executable, str(MODULE), "server", "-p", "0"]
+    return subprocess.run(
+        [*command, "--mcp-config", str(tmp_path / "c.json"), *words],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        env={**os.environ, "TMUX_SOCKET": str(tmp_path / "tmux/s"), **variables},
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        pytest.param(["--mcp-server", "x"], "`--mcp-server`", id="no-command"),
+        pytest.param(["--mcp-server", "x="], "`--mcp-server`", id="an-empty-command"),
+        pytest.param(["--mcp-server", "=cat"], "`the name of an MCP server`", id="no-name"),
+        pytest.param(["--mcp-server", "..=cat"], "`the name of an MCP server`", id="dots"),
+        pytest.param(["--mcp-server", "a\n=cat"], "`the name of an MCP server`", id="a-line"),
+        pytest.param(["--mcp-server", "a='"], "`--mcp-server`", id="an-open-quote"),
+        pytest.param(
+            ["--mcp-server", "a=/no/such/program x"],
+            "MCP server `a`, key `command`",
+            id="no-such-program",
+        ),
+        pytest.param(["--mcp-config", "/no/such/file"], "`--mcp-config`", id="no-file"),
+        pytest.param(["--mcp-config", "/dev/null"], "`--mcp-config`", id="an-empty-file"),
+    ],
+)
+def test_wrong_servers_end_the_start_with_a_sentence(words: list[str], text: str) -> None:
+    done = subprocess.run(
+        [sys.executable, MODULE, "server", *words], capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 2
+    assert text in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        pytest.param("{}", "`--mcp-config`", id="no-servers"),
+        pytest.param("{'mcpServers': {}}", "`--mcp-config`", id="other-quotes"),
+        pytest.param('{"mcpServers": []}', "`--mcp-config`", id="a-list"),
+    ],
+)
+def test_a_wrong_file_of_servers_ends_the_start_with_a_sentence(
+    tmp_path: pathlib.Path, config: str, text: str
+) -> None:
+    done = started_with(tmp_path, config)
+    assert done.returncode == 2
+    assert text in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("entry", "key"),
+    [
+        pytest.param("s3cret", "", id="a-string"),
+        pytest.param({"args": ["s3cret"]}, "command", id="no-command"),
+        pytest.param({"command": ["cat", "s3cret"]}, "command", id="a-command-as-list"),
+        pytest.param({"command": "/no/s3cret"}, "command", id="no-such-program"),
+        pytest.param({"command": "cat", "args": "s3cret"}, "args", id="args-as-string"),
+        pytest.param({"command": "cat", "args": ["-", ["s3cret"]]}, "args[1]", id="nested-args"),
+        pytest.param({"command": "cat", "env": ["s3cret"]}, "env", id="env-as-list"),
+        pytest.param({"command": "cat", "env": {"A": {"s3cret": 1}}}, "env.A", id="nested-env"),
+        pytest.param({"command": "cat", "env": {"A": None}}, "env.A", id="null-in-env"),
+        pytest.param({"command": "cat", "env": {"A": "s3cret\0"}}, "env.A", id="nul-in-env"),
+        pytest.param({"command": "cat", "cwd": "/no/s3cret"}, "cwd", id="no-such-directory"),
+        pytest.param({"command": "cat", "cwd": ["s3cret"]}, "cwd", id="cwd-as-list"),
+        pytest.param({"command": "cat", "disabled": "s3cret"}, "disabled", id="disabled-as-text"),
+        pytest.param({"command": "cat", "args": ["s3cret${UNSET_X}"]}, "args[0]", id="no-variable"),
+        pytest.param({"command": "cat", "env": {"A": "${input:s3cret}"}}, "env.A", id="an-input"),
+    ],
+)
+def test_a_bad_entry_is_reported_by_its_key_and_never_shown(
+    tmp_path: pathlib.Path, entry: Any, key: str
+) -> None:
+    config = {"mcpServers": {"good": {"command": "cat"}, "My Bad": entry}}
+    done = started_with(tmp_path, json.dumps(config))
+    assert done.returncode == 2
+    assert "MCP server `My Bad`" in done.stderr
+    assert f", key `{key}`:" in done.stderr or not key
+    assert "s3cret" not in done.stderr
+    assert "listening" not in done.stdout
+
+
+LIVED_IN = """\ufeff{
+  // What VS Code writes has `servers`; a // in "a string // is none".
+  "inputs": [],
+  "SERVERS": {
+    "plain": {
+      "command": "PYTHON", /* with
+      a comment */ "args": ["-S", "FIXTURES", "mcp-fixture", "${ERA:-both}"],
+      "env": {
+        "PORT": 8080, "RATE": 1.5, "DEBUG": true, "URL": "http://x//y", "TOKEN": "${TOKEN_X}",
+        "HOST": "${HOST_X:-local}host", "SHELL_X": "${#x} $TOKEN_X", "CODE": "${env:TOKEN_X}",
+      },
+    },
+    "My Server": {"command": "cat"},
+    "@scope/x": {"command": "PYTHON", "args": ["-S", "FIXTURES", "mcp-fixture", "legacy"]},
+    "off": {"command": "/no/such/program", "disabled": true, "args": ["${UNSET_X}"]},
+    "remote": {"type": "http", "url": "https://s3cret.example/mcp"},
+  },
+}
+"""
+
+
+@pytest.mark.parametrize("key", ["mcpServers", "servers"])
+def test_both_common_layouts_of_a_config_file_are_read(
+    own: Callable[..., Proxy],
+    fixtures: pathlib.Path,
+    tmp_path: pathlib.Path,
+    stream: Callable[..., Stream],
+    key: str,
+) -> None:
+    config = tmp_path / "mcp.json"
+    text = LIVED_IN.replace("PYTHON", sys.executable).replace("FIXTURES", str(fixtures))
+    config.write_text(text.replace("SERVERS", key))
+    proxy = own(f"--mcp-config={config}", TOKEN_X="s3cret")
+    names = [each["name"] for each in json.loads(proxy.request("GET", "/servers")[2])]
+    assert names == ["plain", "My Server", "@scope/x"]
+    assert "server off is not served: it is disabled" in proxy.logged()
+    assert "server remote is not served: it is a remote server" in proxy.logged()
+    assert "s3cret" not in proxy.logged()
+
+    client = Client(proxy, "modern", "plain", stream)
+    expected = {
+        "PORT": "8080",
+        "RATE": "1.5",
+        "DEBUG": "true",
+        "URL": "http://x//y",
+        "TOKEN": "s3cret",
+        "HOST": "localhost",
+        "SHELL_X": "${#x} $TOKEN_X",
+        "CODE": "s3cret",
+    }
+
+    def variable(name: str) -> str:
+        params = {"name": "env", "arguments": {"name": name}}
+        return text_of(client.ask("tools/call", params)[-1]["result"])
+
+    assert {name: variable(name) for name in expected} == expected
+
+    events = stream(proxy, "/servers/%40scope%2Fx/sse")
+    path = events.next()
+    assert path.startswith("/servers/%40scope%2Fx/messages?session_id=")
+    assert mcp(proxy, request("initialize", INITIALIZE), path=path)[0] == 202
+    assert events.next()["result"]["serverInfo"]["name"] == "fixture-server"
+    assert type(text_of(Client(proxy, "legacy", "%40scope%2Fx", stream).call("pid"))) is str
+    assert mcp(proxy, modern("tools/list"), path="/servers/My%20Server/mcp")[0] == 200
+
+
+# ==========================================================================
+# Application
+# ==========================================================================
+def lines(*commands: str) -> str:
+    return "\n".join(commands)
+
+
+@pytest.mark.slow
+def test_a_log_that_cannot_be_written_stops_no_command(own: Callable[..., Proxy]) -> None:
+    server = own()
+    server.stop()
+    # `stop` closes it.
+    server.log = open("/dev/full", "a")  # noqa: SIM115
+    server.start()
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+    assert server.stop() == 0
+
+
+def test_the_server_says_where_it_listens_and_how_to_watch(own: Callable[..., Proxy]) -> None:
+    server = own()
+    assert server.said == f"pocketcoder: listening on http://127.0.0.1:{server.port}\n"
+    attach = f"tmux -S {server.socket} new-session -A -s pocketcoder"
+    eventually(lambda: attach in server.logged())
+
+
+def test_a_server_makes_no_session_before_it_is_needed(own: Callable[..., Proxy]) -> None:
+    server = own()
+    assert server.request("GET", "/health")[0] == 200
+    assert call(server, "list_terminals")["structuredContent"] == {"terminals": []}
+    assert call(server, "read_terminal")["isError"]
+    assert not os.path.exists(server.socket)
+    assert server.exec("echo made")["stdout"] == "made\n"
+
+
+@pytest.mark.parametrize(
+    "words", [["--version"], ["server", "--version"]], ids=["above", "of-the-server"]
+)
+def test_the_version_is_printed_on_both_levels(words: list[str]) -> None:
+    assert run(*words).stdout.strip().endswith(pp.VERSION)
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["server", "--help"]], ids=["above", "of-the-server"]
+)
+def test_help_is_printed_on_both_levels(words: list[str]) -> None:
+    done = run(*words)
+    assert done.returncode == 0
+    assert "usage" in done.stdout
+
+
+WRONG = [
+    pytest.param(["server", "-p", "x"], {}, "--port", id="port-no-number"),
+    pytest.param(["server", "-p", "70000"], {}, "--port", id="port-too-large"),
+    pytest.param(["server", "--workspace", "/no/such"], {}, "--workspace", id="no-such-workspace"),
+    pytest.param(
+        ["server", "--host", "0.0.0.0"], {}, "POCKETCODER_TOKEN", id="open-host-without-a-token"
+    ),
+    pytest.param(
+        ["server", "--host", "::"], {}, "POCKETCODER_TOKEN", id="open-host-of-ip6-without-a-token"
+    ),
+    pytest.param(
+        ["server"],
+        {"POCKETCODER_HOST": "0.0.0.0"},
+        "POCKETCODER_TOKEN",
+        id="open-host-by-variable-without-a-token",
+    ),
+    pytest.param(
+        ["server", "-p", "0"],
+        {"POCKETCODER_TOKEN": "a b"},
+        "POCKETCODER_TOKEN",
+        id="token-with-a-blank",
+    ),
+    pytest.param(
+        ["server", "-p", "0"], {"TMUX_SESSION": "a:b"}, "session", id="session-with-a-colon"
+    ),
+    pytest.param(["server", "-p", "0"], {"PATH": "/nowhere"}, "install", id="no-tmux"),
+    pytest.param(["nonsense"], {}, "nonsense", id="no-such-subcommand"),
+    pytest.param(["server", "-p", "0", "--audit-log", ""], {}, "--audit-log", id="empty-audit-log"),
+    pytest.param(
+        ["server", "-p", "0", "--allow-origin", "*"], {}, "--allow-origin", id="any-origin"
+    ),
+    pytest.param(["server", "-p", "0", "--mcp-idle", "0"], {}, "--mcp-idle", id="idle-zero"),
+    pytest.param(["server", "-p", "0", "--mcp-idle", "ten"], {}, "--mcp-idle", id="idle-no-number"),
+    pytest.param(
+        ["server", "-p", "0"], {"TMUX_SOCKET": "/tmp/\udcff/s"}, "socket_path", id="socket-no-utf-8"
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "variables", "said"), WRONG)
+def test_wrong_settings_end_the_start_with_a_sentence(
+    words: list[str], variables: dict[str, str], said: str
+) -> None:
+    done = run(*words, **variables)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_workspace_whose_path_is_not_utf_8_is_refused(tmp_path: pathlib.Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(path)
+    done = run("server", "-p", "0", "--workspace", os.fsdecode(path))
+    assert done.returncode == 2
+    assert "UTF-8" in done.stderr
+
+
+def test_a_port_in_use_is_reported(proxy: Proxy) -> None:
+    done = run("server", "-p", str(proxy.port), TMUX_SOCKET=f"{proxy.folder}/other/s")
+    assert done.returncode == 1
+    assert str(proxy.port) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_token_guards_other_interfaces_and_no_command_finds_it(
+    own: Callable[..., Proxy],
+) -> None:
+    server = own("--host", "0.0.0.0", POCKETCODER_TOKEN="g3heim", POCKETCODER_TOKEN_2="kept")
+    pid = server.process.pid
+    search = f"exec 2>/dev/null; tr '\\0' '\\n' </proc/{pid}/environ | grep TOKEN; grep -l g[3]heim /proc/*/environ"
+    search += f"; tmux -S {server.socket} show-environment -g | grep g[3]; grep -r g[3]heim {server.folder}"
+    assert server.exec(search)["stdout"] == "POCKETCODER_TOKEN_2=kept\n"
+
+
+@pytest.mark.slow
+def test_sigterm_lets_commands_finish_cancels_the_rest_and_answers_all(
+    warm: Callable[..., Proxy],
+) -> None:
+    server = warm()
+    quick = server.start_exec("sleep 1; echo quick")
+    slow = server.start_exec("echo slow; sleep 64.5", agent_name="slow")
+    wait_until_running("sleep\x0064.5")
+    started = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert quick.result()["stdout"] == "quick\n"
+
+    answer = slow.result()
+    assert answer["ended"] == "cancelled"
+    assert answer["stdout"] == "slow\n"
+    assert "cancelled" in answer["error"]
+    assert server.process.wait(10) == 0
+    assert 4 < time.monotonic() - started < 20
+    assert not processes_with("sleep\x0064.5")
+    assert "Traceback" not in server.logged()
+
+
+def test_a_stopping_server_answers_mcp_calls_and_ends_their_streams(
+    own: Callable[..., Proxy], stream: Callable[..., Stream]
+) -> None:
+    proxy = own()
+    idle = stream(proxy, "/mcp", None, Mcp_Session_Id=opened(proxy))
+    events = stream(proxy, "/sse")
+    path = events.next()
+    params = {"name": "exec", "arguments": {"cmd": "sleep 0.6; echo done"}}
+    assert mcp(proxy, request("tools/call", params), path=path)[0] == 202
+
+    wait_until_running("sleep\x000.6")
+    started = time.monotonic()
+    assert proxy.stop() == 0
+    assert time.monotonic() - started < 4
+    assert text_of(events.next()["result"]) == "done\n"
+    assert events.next() is idle.next() is None
+
+
+@pytest.mark.slow
+def test_a_queued_command_is_refused_when_the_server_stops(warm: Callable[..., Proxy]) -> None:
+    server = warm()
+    running = [server.start_exec("sleep 1; echo ran") for _ in range(4)]
+    eventually(lambda: len(processes_with("sleep\x001")) >= 4)
+    queued = Background(lambda: server.post({"cmd": f"touch {server.folder}/queued"}))
+    time.sleep(0.2)
+    server.process.send_signal(signal.SIGTERM)
+    status, answer = queued.result()
+    assert status == 503
+    assert answer["exit_code"] == 125
+    assert [call.result()["stdout"] for call in running] == ["ran\n"] * 4
+    assert server.process.wait(10) == 0
+    assert not os.path.exists(f"{server.folder}/queued")
+
+
+def test_text_typed_before_the_first_command_never_runs(own: Callable[..., Proxy]) -> None:
+    server = own()
+    subprocess.run(
+        [
+            *("tmux", "-S", server.socket, "new-session", "-d", "-s", "pocketcoder"),
+            *("-n", "poco:terminal", "--", "/bin/bash", "-i"),
+        ],
+        env=server.env,
+        check=True,
+    )
+    eventually(lambda: server.screen("poco").rstrip().endswith("$"))
+    time.sleep(0.3)
+    server.type("poco", f"touch {server.folder}/typed &&", "Enter")
+    eventually(lambda: server.screen("poco").rstrip().endswith(">"))
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+    assert not os.path.exists(f"{server.folder}/typed")
+
+
+def test_a_server_whose_first_terminal_is_slow_stops_at_once(warm: Callable[..., Proxy]) -> None:
+    server = warm()
+    assert server.stop() == 0
+
+    pathlib.Path(server.folder, "home/.bashrc").write_text("sleep 12\n")
+    server.tmux("kill-server")
+    server.start()
+    waiting = server.start_exec("true")
+    wait_until_running("sleep\x0012\x00")
+    started = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - started < 4.5
+
+    with pytest.raises(AssertionError, match="stopping"):
+        waiting.result()
+
+
+def test_an_unread_log_blocks_nothing(own: Callable[..., Proxy]) -> None:
+    server = own()
+    server.stop()
+    unread, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 8192)
+    server.log = os.fdopen(write, "w")
+    server.start()
+    for number in range(60):
+        assert server.exec(f"exit {number}")["exit_code"] == number
+    assert server.stop() == 0
+    assert b"exec end agent=poco" in os.read(unread, 4096)
+
+    os.close(unread)
+
+
+def test_a_server_without_commands_stops_at_once(warm: Callable[..., Proxy]) -> None:
+    server = warm()
+    started = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - started < 4.5
+    assert "Traceback" not in server.logged()
+
+
+def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(warm: Callable[..., Proxy]) -> None:
+    server = warm()
+    server.tmux("kill-server")
+    os.rename(f"{server.folder}/tmux", f"{server.folder}/away")
+    pathlib.Path(f"{server.folder}/tmux").write_text("a file in the way")
+    status, answer = server.post({"cmd": "true"})
+    assert status == 503
+    assert answer["exit_code"] == 125
+    assert "tmux" in answer["error"]
+    assert server.request("GET", "/health")[0] == 200
+
+    os.unlink(f"{server.folder}/tmux")
+    assert server.exec("echo back")["stdout"] == "back\n"
+
+
+@pytest.fixture
+def image() -> Iterator[str]:
+    """A folder as an image of PocketCoder's sandbox has it: `tmux` in it is open to all."""
+    folder = tempfile.mkdtemp(prefix="pc")
+    subprocess.run(
+        ["bash", "-c", 'rm -rf "$1"/*; mkdir -p "$1"; chmod 777 "$1"', "bash", f"{folder}/tmux"],
+        check=True,
+    )
+    yield folder
+    # Also where no server took the session over.
+    kill_tmux(f"{folder}/tmux/s")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+# What that image's own entry point does, some seconds after it started the server.
+ENTRYPOINT = lines(
+    "set -e",
+    "tmux -S $1/tmux/s new-session -d -s pocketcoder -n system",
+    "chmod 777 $1/tmux/s",
+    "tmux -S $1/tmux/s new-window -t pocketcoder -n poco-terminal -c $1/work",
+)
+
+
+def enter(folder: str) -> subprocess.CompletedProcess[str]:
+    os.makedirs(f"{folder}/work", exist_ok=True)
+    words = ["bash", "-c", ENTRYPOINT, "bash", folder]
+    return subprocess.run(
+        words,
+        env=outer_environment() | {"HOME": f"{folder}/home"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def has_session(server: Proxy) -> bool:
+    words = ["tmux", "-S", server.socket, "has-session", "-t", "=pocketcoder"]
+    return subprocess.run(words, capture_output=True, check=False).returncode == 0
+
+
+def windows(server: Proxy) -> list[str]:
+    """Names of windows, once for each pane."""
+    there = server.tmux("list-panes", "-s", "-t", "=pocketcoder:", "-F", "#{window_name}")
+    return there.split("\n")
+
+
+# Prints the number of the shell's terminal.
+WHERE = "cut -d' ' -f7 /proc/$$/stat"
+
+
+def terminal_of(server: Proxy, window: str) -> int:
+    tty = server.tmux("display-message", "-p", "-t", f"=pocketcoder:={window}", "#{pane_tty}")
+    return os.stat(tty).st_rdev
+
+
+def test_an_entrypoint_may_start_the_server_first_and_its_session_later(
+    image: str, own: Callable[..., Proxy]
+) -> None:
+    server = own(folder=image)
+    assert server.request("GET", "/health")[0] == 200
+    # It does nothing, so there is nothing to wait for.
+    time.sleep(0.3)
+    assert not has_session(server)
+
+    done = enter(image)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco-terminal')}\n"
+    assert server.exec("pwd")["stdout"] == f"{server.workspace}\n"
+    assert windows(server) == ["system", "poco-terminal"]
+
+    assert server.exec(WHERE, agent_name="alice")["exit_code"] == 0
+    assert windows(server) == ["system", "poco-terminal", "alice:terminal"]
+
+
+def test_a_directory_open_to_all_gets_the_sticky_bit_and_is_logged(
+    image: str, own: Callable[..., Proxy]
+) -> None:
+    server = own(folder=image)
+    assert stat.S_IMODE(os.stat(f"{image}/tmux").st_mode) == 0o1777
+    told = [line for line in server.logged().splitlines() if "sticky" in line]
+    assert len(told) == 1
+    assert f"{image}/tmux" in told[0]
+
+
+def test_a_server_creates_its_session_with_the_first_command(
+    image: str, own: Callable[..., Proxy]
+) -> None:
+    server = own(folder=image)
+    assert server.request("GET", "/health")[0] == 200
+    # It does nothing, so there is nothing to wait for.
+    time.sleep(0.3)
+    assert not has_session(server)
+    assert server.exec("echo first")["stdout"] == "first\n"
+    assert windows(server) == ["poco:terminal"]
+    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco:terminal')}\n"
+
+
+def test_an_existing_session_is_used(image: str, own: Callable[..., Proxy]) -> None:
+    assert enter(image).returncode == 0
+    server = own(folder=image)
+    assert windows(server) == ["system", "poco-terminal"]
+    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco-terminal')}\n"
+    assert windows(server) == ["system", "poco-terminal"]
+
+
+# ==========================================================================
+# Comparison with bash
+# ==========================================================================
 # What `bash -c` makes of a line, every door makes of it.  Each line runs in a directory of its own
 # that has the FILES.  None depends on times, on process ids or on the machine.
 FILES = {
@@ -10499,7 +10908,6 @@ FED = [
     pytest.param("exec <&-; cat; echo $?", id="fed-and-closed"),
     pytest.param("[ -t 0 ]; echo $?; xargs -n 1 echo", id="fed-to-xargs"),
 ]
-
 # No line takes that many seconds.
 HANGS = 8
 
@@ -10770,363 +11178,6 @@ def test_output_of_late_children_is_complete_in_a_thousand_tries(
 
 
 # ==========================================================================
-# Application
-# ==========================================================================
-@pytest.mark.slow
-def test_a_log_that_cannot_be_written_stops_no_command(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.stop()
-    # `stop` closes it.
-    server.log = open("/dev/full", "a")  # noqa: SIM115
-    server.start()
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-    assert server.stop() == 0
-
-
-def test_the_server_says_where_it_listens_and_how_to_watch(own: Callable[..., Proxy]) -> None:
-    server = own()
-    assert server.said == f"pocketcoder: listening on http://127.0.0.1:{server.port}\n"
-    attach = f"tmux -S {server.socket} new-session -A -s pocketcoder"
-    eventually(lambda: attach in server.logged())
-
-
-def test_a_server_makes_no_session_before_it_is_needed(own: Callable[..., Proxy]) -> None:
-    server = own()
-    assert server.request("GET", "/health")[0] == 200
-    assert call(server, "list_terminals")["structuredContent"] == {"terminals": []}
-    assert call(server, "read_terminal")["isError"]
-    assert not os.path.exists(server.socket)
-    assert server.exec("echo made")["stdout"] == "made\n"
-
-
-@pytest.mark.parametrize(
-    "words", [["--version"], ["server", "--version"]], ids=["above", "of-the-server"]
-)
-def test_the_version_is_printed_on_both_levels(words: list[str]) -> None:
-    assert run(*words).stdout.strip().endswith(pp.VERSION)
-
-
-@pytest.mark.parametrize(
-    "words", [["--help"], ["server", "--help"]], ids=["above", "of-the-server"]
-)
-def test_help_is_printed_on_both_levels(words: list[str]) -> None:
-    done = run(*words)
-    assert done.returncode == 0
-    assert "usage" in done.stdout
-
-
-WRONG = [
-    pytest.param(["server", "-p", "x"], {}, "--port", id="port-no-number"),
-    pytest.param(["server", "-p", "70000"], {}, "--port", id="port-too-large"),
-    pytest.param(["server", "--workspace", "/no/such"], {}, "--workspace", id="no-such-workspace"),
-    pytest.param(
-        ["server", "--host", "0.0.0.0"], {}, "POCKETCODER_TOKEN", id="open-host-without-a-token"
-    ),
-    pytest.param(
-        ["server", "--host", "::"], {}, "POCKETCODER_TOKEN", id="open-host-of-ip6-without-a-token"
-    ),
-    pytest.param(
-        ["server"],
-        {"POCKETCODER_HOST": "0.0.0.0"},
-        "POCKETCODER_TOKEN",
-        id="open-host-by-variable-without-a-token",
-    ),
-    pytest.param(
-        ["server", "-p", "0"],
-        {"POCKETCODER_TOKEN": "a b"},
-        "POCKETCODER_TOKEN",
-        id="token-with-a-blank",
-    ),
-    pytest.param(
-        ["server", "-p", "0"], {"TMUX_SESSION": "a:b"}, "session", id="session-with-a-colon"
-    ),
-    pytest.param(["server", "-p", "0"], {"PATH": "/nowhere"}, "install", id="no-tmux"),
-    pytest.param(["nonsense"], {}, "nonsense", id="no-such-subcommand"),
-    pytest.param(["server", "-p", "0", "--audit-log", ""], {}, "--audit-log", id="empty-audit-log"),
-    pytest.param(
-        ["server", "-p", "0", "--allow-origin", "*"], {}, "--allow-origin", id="any-origin"
-    ),
-    pytest.param(["server", "-p", "0", "--mcp-idle", "0"], {}, "--mcp-idle", id="idle-zero"),
-    pytest.param(["server", "-p", "0", "--mcp-idle", "ten"], {}, "--mcp-idle", id="idle-no-number"),
-    pytest.param(
-        ["server", "-p", "0"], {"TMUX_SOCKET": "/tmp/\udcff/s"}, "socket_path", id="socket-no-utf-8"
-    ),
-]
-
-
-@pytest.mark.parametrize(("words", "variables", "said"), WRONG)
-def test_wrong_settings_end_the_start_with_a_sentence(
-    words: list[str], variables: dict[str, str], said: str
-) -> None:
-    done = run(*words, **variables)
-    assert done.returncode != 0
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_workspace_whose_path_is_not_utf_8_is_refused(tmp_path: pathlib.Path) -> None:
-    path = os.fsencode(tmp_path) + b"/\xff"
-    os.mkdir(path)
-    done = run("server", "-p", "0", "--workspace", os.fsdecode(path))
-    assert done.returncode == 2
-    assert "UTF-8" in done.stderr
-
-
-def test_a_port_in_use_is_reported(proxy: Proxy) -> None:
-    done = run("server", "-p", str(proxy.port), TMUX_SOCKET=f"{proxy.folder}/other/s")
-    assert done.returncode == 1
-    assert str(proxy.port) in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_token_guards_other_interfaces_and_no_command_finds_it(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own("--host", "0.0.0.0", POCKETCODER_TOKEN="g3heim", POCKETCODER_TOKEN_2="kept")
-    pid = server.process.pid
-    search = f"exec 2>/dev/null; tr '\\0' '\\n' </proc/{pid}/environ | grep TOKEN; grep -l g[3]heim /proc/*/environ"
-    search += f"; tmux -S {server.socket} show-environment -g | grep g[3]; grep -r g[3]heim {server.folder}"
-    assert server.exec(search)["stdout"] == "POCKETCODER_TOKEN_2=kept\n"
-
-
-@pytest.mark.slow
-def test_sigterm_lets_commands_finish_cancels_the_rest_and_answers_all(
-    warm: Callable[..., Proxy],
-) -> None:
-    server = warm()
-    quick = server.start_exec("sleep 1; echo quick")
-    slow = server.start_exec("echo slow; sleep 64.5", agent_name="slow")
-    wait_until_running("sleep\x0064.5")
-    started = time.monotonic()
-    server.process.send_signal(signal.SIGTERM)
-    assert quick.result()["stdout"] == "quick\n"
-
-    answer = slow.result()
-    assert answer["ended"] == "cancelled"
-    assert answer["stdout"] == "slow\n"
-    assert "cancelled" in answer["error"]
-    assert server.process.wait(10) == 0
-    assert 4 < time.monotonic() - started < 20
-    assert not processes_with("sleep\x0064.5")
-    assert "Traceback" not in server.logged()
-
-
-def test_a_stopping_server_answers_mcp_calls_and_ends_their_streams(
-    own: Callable[..., Proxy], stream: Callable[..., Stream]
-) -> None:
-    proxy = own()
-    idle = stream(proxy, "/mcp", None, Mcp_Session_Id=opened(proxy))
-    events = stream(proxy, "/sse")
-    path = events.next()
-    params = {"name": "exec", "arguments": {"cmd": "sleep 0.6; echo done"}}
-    assert mcp(proxy, request("tools/call", params), path=path)[0] == 202
-
-    wait_until_running("sleep\x000.6")
-    started = time.monotonic()
-    assert proxy.stop() == 0
-    assert time.monotonic() - started < 4
-    assert text_of(events.next()["result"]) == "done\n"
-    assert events.next() is idle.next() is None
-
-
-@pytest.mark.slow
-def test_a_queued_command_is_refused_when_the_server_stops(warm: Callable[..., Proxy]) -> None:
-    server = warm()
-    running = [server.start_exec("sleep 1; echo ran") for _ in range(4)]
-    eventually(lambda: len(processes_with("sleep\x001")) >= 4)
-    queued = Background(lambda: server.post({"cmd": f"touch {server.folder}/queued"}))
-    time.sleep(0.2)
-    server.process.send_signal(signal.SIGTERM)
-    status, answer = queued.result()
-    assert status == 503
-    assert answer["exit_code"] == 125
-    assert [call.result()["stdout"] for call in running] == ["ran\n"] * 4
-    assert server.process.wait(10) == 0
-    assert not os.path.exists(f"{server.folder}/queued")
-
-
-def test_text_typed_before_the_first_command_never_runs(own: Callable[..., Proxy]) -> None:
-    server = own()
-    subprocess.run(
-        [
-            *("tmux", "-S", server.socket, "new-session", "-d", "-s", "pocketcoder"),
-            *("-n", "poco:terminal", "--", "/bin/bash", "-i"),
-        ],
-        env=server.env,
-        check=True,
-    )
-    eventually(lambda: server.screen("poco").rstrip().endswith("$"))
-    time.sleep(0.3)
-    server.type("poco", f"touch {server.folder}/typed &&", "Enter")
-    eventually(lambda: server.screen("poco").rstrip().endswith(">"))
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-    assert not os.path.exists(f"{server.folder}/typed")
-
-
-def test_a_server_whose_first_terminal_is_slow_stops_at_once(warm: Callable[..., Proxy]) -> None:
-    server = warm()
-    assert server.stop() == 0
-
-    pathlib.Path(server.folder, "home/.bashrc").write_text("sleep 12\n")
-    server.tmux("kill-server")
-    server.start()
-    waiting = server.start_exec("true")
-    wait_until_running("sleep\x0012\x00")
-    started = time.monotonic()
-    assert server.stop() == 0
-    assert time.monotonic() - started < 4.5
-
-    with pytest.raises(AssertionError, match="stopping"):
-        waiting.result()
-
-
-def test_an_unread_log_blocks_nothing(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.stop()
-    unread, write = os.pipe()
-    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 8192)
-    server.log = os.fdopen(write, "w")
-    server.start()
-    for number in range(60):
-        assert server.exec(f"exit {number}")["exit_code"] == number
-    assert server.stop() == 0
-    assert b"exec end agent=poco" in os.read(unread, 4096)
-
-    os.close(unread)
-
-
-def test_a_server_without_commands_stops_at_once(warm: Callable[..., Proxy]) -> None:
-    server = warm()
-    started = time.monotonic()
-    assert server.stop() == 0
-    assert time.monotonic() - started < 4.5
-    assert "Traceback" not in server.logged()
-
-
-def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(warm: Callable[..., Proxy]) -> None:
-    server = warm()
-    server.tmux("kill-server")
-    os.rename(f"{server.folder}/tmux", f"{server.folder}/away")
-    pathlib.Path(f"{server.folder}/tmux").write_text("a file in the way")
-    status, answer = server.post({"cmd": "true"})
-    assert status == 503
-    assert answer["exit_code"] == 125
-    assert "tmux" in answer["error"]
-    assert server.request("GET", "/health")[0] == 200
-
-    os.unlink(f"{server.folder}/tmux")
-    assert server.exec("echo back")["stdout"] == "back\n"
-
-
-@pytest.fixture
-def image() -> Iterator[str]:
-    """A folder as an image of PocketCoder's sandbox has it: `tmux` in it is open to all."""
-    folder = tempfile.mkdtemp(prefix="pc")
-    subprocess.run(
-        ["bash", "-c", 'rm -rf "$1"/*; mkdir -p "$1"; chmod 777 "$1"', "bash", f"{folder}/tmux"],
-        check=True,
-    )
-    yield folder
-    # Also where no server took the session over.
-    kill_tmux(f"{folder}/tmux/s")
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-# What that image's own entry point does, some seconds after it started the server.
-ENTRYPOINT = lines(
-    "set -e",
-    "tmux -S $1/tmux/s new-session -d -s pocketcoder -n system",
-    "chmod 777 $1/tmux/s",
-    "tmux -S $1/tmux/s new-window -t pocketcoder -n poco-terminal -c $1/work",
-)
-
-
-def enter(folder: str) -> subprocess.CompletedProcess[str]:
-    os.makedirs(f"{folder}/work", exist_ok=True)
-    words = ["bash", "-c", ENTRYPOINT, "bash", folder]
-    return subprocess.run(
-        words,
-        env=outer_environment() | {"HOME": f"{folder}/home"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
-
-
-def has_session(server: Proxy) -> bool:
-    words = ["tmux", "-S", server.socket, "has-session", "-t", "=pocketcoder"]
-    return subprocess.run(words, capture_output=True, check=False).returncode == 0
-
-
-def windows(server: Proxy) -> list[str]:
-    """Names of windows, once for each pane."""
-    there = server.tmux("list-panes", "-s", "-t", "=pocketcoder:", "-F", "#{window_name}")
-    return there.split("\n")
-
-
-# Prints the number of the shell's terminal.
-WHERE = "cut -d' ' -f7 /proc/$$/stat"
-
-
-def terminal_of(server: Proxy, window: str) -> int:
-    tty = server.tmux("display-message", "-p", "-t", f"=pocketcoder:={window}", "#{pane_tty}")
-    return os.stat(tty).st_rdev
-
-
-def test_an_entrypoint_may_start_the_server_first_and_its_session_later(
-    image: str, own: Callable[..., Proxy]
-) -> None:
-    server = own(folder=image)
-    assert server.request("GET", "/health")[0] == 200
-    # It does nothing, so there is nothing to wait for.
-    time.sleep(0.3)
-    assert not has_session(server)
-
-    done = enter(image)
-    assert done.stderr == ""
-    assert done.returncode == 0
-    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco-terminal')}\n"
-    assert server.exec("pwd")["stdout"] == f"{server.workspace}\n"
-    assert windows(server) == ["system", "poco-terminal"]
-
-    assert server.exec(WHERE, agent_name="alice")["exit_code"] == 0
-    assert windows(server) == ["system", "poco-terminal", "alice:terminal"]
-
-
-def test_a_directory_open_to_all_gets_the_sticky_bit_and_is_logged(
-    image: str, own: Callable[..., Proxy]
-) -> None:
-    server = own(folder=image)
-    assert stat.S_IMODE(os.stat(f"{image}/tmux").st_mode) == 0o1777
-    told = [line for line in server.logged().splitlines() if "sticky" in line]
-    assert len(told) == 1
-    assert f"{image}/tmux" in told[0]
-
-
-def test_a_server_creates_its_session_with_the_first_command(
-    image: str, own: Callable[..., Proxy]
-) -> None:
-    server = own(folder=image)
-    assert server.request("GET", "/health")[0] == 200
-    # It does nothing, so there is nothing to wait for.
-    time.sleep(0.3)
-    assert not has_session(server)
-    assert server.exec("echo first")["stdout"] == "first\n"
-    assert windows(server) == ["poco:terminal"]
-    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco:terminal')}\n"
-
-
-def test_an_existing_session_is_used(image: str, own: Callable[..., Proxy]) -> None:
-    assert enter(image).returncode == 0
-    server = own(folder=image)
-    assert windows(server) == ["system", "poco-terminal"]
-    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco-terminal')}\n"
-    assert windows(server) == ["system", "poco-terminal"]
-
-
-# ==========================================================================
 # Benchmarks: python -m pytest -m bench -s
 # ==========================================================================
 def local(cmd: str = "true") -> float:
@@ -11134,21 +11185,6 @@ def local(cmd: str = "true") -> float:
     started = time.perf_counter()
     subprocess.run(["bash", "-c", cmd], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
-
-
-class Kept:
-    """`POST /exec` on one connection that is kept open."""
-
-    def __init__(self, proxy: Proxy) -> None:
-        self.connection = proxy.connect()
-
-    def __call__(self, cmd: str = "true", **fields: Any) -> dict[str, Any]:
-        self.connection.request("POST", "/exec", json.dumps({"cmd": cmd, **fields}), JSON_TYPE)
-        answer: dict[str, Any] = json.loads(self.connection.getresponse().read())
-        return answer
-
-    def close(self) -> None:
-        self.connection.close()
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -11626,6 +11662,10 @@ def ordered(chance: random.Random, tag: str, agent: str, folder: str, door: str)
     return chance.choice(orders)
 
 
+# Seconds between two commands of a worker, about.
+PAUSE = 0.5
+
+
 class Soak:
     """The load, the faults, and what may be excused by which."""
 
@@ -12058,10 +12098,6 @@ class Soak:
                     self.wrong.append(f"still there after {age:.0f} s: {words}")
 
 
-# Seconds between two commands of a worker, about.
-PAUSE = 0.5
-
-
 def left_over(server: Proxy, fixtures: pathlib.Path) -> list[str]:
     """Processes that are neither the server, its children, tmux, nor shells in its panes."""
     known = {server.process.pid, int(server.tmux("display-message", "-p", "#{pid}"))}
@@ -12105,25 +12141,6 @@ def drift(samples: list[tuple[int, float, int, int]]) -> tuple[float, float]:
     middle = slice(third, 2 * third)
     last = slice(2 * third, None)
     return tuple(statistics.median(s[last]) - statistics.median(s[middle]) for s in (memory, files))
-
-
-# Clients that are cut off leave sockets to the garbage collector.
-@pytest.mark.soak
-@pytest.mark.filterwarnings("ignore")
-def test_soak_mixed_load_with_faults(names: str, fixtures: pathlib.Path) -> None:
-    seconds = float(os.environ.get("POCKETCODER_SOAK", "3600"))
-    servers = [
-        f"--mcp-server={era}={sys.executable} -S {fixtures} mcp-fixture {era}"
-        for era in ("legacy", "modern")
-    ]
-    audit = ["--audit-log", f"{fixtures.parent}/audit"] if '"--audit-log"' in SOURCE else []
-    server = Guarded(*servers, *audit, POCKETCODER_TOKEN=SECRET)
-
-    try:
-        soak_for(seconds, Soak(server, names, fixtures), fixtures.parent / "audit")
-    finally:
-        (fixtures.parent / "log").write_text(server.logged())
-        server.remove()
 
 
 def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
@@ -12236,3 +12253,22 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     if found:
         wrong.append(f"files left: {found}")
     assert not wrong, "\n".join(wrong)
+
+
+# Clients that are cut off leave sockets to the garbage collector.
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore")
+def test_soak_mixed_load_with_faults(names: str, fixtures: pathlib.Path) -> None:
+    seconds = float(os.environ.get("POCKETCODER_SOAK", "3600"))
+    servers = [
+        f"--mcp-server={era}={sys.executable} -S {fixtures} mcp-fixture {era}"
+        for era in ("legacy", "modern")
+    ]
+    audit = ["--audit-log", f"{fixtures.parent}/audit"] if '"--audit-log"' in SOURCE else []
+    server = Guarded(*servers, *audit, POCKETCODER_TOKEN=SECRET)
+
+    try:
+        soak_for(seconds, Soak(server, names, fixtures), fixtures.parent / "audit")
+    finally:
+        (fixtures.parent / "log").write_text(server.logged())
+        server.remove()
