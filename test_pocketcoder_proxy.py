@@ -644,7 +644,8 @@ def page_of(call: ServedCall, key: str, entries: list[JsonObject]) -> JsonObject
     if not (isinstance(cursor, str) and cursor.isdecimal() and int(cursor) < len(entries)):
         raise error_reply(-32602, "Invalid cursor")
     start = int(cursor)
-    end = start + (PAGE_SIZE or len(entries))
+    size = PAGE_SIZE or len(entries)
+    end = start + size
     page: JsonObject = {key: entries[start:end]}
     if end < len(entries):
         page["nextCursor"] = str(end)
@@ -1087,6 +1088,8 @@ class Proxy:
         self.folder = folder or tempfile.mkdtemp(prefix="pc")
         self.workspace = f"{self.folder}/work"
         self.socket = f"{self.folder}/tmux/s"
+        # The files of runs.
+        self.run_folder = pathlib.Path(f"{self.socket}.d")
         for name in ("work", "home"):
             os.makedirs(f"{self.folder}/{name}", exist_ok=True)
         pathlib.Path(self.folder, "home/.bashrc").write_text("PS1='$ '\n")
@@ -1135,6 +1138,9 @@ class Proxy:
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
 
+    def raw_connection(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
     def request(
         self,
         method: str,
@@ -1160,6 +1166,10 @@ class Proxy:
             given.setdefault("Authorization", f"Bearer {self.token}")
         status, _, answer = self.request("POST", path, sent, given)
         return status, json.loads(answer)
+
+    def servers(self) -> Any:
+        """The relayed servers, as `GET /servers` shows them."""
+        return json.loads(self.request("GET", "/servers")[2])
 
     def exec(self, cmd: str, **fields: Any) -> dict[str, Any]:
         status, answer = self.post({"cmd": cmd, **fields})
@@ -1209,6 +1219,9 @@ class Proxy:
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.rstrip("\n")
+
+    def tmux_pid(self) -> int:
+        return int(self.tmux("display-message", "-p", "#{pid}"))
 
     def panes(self, agent: str) -> list[str]:
         """pane_id, pid of its shell."""
@@ -1282,6 +1295,10 @@ class Proxy:
                 os.kill(pid, signal.SIGKILL)
 
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+# What the fixtures `own` and `warm` give.
+StartServer = Callable[..., Proxy]
 
 
 # How many times as many random inputs as usual.
@@ -1379,7 +1396,7 @@ def proxy() -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def own() -> Iterator[Callable[..., Proxy]]:
+def own() -> Iterator[StartServer]:
     """Servers for one test, which may break them."""
     made: list[Proxy] = []
 
@@ -1393,7 +1410,7 @@ def own() -> Iterator[Callable[..., Proxy]]:
 
 
 @pytest.fixture
-def warm(own: Callable[..., Proxy]) -> Callable[..., Proxy]:
+def warm(own: StartServer) -> StartServer:
     """Such servers after their first command, so with a tmux and a terminal."""
 
     def make(*words: str, **variables: str) -> Proxy:
@@ -1411,7 +1428,7 @@ def agent(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def audited(own: Callable[..., Proxy], tmp_path: pathlib.Path) -> tuple[Proxy, pathlib.Path]:
+def audited(own: StartServer, tmp_path: pathlib.Path) -> tuple[Proxy, pathlib.Path]:
     """A server, and the file where it notes what it runs."""
     return own("--audit-log", str(tmp_path / "audit")), tmp_path / "audit"
 
@@ -1659,7 +1676,7 @@ class Client:
         proxy: Proxy,
         era: str,
         name: str,
-        make: Callable[..., Stream],
+        make: OpenStream,
         can: Any = None,
         info: Any = None,
     ) -> None:
@@ -1755,8 +1772,12 @@ class Stream:
         self.connection.close()
 
 
+# What the fixture `stream` gives.
+OpenStream = Callable[..., Stream]
+
+
 @pytest.fixture
-def stream() -> Iterator[Callable[..., Stream]]:
+def stream() -> Iterator[OpenStream]:
     made: list[Stream] = []
 
     def make(proxy: Proxy, path: str, body: Any = None, **headers: str) -> Stream:
@@ -1769,7 +1790,7 @@ def stream() -> Iterator[Callable[..., Stream]]:
 
 
 @pytest.fixture(params=ERAS, ids=[" to ".join(pair) for pair in ERAS])
-def client(request: pytest.FixtureRequest, relay: Proxy, stream: Callable[..., Stream]) -> Client:
+def client(request: pytest.FixtureRequest, relay: Proxy, stream: OpenStream) -> Client:
     era, server = request.param
     return Client(relay, era, server, stream)
 
@@ -2007,7 +2028,7 @@ def frame(text: str) -> bytes:
 
 def shaken(proxy: Proxy, path: str, after: bytes = b"") -> socket.socket:
     """A WebSocket whose handshake and first frames come in one piece."""
-    peer = socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
+    peer = proxy.raw_connection()
     head = (
         f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     )
@@ -2738,7 +2759,7 @@ def test_a_wrong_name_of_the_directory_is_not_used(engine: Caller, linked: str, 
 
 
 def test_the_directory_keeps_its_name_in_a_terminal_that_resolves_links(
-    own: Callable[..., Proxy], names: str
+    own: StartServer, names: str
 ) -> None:
     proxy = own()
     pathlib.Path(proxy.folder, "home/.bashrc").write_text("PS1='$ '; set -P; export PWD\n")
@@ -2961,7 +2982,7 @@ def test_a_signal_ends_a_shell_whose_output_is_stuck(engine: Caller) -> None:
 
 
 def test_the_exit_status_shows_a_lost_terminal_and_a_stopped_server(
-    own: Callable[..., Proxy], names: str
+    own: StartServer, names: str
 ) -> None:
     engine = Caller(own(), names)
     process = engine.start("-c", "echo ready; sleep 30")
@@ -3093,9 +3114,7 @@ def test_a_password_in_the_address_is_never_shown(names: str, url: str) -> None:
     assert "expected http://HOST:PORT" in done.stderr
 
 
-def test_the_shell_sends_the_token_and_reports_a_refusal(
-    own: Callable[..., Proxy], names: str
-) -> None:
+def test_the_shell_sends_the_token_and_reports_a_refusal(own: StartServer, names: str) -> None:
     engine = Caller(own(POCKETCODER_TOKEN="t0k"), names)
     assert engine.run("-c", "echo in")[:2] == (0, b"in\n")
     code, out, err = engine.run("-c", "echo in", env={"POCKETCODER_TOKEN": "wrong"})
@@ -3742,7 +3761,7 @@ def test_a_command_that_stops_itself_is_ended(proxy: Proxy, agent: str) -> None:
 
 
 @pytest.mark.slow
-def test_starting_a_child_needs_no_thread(warm: Callable[..., Proxy]) -> None:
+def test_starting_a_child_needs_no_thread(warm: StartServer) -> None:
     server = warm("--mcp-server", "none=false")
     size = status_bytes(server.process.pid, "VmSize")
     # A thread's stack takes 8 MiB.
@@ -3887,9 +3906,9 @@ def test_replies_of_tmux_are_read_the_same_however_they_are_cut() -> None:
 
 
 @pytest.mark.slow
-def test_every_caller_learns_at_once_that_tmux_does_not_answer(warm: Callable[..., Proxy]) -> None:
+def test_every_caller_learns_at_once_that_tmux_does_not_answer(warm: StartServer) -> None:
     server = warm()
-    tmux = int(server.tmux("display-message", "-p", "#{pid}"))
+    tmux = server.tmux_pid()
     os.kill(tmux, signal.SIGSTOP)
     begun = time.monotonic()
     calls = [
@@ -4048,7 +4067,7 @@ def test_bytes_that_are_no_text_become_replacement_characters(proxy: Proxy, agen
     assert answer["output_bytes"] == 4
 
 
-def test_a_flood_leaves_the_server_small(warm: Callable[..., Proxy]) -> None:
+def test_a_flood_leaves_the_server_small(warm: StartServer) -> None:
     server = warm()
     before = server.memory()
     answer = server.exec("head -c 300000000 /dev/zero", max_output=100_000, timeout=60)
@@ -4077,7 +4096,7 @@ def test_background_processes_live_on_and_their_output_is_discarded(
 
 
 def test_a_background_flood_blocks_no_command_and_releases_its_descriptor(
-    own: Callable[..., Proxy],
+    own: StartServer,
 ) -> None:
     server = own()
     assert server.exec("(sleep 0.05; timeout 2.5 yes) & echo on")["stdout"].startswith("on\n")
@@ -4241,7 +4260,7 @@ def test_captured_output_is_the_same_however_it_is_cut() -> None:
 # Run files
 # ==========================================================================
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
-def test_a_background_process_outlives_the_server(own: Callable[..., Proxy], number: int) -> None:
+def test_a_background_process_outlives_the_server(own: StartServer, number: int) -> None:
     server = own()
     count = f"{server.folder}/count"
     # More than any pipe holds, and SIGPIPE would end it.
@@ -4259,7 +4278,7 @@ def test_a_background_process_outlives_the_server(own: Callable[..., Proxy], num
 
 
 def test_a_command_whose_server_is_killed_leaves_its_background_processes_alone(
-    own: Callable[..., Proxy],
+    own: StartServer,
 ) -> None:
     server = own()
     count = f"{server.folder}/count"
@@ -4277,7 +4296,7 @@ def test_a_command_whose_server_is_killed_leaves_its_background_processes_alone(
     os.kill(int(pathlib.Path(gate).read_text()), signal.SIGKILL)
 
 
-def test_a_line_recalled_from_the_history_runs_nothing(own: Callable[..., Proxy]) -> None:
+def test_a_line_recalled_from_the_history_runs_nothing(own: StartServer) -> None:
     server = own()
     pathlib.Path(server.folder, "home/.bashrc").write_text("PS1='$ '; HISTCONTROL=ignoredups\n")
     count = f"{server.folder}/count"
@@ -4305,7 +4324,7 @@ def test_a_line_recalled_from_the_history_runs_nothing(own: Callable[..., Proxy]
 
 @pytest.mark.slow
 def test_a_shell_without_descriptors_runs_nothing_of_older_commands(
-    own: Callable[..., Proxy],
+    own: StartServer,
 ) -> None:
     server = own()
     server.exec("cat >/dev/null <<'X'\n" + f"touch {server.folder}/old\n" * 200 + "X")
@@ -4318,9 +4337,9 @@ def test_a_shell_without_descriptors_runs_nothing_of_older_commands(
 
 
 @pytest.mark.slow
-def test_the_run_directory_is_private_and_recreated_when_wiped(warm: Callable[..., Proxy]) -> None:
+def test_the_run_directory_is_private_and_recreated_when_wiped(warm: StartServer) -> None:
     server = warm()
-    base = pathlib.Path(f"{server.socket}.d")
+    base = server.run_folder
     assert base.stat().st_mode & 0o777 == 0o700
 
     call = server.start_exec("sleep 0.5; echo survived; exit 4")
@@ -4335,11 +4354,11 @@ def test_the_run_directory_is_private_and_recreated_when_wiped(warm: Callable[..
 @pytest.mark.parametrize("file", ["*.out", "*.cmd", "status"])
 @pytest.mark.slow
 def test_a_run_whose_files_are_wiped_just_before_its_start_is_retried(
-    warm: Callable[..., Proxy], file: str
+    warm: StartServer, file: str
 ) -> None:
     server = warm()
-    base = pathlib.Path(f"{server.socket}.d")
-    tmux = int(server.tmux("display-message", "-p", "#{pid}"))
+    base = server.run_folder
+    tmux = server.tmux_pid()
     # This tmux is about to type the line.
     os.kill(tmux, signal.SIGSTOP)
     call = server.start_exec(f"ls /proc/self/fd; echo kept #{'x' * 40_000}")
@@ -4353,7 +4372,7 @@ def test_a_run_whose_files_are_wiped_just_before_its_start_is_retried(
     assert answer["ended"] == "exit"
 
 
-def test_a_run_directory_of_another_user_is_refused(warm: Callable[..., Proxy]) -> None:
+def test_a_run_directory_of_another_user_is_refused(warm: StartServer) -> None:
     server = warm()
     subprocess.run(["rm", "-rf", f"{server.socket}.d"], check=True)
     os.symlink(server.workspace, f"{server.socket}.d")
@@ -4377,9 +4396,7 @@ PLANTS = {
 
 @pytest.mark.parametrize("plant", PLANTS)
 @pytest.mark.slow
-def test_files_planted_by_a_command_harm_no_other_command(
-    own: Callable[..., Proxy], plant: str
-) -> None:
+def test_files_planted_by_a_command_harm_no_other_command(own: StartServer, plant: str) -> None:
     server = own()
     precious = pathlib.Path(server.folder, "precious")
     precious.write_text("precious")
@@ -4438,7 +4455,7 @@ def test_commands_of_a_root_server_run_as_the_terminals_owner(workers: Proxy) ->
         assert answer["exit_code"] == number
 
     assert workers.exec("sleep 78.4 & wait", timeout=0.2)["ended"] == "timeout"
-    base = pathlib.Path(f"{workers.socket}.d")
+    base = workers.run_folder
     assert base.stat().st_uid == 0
     assert base.stat().st_mode & 0o777 == 0o711
     assert {(path.stat().st_uid, path.stat().st_mode & 0o077) for path in base.glob("*")} == {
@@ -4450,7 +4467,7 @@ def test_commands_of_a_root_server_run_as_the_terminals_owner(workers: Proxy) ->
 @pytest.mark.slow
 def test_a_worker_cannot_make_root_touch_files_or_processes_of_others(workers: Proxy) -> None:
     workers.exec("true")
-    folder = next(pathlib.Path(f"{workers.socket}.d").glob("*"))
+    folder = next(workers.run_folder.glob("*"))
     for name in ("1.go", "1.done", "1.in"):
         precious = folder / f"precious.{name}"
         precious.write_text("precious")
@@ -4492,7 +4509,7 @@ def test_a_command_whose_report_is_stolen_is_lost(proxy: Proxy, agent: str) -> N
 
 
 @pytest.mark.slow
-def test_a_server_stops_even_with_strange_files_among_its_own(own: Callable[..., Proxy]) -> None:
+def test_a_server_stops_even_with_strange_files_among_its_own(own: StartServer) -> None:
     server = own()
     deep = "import os\nfor _ in range(1200):\n os.mkdir('d')\n os.chdir('d')"
     server.exec(RUNS.format(socket=server.socket) + f'{sys.executable} -c "{deep}"')
@@ -4502,27 +4519,27 @@ def test_a_server_stops_even_with_strange_files_among_its_own(own: Callable[...,
         subprocess.run(["rm", "-rf", f"{server.socket}.d"], check=True)
 
 
-def test_runs_leave_no_files_and_no_descriptors(own: Callable[..., Proxy]) -> None:
+def test_runs_leave_no_files_and_no_descriptors(own: StartServer) -> None:
     server = own()
     for cmd in ("true", "cat", "exit 3", "kill -9 $$"):
         server.exec(cmd, stdin="x")
     server.exec("sleep 9", timeout=0.1)
     server.post({"cmd": "true", "cwd": "nowhere"})
     # Files of up to three names are kept.
-    eventually(lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13)
+    eventually(lambda: len(list(server.run_folder.rglob("*"))) <= 13)
     before = server.descriptors()
     for number in range(50):
         server.exec(f"exit {number}", stdin="x" * number)
     eventually(lambda: server.descriptors() <= before)
     # Files of up to three names are kept.
-    eventually(lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13)
+    eventually(lambda: len(list(server.run_folder.rglob("*"))) <= 13)
     server.stop()
-    assert list(pathlib.Path(f"{server.socket}.d").rglob("*")) == []
+    assert list(server.run_folder.rglob("*")) == []
 
 
 @pytest.mark.slow
 def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(
-    warm: Callable[..., Proxy],
+    warm: StartServer,
 ) -> None:
     server = warm()
     files = f"{server.socket}.d"
@@ -4549,7 +4566,7 @@ def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(
 
 @pytest.mark.slow
 def test_without_descriptors_new_runs_are_refused_and_others_continue(
-    warm: Callable[..., Proxy],
+    warm: StartServer,
 ) -> None:
     server = warm()
     kept = server.connect()
@@ -4586,11 +4603,11 @@ def test_without_descriptors_new_runs_are_refused_and_others_continue(
 
 @pytest.mark.slow
 def test_a_run_whose_files_cannot_be_removed_does_not_block_the_next(
-    warm: Callable[..., Proxy],
+    warm: StartServer,
 ) -> None:
     server = warm()
     running = server.start_exec("sleep 0.5; echo done")
-    pid = eventually(lambda: [*pathlib.Path(f"{server.socket}.d").glob("*/*.pid")])[0]
+    pid = eventually(lambda: [*server.run_folder.glob("*/*.pid")])[0]
     folder = pid.parent
 
     # Nothing can be removed from such a directory.
@@ -4612,7 +4629,7 @@ def test_a_run_whose_files_cannot_be_removed_does_not_block_the_next(
 
 @pytest.mark.slow
 def test_a_run_directory_that_cannot_be_created_leaves_no_descriptor(
-    warm: Callable[..., Proxy],
+    warm: StartServer,
 ) -> None:
     server = warm()
     kept = server.connect()
@@ -4634,7 +4651,7 @@ def test_a_run_directory_that_cannot_be_created_leaves_no_descriptor(
 
 @pytest.mark.slow
 def test_commands_survive_a_killed_server_and_the_next_one_drains_them(
-    own: Callable[..., Proxy],
+    own: StartServer,
 ) -> None:
     server = own()
     done = f"{server.folder}/done"
@@ -4653,7 +4670,7 @@ def test_commands_survive_a_killed_server_and_the_next_one_drains_them(
 
 @pytest.mark.slow
 def test_background_writers_pass_to_the_next_server_after_a_clean_stop(
-    own: Callable[..., Proxy],
+    own: StartServer,
 ) -> None:
     server = own()
     done = f"{server.folder}/done"
@@ -4664,14 +4681,14 @@ def test_background_writers_pass_to_the_next_server_after_a_clean_stop(
     eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
 
 
-def test_a_stray_file_or_a_missing_folder_stops_no_command(warm: Callable[..., Proxy]) -> None:
+def test_a_stray_file_or_a_missing_folder_stops_no_command(warm: StartServer) -> None:
     server = warm()
     server.stop()
     pathlib.Path(f"{server.socket}.d/stray").touch()
     server.start()
     assert server.exec("echo ok")["stdout"] == "ok\n"
 
-    tmux = int(server.tmux("display-message", "-p", "#{pid}"))
+    tmux = server.tmux_pid()
     subprocess.run(["rm", "-rf", f"{server.folder}/tmux"], check=True)
     assert server.exec("echo still")["stdout"] == "still\n"
 
@@ -4680,9 +4697,7 @@ def test_a_stray_file_or_a_missing_folder_stops_no_command(warm: Callable[..., P
 
 
 @pytest.mark.parametrize("shell", ["bash --norc -i", "zsh -f", "dash", "ksh", "busybox ash"])
-def test_an_alias_for_the_typed_command_changes_nothing(
-    warm: Callable[..., Proxy], shell: str
-) -> None:
+def test_an_alias_for_the_typed_command_changes_nothing(warm: StartServer, shell: str) -> None:
     if shutil.which(shell.split()[0]) is None:
         pytest.skip(f"there is no {shell.split()[0]} here")
     server = warm()
@@ -4780,7 +4795,7 @@ def test_commands_run_in_up_to_four_panes_while_others_are_busy(proxy: Proxy, ag
     assert proxy.exec("echo x", agent_name=agent)["stdout"] == "x\n"
 
 
-def test_queued_commands_run_in_order(warm: Callable[..., Proxy]) -> None:
+def test_queued_commands_run_in_order(warm: StartServer) -> None:
     server = warm()
     gate = f"{server.folder}/gate"
     order = f"{server.folder}/order"
@@ -4802,7 +4817,7 @@ def test_queued_commands_run_in_order(warm: Callable[..., Proxy]) -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_commands_may_wait_and_the_next_gets_503(warm: Callable[..., Proxy]) -> None:
+def test_a_thousand_commands_may_wait_and_the_next_gets_503(warm: StartServer) -> None:
     server = warm()
     gate = f"{server.folder}/gate"
     running = [server.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done") for _ in range(4)]
@@ -4829,7 +4844,7 @@ def test_a_thousand_commands_may_wait_and_the_next_gets_503(warm: Callable[..., 
     assert got == [number % 99 for number in range(1000)]
 
 
-def test_an_existing_terminal_is_used_as_it_is(warm: Callable[..., Proxy]) -> None:
+def test_an_existing_terminal_is_used_as_it_is(warm: StartServer) -> None:
     server = warm()
     server.tmux(
         "new-window", "-d", "-n", "mine:terminal", "-e", "MINE=1", "--", "/bin/bash", "--norc", "-i"
@@ -4851,7 +4866,7 @@ def test_an_existing_terminal_is_used_as_it_is(warm: Callable[..., Proxy]) -> No
     ],
 )
 @pytest.mark.slow
-def test_any_posix_shell_works_in_the_pane(warm: Callable[..., Proxy], shell: str) -> None:
+def test_any_posix_shell_works_in_the_pane(warm: StartServer, shell: str) -> None:
     if shutil.which(shell.split()[0]) is None:
         # This machine lacks the shell.
         return
@@ -4890,7 +4905,7 @@ def test_nothing_is_typed_into_a_program_that_a_person_runs(proxy: Proxy, agent:
     eventually(lambda: pathlib.Path(typed).read_text() == "mine\n")
 
 
-def test_nothing_is_typed_into_a_script_or_a_builtin_that_reads(warm: Callable[..., Proxy]) -> None:
+def test_nothing_is_typed_into_a_script_or_a_builtin_that_reads(warm: StartServer) -> None:
     server = warm()
     server.tmux(
         "new-window",
@@ -5074,7 +5089,7 @@ def test_the_next_command_runs_in_any_state_of_the_line_editor(proxy: Proxy, age
 
 
 @pytest.mark.slow
-def test_a_shell_that_never_answers_is_replaced(warm: Callable[..., Proxy]) -> None:
+def test_a_shell_that_never_answers_is_replaced(warm: StartServer) -> None:
     server = warm()
     server.tmux("new-window", "-d", "-n", "deaf:terminal", "--", "bash", "--norc", "-i")
     eventually(lambda: "bash" in server.screen("deaf"))
@@ -5088,7 +5103,7 @@ def test_a_shell_that_never_answers_is_replaced(warm: Callable[..., Proxy]) -> N
 
 
 @pytest.mark.slow
-def test_a_slow_start_up_file_delays_the_first_command(warm: Callable[..., Proxy]) -> None:
+def test_a_slow_start_up_file_delays_the_first_command(warm: StartServer) -> None:
     server = warm()
     pathlib.Path(server.folder, "home/.bashrc").write_text("sleep 1.5\nexport FROM_RC=1\n")
     assert server.exec("echo $FROM_RC", agent_name="slow")["stdout"] == "1\n"
@@ -5104,9 +5119,7 @@ def type_early(server: Proxy, window: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["first-window", "new-agent", "second-pane"])
-def test_keys_typed_while_a_new_shell_starts_are_never_run(
-    own: Callable[..., Proxy], where: str
-) -> None:
+def test_keys_typed_while_a_new_shell_starts_are_never_run(own: StartServer, where: str) -> None:
     server = own()
     rc = pathlib.Path(server.folder, "home/.bashrc")
     precious = pathlib.Path(server.folder, "precious")
@@ -5179,7 +5192,7 @@ def test_a_person_can_answer_a_question_and_interrupt(proxy: Proxy, agent: str) 
 
 @pytest.mark.parametrize("death", DEATHS)
 def test_a_terminal_that_dies_loses_its_command_and_is_replaced(
-    warm: Callable[..., Proxy], death: str
+    warm: StartServer, death: str
 ) -> None:
     server = warm()
     call = server.start_exec(
@@ -5208,7 +5221,7 @@ def test_a_terminal_that_dies_loses_its_command_and_is_replaced(
 
 @pytest.mark.parametrize("death", DEATHS)
 @pytest.mark.slow
-def test_an_idle_terminal_that_died_is_replaced(warm: Callable[..., Proxy], death: str) -> None:
+def test_an_idle_terminal_that_died_is_replaced(warm: StartServer, death: str) -> None:
     server = warm()
     subprocess.run(
         ["bash", "-c", DEATHS[death].format(socket=server.socket, pane=server.pane("poco"))],
@@ -5220,7 +5233,7 @@ def test_an_idle_terminal_that_died_is_replaced(warm: Callable[..., Proxy], deat
     assert time.monotonic() - started < 10
 
 
-def test_a_dead_pane_that_remains_is_started_again(warm: Callable[..., Proxy]) -> None:
+def test_a_dead_pane_that_remains_is_started_again(warm: StartServer) -> None:
     server = warm()
     server.tmux("set-option", "-g", "remain-on-exit", "on")
     assert server.exec("kill -9 $PPID; sleep 60")["ended"] == "lost"
@@ -5242,7 +5255,7 @@ def test_a_program_that_sets_titles_does_not_rename_the_window(proxy: Proxy, age
     assert len(proxy.panes(agent)) == 1
 
 
-def test_two_servers_on_one_socket_share_it(own: Callable[..., Proxy]) -> None:
+def test_two_servers_on_one_socket_share_it(own: StartServer) -> None:
     first = own()
     second = Proxy(folder=first.folder)
     try:
@@ -5272,6 +5285,7 @@ def test_a_pane_held_by_another_driver_is_left_alone(proxy: Proxy, agent: str) -
 # ==========================================================================
 # Runs
 # ==========================================================================
+
 # What bash -c does, the sandbox does.
 ALIKE = [
     pytest.param("echo hi; exit 3", id="output-and-status"),
@@ -5592,7 +5606,7 @@ def test_a_command_that_kills_its_parent_is_lost(proxy: Proxy, agent: str) -> No
 
 @pytest.mark.slow
 def test_a_command_that_exits_while_the_server_is_stopped_is_in_time(
-    warm: Callable[..., Proxy],
+    warm: StartServer,
 ) -> None:
     server = warm()
     running = server.start_exec("sleep 0.8; echo done; exit 3", timeout=1.5)
@@ -5740,7 +5754,7 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_workspace_may_have_any_name(own: Callable[..., Proxy], tmp_path: pathlib.Path) -> None:
+def test_a_workspace_may_have_any_name(own: StartServer, tmp_path: pathlib.Path) -> None:
     workspace = tmp_path / "#{pid} %H\nset-environment -g PWNED 1\n;"
     workspace.mkdir()
     server = own("--workspace", str(workspace))
@@ -5833,10 +5847,10 @@ def test_the_audit_log_has_the_commands_of_every_door(audited: tuple[Proxy, path
 
 @pytest.mark.parametrize(("era", "server"), ERAS)
 def test_the_audit_log_has_relayed_calls_without_arguments_or_results(
-    own: Callable[..., Proxy],
+    own: StartServer,
     fixtures: pathlib.Path,
     tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
+    stream: OpenStream,
     era: str,
     server: str,
 ) -> None:
@@ -5878,7 +5892,7 @@ def test_the_audit_log_has_relayed_calls_without_arguments_or_results(
 
 
 def test_no_call_is_relayed_while_the_audit_log_fails(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, tmp_path: pathlib.Path
+    own: StartServer, fixtures: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     audit = tmp_path / "audit"
     proxy = own(
@@ -5986,7 +6000,7 @@ def test_a_server_that_stops_while_its_log_fails_answers_every_caller(
 
 
 def test_an_audit_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
-    own: Callable[..., Proxy], tmp_path: pathlib.Path
+    own: StartServer, tmp_path: pathlib.Path
 ) -> None:
     path = tmp_path / "audit"
     os.mkfifo(path)
@@ -6636,16 +6650,16 @@ def test_an_event_carries_any_message_unchanged() -> None:
 @pytest.mark.parametrize(("era", "server"), ERAS)
 @pytest.mark.slow
 def test_calls_to_a_child_that_dies_fail_at_once_and_it_is_restarted(
-    own: Callable[..., Proxy],
+    own: StartServer,
     fixtures: pathlib.Path,
-    stream: Callable[..., Stream],
+    stream: OpenStream,
     era: str,
     server: str,
 ) -> None:
     proxy = own(f"--mcp-server=x={sys.executable} -S {fixtures} mcp-fixture {server}")
 
     def state() -> Any:
-        return json.loads(proxy.request("GET", "/servers")[2])[0]
+        return proxy.servers()[0]
 
     def reached() -> Any:
         """A call by a new client; it is refused while the server is held back."""
@@ -6737,7 +6751,7 @@ for line in sys.stdin:
 
 @pytest.mark.parametrize("era", ["legacy", "modern"])
 def test_whatever_a_server_answers_the_client_gets_an_answer(
-    own: Callable[..., Proxy], tmp_path: pathlib.Path, stream: Callable[..., Stream], era: str
+    own: StartServer, tmp_path: pathlib.Path, stream: OpenStream, era: str
 ) -> None:
     (tmp_path / "odd.py").write_text(ODD)
     proxy = own(f"--mcp-server=odd={sys.executable} -S {tmp_path}/odd.py")
@@ -6759,7 +6773,7 @@ def test_whatever_a_server_answers_the_client_gets_an_answer(
 
 @pytest.mark.parametrize(("era", "server"), ERAS)
 def test_the_next_request_after_a_crash_waits_for_the_new_process(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], era: str, server: str
+    own: StartServer, peculiar: str, stream: OpenStream, era: str, server: str
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar} era={server}")
     bystander = Client(proxy, "legacy", "x", stream)
@@ -6777,11 +6791,11 @@ def test_the_next_request_after_a_crash_waits_for_the_new_process(
         assert type(said(crashing.call("pid"))) is int
 
     assert type(said(bystander.call("pid"))) is int
-    assert json.loads(proxy.request("GET", "/servers")[2])[0]["state"] == "running"
+    assert proxy.servers()[0]["state"] == "running"
 
 
 def test_a_crash_leaves_the_processes_of_other_clients_alone(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+    own: StartServer, peculiar: str, stream: OpenStream
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar}")
     one, two = (
@@ -6796,7 +6810,7 @@ def test_a_crash_leaves_the_processes_of_other_clients_alone(
 
 @pytest.mark.slow
 def test_only_a_process_that_never_answered_is_restarted_with_a_delay(
-    own: Callable[..., Proxy],
+    own: StartServer,
 ) -> None:
     proxy = own("--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
 
@@ -6826,10 +6840,10 @@ def test_only_a_process_that_never_answered_is_restarted_with_a_delay(
     ],
 )
 def test_a_server_that_allows_one_instance_works(
-    own: Callable[..., Proxy],
+    own: StartServer,
     peculiar: str,
     tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
+    stream: OpenStream,
     era: str,
     odd: str,
 ) -> None:
@@ -6844,10 +6858,10 @@ def test_a_server_that_allows_one_instance_works(
 
 @pytest.mark.parametrize("era", ["legacy", "modern"])
 def test_an_abandoned_session_gives_up_the_only_instance(
-    own: Callable[..., Proxy],
+    own: StartServer,
     peculiar: str,
     tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
+    stream: OpenStream,
     era: str,
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock")
@@ -6857,7 +6871,7 @@ def test_an_abandoned_session_gives_up_the_only_instance(
 
 
 def test_a_session_in_use_keeps_the_only_instance(
-    own: Callable[..., Proxy], peculiar: str, tmp_path: pathlib.Path, stream: Callable[..., Stream]
+    own: StartServer, peculiar: str, tmp_path: pathlib.Path, stream: OpenStream
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock")
     session = Client(proxy, "legacy", "x", stream)
@@ -6879,10 +6893,10 @@ def test_a_session_in_use_keeps_the_only_instance(
     ],
 )
 def test_a_slow_server_is_started_once_and_still_served(
-    own: Callable[..., Proxy],
+    own: StartServer,
     peculiar: str,
     tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
+    stream: OpenStream,
     era: str,
     odd: str,
 ) -> None:
@@ -6896,15 +6910,13 @@ def test_a_slow_server_is_started_once_and_still_served(
 
 @pytest.mark.parametrize(("era", "server"), ERAS)
 def test_invalid_bytes_are_replaced(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], era: str, server: str
+    own: StartServer, peculiar: str, stream: OpenStream, era: str, server: str
 ) -> None:
     client = Client(own(f"--mcp-server=x={peculiar} era={server}"), era, "x", stream)
     assert client.call("odd bytes")["text"] == "caf\ufffd"
 
 
-def test_a_byte_order_mark_is_skipped(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
-) -> None:
+def test_a_byte_order_mark_is_skipped(own: StartServer, peculiar: str, stream: OpenStream) -> None:
     started = time.monotonic()
     client = Client(own(f"--mcp-server=x={peculiar} mark"), "modern", "x", stream)
     assert type(said(client.call("pid"))) is int
@@ -6913,7 +6925,7 @@ def test_a_byte_order_mark_is_skipped(
 
 @pytest.mark.parametrize("place", ["first", "last"])
 def test_an_answer_beyond_the_limit_fails_its_call_only(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], place: str
+    own: StartServer, peculiar: str, stream: OpenStream, place: str
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar}")
     client = Client(proxy, "modern", "x", stream)
@@ -6971,7 +6983,7 @@ def test_the_id_of_a_long_answer_is_found_at_its_ends(head: bytes, tail: bytes, 
 
 @pytest.mark.slow
 def test_a_dead_child_is_noticed_even_if_its_output_stays_open(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+    own: StartServer, fixtures: pathlib.Path, stream: OpenStream
 ) -> None:
     held = f"sleep 82.5 & exec {sys.executable} -S {fixtures} mcp-fixture legacy"
     proxy = own(f"--mcp-server=x=sh -c {shlex.quote(held)}")
@@ -6984,19 +6996,17 @@ def test_a_dead_child_is_noticed_even_if_its_output_stays_open(
 
 @pytest.mark.slow
 def test_a_dead_child_is_removed_even_if_its_stderr_stays_open(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+    own: StartServer, fixtures: pathlib.Path, stream: OpenStream
 ) -> None:
     left = "setsid sleep 5.25 >/dev/null & while read -r line; do"
     left += """ echo '{"jsonrpc": "2.0", "id": 1, "result": {"protocolVersion": "2025-11-25", "capabilities": {}}}'; """
     left += "exec >&-; sleep 0.3; exit 3; done"
     proxy = own(f"--mcp-server=x=sh -c {shlex.quote(left)}")
     mcp(proxy, request("initialize", INITIALIZE), path="/servers/x/mcp")
-    eventually(lambda: json.loads(proxy.request("GET", "/servers")[2])[0]["state"] == "failed", 4)
+    eventually(lambda: proxy.servers()[0]["state"] == "failed", 4)
 
 
-def test_a_server_that_cannot_start_says_why_once(
-    own: Callable[..., Proxy], tmp_path: pathlib.Path
-) -> None:
+def test_a_server_that_cannot_start_says_why_once(own: StartServer, tmp_path: pathlib.Path) -> None:
     program = tmp_path / "gone"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
@@ -7012,7 +7022,7 @@ def test_a_server_that_cannot_start_says_why_once(
             assert failed["code"] == -32603
             assert re.fullmatch(why, failed["message"]), failed["message"]
 
-    shown = {each["name"]: each for each in json.loads(proxy.request("GET", "/servers")[2])}
+    shown = {each["name"]: each for each in proxy.servers()}
     assert shown["gone"]["state"] == "failed"
     assert shown["gone"]["pid"] is None
     assert re.fullmatch("cannot start: .*No such file.*", shown["gone"]["error"])
@@ -7020,7 +7030,7 @@ def test_a_server_that_cannot_start_says_why_once(
 
 
 @pytest.mark.slow
-def test_a_server_cannot_control_the_terminal_of_the_log_reader(own: Callable[..., Proxy]) -> None:
+def test_a_server_cannot_control_the_terminal_of_the_log_reader(own: StartServer) -> None:
     proxy = own(
         """--mcp-server=loud=sh -c 'printf "\\033]2;evil\\007\\302\\233 \\r1\\n" >&2; exit 7'"""
     )
@@ -7033,7 +7043,7 @@ def test_a_server_cannot_control_the_terminal_of_the_log_reader(own: Callable[..
 
 @pytest.mark.slow
 def test_children_end_as_a_group_and_are_never_orphaned(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+    own: StartServer, fixtures: pathlib.Path, stream: OpenStream
 ) -> None:
     stubborn = (
         f"trap '' TERM; sleep 81.5 & {sys.executable} -S {fixtures} mcp-fixture legacy; sleep 81.6"
@@ -7060,7 +7070,7 @@ def test_children_end_as_a_group_and_are_never_orphaned(
 
 @pytest.mark.slow
 def test_an_unused_child_ends_after_the_configured_time(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+    own: StartServer, fixtures: pathlib.Path, stream: OpenStream
 ) -> None:
     proxy = own(
         f"--mcp-server=legacy={sys.executable} -S {fixtures} mcp-fixture legacy",
@@ -7076,7 +7086,7 @@ def test_an_unused_child_ends_after_the_configured_time(
     eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), 5)
     assert mcp(proxy, request("ping"), path=session.path, **session.headers)[0] == 404
 
-    states = [each["state"] for each in json.loads(proxy.request("GET", "/servers")[2])]
+    states = [each["state"] for each in proxy.servers()]
     assert states == ["idle", "idle"]
 
 
@@ -7388,7 +7398,7 @@ def test_a_server_may_ask_the_client_it_serves(client: Client) -> None:
 
 
 def test_a_server_cannot_ask_a_client_without_the_capability(
-    relay: Proxy, stream: Callable[..., Stream]
+    relay: Proxy, stream: OpenStream
 ) -> None:
     for era, server in ERAS:
         silent = Client(relay, era, server, stream, can={})
@@ -7399,7 +7409,7 @@ def test_a_server_cannot_ask_a_client_without_the_capability(
             assert got.get("isError") is True or got["code"] == -32021
 
 
-def test_a_forged_request_state_is_refused(relay: Proxy, stream: Callable[..., Stream]) -> None:
+def test_a_forged_request_state_is_refused(relay: Proxy, stream: OpenStream) -> None:
     client = Client(relay, "modern", "legacy", stream)
     params = {"name": "test_input_required_result_elicitation", "arguments": {}}
     asked = client.ask("tools/call", params)[-1]["result"]
@@ -7469,9 +7479,7 @@ def test_log_messages_reach_clients_that_ask_for_them(client: Client) -> None:
         assert len(client.ask("tools/call", params)) == 1
 
 
-def test_headers_repeat_the_arguments_that_a_schema_names(
-    relay: Proxy, stream: Callable[..., Stream]
-) -> None:
+def test_headers_repeat_the_arguments_that_a_schema_names(relay: Proxy, stream: OpenStream) -> None:
     for server in ("legacy", "modern"):
         client = Client(relay, "modern", server, stream)
         params = {"name": "test_x_mcp_header", "arguments": {"region": "Zürich", "priority": 42}}
@@ -7490,9 +7498,7 @@ def test_headers_repeat_the_arguments_that_a_schema_names(
 # Relay
 # ==========================================================================
 @pytest.mark.slow
-def test_clients_with_equal_ids_and_tokens_never_meet(
-    relay: Proxy, stream: Callable[..., Stream]
-) -> None:
+def test_clients_with_equal_ids_and_tokens_never_meet(relay: Proxy, stream: OpenStream) -> None:
     clients = [Client(relay, era, server, stream) for era, server in ERAS for _ in range(4)]
 
     def work(number: int, client: Client) -> None:
@@ -7516,7 +7522,7 @@ def test_clients_with_equal_ids_and_tokens_never_meet(
 
 @pytest.mark.slow
 def test_two_hundred_calls_through_one_child_get_their_own_answers(
-    relay: Proxy, stream: Callable[..., Stream]
+    relay: Proxy, stream: OpenStream
 ) -> None:
     client = Client(relay, "modern", "modern", stream)
     process = text_of(client.call("pid"))
@@ -7537,7 +7543,7 @@ def test_ten_megabytes_pass_through_the_relay(client: Client) -> None:
 
 
 def test_websockets_and_event_streams_reach_stdio_servers_too(
-    relay: Proxy, stream: Callable[..., Stream]
+    relay: Proxy, stream: OpenStream
 ) -> None:
     for server in ("legacy", "modern"):
         events = stream(relay, f"/servers/{server}/sse")
@@ -7585,7 +7591,7 @@ def test_websockets_and_event_streams_reach_stdio_servers_too(
 
 
 def test_a_legacy_session_has_its_own_child_that_ends_with_it(
-    relay: Proxy, stream: Callable[..., Stream]
+    relay: Proxy, stream: OpenStream
 ) -> None:
     one, two = (Client(relay, "legacy", "legacy", stream) for _ in range(2))
     assert [text_of(each.call("counter")) for each in (one, one, two)] == ["1", "2", "1"]
@@ -7615,7 +7621,7 @@ def answered(client: Client, asked: Any, tool: dict[str, Any], roots: list[Any],
 
 
 def test_parallel_calls_of_a_modern_client_share_one_process(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+    own: StartServer, peculiar: str, stream: OpenStream
 ) -> None:
     client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
 
@@ -7637,7 +7643,7 @@ def test_parallel_calls_of_a_modern_client_share_one_process(
     ],
 )
 def test_modern_clients_that_differ_get_a_process_each(
-    own: Callable[..., Proxy], peculiar: str, other: dict[str, Any]
+    own: StartServer, peculiar: str, other: dict[str, Any]
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar}")
 
@@ -7674,7 +7680,7 @@ def test_modern_clients_that_differ_get_a_process_each(
 
 
 def test_a_question_reaches_only_the_client_of_its_process(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+    own: StartServer, peculiar: str, stream: OpenStream
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar}")
     clients = [
@@ -7694,7 +7700,7 @@ def test_a_question_reaches_only_the_client_of_its_process(
 
 
 def test_a_question_goes_to_the_newest_call_in_flight(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+    own: StartServer, peculiar: str, stream: OpenStream
 ) -> None:
     client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
     client.call("pid")
@@ -7708,7 +7714,7 @@ def test_a_question_goes_to_the_newest_call_in_flight(
 
 
 def test_a_question_outside_any_call_waits_for_the_next_call(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+    own: StartServer, peculiar: str, stream: OpenStream
 ) -> None:
     client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
     assert said(client.call("ask later")) == "soon"
@@ -7723,7 +7729,7 @@ def test_a_question_outside_any_call_waits_for_the_next_call(
 
 
 def test_a_cancelled_call_leaves_no_question_behind(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+    own: StartServer, peculiar: str, stream: OpenStream
 ) -> None:
     client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
     client.call("pid")
@@ -7736,9 +7742,9 @@ def test_a_cancelled_call_leaves_no_question_behind(
 @pytest.mark.parametrize("first", ["tools/call", "tools/list"])
 @pytest.mark.parametrize("asks", ["hello", "start"])
 def test_a_question_at_startup_goes_to_the_client_that_started_the_process(
-    own: Callable[..., Proxy],
+    own: StartServer,
     peculiar: str,
-    stream: Callable[..., Stream],
+    stream: OpenStream,
     asks: str,
     first: str,
 ) -> None:
@@ -7762,7 +7768,7 @@ def test_a_question_at_startup_goes_to_the_client_that_started_the_process(
 
 @pytest.mark.parametrize("asks", ["hello", "start"])
 def test_a_question_at_startup_may_be_answered_by_a_session(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], asks: str
+    own: StartServer, peculiar: str, stream: OpenStream, asks: str
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar} asks={asks}")
     path = "/servers/x/mcp"
@@ -7789,7 +7795,7 @@ def test_a_question_at_startup_may_be_answered_by_a_session(
 
 
 def test_a_session_is_unknown_as_soon_as_its_process_dies(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+    own: StartServer, peculiar: str, stream: OpenStream
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar}")
     for _ in range(5):
@@ -7805,7 +7811,7 @@ def test_a_session_is_unknown_as_soon_as_its_process_dies(
 @pytest.mark.parametrize("busy", [False, True], ids=["idle ones", "busy ones"])
 @pytest.mark.slow
 def test_a_new_client_gets_the_place_of_an_idle_one(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], busy: bool
+    own: StartServer, peculiar: str, stream: OpenStream, busy: bool
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar}")
 
@@ -7844,7 +7850,7 @@ def test_a_new_client_gets_the_place_of_an_idle_one(
 
 
 def test_the_newest_notices_are_kept_until_a_session_listens(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+    own: StartServer, peculiar: str, stream: OpenStream
 ) -> None:
     proxy = own(f"--mcp-server=x={peculiar}")
     client = Client(proxy, "legacy", "x", stream)
@@ -7856,7 +7862,7 @@ def test_the_newest_notices_are_kept_until_a_session_listens(
 
 
 def test_pings_of_a_server_are_answered_for_a_session_without_a_stream(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+    own: StartServer, peculiar: str, stream: OpenStream
 ) -> None:
     client = Client(own(f"--mcp-server=x={peculiar}"), "legacy", "x", stream)
     assert said(client.call("ping later", count=150)) == "soon"
@@ -7893,7 +7899,7 @@ for line in sys.stdin:
 @pytest.mark.parametrize("kind", ["POST", "GET"])
 @pytest.mark.slow
 def test_a_disconnected_stream_does_not_block_its_server(
-    own: Callable[..., Proxy], tmp_path: pathlib.Path, stream: Callable[..., Stream], kind: str
+    own: StartServer, tmp_path: pathlib.Path, stream: OpenStream, kind: str
 ) -> None:
     (tmp_path / "chatter.py").write_text(CHATTER)
     proxy = own(f"--mcp-server=c={sys.executable} -S {tmp_path}/chatter.py")
@@ -7917,7 +7923,7 @@ def test_a_disconnected_stream_does_not_block_its_server(
 
 
 @pytest.mark.slow
-def test_abandoned_calls_block_nothing(relay: Proxy, stream: Callable[..., Stream]) -> None:
+def test_abandoned_calls_block_nothing(relay: Proxy, stream: OpenStream) -> None:
     # More than there may be children.
     for number in range(40):
         can = {"elicitation": {"n": number % 20}}
@@ -7931,7 +7937,7 @@ def test_abandoned_calls_block_nothing(relay: Proxy, stream: Callable[..., Strea
 # Sessions
 # ==========================================================================
 def test_a_closed_stream_cancels_a_modern_call(
-    proxy: Proxy, agent: str, stream: Callable[..., Stream]
+    proxy: Proxy, agent: str, stream: OpenStream
 ) -> None:
     params = {"name": "exec", "arguments": {"cmd": "echo go; sleep 71.5", "agent_name": agent}}
     message = modern("tools/call", params, progressToken=1)
@@ -7955,7 +7961,7 @@ def test_a_closed_stream_cancels_a_modern_call(
 
 
 def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
-    proxy: Proxy, agent: str, stream: Callable[..., Stream]
+    proxy: Proxy, agent: str, stream: OpenStream
 ) -> None:
     session = opened(proxy)
     other = opened(proxy)
@@ -7994,9 +8000,7 @@ def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
         assert got["method"] == "notifications/progress"
 
 
-def test_an_id_in_flight_cannot_be_used_twice(
-    proxy: Proxy, agent: str, stream: Callable[..., Stream]
-) -> None:
+def test_an_id_in_flight_cannot_be_used_twice(proxy: Proxy, agent: str, stream: OpenStream) -> None:
     session = opened(proxy)
     arguments = {"cmd": "echo go; sleep 73.5", "agent_name": agent}
     message = request(
@@ -8014,7 +8018,7 @@ def test_an_id_in_flight_cannot_be_used_twice(
 
 
 def test_a_session_belongs_to_the_credential_that_opened_it(
-    own: Callable[..., Proxy], stream: Callable[..., Stream]
+    own: StartServer, stream: OpenStream
 ) -> None:
     # A server without a token takes any credential, but remembers it.
     proxy = own()
@@ -8043,7 +8047,7 @@ def test_a_session_belongs_to_the_credential_that_opened_it(
 
 
 def test_commands_are_reported_to_the_session_they_name(
-    proxy: Proxy, agent: str, stream: Callable[..., Stream]
+    proxy: Proxy, agent: str, stream: OpenStream
 ) -> None:
     listening = stream(proxy, f"/sse?session_id={agent}")
     assert listening.next() == f"/messages?session_id={agent}"
@@ -8107,7 +8111,7 @@ def test_commands_are_reported_to_the_session_they_name(
 
 
 def test_a_client_that_reconnects_gets_missed_messages_and_running_calls(
-    proxy: Proxy, agent: str, stream: Callable[..., Stream]
+    proxy: Proxy, agent: str, stream: OpenStream
 ) -> None:
     path = f"/messages?session_id={agent}"
     first = stream(proxy, f"/sse?session_id={agent}")
@@ -8140,7 +8144,7 @@ def test_a_client_that_reconnects_gets_missed_messages_and_running_calls(
 
 
 def test_a_session_of_one_stream_ends_with_it_and_so_do_its_calls(
-    proxy: Proxy, agent: str, stream: Callable[..., Stream]
+    proxy: Proxy, agent: str, stream: OpenStream
 ) -> None:
     opened = stream(proxy, "/sse")
     path = opened.next()
@@ -8159,7 +8163,7 @@ def test_a_session_of_one_stream_ends_with_it_and_so_do_its_calls(
 
 
 def test_too_many_waiting_messages_end_the_session_and_are_logged(
-    own: Callable[..., Proxy], stream: Callable[..., Stream]
+    own: StartServer, stream: OpenStream
 ) -> None:
     proxy = own()
     stream(proxy, "/sse?session_id=away").close()
@@ -8169,9 +8173,7 @@ def test_too_many_waiting_messages_end_the_session_and_are_logged(
     assert "session end id=away why=100 messages wait" in proxy.logged()
 
 
-def test_named_sessions_and_idle_ones_expire(
-    own: Callable[..., Proxy], stream: Callable[..., Stream]
-) -> None:
+def test_named_sessions_and_idle_ones_expire(own: StartServer, stream: OpenStream) -> None:
     async def expiring() -> list[str]:
         driver = pp.PocketCoderDriver("/nowhere/at/all", "x")
         state = pp.AppState(pp.SessionMap(), driver)
@@ -8324,7 +8326,7 @@ def test_a_wrong_argument_is_a_tool_result_that_names_it(
 
 
 def test_keys_that_create_a_terminal_stay_out_of_the_next_command(
-    warm: Callable[..., Proxy],
+    warm: StartServer,
 ) -> None:
     server = warm()
     server.tmux("kill-server")
@@ -8620,7 +8622,7 @@ def test_loopback_hosts_pass_the_gate(proxy: Proxy, host: str) -> None:
     assert proxy.request("POST", "/exec", b'{"cmd": "true"}', {**JSON_TYPE, "Host": host})[0] == 200
 
 
-def test_the_token_is_demanded_and_never_shown(own: Callable[..., Proxy]) -> None:
+def test_the_token_is_demanded_and_never_shown(own: StartServer) -> None:
     server = own(POCKETCODER_TOKEN="geheim-1")
     for given in (
         "",
@@ -8660,7 +8662,7 @@ def test_the_token_is_demanded_and_never_shown(own: Callable[..., Proxy]) -> Non
     assert "geheim" not in server.tmux("show-environment", "-g")
 
 
-def test_only_an_allowed_origin_may_call(own: Callable[..., Proxy]) -> None:
+def test_only_an_allowed_origin_may_call(own: StartServer) -> None:
     server = own("--allow-origin", "http://ui.example:8080")
     good = {"Origin": "http://ui.example:8080"}
     status, headers, _ = server.request(
@@ -8682,7 +8684,7 @@ def test_only_an_allowed_origin_may_call(own: Callable[..., Proxy]) -> None:
         assert server.request("POST", "/exec", BODY, {**JSON_TYPE, "Origin": origin})[0] == 403
 
 
-def test_a_channel_passes_the_gate_and_needs_a_websocket(own: Callable[..., Proxy]) -> None:
+def test_a_channel_passes_the_gate_and_needs_a_websocket(own: StartServer) -> None:
     server = own("--allow-origin", "http://good.example", POCKETCODER_TOKEN="t0k")
     token = {"Authorization": "Bearer t0k"}
 
@@ -8720,7 +8722,7 @@ def test_a_channel_passes_the_gate_and_needs_a_websocket(own: Callable[..., Prox
 
 
 def test_the_token_may_be_a_parameter_where_headers_cannot_be_set(
-    own: Callable[..., Proxy], stream: Callable[..., Stream]
+    own: StartServer, stream: OpenStream
 ) -> None:
     proxy = own(POCKETCODER_TOKEN="s3cret+/=")
     assert mcp(proxy, modern("tools/list"))[0] == 401
@@ -8755,11 +8757,11 @@ def test_the_token_may_be_a_parameter_where_headers_cannot_be_set(
     assert "s3cret" not in proxy.logged()
 
 
-def test_the_gate_comes_before_the_body_of_an_upgrade_too(own: Callable[..., Proxy]) -> None:
+def test_the_gate_comes_before_the_body_of_an_upgrade_too(own: StartServer) -> None:
     proxy = own(POCKETCODER_TOKEN="t")
     before = proxy.memory()
     for path in ("/mcp/ws", "/exec/ws"):
-        with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
+        with proxy.raw_connection() as peer:
             peer.sendall(
                 f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 400000000\r\n\r\n".encode()
             )
@@ -8770,17 +8772,17 @@ def test_the_gate_comes_before_the_body_of_an_upgrade_too(own: Callable[..., Pro
     assert proxy.peak() - before < 30_000_000
 
 
-def test_a_request_refused_as_http_is_logged_without_its_token(own: Callable[..., Proxy]) -> None:
+def test_a_request_refused_as_http_is_logged_without_its_token(own: StartServer) -> None:
     proxy = own(POCKETCODER_TOKEN="geheim")
     for line in (b"Authorization: Bearer geheim\x01", b"Bearer geheim\x01: x", b"Host: geheim@x"):
-        with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
+        with proxy.raw_connection() as peer:
             peer.sendall(b"GET /servers HTTP/1.1\r\n" + line + b"\r\n\r\n")
             # It is 400, or 401 with an old Tornado.
             assert peer.recv(100).startswith(b"HTTP/1.1 40")
     assert "geheim" not in proxy.logged()
 
 
-def test_without_the_token_nobody_learns_the_names_of_servers(own: Callable[..., Proxy]) -> None:
+def test_without_the_token_nobody_learns_the_names_of_servers(own: StartServer) -> None:
     proxy = own(
         "--allow-origin", "http://app.example.com", "--mcp-server=x=cat", POCKETCODER_TOKEN="t0k"
     )
@@ -8789,7 +8791,7 @@ def test_without_the_token_nobody_learns_the_names_of_servers(own: Callable[...,
             assert proxy.request("OPTIONS", f"/servers/{name}/mcp", None, headers)[0] == status
 
 
-def test_an_allowed_browser_sees_the_session_header(own: Callable[..., Proxy]) -> None:
+def test_an_allowed_browser_sees_the_session_header(own: StartServer) -> None:
     proxy = own("--allow-origin", "http://app.example.com", "--mcp-server=x=cat")
     _, headers, _ = mcp(proxy, request("initialize", INITIALIZE), Origin="http://app.example.com")
     assert headers["access-control-expose-headers"] == "Mcp-Session-Id"
@@ -8808,7 +8810,7 @@ def test_an_allowed_browser_sees_the_session_header(own: Callable[..., Proxy]) -
 # ==========================================================================
 # Endpoints
 # ==========================================================================
-def test_health_needs_no_token_and_answers_while_commands_run(own: Callable[..., Proxy]) -> None:
+def test_health_needs_no_token_and_answers_while_commands_run(own: StartServer) -> None:
     server = own(POCKETCODER_TOKEN="geheim")
     call = server.start_exec("sleep 0.5")
     status, headers, body = server.request("GET", "/health")
@@ -8827,9 +8829,7 @@ def test_an_mcp_body_that_is_too_large_is_a_json_rpc_error(guarded: Proxy) -> No
 
 
 @pytest.mark.parametrize("server", ["", "/servers/legacy"], ids=["built-in", "relayed"])
-def test_an_mcp_path_may_end_with_a_slash(
-    relay: Proxy, stream: Callable[..., Stream], server: str
-) -> None:
+def test_an_mcp_path_may_end_with_a_slash(relay: Proxy, stream: OpenStream, server: str) -> None:
     status, _, answer = mcp(relay, request("initialize", INITIALIZE), path=f"{server}/mcp/")
     assert status == 200
     assert "serverInfo" in answer["result"]
@@ -8890,7 +8890,7 @@ def test_a_websocket_answers_every_bad_message_but_responses(
 
 
 def test_a_bad_message_that_is_posted_is_refused_with_its_id(
-    proxy: Proxy, stream: Callable[..., Stream]
+    proxy: Proxy, stream: OpenStream
 ) -> None:
     path = stream(proxy, "/sse").next()
     bad = {"jsonrpc": "1.0", "id": 7, "method": "x", "params": {"cmd": "grep error log"}}
@@ -9023,7 +9023,7 @@ def test_a_large_stream_arrives_whole(proxy: Proxy, agent: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_slow_reader_slows_the_command_and_not_the_server(warm: Callable[..., Proxy]) -> None:
+def test_a_slow_reader_slows_the_command_and_not_the_server(warm: StartServer) -> None:
     server = warm()
     before = server.memory()
     connection = server.connect()
@@ -9202,7 +9202,7 @@ ANY_ERROR = AnyError()
 
 
 def test_a_client_of_either_era_is_served_on_an_event_stream(
-    proxy: Proxy, agent: str, stream: Callable[..., Stream]
+    proxy: Proxy, agent: str, stream: OpenStream
 ) -> None:
     events = stream(proxy, "/sse")
     path = events.next()
@@ -9299,7 +9299,7 @@ def test_a_burst_of_messages_is_answered_whole(proxy: Proxy) -> None:
     assert [int(number) for number in re.findall(rb'"id":(\d+),', got)] == list(range(300))
 
 
-def test_clients_that_leave_at_once_leave_nothing_behind(warm: Callable[..., Proxy]) -> None:
+def test_clients_that_leave_at_once_leave_nothing_behind(warm: StartServer) -> None:
     proxy = warm()
     before = proxy.descriptors()
     params = {"name": "exec", "arguments": {"cmd": "sleep 78.5"}}
@@ -9344,7 +9344,7 @@ def test_clients_that_leave_at_once_leave_nothing_behind(warm: Callable[..., Pro
 
 
 @pytest.mark.slow
-def test_an_unused_body_takes_no_memory(warm: Callable[..., Proxy]) -> None:
+def test_an_unused_body_takes_no_memory(warm: StartServer) -> None:
     proxy = warm()
     files = proxy.descriptors()
     before = proxy.memory()
@@ -9354,9 +9354,7 @@ def test_an_unused_body_takes_no_memory(warm: Callable[..., Proxy]) -> None:
         for number, start in enumerate(unread + ["POST /exec"] * 5):
             head = f"{start} HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\n"
             head += "Content-Type: application/json\r\nContent-Length: 16000000\r\n\r\n"
-            peer = held.enter_context(
-                socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
-            )
+            peer = held.enter_context(proxy.raw_connection())
             peer.sendall(head.encode() + bytes(15_000_000))
             # This caller leaves before the end of its body.
             if number + 1 >= len(unread):
@@ -9371,11 +9369,11 @@ def test_an_unused_body_takes_no_memory(warm: Callable[..., Proxy]) -> None:
     [pytest.param("abc", 400, id="text"), pytest.param("9" * 5000, 413, id="long-number")],
 )
 def test_a_wrong_content_length_gets_a_4xx_status(
-    own: Callable[..., Proxy], length: str, status: int
+    own: StartServer, length: str, status: int
 ) -> None:
     proxy = own()
     head = "POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
+    with proxy.raw_connection() as peer:
         peer.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode())
         assert peer.recv(100).startswith(f"HTTP/1.1 {status} ".encode())
     assert "Traceback" not in proxy.logged()
@@ -9399,7 +9397,7 @@ def test_a_number_of_any_length_is_refused_by_the_name_of_its_field(
     assert answer["error"]["code"] in (-32600, -32700)
 
 
-def test_half_open_and_slow_clients_block_no_other(own: Callable[..., Proxy]) -> None:
+def test_half_open_and_slow_clients_block_no_other(own: StartServer) -> None:
     proxy = own()
     body = json.dumps(modern("tools/list")).encode()
     head = b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -9418,9 +9416,7 @@ def test_half_open_and_slow_clients_block_no_other(own: Callable[..., Proxy]) ->
     eventually(lambda: proxy.descriptors() < 30)
 
 
-def test_idle_connections_are_dropped_for_active_ones(
-    own: Callable[..., Proxy], agent: str
-) -> None:
+def test_idle_connections_are_dropped_for_active_ones(own: StartServer, agent: str) -> None:
     proxy = own()
     resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (100, 1000))
     busy = proxy.start_exec("touch up; until [ -e go ]; do sleep 0.02; done; echo gone")
@@ -9428,7 +9424,7 @@ def test_idle_connections_are_dropped_for_active_ones(
 
     with contextlib.ExitStack() as idle:
         for _ in range(200):
-            idle.enter_context(socket.create_connection(("127.0.0.1", proxy.port), timeout=10))
+            idle.enter_context(proxy.raw_connection())
         assert proxy.exec("touch go; echo hi", agent_name=agent)["stdout"] == "hi\n"
         # A caller that waits for its answer is not disconnected.
         assert busy.result()["stdout"] == "gone\n"
@@ -9436,7 +9432,7 @@ def test_idle_connections_are_dropped_for_active_ones(
 
 
 @pytest.mark.slow
-def test_an_unread_answer_is_dropped_after_a_while(own: Callable[..., Proxy]) -> None:
+def test_an_unread_answer_is_dropped_after_a_while(own: StartServer) -> None:
     proxy = own()
     proxy.stop()
     hasty = "import sys, pocketcoder_proxy as module; module.SLOW_READER_TIMEOUT = 1; sys.exit(module.main())"
@@ -9446,7 +9442,7 @@ def test_an_unread_answer_is_dropped_after_a_while(own: Callable[..., Proxy]) ->
     proxy.exec("true")
     body = json.dumps({"cmd": "yes | head -c 30000000", "max_output": 30_000_000})
 
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as unread:
+    with proxy.raw_connection() as unread:
         head = "POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         unread.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         assert unread.recv(15) == b"HTTP/1.1 200 OK"
@@ -9459,7 +9455,7 @@ def test_an_unread_answer_is_dropped_after_a_while(own: Callable[..., Proxy]) ->
 
 
 def test_headers_beyond_the_limit_end_the_connection(proxy: Proxy) -> None:
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
+    with proxy.raw_connection() as peer:
         got = b""
         with contextlib.suppress(ConnectionError):
             peer.sendall(
@@ -9473,7 +9469,7 @@ def test_headers_beyond_the_limit_end_the_connection(proxy: Proxy) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_without_descriptors_pauses_and_recovers(warm: Callable[..., Proxy]) -> None:
+def test_a_server_without_descriptors_pauses_and_recovers(warm: StartServer) -> None:
     proxy = warm()
     connection = socket.socket()
     connection.settimeout(10)
@@ -9514,7 +9510,7 @@ def exchange(proxy: Proxy, sent: bytes) -> bytes:
     """All that the server says to that."""
     got = b""
     with (
-        socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer,
+        proxy.raw_connection() as peer,
         contextlib.suppress(ConnectionError),
     ):
         peer.sendall(sent)
@@ -9808,10 +9804,10 @@ def test_the_console_script_has_the_other_subcommands_too(console_script: str) -
 # MCP configuration
 # ==========================================================================
 def test_a_typical_config_file_is_read(
-    own: Callable[..., Proxy],
+    own: StartServer,
     fixtures: pathlib.Path,
     tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
+    stream: OpenStream,
 ) -> None:
     config = tmp_path / "mcp.json"
     server = {
@@ -9954,17 +9950,17 @@ LIVED_IN = """\ufeff{
 
 @pytest.mark.parametrize("key", ["mcpServers", "servers"])
 def test_both_common_layouts_of_a_config_file_are_read(
-    own: Callable[..., Proxy],
+    own: StartServer,
     fixtures: pathlib.Path,
     tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
+    stream: OpenStream,
     key: str,
 ) -> None:
     config = tmp_path / "mcp.json"
     text = LIVED_IN.replace("PYTHON", sys.executable).replace("FIXTURES", str(fixtures))
     config.write_text(text.replace("SERVERS", key))
     proxy = own(f"--mcp-config={config}", TOKEN_X="s3cret")
-    names = [each["name"] for each in json.loads(proxy.request("GET", "/servers")[2])]
+    names = [each["name"] for each in proxy.servers()]
     assert names == ["plain", "My Server", "@scope/x"]
     assert "server off is not served: it is disabled" in proxy.logged()
     assert "server remote is not served: it is a remote server" in proxy.logged()
@@ -10005,7 +10001,7 @@ def lines(*commands: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_log_that_cannot_be_written_stops_no_command(own: Callable[..., Proxy]) -> None:
+def test_a_log_that_cannot_be_written_stops_no_command(own: StartServer) -> None:
     server = own()
     server.stop()
     # `stop` closes it.
@@ -10015,14 +10011,14 @@ def test_a_log_that_cannot_be_written_stops_no_command(own: Callable[..., Proxy]
     assert server.stop() == 0
 
 
-def test_the_server_says_where_it_listens_and_how_to_watch(own: Callable[..., Proxy]) -> None:
+def test_the_server_says_where_it_listens_and_how_to_watch(own: StartServer) -> None:
     server = own()
     assert server.said == f"pocketcoder: listening on http://127.0.0.1:{server.port}\n"
     attach = f"tmux -S {server.socket} new-session -A -s pocketcoder"
     eventually(lambda: attach in server.logged())
 
 
-def test_a_server_makes_no_session_before_it_is_needed(own: Callable[..., Proxy]) -> None:
+def test_a_server_makes_no_session_before_it_is_needed(own: StartServer) -> None:
     server = own()
     assert server.request("GET", "/health")[0] == 200
     assert call(server, "list_terminals")["structuredContent"] == {"terminals": []}
@@ -10112,7 +10108,7 @@ def test_a_port_in_use_is_reported(proxy: Proxy) -> None:
 
 
 def test_a_token_guards_other_interfaces_and_no_command_finds_it(
-    own: Callable[..., Proxy],
+    own: StartServer,
 ) -> None:
     server = own("--host", "0.0.0.0", POCKETCODER_TOKEN="g3heim", POCKETCODER_TOKEN_2="kept")
     pid = server.process.pid
@@ -10123,7 +10119,7 @@ def test_a_token_guards_other_interfaces_and_no_command_finds_it(
 
 @pytest.mark.slow
 def test_sigterm_lets_commands_finish_cancels_the_rest_and_answers_all(
-    warm: Callable[..., Proxy],
+    warm: StartServer,
 ) -> None:
     server = warm()
     quick = server.start_exec("sleep 1; echo quick")
@@ -10144,7 +10140,7 @@ def test_sigterm_lets_commands_finish_cancels_the_rest_and_answers_all(
 
 
 def test_a_stopping_server_answers_mcp_calls_and_ends_their_streams(
-    own: Callable[..., Proxy], stream: Callable[..., Stream]
+    own: StartServer, stream: OpenStream
 ) -> None:
     proxy = own()
     idle = stream(proxy, "/mcp", None, Mcp_Session_Id=opened(proxy))
@@ -10162,7 +10158,7 @@ def test_a_stopping_server_answers_mcp_calls_and_ends_their_streams(
 
 
 @pytest.mark.slow
-def test_a_queued_command_is_refused_when_the_server_stops(warm: Callable[..., Proxy]) -> None:
+def test_a_queued_command_is_refused_when_the_server_stops(warm: StartServer) -> None:
     server = warm()
     running = [server.start_exec("sleep 1; echo ran") for _ in range(4)]
     eventually(lambda: len(processes_with("sleep\x001")) >= 4)
@@ -10177,7 +10173,7 @@ def test_a_queued_command_is_refused_when_the_server_stops(warm: Callable[..., P
     assert not os.path.exists(f"{server.folder}/queued")
 
 
-def test_text_typed_before_the_first_command_never_runs(own: Callable[..., Proxy]) -> None:
+def test_text_typed_before_the_first_command_never_runs(own: StartServer) -> None:
     server = own()
     subprocess.run(
         [
@@ -10195,7 +10191,7 @@ def test_text_typed_before_the_first_command_never_runs(own: Callable[..., Proxy
     assert not os.path.exists(f"{server.folder}/typed")
 
 
-def test_a_server_whose_first_terminal_is_slow_stops_at_once(warm: Callable[..., Proxy]) -> None:
+def test_a_server_whose_first_terminal_is_slow_stops_at_once(warm: StartServer) -> None:
     server = warm()
     assert server.stop() == 0
 
@@ -10212,7 +10208,7 @@ def test_a_server_whose_first_terminal_is_slow_stops_at_once(warm: Callable[...,
         waiting.result()
 
 
-def test_an_unread_log_blocks_nothing(own: Callable[..., Proxy]) -> None:
+def test_an_unread_log_blocks_nothing(own: StartServer) -> None:
     server = own()
     server.stop()
     unread, write = os.pipe()
@@ -10227,7 +10223,7 @@ def test_an_unread_log_blocks_nothing(own: Callable[..., Proxy]) -> None:
     os.close(unread)
 
 
-def test_a_server_without_commands_stops_at_once(warm: Callable[..., Proxy]) -> None:
+def test_a_server_without_commands_stops_at_once(warm: StartServer) -> None:
     server = warm()
     started = time.monotonic()
     assert server.stop() == 0
@@ -10235,7 +10231,7 @@ def test_a_server_without_commands_stops_at_once(warm: Callable[..., Proxy]) -> 
     assert "Traceback" not in server.logged()
 
 
-def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(warm: Callable[..., Proxy]) -> None:
+def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(warm: StartServer) -> None:
     server = warm()
     server.tmux("kill-server")
     os.rename(f"{server.folder}/tmux", f"{server.folder}/away")
@@ -10308,7 +10304,7 @@ def terminal_of(server: Proxy, window: str) -> int:
 
 
 def test_an_entrypoint_may_start_the_server_first_and_its_session_later(
-    image: str, own: Callable[..., Proxy]
+    image: str, own: StartServer
 ) -> None:
     server = own(folder=image)
     assert server.request("GET", "/health")[0] == 200
@@ -10328,7 +10324,7 @@ def test_an_entrypoint_may_start_the_server_first_and_its_session_later(
 
 
 def test_a_directory_open_to_all_gets_the_sticky_bit_and_is_logged(
-    image: str, own: Callable[..., Proxy]
+    image: str, own: StartServer
 ) -> None:
     server = own(folder=image)
     assert stat.S_IMODE(os.stat(f"{image}/tmux").st_mode) == 0o1777
@@ -10337,9 +10333,7 @@ def test_a_directory_open_to_all_gets_the_sticky_bit_and_is_logged(
     assert f"{image}/tmux" in told[0]
 
 
-def test_a_server_creates_its_session_with_the_first_command(
-    image: str, own: Callable[..., Proxy]
-) -> None:
+def test_a_server_creates_its_session_with_the_first_command(image: str, own: StartServer) -> None:
     server = own(folder=image)
     assert server.request("GET", "/health")[0] == 200
     # It does nothing, so there is nothing to wait for.
@@ -10350,7 +10344,7 @@ def test_a_server_creates_its_session_with_the_first_command(
     assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco:terminal')}\n"
 
 
-def test_an_existing_session_is_used(image: str, own: Callable[..., Proxy]) -> None:
+def test_an_existing_session_is_used(image: str, own: StartServer) -> None:
     assert enter(image).returncode == 0
     server = own(folder=image)
     assert windows(server) == ["system", "poco-terminal"]
@@ -10361,6 +10355,7 @@ def test_an_existing_session_is_used(image: str, own: Callable[..., Proxy]) -> N
 # ==========================================================================
 # Comparison with bash
 # ==========================================================================
+
 # What `bash -c` makes of a line, every door makes of it.  Each line runs in a directory of its own
 # that has the FILES.  None depends on times, on process ids or on the machine.
 FILES = {
@@ -11194,7 +11189,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 @pytest.mark.bench
-def test_bench_a_small_command(own: Callable[..., Proxy]) -> None:
+def test_bench_a_small_command(own: StartServer) -> None:
     call = Kept(own())
     call()
     # In turn, so that both see the same machine.
@@ -11209,7 +11204,7 @@ def test_bench_a_small_command(own: Callable[..., Proxy]) -> None:
 
 
 @pytest.mark.bench
-def test_bench_the_audit_log(own: Callable[..., Proxy], tmp_path: pathlib.Path) -> None:
+def test_bench_the_audit_log(own: StartServer, tmp_path: pathlib.Path) -> None:
     calls = [Kept(own()), Kept(own("--audit-log", str(tmp_path / "audit")))]
     for call in calls:
         call()
@@ -11242,7 +11237,7 @@ def test_bench_the_audit_log(own: Callable[..., Proxy], tmp_path: pathlib.Path) 
 
 
 @pytest.mark.bench
-def test_bench_a_small_command_as_a_tool(own: Callable[..., Proxy]) -> None:
+def test_bench_a_small_command_as_a_tool(own: StartServer) -> None:
     proxy = own()
     call = Kept(proxy)
     connection = proxy.connect()
@@ -11275,9 +11270,7 @@ def test_bench_a_small_command_as_a_tool(own: Callable[..., Proxy]) -> None:
 
 
 @pytest.mark.bench
-def test_bench_a_thousand_idle_sessions(
-    own: Callable[..., Proxy], stream: Callable[..., Stream]
-) -> None:
+def test_bench_a_thousand_idle_sessions(own: StartServer, stream: OpenStream) -> None:
     proxy = own()
     for _ in range(20):
         stream(proxy, "/sse").next()
@@ -11294,7 +11287,7 @@ def test_bench_a_thousand_idle_sessions(
 
 
 @pytest.mark.bench
-def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pathlib.Path) -> None:
+def test_bench_a_call_through_the_relay(own: StartServer, fixtures: pathlib.Path) -> None:
     command = [sys.executable, "-S", str(fixtures), "mcp-fixture", "modern"]
     proxy = own(f"--mcp-server=x={shlex.join(command)}")
     connection = proxy.connect()
@@ -11367,7 +11360,7 @@ def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pat
 
 @pytest.mark.bench
 def test_bench_thirty_three_sessions_of_three_servers(
-    warm: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+    warm: StartServer, fixtures: pathlib.Path, stream: OpenStream
 ) -> None:
     command = f"{sys.executable} -S {fixtures} mcp-fixture legacy"
     proxy = warm(*(f"--mcp-server={name}={command}" for name in "abc"))
@@ -11380,7 +11373,7 @@ def test_bench_thirty_three_sessions_of_three_servers(
 
 
 @pytest.mark.bench
-def test_bench_twenty_agents_at_once(own: Callable[..., Proxy]) -> None:
+def test_bench_twenty_agents_at_once(own: StartServer) -> None:
     server = own()
     calls = [Kept(server) for _ in range(20)]
     for number, call in enumerate(calls):
@@ -11409,7 +11402,7 @@ def test_bench_twenty_agents_at_once(own: Callable[..., Proxy]) -> None:
 
 
 @pytest.mark.bench
-def test_bench_a_hundred_megabytes(warm: Callable[..., Proxy]) -> None:
+def test_bench_a_hundred_megabytes(warm: StartServer) -> None:
     server = warm()
     idle = server.memory()
     cmd = "head -c 100000000 /dev/zero | tr '\\0' x"
@@ -11426,7 +11419,7 @@ def test_bench_a_hundred_megabytes(warm: Callable[..., Proxy]) -> None:
 
 
 @pytest.mark.bench
-def test_bench_start_and_size(warm: Callable[..., Proxy]) -> None:
+def test_bench_start_and_size(warm: StartServer) -> None:
     times = []
     for _ in range(5):
         started = time.perf_counter()
@@ -11513,7 +11506,7 @@ def test_bench_a_gigabyte_through_the_shell(engine: Caller) -> None:
 
 
 @pytest.mark.bench
-def test_bench_twenty_thousand_mixed_commands(own: Callable[..., Proxy]) -> None:
+def test_bench_twenty_thousand_mixed_commands(own: StartServer) -> None:
     server = own()
     calls = [Kept(server) for _ in range(16)]
     sizes = [0, 1, 10, 1000, 4096, 65536, 70000, 300000]
@@ -12100,7 +12093,7 @@ class Soak:
 
 def left_over(server: Proxy, fixtures: pathlib.Path) -> list[str]:
     """Processes that are neither the server, its children, tmux, nor shells in its panes."""
-    known = {server.process.pid, int(server.tmux("display-message", "-p", "#{pid}"))}
+    known = {server.process.pid, server.tmux_pid()}
     known |= {int(pid) for pid in server.tmux("list-panes", "-a", "-F", "#{pane_pid}").split()}
     found = []
 
@@ -12212,7 +12205,7 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
         if re.match(r"\S+ \S+ (WARNING|ERROR|CRITICAL)", line)
     ]
     print(f"warnings {len(lines)}")
-    children = json.loads(server.request("GET", "/servers")[2])
+    children = server.servers()
     print("children", children)
     wrong = soak.wrong
 
@@ -12234,11 +12227,7 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
         for line in server.logged().split("\n")
         if re.search("Traceback|ERROR|CRITICAL", line)
     ]
-    own = [
-        path.name
-        for path in pathlib.Path(f"{server.socket}.d").rglob("*")
-        if path.suffix in (".in", ".cmd")
-    ]
+    own = [path.name for path in server.run_folder.rglob("*") if path.suffix in (".in", ".cmd")]
     wrong += [f"files of runs: {own}"] if own else []
     wrong += (
         [f"descriptors {files_before} at first, {files[-1]} at last"]
@@ -12249,7 +12238,7 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
         wrong.append(f"memory grows: {more:+.1f} MiB")
     assert server.stop() == 0
 
-    found = [*pathlib.Path(f"{server.socket}.d").rglob("*")]
+    found = [*server.run_folder.rglob("*")]
     if found:
         wrong.append(f"files left: {found}")
     assert not wrong, "\n".join(wrong)
