@@ -1795,6 +1795,12 @@ def client(request: pytest.FixtureRequest, relay: Proxy, stream: OpenStream) -> 
     return Client(relay, era, server, stream)
 
 
+def program_of(function: Callable[[], None]) -> str:
+    """A program that calls this function, which uses nothing outside of itself."""
+    source = textwrap.dedent(inspect.getsource(function))
+    return f"from __future__ import annotations\n\n{source}\n{function.__name__}()\n"
+
+
 def peculiar_server() -> None:
     """A stdio MCP server whose words say what is peculiar about it.
 
@@ -1940,8 +1946,7 @@ def peculiar_server() -> None:
 def peculiar(tmp_path: pathlib.Path) -> str:
     """The command that starts one."""
     path = tmp_path / "peculiar.py"
-    source = textwrap.dedent(inspect.getsource(peculiar_server))
-    path.write_text(f"from __future__ import annotations\n\n\n{source}\n\npeculiar_server()\n")
+    path.write_text(program_of(peculiar_server))
     return f"{sys.executable} -S {path}"
 
 
@@ -6710,50 +6715,73 @@ def test_noisy_servers_still_get_answers_through(client: Client) -> None:
     assert text_of(client.call("test_simple_text"))
 
 
-ODD = """
-import json, os, sys, time
-def say(**fields):
-    print(json.dumps({"jsonrpc": "2.0", **fields}), flush=True)
-for line in sys.stdin:
-    got = json.loads(line)
-    if "id" not in got:
-        continue
-    id_, name = got["id"], (got.get("params") or {}).get("name")
-    if got["method"] == "initialize":
-        for number in range(300):
-            say(method="notifications/message", params={"level": "info", "data": number})
-        say(id=id_, result={"protocolVersion": 7, "capabilities": ["x"], "serverInfo": None, "_meta": 3})
-    elif got["method"] == "tools/list":
-        say(id=id_, result={"tools": [None, 3, {"name": None}, {"name": "t", "inputSchema": []}]})
-    elif name in ("null", "list", "text"):
-        say(id=id_, result={"null": None, "list": [1], "text": "x"}[name])
-    elif name == "code":
-        say(id=id_, error={"message": "no code"})
-    elif name in ("nan", "infinity"):
-        number = "NaN" if name == "nan" else "1e999"
-        print('{"jsonrpc":"2.0","id":%d,"result":{"x":%s}}' % (id_, number), flush=True)
-    elif name == "notes":
-        odd = {"_meta": {"io.modelcontextprotocol/subscriptionId": []}}
-        for params in ({"progressToken": id_}, {"progressToken": {}}, {"_meta": 3}, {"uri": {}}, odd):
+def odd_server() -> None:
+    """A stdio MCP server whose answers and notices make no sense."""
+    import json
+    import os
+    import sys
+    import time
+
+    def say(**fields: Any) -> None:
+        print(json.dumps({"jsonrpc": "2.0", **fields}), flush=True)
+
+    def notify_oddly(id_: Any) -> None:
+        odd_params: list[dict[str, Any]] = [
+            {"progressToken": id_},
+            {"progressToken": {}},
+            {"_meta": 3},
+            {"uri": {}},
+            {"_meta": {"io.modelcontextprotocol/subscriptionId": []}},
+        ]
+        for params in odd_params:
             for method in ("progress", "message", "tools/list_changed", "resources/updated"):
                 say(method="notifications/" + method, params=params)
         for wrong in (99999, str(id_), True):
             say(id=wrong, result={})
-        say(id=id_, result={"right": 1})
-        say(id=id_, result={"twice": 1})
-    elif name == "close":
-        os.close(1)
-        time.sleep(1)
-    else:
-        say(id=id_, error={"code": -32601, "message": "no"})
-"""
+
+    def answer(id_: Any, method: str, name: Any) -> None:
+        results = {"null": None, "list": [1], "text": "x"}
+        if method == "initialize":
+            for number in range(300):
+                say(method="notifications/message", params={"level": "info", "data": number})
+            result = {
+                "protocolVersion": 7,
+                "capabilities": ["x"],
+                "serverInfo": None,
+                "_meta": 3,
+            }
+            say(id=id_, result=result)
+        elif method == "tools/list":
+            tools = [None, 3, {"name": None}, {"name": "t", "inputSchema": []}]
+            say(id=id_, result={"tools": tools})
+        elif name in results:
+            say(id=id_, result=results[name])
+        elif name == "code":
+            say(id=id_, error={"message": "no code"})
+        elif name in ("nan", "infinity"):
+            wrong = "NaN" if name == "nan" else "1e999"
+            print(f'{{"jsonrpc":"2.0","id":{id_},"result":{{"x":{wrong}}}}}', flush=True)
+        elif name == "notes":
+            notify_oddly(id_)
+            say(id=id_, result={"right": 1})
+            say(id=id_, result={"twice": 1})
+        elif name == "close":
+            os.close(1)
+            time.sleep(1)
+        else:
+            say(id=id_, error={"code": -32601, "message": "no"})
+
+    for line in sys.stdin:
+        got = json.loads(line)
+        if "id" in got:
+            answer(got["id"], got["method"], (got.get("params") or {}).get("name"))
 
 
 @pytest.mark.parametrize("era", ["legacy", "modern"])
 def test_whatever_a_server_answers_the_client_gets_an_answer(
     own: StartServer, tmp_path: pathlib.Path, stream: OpenStream, era: str
 ) -> None:
-    (tmp_path / "odd.py").write_text(ODD)
+    (tmp_path / "odd.py").write_text(program_of(odd_server))
     proxy = own(f"--mcp-server=odd={sys.executable} -S {tmp_path}/odd.py")
     client = Client(proxy, era, "odd", stream)
     for name in ("null", "list", "text", "code", "nan", "infinity"):
@@ -7165,17 +7193,24 @@ def test_an_unused_shared_child_ends(fixtures: pathlib.Path) -> None:
     asyncio.run(both())
 
 
-TALKER = """
-import json, sys
-sys.stdout.reconfigure(encoding="utf-8")
-for line in sys.stdin:
-    got = json.loads(line, parse_constant=sys.exit)
-    for wrote in (got.get("params") or {}).get("lines", []):
-        sys.stdout.write(wrote.replace("ID", str(got["id"])) + chr(10))
-    if "id" in got:
-        result = {"capabilities": {}, "protocolVersion": "2025-11-25", "supportedVersions": ["2026-07-28"]}
-        print(json.dumps({"jsonrpc": "2.0", "id": got["id"], "result": result}), flush=True)
-"""
+def talking_server() -> None:
+    """A stdio MCP server that writes what it is told; its argument is the revision it supports."""
+    import json
+    import sys
+
+    output: Any = sys.stdout
+    output.reconfigure(encoding="utf-8")
+    for line in sys.stdin:
+        got = json.loads(line, parse_constant=sys.exit)
+        for wrote in (got.get("params") or {}).get("lines", []):
+            output.write(wrote.replace("ID", str(got["id"])) + "\n")
+        if "id" in got:
+            result = {
+                "capabilities": {},
+                "protocolVersion": "2025-11-25",
+                "supportedVersions": [sys.argv[1]],
+            }
+            print(json.dumps({"jsonrpc": "2.0", "id": got["id"], "result": result}), flush=True)
 
 
 @pytest.mark.parametrize("era", ["modern", "legacy"])
@@ -7183,9 +7218,8 @@ def test_whatever_a_child_writes_every_request_gets_one_valid_answer(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, era: str
 ) -> None:
     dice = random.Random(11)
-    (tmp_path / "talker.py").write_text(
-        TALKER.replace("2026-07-28", {"modern": pp.MODERN, "legacy": "none"}[era])
-    )
+    (tmp_path / "talker.py").write_text(program_of(talking_server))
+    revision = pp.MODERN if era == "modern" else "none"
     methods = [
         "notifications/progress",
         "notifications/message",
@@ -7225,7 +7259,7 @@ def test_whatever_a_child_writes_every_request_gets_one_valid_answer(
 
     async def check() -> None:
         relay = pp.Relay(
-            pp.ServerConfig("talker", (sys.executable, "-S", str(tmp_path / "talker.py")))
+            pp.ServerConfig("talker", (sys.executable, "-S", str(tmp_path / "talker.py"), revision))
         )
         outbox = pp.Outbox.nowhere()
         answered = list[bool]()
@@ -7873,27 +7907,37 @@ def test_pings_of_a_server_are_answered_for_a_session_without_a_stream(
     eventually(lambda: answers() == 150)
 
 
-CHATTER = """
-import json, sys
-def say(**fields):
-    print(json.dumps({"jsonrpc": "2.0", **fields}), flush=True)
-token = None
-for line in sys.stdin:
-    got = json.loads(line)
-    if got["method"] == "initialize":
-        hello = {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": {"name": "c", "version": "1"}}
-        say(id=got["id"], result=hello)
-    elif got["method"] == "tools/call":
-        token = got["params"]["_meta"]["progressToken"]
-        say(method="notifications/progress", params={"progressToken": token, "progress": 1})
-    elif got["method"] == "notifications/roots/list_changed":
-        for number in range(120):
-            progress = {"progressToken": token, "progress": 2 + number}
-            say(method="notifications/progress", params=progress) if token and number < 60 else say(
-                method="notifications/message", params={"level": "info", "data": number})
-    elif "id" in got:
-        say(id=got["id"], result={"tools": []})
-"""
+def chatty_server() -> None:
+    """A stdio MCP server that sends many notices once the roots have changed."""
+    import json
+    import sys
+
+    def say(**fields: Any) -> None:
+        print(json.dumps({"jsonrpc": "2.0", **fields}), flush=True)
+
+    token = None
+    for line in sys.stdin:
+        got = json.loads(line)
+        if got["method"] == "initialize":
+            hello = {
+                "protocolVersion": "2025-11-25",
+                "capabilities": {},
+                "serverInfo": {"name": "c", "version": "1"},
+            }
+            say(id=got["id"], result=hello)
+        elif got["method"] == "tools/call":
+            token = got["params"]["_meta"]["progressToken"]
+            progress = {"progressToken": token, "progress": 1}
+            say(method="notifications/progress", params=progress)
+        elif got["method"] == "notifications/roots/list_changed":
+            for number in range(120):
+                if token and number < 60:
+                    progress = {"progressToken": token, "progress": 2 + number}
+                    say(method="notifications/progress", params=progress)
+                else:
+                    say(method="notifications/message", params={"level": "info", "data": number})
+        elif "id" in got:
+            say(id=got["id"], result={"tools": []})
 
 
 @pytest.mark.parametrize("kind", ["POST", "GET"])
@@ -7901,7 +7945,7 @@ for line in sys.stdin:
 def test_a_disconnected_stream_does_not_block_its_server(
     own: StartServer, tmp_path: pathlib.Path, stream: OpenStream, kind: str
 ) -> None:
-    (tmp_path / "chatter.py").write_text(CHATTER)
+    (tmp_path / "chatter.py").write_text(program_of(chatty_server))
     proxy = own(f"--mcp-server=c={sys.executable} -S {tmp_path}/chatter.py")
     client = Client(proxy, "legacy", "c", stream)
 
