@@ -2194,72 +2194,76 @@ class Input(Pipe):
             self.opening.cancel()
 
 
+# Colours and movements pass; what else a terminal does on request is not for a command.
+UNSAFE = re.compile(rb"[\0-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[[0-9;:]*[A-HJKSTfm])")
+
+
+def shown_command(command: str) -> str:
+    """A command as a person sees it: cut, and without escape sequences."""
+    shown = command[:MAX_VIEW_COMMAND]
+    if len(command) > MAX_VIEW_COMMAND:
+        shown += "…"
+    safe = UNSAFE.sub(b"", shown.encode(errors="replace"))
+    return safe.replace(b"\x1b", b"").decode()
+
+
+def replacing(line: str, command: str, column: int, width: int) -> str:
+    """What replaces a typed line by the command, behind the prompt that ends at `column`."""
+    rows = 1 + (column + len(line)) // max(1, width)
+    # Up to the line's start, right to its column, clear to the end.
+    return f"\x1b[{rows}A\x1b[{column + 1}G\x1b[J{shown_command(command)}\n"
+
+
 class View(Pipe):
-    """A run's output copied to the pane's tty for a person, as far as that takes it."""
+    """A run's output copied to the pane's tty for a person, as far as that takes it.
 
-    # Colours and movements pass; what else a terminal does on request is not for a command.
-    UNSAFE = re.compile(rb"[\0-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[[0-9;:]*[A-HJKSTfm])")
+    The command stands there already, see `replacing`: go writes it, before anything that the
+    command writes to its terminal by itself.
+    """
 
-    def __init__(self, pane: Pane, command: str, line: str, column: int) -> None:
-        """Replace the typed `line` by `command`, behind the prompt that ends at `column`."""
+    def __init__(self, pane: Pane, command: str) -> None:
         super().__init__(pane.tty, os.O_WRONLY)
-
-        # Bytes of output so far, and the last one that was shown.
+        self.command = shown_command(command)
+        # Bytes of output so far; the end of what was shown of it.
         self.seen = 0
-        self.last = b"\n"
-        # It is on the terminal already: what comes is shown as it comes.
-        self.is_shown = False
-
-        shown = command[:MAX_VIEW_COMMAND]
-        if len(command) > MAX_VIEW_COMMAND:
-            shown += "…"
-
-        # What stands before any question: the command, and the end of its output.
-        self.command = self.UNSAFE.sub(b"", shown.encode(errors="replace")).replace(b"\x1b", b"")
         self.tail = b""
-
-        # Up to the line's start, right to its column, clear to the end.
-        rows = 1 + (column + len(line)) // max(1, pane.width)
-        replacing = b"\x1b[%dA\x1b[%dG\x1b[J%s\n" % (rows, column + 1, self.command)
-        self.unwritten = bytearray(replacing)
+        self.unwritten = bytearray()
 
     def write(self) -> None:
-        """Show what there is, and from now on what comes, as far as the terminal takes it."""
-        self.is_shown = True
+        """Show what there is, as far as the terminal takes it."""
         # It is full, or gone.
         with contextlib.suppress(OSError):
             del self.unwritten[: os.write(self.fd, self.unwritten)]
 
     def add(self, chunk: bytes) -> None:
-        shown = self.UNSAFE.sub(b"", chunk[: max(0, MAX_VIEW - self.seen)])
+        shown = UNSAFE.sub(b"", chunk[: max(0, MAX_VIEW - self.seen)])
         self.seen += len(chunk)
-        if not shown:
-            return
-        self.last = shown[-1:]
-        self.unwritten += shown
-        self.tail = (self.tail + shown[-MAX_LINE:])[-2 * MAX_LINE :]
-        if self.is_shown:
+        if shown:
+            self.tail = (self.tail + shown[-MAX_LINE:])[-2 * MAX_LINE :]
+            self.unwritten += shown
             self.write()
 
     def has_shown(self, line: str) -> bool:
         """Whether a line of the terminal is the command, behind its prompt, or part of its output."""
-        seen = self._without_layout(line.encode())
-        if seen in self._without_layout(self.tail):
+        seen = self._without_layout(line)
+        if seen in self._without_layout(self.tail.decode(errors="replace")):
             return True
-        command = self._without_layout(self.command.rpartition(b"\n")[2])
+
+        command = self._without_layout(self.command.rpartition("\n")[2])
         return not self.tail and seen.endswith(command)
 
     @staticmethod
-    def _without_layout(shown: bytes) -> bytes:
+    def _without_layout(shown: str) -> str:
         """Without blanks and colours, which a terminal shows in its own way."""
-        return re.sub(rb"\x1b\[[0-9;:]*[A-Za-z]|\s+", b"", shown)
+        return re.sub(r"\x1b\[[0-9;:]*[A-Za-z]|\s+", "", shown)
 
     async def end(self, exit_code: int) -> None:
         """Mark the end, and wait a moment until all is on the terminal."""
-        text = "" if self.last == b"\n" else "\n"
+        text = ""
+        if self.tail and not self.tail.endswith(b"\n"):
+            text += "\n"
         if self.seen > MAX_VIEW:
             text += f"[pocketcoder: {self.seen - MAX_VIEW} more bytes not shown here]\n"
-
         if exit_code != 0:
             text += f"[exit {exit_code}]\n"
 
@@ -2321,12 +2325,13 @@ GO = r"""{{ \[ -p {status} ] || \return 0
 \[ -e {run}.pid ] && \return 0
 \trap : INT
 {{ (
-\unset -f cd chpwd echo exec exit export read set 2>/dev/null
+\unset -f cd chpwd echo exec exit export printf read set 2>/dev/null
 \unset chpwd_functions POCKETCODER_TOKEN TMUX TMUX_PANE TERM_PROGRAM TERM_PROGRAM_VERSION
 [ "${{HISTCONTROL-}}" != {history} ] || \unset HISTCONTROL
 _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \set +xv -C; \echo "$_pc" >{run}.pid || \exit
 \set +C; \exec {inputs} || \exit
+\printf %s {header}
 \exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&-; {sound} || \exit
 \echo "{token} start $_pc" >&9
 \cd -- {cwd} || \exit; \unset OLDPWD
@@ -2742,10 +2747,13 @@ def bash_command(request: ExecRequest, shell: str) -> tuple[list[str], str | Non
     return [shell, *arguments], long_text
 
 
-def go_script(request: ExecRequest, files: RunFiles, run_id: str, shell: str) -> dict[str, str]:
+def go_script(
+    request: ExecRequest, files: RunFiles, run_id: str, shell: str, header: str
+) -> dict[str, str]:
     """The texts of a run's files, by suffix.
 
     `go`; `in`, its stdin; `cmd`, where that is too long for an argument.
+    header  what go writes to the terminal first
     """
     texts = dict[str, str]()
 
@@ -2779,6 +2787,7 @@ def go_script(request: ExecRequest, files: RunFiles, run_id: str, shell: str) ->
         token=files.token,
         status=shlex.quote(files.folder.status_path),
         server=os.getpid(),
+        header=shlex.quote(header),
         inputs=inputs,
         outputs=" ".join(outputs),
         # A FIFO that was wiped is no FIFO now: opening it made a file.
@@ -3528,13 +3537,13 @@ class Job:
 
     async def start(self) -> bool:
         """Type the line that runs it; whether it runs.  Raises NoTerminal, OSError."""
-        # Its terminal may die while its start is recorded, or while the line is cleared.
+        # Its terminal may die while its start is recorded, or while the prompt is cleared.
         if self.phase is Phase.RELEASED:
             return False
-        line = self._prepare(self.sandbox.open_folder())
+
         state = await self.shell.clear(self.tmux)
         if self.phase is Phase.HELD:
-            self._type(line, state)
+            self._type(self._prepare(self.sandbox.open_folder()), state)
 
         return await self.started
 
@@ -3544,7 +3553,9 @@ class Job:
             files = self.files = folder.open(self._on_report, self._on_all_read)
             takes = {name: partial(self._take, take) for name, take in self.takes.items()}
             files.open(takes, self.fed)
-            files.write(go_script(self.request, files, self.run_id, self.sandbox.shell))
+            pane = self.shell.pane
+            header = replacing(files.line(), self.request.cmd, self.shell.column(), pane.width)
+            files.write(go_script(self.request, files, self.run_id, self.sandbox.shell, header))
         return files.line()
 
     @property
@@ -3563,7 +3574,7 @@ class Job:
 
         # OSError: no descriptor is left, and a person sees nothing of it.
         with contextlib.suppress(OSError):
-            self.view = View(pane, self.request.cmd, line, self.shell.column())
+            self.view = View(pane, self.request.cmd)
 
         self._later(START_TIMEOUT, self.tick)
 
@@ -3610,11 +3621,6 @@ class Job:
             self.group = pid
 
         self.shell.answered()
-
-        # The command stands on the terminal before anything that it writes there by itself.
-        if self.view:
-            self.view.write()
-
         self._later(min(WATCH_PAUSE, self.request.timeout), self.tick)
 
         # It may have been cancelled before we knew whom to signal.
@@ -7379,14 +7385,19 @@ async def stream_handler(
     """
     # Never half a character.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    announced = asyncio.Event()
 
     async def output(chunk: bytes, final: bool = False) -> None:
         text = decoder.decode(chunk, final)
+        await announced.wait()
         if text:
             await send(f"event: output\ndata: {ExecResponse(stdout=text).to_wire()}\n\n")
 
     async def started(_: Job) -> None:
-        await send(": started\n\n")
+        try:
+            await send(": started\n\n")
+        finally:
+            announced.set()
 
     result = await execute(
         state,

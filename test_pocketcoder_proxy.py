@@ -5161,6 +5161,13 @@ def test_a_program_that_asks_on_its_terminal_shows_in_the_answer_of_a_timeout(
     assert answer["terminal"] == "Continue connecting (yes/no)?"
 
 
+def test_a_question_asked_at_once_stays_on_the_terminal(proxy: Proxy, agent: str) -> None:
+    ask = "printf 'Go on? ' >/dev/tty; read -r a </dev/tty"
+    proxy.exec("true", agent_name=agent)
+    asked = [proxy.exec(ask, agent_name=agent, timeout=0.1) for _ in range(8)]
+    assert [answer.get("terminal") for answer in asked] == ["Go on?"] * 8
+
+
 QUIET_TIMEOUTS = {
     "nothing was written": "sleep 60",
     "the last line is output": "echo out; sleep 60",
