@@ -1156,6 +1156,15 @@ class Proxy:
         finally:
             connection.close()
 
+    def status(
+        self,
+        method: str,
+        path: str,
+        body: bytes | str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> int:
+        return self.request(method, path, body, headers)[0]
+
     def post(self, body: Any, path: str = "/exec", **headers: str) -> tuple[int, dict[str, Any]]:
         sent = body if isinstance(body, bytes) else json.dumps(body).encode()
         given = {
@@ -1603,6 +1612,18 @@ def modern(
     return request(method, {**(params or {}), "_meta": envelope}, id_)
 
 
+def mcp_status(proxy: Proxy, body: Any, *words: str, **options: str) -> int:
+    return mcp(proxy, body, *words, **options)[0]
+
+
+def mcp_result(proxy: Proxy, body: Any, *words: str, **options: str) -> Any:
+    return mcp(proxy, body, *words, **options)[2]["result"]
+
+
+def mcp_error_code(proxy: Proxy, body: Any, *words: str, **options: str) -> Any:
+    return mcp(proxy, body, *words, **options)[2]["error"]["code"]
+
+
 def events_of(text: str) -> list[Any]:
     assert text.endswith("\n\n") or not text
     return [
@@ -1720,6 +1741,12 @@ class Client:
         assert status in (200, 400, 404)
 
         return got if isinstance(got, list) else [got]
+
+    def result(self, method: str, params: Any = None, *words: Any, **options: Any) -> Any:
+        return self.ask(method, params, *words, **options)[-1]["result"]
+
+    def error_code(self, method: str, params: Any = None, *words: Any, **options: Any) -> Any:
+        return self.ask(method, params, *words, **options)[-1]["error"]["code"]
 
     def open(self, method: str, params: dict[str, Any], id_: Any = 1) -> Stream:
         """The same, event by event."""
@@ -3926,7 +3953,7 @@ def test_every_caller_learns_at_once_that_tmux_does_not_answer(warm: StartServer
         assert "no answer within 5 s" in answer["error"]
 
     assert time.monotonic() - begun < 20  # seconds, of which it took eight callers 40 and more
-    assert server.request("GET", "/health")[0] == 200
+    assert server.status("GET", "/health") == 200
     os.kill(tmux, signal.SIGCONT)
     eventually(lambda: server.post({"cmd": "true"})[0] == 200, 10)
 
@@ -4562,7 +4589,7 @@ def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(
             assert status == 503, answer
             assert files in answer["error"], answer
             assert time.monotonic() - began < 5, answer
-            assert server.request("GET", "/health")[0] == 200
+            assert server.status("GET", "/health") == 200
 
         assert server.exec("echo ok")["stdout"] == "ok\n"
         # Files of up to two names are kept.
@@ -5941,7 +5968,7 @@ def test_no_command_runs_or_is_answered_while_the_audit_log_fails(
         result = call(proxy, "exec", cmd="touch ran")
         assert result["isError"]
         assert call(proxy, "send_keys", text="touch ran", keys=["Enter"])["isError"]
-        assert proxy.request("GET", "/health")[0] == 200
+        assert proxy.status("GET", "/health") == 200
         assert path.stat().st_size == size
         assert not long.future.done()
 
@@ -6386,30 +6413,29 @@ def test_an_id_comes_back_as_it_was_sent(proxy: Proxy, id_: Any) -> None:
 
 def test_modern_fields_are_in_modern_answers_only(proxy: Proxy) -> None:
     server = {"name": "pocketcoder", "version": pp.VERSION}
-    found = mcp(proxy, modern("server/discover"))[2]["result"]
+    found = mcp_result(proxy, modern("server/discover"))
     assert found["supportedVersions"] == ["2026-07-28"]
     assert found["capabilities"] == {"tools": {}}
 
-    listed = mcp(proxy, modern("tools/list"))[2]["result"]
+    listed = mcp_result(proxy, modern("tools/list"))
     for result in (found, listed):
         assert result["resultType"] == "complete"
         assert result["cacheScope"] == "private"
         assert type(result["ttlMs"]) is int
         assert result["_meta"] == {f"{NS}serverInfo": server}
 
-    called = mcp(proxy, modern("tools/call", EXEC))[2]["result"]
+    called = mcp_result(proxy, modern("tools/call", EXEC))
     assert called["resultType"] == "complete"
     assert called["_meta"] == {f"{NS}serverInfo": server}
     assert "ttlMs" not in called
 
     session = opened(proxy)
     for method, params in (("tools/list", {}), ("tools/call", EXEC), ("ping", {})):
-        result = mcp(proxy, request(method, params), Mcp_Session_Id=session)[2]["result"]
+        result = mcp_result(proxy, request(method, params), Mcp_Session_Id=session)
         assert {"resultType", "ttlMs", "cacheScope", "_meta"} & set(result) == set()
 
     assert (
-        listed["tools"]
-        == mcp(proxy, request("tools/list"), Mcp_Session_Id=session)[2]["result"]["tools"]
+        listed["tools"] == mcp_result(proxy, request("tools/list"), Mcp_Session_Id=session)["tools"]
     )
 
 
@@ -6430,8 +6456,8 @@ def test_a_client_gets_the_fields_of_its_revision(
     proxy: Proxy, version: str, missing: set[str]
 ) -> None:
     session = opened(proxy, version)
-    tools = mcp(proxy, request("tools/list"), Mcp_Session_Id=session)[2]["result"]["tools"]
-    called = mcp(proxy, request("tools/call", EXEC), Mcp_Session_Id=session)[2]["result"]
+    tools = mcp_result(proxy, request("tools/list"), Mcp_Session_Id=session)["tools"]
+    called = mcp_result(proxy, request("tools/call", EXEC), Mcp_Session_Id=session)
     fields = {"annotations", "title", "outputSchema", "structuredContent"}
     assert fields - (set(tools[0]) | set(called)) == missing
 
@@ -6444,8 +6470,8 @@ def test_an_unknown_revision_gets_our_latest_legacy_one(proxy: Proxy) -> None:
 
 def test_headers_are_read_as_http_and_mcp_require(proxy: Proxy) -> None:
     call = modern("tools/call", EXEC)
-    assert mcp(proxy, call, Mcp_Name="  exec ")[0] == 200
-    assert mcp(proxy, call, Mcp_Name="=?base64?ZXhlYw==?=")[0] == 200
+    assert mcp_status(proxy, call, Mcp_Name="  exec ") == 200
+    assert mcp_status(proxy, call, Mcp_Name="=?base64?ZXhlYw==?=") == 200
 
     connection = proxy.connect()
     body = json.dumps(call).encode()
@@ -6480,7 +6506,7 @@ def test_a_legacy_fault_in_a_session_is_an_error_inside_a_200(proxy: Proxy) -> N
         assert status == 200
         assert answer["error"]["code"] == code
 
-    assert mcp(proxy, request("ping"), Mcp_Session_Id=session)[2]["result"] == {}
+    assert mcp_result(proxy, request("ping"), Mcp_Session_Id=session) == {}
 
 
 def test_messages_without_an_answer_get_202(proxy: Proxy) -> None:
@@ -6694,7 +6720,7 @@ def test_calls_to_a_child_that_dies_fail_at_once_and_it_is_restarted(
 
     if era == server == "legacy":
         eventually(
-            lambda: mcp(proxy, request("ping"), path=client.path, **client.headers)[0] == 404
+            lambda: mcp_status(proxy, request("ping"), path=client.path, **client.headers) == 404
         )
 
     eventually(reached)
@@ -6799,7 +6825,7 @@ def test_whatever_a_server_answers_the_client_gets_an_answer(
     *_, answer = client.ask("tools/call", {"name": "notes", "arguments": {}})
     assert answer["result"]["right"] == 1
     if era == "modern":
-        assert client.ask("server/discover")[-1]["result"]["capabilities"] == {}
+        assert client.result("server/discover")["capabilities"] == {}
     started = time.monotonic()
     assert "closed its output" in client.call("close")["message"]
     assert time.monotonic() - started < 5
@@ -6819,7 +6845,7 @@ def test_the_next_request_after_a_crash_waits_for_the_new_process(
         assert "ended with 3, before it answered" in failed["message"]
 
         if era == server == "legacy":
-            status = mcp(proxy, request("ping"), path=crashing.path, **crashing.headers)[0]
+            status = mcp_status(proxy, request("ping"), path=crashing.path, **crashing.headers)
             assert status == 404
             crashing = Client(proxy, era, "x", stream)
 
@@ -6902,7 +6928,7 @@ def test_an_abandoned_session_gives_up_the_only_instance(
     proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock")
     killed = Client(proxy, "legacy", "x", stream)
     assert type(said(Client(proxy, era, "x", stream).call("pid"))) is int
-    assert mcp(proxy, request("ping"), path=killed.path, **killed.headers)[0] == 404
+    assert mcp_status(proxy, request("ping"), path=killed.path, **killed.headers) == 404
 
 
 def test_a_session_in_use_keeps_the_only_instance(
@@ -7061,7 +7087,7 @@ def test_a_server_that_cannot_start_says_why_once(own: StartServer, tmp_path: pa
     assert shown["gone"]["state"] == "failed"
     assert shown["gone"]["pid"] is None
     assert re.fullmatch("cannot start: .*No such file.*", shown["gone"]["error"])
-    assert mcp(proxy, modern("tools/list"), path="/servers/other/mcp")[0] == 404
+    assert mcp_status(proxy, modern("tools/list"), path="/servers/other/mcp") == 404
 
 
 @pytest.mark.slow
@@ -7089,7 +7115,7 @@ def test_children_end_as_a_group_and_are_never_orphaned(
     )
     clients = [Client(proxy, "legacy", name, stream) for name in ("plain", "stubborn")]
     pids = [int(text_of(client.call("pid"))) for client in clients]
-    assert mcp(proxy, b"", "DELETE", path=clients[1].path, **clients[1].headers)[0] == 204
+    assert mcp_status(proxy, b"", "DELETE", path=clients[1].path, **clients[1].headers) == 204
     wait_until_gone("sleep\x0081.5", 10)
     assert not processes_with("sleep\x0081.6")
     assert pids
@@ -7119,7 +7145,7 @@ def test_an_unused_child_ends_after_the_configured_time(
     assert [text_of(each.result()) for each in working] == ["slept 2.0 s"] * 3
     assert [int(text_of(client.call("pid"))) for client in clients] == pids
     eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), 5)
-    assert mcp(proxy, request("ping"), path=session.path, **session.headers)[0] == 404
+    assert mcp_status(proxy, request("ping"), path=session.path, **session.headers) == 404
 
     states = [each["state"] for each in proxy.servers()]
     assert states == ["idle", "idle"]
@@ -7313,7 +7339,7 @@ def test_whatever_a_child_writes_every_request_gets_one_valid_answer(
 def test_clients_of_each_era_are_served_by_servers_of_each_era(client: Client) -> None:
     modern_client = client.era == "modern"
     if modern_client:
-        found = client.ask("server/discover")[-1]["result"]
+        found = client.result("server/discover")
         assert found["supportedVersions"] == ["2026-07-28"]
         assert found["instructions"] == "Fixtures for tests"
         assert found["_meta"][NS + "serverInfo"]["name"] == "fixture-server"
@@ -7321,10 +7347,10 @@ def test_clients_of_each_era_are_served_by_servers_of_each_era(client: Client) -
         found = client.hello["result"]
         assert found["protocolVersion"] == "2025-11-25"
         assert found["serverInfo"]["name"] == "fixture-server"
-        assert client.ask("ping")[-1]["result"] == {}
+        assert client.result("ping") == {}
 
     assert found["capabilities"]["tools"] == {"listChanged": True}
-    listed = client.ask("tools/list")[-1]["result"]
+    listed = client.result("tools/list")
     assert ("ttlMs" in listed) == modern_client
     assert ("resultType" in listed) == modern_client
 
@@ -7338,9 +7364,9 @@ def test_clients_of_each_era_are_served_by_servers_of_each_era(client: Client) -
     assert text_of(result) == "This is a simple text response for testing."
     assert ("resultType" in result) == modern_client
 
-    read = client.ask(
+    read = client.result(
         "resources/read", {"uri": "test://static-text"}, Mcp_Name="test://static-text"
-    )[-1]["result"]
+    )
     assert read["contents"][0]["uri"] == "test://static-text"
 
     missing = client.ask("resources/read", {"uri": "test://none"}, Mcp_Name="test://none")[-1][
@@ -7348,11 +7374,11 @@ def test_clients_of_each_era_are_served_by_servers_of_each_era(client: Client) -
     ]
     assert missing["code"] == (-32602 if modern_client else -32002)
     assert missing["data"] == {"uri": "test://none"}
-    assert client.ask("nope")[-1]["error"]["code"] == -32601
+    assert client.error_code("nope") == -32601
 
     if modern_client:
         for method in ("ping", "logging/setLevel", "resources/subscribe", "tasks/get"):
-            assert client.ask(method)[-1]["error"]["code"] == -32601
+            assert client.error_code(method) == -32601
 
 
 def test_relayed_messages_arrive_unchanged(client: Client) -> None:
@@ -7369,7 +7395,7 @@ def test_relayed_messages_arrive_unchanged(client: Client) -> None:
     assert failed == {"code": -31999, "message": "own", "data": extra}
 
     params = {"name": "echo", "arguments": {}, "_meta": {"trace": "t-1", "progressToken": "p"}}
-    got = json.loads(text_of(client.ask("tools/call", params)[-1]["result"]))["params"]
+    got = json.loads(text_of(client.result("tools/call", params)))["params"]
     assert got["_meta"]["trace"] == "t-1"
     # The relay replaces the client's token by a number of its own.
     assert type(got["_meta"]["progressToken"]) is int
@@ -7413,7 +7439,7 @@ def test_a_server_may_ask_the_client_it_serves(client: Client) -> None:
     params = {"name": "test_input_required_result_elicitation", "arguments": {}}
     answer = {"action": "accept", "content": {"name": "Zoë"}}
     if client.era == "modern":
-        asked = client.ask("tools/call", params, id_="first")[-1]["result"]
+        asked = client.result("tools/call", params, id_="first")
         assert asked["resultType"] == "input_required"
         ((key, question),) = asked["inputRequests"].items()
         assert question["method"] == "elicitation/create"
@@ -7429,7 +7455,7 @@ def test_a_server_may_ask_the_client_it_serves(client: Client) -> None:
         assert question["params"]["message"] == "What is your name?"
 
         reply = {"jsonrpc": "2.0", "id": question["id"], "result": answer}
-        assert mcp(client.proxy, reply, path=client.path, **client.headers)[0] == 202
+        assert mcp_status(client.proxy, reply, path=client.path, **client.headers) == 202
         result = going.next()
         assert result["id"] == "first"
 
@@ -7453,7 +7479,7 @@ def test_a_server_cannot_ask_a_client_without_the_capability(
 def test_a_forged_request_state_is_refused(relay: Proxy, stream: OpenStream) -> None:
     client = Client(relay, "modern", "legacy", stream)
     params = {"name": "test_input_required_result_elicitation", "arguments": {}}
-    asked = client.ask("tools/call", params)[-1]["result"]
+    asked = client.result("tools/call", params)
     ((key, _),) = asked["inputRequests"].items()
     good = {"requestState": asked["requestState"], "inputResponses": {key: {"action": "decline"}}}
 
@@ -7461,12 +7487,9 @@ def test_a_forged_request_state_is_refused(relay: Proxy, stream: OpenStream) -> 
         {**params, **good, "requestState": "x"},
         {**params, **good, "arguments": {"a": 1}},
     ):
-        assert client.ask("tools/call", wrong)[-1]["error"]["code"] == -32602
+        assert client.error_code("tools/call", wrong) == -32602
 
-    assert (
-        client.ask("tools/call", {**params, **good}, Authorization="Bearer x")[-1]["error"]["code"]
-        == -32602
-    )
+    assert client.error_code("tools/call", {**params, **good}, Authorization="Bearer x") == -32602
 
     missing = client.ask(
         "tools/call", {**params, "requestState": asked["requestState"], "inputResponses": 3}
@@ -7475,9 +7498,9 @@ def test_a_forged_request_state_is_refused(relay: Proxy, stream: OpenStream) -> 
     assert missing["result"]["inputRequests"] == asked["inputRequests"]
 
     good["requestState"] = missing["result"]["requestState"]
-    assert "decline" in text_of(client.ask("tools/call", {**params, **good})[-1]["result"])
+    assert "decline" in text_of(client.result("tools/call", {**params, **good}))
     # This question has been answered already.
-    assert client.ask("tools/call", {**params, **good})[-1]["error"]["code"] == -32602
+    assert client.error_code("tools/call", {**params, **good}) == -32602
 
 
 def test_changes_are_reported_to_subscribers_only(client: Client) -> None:
@@ -7490,10 +7513,7 @@ def test_changes_are_reported_to_subscribers_only(client: Client) -> None:
         assert first["params"]["_meta"] == {NS + "subscriptionId": "w1"}
     else:
         events = client.make(client.proxy, client.path, None, **client.headers)
-        assert (
-            client.ask("resources/subscribe", {"uri": "test://watched-resource"})[-1]["result"]
-            == {}
-        )
+        assert client.result("resources/subscribe", {"uri": "test://watched-resource"}) == {}
 
     # By then a modern child has received the subscription.
     time.sleep(0.2)
@@ -7516,7 +7536,7 @@ def test_log_messages_reach_clients_that_ask_for_them(client: Client) -> None:
     *told, _ = client.ask("tools/call", params)
     assert told[0]["params"]["data"] == "Tool execution started"
     if client.era == "legacy":
-        assert client.ask("logging/setLevel", {"level": "error"})[-1]["result"] == {}
+        assert client.result("logging/setLevel", {"level": "error"}) == {}
         assert len(client.ask("tools/call", params)) == 1
 
 
@@ -7532,7 +7552,7 @@ def test_headers_repeat_the_arguments_that_a_schema_names(relay: Proxy, stream: 
             {**good, "Mcp_Param_Priority": "41"},
             {**good, "Mcp_Param_Region": "zurich"},
         ):
-            assert client.ask("tools/call", params, **wrong)[-1]["error"]["code"] == -32020
+            assert client.error_code("tools/call", params, **wrong) == -32020
 
 
 # ==========================================================================
@@ -7545,9 +7565,9 @@ def test_clients_with_equal_ids_and_tokens_never_meet(relay: Proxy, stream: Open
     def work(number: int, client: Client) -> None:
         params = {"name": "echo", "arguments": {"mine": number}, "_meta": {"progressToken": 1}}
         for _ in range(5):
-            assert json.loads(text_of(client.ask("tools/call", params)[-1]["result"]))[
-                "arguments"
-            ] == {"mine": number}
+            assert json.loads(text_of(client.result("tools/call", params)))["arguments"] == {
+                "mine": number
+            }
 
         steps = 1 + number % 4
         slow = {
@@ -7591,11 +7611,13 @@ def test_websockets_and_event_streams_reach_stdio_servers_too(
         path = events.next()
         assert path.startswith(f"/servers/{server}/messages?session_id=")
         # A client that reconnects may skip `initialize`.
-        assert mcp(relay, request("tools/list", id_="without initialize"), path=path)[0] == 202
+        assert mcp_status(relay, request("tools/list", id_="without initialize"), path=path) == 202
         assert len(events.next()["result"]["tools"]) > 10
-        assert mcp(relay, request("initialize", INITIALIZE), path=path)[0] == 202
+        assert mcp_status(relay, request("initialize", INITIALIZE), path=path) == 202
         assert events.next()["result"]["serverInfo"]["name"] == "fixture-server"
-        assert mcp(relay, request("ping"), path=path.replace(f"/servers/{server}", ""))[0] == 404
+        assert (
+            mcp_status(relay, request("ping"), path=path.replace(f"/servers/{server}", "")) == 404
+        )
 
         async def talk(server: str) -> None:
             url = f"ws://127.0.0.1:{relay.port}/servers/{server}/mcp/ws"
@@ -7637,7 +7659,7 @@ def test_a_legacy_session_has_its_own_child_that_ends_with_it(
     one, two = (Client(relay, "legacy", "legacy", stream) for _ in range(2))
     assert [text_of(each.call("counter")) for each in (one, one, two)] == ["1", "2", "1"]
     process = int(text_of(one.call("pid")))
-    assert mcp(relay, b"", "DELETE", path=one.path, **one.headers)[0] == 204
+    assert mcp_status(relay, b"", "DELETE", path=one.path, **one.headers) == 204
     eventually(lambda: not os.path.exists(f"/proc/{process}"))
     assert text_of(two.call("counter")) == "2"
 
@@ -7658,7 +7680,7 @@ def answered(client: Client, asked: Any, tool: dict[str, Any], roots: list[Any],
         "inputResponses": {name: {"roots": roots}},
         "requestState": asked["requestState"],
     }
-    return client.ask("tools/call", again, id_)[-1]["result"]
+    return client.result("tools/call", again, id_)
 
 
 def test_parallel_calls_of_a_modern_client_share_one_process(
@@ -7732,7 +7754,7 @@ def test_a_question_reaches_only_the_client_of_its_process(
     asked = [client.call("ask") for client in clients]
     # The other one's state is unknown here.
     stolen = {**tool, "requestState": asked[0]["requestState"], "inputResponses": {}}
-    assert clients[1].ask("tools/call", stolen)[-1]["error"]["code"] == -32602
+    assert clients[1].error_code("tools/call", stolen) == -32602
 
     for client, question in zip(clients, asked, strict=True):
         roots = [{"uri": f"file:///{client.info['name']}"}]
@@ -7761,7 +7783,7 @@ def test_a_question_outside_any_call_waits_for_the_next_call(
     assert said(client.call("ask later")) == "soon"
     time.sleep(0.3)
     # This one cannot be asked.
-    assert client.ask("tools/list")[-1]["result"]["tools"] == []
+    assert client.result("tools/list")["tools"] == []
 
     asked = client.call("roots", id_="next")
     roots = [{"uri": "file:///r"}]
@@ -7821,18 +7843,18 @@ def test_a_question_at_startup_may_be_answered_by_a_session(
 
     if asks == "start":
         noted = {"jsonrpc": "2.0", "method": "notifications/initialized"}
-        assert mcp(proxy, noted, path=path, **session)[0] == 202
+        assert mcp_status(proxy, noted, path=path, **session) == 202
         events = stream(proxy, path, None, **session)
         first = events.next()
 
     assert first["method"] == "roots/list"
     answer = {"jsonrpc": "2.0", "id": first["id"], "result": {"roots": []}}
-    assert mcp(proxy, answer, path=path, **session)[0] == 202
+    assert mcp_status(proxy, answer, path=path, **session) == 202
 
     if asks == "hello":
         assert "serverInfo" in starting.next()["result"]
     call = request("tools/call", {"name": "roots"}, id_=2)
-    assert said(mcp(proxy, call, path=path, **session)[2]["result"]) == [{"roots": []}]
+    assert said(mcp_result(proxy, call, path=path, **session)) == [{"roots": []}]
 
 
 def test_a_session_is_unknown_as_soon_as_its_process_dies(
@@ -7844,7 +7866,7 @@ def test_a_session_is_unknown_as_soon_as_its_process_dies(
         client.call("crash")
         # Each of these comes within the first milliseconds.
         answers = [
-            mcp(proxy, request("ping"), path=client.path, **client.headers)[0] for _ in range(3)
+            mcp_status(proxy, request("ping"), path=client.path, **client.headers) for _ in range(3)
         ]
         assert answers == [404] * 3
 
@@ -7968,7 +7990,7 @@ def test_a_disconnected_stream_does_not_block_its_server(
     client.tell("notifications/roots/list_changed", {})
     time.sleep(0.3)
     started = time.monotonic()
-    assert client.ask("tools/list")[-1]["result"] == {"tools": []}
+    assert client.result("tools/list") == {"tools": []}
     # It does not wait a minute for each unread message.
     assert time.monotonic() - started < 20
 
@@ -8033,18 +8055,20 @@ def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
         "params": {"requestId": 9, "reason": "user"},
     }
     # The same id in another session cancels nothing.
-    assert mcp(proxy, cancel, Mcp_Session_Id=other)[0] == 202
+    assert mcp_status(proxy, cancel, Mcp_Session_Id=other) == 202
     # The same id in another type cancels nothing.
-    assert mcp(proxy, {**cancel, "params": {"requestId": "9"}}, Mcp_Session_Id=session)[0] == 202
+    assert (
+        mcp_status(proxy, {**cancel, "params": {"requestId": "9"}}, Mcp_Session_Id=session) == 202
+    )
 
     time.sleep(0.3)
     assert processes_with("sleep\x0072.5")
-    assert mcp(proxy, cancel, Mcp_Session_Id=session)[0] == 202
+    assert mcp_status(proxy, cancel, Mcp_Session_Id=session) == 202
     wait_until_gone("sleep\x0072.5")
 
     again = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
     assert again.next()["params"]["message"] == "go"
-    assert mcp(proxy, cancel, Mcp_Session_Id=session)[0] == 202
+    assert mcp_status(proxy, cancel, Mcp_Session_Id=session) == 202
 
     # The stream ends without an answer.
     for got in iter(again.next, None):
@@ -8059,13 +8083,13 @@ def test_an_id_in_flight_cannot_be_used_twice(proxy: Proxy, agent: str, stream: 
     )
     first = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
     assert first.next()["params"]["message"] == "go"
-    assert mcp(proxy, message, Mcp_Session_Id=session)[2]["error"]["code"] == -32600
-    assert mcp(proxy, b"", "DELETE", Mcp_Session_Id=session)[0] == 204
+    assert mcp_error_code(proxy, message, Mcp_Session_Id=session) == -32600
+    assert mcp_status(proxy, b"", "DELETE", Mcp_Session_Id=session) == 204
 
     while first.next() is not None:
         pass
     wait_until_gone("sleep\x0073.5")
-    assert mcp(proxy, message, Mcp_Session_Id=session)[0] == 404
+    assert mcp_status(proxy, message, Mcp_Session_Id=session) == 404
 
 
 def test_a_session_belongs_to_the_credential_that_opened_it(
@@ -8075,25 +8099,29 @@ def test_a_session_belongs_to_the_credential_that_opened_it(
     proxy = own()
     session = opened(proxy, Authorization="Bearer mine")
     for header in ("", "Bearer yours"):
-        assert mcp(proxy, request("ping"), Mcp_Session_Id=session, Authorization=header)[0] == 404
+        assert (
+            mcp_status(proxy, request("ping"), Mcp_Session_Id=session, Authorization=header) == 404
+        )
     assert (
-        mcp(proxy, request("ping"), Mcp_Session_Id=session, Authorization="Bearer mine")[0] == 200
+        mcp_status(proxy, request("ping"), Mcp_Session_Id=session, Authorization="Bearer mine")
+        == 200
     )
     assert (
         stream(proxy, "/sse?session_id=named&token=mine").next()
         == "/messages?session_id=named&token=mine"
     )
     assert stream(proxy, "/sse?session_id=named&token=yours").status == 404
-    assert mcp(proxy, request("ping"), path="/messages?session_id=named&token=yours")[0] == 404
+    assert mcp_status(proxy, request("ping"), path="/messages?session_id=named&token=yours") == 404
     assert (
-        mcp(proxy, request("ping"), path="/messages?session_id=named", Authorization="Bearer mine")[
-            0
-        ]
+        mcp_status(
+            proxy, request("ping"), path="/messages?session_id=named", Authorization="Bearer mine"
+        )
         == 202
     )
     # A session of another transport is not found.
     assert (
-        mcp(proxy, request("ping"), Mcp_Session_Id="named", Authorization="Bearer mine")[0] == 404
+        mcp_status(proxy, request("ping"), Mcp_Session_Id="named", Authorization="Bearer mine")
+        == 404
     )
 
 
@@ -8147,14 +8175,15 @@ def test_commands_are_reported_to_the_session_they_name(
     proxy.exec("echo second", agent_name=agent, session_id=session)
     assert get.next()["params"]["data"]["cmd"] == "echo second"
     assert (
-        mcp(proxy, request("logging/setLevel", {"level": "error"}), Mcp_Session_Id=session)[0]
+        mcp_status(proxy, request("logging/setLevel", {"level": "error"}), Mcp_Session_Id=session)
         == 200
     )
     assert get.next()["params"]["data"]["event"] == "end"
 
     proxy.exec("echo third", agent_name=agent, session_id=session)
     assert (
-        mcp(proxy, request("logging/setLevel", {"level": "info"}), Mcp_Session_Id=session)[0] == 200
+        mcp_status(proxy, request("logging/setLevel", {"level": "info"}), Mcp_Session_Id=session)
+        == 200
     )
 
     proxy.exec("echo fourth", agent_name=agent, session_id=session)
@@ -8170,16 +8199,16 @@ def test_a_client_that_reconnects_gets_missed_messages_and_running_calls(
 
     arguments = {"cmd": "sleep 0.7; echo done", "agent_name": agent}
     assert (
-        mcp(
+        mcp_status(
             proxy, request("tools/call", {"name": "exec", "arguments": arguments}, id_=5), path=path
-        )[0]
+        )
         == 202
     )
 
     first.close()
     time.sleep(0.3)
     for number in range(3):
-        assert mcp(proxy, request("ping", id_=f"away{number}"), path=path)[0] == 202
+        assert mcp_status(proxy, request("ping", id_=f"away{number}"), path=path) == 202
     time.sleep(0.8)
     second = stream(proxy, f"/sse?sessionId={agent}")
     assert second.next() == path
@@ -8190,7 +8219,7 @@ def test_a_client_that_reconnects_gets_missed_messages_and_running_calls(
     third = stream(proxy, f"/sse?session_id={agent}")
     assert third.next() == path
     assert second.next() is None
-    assert mcp(proxy, request("ping", id_="last"), path=path)[0] == 202
+    assert mcp_status(proxy, request("ping", id_="last"), path=path) == 202
     assert third.next()["id"] == "last"
 
 
@@ -8203,14 +8232,16 @@ def test_a_session_of_one_stream_ends_with_it_and_so_do_its_calls(
 
     arguments = {"cmd": "sleep 74.5", "agent_name": agent}
     assert (
-        mcp(proxy, request("tools/call", {"name": "exec", "arguments": arguments}), path=path)[0]
+        mcp_status(
+            proxy, request("tools/call", {"name": "exec", "arguments": arguments}), path=path
+        )
         == 202
     )
 
     wait_until_running("sleep\x0074.5")
     opened.close()
     wait_until_gone("sleep\x0074.5")
-    assert mcp(proxy, request("ping"), path=path)[0] == 404
+    assert mcp_status(proxy, request("ping"), path=path) == 404
 
 
 def test_too_many_waiting_messages_end_the_session_and_are_logged(
@@ -8219,7 +8250,7 @@ def test_too_many_waiting_messages_end_the_session_and_are_logged(
     proxy = own()
     stream(proxy, "/sse?session_id=away").close()
     path = "/messages?session_id=away"
-    statuses = [mcp(proxy, request("ping", id_=number), path=path)[0] for number in range(102)]
+    statuses = [mcp_status(proxy, request("ping", id_=number), path=path) for number in range(102)]
     assert statuses == [202] * 101 + [404]
     assert "session end id=away why=100 messages wait" in proxy.logged()
 
@@ -8268,7 +8299,7 @@ def test_the_number_of_sessions_is_bounded() -> None:
 # Tools
 # ==========================================================================
 def test_the_tools_are_described_for_models_and_programs(proxy: Proxy) -> None:
-    tools = mcp(proxy, modern("tools/list"))[2]["result"]["tools"]
+    tools = mcp_result(proxy, modern("tools/list"))["tools"]
     assert [tool["name"] for tool in tools] == [
         "exec",
         "read_terminal",
@@ -8670,7 +8701,7 @@ def test_refusals_on_mcp_routes_are_json_rpc_errors(
     "host", ["localhost", "localhost:99", "127.0.0.1", "127.1.2.3:3001", "[::1]:3001", "LOCALHOST"]
 )
 def test_loopback_hosts_pass_the_gate(proxy: Proxy, host: str) -> None:
-    assert proxy.request("POST", "/exec", b'{"cmd": "true"}', {**JSON_TYPE, "Host": host})[0] == 200
+    assert proxy.status("POST", "/exec", b'{"cmd": "true"}', {**JSON_TYPE, "Host": host}) == 200
 
 
 def test_the_token_is_demanded_and_never_shown(own: StartServer) -> None:
@@ -8732,7 +8763,7 @@ def test_only_an_allowed_origin_may_call(own: StartServer) -> None:
         "https://ui.example:8080",
         "http://ui.example:8080.evil.example",
     ):
-        assert server.request("POST", "/exec", BODY, {**JSON_TYPE, "Origin": origin})[0] == 403
+        assert server.status("POST", "/exec", BODY, {**JSON_TYPE, "Origin": origin}) == 403
 
 
 def test_a_channel_passes_the_gate_and_needs_a_websocket(own: StartServer) -> None:
@@ -8776,20 +8807,18 @@ def test_the_token_may_be_a_parameter_where_headers_cannot_be_set(
     own: StartServer, stream: OpenStream
 ) -> None:
     proxy = own(POCKETCODER_TOKEN="s3cret+/=")
-    assert mcp(proxy, modern("tools/list"))[0] == 401
+    assert mcp_status(proxy, modern("tools/list")) == 401
     assert (
-        proxy.request(
-            "POST", "/mcp?token=s3cret%2B/=", b"{}", {"Content-Type": "application/json"}
-        )[0]
+        proxy.status("POST", "/mcp?token=s3cret%2B/=", b"{}", {"Content-Type": "application/json"})
         == 401
     )
     assert stream(proxy, "/sse").status == 401
 
     opened = stream(proxy, "/sse?token=s3cret%2B/=")
     path = opened.next()
-    assert mcp(proxy, request("ping"), path=path)[0] == 202
+    assert mcp_status(proxy, request("ping"), path=path) == 202
     assert opened.next()["result"] == {}
-    assert mcp(proxy, request("ping"), path=path.partition("&")[0])[0] == 401
+    assert mcp_status(proxy, request("ping"), path=path.partition("&")[0]) == 401
 
     with_header = stream(proxy, "/sse", None, Authorization="Bearer s3cret+/=")
     assert "token" not in with_header.next()
@@ -8839,7 +8868,7 @@ def test_without_the_token_nobody_learns_the_names_of_servers(own: StartServer) 
     )
     for headers, status in (({}, 401), ({"Origin": "http://app.example.com"}, 204)):
         for name in ("x", "none"):
-            assert proxy.request("OPTIONS", f"/servers/{name}/mcp", None, headers)[0] == status
+            assert proxy.status("OPTIONS", f"/servers/{name}/mcp", None, headers) == status
 
 
 def test_an_allowed_browser_sees_the_session_header(own: StartServer) -> None:
@@ -8867,7 +8896,7 @@ def test_health_needs_no_token_and_answers_while_commands_run(own: StartServer) 
     status, headers, body = server.request("GET", "/health")
     assert status == 200
     assert body == b"ok"
-    assert server.request("HEAD", "/health")[0] == 200
+    assert server.status("HEAD", "/health") == 200
     assert call.result()["exit_code"] == 0
     assert "Access-Control-Allow-Origin".lower() not in headers
 
@@ -8888,9 +8917,9 @@ def test_an_mcp_path_may_end_with_a_slash(relay: Proxy, stream: OpenStream, serv
     events = stream(relay, f"{server}/sse/")
     assert events.status == 200
     path = events.next().replace("/messages?", "/messages/?")
-    assert mcp(relay, request("initialize", INITIALIZE), path=path)[0] == 202
+    assert mcp_status(relay, request("initialize", INITIALIZE), path=path) == 202
     assert "serverInfo" in events.next()["result"]
-    assert relay.request("GET", "/servers/")[0] == 200
+    assert relay.status("GET", "/servers/") == 200
 
     async def connect() -> None:
         url = f"ws://127.0.0.1:{relay.port}{server}/mcp/ws/"
@@ -9009,7 +9038,7 @@ def test_garbage_ends_only_its_connection(proxy: Proxy, garbage: bytes) -> None:
         raw.shutdown(socket.SHUT_WR)
         while raw.recv(4096):
             pass
-    assert proxy.request("GET", "/health")[0] == 200
+    assert proxy.status("GET", "/health") == 200
 
 
 def test_a_stream_sends_output_as_it_is_written_and_then_the_result(
@@ -9226,22 +9255,22 @@ def test_streamable_http_requires_both_types_and_checks_methods(proxy: Proxy) ->
         ("*/*", 200),
         ("", 200),
     ):
-        assert mcp(proxy, modern("tools/list"), Accept=accept)[0] == status
+        assert mcp_status(proxy, modern("tools/list"), Accept=accept) == status
 
     both = "text/event-stream;q=0.9,application/*"
-    assert mcp(proxy, modern("tools/list"), Accept=both)[0] == 200
-    assert mcp(proxy, modern("tools/list"), Content_Type="text/plain")[0] == 415
-    assert mcp(proxy, b"", "GET")[0] == 405
-    assert mcp(proxy, b"", "DELETE")[0] == 405
-    assert mcp(proxy, b"", "GET", Mcp_Session_Id="gone")[0] == 404
-    assert mcp(proxy, b"", "DELETE", Mcp_Session_Id="gone")[0] == 404
-    assert mcp(proxy, b"", "PUT")[0] == 405
+    assert mcp_status(proxy, modern("tools/list"), Accept=both) == 200
+    assert mcp_status(proxy, modern("tools/list"), Content_Type="text/plain") == 415
+    assert mcp_status(proxy, b"", "GET") == 405
+    assert mcp_status(proxy, b"", "DELETE") == 405
+    assert mcp_status(proxy, b"", "GET", Mcp_Session_Id="gone") == 404
+    assert mcp_status(proxy, b"", "DELETE", Mcp_Session_Id="gone") == 404
+    assert mcp_status(proxy, b"", "PUT") == 405
     # This tells clients that try POST first to use GET.
-    assert mcp(proxy, request("ping"), path="/sse")[0] == 405
-    assert mcp(proxy, b"", "GET", path="/messages")[0] == 405
-    assert mcp(proxy, b"x" * (16 * 1024 * 1024 + 1))[0] == 413
-    assert mcp(proxy, modern("tools/list"), Origin="http://127.0.0.1.evil.com")[0] == 403
-    assert mcp(proxy, modern("tools/list"), Host="evil.example.com")[0] == 403
+    assert mcp_status(proxy, request("ping"), path="/sse") == 405
+    assert mcp_status(proxy, b"", "GET", path="/messages") == 405
+    assert mcp_status(proxy, b"x" * (16 * 1024 * 1024 + 1)) == 413
+    assert mcp_status(proxy, modern("tools/list"), Origin="http://127.0.0.1.evil.com") == 403
+    assert mcp_status(proxy, modern("tools/list"), Host="evil.example.com") == 403
 
 
 class AnyError(dict[str, Any]):
@@ -9259,7 +9288,7 @@ def test_a_client_of_either_era_is_served_on_an_event_stream(
     path = events.next()
 
     def ask(message: dict[str, Any]) -> Any:
-        assert mcp(proxy, message, path=path, MCP_Protocol_Version="", Mcp_Method="")[0] == 202
+        assert mcp_status(proxy, message, path=path, MCP_Protocol_Version="", Mcp_Method="") == 202
         return events.next()
 
     assert (
@@ -9274,25 +9303,25 @@ def test_a_client_of_either_era_is_served_on_an_event_stream(
     assert ask(modern("tools/list", version="2099-01-01"))["error"]["code"] == -32022
     assert ask(request("nope", id_=0)) == {"jsonrpc": "2.0", "id": 0, "error": ANY_ERROR}
     assert ask(request("server/discover"))["error"]["code"] == -32602
-    assert mcp(proxy, b"{", path=path)[0] == 400
-    assert mcp(proxy, b'{"jsonrpc":"2.0","id":null,"method":"ping"}', path=path)[0] == 400
-    assert mcp(proxy, request("ping"), path="/messages?session_id=gone")[0] == 404
-    assert mcp(proxy, request("ping"), path="/messages")[0] == 404
+    assert mcp_status(proxy, b"{", path=path) == 400
+    assert mcp_status(proxy, b'{"jsonrpc":"2.0","id":null,"method":"ping"}', path=path) == 400
+    assert mcp_status(proxy, request("ping"), path="/messages?session_id=gone") == 404
+    assert mcp_status(proxy, request("ping"), path="/messages") == 404
     assert stream(proxy, "/sse?session_id=a%20b").status == 400
 
     arguments = {"cmd": "sleep 75.5", "agent_name": agent}
     assert (
-        mcp(
+        mcp_status(
             proxy,
             modern("tools/call", {"name": "exec", "arguments": arguments}, id_="c"),
             path=path,
-        )[0]
+        )
         == 202
     )
 
     wait_until_running("sleep\x0075.5")
     cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "c"}}
-    assert mcp(proxy, cancel, path=path)[0] == 202
+    assert mcp_status(proxy, cancel, path=path) == 202
     wait_until_gone("sleep\x0075.5")
     # The cancelled request gets no answer.
     assert ask(request("ping", id_="after"))["id"] == "after"
@@ -9326,7 +9355,7 @@ def test_a_websocket_session_lasts_as_long_as_its_socket(proxy: Proxy, agent: st
         await asyncio.to_thread(wait_until_gone, "sleep\x0076.5")
 
     asyncio.run(talk())
-    assert proxy.request("GET", "/mcp/ws")[0] == 400
+    assert proxy.status("GET", "/mcp/ws") == 400
     head = {
         "Upgrade": "websocket",
         "Connection": "Upgrade",
@@ -9334,8 +9363,7 @@ def test_a_websocket_session_lasts_as_long_as_its_socket(proxy: Proxy, agent: st
         "Sec-WebSocket-Key": pp.WS_KEY,
     }
     assert (
-        proxy.request("GET", "/mcp/ws", headers={**head, "Origin": "http://evil.example.com"})[0]
-        == 403
+        proxy.status("GET", "/mcp/ws", headers={**head, "Origin": "http://evil.example.com"}) == 403
     )
 
 
@@ -9460,7 +9488,7 @@ def test_half_open_and_slow_clients_block_no_other(own: StartServer) -> None:
     for byte in head + b"Content-Length: %d\r\n\r\n" % len(body) + body:
         slow.sendall(bytes([byte]))
     assert slow.recv(100).startswith(b"HTTP/1.1 200 OK")
-    assert mcp(proxy, modern("tools/list"))[0] == 200
+    assert mcp_status(proxy, modern("tools/list")) == 200
 
     for each in (*stuck, slow):
         each.close()
@@ -9532,7 +9560,7 @@ def test_a_server_without_descriptors_pauses_and_recovers(warm: StartServer) -> 
             eventually(lambda: proxy.logged().count("accept failed") == 2)
             assert len(proxy.logged()) < 2000
 
-        assert proxy.request("GET", "/health")[0] == 200
+        assert proxy.status("GET", "/health") == 200
 
 
 def test_an_error_before_the_body_is_read_closes_the_connection(proxy: Proxy) -> None:
@@ -9679,7 +9707,7 @@ def test_every_http_request_gets_an_answer_in_its_shape(proxy: Proxy) -> None:
             assert isinstance(told["error"], str), (sent, got)
             assert told["exit_code"] in (2, 125), (sent, got)
 
-    assert proxy.request("GET", "/health")[0] == 200
+    assert proxy.status("GET", "/health") == 200
     assert "Traceback" not in proxy.logged(), proxy.logged()[-3000:]
 
 
@@ -9873,12 +9901,12 @@ def test_a_typical_config_file_is_read(
     listed = proxy.request("GET", "/servers", None, headers)[2].decode()
     assert [each["name"] for each in json.loads(listed)] == ["both", "two"]
     assert "s3cret" not in listed
-    assert proxy.request("GET", "/servers")[0] == 401
+    assert proxy.status("GET", "/servers") == 401
 
     call = modern("tools/call", {"name": "env", "arguments": {"name": "SECRET"}})
-    assert text_of(mcp(proxy, call, path="/servers/both/mcp", **headers)[2]["result"]) == "s3cret"
+    assert text_of(mcp_result(proxy, call, path="/servers/both/mcp", **headers)) == "s3cret"
     call["params"]["arguments"] = {"name": "POCKETCODER_TOKEN"}
-    assert text_of(mcp(proxy, call, path="/servers/both/mcp", **headers)[2]["result"]) == ""
+    assert text_of(mcp_result(proxy, call, path="/servers/both/mcp", **headers)) == ""
 
     (shown,) = [
         each
@@ -10031,17 +10059,17 @@ def test_both_common_layouts_of_a_config_file_are_read(
 
     def variable(name: str) -> str:
         params = {"name": "env", "arguments": {"name": name}}
-        return text_of(client.ask("tools/call", params)[-1]["result"])
+        return text_of(client.result("tools/call", params))
 
     assert {name: variable(name) for name in expected} == expected
 
     events = stream(proxy, "/servers/%40scope%2Fx/sse")
     path = events.next()
     assert path.startswith("/servers/%40scope%2Fx/messages?session_id=")
-    assert mcp(proxy, request("initialize", INITIALIZE), path=path)[0] == 202
+    assert mcp_status(proxy, request("initialize", INITIALIZE), path=path) == 202
     assert events.next()["result"]["serverInfo"]["name"] == "fixture-server"
     assert type(text_of(Client(proxy, "legacy", "%40scope%2Fx", stream).call("pid"))) is str
-    assert mcp(proxy, modern("tools/list"), path="/servers/My%20Server/mcp")[0] == 200
+    assert mcp_status(proxy, modern("tools/list"), path="/servers/My%20Server/mcp") == 200
 
 
 # ==========================================================================
@@ -10071,7 +10099,7 @@ def test_the_server_says_where_it_listens_and_how_to_watch(own: StartServer) -> 
 
 def test_a_server_makes_no_session_before_it_is_needed(own: StartServer) -> None:
     server = own()
-    assert server.request("GET", "/health")[0] == 200
+    assert server.status("GET", "/health") == 200
     assert call(server, "list_terminals")["structuredContent"] == {"terminals": []}
     assert call(server, "read_terminal")["isError"]
     assert not os.path.exists(server.socket)
@@ -10198,7 +10226,7 @@ def test_a_stopping_server_answers_mcp_calls_and_ends_their_streams(
     events = stream(proxy, "/sse")
     path = events.next()
     params = {"name": "exec", "arguments": {"cmd": "sleep 0.6; echo done"}}
-    assert mcp(proxy, request("tools/call", params), path=path)[0] == 202
+    assert mcp_status(proxy, request("tools/call", params), path=path) == 202
 
     wait_until_running("sleep\x000.6")
     started = time.monotonic()
@@ -10291,7 +10319,7 @@ def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(warm: StartServe
     assert status == 503
     assert answer["exit_code"] == 125
     assert "tmux" in answer["error"]
-    assert server.request("GET", "/health")[0] == 200
+    assert server.status("GET", "/health") == 200
 
     os.unlink(f"{server.folder}/tmux")
     assert server.exec("echo back")["stdout"] == "back\n"
@@ -10358,7 +10386,7 @@ def test_an_entrypoint_may_start_the_server_first_and_its_session_later(
     image: str, own: StartServer
 ) -> None:
     server = own(folder=image)
-    assert server.request("GET", "/health")[0] == 200
+    assert server.status("GET", "/health") == 200
     # It does nothing, so there is nothing to wait for.
     time.sleep(0.3)
     assert not has_session(server)
@@ -10386,7 +10414,7 @@ def test_a_directory_open_to_all_gets_the_sticky_bit_and_is_logged(
 
 def test_a_server_creates_its_session_with_the_first_command(image: str, own: StartServer) -> None:
     server = own(folder=image)
-    assert server.request("GET", "/health")[0] == 200
+    assert server.status("GET", "/health") == 200
     # It does nothing, so there is nothing to wait for.
     time.sleep(0.3)
     assert not has_session(server)
@@ -11859,7 +11887,7 @@ class Soak:
         message = request(
             "tools/call", {"name": "exec", "arguments": order.fields}, order.fields["usage_id"]
         )
-        assert mcp(self.server, message, path=path)[0] == 202
+        assert mcp_status(self.server, message, path=path) == 202
 
         with contextlib.closing(Stream(self.server, name) if worker % 2 else first) as stream:
             got = stream.next()
@@ -11886,9 +11914,9 @@ class Soak:
                 ("list_terminals", {}),
                 ("read_terminal", {"agent_name": agent, "lines": 50}),
             ):
-                got = mcp(
+                got = mcp_result(
                     self.server, modern("tools/call", {"name": name, "arguments": arguments})
-                )[2]["result"]
+                )
                 assert not got["isError"], got
 
             assert stream.next() == {"stdout": f"{tag} word {tag}\n"}
@@ -11923,7 +11951,7 @@ class Soak:
             ), got
 
         if era == "legacy":
-            assert mcp(self.server, b"", "DELETE", path=client.path, **client.headers)[0] == 204
+            assert mcp_status(self.server, b"", "DELETE", path=client.path, **client.headers) == 204
         return Answer(order.out, order.err, {"exit_code": order.code, "ended": order.ended})
 
     # Each way to run a command, and how often it is taken.
