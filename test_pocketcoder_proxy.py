@@ -44,8 +44,8 @@ from typing import Any
 # FIXTURE_PAGE   entries in each page of a list; 0: all in one
 # FIXTURE_KEY    the secret that signs requestState
 #
-# Each tool is written once.  `ServedCall.ask()` asks the client and waits (legacy), or ends the call
-# with `input_required` and finds the answers in the retry (modern).
+# Each tool is written once.  `ServedCall.ask()` asks the client and waits (legacy), or ends the
+# call with `input_required` and finds the answers in the retry (modern).
 #
 # The section stands above the other imports and uses nothing below it: a server has to start fast.
 # ==========================================================================
@@ -238,7 +238,10 @@ STRING = {"type": "string"}
 INTEGER = {"type": "integer"}
 BOOLEAN = {"type": "boolean"}
 NUMBER = {"type": "number"}
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQ"
+    "AAAABJRU5ErkJggg=="
+)
 WAV = b"RIFF&\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0@\x1f\0\0\x80>\0\0\2\0\x10\0data\2\0\0\0\0\0"
 IMAGE: JsonObject = {"type": "image", "data": PNG, "mimeType": "image/png"}
 
@@ -1110,17 +1113,17 @@ class Proxy:
             self.workspace,
             *words,
         ]
-        self.open_log()
+        self.log_to(f"{self.folder}/log")
         self.start()
 
-    def open_log(self) -> None:
+    def log_to(self, file: str | int) -> None:
         # `close_files` closes it.
-        self.log = open(f"{self.folder}/log", "a+")  # noqa: SIM115
+        self.log = open(file, "a")  # noqa: SIM115
 
     def start(self) -> None:
         """Start the server; again, after `stop`."""
         if self.log.closed:
-            self.open_log()
+            self.log_to(f"{self.folder}/log")
         self.process = subprocess.Popen(
             self.words,
             stdout=subprocess.PIPE,
@@ -1461,7 +1464,7 @@ NAMES = ["pocketcoder", "pocketcoder-shell", "sh", "bash"]
 
 @pytest.fixture(scope="module")
 def names() -> Iterator[str]:
-    """A folder with links to the module, under the names that make it a shell, and the Python of these tests."""
+    """A folder with links to the module, under the names of shells, and to our Python."""
     folder = tempfile.mkdtemp(prefix="pc")
     for name in NAMES:
         os.symlink(MODULE, f"{folder}/{name}")
@@ -1634,7 +1637,10 @@ def events_of(text: str) -> list[Any]:
 def mcp(
     proxy: Proxy, body: Any, method: str = "POST", path: str = "/mcp", **headers: str
 ) -> tuple[int, dict[str, str], Any]:
-    """A message to `/mcp` with the headers that its era wants; the status, headers, and JSON or events."""
+    """Send a message to `/mcp` with the headers that its era wants.
+
+    Returns the status, the headers, and JSON or events.
+    """
     given = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
     if isinstance(body, dict) and NS + "protocolVersion" in (body.get("params") or {}).get(
         "_meta", {}
@@ -1829,7 +1835,7 @@ def program_of(function: Callable[[], None]) -> str:
 
 
 def peculiar_server() -> None:
-    """A stdio MCP server whose words say what is peculiar about it.
+    """A stdio MCP server; its arguments say what is peculiar about it.
 
     era=legacy|modern|both  what it speaks
     lock=FILE    only one may run at a time
@@ -2059,12 +2065,13 @@ def frame(text: str) -> bytes:
 
 
 def shaken(proxy: Proxy, path: str, after: bytes = b"") -> socket.socket:
-    """A WebSocket whose handshake and first frames come in one piece."""
+    """A WebSocket that sends its handshake and first frames in one piece."""
     peer = proxy.raw_connection()
     head = (
         f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     )
-    head += f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {pp.WS_KEY}\r\nSec-WebSocket-Protocol: mcp\r\n\r\n"
+    head += f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {pp.WS_KEY}\r\n"
+    head += "Sec-WebSocket-Protocol: mcp\r\n\r\n"
     peer.sendall(head.encode() + after)
     return peer
 
@@ -2458,7 +2465,8 @@ def test_an_interactive_shell_is_refused(
     assert process.returncode == 1
     assert out == b""
     assert err.decode() == (
-        "pocketcoder: [Firewall Blocked] Interactive or raw shell invocation is restricted for security. "
+        "pocketcoder: [Firewall Blocked] "
+        "Interactive or raw shell invocation is restricted for security. "
         "Always execute commands via 'bash -c \"command\"'.\n"
     )
 
@@ -2512,7 +2520,10 @@ def test_both_parsers_agree_and_importers_can_run_commands(engine: Caller) -> No
     assert done.returncode == 6, done.stderr
     assert done.stdout == b"zero one\n", done.stderr
 
-    code = "import sys, pocketcoder_proxy as p; sys.argv[1:] = ['shell', 'echo', 'a b']; sys.exit(p.main())"
+    code = (
+        "import sys, pocketcoder_proxy as p; "
+        "sys.argv[1:] = ['shell', 'echo', 'a b']; sys.exit(p.main())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=importer, cwd=engine.cwd, capture_output=True
     )
@@ -2574,7 +2585,10 @@ def test_the_shell_runs_without_tornado_and_the_server_asks_for_it(engine: Calle
     assert b"tornado" in done.stderr
     assert b"Traceback" not in done.stderr
 
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import pocketcoder_proxy as p; print(p.default_agent_name())"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); "
+        "import pocketcoder_proxy as p; print(p.default_agent_name())"
+    )
     done = subprocess.run(
         [sys.executable, "-S", "-c", code, str(MODULE.parent)], capture_output=True
     )
@@ -4116,7 +4130,8 @@ def test_background_processes_live_on_and_their_output_is_discarded(
     proxy: Proxy, agent: str
 ) -> None:
     gate = f"{proxy.folder}/{agent}"
-    cmd = f"(until [ -e {gate} ]; do echo noise; sleep 0.02; done; echo last > {gate}.out) & echo started"
+    noise = f"until [ -e {gate} ]; do echo noise; sleep 0.02; done; echo last > {gate}.out"
+    cmd = f"({noise}) & echo started"
     answer = proxy.exec(cmd, agent_name=agent)
     assert answer["stdout"].replace("noise\n", "") == "started\n"
     assert answer["duration_ms"] < 2000
@@ -4315,7 +4330,8 @@ def test_a_command_whose_server_is_killed_leaves_its_background_processes_alone(
     server = own()
     count = f"{server.folder}/count"
     gate = f"{server.folder}/gate"
-    loop = f"(while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done) & echo $! > {gate}; sleep 1"
+    flood = f"while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done"
+    loop = f"({flood}) & echo $! > {gate}; sleep 1"
     connection = server.connect()
     connection.request("POST", "/exec", json.dumps({"cmd": loop}), JSON_TYPE)
     eventually(lambda: os.path.exists(gate) and pathlib.Path(gate).read_text())
@@ -4450,7 +4466,7 @@ WORKER = 65534  # nobody
 
 @pytest.fixture
 def workers() -> Iterator[Proxy]:
-    """A server of root, with the terminals of another user.  The test ends where we are not root."""
+    """A server of root, with the terminals of another user; skips where we are not root."""
     if os.geteuid():
         pytest.skip("only root can hand files over")
     folder = tempfile.mkdtemp(prefix="pc")
@@ -5471,7 +5487,8 @@ def test_a_command_may_kill_its_own_shell_but_not_the_pane(proxy: Proxy, agent: 
 
 
 def test_variables_say_what_runs_and_keep_programs_from_waiting(proxy: Proxy, agent: str) -> None:
-    names = "POCKETCODER_AGENT POCKETCODER_SESSION_ID POCKETCODER_USAGE_ID PAGER GIT_PAGER MANPAGER GIT_TERMINAL_PROMPT"
+    names = "POCKETCODER_AGENT POCKETCODER_SESSION_ID POCKETCODER_USAGE_ID "
+    names += "PAGER GIT_PAGER MANPAGER GIT_TERMINAL_PROMPT"
     show = f"for n in {names} DEBIAN_FRONTEND; do echo ${{!n}}; done; echo $POCKETCODER_RUN_ID"
     answer = proxy.exec(show, agent_name=agent, session_id="s 'x'", usage_id='u"$y')
     expected = [
@@ -7060,7 +7077,9 @@ def test_a_dead_child_is_removed_even_if_its_stderr_stays_open(
     own: StartServer, fixtures: pathlib.Path, stream: OpenStream
 ) -> None:
     left = "setsid sleep 5.25 >/dev/null & while read -r line; do"
-    left += """ echo '{"jsonrpc": "2.0", "id": 1, "result": {"protocolVersion": "2025-11-25", "capabilities": {}}}'; """
+    result = {"protocolVersion": "2025-11-25", "capabilities": {}}
+    hello = json.dumps({"jsonrpc": "2.0", "id": 1, "result": result})
+    left += f" echo '{hello}'; "
     left += "exec >&-; sleep 0.3; exit 3; done"
     proxy = own(f"--mcp-server=x=sh -c {shlex.quote(left)}")
     mcp(proxy, request("initialize", INITIALIZE), path="/servers/x/mcp")
@@ -7887,7 +7906,7 @@ def test_a_new_client_gets_the_place_of_an_idle_one(
     assert [count(number) for number in range(16)] == [1] * 16
     if not busy:
         assert count(16) == 1
-        # The one that nobody used longest has made room.
+        # The longest unused one has made room.
         assert count(1) == 2
         assert count(0) == 1
         return
@@ -8270,13 +8289,10 @@ def test_named_sessions_and_idle_ones_expire(own: StartServer, stream: OpenStrea
         await asyncio.sleep(0.3)
         return [*state.sessions]
 
-    before = pp.KEEP_ALIVE
-    # Idle sessions are looked for this often.
-    pp.KEEP_ALIVE = 0.05
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        # Idle sessions are looked for this often.
+        patch.setattr(pp, "KEEP_ALIVE", 0.05)
         assert asyncio.run(expiring()) == []
-    finally:
-        pp.KEEP_ALIVE = before
 
 
 def test_the_number_of_sessions_is_bounded() -> None:
@@ -8551,7 +8567,8 @@ def test_terminal_content_is_not_mistaken_for_a_reply_of_tmux(proxy: Proxy, agen
 def test_progress_shows_the_newest_line_and_only_grows(proxy: Proxy, agent: str) -> None:
     session = opened(proxy)
     slow = {
-        "cmd": "sleep 1.1; echo one; sleep 1.2; for i in $(seq 60); do echo line $i; sleep 0.01; done",
+        "cmd": "sleep 1.1; echo one; sleep 1.2; "
+        "for i in $(seq 60); do echo line $i; sleep 0.01; done",
         "agent_name": agent,
     }
     params = {"name": "exec", "arguments": slow, "_meta": {"progressToken": 0}}
@@ -9392,7 +9409,8 @@ def test_clients_that_leave_at_once_leave_nothing_behind(warm: StartServer) -> N
         ).close()
         half = socket.create_connection(("127.0.0.1", proxy.port))
         half.sendall(
-            b"POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+            b"POST /exec HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
         )
         half.close()
         half = socket.create_connection(("127.0.0.1", proxy.port))
@@ -9514,8 +9532,11 @@ def test_idle_connections_are_dropped_for_active_ones(own: StartServer, agent: s
 def test_an_unread_answer_is_dropped_after_a_while(own: StartServer) -> None:
     proxy = own()
     proxy.stop()
-    hasty = "import sys, pocketcoder_proxy as module; module.SLOW_READER_TIMEOUT = 1; sys.exit(module.main())"
-    proxy.words = [sys.executable, "-c", hasty, *proxy.words[2:]]
+    hasty = (
+        "import sys, pocketcoder_proxy as module; "
+        "module.SLOW_READER_TIMEOUT = 1; sys.exit(module.main())"
+    )
+    proxy.words[:2] = [sys.executable, "-c", hasty]
     proxy.env["PYTHONPATH"] = str(MODULE.parent)
     proxy.start()
     proxy.exec("true")
@@ -10083,8 +10104,7 @@ def lines(*commands: str) -> str:
 def test_a_log_that_cannot_be_written_stops_no_command(own: StartServer) -> None:
     server = own()
     server.stop()
-    # `stop` closes it.
-    server.log = open("/dev/full", "a")  # noqa: SIM115
+    server.log_to("/dev/full")
     server.start()
     assert server.exec("echo ok")["stdout"] == "ok\n"
     assert server.stop() == 0
@@ -10191,8 +10211,15 @@ def test_a_token_guards_other_interfaces_and_no_command_finds_it(
 ) -> None:
     server = own("--host", "0.0.0.0", POCKETCODER_TOKEN="g3heim", POCKETCODER_TOKEN_2="kept")
     pid = server.process.pid
-    search = f"exec 2>/dev/null; tr '\\0' '\\n' </proc/{pid}/environ | grep TOKEN; grep -l g[3]heim /proc/*/environ"
-    search += f"; tmux -S {server.socket} show-environment -g | grep g[3]; grep -r g[3]heim {server.folder}"
+    search = "; ".join(
+        [
+            "exec 2>/dev/null",
+            f"tr '\\0' '\\n' </proc/{pid}/environ | grep TOKEN",
+            "grep -l g[3]heim /proc/*/environ",
+            f"tmux -S {server.socket} show-environment -g | grep g[3]",
+            f"grep -r g[3]heim {server.folder}",
+        ]
+    )
     assert server.exec(search)["stdout"] == "POCKETCODER_TOKEN_2=kept\n"
 
 
@@ -10292,7 +10319,7 @@ def test_an_unread_log_blocks_nothing(own: StartServer) -> None:
     server.stop()
     unread, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 8192)
-    server.log = os.fdopen(write, "w")
+    server.log_to(write)
     server.start()
     for number in range(60):
         assert server.exec(f"exit {number}")["exit_code"] == number
@@ -10444,7 +10471,7 @@ FILES = {
     ".hidden": "",
     "sub/e.txt": "",
 }
-# Variables whose values are the sandbox's: those of the terminal, of the shell in it, and our own.
+# The sandbox has its own values of these: variables of the terminal, of its shell, and ours.
 OWN = "_|SHELL|SHLVL|OLDPWD|TERM|TERM_PROGRAM|TERM_PROGRAM_VERSION|POCKETCODER_[A-Z_]*"
 SAYING = [
     pytest.param("echo out; echo err >&2; echo out; echo err >&2", id="out-and-err-in-turn"),
@@ -10996,7 +11023,7 @@ class Ended(NamedTuple):
 
 
 class Doors:
-    """Plain bash, and every way to run a command through a server, as functions of the same kind."""
+    """Plain bash, and every way to run a command through a server, as like functions."""
 
     def __init__(self, proxy: Proxy, folder: pathlib.Path) -> None:
         self.proxy = proxy
@@ -11276,7 +11303,8 @@ def test_bench_a_small_command(own: StartServer) -> None:
     floor, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
     p95 = sorted(pair[1] for pair in pairs)[950] * 1000
     print(
-        f"\nPOST /exec true: {ours:.2f} ms, bash -c true: {floor:.2f} ms, ratio {ours / floor:.2f} (bound 2.5)"
+        f"\nPOST /exec true: {ours:.2f} ms, bash -c true: {floor:.2f} ms, "
+        f"ratio {ours / floor:.2f} (bound 2.5)"
     )
     print(f"p95 {p95:.2f} ms, {p95 / ours:.2f} x its median (bound 3)")
     call.close()
@@ -11305,7 +11333,8 @@ def test_bench_the_audit_log(own: StartServer, tmp_path: pathlib.Path) -> None:
         time.sleep(pause)
     cost = 2 * statistics.median(lines) * 1000
     print(
-        f"\nPOST /exec true: {plain:.2f} ms, audited {ours:.2f} ms, ratio {ours / plain:.3f} (bound 1.05)"
+        f"\nPOST /exec true: {plain:.2f} ms, audited {ours:.2f} ms, "
+        f"ratio {ours / plain:.3f} (bound 1.05)"
     )
     print(
         f"two lines, at 2,000 a second: {cost:.3f} ms, {cost / plain:.1%} of a command (bound 5 %)"
@@ -11472,7 +11501,8 @@ def test_bench_twenty_agents_at_once(own: StartServer) -> None:
 
         ratios.append(ours / floor)
         print(
-            f"\n20 agents: {ours:.0f}/s, 4 threads of bash -c: {floor:.0f}/s, ratio {ours / floor:.2f} (bound 0.33)"
+            f"\n20 agents: {ours:.0f}/s, 4 threads of bash -c: {floor:.0f}/s, "
+            f"ratio {ours / floor:.2f} (bound 0.33)"
         )
 
     print(f"median ratio {statistics.median(ratios):.2f}")
@@ -11492,7 +11522,8 @@ def test_bench_a_hundred_megabytes(warm: StartServer) -> None:
     pairs = [(local(f"{cmd} | cat >/dev/null"), timed(lambda: server.exec(cmd))) for _ in range(7)]
     floor, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
     print(
-        f"100 MB from /dev/zero itself: {ours:.0f} ms, into cat: {floor:.0f} ms, ratio {ours / floor:.2f}"
+        f"100 MB from /dev/zero itself: {ours:.0f} ms, into cat: {floor:.0f} ms, "
+        f"ratio {ours / floor:.2f}"
     )
     print(f"peak {server.peak() / 1e6:.0f} MB, idle {idle / 1e6:.0f} MB (bound idle + 84 MB)")
 
@@ -11577,7 +11608,8 @@ def test_bench_a_gigabyte_through_the_shell(engine: Caller) -> None:
     ):
         seconds, most = peak_memory(engine.words("-c", command), engine, source, sink)
         print(
-            f"\n1 GB {way}: {1000 / seconds:.0f} MB/s (bound 150), the shell's memory {most / 1024:.0f} MiB",
+            f"\n1 GB {way}: {1000 / seconds:.0f} MB/s (bound 150), "
+            f"the shell's memory {most / 1024:.0f} MiB",
             end="",
         )
 
@@ -11595,7 +11627,8 @@ def test_bench_twenty_thousand_mixed_commands(own: StartServer) -> None:
         for number in range(first, first + count):
             code = number % 256
             size = sizes[number * 7 % len(sizes)]
-            cmd = f"printf %s {number}; head -c {size} /dev/zero | tr '\\0' {number % 10}; exit {code}"
+            fill = f"head -c {size} /dev/zero | tr '\\0' {number % 10}"
+            cmd = f"printf %s {number}; {fill}; exit {code}"
             answer = calls[worker](cmd, agent_name=f"m{number % 5}")
             expected = f"{number}{str(number % 10) * size}"
             wrong += (answer.get("stdout"), answer["exit_code"]) != (expected, code)
@@ -11620,7 +11653,8 @@ def test_bench_twenty_thousand_mixed_commands(own: StartServer) -> None:
     grown = (server.memory() - before) / 2**20
     more = server.descriptors() - files
     print(
-        f"after the first 2,000: {grown:+.1f} MiB (bound 5), {more:+d} descriptors, {18000 / taken:.0f} commands/s"
+        f"after the first 2,000: {grown:+.1f} MiB (bound 5), {more:+d} descriptors, "
+        f"{18000 / taken:.0f} commands/s"
     )
     for call in calls:
         call.close()
@@ -11648,7 +11682,7 @@ class Bearer(http.client.HTTPConnection):
 
 
 class Guarded(Proxy):
-    """A server whose clients all give its token."""
+    """A server with a token, which all its clients send."""
 
     def connect(self) -> http.client.HTTPConnection:
         return Bearer("127.0.0.1", self.port, timeout=60)
@@ -11878,7 +11912,7 @@ class Soak:
         return asyncio.run(talk())
 
     def events(self, worker: int, order: Order) -> Answer:
-        """The answer comes to who was away meanwhile."""
+        """A session that was away meanwhile gets the answer."""
         name = f"/sse?session_id=w{worker}"
         first = Stream(self.server, name)
         path = first.next()
@@ -11970,7 +12004,7 @@ class Soak:
     # ---- load ----
 
     def hit(self, begin: float, agent: str, *kinds: str, grace: float = 2.0) -> bool:
-        """Whether one of these could have hit who began then."""
+        """Whether one of these faults could have hit a call that started then."""
         hits = (
             fault
             for fault in list(self.faults)
@@ -12054,7 +12088,8 @@ class Soak:
             assert facts["run_id"] not in self.runs, "a run_id twice"
             self.runs[facts["run_id"]] = facts["exit_code"]
         due = (order.out + order.err, "") if combined else (order.out, order.err)
-        said = f"{facts}, {[text[:60] for text in got]}, {[len(text) for text in got]} of {[len(t) for t in due]}"
+        lengths = f"{[len(text) for text in got]} of {[len(text) for text in due]}"
+        said = f"{facts}, {[text[:60] for text in got]}, {lengths}"
 
         if ended in ("lost", "cancelled") and ended != order.ended:
             kinds = RESTARTS[:1] if ended == "cancelled" else (*PANE_DIES, *TMUX_DIES)
@@ -12187,10 +12222,11 @@ def left_over(server: Proxy, fixtures: pathlib.Path) -> list[str]:
 
 
 def unaudited(audit: pathlib.Path, runs: dict[str, int]) -> list[str]:
-    """Runs that were answered, and whose two lines the audit log does not have, or with another exit code."""
+    """Answered runs without their two lines in the audit log, or with another exit code."""
     found: dict[str, list[dict[str, Any]]] = {}
     for line in audit.read_text().splitlines():
-        found.setdefault((entry := json.loads(line)).get("run_id"), []).append(entry)
+        entry = json.loads(line)
+        found.setdefault(entry.get("run_id"), []).append(entry)
     told = {
         run: [(entry["event"], entry.get("exit_code")) for entry in entries]
         for run, entries in found.items()
@@ -12205,7 +12241,10 @@ def unaudited(audit: pathlib.Path, runs: dict[str, int]) -> list[str]:
 
 
 def drift(samples: list[tuple[int, float, int, int]]) -> tuple[float, float]:
-    """MiB and descriptors more in the last third than in the second, by their medians; the first is warm-up."""
+    """How many MiB and descriptors more the last third has than the second, by medians.
+
+    The first third is warm-up.
+    """
     third = len(samples) // 3
     if not third:
         return 0.0, 0.0
@@ -12249,7 +12288,8 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     time.sleep(pp.NEW_SHELL_TIMEOUT + 5)
     soak.look(begin)
     print(
-        f"\n{'door':10}{'n':>7}{'ok':>7}{'lost':>6}{'cancel':>7}{'refused':>8}{'gone':>6}{'ms':>8}{'p99':>8}"
+        f"\n{'door':10}{'n':>7}{'ok':>7}{'lost':>6}{'cancel':>7}"
+        f"{'refused':>8}{'gone':>6}{'ms':>8}{'p99':>8}"
     )
 
     for door, done in soak.done.items():
@@ -12273,10 +12313,12 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     more, more_files = drift(last[:-1])
     print(f"last of {soak.life + 1} lives, {len(last)} samples: ", end="")
     print(
-        f"MiB {memory[0]:.1f} first, {statistics.median(memory):.1f} median, {memory[-1]:.1f} last, {more:+.1f} drift"
+        f"MiB {memory[0]:.1f} first, {statistics.median(memory):.1f} median, "
+        f"{memory[-1]:.1f} last, {more:+.1f} drift"
     )
     print(
-        f"descriptors {files[0]} first, {statistics.median(files)} median, {files[-1]} last, {more_files:+} drift"
+        f"descriptors {files[0]} first, {statistics.median(files)} median, "
+        f"{files[-1]} last, {more_files:+} drift"
     )
     lines = [
         line
