@@ -117,7 +117,11 @@ def state_signature(body: bytes) -> str:
 
 def seal_state(bound: Any, known: JsonObject) -> str:
     """A requestState: the answers so far, good for this call only, for ten minutes."""
-    content = {"for": bound, "known": known, "until": time.time() + 600}
+    content = {
+        "for": bound,
+        "known": known,
+        "until": time.time() + 600,
+    }
     body = base64.urlsafe_b64encode(json.dumps(content).encode())
     return f"{body.decode()}.{state_signature(body)}"
 
@@ -243,7 +247,11 @@ PNG = (
     "AAAABJRU5ErkJggg=="
 )
 WAV = b"RIFF&\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0@\x1f\0\0\x80>\0\0\2\0\x10\0data\2\0\0\0\0\0"
-IMAGE: JsonObject = {"type": "image", "data": PNG, "mimeType": "image/png"}
+IMAGE: JsonObject = {
+    "type": "image",
+    "data": PNG,
+    "mimeType": "image/png",
+}
 
 
 def schema_of(properties: JsonObject, required: str = "") -> JsonObject:
@@ -303,7 +311,11 @@ ASK_DEFAULTS = elicitation(
     name={**STRING, "default": "John Doe"},
     age={**INTEGER, "default": 30},
     score={**NUMBER, "default": 95.5},
-    status={**STRING, "enum": ["active", "inactive", "pending"], "default": "active"},
+    status={
+        **STRING,
+        "enum": ["active", "inactive", "pending"],
+        "default": "active",
+    },
     verified={**BOOLEAN, "default": True},
 )
 ASK_ENUMS = elicitation(
@@ -425,7 +437,13 @@ add_tool("test_simple_text", "This is a simple text response for testing.")
 add_tool("test_image_content", [IMAGE])
 add_tool(
     "test_audio_content",
-    [{"type": "audio", "data": base64.b64encode(WAV).decode(), "mimeType": "audio/wav"}],
+    [
+        {
+            "type": "audio",
+            "data": base64.b64encode(WAV).decode(),
+            "mimeType": "audio/wav",
+        }
+    ],
 )
 add_tool(
     "test_embedded_resource",
@@ -694,8 +712,16 @@ def read_resource(call: ServedCall) -> JsonObject:
     uri = call.name
     key = uri[len("test://template/") : -len("/data")]
     if uri == f"test://template/{key}/data":
-        data = {"id": key, "templateTest": True, "data": f"Data for ID: {key}"}
-        found = {"uri": uri, "mimeType": "application/json", "text": json.dumps(data)}
+        data = {
+            "id": key,
+            "templateTest": True,
+            "data": f"Data for ID: {key}",
+        }
+        found = {
+            "uri": uri,
+            "mimeType": "application/json",
+            "text": json.dumps(data),
+        }
         return {"contents": [found]}
 
     if uri not in FIXTURE_RESOURCES:
@@ -703,7 +729,15 @@ def read_resource(call: ServedCall) -> JsonObject:
         raise error_reply(code, "Resource not found", {"uri": uri})
     mime, get = FIXTURE_RESOURCES[uri]
     member = "text" if mime == "text/plain" else "blob"
-    return {"contents": [{"uri": uri, "mimeType": mime, member: get(call)}]}
+    return {
+        "contents": [
+            {
+                "uri": uri,
+                "mimeType": mime,
+                member: get(call),
+            }
+        ]
+    }
 
 
 def complete(call: ServedCall) -> JsonObject:
@@ -711,7 +745,13 @@ def complete(call: ServedCall) -> JsonObject:
     values = [
         value for value in ("paris", "park", "party", "test1", "test2") if value.startswith(start)
     ]
-    return {"completion": {"values": values, "total": len(values), "hasMore": False}}
+    return {
+        "completion": {
+            "values": values,
+            "total": len(values),
+            "hasMore": False,
+        }
+    }
 
 
 def initialize(call: ServedCall) -> JsonObject:
@@ -874,9 +914,17 @@ class FixtureServer:
         if call.modern and "result" in reply:
             result = reply["result"]
             if call.method in CACHED_METHODS and "resultType" not in result:
-                result = {**result, "ttlMs": 1234, "cacheScope": "public"}
+                result = {
+                    **result,
+                    "ttlMs": 1234,
+                    "cacheScope": "public",
+                }
             meta = {NS + "serverInfo": FIXTURE_INFO}
-            reply["result"] = {"resultType": "complete", "_meta": meta, **result}
+            reply["result"] = {
+                "resultType": "complete",
+                "_meta": meta,
+                **result,
+            }
         self.send({"id": call.id, **reply})
 
     def receive(self, line: bytes) -> None:
@@ -1611,7 +1659,11 @@ def request(method: str, params: Any = None, id_: Any = 1, **fields: Any) -> dic
 def modern(
     method: str, params: Any = None, id_: Any = 1, version: Any = "2026-07-28", **meta: Any
 ) -> dict[str, Any]:
-    envelope = {f"{NS}protocolVersion": version, f"{NS}clientCapabilities": {}, **meta}
+    envelope = {
+        f"{NS}protocolVersion": version,
+        f"{NS}clientCapabilities": {},
+        **meta,
+    }
     return request(method, {**(params or {}), "_meta": envelope}, id_)
 
 
@@ -1716,7 +1768,11 @@ class Client:
         self.info = info or {"name": "t", "version": "1"}
 
         if era == "legacy":
-            params = {**INITIALIZE, "capabilities": self.can, "clientInfo": self.info}
+            params = {
+                **INITIALIZE,
+                "capabilities": self.can,
+                "clientInfo": self.info,
+            }
             hello = request("initialize", params, id_=0)
             _, headers, self.hello = mcp(proxy, hello, path=self.path)
             self.headers = {"Mcp_Session_Id": headers["mcp-session-id"]}
@@ -1730,7 +1786,11 @@ class Client:
         return modern(method, params, id_, **{**envelope, **meta})
 
     def tell(self, method: str, params: dict[str, Any]) -> None:
-        message = {"jsonrpc": "2.0", "method": method, "params": params}
+        message = {
+            "jsonrpc": "2.0",
+            "method": method,
+            "params": params,
+        }
         assert mcp(self.proxy, message, path=self.path, **self.headers)[0] == 202
 
     def ask(
@@ -3383,7 +3443,11 @@ def test_any_list_of_arguments_means_the_same_to_bash(tmp_path: pathlib.Path) ->
 def server_frame(data: bytes, opcode: int = 0x82, width: int = 0) -> bytes:
     """A WebSocket frame of a server; `width`: bytes of its length, if it is long."""
     width = max(width, 0 if len(data) < 126 else 2)
-    size = {0: bytes([len(data) & 127]), 2: b"\x7e", 8: b"\x7f"}[width]
+    size = {
+        0: bytes([len(data) & 127]),
+        2: b"\x7e",
+        8: b"\x7f",
+    }[width]
     return bytes([opcode]) + size + (len(data).to_bytes(width, "big") if width else b"") + data
 
 
@@ -3520,7 +3584,14 @@ BAD_BODIES = [
             "newline": b'"a\\n"',
         },
     ),
-    *wrong_values("usage_id", {"number": b"1", "nul": b'"\\u0000"', "half-a-character": SURROGATE}),
+    *wrong_values(
+        "usage_id",
+        {
+            "number": b"1",
+            "nul": b'"\\u0000"',
+            "half-a-character": SURROGATE,
+        },
+    ),
     *wrong_values("session_id", {"object": b"{}", "nul": b'"\\u0000"'}),
     *wrong_values(
         "timeout",
@@ -3537,7 +3608,14 @@ BAD_BODIES = [
             "long-number": b"9" * 400,
         },
     ),
-    *wrong_values("stdin", {"number": b"1", "list": b"[]", "half-a-character": SURROGATE}),
+    *wrong_values(
+        "stdin",
+        {
+            "number": b"1",
+            "list": b"[]",
+            "half-a-character": SURROGATE,
+        },
+    ),
     *wrong_values(
         "env",
         {
@@ -3601,7 +3679,13 @@ def test_arguments_of_bash_run_in_place_of_a_command(
     proxy: Proxy, agent: str, argv: list[str], said: str
 ) -> None:
     script = "echo from stdin $1" if argv[:1] in ([], ["-s"]) else None
-    status, answer = proxy.post({"argv": argv, "stdin": script, "agent_name": agent})
+    status, answer = proxy.post(
+        {
+            "argv": argv,
+            "stdin": script,
+            "agent_name": agent,
+        }
+    )
     assert status == 200
     assert answer["stdout"] == said
     assert answer["exit_code"] == 0
@@ -5832,7 +5916,11 @@ def test_the_audit_log_has_the_start_and_the_end_of_each_command(
     audited: tuple[Proxy, pathlib.Path],
 ) -> None:
     proxy, path = audited
-    ids = {"usage_id": "u\n\u2028", "session_id": "s", "agent_name": "a"}
+    ids = {
+        "usage_id": "u\n\u2028",
+        "session_id": "s",
+        "agent_name": "a",
+    }
     cmd = f"grep -c $POCKETCODER_RUN_ID {path}; exit 3"
     answer = proxy.exec(cmd, **ids)
     # The start is recorded before the command runs.
@@ -5848,7 +5936,11 @@ def test_the_audit_log_has_the_start_and_the_end_of_each_command(
         "cmd": cmd,
     }
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", start["time"])
-    assert start == {"time": start["time"], "event": "start", **fields}
+    assert start == {
+        "time": start["time"],
+        "event": "start",
+        **fields,
+    }
 
     result = {
         "exit_code": 3,
@@ -5858,7 +5950,12 @@ def test_the_audit_log_has_the_start_and_the_end_of_each_command(
         "duration_ms": answer["duration_ms"],
         "output_bytes": 2,
     }
-    assert end == {"time": end["time"], "event": "end", **fields, **result}
+    assert end == {
+        "time": end["time"],
+        "event": "end",
+        **fields,
+        **result,
+    }
     assert start["time"] <= end["time"]
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -5921,7 +6018,11 @@ def test_the_audit_log_has_relayed_calls_without_arguments_or_results(
     assert client.call("fail", message="s3cret")["message"] == "s3cret"
     assert client.call("test_error_handling")["isError"] is True
 
-    slow = {"name": "test_slow", "arguments": {"seconds": 9}, "_meta": {"progressToken": 1}}
+    slow = {
+        "name": "test_slow",
+        "arguments": {"seconds": 9},
+        "_meta": {"progressToken": 1},
+    }
     going = client.open("tools/call", slow, id_=9)
     if era == "legacy":
         client.tell("notifications/cancelled", {"requestId": 9})
@@ -6530,13 +6631,25 @@ def test_messages_without_an_answer_get_202(proxy: Proxy) -> None:
     session = opened(proxy)
     for message in (
         {"jsonrpc": "2.0", "method": "notifications/unknown"},
-        {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "none"}},
-        {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": {}}},
+        {
+            "jsonrpc": "2.0",
+            "method": "notifications/cancelled",
+            "params": {"requestId": "none"},
+        },
+        {
+            "jsonrpc": "2.0",
+            "method": "notifications/cancelled",
+            "params": {"requestId": {}},
+        },
         {"jsonrpc": "2.0", "id": 5, "result": {}},
     ):
         assert mcp(proxy, message, Mcp_Session_Id=session)[::2] == (202, None)
 
-    noted = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
+    noted = {
+        "jsonrpc": "2.0",
+        "method": "notifications/cancelled",
+        "params": {"requestId": 1},
+    }
     assert mcp(proxy, noted, MCP_Protocol_Version="2026-07-28")[::2] == (202, None)
 
 
@@ -7411,9 +7524,17 @@ def test_relayed_messages_arrive_unchanged(client: Client) -> None:
     got = json.loads(text_of(result))
     assert got["arguments"]["deep"] == extra
     failed = client.call("fail", code=-31999, message="own", data=extra)
-    assert failed == {"code": -31999, "message": "own", "data": extra}
+    assert failed == {
+        "code": -31999,
+        "message": "own",
+        "data": extra,
+    }
 
-    params = {"name": "echo", "arguments": {}, "_meta": {"trace": "t-1", "progressToken": "p"}}
+    params = {
+        "name": "echo",
+        "arguments": {},
+        "_meta": {"trace": "t-1", "progressToken": "p"},
+    }
     got = json.loads(text_of(client.result("tools/call", params)))["params"]
     assert got["_meta"]["trace"] == "t-1"
     # The relay replaces the client's token by a number of its own.
@@ -7473,7 +7594,11 @@ def test_a_server_may_ask_the_client_it_serves(client: Client) -> None:
         assert question["method"] == "elicitation/create"
         assert question["params"]["message"] == "What is your name?"
 
-        reply = {"jsonrpc": "2.0", "id": question["id"], "result": answer}
+        reply = {
+            "jsonrpc": "2.0",
+            "id": question["id"],
+            "result": answer,
+        }
         assert mcp_status(client.proxy, reply, path=client.path, **client.headers) == 202
         result = going.next()
         assert result["id"] == "first"
@@ -7511,7 +7636,12 @@ def test_a_forged_request_state_is_refused(relay: Proxy, stream: OpenStream) -> 
     assert client.error_code("tools/call", {**params, **good}, Authorization="Bearer x") == -32602
 
     missing = client.ask(
-        "tools/call", {**params, "requestState": asked["requestState"], "inputResponses": 3}
+        "tools/call",
+        {
+            **params,
+            "requestState": asked["requestState"],
+            "inputResponses": 3,
+        },
     )[-1]
     # It asks again.
     assert missing["result"]["inputRequests"] == asked["inputRequests"]
@@ -7582,7 +7712,11 @@ def test_clients_with_equal_ids_and_tokens_never_meet(relay: Proxy, stream: Open
     clients = [Client(relay, era, server, stream) for era, server in ERAS for _ in range(4)]
 
     def work(number: int, client: Client) -> None:
-        params = {"name": "echo", "arguments": {"mine": number}, "_meta": {"progressToken": 1}}
+        params = {
+            "name": "echo",
+            "arguments": {"mine": number},
+            "_meta": {"progressToken": 1},
+        }
         for _ in range(5):
             assert json.loads(text_of(client.result("tools/call", params)))["arguments"] == {
                 "mine": number
@@ -7659,7 +7793,11 @@ def test_websockets_and_event_streams_reach_stdio_servers_too(
             assert question["method"] == "elicitation/create"
 
             answer = await ask(
-                {"jsonrpc": "2.0", "id": question["id"], "result": {"action": "cancel"}}
+                {
+                    "jsonrpc": "2.0",
+                    "id": question["id"],
+                    "result": {"action": "cancel"},
+                }
             )
             assert answer["id"] == "q"
             assert "cancel" in text_of(answer["result"])
@@ -7772,7 +7910,11 @@ def test_a_question_reaches_only_the_client_of_its_process(
     tool = {"name": "ask", "arguments": {}}
     asked = [client.call("ask") for client in clients]
     # The other one's state is unknown here.
-    stolen = {**tool, "requestState": asked[0]["requestState"], "inputResponses": {}}
+    stolen = {
+        **tool,
+        "requestState": asked[0]["requestState"],
+        "inputResponses": {},
+    }
     assert clients[1].error_code("tools/call", stolen) == -32602
 
     for client, question in zip(clients, asked, strict=True):
@@ -7867,7 +8009,11 @@ def test_a_question_at_startup_may_be_answered_by_a_session(
         first = events.next()
 
     assert first["method"] == "roots/list"
-    answer = {"jsonrpc": "2.0", "id": first["id"], "result": {"roots": []}}
+    answer = {
+        "jsonrpc": "2.0",
+        "id": first["id"],
+        "result": {"roots": []},
+    }
     assert mcp_status(proxy, answer, path=path, **session) == 202
 
     if asks == "hello":
@@ -8033,7 +8179,11 @@ def test_a_closed_stream_cancels_a_modern_call(
 ) -> None:
     params = {"name": "exec", "arguments": {"cmd": "echo go; sleep 71.5", "agent_name": agent}}
     message = modern("tools/call", params, progressToken=1)
-    names = {"MCP_Protocol_Version": "2026-07-28", "Mcp_Method": "tools/call", "Mcp_Name": "exec"}
+    names = {
+        "MCP_Protocol_Version": "2026-07-28",
+        "Mcp_Method": "tools/call",
+        "Mcp_Name": "exec",
+    }
     left = stream(proxy, "/mcp", message, **names)
     assert left.next()["params"]["message"] == "go"
 
@@ -8059,7 +8209,13 @@ def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
     other = opened(proxy)
     arguments = {"cmd": "echo go; sleep 72.5", "agent_name": agent}
     message = request(
-        "tools/call", {"name": "exec", "arguments": arguments, "_meta": {"progressToken": 1}}, id_=9
+        "tools/call",
+        {
+            "name": "exec",
+            "arguments": arguments,
+            "_meta": {"progressToken": 1},
+        },
+        id_=9,
     )
     left = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
     assert left.next()["params"]["message"] == "go"
@@ -8098,7 +8254,13 @@ def test_an_id_in_flight_cannot_be_used_twice(proxy: Proxy, agent: str, stream: 
     session = opened(proxy)
     arguments = {"cmd": "echo go; sleep 73.5", "agent_name": agent}
     message = request(
-        "tools/call", {"name": "exec", "arguments": arguments, "_meta": {"progressToken": 1}}, id_=9
+        "tools/call",
+        {
+            "name": "exec",
+            "arguments": arguments,
+            "_meta": {"progressToken": 1},
+        },
+        id_=9,
     )
     first = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
     assert first.next()["params"]["message"] == "go"
@@ -8171,7 +8333,13 @@ def test_commands_are_reported_to_the_session_they_name(
     left.request(
         "POST",
         "/exec",
-        json.dumps({"cmd": "sleep 77.5", "agent_name": agent, "session_id": agent}),
+        json.dumps(
+            {
+                "cmd": "sleep 77.5",
+                "agent_name": agent,
+                "session_id": agent,
+            }
+        ),
         JSON_TYPE,
     )
     wait_until_running("sleep\x0077.5")
@@ -8571,7 +8739,11 @@ def test_progress_shows_the_newest_line_and_only_grows(proxy: Proxy, agent: str)
         "for i in $(seq 60); do echo line $i; sleep 0.01; done",
         "agent_name": agent,
     }
-    params = {"name": "exec", "arguments": slow, "_meta": {"progressToken": 0}}
+    params = {
+        "name": "exec",
+        "arguments": slow,
+        "_meta": {"progressToken": 0},
+    }
     _, headers, events = mcp(proxy, request("tools/call", params, id_="p"), Mcp_Session_Id=session)
     assert headers["x-accel-buffering"] == "no"
 
@@ -8703,7 +8875,11 @@ MCP_REFUSED = [
 def test_refusals_on_mcp_routes_are_json_rpc_errors(
     guarded: Proxy, method: str, path: str, headers: dict[str, str], status: int
 ) -> None:
-    given = {**JSON_TYPE, "Authorization": f"Bearer {guarded.token}", **headers}
+    given = {
+        **JSON_TYPE,
+        "Authorization": f"Bearer {guarded.token}",
+        **headers,
+    }
     got, _, answer = guarded.request(method, path, b"{}" if method == "POST" else None, given)
     assert got == status
 
@@ -8744,11 +8920,19 @@ def test_the_token_is_demanded_and_never_shown(own: StartServer) -> None:
         "POST",
         "/exec",
         BODY,
-        {**JSON_TYPE, "Authorization": "Bearer geheim-1", "Origin": "http://a.b"},
+        {
+            **JSON_TYPE,
+            "Authorization": "Bearer geheim-1",
+            "Origin": "http://a.b",
+        },
     )
     assert status == 403
 
-    headers = {**JSON_TYPE, "Authorization": "Bearer geheim-1", "Host": "sandbox:3001"}
+    headers = {
+        **JSON_TYPE,
+        "Authorization": "Bearer geheim-1",
+        "Host": "sandbox:3001",
+    }
     status, _, answer = server.request(
         "POST",
         "/exec",
@@ -8990,7 +9174,12 @@ def test_a_bad_message_that_is_posted_is_refused_with_its_id(
     proxy: Proxy, stream: OpenStream
 ) -> None:
     path = stream(proxy, "/sse").next()
-    bad = {"jsonrpc": "1.0", "id": 7, "method": "x", "params": {"cmd": "grep error log"}}
+    bad = {
+        "jsonrpc": "1.0",
+        "id": 7,
+        "method": "x",
+        "params": {"cmd": "grep error log"},
+    }
     for where in (path, "/mcp"):
         status, _, answer = mcp(proxy, bad, path=where)
         assert status == 400
@@ -9180,7 +9369,13 @@ def test_a_channel_keeps_streams_apart_and_ends_with_the_result(proxy: Proxy, ag
 def test_a_channel_whose_request_has_stdin_needs_no_end_of_it(proxy: Proxy, agent: str) -> None:
     async def talk() -> None:
         async with Channel(proxy) as channel:
-            await channel.send({"cmd": "cat", "stdin": "given", "agent_name": agent})
+            await channel.send(
+                {
+                    "cmd": "cat",
+                    "stdin": "given",
+                    "agent_name": agent,
+                }
+            )
             assert (await channel.end())["exit_code"] == 0
             assert channel.streams[1] == b"given"
 
@@ -9337,7 +9532,11 @@ def test_a_client_of_either_era_is_served_on_an_event_stream(
     )
 
     wait_until_running("sleep\x0075.5")
-    cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "c"}}
+    cancel = {
+        "jsonrpc": "2.0",
+        "method": "notifications/cancelled",
+        "params": {"requestId": "c"},
+    }
     assert mcp_status(proxy, cancel, path=path) == 202
     wait_until_gone("sleep\x0075.5")
     # The cancelled request gets no answer.
@@ -9399,7 +9598,11 @@ def test_clients_that_leave_at_once_leave_nothing_behind(warm: StartServer) -> N
     proxy = warm()
     before = proxy.descriptors()
     params = {"name": "exec", "arguments": {"cmd": "sleep 78.5"}}
-    cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
+    cancel = {
+        "jsonrpc": "2.0",
+        "method": "notifications/cancelled",
+        "params": {"requestId": 1},
+    }
 
     for _ in range(10):
         shaken(
@@ -9817,7 +10020,11 @@ def test_what_install_writes_is_compiled_for_its_python_only(
     # Only the text ends with 9.
     path = tmp_path / pp.INSTALLED
     path.write_text(pp.installed_text().replace("\nimport os\n", "\nimport os; os._exit(9)\n", 1))
-    both: dict[str, Any] = {"env": engine.env, "cwd": engine.cwd, "capture_output": True}
+    both: dict[str, Any] = {
+        "env": engine.env,
+        "cwd": engine.cwd,
+        "capture_output": True,
+    }
     done = subprocess.run([sys.executable, str(path), "-c", "echo hi"], **both)
     assert done.stdout == b"hi\n", done.stderr
 
@@ -9949,7 +10156,11 @@ def started_with(tmp_path: pathlib.Path, text: str, *words: str, **variables: st
         capture_output=True,
         text=True,
         timeout=20,
-        env={**os.environ, "TMUX_SOCKET": str(tmp_path / "tmux/s"), **variables},
+        env={
+            **os.environ,
+            "TMUX_SOCKET": str(tmp_path / "tmux/s"),
+            **variables,
+        },
     )
 
 
@@ -11034,7 +11245,11 @@ class Doors:
         (folder / "given").write_text(GIVEN)
 
     def plain(self, cmd: str, cwd: str, stdin: str | None, apart: bool = False) -> Ended:
-        env = {**self.proxy.env, **pp.QUIET_PROGRAMS, "PWD": f"{self.proxy.workspace}/{cwd}"}
+        env = {
+            **self.proxy.env,
+            **pp.QUIET_PROGRAMS,
+            "PWD": f"{self.proxy.workspace}/{cwd}",
+        }
         done = self.run(["bash", "-c", cmd], cwd, stdin, env, apart)
         # Where a signal ended it, a shell reports 128 + n.
         code = done.returncode if done.returncode >= 0 else 128 - done.returncode
@@ -11063,7 +11278,12 @@ class Doors:
         return Ended(done.returncode, done.stdout, done.stderr)
 
     def mcp(self, cmd: str, cwd: str, stdin: str | None, agent: str) -> Ended:
-        arguments = {"cmd": cmd, "cwd": cwd, "agent_name": agent, "timeout": HANGS}
+        arguments = {
+            "cmd": cmd,
+            "cwd": cwd,
+            "agent_name": agent,
+            "timeout": HANGS,
+        }
         if stdin is not None:
             arguments["stdin"] = stdin
         result = call(self.proxy, "exec", **arguments)["structuredContent"]
@@ -11351,10 +11571,18 @@ def test_bench_a_small_command_as_a_tool(own: StartServer) -> None:
     connection = proxy.connect()
     session = opened(proxy)
     exec_true = {"name": "exec", "arguments": {"cmd": "true"}}
-    names = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call", "Mcp-Name": "exec"}
+    names = {
+        "MCP-Protocol-Version": "2026-07-28",
+        "Mcp-Method": "tools/call",
+        "Mcp-Name": "exec",
+    }
 
     def tool(message: dict[str, Any], **headers: str) -> None:
-        given = {**JSON_TYPE, "Accept": "application/json, text/event-stream", **headers}
+        given = {
+            **JSON_TYPE,
+            "Accept": "application/json, text/event-stream",
+            **headers,
+        }
         connection.request("POST", "/mcp", json.dumps(message), given)
         assert (
             json.loads(connection.getresponse().read())["result"]["structuredContent"]["exit_code"]
@@ -11737,7 +11965,16 @@ def ordered(chance: random.Random, tag: str, agent: str, folder: str, door: str)
             code,
         ),
         Order({"cmd": f"yes {tag} | head -n {count}", "max_output": 64 << 20}, f"{tag}\n" * count),
-        Order({"cmd": "cat; exit 3", "stdin": given, "max_output": 64 << 20}, given, "", 3),
+        Order(
+            {
+                "cmd": "cat; exit 3",
+                "stdin": given,
+                "max_output": 64 << 20,
+            },
+            given,
+            "",
+            3,
+        ),
         Order(
             {"cmd": f'echo {tag} "$POCKETCODER_AGENT"; pwd >&2', "cwd": "sub"},
             f"{tag} {agent}\n",
@@ -11944,7 +12181,14 @@ class Soak:
         ) as stream:
             assert stream.next() == {"stdout": "ready\n"}
             for name, arguments in (
-                ("send_keys", {"agent_name": agent, "text": f"word {tag}", "keys": ["Enter"]}),
+                (
+                    "send_keys",
+                    {
+                        "agent_name": agent,
+                        "text": f"word {tag}",
+                        "keys": ["Enter"],
+                    },
+                ),
                 ("list_terminals", {}),
                 ("read_terminal", {"agent_name": agent, "lines": 50}),
             ):
