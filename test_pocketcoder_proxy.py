@@ -2379,10 +2379,8 @@ def test_make_gives_its_recipes_no_stdin_to_wait_for(
 def test_the_shell_reports_errors_with_its_own_files(engine: Caller) -> None:
     with open("/dev/full", "wb") as full, open("/dev/null", "wb") as null:
         process = engine.start("-c", "echo x; sleep 5", stdout=full)
-        assert (
-            process.communicate(timeout=15)[1]
-            == b"pocketcoder: cannot write: No space left on device\n"
-        )
+        _, err = process.communicate(timeout=15)
+        assert err == b"pocketcoder: cannot write: No space left on device\n"
         assert process.returncode == 125
 
         process = engine.start("-c", "echo x >&2; sleep 5", stderr=full)
@@ -3655,10 +3653,8 @@ def test_bad_input_is_a_400_that_names_the_field(proxy: Proxy, body: bytes, fiel
 
 
 def test_unknown_fields_are_ignored(proxy: Proxy, agent: str) -> None:
-    assert (
-        proxy.exec("echo ok", agent_name=agent, unknown={"x": [1]}, nan=float("nan"))["stdout"]
-        == "ok\n"
-    )
+    answer = proxy.exec("echo ok", agent_name=agent, unknown={"x": [1]}, nan=float("nan"))
+    assert answer["stdout"] == "ok\n"
 
 
 ARGV = [
@@ -3744,10 +3740,8 @@ def test_the_names_of_the_original_module_still_work() -> None:
     assert request.timeout == 300
     assert request.max_output == 1024 * 1024
     assert pp.CommandResult(output="x", exit_code=0).ended == "exit"
-    assert (
-        pp.ExecResponse(stdout="x", exit_code=0, error=None).to_wire()
-        == '{"stdout":"x","exit_code":0}'
-    )
+    response = pp.ExecResponse(stdout="x", exit_code=0, error=None)
+    assert response.to_wire() == '{"stdout":"x","exit_code":0}'
 
     driver = pp.PocketCoderDriver("/nowhere/at/all", "pocketcoder")
     assert driver.socket_path == "/nowhere/at/all"
@@ -4168,10 +4162,8 @@ def test_output_beyond_the_limit_keeps_both_ends(proxy: Proxy, agent: str) -> No
     assert answer["output_bytes"] == len(whole)
     assert len(tail) == 500
     assert int(gap) == len(whole) - 1000
-    assert (
-        proxy.exec("head -c 1000 /dev/zero", agent_name=agent, max_output=1000)["truncated"]
-        is False
-    )
+    answer = proxy.exec("head -c 1000 /dev/zero", agent_name=agent, max_output=1000)
+    assert answer["truncated"] is False
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 10, 11, 64], ids="{}-bytes".format)
@@ -4340,12 +4332,10 @@ def test_output_neither_floods_nor_attacks_a_person(proxy: Proxy, agent: str) ->
     assert "more bytes not shown here]" in eventually(
         lambda: proxy.screen(agent) if "shown" in proxy.screen(agent) else ""
     )
-    assert (
-        proxy.tmux(
-            "display-message", "-p", "-t", proxy.pane(agent), "#{alternate_on} #{pane_title}"
-        ).split()[0]
-        == "0"
+    shown = proxy.tmux(
+        "display-message", "-p", "-t", proxy.pane(agent), "#{alternate_on} #{pane_title}"
     )
+    assert shown.split()[0] == "0"
     assert "evil" not in proxy.tmux(
         "display-message", "-p", "-t", proxy.pane(agent), "#{pane_title}"
     )
@@ -6257,10 +6247,8 @@ def test_an_audit_log_behind_a_symlink_is_refused(tmp_path: pathlib.Path) -> Non
     done = run("server", "-p", "0", "--audit-log", str(tmp_path / "audit"))
     assert done.returncode == 1
     assert done.stdout == ""
-    assert (
-        f"cannot write the audit log {tmp_path}/audit: Too many levels of symbolic links"
-        in done.stderr
-    )
+    expected = f"cannot write the audit log {tmp_path}/audit: Too many levels of symbolic links"
+    assert expected in done.stderr
 
 
 # ==========================================================================
@@ -6552,9 +6540,8 @@ def test_modern_fields_are_in_modern_answers_only(proxy: Proxy) -> None:
         result = mcp_result(proxy, request(method, params), Mcp_Session_Id=session)
         assert {"resultType", "ttlMs", "cacheScope", "_meta"} & set(result) == set()
 
-    assert (
-        listed["tools"] == mcp_result(proxy, request("tools/list"), Mcp_Session_Id=session)["tools"]
-    )
+    again = mcp_result(proxy, request("tools/list"), Mcp_Session_Id=session)
+    assert again["tools"] == listed["tools"]
 
 
 @pytest.mark.parametrize(
@@ -7768,9 +7755,8 @@ def test_websockets_and_event_streams_reach_stdio_servers_too(
         assert len(events.next()["result"]["tools"]) > 10
         assert mcp_status(relay, request("initialize", INITIALIZE), path=path) == 202
         assert events.next()["result"]["serverInfo"]["name"] == "fixture-server"
-        assert (
-            mcp_status(relay, request("ping"), path=path.replace(f"/servers/{server}", "")) == 404
-        )
+        status = mcp_status(relay, request("ping"), path=path.replace(f"/servers/{server}", ""))
+        assert status == 404
 
         async def talk(server: str) -> None:
             url = f"ws://127.0.0.1:{relay.port}/servers/{server}/mcp/ws"
@@ -8232,9 +8218,8 @@ def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
     # The same id in another session cancels nothing.
     assert mcp_status(proxy, cancel, Mcp_Session_Id=other) == 202
     # The same id in another type cancels nothing.
-    assert (
-        mcp_status(proxy, {**cancel, "params": {"requestId": "9"}}, Mcp_Session_Id=session) == 202
-    )
+    status = mcp_status(proxy, {**cancel, "params": {"requestId": "9"}}, Mcp_Session_Id=session)
+    assert status == 202
 
     time.sleep(0.3)
     assert processes_with("sleep\x0072.5")
@@ -8280,30 +8265,23 @@ def test_a_session_belongs_to_the_credential_that_opened_it(
     proxy = own()
     session = opened(proxy, Authorization="Bearer mine")
     for header in ("", "Bearer yours"):
-        assert (
-            mcp_status(proxy, request("ping"), Mcp_Session_Id=session, Authorization=header) == 404
-        )
-    assert (
-        mcp_status(proxy, request("ping"), Mcp_Session_Id=session, Authorization="Bearer mine")
-        == 200
-    )
+        status = mcp_status(proxy, request("ping"), Mcp_Session_Id=session, Authorization=header)
+        assert status == 404
+    status = mcp_status(proxy, request("ping"), Mcp_Session_Id=session, Authorization="Bearer mine")
+    assert status == 200
     assert (
         stream(proxy, "/sse?session_id=named&token=mine").next()
         == "/messages?session_id=named&token=mine"
     )
     assert stream(proxy, "/sse?session_id=named&token=yours").status == 404
     assert mcp_status(proxy, request("ping"), path="/messages?session_id=named&token=yours") == 404
-    assert (
-        mcp_status(
-            proxy, request("ping"), path="/messages?session_id=named", Authorization="Bearer mine"
-        )
-        == 202
+    status = mcp_status(
+        proxy, request("ping"), path="/messages?session_id=named", Authorization="Bearer mine"
     )
+    assert status == 202
     # A session of another transport is not found.
-    assert (
-        mcp_status(proxy, request("ping"), Mcp_Session_Id="named", Authorization="Bearer mine")
-        == 404
-    )
+    status = mcp_status(proxy, request("ping"), Mcp_Session_Id="named", Authorization="Bearer mine")
+    assert status == 404
 
 
 def test_commands_are_reported_to_the_session_they_name(
@@ -8361,17 +8339,17 @@ def test_commands_are_reported_to_the_session_they_name(
 
     proxy.exec("echo second", agent_name=agent, session_id=session)
     assert get.next()["params"]["data"]["cmd"] == "echo second"
-    assert (
-        mcp_status(proxy, request("logging/setLevel", {"level": "error"}), Mcp_Session_Id=session)
-        == 200
+    status = mcp_status(
+        proxy, request("logging/setLevel", {"level": "error"}), Mcp_Session_Id=session
     )
+    assert status == 200
     assert get.next()["params"]["data"]["event"] == "end"
 
     proxy.exec("echo third", agent_name=agent, session_id=session)
-    assert (
-        mcp_status(proxy, request("logging/setLevel", {"level": "info"}), Mcp_Session_Id=session)
-        == 200
+    status = mcp_status(
+        proxy, request("logging/setLevel", {"level": "info"}), Mcp_Session_Id=session
     )
+    assert status == 200
 
     proxy.exec("echo fourth", agent_name=agent, session_id=session)
     assert get.next()["params"]["data"]["cmd"] == "echo fourth"
@@ -8385,12 +8363,10 @@ def test_a_client_that_reconnects_gets_missed_messages_and_running_calls(
     assert first.next() == path
 
     arguments = {"cmd": "sleep 0.7; echo done", "agent_name": agent}
-    assert (
-        mcp_status(
-            proxy, request("tools/call", {"name": "exec", "arguments": arguments}, id_=5), path=path
-        )
-        == 202
+    status = mcp_status(
+        proxy, request("tools/call", {"name": "exec", "arguments": arguments}, id_=5), path=path
     )
+    assert status == 202
 
     first.close()
     time.sleep(0.3)
@@ -8418,12 +8394,10 @@ def test_a_session_of_one_stream_ends_with_it_and_so_do_its_calls(
     assert re.fullmatch(r"/messages\?session_id=[0-9a-f]{32}", path)
 
     arguments = {"cmd": "sleep 74.5", "agent_name": agent}
-    assert (
-        mcp_status(
-            proxy, request("tools/call", {"name": "exec", "arguments": arguments}), path=path
-        )
-        == 202
+    status = mcp_status(
+        proxy, request("tools/call", {"name": "exec", "arguments": arguments}), path=path
     )
+    assert status == 202
 
     wait_until_running("sleep\x0074.5")
     opened.close()
@@ -8716,9 +8690,8 @@ def test_a_wrapped_line_is_read_as_one(proxy: Proxy, agent: str) -> None:
     eventually(
         lambda: "\n3000\n" in text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000))
     )
-    assert (
-        len(text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000)).split("\n")) == 2000
-    )
+    shown = text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000))
+    assert len(shown.split("\n")) == 2000
 
 
 def test_terminal_content_is_not_mistaken_for_a_reply_of_tmux(proxy: Proxy, agent: str) -> None:
@@ -9009,10 +8982,10 @@ def test_the_token_may_be_a_parameter_where_headers_cannot_be_set(
 ) -> None:
     proxy = own(POCKETCODER_TOKEN="s3cret+/=")
     assert mcp_status(proxy, modern("tools/list")) == 401
-    assert (
-        proxy.status("POST", "/mcp?token=s3cret%2B/=", b"{}", {"Content-Type": "application/json"})
-        == 401
+    status = proxy.status(
+        "POST", "/mcp?token=s3cret%2B/=", b"{}", {"Content-Type": "application/json"}
     )
+    assert status == 401
     assert stream(proxy, "/sse").status == 401
 
     opened = stream(proxy, "/sse?token=s3cret%2B/=")
@@ -9522,14 +9495,12 @@ def test_a_client_of_either_era_is_served_on_an_event_stream(
     assert stream(proxy, "/sse?session_id=a%20b").status == 400
 
     arguments = {"cmd": "sleep 75.5", "agent_name": agent}
-    assert (
-        mcp_status(
-            proxy,
-            modern("tools/call", {"name": "exec", "arguments": arguments}, id_="c"),
-            path=path,
-        )
-        == 202
+    status = mcp_status(
+        proxy,
+        modern("tools/call", {"name": "exec", "arguments": arguments}, id_="c"),
+        path=path,
     )
+    assert status == 202
 
     wait_until_running("sleep\x0075.5")
     cancel = {
@@ -9578,9 +9549,8 @@ def test_a_websocket_session_lasts_as_long_as_its_socket(proxy: Proxy, agent: st
         "Sec-WebSocket-Version": "13",
         "Sec-WebSocket-Key": pp.WS_KEY,
     }
-    assert (
-        proxy.status("GET", "/mcp/ws", headers={**head, "Origin": "http://evil.example.com"}) == 403
-    )
+    status = proxy.status("GET", "/mcp/ws", headers={**head, "Origin": "http://evil.example.com"})
+    assert status == 403
 
 
 def test_a_burst_of_messages_is_answered_whole(proxy: Proxy) -> None:
