@@ -25,11 +25,19 @@ Sections, top to bottom; each uses only what stands above it:
   Terminals         panes, prompts, who may type
   Runs              one run from files to prompt; PocketCoderDriver
   Audit log         one line before a command starts, one before its end is answered
-  MCP core          JSON-RPC, both eras: messages in, decisions out
-  MCP children      a relayed server's process: its life, its lines, requests in flight
+  MCP messages      JSON-RPC, both eras: messages in, decisions out
+  Sessions          clients of MCP servers, what waits for them, when they end
+  Child lines       what a relayed server's process writes, cut into lines
+  In flight         what one relayed server has been asked, and who gets its answers
+  MCP children      a relayed server's process: its life, what it says and hears
   Era translation   what a message of one era is in the other
-  Relay             stdio MCP servers of the sandbox, for clients of either era
-  State and tools   what handlers share, sessions, the tools of MCP
+  Server starts     how a relayed server's children start, and which era it speaks
+  Legacy clients    sessions at a relayed server of either era
+  Modern clients    modern clients of a legacy server, and its questions to them
+  Relay             stdio MCP servers of the sandbox: which client gets which child
+  Built-in server   the MCP server of the tools
+  State             what handlers share, and what is recorded of commands and calls
+  Tools             the tools of MCP
   HTTP gate         who may call: pure functions
   Endpoints         handlers, what Tornado calls, ROUTES
   Install           what `install` writes
@@ -239,7 +247,7 @@ MAX_ANSWER = 32 * MIB  # bytes of a line
 MAX_LOG_LINE = 64 * KIB  # bytes of a line of its stderr
 # Bytes kept of each end of a line that is too long: its id is there.
 MAX_ENDS = 4 * KIB
-SETTLE_TIMEOUT = 1.0  # for a legacy one to deal with what it was sent
+CHILD_SETTLE = 1.0  # for a legacy one to deal with what it was sent
 ABANDON_PAUSE = 0.2  # to find an abandoned session, when a second process cannot start
 LAST_WORDS = 0.05  # for its last lines, when it has closed its output
 LAST_ANSWERS = 1.0  # for the answers of a process that has died to leave
@@ -249,6 +257,15 @@ QUESTION_PAUSE = 0.02  # for more questions of a legacy server
 PARK_TIMEOUT = 300.0  # for a client to answer
 MAX_ROUNDS = 10  # of questions in one call
 HEADERS_KEPT = 30.0  # what its tools say of headers
+# Before the second start of one that never answers; doubled each time, up to CHILD_BACKOFF.
+CHILD_FIRST_PAUSE = 0.1
+CHILD_WATCH = 0.5  # between looks whether its process has ended
+MAX_LOG_SHOWN = KIB  # characters that are logged of a line of its stderr
+# Lines of its stderr that say in an error how it ended.
+CHILD_LAST_LINES = 5
+OUTBOX_PAUSE = 0.01  # between looks whether a slow client has read what waits for it
+# Milliseconds for which a modern client may keep what the built-in server lists.
+CACHE_MS = 60_000
 
 
 def default_agent_name() -> str:
@@ -835,6 +852,9 @@ if is_our_process():
 
 # ------------------------------- the line ---------------------------------
 if sys.version_info < (3, 10):
+    if __name__ == "__main__" and sys.argv[1:] == ["shell", "--version"]:
+        print(f"pocketcoder-proxy {VERSION}")
+        sys.exit()
     _needs = f"needs Python 3.10 or later, and its shell 3.8; this is {python_version()}"
     if __name__ == "__main__":
         sys.exit(f"pocketcoder: {_needs}")
@@ -1115,15 +1135,20 @@ def whole(text: str) -> float:
         return float(text)
 
 
-def check_text(name: str, got: object, expected: str, limit: int, nul: bool = False) -> str:
-    """Return `got`, a string that a process can take; raise BadMessage."""
+def check_text(
+    name: str, got: object, expected: str, limit: int, nul: bool = False, raw: bool = False
+) -> str:
+    """Return `got`, a string that a process can take; raise BadMessage.
+
+    raw  bytes that are not UTF-8 may be in it, as U+DC80 to U+DCFF, as Python has them
+    """
     if not isinstance(got, str):
         raise complain(name, got, expected)
     if "\0" in got and not nul:
         raise complain(name, got, f"{expected} without NUL")
 
     try:
-        size = len(got.encode())
+        size = len(got.encode(errors="surrogateescape" if raw else "strict"))
     except UnicodeEncodeError:
         raise complain(name, got, f"{expected} in UTF-8, without lone surrogates") from None
 
@@ -1214,8 +1239,8 @@ def check_environment(got: object) -> None:
         if not name or "=" in name:
             raise complain("env", name, "names of variables, not empty, without `=`")
 
-        check_text(f"env.{name[:40]}", value, "a string", MAX_VARIABLE)
-        size += len(name.encode()) + len(value.encode())
+        check_text(f"env.{name[:40]}", value, "a string", MAX_VARIABLE, raw=True)
+        size += len(name.encode()) + len(value.encode(errors="surrogateescape"))
 
     if size > MAX_ENVIRONMENT:
         raise complain("env", f"{size} bytes", f"at most {MAX_ENVIRONMENT}")
@@ -1257,7 +1282,7 @@ class ExecRequest:
 
     def __post_init__(self) -> None:
         self._check_command()
-        check_text("cwd", self.cwd, "a directory in the workspace", MAX_PATH)
+        check_text("cwd", self.cwd, "a directory in the workspace", MAX_PATH, raw=True)
         if self.usage_id is not None:
             check_text("usage_id", self.usage_id, "a string or null", MAX_ID)
 
@@ -1307,7 +1332,7 @@ class ExecRequest:
         elif "cmd" not in got:
             raise BadMessage("`cmd`: got nothing, expected a bash command, or `argv`")
 
-        cwd = check_text("cwd", got.get("cwd", ""), "a directory", MAX_PATH)
+        cwd = check_text("cwd", got.get("cwd", ""), "a directory", MAX_PATH, raw=True)
         got["cwd"] = inside(workspace, cwd)
         known = cls.__dataclass_fields__.keys() - {"ignored"}
         unknown = [name[:80].encode(errors="replace").decode() for name in got if name not in known]
@@ -2024,7 +2049,7 @@ class Output(Pipe):
     At the end of the file, when nothing of the run can write any more, it closes itself.
     """
 
-    # Our end of the pipe that the keeper waits at, see `_keep`.
+    # Our end of the pipe that the keeper waits at, see `keep`.
     lifeline = -1
     # It may read on for a moment after the end: no later run can have this FIFO.
     has_keeper = False
@@ -2105,14 +2130,17 @@ class Output(Pipe):
         self.take = None
         if self.fd >= 0:
             self._resume()
-            self._keep()
+            self.keep()
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
         """Have a process read on when ours has gone, so that no writer blocks or gets SIGPIPE.
 
         It waits for the end of a pipe that only we hold: when we close that, or are killed, it
         discards what comes until no writer is left.
         """
+        if self.fd < 0 or self.has_keeper:
+            return
+
         self.has_keeper = True
         with contextlib.ExitStack() as opened:
             try:
@@ -2207,9 +2235,12 @@ def shown_command(command: str) -> str:
     return safe.replace(b"\x1b", b"").decode()
 
 
-def replacing(line: str, command: str, column: int, width: int) -> str:
-    """What replaces a typed line by the command, behind the prompt that ends at `column`."""
-    rows = 1 + (column + len(line)) // max(1, width)
+def replacing(line: str, command: str, column: int, width: int, extra_rows: int) -> str:
+    """What replaces a typed line by the command, behind the prompt that ends at `column`.
+
+    extra_rows  above that prompt, to be replaced too
+    """
+    rows = 1 + (column + len(line)) // max(1, width) + extra_rows
     # Up to the line's start, right to its column, clear to the end.
     return f"\x1b[{rows}A\x1b[{column + 1}G\x1b[J{shown_command(command)}\n"
 
@@ -2458,6 +2489,11 @@ class RunFiles:
         for output in self.outputs:
             output.read_rest()
         return not self.is_open()
+
+    def keep(self) -> None:
+        """Something still writes: let it go on if we are killed."""
+        for output in self.outputs:
+            output.keep()
 
     def finish(self) -> None:
         """The run is over: discard what others still write."""
@@ -2839,7 +2875,8 @@ class Prompt(enum.Enum):
 
     | state    | what clears it                              | then              |
     |----------|---------------------------------------------|-------------------|
-    | STARTING | CLEAR, once the prompt is there             | typed with CLEAR  |
+    | STARTING | C-c, once the prompt is there; CLEAR where  | typed with CLEAR  |
+    |          | the shell does not show that                |                   |
     | SETTLING | nothing more                                | typed with CLEAR  |
     | KNOWN    | nothing                                     | typed if unchanged|
     | STALE    | nothing, if the pane is in the state that   | typed if unchanged|
@@ -2866,6 +2903,8 @@ class PaneShell:
         self.prompt = Prompt.STARTING if new else Prompt.STALE
         # PANE_STATE at the empty prompt when that was last known; "": it never was.
         self.last = ""
+        # Lines above the prompt that the next command replaces.
+        self.extra_rows = 0
         # Learns that state after a run; until when it may take.
         self.learning: asyncio.Task[None] | None = None
         self.settled_by = 0.0
@@ -2907,6 +2946,7 @@ class PaneShell:
         """It has run our line."""
         self.ran = True
         self.missed = 0
+        self.extra_rows = 0
 
     def did_not_answer(self) -> None:
         """A line was typed, into what we do not know."""
@@ -2990,6 +3030,7 @@ class PaneShell:
         """
         prompt = self.prompt
         self.prompt = Prompt.STALE
+        self.extra_rows = 0
         if prompt is Prompt.KNOWN:
             return self.last
         if prompt is Prompt.SETTLING and self.last and time.monotonic() < self.settled_by:
@@ -3003,10 +3044,13 @@ class PaneShell:
             return now
 
         if self.look() is not Look.BUSY:
-            if prompt is Prompt.STALE and not self._is_behind_prompt(now):
-                tmux.send_keys(self.pane, now, "C-c")
-            else:
+            if self._is_behind_prompt(now) or (prompt is Prompt.STARTING and not self._edits()):
                 tmux.send_keys(self.pane, "", *CLEAR)
+            else:
+                tmux.send_keys(self.pane, now, "C-c")
+                # A new shell shows the first command where `^C` stands now.
+                if prompt is Prompt.STARTING:
+                    self.extra_rows = 1
 
             await asyncio.sleep(CLEAR_PAUSE)
             await self.at_prompt()
@@ -3016,6 +3060,11 @@ class PaneShell:
         is_empty = self._is_empty(now)
         self.last = now
         return now if is_empty else ""
+
+    def _edits(self) -> bool:
+        """Whether it waits at a prompt, and edits its line: C-c ends nothing but that line."""
+        shell = process(self.pane.pid)
+        return shell is not None and SHELLS.get(shell.name, False) and self.look() is Look.READY
 
     def _is_empty(self, now: str) -> bool:
         """Whether the cursor is in the column where the known prompt ends, and in no mode."""
@@ -3554,7 +3603,13 @@ class Job:
             takes = {name: partial(self._take, take) for name, take in self.takes.items()}
             files.open(takes, self.fed)
             pane = self.shell.pane
-            header = replacing(files.line(), self.request.cmd, self.shell.column(), pane.width)
+            header = replacing(
+                files.line(),
+                self.request.cmd,
+                column=self.shell.column(),
+                width=pane.width,
+                extra_rows=self.shell.extra_rows,
+            )
             files.write(go_script(self.request, files, self.run_id, self.sandbox.shell, header))
         return files.line()
 
@@ -3731,6 +3786,7 @@ class Job:
         if self.files.read_rest():
             self._on_all_read()
         else:
+            self.files.keep()
             self._wait_for_quiet(FIRST_QUIET_TIME)
 
     def _on_all_read(self) -> None:
@@ -4398,39 +4454,49 @@ class AuditLog:
 
 
 # ==========================================================================
-# MCP core
+# MCP messages
 # ==========================================================================
 # JSON-RPC in, decisions out: no await, no clock, no tmux, no Tornado.
 #
 # M1  The era is a property of each message, read from its body; headers only cross-check it.
-# M2  A request is answered once, with its own id, type kept; a cancelled one never.
+# M2  A response has the id of its request, its type kept.
 # M3  A legacy result has no modern field; a modern one has them all.
 #
 # To add a revision: a row in LEGACY or MODERN, rows in SINCE, its cases in `step`.
-LEGACY = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # with a handshake
-MODERN = "2026-07-28"  # without
+
+# The revisions with a handshake, the oldest first.
+LEGACY = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
+# The one without.
+MODERN = "2026-07-28"
+
+# Members of `_meta`.
 NAMESPACE = "io.modelcontextprotocol/"
-CLAIM, CAPABILITIES = f"{NAMESPACE}protocolVersion", f"{NAMESPACE}clientCapabilities"
+CLAIM = f"{NAMESPACE}protocolVersion"
+CAPABILITIES = f"{NAMESPACE}clientCapabilities"
 LOG_LEVEL = f"{NAMESPACE}logLevel"
-ROUTED = {
-    "tools/call": "name",
-    "prompts/get": "name",
-    "resources/read": "uri",
-}  # what `Mcp-Name` repeats
-# Their modern results say for how long they hold.
+SERVER_INFO = f"{NAMESPACE}serverInfo"
+CLIENT_INFO = f"{NAMESPACE}clientInfo"
+SUBSCRIPTION = f"{NAMESPACE}subscriptionId"
+
+# The parameter that the header `Mcp-Name` repeats, by method.
+ROUTED = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
+
+# The methods with modern results that say how long they stay valid.
 CACHED = {
     "server/discover",
     "tools/list",
     "prompts/list",
     "resources/list",
     "resources/templates/list",
+    "resources/read",
 }
-CACHED |= {"resources/read"}
-NOT_RAW = re.compile(
-    "[\ud800-\udfff\x85\u2028\u2029]"
-)  # no UTF-8, or ends of lines for some clients of SSE
+
+# Characters that are no UTF-8, or that some clients of SSE take for ends of lines.
+NOT_RAW = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
+
 LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
-# The revision that a field came with.
+
+# The revision that introduced a field.
 SINCE = {
     "annotations": LEGACY[1],
     "title": LEGACY[2],
@@ -4439,9 +4505,18 @@ SINCE = {
 }
 
 
+class Era(enum.Enum):
+    """Which kind of MCP a message belongs to, or a server speaks."""
+
+    # A session starts with a handshake; the revision is one of LEGACY.
+    LEGACY = "legacy"
+    # Every request carries its own envelope in `_meta`; the revision is MODERN.
+    MODERN = "modern"
+
+
 @dataclass(frozen=True)
 class Facts:
-    """What a server says of itself."""
+    """What a server reports of itself."""
 
     name: str
     version: str
@@ -4463,7 +4538,8 @@ class CallTool:
     id: str | int
     name: str
     arguments: Message
-    token: str | int | None  # of progress, if the client wants any
+    # Of progress notifications; None: the client wants none.
+    token: str | int | None
 
 
 @dataclass(frozen=True)
@@ -4476,8 +4552,11 @@ class SetLevel:
 Decision = Send | CallTool | SetLevel
 
 
+# Reading
+
+
 def as_object(value: object) -> Message:
-    """`value`, or an empty object if it is none."""
+    """Return `value` if it is an object, otherwise an empty one."""
     return value if isinstance(value, dict) else {}
 
 
@@ -4489,9 +4568,12 @@ def is_id(value: object) -> TypeGuard[str | int]:
     return type(value) in (str, int)
 
 
-def read_message(raw: bytes | str) -> Message:
-    """One JSON-RPC message.  Raises NotJson, NotAMessage, which say whether it was a response."""
-    # What is no number in JSON, though some write it, or would be none when written again.
+def parse_json(raw: bytes | str) -> tuple[object, list[str]]:
+    """Parse JSON; also return the numbers in it that JSON does not have.
+
+    Those are NaN and Infinity, which some writers use, and numbers that would become
+    infinite.  Raises NotJson.
+    """
     odd: list[str] = []
 
     def number(text: str, kind: Callable[[str], float] = float) -> float:
@@ -4502,7 +4584,7 @@ def read_message(raw: bytes | str) -> Message:
 
     try:
         text = raw if isinstance(raw, str) else raw.decode()
-        got = json.loads(
+        value = json.loads(
             text,
             parse_float=number,
             parse_int=partial(number, kind=whole),
@@ -4510,63 +4592,115 @@ def read_message(raw: bytes | str) -> Message:
         )
     except (ValueError, RecursionError) as wrong:
         raise NotJson(f"message: expected JSON in UTF-8, got: {wrong}") from None
+
+    return value, odd
+
+
+def read_message(raw: bytes | str) -> Message:
+    """Read one JSON-RPC message.
+
+    Raises NotJson or NotAMessage, which report whether the message was a response.
+    """
+    got, odd = parse_json(raw)
     if not isinstance(got, dict):
-        raise NotAMessage(
-            f"message: got {type(got).__name__}, expected an object: batches are not served"
-        )
-    id_ = got.get("id")
-    method = got.get("method")
-    known_id = id_ if is_id(id_) else None
+        kind = type(got).__name__
+        raise NotAMessage(f"message: got {kind}, expected an object: batches are not served")
+
+    known_id = got["id"] if is_id(got.get("id")) else None
     in_response = "method" not in got and ("result" in got or "error" in got)
     if odd:
         fault = f"message: got {odd[0][:40]}, expected numbers valid in JSON"
         raise NotJson(fault, request_id=known_id, in_response=in_response)
-    fault = ""
-    if got.get("jsonrpc") != "2.0":
-        fault = "`jsonrpc`: expected the string 2.0"
-    elif "id" in got and not is_id(id_):
-        fault = "`id`: expected a string or an integer"
-    elif "method" not in got and ("id" not in got or ("result" in got) == ("error" in got)):
-        fault = "`method`: got nothing, expected one, or an `id` with either `result` or `error`"
-    elif "method" in got and not isinstance(method, str):
-        fault = "`method`: expected a string"
-    elif not isinstance(got.get("params", {}), dict):
-        fault = "`params`: expected an object"
-    if fault:
-        raise NotAMessage(fault, request_id=known_id, in_response=in_response)
+
+    wrong_shape = fault_of_shape(got)
+    if wrong_shape is not None:
+        raise NotAMessage(wrong_shape, request_id=known_id, in_response=in_response)
     return got
+
+
+def fault_of_shape(got: Message) -> str | None:
+    """Say what keeps an object from being a JSON-RPC message, if anything does."""
+    if got.get("jsonrpc") != "2.0":
+        return "`jsonrpc`: expected the string 2.0"
+    if "id" in got and not is_id(got["id"]):
+        return "`id`: expected a string or an integer"
+
+    if "method" not in got:
+        has_one_outcome = ("result" in got) != ("error" in got)
+        if "id" not in got or not has_one_outcome:
+            return "`method`: got nothing, expected one, or an `id` with either `result` or `error`"
+    elif not isinstance(got["method"], str):
+        return "`method`: expected a string"
+
+    if not isinstance(got.get("params", {}), dict):
+        return "`params`: expected an object"
+    return None
 
 
 def is_request(message: Message) -> bool:
     return "method" in message and "id" in message
 
 
-def is_modern(message: Message, header: str | None = None) -> bool:
-    """The era of a message; `header`: MCP-Protocol-Version, where there are headers.  Raises BadMessage."""
+# Era
+
+
+def has_claim(message: Message) -> bool:
+    """Whether the body names a revision, as every modern request does."""
     meta = message.get("params", {}).get("_meta")
-    claimed = isinstance(meta, dict) and CLAIM in meta
-    modern = claimed or (header is not None and header not in LEGACY)
+    return isinstance(meta, dict) and CLAIM in meta
+
+
+def era_of(message: Message, header: str | None = None) -> Era:
+    """Find the era of a message.
+
+    header  MCP-Protocol-Version; None: there is none, or the transport has no headers
+    """
+    header_is_modern = header is not None and header not in LEGACY
+    return Era.MODERN if has_claim(message) or header_is_modern else Era.LEGACY
+
+
+def check_era(message: Message, header: str | None = None) -> None:
+    """Raise BadMessage if a message contradicts its era, see `era_of`."""
+    era = era_of(message, header)
     shown = ascii(header)[:40]
 
     if "method" not in message:
-        if modern:
+        if era is Era.MODERN:
             raise NotAMessage(f"got a response, expected none in revision {shown}")
-        return False
+        return
 
     if "id" not in message:
         if header not in (None, MODERN, *LEGACY):
             expected = f"one of {', '.join(LEGACY)}"
             raise NotAMessage(f"`MCP-Protocol-Version`: got {shown}, expected {expected}")
-        return modern
+        return
 
-    meant_modern = modern or message["method"] == "server/discover"
-    if meant_modern and not claimed:
+    meant_modern = era is Era.MODERN or message["method"] == "server/discover"
+    if meant_modern and not has_claim(message):
         raise BadMessage(f"`params._meta`: got no `{CLAIM}`, expected it and `{CAPABILITIES}`")
-    return modern
+
+
+def agreed_version(asked: object) -> str:
+    """Choose the revision for a legacy client that asks for this one."""
+    return asked if isinstance(asked, str) and asked in LEGACY else LEGACY[-1]
+
+
+# Checks
+
+
+def check_level(name: str, level: object) -> str:
+    """Return a level of logging, found in field `name`.  Raises BadMessage."""
+    if not isinstance(level, str) or level not in LEVELS:
+        raise complain(name, level, f"one of {', '.join(LEVELS)}")
+    return level
 
 
 def check_envelope(message: Message, headers: Callable[[str], list[str]] | None) -> None:
-    """A modern request's `_meta`, and what its headers repeat (None: a transport without).  Raises BadMessage."""
+    """Check the `_meta` of a modern request, and the headers that repeat parts of the body.
+
+    headers  all values of a header; None: the transport has no headers
+    Raises BadMessage.
+    """
     meta = message["params"]["_meta"]
     version = meta[CLAIM]
     if not isinstance(version, str) or not isinstance(meta.get(CAPABILITIES), dict):
@@ -4582,16 +4716,16 @@ def check_envelope(message: Message, headers: Callable[[str], list[str]] | None)
         shown = ascii(version)[:40]
         raise UnsupportedVersion(f"`{CLAIM}`: got {shown}, expected {MODERN}", data=data)
 
-    level = meta.get(LOG_LEVEL)
-    if level is not None and level not in LEVELS:
-        raise complain(f"params._meta.{LOG_LEVEL}", level, f"one of {', '.join(LEVELS)}")
+    if meta.get(LOG_LEVEL) is not None:
+        check_level(f"params._meta.{LOG_LEVEL}", meta[LOG_LEVEL])
 
 
 def repeated_fields(message: Message) -> dict[str, str]:
-    """What headers repeat of every modern request, by header."""
+    """List what headers repeat of every modern request, by header."""
     params = message["params"]
     method = message["method"]
     fields = {"MCP-Protocol-Version": params["_meta"][CLAIM], "Mcp-Method": method}
+
     key = "taskId" if method.startswith("tasks/") else ROUTED.get(method)
     if key is not None and isinstance(params.get(key), str):
         fields["Mcp-Name"] = params[key]
@@ -4601,10 +4735,15 @@ def repeated_fields(message: Message) -> dict[str, str]:
 def check_parameters(
     message: Message, headers: Callable[[str], list[str]], repeated: Mapping[str, str]
 ) -> None:
-    """`Mcp-Param-*` headers, which repeat arguments; `repeated`: by argument.  Raises HeaderMismatch."""
+    """Check the `Mcp-Param-*` headers, which repeat arguments of a tool.
+
+    repeated  the last part of the header's name, by argument
+    Raises HeaderMismatch.
+    """
     arguments = message["params"].get("arguments") or {}
     if not isinstance(arguments, dict):
         return
+
     for argument, header in repeated.items():
         name = f"Mcp-Param-{header}"
         value = arguments.get(argument)
@@ -4612,23 +4751,26 @@ def check_parameters(
         is_numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_numeric and is_number(name, got, value):
             continue
+
         expected = []
         if value is not None:
             expected = [value if isinstance(value, str) else json.dumps(value)]
+
         check_header(name, got, expected)
 
 
 def check_header(name: str, texts: list[str], expected: list[str]) -> None:
-    """Raises HeaderMismatch, unless this header says what the body does."""
+    """Raise HeaderMismatch unless this header repeats the body."""
     got = [header_value(name, text) for text in texts]
     if got != expected:
+        shown = ascii(got)[:80]
         raise HeaderMismatch(
-            f"`{name}`: got {ascii(got)[:80]}, expected {ascii(expected)[:80]} as in the body"
+            f"`{name}`: got {shown}, expected {ascii(expected)[:80]} as in the body"
         )
 
 
 def is_number(name: str, texts: list[str], value: object) -> bool:
-    """Whether a header says this number, however it is written: 42.0 is 42.  Raises HeaderMismatch."""
+    """Whether a header is this number, also as 42.0 for 42.  Raises HeaderMismatch."""
     try:
         return [float(header_value(name, text)) for text in texts] == [value]
     except ValueError:
@@ -4636,46 +4778,34 @@ def is_number(name: str, texts: list[str], value: object) -> bool:
 
 
 def header_value(name: str, text: str) -> str:
-    """A header's text, which may be wrapped as `=?base64?...?=`.  Raises HeaderMismatch."""
+    """Return a header's text, which may be wrapped as `=?base64?...?=`.  Raises HeaderMismatch."""
     text = text.strip()
     if not (text.startswith("=?base64?") and text.endswith("?=")):
         return text
     try:
         return base64.b64decode(text[9:-2], validate=True).decode()
     except ValueError:
-        raise HeaderMismatch(
-            f"`{name}`: got {ascii(text)[:80]}, expected base64 of UTF-8"
-        ) from None
+        shown = ascii(text)[:80]
+        raise HeaderMismatch(f"`{name}`: got {shown}, expected base64 of UTF-8") from None
 
 
-def success(id_: str | int, fields: Message, method: str, version: str, facts: Facts) -> Message:
-    """The response to request `id_`, in the words of its revision."""
-    if version == MODERN:
-        cached = {"ttlMs": 60_000, "cacheScope": "private"} if method in CACHED else {}
-        server = {"name": facts.name, "version": facts.version}
-        fields = {
-            "resultType": "complete",
-            **fields,
-            **cached,
-            "_meta": {f"{NAMESPACE}serverInfo": server},
-        }
-    return {"jsonrpc": "2.0", "id": id_, "result": only_known(fields, version)}
+# Writing
 
 
-def only_known(fields: Message, version: str) -> Message:
-    """Without what `version` does not know."""
-    return {name: value for name, value in fields.items() if SINCE.get(name, "") <= version}
+def response(id_: str | int, result: Message) -> Message:
+    return {"jsonrpc": "2.0", "id": id_, "result": result}
 
 
 def refusal(id_: str | int | None, failure: ProxyError) -> Message:
-    """The response that tells of a failure."""
-    told: Message = {"code": failure.rpc_code, "message": str(failure)}
+    """The response that reports a failure."""
+    error: Message = {"code": failure.rpc_code, "message": str(failure)}
     if failure.data is not None:
-        told["data"] = failure.data
-    return {"jsonrpc": "2.0", "id": id_, "error": told}
+        error["data"] = failure.data
+    return {"jsonrpc": "2.0", "id": id_, "error": error}
 
 
 def new_request(method: str, params: Message) -> Message:
+    """A request to a relayed server, which gets its id when it is sent."""
     return {"jsonrpc": "2.0", "id": 0, "method": method, "params": params}
 
 
@@ -4683,123 +4813,152 @@ def notification(method: str, params: Message) -> Message:
     return {"jsonrpc": "2.0", "method": method, "params": params}
 
 
+def success(id_: str | int, fields: Message, method: str, version: str, facts: Facts) -> Message:
+    """The response of the server with these facts to request `id_`, in revision `version`."""
+    result = fields
+    if version == MODERN:
+        cached = {}
+        if method in CACHED:
+            cached = {"ttlMs": CACHE_MS, "cacheScope": "private"}
+
+        server = {"name": facts.name, "version": facts.version}
+        result = {
+            "resultType": "complete",
+            **fields,
+            **cached,
+            "_meta": {SERVER_INFO: server},
+        }
+
+    return response(id_, only_known(result, version))
+
+
+def only_known(fields: Message, version: str) -> Message:
+    """Drop the fields that revision `version` does not have."""
+    return {name: value for name, value in fields.items() if SINCE.get(name, "") <= version}
+
+
 def status_of(answer: Message) -> int:
-    """Of a modern response."""
-    return (
-        {-32601: 404, -32603: 200}.get(answer["error"].get("code"), 400)
-        if "error" in answer
-        else 200
-    )
+    """The HTTP status of a modern response."""
+    if "error" not in answer:
+        return 200
+    # After a 5xx some clients give up.
+    return {-32601: 404, -32603: 200}.get(answer["error"].get("code"), 400)
+
+
+# Decisions of the built-in server
 
 
 def step(message: Message, version: str, facts: Facts) -> list[Decision]:
     """Decide what one request asks for.  Raises BadMessage, UnknownMethod."""
-    id_, method, params = message["id"], message["method"], message.get("params", {})
-    modern = version == MODERN
+    id_ = message["id"]
+    method = message["method"]
+    params = message.get("params", {})
     answer = partial(success, id_, method=method, version=version, facts=facts)
+
     if method == "tools/list":
         if params.get("cursor") is not None:
             raise complain("params.cursor", params["cursor"], "none: there is one page")
-        return [Send(answer({"tools": [only_known(each, version) for each in facts.tools]}))]
+        tools = [only_known(each, version) for each in facts.tools]
+        return [Send(message=answer({"tools": tools}))]
+
     if method == "tools/call":
         return [call_tool(id_, params, facts)]
 
-    if modern and method == "server/discover":
-        found = {
-            "supportedVersions": [MODERN],
-            "capabilities": {"tools": {}},
-            "instructions": facts.instructions,
-        }
-        return [Send(answer(found))]
+    if version == MODERN:
+        if method == "server/discover":
+            return [Send(message=answer(discovery_result(facts)))]
+    elif method == "initialize":
+        return [Send(message=response(id_, hello_result(params, facts)))]
+    elif method == "ping":
+        return [Send(message=answer({}))]
+    elif method == "logging/setLevel":
+        level = check_level("params.level", params.get("level"))
+        return [SetLevel(level=level), Send(message=answer({}))]
 
-    if not modern and method == "initialize":
-        asked = params.get("protocolVersion")
-        if not isinstance(asked, str):
-            raise complain("params.protocolVersion", asked, "a revision of MCP")
-        version = asked if asked in LEGACY else LEGACY[-1]
-        server = {"name": facts.name, "title": facts.name, "version": facts.version}
-        hello = {
-            "protocolVersion": version,
-            "capabilities": {"tools": {}, "logging": {}},
-            "serverInfo": only_known(server, version),
-            "instructions": facts.instructions,
-        }
-        return [Send({"jsonrpc": "2.0", "id": id_, "result": hello})]
-    if not modern and method == "ping":
-        return [Send(answer({}))]
-    if not modern and method == "logging/setLevel":
-        level = params.get("level")
-        if level not in LEVELS:
-            raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
-        return [SetLevel(level), Send(answer({}))]
-
+    shown = ascii(method)[:80]
     raise UnknownMethod(
-        f"`method`: got {ascii(method)[:80]}, which revision {version} of this server does not have"
+        f"`method`: got {shown}, which revision {version} of this server does not have"
     )
 
 
+def discovery_result(facts: Facts) -> Message:
+    return {
+        "supportedVersions": [MODERN],
+        "capabilities": {"tools": {}},
+        "instructions": facts.instructions,
+    }
+
+
+def hello_result(params: Message, facts: Facts) -> Message:
+    """The result of `initialize`.  Raises BadMessage."""
+    asked = params.get("protocolVersion")
+    if not isinstance(asked, str):
+        raise complain("params.protocolVersion", asked, "a revision of MCP")
+
+    version = agreed_version(asked)
+    server = {"name": facts.name, "title": facts.name, "version": facts.version}
+    return {
+        "protocolVersion": version,
+        "capabilities": {"tools": {}, "logging": {}},
+        "serverInfo": only_known(server, version),
+        "instructions": facts.instructions,
+    }
+
+
 def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
-    """Raises BadMessage."""
-    name, arguments, meta = params.get("name"), params.get("arguments", {}), params.get("_meta", {})
-    if name not in (names := [each["name"] for each in facts.tools]):
+    """Check a `tools/call`.  Raises BadMessage."""
+    name = params.get("name")
+    names = [each["name"] for each in facts.tools]
+    if name not in names:
         raise complain("params.name", name, f"one of {', '.join(names)}")
+
+    arguments = params.get("arguments", {})
     if not isinstance(arguments, dict):
         raise complain("params.arguments", arguments, "an object")
-    token = meta.get("progressToken") if isinstance(meta, dict) else None
+
+    token = as_object(params.get("_meta")).get("progressToken")
     if token is not None and not is_id(token):
         raise complain("params._meta.progressToken", token, "a string or an integer")
-    return CallTool(id_, str(name), arguments, token)
+    return CallTool(id=id_, name=str(name), arguments=arguments, token=token)
 
 
 # ==========================================================================
-# MCP children
+# Sessions
 # ==========================================================================
-# A relayed server's process: its life, its lines, the requests in flight; what waits for a client.
+# Clients of MCP servers: what waits for them, their calls, when they end.
 #
-# C1  What is in flight when a child dies is answered at once, with the reason.
-# C2  A child ends as a group: stdin closed, TERM, KILL.
-# C3  What it writes is bounded and timed; a fault in one line costs no other call.
-#
-# A child's life, see ChildState:
-#
-#   event                                 STARTING     SERVING    ENDING    GONE
-#   its first answer                      SERVING      -          -         -
-#   we end it; its output or it ends      ENDING       ENDING     -         -
-#   its process group is no more          -            -          GONE      -
-HELLOS = ("initialize", "server/discover")
-CHILD_LADDER = (
-    (0, 2.0),
-    (signal.SIGTERM, 2.0),
-    (signal.SIGKILL, 2.0),
-)  # 0: its stdin is closed; seconds to the next
-SUBSCRIPTION = f"{NAMESPACE}subscriptionId"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# The start of an object's next member, up to its value.
-MEMBER = re.compile(r'[\s,]*("(?:[^"\\]|\\.)*")\s*:\s*')
-# The last members of a response, where its result comes first.
-LAST_MEMBERS = re.compile(r'((?:,\s*"(?:id|jsonrpc)"\s*:\s*(?:\d+|"2\.0")\s*)+)\}\s*$')
-
-
-OnMessage = Callable[["Child", Message], "Outbox | None"]
+# N1  Every queue has a bound; a session with a client that does not keep up ends with an error.
+# N2  A call belongs to its session and ends with it, not with the stream that it came by.
+# N3  A request is answered once, a cancelled one never.
 
 
 class Outbox:
-    """Messages for one client, in order.  One reader at a time: a new one takes over.
+    """Messages for one client, in order.  It has one reader at a time: a new one takes over.
 
-    on_full  called when MAX_INBOX wait and one more comes
+    on_full  called when MAX_INBOX messages wait and one more comes
+    heard    False: its client may never listen, so only the newest notifications are kept
     """
 
-    def __init__(self, on_full: Callable[[], object]) -> None:
+    def __init__(self, on_full: Callable[[], object], heard: bool = True) -> None:
         self.on_full = on_full
+        self.heard = heard
         self.waiting = deque[Message]()
+        # Set when a message comes, or a reader has to end.
         self.news = asyncio.Event()
+        # Identifies the newest reader.
         self.reader = object()
         self.readers = 0
         self.closed = False
-        # False: a client that may never listen, so the newest notifications are kept, no more.
-        self.heard = True
+
+    @classmethod
+    def nowhere(cls) -> Outbox:
+        """An outbox that discards everything."""
+        outbox = cls(ignore)
+        outbox.close()
+        return outbox
 
     def send(self, message: Message) -> None:
+        """Add a message, unless it is closed; progress is skipped while its reader is slow."""
         is_progress = message.get("method") == "notifications/progress"
         if self.closed or (is_progress and self.crowded()):
             return
@@ -4819,41 +4978,43 @@ class Outbox:
                 self.waiting.remove(message)
                 return
 
-    @classmethod
-    def nowhere(cls) -> Outbox:
-        """An outbox that discards everything."""
-        outbox = cls(ignore)
-        outbox.closed = True
-        return outbox
+    def set_heard(self, heard: bool) -> None:
+        """Its client listens from now on, or may never listen again."""
+        self.heard = heard
 
     def crowded(self) -> bool:
-        """Its reader is slow, or away."""
+        """Whether its reader is slow, or away."""
         return len(self.waiting) >= MAX_INBOX // 2
 
     async def room(self, seconds: float) -> None:
         """Wait until it is not crowded, for so many seconds at most."""
-        for _ in range(round(seconds / DRAIN_PAUSE)):
+        for _ in range(round(seconds / OUTBOX_PAUSE)):
             await asyncio.sleep(0)
             if self.closed or not self.crowded():
                 break
-            await asyncio.sleep(DRAIN_PAUSE)
+            await asyncio.sleep(OUTBOX_PAUSE)
 
     def close(self) -> None:
-        """Its reader ends when it has all that waits."""
+        """Let its reader end, once it has everything that waits."""
         self.closed = True
         self.news.set()
 
     def leave(self) -> None:
-        """Nobody will read it any more, so nobody waits for its reader."""
+        """Its reader has gone for good, so nothing waits for it."""
         self.close()
         self.waiting.clear()
 
     async def messages(self) -> AsyncGenerator[Message | None, None]:
-        """Each as it comes; None after KEEP_ALIVE seconds without.  What was not delivered stays."""
-        mine = self.reader = object()
+        """Yield each message as it comes, and None after every KEEP_ALIVE seconds without any.
+
+        A message that was not delivered stays, for the next reader.
+        """
+        mine = object()
+        self.reader = mine
         self.readers += 1
-        # A reader before this one ends.
+        # Let the reader before this one end.
         self.news.set()
+
         try:
             while self.reader is mine and (self.waiting or not self.closed):
                 if self.waiting:
@@ -4863,110 +5024,405 @@ class Outbox:
                     continue
 
                 self.news.clear()
-                timer = asyncio.get_running_loop().call_later(KEEP_ALIVE, self.news.set)
-                try:
-                    await self.news.wait()
-                finally:
-                    timer.cancel()
-                if self.reader is mine and not self.waiting and not self.closed:
+                has_news = await set_within(self.news, KEEP_ALIVE)
+                if not has_news and self.reader is mine:
                     yield None
         finally:
             self.readers -= 1
 
 
-class Peer:
-    """A client's session, as servers see it.
+class McpServer:
+    """An MCP server as sessions know it: the built-in one, or one behind the relay.
 
-    outbox   for what belongs to no request of the client
-    lost     called when a child of its own has ended
-    owner    its credential
-    address  of its machine
+    name          in its path, `/servers/NAME`; "" is the built-in one
+    session_idle  seconds after which an unused session over HTTP ends
+    """
+
+    name = ""
+    session_idle: float = SESSION_IDLE
+
+    async def respond(
+        self, session: Session, message: Message, era: Era, outbox: Outbox
+    ) -> Message:
+        """Return the response to a request.
+
+        outbox  takes what comes before the response, on the same stream
+        Messages that belong to no request go to the outbox of the session.
+        Cancelling this cancels the request.  Raises ProxyError.
+        """
+        raise NotImplementedError
+
+    def notify(self, session: Session, message: Message) -> None:
+        """Take a notification of the client, or its answer to a question.  Raises RelayError."""
+
+    def leave(self, session: Session) -> None:
+        """The session has ended: drop what was kept for it.  May be called again."""
+
+
+class CallWatch:
+    """Learns of a request before the server does, and how it ended."""
+
+    async def start(self) -> None:
+        """Raise NoAudit to keep the request from the server."""
+
+    def end(self, answer: Message | None) -> None:
+        """The server has answered; None: the request was cancelled."""
+
+    async def recorded(self) -> None:
+        """Wait until the end is on record.  Raises NoAudit: the answer is withheld."""
+
+
+NOT_WATCHED = CallWatch()
+
+
+class SessionHost:
+    """Keeps the sessions, and says what of their calls is recorded; AppState is one."""
+
+    def __init__(self) -> None:
+        self.sessions = SessionMap()
+
+    def watch_call(self, session: Session, message: Message) -> CallWatch:
+        """Return what learns of this request; it is called for each one."""
+        return NOT_WATCHED
+
+
+class Lifetime(enum.Enum):
+    """What a session outlives; see the table at Session."""
+
+    # A modern request, which stands for itself.
+    ONCE = "once"
+    # Of a WebSocket, or of `GET /sse` without a name.
+    STREAM = "stream"
+    # Of `GET /sse` with a name, by which its client may return to it.
+    NAMED = "named"
+    # Streamable HTTP.
+    HTTP = "http"
+
+    @property
+    def calls_have_streams(self) -> bool:
+        """Whether its client may hear of a call without a stream of the session."""
+        return self is Lifetime.HTTP
+
+
+class Session:
+    """A client of a server: its calls, and what waits for it.
+
+    transport  http, sse, ws or once
+    owner      the credential that opened it
+    address    of the machine that opened it
+
+    What happens, by its lifetime:
+
+    | event                  | ONCE | STREAM  | NAMED                | HTTP                       |
+    |------------------------|------|---------|----------------------|----------------------------|
+    | its call is answered   | ends |         |                      |                            |
+    | its last stream ends   |      | ends    | ends SESSION_KEPT    | ends `session_idle`        |
+    |                        |      |         | seconds after it     | seconds after it           |
+    | a message comes, or    |      |         | the same, without    | the same, without a stream |
+    | a call ends            |      |         | a stream             | and without calls          |
+    | DELETE                 |      |         |                      | ends                       |
+
+    And whatever its lifetime is:
+
+      its child has ended         it is forgotten at once, and ends when its calls are answered
+      its client does not keep up, or a crowd of sessions needs its place: it ends
     """
 
     def __init__(
         self,
-        outbox: Outbox,
-        lost: Callable[[], object],
+        host: SessionHost,
+        server: McpServer,
+        transport: str,
+        lifetime: Lifetime,
+        session_id: str | None = None,
         owner: str = "",
         address: str = "",
     ) -> None:
-        self.outbox = outbox
-        self.lost = lost
+        self.host = host
+        self.server = server
+        self.transport = transport
+        self.lifetime = lifetime
+        self.session_id = session_id or secrets.token_hex(16)
         self.owner = owner
         self.address = address
-        # All of a name, of a modern request that stands for itself.
-        self.headers: Callable[[str], list[str]] | None = None
-        # Of `initialize` and of `logging/setLevel`.
-        self.version = ""
-        self.level = "info"
-        # What it said in `initialize`.
-        self.hello: Message = {}
-        # Its own child of a legacy server; the same from its first question on.
-        self.child: asyncio.Future[Child] | None = None
-        self.asking: Child | None = None
-        # Resources of a modern server that it subscribed to.
-        self.uris = set[str]()
-        # Questions of a modern server to it.
-        self.asked: dict[str | int, asyncio.Future[Message]] = {}
-        self.listening: asyncio.Task[None] | None = None
-        self.listens_to: Child | None = None
 
-    def said_hello(self, params: Message) -> None:
-        """It has sent `initialize` with these."""
-        self.hello = params
-
-    def came_with(self, headers: Callable[[str], list[str]]) -> None:
-        """Its request has these headers."""
-        self.headers = headers
-
-    def was_asked(self, child: Child) -> None:
-        """A child of its own has a question."""
-        self.asking = child
-
-    def has_child(self) -> bool:
-        """Whether it has one, or one that is starting."""
-        if self.child is None:
-            return False
-        if not self.child.done():
-            return True
-        return not self.child.cancelled() and self.child.exception() is None
-
-
-class Exchange:
-    """A request on its way through a child; `outbox` gets what belongs to it."""
-
-    def __init__(self, message: Message, outbox: Outbox) -> None:
-        self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        # For what belongs to no call, or to a call on a transport with one stream.
+        self.outbox = Outbox(self.overflow, heard=not lifetime.calls_have_streams)
+        self.streams = 0
+        self.calls: dict[str | int, asyncio.Task[None]] = {}
+        # Its last stream, message or answer, in seconds of time.monotonic().
+        self.used = time.monotonic()
         self.expiry: asyncio.TimerHandle | None = None
-        self.deadline = time.monotonic() + CHILD_CEILING
-        self.take_up(message, outbox)
+        # Ends it when its last answers have left: its child has ended.
+        self.losing: asyncio.Task[None] | None = None
 
-    def take_up(self, message: Message, outbox: Outbox) -> None:
-        """Its client asks for it in this message, now."""
-        self.message = message
-        self.outbox = outbox
-        self.meta = as_object(message.get("params", {}).get("_meta"))
+        # What the client has said.  Of its last request:
+        self.era = Era.LEGACY
+        # All values of a header of its request; None: they are not checked.
+        self.headers: Callable[[str], list[str]] | None = None
+        # The params of `initialize`, and the revision in its answer, once there is one.
+        self.hello: Message = {}
+        self.version: str | None = None
+        # Of `logging/setLevel`.
+        self.level = "info"
 
     @property
-    def wants_logs(self) -> bool:
-        return LOG_LEVEL in self.meta and self.message["method"] != "subscriptions/listen"
+    def kept(self) -> float:
+        """Seconds for which it outlives its last use."""
+        if self.lifetime is Lifetime.HTTP:
+            return self.server.session_idle
+        return SESSION_KEPT if self.lifetime is Lifetime.NAMED else 0.0
 
-    def stop_timer(self) -> None:
+    # What its client says
+
+    def came_with(self, headers: Callable[[str], list[str]]) -> None:
+        """Its request has these headers, which a server may have to check."""
+        self.headers = headers
+
+    def logs_at(self, level: str) -> None:
+        """Its client wants log messages from this level up."""
+        self.level = level
+
+    def receive(self, message: Message, era: Era, outbox: Outbox) -> None:
+        """Do what a message asks for.  Raises BadMessage, RelayError.
+
+        outbox  gets the answer, and is closed behind it unless it is the session's own
+        """
+        self.used = time.monotonic()
+        if is_request(message):
+            self.era = era
+            self._start_call(message, outbox)
+        elif message.get("method") == "notifications/cancelled":
+            self._cancel_call(message.get("params", {}).get("requestId"))
+        else:
+            self.server.notify(self, message)
+
+    def receive_by_stream(self, message: Message) -> None:
+        """The same where answers, and errors too, leave by the stream of the session."""
+        try:
+            check_era(message)
+            era = era_of(message)
+            if era is Era.MODERN and is_request(message):
+                check_envelope(message, None)
+            self.receive(message, era, self.outbox)
+        except ProxyError as wrong:
+            if is_request(message):
+                self.outbox.send(refusal(message["id"], wrong))
+
+    # Its calls
+
+    def _start_call(self, message: Message, outbox: Outbox) -> None:
+        """Bring a request to the server.  Raises NotAMessage."""
+        id_ = message["id"]
+        if id_ in self.calls or len(self.calls) >= MAX_CALLS:
+            shown = ascii(id_)[:40]
+            raise NotAMessage(
+                f"`id`: got {shown}, expected one that is not in use, of {MAX_CALLS} at most"
+            )
+
+        if message["method"] == "initialize":
+            self.hello = message.get("params", {})
+
+        call = asyncio.ensure_future(self._call(message, self.era, outbox))
+        self.calls[id_] = call
+        # A callback, because a task that is cancelled before its first step reaches no `finally`.
+        call.add_done_callback(partial(self._called, id_, outbox))
+
+    def _called(self, id_: str | int, outbox: Outbox, _: asyncio.Task[None]) -> None:
+        """A call has ended: answered, failed or cancelled."""
+        del self.calls[id_]
+        self.used = time.monotonic()
+        if outbox is not self.outbox:
+            outbox.close()
+
+    def _cancel_call(self, id_: object) -> None:
+        call = self.calls.get(id_) if is_id(id_) else None
+        if call is not None:
+            call.cancel()
+
+    async def _call(self, message: Message, era: Era, outbox: Outbox) -> None:
+        """Answer a request."""
+        watch = self.host.watch_call(self, message)
+        try:
+            answer = await self._watched_answer(watch, message, era, outbox)
+        except NoAudit as wrong:
+            answer = refusal(message["id"], ProxyError(f"not answered: {wrong}"))
+        outbox.send(answer)
+
+    async def _watched_answer(
+        self, watch: CallWatch, message: Message, era: Era, outbox: Outbox
+    ) -> Message:
+        """The same, with its start and its end recorded.  Raises NoAudit."""
+        answer: Message | None = None
+        await watch.start()
+        try:
+            answer = await self._answer_to(message, era, outbox)
+        finally:
+            watch.end(answer)
+        await watch.recorded()
+        return answer
+
+    async def _answer_to(self, message: Message, era: Era, outbox: Outbox) -> Message:
+        """The server's answer; a failure is one too."""
+        try:
+            answer = await self.server.respond(self, message, era, outbox)
+        except ProxyError as wrong:
+            return refusal(message["id"], wrong)
+        except Exception as wrong:
+            log.exception("request failed method=%s", message["method"])
+            return refusal(message["id"], ProxyError(f"{type(wrong).__name__}, see the log"))
+
+        if message["method"] == "initialize" and "result" in answer:
+            self.version = answer["result"].get("protocolVersion", LEGACY[-1])
+
+        return answer
+
+    # Its stream and its end
+
+    @contextlib.asynccontextmanager
+    async def stream(self) -> AsyncIterator[AsyncIterator[Message | None]]:
+        """Give what comes for its client, as long as this stream is the newest."""
+        self.streams += 1
+        self.outbox.set_heard(True)
+        try:
+            async with contextlib.aclosing(self.outbox.messages()) as messages:
+                yield messages
+        finally:
+            self.streams -= 1
+            self.used = time.monotonic()
+            self.outbox.set_heard(self.streams > 0 or not self.lifetime.calls_have_streams)
+            self.expire()
+
+    def expire(self) -> None:
+        """End it if its time is over; otherwise look again then."""
+        self._stop_timer()
+        if self.streams or self.outbox.closed:
+            return
+        in_use = bool(self.calls) and self.lifetime.calls_have_streams
+        left = time_left(self.used, self.kept, in_use)
+        if left > 0:
+            self.expiry = asyncio.get_running_loop().call_later(left, self.expire)
+        else:
+            self.end()
+
+    def _stop_timer(self) -> None:
         if self.expiry:
             self.expiry.cancel()
             self.expiry = None
 
+    def overflow(self) -> None:
+        """Its client does not keep up."""
+        log.error(
+            "session end id=%s why=%d messages wait for its client", self.session_id, MAX_INBOX
+        )
+        self.end()
 
-@dataclass(frozen=True)
-class ServerConfig:
-    """A stdio server of `--mcp-server` or `--mcp-config`."""
+    def lose(self) -> None:
+        """Its child has ended: forget it now, and end it when its calls are answered."""
+        self.host.sessions.forget(self)
+        self.losing = asyncio.ensure_future(self._end_when_answered())
 
-    name: str
-    words: tuple[str, ...]
-    env: Mapping[str, str] = field(default_factory=dict)
-    cwd: str | None = None
-    # Why it is not served; "": it is.
-    left_out: str = ""
+    async def _end_when_answered(self) -> None:
+        if self.calls:
+            await asyncio.wait([*self.calls.values()], timeout=LAST_ANSWERS)
+        self.end()
+
+    def end(self) -> None:
+        """Cancel its calls, end its streams, forget it."""
+        log.debug("session end id=%s lifetime=%s", self.session_id, self.lifetime.value)
+        for call in self.calls.values():
+            call.cancel()
+        self._stop_timer()
+        self.outbox.close()
+        self.server.leave(self)
+        self.host.sessions.forget(self)
+
+
+def time_left(used: float, idle: float, in_use: bool) -> float:
+    """Return the seconds until something may have been idle for too long; 0: it has been.
+
+    used    its last use, in seconds of time.monotonic()
+    idle    seconds for which it may be idle
+    in_use  it is in use just now
+    """
+    left = used + idle - time.monotonic()
+    if left > 0:
+        return left
+    return idle if in_use else 0.0
+
+
+class SessionMap(dict[str, Session]):
+    """The sessions that are open, by their id."""
+
+    def open(self, session: Session) -> Session:
+        """Add a session.  Raises NoTerminal when there are too many."""
+        if len(self) >= MAX_SESSIONS:
+            self._make_room()
+        self[session.session_id] = session
+        return session
+
+    def _make_room(self) -> None:
+        """End the unused session that was used longest ago."""
+        unused = [other for other in self.values() if not other.streams and not other.calls]
+        if not unused:
+            raise NoTerminal(f"{MAX_SESSIONS} sessions are open already: close some")
+        min(unused, key=lambda other: other.used).end()
+
+    def forget(self, session: Session) -> None:
+        """Remove a session, if it is here."""
+        if self.get(session.session_id) is session:
+            del self[session.session_id]
+
+    async def settle(self, seconds: float) -> None:
+        """Wait until all calls are answered, for so many seconds at most."""
+        calls = [call for session in self.values() for call in session.calls.values()]
+        if calls:
+            await asyncio.wait(calls, timeout=seconds)
+
+    def find(self, server: str, transport: str, session_id: str | None, owner: str) -> Session:
+        """Return the session of this server and transport that this credential opened.
+
+        Raises UnknownSession.
+        """
+        session = self.get(session_id or "")
+        if session is None or not self._is_of(session, server, transport, owner):
+            shown = ascii(session_id)[:140]
+            raise UnknownSession(
+                f"no session {shown} here: it has ended, or never started; start a new one"
+            )
+
+        return session
+
+    @staticmethod
+    def _is_of(session: Session, server: str, transport: str, owner: str) -> bool:
+        if session.server.name != server or session.transport != transport:
+            return False
+        return hmac.compare_digest(session.owner.encode(), owner.encode())
+
+    def report(self, session_id: str | None, **data: object) -> None:
+        """Send news of a command to the session that the command names, if it is open."""
+        session = self.get(session_id or "")
+        if session is None or session.era is Era.MODERN:
+            return
+        if session.outbox.heard and session.outbox.crowded():
+            return
+        if session.level in ("debug", "info"):
+            params = {"level": "info", "logger": "exec", "data": data}
+            session.outbox.send(notification("notifications/message", params))
+
+
+# ==========================================================================
+# Child lines
+# ==========================================================================
+# What a relayed server's process writes, cut into lines.
+#
+# Y1  A line of any length takes bounded memory; both ends are kept, for its id stands there.
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# The start of an object's next member, up to its value.
+MEMBER = re.compile(r'[\s,]*("(?:[^"\\]|\\.)*")\s*:\s*')
+# The last members of a response, where its result comes first.
+LAST_MEMBERS = re.compile(r'((?:,\s*"(?:id|jsonrpc)"\s*:\s*(?:\d+|"2\.0")\s*)+)\}\s*$')
 
 
 class TooLong(NamedTuple):
@@ -4985,18 +5441,22 @@ class Lines:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        # The line whose end has not come: all of it, or its last bytes if it is too long.
+        # The line that is not complete yet: all of it, or its last bytes if it is too long.
         self.begun = bytearray()
         self.size = 0
+        # Its first bytes, if it is too long.
         self.head: bytes | None = None
 
     def feed(self, data: bytes) -> Iterator[bytes | TooLong]:
-        """The lines that `data` completes."""
+        """Yield the lines that `data` completes."""
         start = 0
-        while (end := data.find(b"\n", start)) >= 0:
+        end = data.find(b"\n")
+        while end >= 0:
             self._add(data[start:end])
             yield self.rest()
+
             start = end + 1
+            end = data.find(b"\n", start)
         self._add(data[start:])
 
     def _add(self, piece: bytes) -> None:
@@ -5008,10 +5468,11 @@ class Lines:
             del self.begun[:-MAX_ENDS]
 
     def rest(self) -> bytes | TooLong:
-        """The line as far as it came; the next one starts."""
+        """Return the line as far as it came, and start the next one."""
         line: bytes | TooLong = bytes(self.begun)
         if self.head is not None:
-            line = TooLong(self.head, bytes(self.begun), self.size)
+            line = TooLong(head=self.head, tail=bytes(self.begun), size=self.size)
+
         self.begun.clear()
         self.size = 0
         self.head = None
@@ -5019,77 +5480,268 @@ class Lines:
 
 
 def id_of_long(line: TooLong) -> object:
-    """The `id` of a response that is too long, if it comes before the result or after it."""
+    """Find the `id` of a response that is too long, before its result or after it."""
     text = line.head.removeprefix(BYTE_ORDER_MARK).decode(errors="replace")
     decoder = json.JSONDecoder()
-    position = text.find("{") + 1
-    while found := MEMBER.match(text, position):
+    member = MEMBER.match(text, text.find("{") + 1)
+
+    while member:
         try:
-            value, position = decoder.raw_decode(text, found.end())
+            value, position = decoder.raw_decode(text, member.end())
         except (ValueError, RecursionError):
             break
-        if found[1] == '"id"':
+
+        if member[1] == '"id"':
             return value
+
+        member = MEMBER.match(text, position)
 
     last = LAST_MEMBERS.search(line.tail.decode(errors="replace"))
     number = re.search(r'"id"\s*:\s*(\d+)', last[1]) if last else None
     return int(number[1]) if number else None
 
 
-class ChildState(enum.Enum):
-    STARTING = enum.auto()
-    SERVING = enum.auto()
-    ENDING = enum.auto()
-    GONE = enum.auto()
+# ==========================================================================
+# In flight
+# ==========================================================================
+# What one relayed server has been asked, and who gets its answers.
+#
+# K1  A request ends by its answer, when its time is over, or when its client cancels it.
+# K2  While a client answers a question of the server, no request expires.
+
+
+class Exchange:
+    """A request on its way through a child.
+
+    outbox  gets what belongs to the request before its answer
+    """
+
+    def __init__(self, message: Message, outbox: Outbox) -> None:
+        self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        # When the child's time to answer is over; None: it is not the child's turn.
+        self.expiry: asyncio.TimerHandle | None = None
+        # The same, whatever progress the child reports.
+        self.deadline = time.monotonic() + CHILD_CEILING
+        self.take_up(message, outbox)
+
+    def take_up(self, message: Message, outbox: Outbox) -> None:
+        """Continue it for this message of its client, the first one or a retry."""
+        self.message = message
+        self.outbox = outbox
+        self.meta = as_object(message.get("params", {}).get("_meta"))
+
+    @property
+    def method(self) -> str:
+        return str(self.message["method"])
+
+    @property
+    def wants_logs(self) -> bool:
+        return LOG_LEVEL in self.meta and self.method != "subscriptions/listen"
+
+    def start_timer(self, seconds: float, give_up: Callable[[], object]) -> None:
+        """Call `give_up` after so many seconds, unless the timer is stopped."""
+        self.stop_timer()
+        self.expiry = asyncio.get_running_loop().call_later(seconds, give_up)
+
+    def stop_timer(self) -> None:
+        if self.expiry:
+            self.expiry.cancel()
+            self.expiry = None
+
+
+class InFlight:
+    """The requests in flight to one child, by the ids that we gave them, which are a count.
+
+    give_up  called with an exchange and the seconds for which the child did not answer it
+    """
+
+    def __init__(self, give_up: Callable[[Exchange, float], object]) -> None:
+        self.give_up = give_up
+        self.exchanges = dict[int, Exchange]()
+        self.count = 0
+        # How many of them wait for the answer of a client; as long as any does, nothing expires.
+        self.paused = 0
+
+    def get(self, number: object) -> Exchange | None:
+        # True and False would be found as 1 and 0.
+        return self.exchanges.get(number) if type(number) is int else None
+
+    def add(self, exchange: Exchange, number: int) -> None:
+        self.exchanges[number] = exchange
+        self.extend(exchange)
+
+    def next_number(self) -> int:
+        self.count += 1
+        return self.count
+
+    def extend(self, exchange: Exchange) -> None:
+        """Let it expire CHILD_TIMEOUT seconds from now, if it is the child's turn."""
+        exchange.stop_timer()
+        if self.paused or exchange.method == "subscriptions/listen":
+            return
+        left = exchange.deadline - time.monotonic()
+        seconds = max(0.0, min(CHILD_TIMEOUT, left))
+        exchange.start_timer(seconds, partial(self.give_up, exchange, seconds))
+
+    def pause(self) -> None:
+        """The child waits for the answer of a client, which takes a person's time."""
+        self.paused += 1
+        for exchange in self.exchanges.values():
+            exchange.stop_timer()
+
+    def resume(self) -> None:
+        """A client has answered, or will not; undoes one `pause`."""
+        self.paused -= 1
+        for exchange in self.exchanges.values():
+            self.extend(exchange)
+
+    def finish(self, number: object, answer: Message) -> None:
+        """Hand the answer to whoever waits for it; an unknown number is ignored."""
+        exchange = self.exchanges.pop(number, None) if type(number) is int else None
+        if exchange is None:
+            return
+        exchange.stop_timer()
+        if not exchange.answer.done():
+            exchange.answer.set_result(answer)
+
+    def numbers_of(self, exchange: Exchange) -> list[int]:
+        """Return its ids; none if it was never sent, or has ended."""
+        return [number for number, other in self.exchanges.items() if other is exchange]
+
+    def wanting_logs(self) -> list[Outbox]:
+        """Where log lines are wanted, the newest request last.  A line names no request."""
+        return [each.outbox for each in self.exchanges.values() if each.wants_logs]
+
+
+# ==========================================================================
+# MCP children
+# ==========================================================================
+# A relayed server's process: its life, what it says and hears.
+#
+# C1  What is in flight when a child ends is answered at once, with the reason.
+# C2  A child ends as a group: see CHILD_LADDER.
+# C3  What it writes is bounded and timed; a fault in one line costs no other call.
+
+# Requests that cannot be cancelled, and that show what a server is.
+HELLOS = ("initialize", "server/discover")
+
+# Signals to the group of a child that ends, and seconds until the next one.
+# First its stdin is closed; 0 is no signal.
+CHILD_LADDER = ((0, 2.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
+
+# Takes a message that belongs to no request in flight; returns the outbox that got it, if any.
+OnMessage = Callable[["Child", Message], "Outbox | None"]
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """A stdio server of `--mcp-server` or `--mcp-config`."""
+
+    name: str
+    words: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str | None = None
+    # Why it is not served; "": it is.
+    left_out: str = ""
+
+
+class ChildLog:
+    """Logs what a child writes to its stderr, and keeps the last lines of it."""
+
+    def __init__(self, name: str, stream: asyncio.StreamReader) -> None:
+        self.name = name
+        self.stream = stream
+        self.tail = deque[str](maxlen=CHILD_LAST_LINES)
+        self.reading = asyncio.ensure_future(self._read())
+
+    async def _read(self) -> None:
+        lines = Lines(MAX_LOG_LINE)
+        with contextlib.suppress(OSError):
+            data = await self.stream.read(CHILD_READ)
+            while data:
+                for line in lines.feed(data):
+                    self._log(line)
+                # It may write without end: let others have their turn.
+                await asyncio.sleep(0)
+                data = await self.stream.read(CHILD_READ)
+        self._log(lines.rest())
+
+    def _log(self, line: bytes | TooLong) -> None:
+        raw = line.head if isinstance(line, TooLong) else line
+        text = raw.decode(errors="replace").rstrip()[:MAX_LOG_SHOWN]
+        if text:
+            self.tail.append(text)
+            log.info("server %s: %s", self.name, text)
+
+
+class ChildState(enum.IntEnum):
+    """How far a child is.  Only `Child._enter` changes it."""
+
+    STARTING = 0  # it has answered nothing yet
+    SERVING = 1  # it has answered a request
+    ENDING = 2  # it gets no more requests; its group is being ended
+    ENDED = 3  # no process of its group is left
 
 
 class Child:
     """A stdio server that runs.  Raises RelayError.
 
-    on_message  gets what belongs to no exchange; says where it went, if anywhere
-    on_lost     called when what was in flight has been answered, as it has ended
-    on_gone     called when nothing is left of its process group
+    on_message  gets what belongs to no request in flight
+    on_lost     called when it has closed its stdout and what was in flight is answered
+    on_gone     called when it has ended
+
+    | event                          | STARTING | SERVING | ENDING    | ENDED |
+    |--------------------------------|----------|---------|-----------|-------|
+    | it answers a request           | SERVING  |         |           |       |
+    | `end`, or its process ends     | ENDING   | ENDING  |           |       |
+    | it closes its stdin or stdout  | ENDING   | ENDING  |           |       |
+    | its stdout is read to the end  | ENDING   | ENDING  | `on_lost` |       |
+    | after that: its group is gone, |          |         | ENDED     |       |
+    | or CHILD_LADDER is at its end  |          |         |           |       |
     """
 
     def __init__(
         self, name: str, process: asyncio.subprocess.Process, on_message: OnMessage
     ) -> None:
+        assert process.stderr
         self.name = name
         self.process = process
         self.on_message = on_message
         self.on_lost: list[Callable[[Child], object]] = []
         self.on_gone: list[Callable[[Child], object]] = []
+
         self.state = ChildState.STARTING
-        # Its answer to `initialize` or `server/discover`.
-        self.hello: Message = {}
-        # It is the one of a modern server, for all clients.
-        self.serves_all = False
-        # Requests in flight, by our id, which is a count.
-        self.count = 0
-        self.exchanges = dict[int, Exchange]()
-        # How many wait for a client's answer: meanwhile no request expires.
-        self.paused = 0
-        # The level that it was asked to log at.
-        self.level = ""
-        self.began = time.monotonic()
-        self.used = self.began
+        # Whether it was ever SERVING.
         self.answered = False
-        # It ends because we want it to, or may.
+        # Its end is no fault: we want it, or allow for it.
         self.retired = False
-        # The last lines of its stderr; how it ended, and that as a sentence.
-        self.tail = deque[str](maxlen=5)
+        # How it ended, for people; "": its stdout is open.
         self.reason = ""
-        self.epitaph = ""
+        # Set when it can answer nothing more.
         self.lost = asyncio.Event()
+
+        # What it speaks, once that is known, and its answer to `initialize` or `server/discover`.
+        self.era: Era | None = None
+        self.hello: Message = {}
+        # The level that it was asked to log at; None: it may choose.
+        self.level: str | None = None
         # Held while its tools are listed for their headers.
         self.listing = asyncio.Lock()
+
+        # Seconds of time.monotonic(): its start, and the last message to it or from it.
+        self.began = time.monotonic()
+        self.used = self.began
+        self.in_flight = InFlight(self._expire)
+
+        # The tasks that keep it going, until it has ended.
         self.ender: asyncio.Task[None] | None = None
-        self.logging = asyncio.ensure_future(self._log())
+        self.stderr = ChildLog(name, process.stderr)
         self.reading = asyncio.ensure_future(self._read())
         self.watching = asyncio.ensure_future(self._watch())
 
     @classmethod
     async def start(cls, config: ServerConfig, on_message: OnMessage) -> Child:
+        """Start the process.  Raises RelayError."""
         pipe = asyncio.subprocess.PIPE
         try:
             process = await asyncio.create_subprocess_exec(
@@ -5102,303 +5754,342 @@ class Child:
                 cwd=config.cwd,
                 start_new_session=True,
             )
-        # RuntimeError: no thread
+        # RuntimeError: no thread could be started.
         except (OSError, ValueError, RuntimeError) as wrong:
             why = getattr(wrong, "strerror", None) or str(wrong)
             raise RelayError(f"server {config.name} cannot start: {why}") from None
+
         return cls(config.name, process, on_message)
+
+    # Its life
+
+    def _enter(self, state: ChildState) -> None:
+        """Be in this state from now on."""
+        assert state > self.state, f"{self.state.name} to {state.name}"
+        log.debug("server=%s state=%s was=%s", self.name, state.name, self.state.name)
+        self.state = state
 
     @property
     def usable(self) -> bool:
         return self.state in (ChildState.STARTING, ChildState.SERVING)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether it serves all clients, as a modern server does."""
+        return self.era is Era.MODERN
+
+    @property
+    def epitaph(self) -> str:
+        """How it ended, in a sentence; "": its stdout is open."""
+        return f"server {self.name} {self.reason}" if self.reason else ""
+
     def may_end(self) -> None:
-        """Its end is no fault, until `keep`."""
+        """Until `keep`, its end is no fault."""
         self.retired = True
 
-    def keep(self, hello: Message) -> None:
-        """It has said what it is: from now on it is expected to live."""
+    def keep(self, hello: Message, era: Era) -> None:
+        """It has answered the first request: from now on its end is a fault.
+
+        hello  that answer
+        era    what it shows
+        """
         self.retired = False
         self.hello = hello
+        self.era = era
 
-    def serve_all(self, on_message: OnMessage) -> None:
-        """It is of a modern server, and for all clients."""
-        self.serves_all = True
+    def report_to(self, on_message: OnMessage) -> None:
+        """What belongs to no request goes there from now on."""
         self.on_message = on_message
 
-    async def _log(self) -> None:
-        assert self.process.stderr
-        lines = Lines(MAX_LOG_LINE)
-        with contextlib.suppress(OSError):
-            while data := await self.process.stderr.read(CHILD_READ):
-                for line in lines.feed(data):
-                    self._note(line)
-                await asyncio.sleep(0)
-        self._note(lines.rest())
+    def logs_at(self, level: str) -> None:
+        """It was asked to log at this level."""
+        self.level = level
 
-    def _note(self, line: bytes | TooLong) -> None:
-        """Log a line of its stderr."""
-        raw = line.head if isinstance(line, TooLong) else line
-        if text := raw.decode(errors="replace").rstrip()[:KIB]:
-            self.tail.append(text)
-            log.info("server %s: %s", self.name, text)
+    def end(self) -> None:
+        """Let it end, and with it its group."""
+        self.retired = True
+        self._start_to_end()
+
+    def _start_to_end(self) -> None:
+        if self.usable:
+            self._enter(ChildState.ENDING)
+            self.ender = asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        """Climb CHILD_LADDER until no process of its group is left."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        ended = asyncio.ensure_future(self.process.wait())
+
+        for number, patience in CHILD_LADDER:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+
+            await asyncio.wait(
+                {ended, self.watching}, timeout=patience, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not has_processes(self.process.pid):
+                break
+
+        ended.cancel()
+
+        # A process that left the group may still hold the other end.
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream:
+                stream.feed_eof()
+
+        await self.lost.wait()
+
+        self._enter(ChildState.ENDED)
+        for call in self.on_gone:
+            call(self)
 
     async def _watch(self) -> None:
-        """Notice its end, also when a process of its own still has its stdout."""
-        while self.process.returncode is None:  # noqa: ASYNC110  # its wait() may wait for the pipes too
-            await asyncio.sleep(WATCH_PAUSE)
-        self._begin_end()
+        """Notice its end, also when a process that it started still holds its stdout."""
+        # Process.wait() may wait for the pipes too.
+        while self.process.returncode is None:  # noqa: ASYNC110
+            await asyncio.sleep(CHILD_WATCH)
+        self._start_to_end()
+
+    async def _lose(self) -> None:
+        """Fail the requests in flight: without its stdout it is of no use."""
+        self._start_to_end()
+        # Its exit status and its last words may be on their way.
+        ended = asyncio.ensure_future(self.process.wait())
+        await asyncio.wait({ended, self.stderr.reading}, timeout=LAST_WORDS)
+        ended.cancel()
+
+        status = self.process.returncode
+        reason = "closed its output" if status is None else f"ended with {status}"
+        if self.stderr.tail:
+            reason += f"; it said: {' / '.join(self.stderr.tail)}"
+        self.reason = reason
+
+        failure = RelayError(f"{self.epitaph}, before it answered")
+        for number in [*self.in_flight.exchanges]:
+            self.in_flight.finish(number, refusal(None, failure))
+
+        self.lost.set()
+        for call in self.on_lost:
+            call(self)
+
+    # What it writes
 
     async def _read(self) -> None:
         assert self.process.stdout
         lines = Lines(MAX_ANSWER)
         with contextlib.suppress(OSError):
-            while data := await self.process.stdout.read(CHILD_READ):
+            data = await self.process.stdout.read(CHILD_READ)
+            while data:
                 for line in lines.feed(data):
                     await self._read_line(line)
+                data = await self.process.stdout.read(CHILD_READ)
         await self._read_line(lines.rest())
-        await self._bury()
+        await self._lose()
 
     async def _read_line(self, line: bytes | TooLong) -> None:
+        """Take a line, and wait for the client that it goes to if that one is slow."""
         if isinstance(line, TooLong):
             self._refuse_long(line)
             return
 
-        outbox: Outbox | None = None
+        outbox = self._take_line(line)
+        if outbox and outbox.heard and self.usable:
+            # A slow reader slows the child down, but only a little if others use it too.
+            alone = len(self.in_flight.exchanges) <= 1
+            await outbox.room(SLOW_READER_TIMEOUT if alone else CROWD_PAUSE)
+
+        # It may write without end: let others have their turn.
+        await asyncio.sleep(0)
+
+    def _take_line(self, line: bytes) -> Outbox | None:
+        """Pass on what a line says; return the outbox that got it, if any."""
         try:
             # U+FFFD in place of what is not UTF-8: a call must not hang for a wrong byte.
             text = line.removeprefix(BYTE_ORDER_MARK).decode(errors="replace")
-            if text and not text.isspace():
-                outbox = self._take(read_message(text))
+            if not text or text.isspace():
+                return None
+            return self._take(read_message(text))
         except ProxyError as wrong:
             log.warning("server %s: skipped %s: %s", self.name, ascii(line[:80]), wrong)
             failure = RelayError(f"server {self.name} answered badly: {wrong}")
-            self.finish(wrong.request_id, refusal(None, failure))
-        except Exception:  # whatever it wrote, others wait for what it writes next
+            self.in_flight.finish(wrong.request_id, refusal(None, failure))
+        # Whatever it wrote, others wait for what it writes next.
+        except Exception:
             log.exception("server %s: skipped %s", self.name, ascii(line[:80]))
 
-        if outbox and outbox.heard and self.usable:
-            # A slow reader slows the child down; a little, if others use it too.
-            alone = len(self.exchanges) <= 1
-            await outbox.room(SLOW_READER_TIMEOUT if alone else CROWD_PAUSE)
-        # It may flood us: others get their turn.
-        await asyncio.sleep(0)
+        return None
 
     def _refuse_long(self, line: TooLong) -> None:
         log.error("server %s: skipped a line of %d bytes", self.name, line.size)
         failure = RelayError(
             f"server {self.name} answered with {line.size} bytes, expected at most {MAX_ANSWER}"
         )
-        self.finish(id_of_long(line), refusal(None, failure))
-
-    async def _bury(self) -> None:
-        """It is of no use without its stdout: answer what is in flight with how it ended."""
-        self._begin_end()
-        # Its exit status and its last words may be on their way.
-        ended = asyncio.ensure_future(self.process.wait())
-        await asyncio.wait({ended, self.logging}, timeout=LAST_WORDS)
-        ended.cancel()
-
-        status = self.process.returncode
-        self.reason = "closed its output" if status is None else f"ended with {status}"
-        if self.tail:
-            self.reason += f"; it said: {' / '.join(self.tail)}"
-        self.epitaph = f"server {self.name} {self.reason}"
-
-        for number in [*self.exchanges]:
-            self.finish(number, refusal(None, RelayError(f"{self.epitaph}, before it answered")))
-        self.lost.set()
-        for call in self.on_lost:
-            call(self)
+        self.in_flight.finish(id_of_long(line), refusal(None, failure))
 
     def _take(self, message: Message) -> Outbox | None:
         """Bring a message from the child to the client that it belongs to."""
         self.used = time.monotonic()
         if "method" not in message:
-            self._answered()
-            self.finish(message["id"], self._sound(message))
+            self._take_answer(message)
             return None
 
         params = message.get("params", {})
-        meta = params.get("_meta")
-        subscription = meta.get(SUBSCRIPTION) if isinstance(meta, dict) else None
         token = None
         if message["method"] == "notifications/progress":
             token = params.get("progressToken")
-        number = subscription if token is None else token
 
-        if number is None:
-            return self.on_message(self, message)
-        if type(number) is not int or number not in self.exchanges:
+        if token is not None:
+            return self._take_progress(message, token)
+
+        subscription = as_object(params.get("_meta")).get(SUBSCRIPTION)
+        if subscription is not None:
+            return self._take_notice(message, subscription)
+        return self.on_message(self, message)
+
+    def _take_answer(self, message: Message) -> None:
+        if self.state is ChildState.STARTING:
+            self._enter(ChildState.SERVING)
+        self.answered = True
+        self.in_flight.finish(message["id"], sound_answer(self.name, message))
+
+    def _take_progress(self, message: Message, token: object) -> Outbox | None:
+        """Pass on progress, which gives the child more time."""
+        exchange = self.in_flight.get(token)
+        if exchange is None or "progressToken" not in exchange.meta:
             return None
-        exchange = self.exchanges[number]
-        if token is None:
-            params = {**params, "_meta": {**meta, SUBSCRIPTION: exchange.message["id"]}}
-        elif "progressToken" not in exchange.meta:
-            return None
-        else:
-            self.extend(exchange)
-            params = {**params, "progressToken": exchange.meta["progressToken"]}
+        self.in_flight.extend(exchange)
+        params = {**message["params"], "progressToken": exchange.meta["progressToken"]}
         exchange.outbox.send({**message, "params": params})
         return exchange.outbox
 
-    def _answered(self) -> None:
-        self.answered = True
-        if self.state is ChildState.STARTING:
-            self.state = ChildState.SERVING
-
-    def _sound(self, answer: Message) -> Message:
-        """A response in the shape that all expect."""
-        fields = answer.get("result")
-        failure = answer.get("error")
-        if "result" in answer and isinstance(fields, dict):
-            sound = isinstance(fields.get("_meta", {}), dict)
-            return answer if sound else {**answer, "result": without(fields, "_meta")}
-
-        if isinstance(failure, dict):
-            has_code = type(failure.get("code")) is int
-            if has_code and isinstance(failure.get("message"), str):
-                return answer
-        shown = ascii(fields or failure)[:80]
-        return refusal(None, RelayError(f"server {self.name} answered with {shown}"))
-
-    def extend(self, exchange: Exchange) -> None:
-        """Give it CHILD_TIMEOUT seconds from now, if it is the child's turn."""
-        exchange.stop_timer()
-        if self.paused or exchange.message["method"] == "subscriptions/listen":
-            return
-        seconds = max(0.0, min(CHILD_TIMEOUT, exchange.deadline - time.monotonic()))
-        failure = RelayError(f"server {self.name} did not answer within {seconds:g} s")
-        exchange.expiry = asyncio.get_running_loop().call_later(
-            seconds, self.give_up, exchange, refusal(None, failure)
-        )
-
-    def pause(self) -> None:
-        """It waits for an answer of a client, which takes a person's time."""
-        self.paused += 1
-        for exchange in self.exchanges.values():
-            exchange.stop_timer()
-
-    def resume(self) -> None:
-        self.paused -= 1
-        for exchange in self.exchanges.values():
-            self.extend(exchange)
-
-    def finish(self, number: object, answer: Message) -> None:
-        """The answer of an exchange has come."""
-        exchange = self.exchanges.pop(number, None) if isinstance(number, int) else None
+    def _take_notice(self, message: Message, subscription: object) -> Outbox | None:
+        """Pass on what a `subscriptions/listen` is to hear of."""
+        exchange = self.in_flight.get(subscription)
         if exchange is None:
-            return
-        exchange.stop_timer()
-        if not exchange.answer.done():
-            exchange.answer.set_result(answer)
+            return None
+        params = message["params"]
+        meta = {**params["_meta"], SUBSCRIPTION: exchange.message["id"]}
+        exchange.outbox.send({**message, "params": {**params, "_meta": meta}})
+        return exchange.outbox
 
-    def give_up(self, exchange: Exchange, answer: Message | None = None) -> None:
-        """Cancel it in the child."""
-        for number in [number for number, other in self.exchanges.items() if other is exchange]:
-            # A handshake cannot be cancelled.
-            if exchange.message["method"] not in HELLOS:
-                with contextlib.suppress(RelayError):
-                    self.tell(notification("notifications/cancelled", {"requestId": number}))
-            self.finish(number, answer or {})
+    # What it is sent
 
-    def tell(self, message: Message) -> None:
-        """Write it.  Raises RelayError when the child does not read."""
-        assert self.process.stdin
+    def write(self, message: Message) -> None:
+        """Write a message to its stdin.  Raises RelayError when it does not read."""
+        stdin = self.process.stdin
+        assert stdin
         if self.epitaph:
             raise RelayError(self.epitaph)
-        if self.process.stdin.is_closing():
-            self._begin_end()
+        if stdin.is_closing():
+            self._start_to_end()
+
         if not self.usable:
-            # `_bury` is about to answer.
+            # `_lose` is about to answer.
             return
-        if self.process.stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
+        if stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
             raise RelayError(f"server {self.name} does not read what it is sent")
-        self.process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+
+        stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
     def send(self, exchange: Exchange, message: Message) -> None:
-        """Send a request under an id of ours; its progress token is the same."""
-        self.count += 1
+        """Send a request under an id of our own; its progress token is the same."""
+        number = self.in_flight.next_number()
         self.used = time.monotonic()
         if "progressToken" in exchange.meta:
             params = message["params"]
-            meta = {**params["_meta"], "progressToken": self.count}
+            meta = {**params["_meta"], "progressToken": number}
             message = {**message, "params": {**params, "_meta": meta}}
-        self.tell({**message, "id": self.count})
-        self.exchanges[self.count] = exchange
-        self.extend(exchange)
+        self.write({**message, "id": number})
+        self.in_flight.add(exchange, number)
 
     async def ask(self, message: Message, outbox: Outbox, sent: Message | None = None) -> Message:
-        """The response to a client's request, with the client's id.  Cancelling this cancels it in the child.
+        """Return the response to a client's request, with the client's id.
 
         sent  what goes to the child instead
+        Cancelling this cancels the request in the child.
         """
         exchange = Exchange(sent or message, outbox)
         self.send(exchange, sent or message)
         return await self.answer(exchange)
 
     async def answer(self, exchange: Exchange) -> Message:
+        """The same for a request that was sent."""
         try:
             answer = await asyncio.shield(exchange.answer)
         except asyncio.CancelledError:
-            self.give_up(exchange)
+            self.give_up(exchange, {})
             raise
-        fields = answer.get("result")
+
+        result = answer.get("result")
         id_ = exchange.message["id"]
-        if isinstance(fields, dict) and SUBSCRIPTION in as_object(fields.get("_meta")):
-            meta = {**fields["_meta"], SUBSCRIPTION: id_}
-            answer = {**answer, "result": {**fields, "_meta": meta}}
+        if isinstance(result, dict) and SUBSCRIPTION in as_object(result.get("_meta")):
+            meta = {**result["_meta"], SUBSCRIPTION: id_}
+            answer = {**answer, "result": {**result, "_meta": meta}}
+
         return {**answer, "id": id_}
 
+    def give_up(self, exchange: Exchange, answer: Message) -> None:
+        """Cancel a request in the child; whoever still waits gets this answer."""
+        for number in self.in_flight.numbers_of(exchange):
+            if exchange.method not in HELLOS:
+                with contextlib.suppress(RelayError):
+                    self.write(notification("notifications/cancelled", {"requestId": number}))
+            self.in_flight.finish(number, answer)
+
+    def _expire(self, exchange: Exchange, seconds: float) -> None:
+        failure = RelayError(f"server {self.name} did not answer within {seconds:g} s")
+        self.give_up(exchange, refusal(None, failure))
+
     def can(self) -> Message:
-        """Its capabilities."""
+        """Return its capabilities."""
         return as_object(as_object(self.hello.get("result")).get("capabilities"))
 
-    def wanting_logs(self) -> list[Outbox]:
-        """Where calls in flight asked for log lines, the newest last.  A line names no call."""
-        return [exchange.outbox for exchange in self.exchanges.values() if exchange.wants_logs]
 
-    def end(self) -> None:
-        """Let it end, and with it its group."""
-        self.retired = True
-        self._begin_end()
+def has_processes(group: int) -> bool:
+    """Whether any process of this group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
-    def _begin_end(self) -> None:
-        if self.usable:
-            self.state = ChildState.ENDING
-            self.ender = asyncio.ensure_future(self._end())
 
-    async def _end(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        ended = asyncio.ensure_future(self.process.wait())
-        for number, patience in CHILD_LADDER:
-            with contextlib.suppress(ProcessLookupError):
-                # 0 only asks whether there is one.
-                os.killpg(self.process.pid, number)
-            await asyncio.wait(
-                {ended, self.watching}, timeout=patience, return_when=asyncio.FIRST_COMPLETED
-            )
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, 0)
-                continue
-            break
-        ended.cancel()
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream:
-                # A process that left the group may hold the other end.
-                stream.feed_eof()
+def sound_answer(name: str, answer: Message) -> Message:
+    """Return a response of server `name` in the shape that everything here expects."""
+    result = answer.get("result")
+    failure = answer.get("error")
+    if "result" in answer and isinstance(result, dict):
+        is_sound = isinstance(result.get("_meta", {}), dict)
+        return answer if is_sound else {**answer, "result": without(result, "_meta")}
 
-        await self.lost.wait()
-        self.state = ChildState.GONE
-        for call in self.on_gone:
-            call(self)
+    if isinstance(failure, dict):
+        has_code = type(failure.get("code")) is int
+        if has_code and isinstance(failure.get("message"), str):
+            return answer
+
+    shown = ascii(result or failure)[:80]
+    return refusal(None, RelayError(f"server {name} answered with {shown}"))
+
+
+# Waiting for one
 
 
 def outcome_of(answer: asyncio.Future[Message]) -> Message:
     """The response, if there is one."""
     failed = not answer.done() or answer.cancelled() or answer.exception() is not None
     return {} if failed else answer.result()
+
+
+def child_of(starting: asyncio.Future[Child] | None) -> Child | None:
+    """The child, if it has started."""
+    if starting is None or not starting.done() or starting.cancelled():
+        return None
+    return None if starting.exception() is not None else starting.result()
+
+
+def is_starting(starting: asyncio.Future[Child] | None) -> bool:
+    return starting is not None and not starting.done()
 
 
 def retrieve(work: asyncio.Future[Any]) -> None:
@@ -5408,46 +6099,53 @@ def retrieve(work: asyncio.Future[Any]) -> None:
 
 
 def end_when_started(starting: asyncio.Future[Child]) -> None:
-    """A callback: the child of a client that has left."""
-    failed = starting.cancelled() or starting.exception() is not None
-    if not failed and not starting.result().serves_all:
-        starting.result().end()
+    """End the child of a client that has left; a done callback."""
+    child = child_of(starting)
+    if child is not None and not child.is_shared:
+        child.end()
 
 
 async def first_result(answers: set[asyncio.Future[Message]], seconds: float) -> None:
-    """Wait until one of these is a result, or all have come, for so many seconds at most."""
+    """Wait until one of these is a result or all have come, for so many seconds at most."""
     deadline = time.monotonic() + seconds
     waiting = set(answers)
     while waiting and not any("result" in outcome_of(answer) for answer in answers):
         left = deadline - time.monotonic()
-        outcomes = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        waiting = outcomes[1]
-        if not outcomes[0]:
+        done, waiting = await asyncio.wait(
+            waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not done:
             return
 
 
 async def settle(child: Child) -> None:
-    """Wait until a child has dealt with what it was sent, and has asked its questions about that."""
+    """Let a child deal with what it was sent, and ask its questions about that."""
     with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(child.ask(new_request("ping", {}), Outbox.nowhere()), SETTLE_TIMEOUT)
+        ping = child.ask(new_request("ping", {}), Outbox.nowhere())
+        await asyncio.wait_for(ping, CHILD_SETTLE)
     await asyncio.sleep(QUESTION_PAUSE)
 
 
 # ==========================================================================
 # Era translation
 # ==========================================================================
-# What a message of one era is in the other.  Dicts in, dicts out; no state.
+# What a message of one era is in the other.  Nothing here sends, waits or keeps anything.
 #
-# X1  What is not of the envelope passes untouched: params, results, errors with their data.
+# X1  Params, results and the data of errors pass untouched; the envelope and error codes change.
+
+# The capability by which a client lets a server ask this.
 ASKING = {
     "elicitation/create": "elicitation",
     "sampling/createMessage": "sampling",
     "roots/list": "roots",
 }
+# Requests during which a server may ask.
 MAY_ASK = ("tools/call", "prompts/get", "resources/read")
+# Legacy requests that the modern era does not have.
 REMOVED = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
+# What has changed, by notification.
 CHANGED = {f"notifications/{what}/list_changed": what for what in ("tools", "prompts", "resources")}
-SERVER_INFO, CLIENT_INFO = f"{NAMESPACE}serverInfo", f"{NAMESPACE}clientInfo"
+
 OURSELVES = {"name": "pocketcoder", "version": VERSION}
 
 
@@ -5457,39 +6155,56 @@ def discovery() -> Message:
 
 
 def handshake(can: Message, client: Message) -> Message:
-    """`initialize`, for a client that says none itself."""
-    hello = {"protocolVersion": LEGACY[-1], "capabilities": can, "clientInfo": client}
-    return new_request("initialize", hello)
+    """`initialize` on behalf of a client that does not send it.
 
-
-def pong(message: Message) -> Message:
-    """The answer to a child's `ping`."""
-    return {"jsonrpc": "2.0", "id": message["id"], "result": {}}
+    can     the client's capabilities
+    client  its name and version
+    """
+    params = {"protocolVersion": LEGACY[-1], "capabilities": can, "clientInfo": client}
+    return new_request("initialize", params)
 
 
 def speaks_modern(answer: Message) -> bool:
     """Whether this answer to `server/discover` is a modern server's."""
     result = as_object(answer.get("result"))
-    # A refusal of our revision lists those that are served.
+    # A server that refuses our revision lists those that it has.
     data = as_object(as_object(answer.get("error")).get("data"))
     listed = result.get("supportedVersions") or data.get("supported")
     return isinstance(listed, list) and MODERN in listed
 
 
 def marked_arguments(shown: Message) -> dict[str, str]:
-    """The arguments of a tool that headers repeat, with their headers."""
-    shapes = as_object(as_object(shown.get("inputSchema")).get("properties"))
-    marked = {name: as_object(shape).get("x-mcp-header") for name, shape in shapes.items()}
+    """List the arguments of a tool that headers repeat, with the last part of their headers."""
+    properties = as_object(as_object(shown.get("inputSchema")).get("properties"))
+    marked = {name: as_object(shape).get("x-mcp-header") for name, shape in properties.items()}
     return {name: str(header) for name, header in marked.items() if header}
 
 
+def change_flag(what: object) -> str:
+    """How `subscriptions/listen` names changes of this list."""
+    return f"{what}ListChanged"
+
+
 def list_flags(can: Message) -> list[str]:
-    """Which changes of lists a server tells of, as `subscriptions/listen` names them."""
+    """List the changes that a server with these capabilities reports."""
     return [
-        f"{what}ListChanged"
+        change_flag(what)
         for what in CHANGED.values()
         if as_object(can.get(what)).get("listChanged")
     ]
+
+
+def listens_for(can: Message, asked: Message) -> Message:
+    """Reduce what `subscriptions/listen` asks for to what a legacy server can do.
+
+    can  the server's capabilities
+    """
+    wanted: Message = {flag: True for flag in list_flags(can) if asked.get(flag) is True}
+    uris = asked.get("resourceSubscriptions")
+    can_subscribe = as_object(can.get("resources")).get("subscribe")
+    if can_subscribe and isinstance(uris, list) and uris:
+        wanted["resourceSubscriptions"] = uris
+    return wanted
 
 
 def envelope(can: Message, client: Message) -> Message:
@@ -5497,14 +6212,18 @@ def envelope(can: Message, client: Message) -> Message:
     return {CLAIM: MODERN, CAPABILITIES: can, CLIENT_INFO: client}
 
 
-def with_envelope(message: Message, peer: Peer, extra: Message) -> Message:
-    """A legacy request, as a modern server wants it."""
+def with_envelope(message: Message, hello: Message, level: str, extra: Message) -> Message:
+    """A legacy request, as a modern server wants it.
+
+    hello  the params of the client's `initialize`
+    extra  more params
+    """
     params = message.get("params", {})
-    can = as_object(peer.hello.get("capabilities"))
+    client = hello.get("clientInfo") or OURSELVES
     meta = {
         **as_object(params.get("_meta")),
-        LOG_LEVEL: peer.level,
-        **envelope(can, peer.hello.get("clientInfo") or OURSELVES),
+        LOG_LEVEL: level,
+        **envelope(as_object(hello.get("capabilities")), client),
     }
     return {**message, "params": {**params, **extra, "_meta": meta}}
 
@@ -5520,116 +6239,225 @@ def without_envelope(message: Message) -> Message:
     return {**message, "params": {**params, "_meta": meta} if meta else params}
 
 
+def with_subscription(message: Message, id_: str | int) -> Message:
+    """A notification for the `subscriptions/listen` with this id."""
+    params = message.get("params", {})
+    meta = {**as_object(params.get("_meta")), SUBSCRIPTION: id_}
+    return {**message, "params": {**params, "_meta": meta}}
+
+
 def discovered(child: Child, message: Message) -> Message:
-    """What a legacy child said in its handshake, as the answer to `server/discover`."""
+    """The answer to `server/discover` that says what a legacy child said in its handshake."""
     hello = as_object(child.hello.get("result"))
     # The tasks of the legacy revisions are others than those of the modern one.
     found = {"capabilities": without(child.can(), "tasks"), "supportedVersions": [MODERN]}
     if "instructions" in hello:
         found["instructions"] = hello["instructions"]
-    answer = {"jsonrpc": "2.0", "id": message["id"], "result": found}
-    return to_modern(answer, "server/discover", child)
+    return to_modern(response(message["id"], found), "server/discover", child)
+
+
+def hello_of(child: Child, asked: object) -> Message:
+    """The result of `initialize` that says what a modern child answered to `server/discover`.
+
+    asked  the revision that the client asks for
+    """
+    found = child.hello.get("result") or {}
+    unnamed = {"name": child.name, "version": "0"}
+    hello = {
+        "protocolVersion": agreed_version(asked),
+        "serverInfo": as_object(found.get("_meta")).get(SERVER_INFO, unnamed),
+        "capabilities": {**child.can(), "logging": {}},
+    }
+    if "instructions" in found:
+        hello["instructions"] = found["instructions"]
+
+    return hello
 
 
 def to_modern(answer: Message, method: str, child: Child) -> Message:
     """A legacy server's response, for a modern client."""
     if "error" in answer:
         code = answer["error"].get("code")
-        return {**answer, "error": {**answer["error"], "code": -32602 if code == -32002 else code}}
+        return with_code(answer, -32602 if code == -32002 else code)
+
     unnamed = {"name": child.name, "version": "0"}
     server = as_object(child.hello.get("result")).get("serverInfo") or unnamed
-    meta = {**as_object(answer["result"].get("_meta")), SERVER_INFO: server}
     cached = {"ttlMs": 0, "cacheScope": "private"} if method in CACHED else {}
-    result = {"resultType": "complete", **answer["result"], **cached, "_meta": meta}
+    result = {
+        "resultType": "complete",
+        **answer["result"],
+        **cached,
+        "_meta": {**as_object(answer["result"].get("_meta")), SERVER_INFO: server},
+    }
     return {**answer, "result": result}
 
 
 def to_legacy(answer: Message, method: str) -> Message:
     """A modern server's response, for a legacy client."""
     if "error" in answer:
-        missing = method == "resources/read" and "uri" in as_object(answer["error"].get("data"))
-        code = -32002 if missing else answer["error"].get("code")
-        return {**answer, "error": {**answer["error"], "code": code}}
-    fields = without(answer["result"], "resultType", "ttlMs", "cacheScope", "_meta")
+        names_resource = "uri" in as_object(answer["error"].get("data"))
+        is_missing = method == "resources/read" and names_resource
+        return with_code(answer, -32002 if is_missing else answer["error"].get("code"))
+
+    result = without(answer["result"], "resultType", "ttlMs", "cacheScope", "_meta")
     meta = without(answer["result"].get("_meta") or {}, SERVER_INFO)
-    return {**answer, "result": {**fields, "_meta": meta} if meta else fields}
+    return {**answer, "result": {**result, "_meta": meta} if meta else result}
+
+
+def with_code(answer: Message, code: object) -> Message:
+    """An error with another code."""
+    return {**answer, "error": {**answer["error"], "code": code}}
 
 
 # ==========================================================================
-# Relay
+# Server starts
 # ==========================================================================
-# Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
+# One relayed server: how its children start, which era it speaks, what its tools want in headers.
 #
-# R1  Messages pass as they came but for ids, progress tokens, subscriptions and the era's envelope.
-# R2  A modern server has one child for all clients; a legacy one has one for each.
-# R3  What a legacy child asks reaches its client only.
-# R4  A child ends with its last user; the request after a crash waits for a new one.
+# V1  The first answer of a child decides the era, never its silence alone.
+# V2  A modern server has one child for all clients, a legacy one a child for each.
+# V3  A server that never answers is started again ever more slowly.
 
 
-class Era(enum.Enum):
-    """What a server speaks."""
+class BackOff:
+    """The faults of one server's children, and the wait before another one is started."""
 
-    UNKNOWN = None
-    LEGACY = "legacy"
-    MODERN = "modern"
+    def __init__(self, name: str) -> None:
+        self.name = name
+        # The last fault, until a child answers; "": there is none.
+        self.failure = ""
+        # Children that were started after a fault.
+        self.restarts = 0
+        # Faults in a row before any answer.
+        self.failures = 0
+        # Seconds of time.monotonic(): the last one of these, and the earliest next start.
+        self.failed_at = 0.0
+        self.not_before = 0.0
+
+    async def wait(self) -> None:
+        """Wait until a child may be started.  Raises RelayError if that takes too long."""
+        deadline = time.monotonic() + CHILD_PATIENCE
+        left = self.not_before - time.monotonic()
+        while left > 0:
+            if self.not_before > deadline:
+                raise RelayError(
+                    f"server {self.name} {self.failure}; it is started again in {left:.0f} s"
+                )
+            await asyncio.sleep(left)
+            left = self.not_before - time.monotonic()
+
+    def starts(self) -> None:
+        """A child is being started."""
+        if self.failure:
+            self.restarts += 1
+
+    def never_answered(self, began: float, failure: str) -> None:
+        """A child that was started at `began` failed before any answer."""
+        self.faulted(failure)
+        # One that was started before the last fault says nothing new.
+        if began >= self.failed_at:
+            self.failures += 1
+            self.failed_at = time.monotonic()
+            self.not_before = self.failed_at + min(
+                CHILD_BACKOFF, CHILD_FIRST_PAUSE * 2**self.failures
+            )
+
+    def faulted(self, failure: str) -> None:
+        self.failure = failure
+        log.warning("server %s %s", self.name, failure)
+
+    def recovered(self) -> None:
+        """A child has answered."""
+        self.failure = ""
+        self.failures = 0
 
 
-class Relay:
-    """One stdio server and its children.  Raises RelayError, BadMessage.
+class HeaderRules:
+    """Which headers repeat arguments of a server's tools, as its list of tools says."""
 
-    idle  seconds after which a child that nobody uses is ended
+    def __init__(self) -> None:
+        # The last part of the header's name, by tool and argument.
+        self.by_tool: dict[str, dict[str, str]] = {}
+        # Seconds of time.monotonic(): then the tools are listed again.
+        self.valid_until = 0.0
+
+    async def check(self, session: Session, child: Child, message: Message) -> None:
+        """Raise HeaderMismatch unless a client's headers repeat its arguments."""
+        if session.headers is None or message["method"] != "tools/call":
+            return
+        async with child.listing:
+            if time.monotonic() > self.valid_until:
+                self.by_tool = await self._list(child, message["params"]["_meta"])
+                self.valid_until = time.monotonic() + HEADERS_KEPT
+        self.check_known(session, message)
+
+    def check_known(self, session: Session, message: Message) -> None:
+        """The same for a retry, by the rules known already: no list of tools is asked for."""
+        if session.headers is not None and message["method"] == "tools/call":
+            repeated = self.by_tool.get(str(message["params"].get("name")), {})
+            check_parameters(message, session.headers, repeated)
+
+    async def _list(self, child: Child, meta: Message) -> dict[str, dict[str, str]]:
+        """Ask the child for its tools, with the `_meta` of a request in hand."""
+        params: Message = {}
+        if child.is_shared:
+            known = (CLAIM, CAPABILITIES, CLIENT_INFO)
+            params["_meta"] = {name: value for name, value in meta.items() if name in known}
+
+        by_tool = dict[str, dict[str, str]]()
+        for _ in range(MAX_ROUNDS):
+            answer = await child.ask(new_request("tools/list", params), Outbox.nowhere())
+            found = as_object(answer.get("result"))
+            tools = found.get("tools")
+
+            for shown in map(as_object, tools if isinstance(tools, list) else []):
+                by_tool[str(shown.get("name"))] = marked_arguments(shown)
+
+            if "nextCursor" not in found:
+                break
+
+            params = {**params, "cursor": found["nextCursor"]}
+
+        return by_tool
+
+
+class Launcher:
+    """Starts the children of one server, and finds out its era.  Raises RelayError.
+
+    idle       seconds after which a child that nobody uses is ended
+    make_room  called when a child cannot start while others run; whether it ended one of them
+    on_shared  called when the server turns out to be a modern one
     """
 
-    def __init__(self, config: ServerConfig, idle: float = CHILD_IDLE) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        idle: float,
+        make_room: Callable[[], Awaitable[bool]],
+        on_shared: Callable[[], object],
+    ) -> None:
         self.config = config
         self.name = config.name
         self.idle = idle
+        self.make_room = make_room
+        self.on_shared = on_shared
         self.stopping = False
-        self.era = Era.UNKNOWN
+        # What the server speaks, as far as that is known.
+        self.era: Era | None = None
         # Held while the era is found out, and while the child for all clients starts.
         self.probing = asyncio.Lock()
-        # All that are not gone yet.
+        # All that have not ended.
         self.children: set[Child] = set()
         # The one of a modern server.
         self.shared: Child | None = None
-        # The sessions that have a child of their own.
-        self.sessions: dict[Child, Peer] = {}
-        # The modern clients of a legacy server, by `key_of`.
-        self.clients: dict[str, ModernClient] = {}
-        # One of them needs its child no longer.
-        self.room = asyncio.Event()
-        # The last fault of a child, until one answers; and those without any answer in a row.
-        self.failure = ""
-        self.restarts = 0
-        self.failures = 0
-        self.failed_at = 0.0
-        self.not_before = 0.0
-        # Which header repeats which argument, by tool; until it has to be asked again.
-        self.headers: dict[str, dict[str, str]] = {}
-        self.headers_until = 0.0
+        self.back_off = BackOff(config.name)
+        self.header_rules = HeaderRules()
 
-    @property
-    def session_idle(self) -> float:
-        """Seconds after which a session over HTTP ends that its client does not use."""
-        return self.idle
-
-    def state(self) -> Message:
-        """For `GET /servers`."""
-        running = [child for child in self.children if child.usable]
-        state = "running" if running else "failed" if self.failure else "idle"
-        shown = {
-            "name": self.name,
-            "state": state,
-            "era": self.era.value,
-            "pid": min((child.process.pid for child in running), default=None),
-            "restarts": self.restarts,
-        }
-        return {**shown, "error": self.failure} if self.failure else shown
-
-    # Starting a child, and finding out its era
+    def running(self) -> list[Child]:
+        return [child for child in self.children if child.usable]
 
     async def open(self, hello: Message, on_message: OnMessage, outbox: Outbox) -> Child:
-        """A child for the client that says `hello`; of a modern server, the one for all.
+        """Return a child for the client that says `hello`; of a modern server, the one for all.
 
         on_message  gets what belongs to no request
         outbox      gets what comes before the answer to `hello`
@@ -5637,72 +6465,66 @@ class Relay:
         try:
             return await self._open(hello, on_message, outbox)
         except RelayError:
-            # Perhaps the server allows but one instance, and a client has left without ending its
-            # session: it was killed, for instance, and is started again.
-            if not self.sessions or self.stopping:
+            # Perhaps the server allows but one instance.
+            if self.stopping:
                 raise
-            # Its stream may be about to end.
-            await asyncio.sleep(ABANDON_PAUSE)
-            if not self._end_an_abandoned_session():
+
+            has_room = await self.make_room()
+            if not has_room:
                 raise
             return await self._open(hello, on_message, outbox)
 
-    def _end_an_abandoned_session(self) -> bool:
-        """End the only session, if it has neither a call nor a stream."""
-        running = [child for child in self.children if child.usable]
-        peer = self.sessions.get(running[0]) if len(running) == 1 else None
-        if peer is None or peer.outbox.heard or running[0].exchanges:
-            return False
-        log.warning("server %s: ends a session that is not in use, for another client", self.name)
-        peer.lost()
-        running[0].end()
-        return True
-
     async def _open(self, hello: Message, on_message: OnMessage, outbox: Outbox) -> Child:
-        """The same, without making room."""
         async with self.probing:
-            if self.era is Era.UNKNOWN:
+            if self.era is None:
                 return await self._probe(hello, on_message, outbox)
         if self.era is Era.MODERN:
             return await self.for_all()
-        return await self._greet(await self._launch(on_message), hello, outbox)
+        return await self._start_and_greet(hello, on_message, outbox)
 
     async def for_all(self) -> Child:
-        """The child of a modern server."""
+        """Return the child of a modern server, started if need be."""
         if self.shared and self.shared.usable:
             return self.shared
+
         async with self.probing:
             if self.shared and self.shared.usable:
                 return self.shared
+
             child = await self._launch(self._from_modern)
             answer = await self._first_answer(child, discovery(), Outbox.nowhere())
             if not speaks_modern(answer):
                 child.end()
-                self.era = Era.UNKNOWN
+                self.era = None
                 raise RelayError(f"server {self.name} speaks revision {MODERN} no longer")
+
             return self._share(child, answer)
 
     def _share(self, child: Child, answer: Message) -> Child:
-        child.keep(answer)
-        child.serve_all(self._from_modern)
-        self._recovered()
+        """It has answered `server/discover` as a modern server does: it is for all clients."""
+        child.keep(answer, Era.MODERN)
+        child.report_to(self._from_modern)
+        self.back_off.recovered()
         self.era = Era.MODERN
         self.shared = child
-        self.clients.clear()
-        self.room.set()
-        self.rest(child, lambda: bool(child.exchanges), child.end)
+        self.on_shared()
+        self.end_when_idle(child, lambda: bool(child.in_flight.exchanges), child.end)
         return child
 
-    async def _probe(self, hello: Message, on_message: OnMessage, outbox: Outbox) -> Child:
-        """The first child.  It is kept whatever its era is, unless it ends at what it does not know.
+    # The first child
 
-        Silence is no verdict: after PROBE_TIMEOUT seconds it is asked in both ways.
+    async def _probe(self, hello: Message, on_message: OnMessage, outbox: Outbox) -> Child:
+        """Start the first child, and keep it whatever its era is.
+
+        It is asked for its era as a modern server.  After an answer that shows none, or
+        PROBE_TIMEOUT seconds of silence, it is greeted as a legacy one.
         """
         child = await self._launch(on_message)
-        # It may end at `server/discover`; that is no fault.
+        # It may end at a request that it does not know; that is no fault.
         child.may_end()
         discovered = asyncio.ensure_future(child.ask(discovery(), Outbox.nowhere()))
         greeted: asyncio.Future[Message] | None = None
+
         try:
             await asyncio.wait({discovered}, timeout=PROBE_TIMEOUT)
             if not discovered.done():
@@ -5712,6 +6534,7 @@ class Relay:
             if speaks_modern(outcome_of(discovered)):
                 if greeted is not None:
                     await asyncio.wait({greeted}, timeout=PROBE_TIMEOUT)
+
                 # A handshake that it has accepted binds a server that knows both eras.
                 if greeted is None or "result" not in outcome_of(greeted):
                     return self._share(child, outcome_of(discovered))
@@ -5734,25 +6557,31 @@ class Relay:
     async def _start_over(
         self, child: Child, hello: Message, on_message: OnMessage, outbox: Outbox
     ) -> Child:
-        """A child that the probe has lost, or that did not like it: the next one is asked `hello` only."""
-        silent = child.usable and not child.answered
+        """Replace a child that ended at the probe, or refused it, by one that is only greeted."""
+        is_silent = child.usable and not child.answered
         child.end()
-        if silent:
+        if is_silent:
             raise self._gave_no_answer(child, hello)
-        return await self._greet(await self._launch(on_message), hello, outbox)
+        return await self._start_and_greet(hello, on_message, outbox)
 
-    async def _greet(self, child: Child, hello: Message, outbox: Outbox) -> Child:
+    # Any child
+
+    async def _start_and_greet(
+        self, hello: Message, on_message: OnMessage, outbox: Outbox
+    ) -> Child:
+        child = await self._launch(on_message)
         return self._greeted(child, await self._first_answer(child, hello, outbox))
 
     def _greeted(self, child: Child, answer: Message) -> Child:
         """It has answered the handshake."""
-        child.keep(answer)
-        self._recovered()
+        child.keep(answer, Era.LEGACY)
+        self.back_off.recovered()
         # If it refuses, perhaps we got its era wrong.
-        self.era = Era.LEGACY if "result" in answer else Era.UNKNOWN
+        self.era = Era.LEGACY if "result" in answer else None
         return child
 
     async def _first_answer(self, child: Child, hello: Message, outbox: Outbox) -> Message:
+        """Ask a new child; if it does not answer, end it and raise RelayError."""
         try:
             answer = await asyncio.wait_for(child.ask(hello, outbox), CHILD_START)
         except asyncio.TimeoutError:
@@ -5761,64 +6590,47 @@ class Relay:
         except BaseException:
             child.end()
             raise
+
         if not child.answered:
             raise RelayError(f"{child.epitaph}, before it answered")
         return answer
 
     def _gave_no_answer(self, child: Child, hello: Message) -> RelayError:
         failure = f"did not answer `{hello['method']}` in {CHILD_START:g} s"
-        self._back_off(child.began, failure)
+        self.back_off.never_answered(child.began, failure)
         return RelayError(f"server {self.name} {failure}")
 
     async def _launch(self, on_message: OnMessage) -> Child:
-        """A new process, when the back-off is over and the last one before it has gone."""
-        await self._wait_for_back_off()
+        """Start a process, once the back-off is over and the one before it has ended."""
+        await self.back_off.wait()
         # A server may allow but one instance; if others run already, this one does not.
-        if not any(child.usable for child in self.children):
-            ending = {child.ender for child in self.children if child.ender}
-            if ending:
-                await asyncio.wait(ending, timeout=CHILD_PATIENCE)
+        if not self.running():
+            enders = self._enders()
+            if enders:
+                await asyncio.wait(enders, timeout=CHILD_PATIENCE)
+
         if self.stopping:
             raise RelayError(f"server {self.name}: the proxy is stopping")
 
         began = time.monotonic()
-        if self.failure:
-            self.restarts += 1
+        self.back_off.starts()
         try:
             child = await Child.start(self.config, on_message)
         except RelayError as wrong:
-            self._back_off(began, str(wrong).removeprefix(f"server {self.name} "))
+            reason = str(wrong).removeprefix(f"server {self.name} ")
+            self.back_off.never_answered(began, reason)
             raise
+
         child.on_lost.append(self._on_lost)
         child.on_gone.append(self.children.discard)
         self.children.add(child)
         if self.stopping:
             child.end()
+
         return child
 
-    async def _wait_for_back_off(self) -> None:
-        deadline = time.monotonic() + CHILD_PATIENCE
-        while (left := self.not_before - time.monotonic()) > 0:
-            if self.not_before > deadline:
-                raise RelayError(
-                    f"server {self.name} {self.failure}; it is started again in {left:.0f} s"
-                )
-            await asyncio.sleep(left)
-
-    def _back_off(self, began: float, failure: str) -> None:
-        """One that was started at `began` never answered: the next one waits, each time longer."""
-        self.failure = failure
-        log.warning("server %s %s", self.name, failure)
-        # One that was started before the last fault says nothing new.
-        if began >= self.failed_at:
-            self.failures += 1
-            self.failed_at = time.monotonic()
-            self.not_before = self.failed_at + min(CHILD_BACKOFF, 0.1 * 2**self.failures)
-
-    def _recovered(self) -> None:
-        """A child has answered."""
-        self.failure = ""
-        self.failures = 0
+    def _enders(self) -> set[asyncio.Task[None]]:
+        return {child.ender for child in self.children if child.ender}
 
     def _on_lost(self, child: Child) -> None:
         if self.shared is child:
@@ -5826,209 +6638,322 @@ class Relay:
         if child.retired:
             return
         if child.answered:
-            self.failure = child.reason
-            log.warning("server %s %s", self.name, child.reason)
+            self.back_off.faulted(child.reason)
         else:
-            self._back_off(child.began, child.reason)
+            self.back_off.never_answered(child.began, child.reason)
 
-    def rest(self, child: Child, in_use: Callable[[], bool], end: Callable[[], object]) -> None:
-        """Call `end` when nobody has used the child for `idle` seconds."""
+    def end_when_idle(
+        self, child: Child, in_use: Callable[[], bool], end: Callable[[], object]
+    ) -> None:
+        """Call `end` when the child has been unused for `idle` seconds."""
         if not child.usable:
             return
-        left = child.used + self.idle - time.monotonic()
-        if left <= 0 and not in_use():
-            end()
+        left = time_left(child.used, self.idle, in_use())
+        if left > 0:
+            asyncio.get_running_loop().call_later(left, self.end_when_idle, child, in_use, end)
         else:
-            pause = left if left > 0 else self.idle
-            asyncio.get_running_loop().call_later(pause, self.rest, child, in_use, end)
+            end()
 
     def _from_modern(self, child: Child, message: Message) -> Outbox | None:
-        """What belongs to no request: a modern server asks nothing, and says nothing but log lines."""
+        """Take what belongs to no request: log lines.  A modern server must not ask anything."""
         if "id" in message:
             failure = UnknownMethod("`method`: this client takes no requests")
-            child.tell(refusal(message["id"], failure))
+            child.write(refusal(message["id"], failure))
             return None
-        # A child says not to which request a log line belongs: deliver it only if that is certain.
-        wanting = child.wanting_logs()
-        if message["method"] == "notifications/message" and len(wanting) == 1:
-            wanting[0].send(message)
-            return wanting[0]
-        return None
 
-    # Requests of clients
-
-    async def respond(self, peer: Peer, message: Message, modern: bool, outbox: Outbox) -> Message:
-        """The response to a client's request; `outbox` takes what comes before it, on the same stream."""
-        if self.era is Era.MODERN:
-            child = await self.for_all()
-            if modern:
-                await self.check_headers(peer, child, message)
-                return await child.ask(message, outbox)
-            return await Translation(self, child, peer).respond(message, outbox)
-        if modern:
-            client = await self._client(peer, message)
-            return await client.respond(peer, message, outbox)
-        return await self._respond_to_session(peer, message, outbox)
-
-    async def _respond_to_session(self, peer: Peer, message: Message, outbox: Outbox) -> Message:
-        """The response to a legacy client, by a child of its own if the server is legacy too."""
-        method = message["method"]
-        if method == "initialize" or not peer.has_child():
-            self.leave(peer)
-            peer.child = asyncio.ensure_future(self._own(peer, message, outbox))
-        assert peer.child is not None
-        child = await asyncio.shield(peer.child)
-        if child.serves_all:
-            peer.child = None
-            return await Translation(self, child, peer).respond(message, outbox)
-        if method == "initialize":
-            return {**child.hello, "id": message["id"]}
-        return await child.ask(message, outbox)
-
-    async def _own(self, peer: Peer, message: Message, outbox: Outbox) -> Child:
-        """A legacy client's own child of a legacy server."""
-        hello = message
-        if message["method"] != "initialize":
-            # The client came back, or does without a handshake; the server does not.
-            hello = handshake({}, OURSELVES)
-        child = await self.open(hello, partial(self._to_session, peer), outbox)
-        if child.serves_all:
-            return child
-        if hello is not message:
-            child.tell(notification("notifications/initialized", {}))
-
-        def on_lost(child: Child) -> None:
-            self.sessions.pop(child, None)
-            if not child.retired:
-                peer.lost()
-
-        self.sessions[child] = peer
-        child.on_lost.append(on_lost)
-        if child.epitaph:
-            # It has ended already.
-            on_lost(child)
-        return child
-
-    def _to_session(self, peer: Peer, child: Child, message: Message) -> Outbox | None:
-        """Bring what belongs to no request to the client whose child says it."""
-        if message["method"] == "ping" and "id" in message and not peer.outbox.readers:
-            # There is no stream that it could go by.
-            child.tell(pong(message))
+        # A log line does not name its request: deliver it only if that is certain.
+        wanting = child.in_flight.wanting_logs()
+        if message["method"] != "notifications/message" or len(wanting) != 1:
             return None
-        if "id" in message:
-            peer.was_asked(child)
-        outbox = self._stream_for(peer, child, message)
-        outbox.send(message)
-        return outbox
 
-    def _stream_for(self, peer: Peer, child: Child, message: Message) -> Outbox:
-        """The stream of a call in flight if it surely belongs there, or the session's own."""
-        calls = [exchange for exchange in child.exchanges.values() if not exchange.outbox.closed]
-        if not calls:
-            return peer.outbox
-        newest = calls[-1]
-        is_question = "id" in message
-        if newest.message["method"] in HELLOS and not is_question:
-            # Some clients take the answer to `initialize` as JSON only.
-            return peer.outbox
-        if not peer.outbox.heard:
-            # No client would hear it elsewhere.
-            return newest.outbox
-        is_change = not is_question and message["method"] != "notifications/message"
-        return newest.outbox if len(calls) == 1 and not is_change else peer.outbox
-
-    async def _client(self, peer: Peer, message: Message) -> ModernClient:
-        """The modern client of a legacy server that sends this; a new one waits for room."""
-        key = key_of(peer, message)
-        if key not in self.clients and isinstance(message["params"].get("requestState"), str):
-            raise unknown_state()
-        deadline = time.monotonic() + CHILD_PATIENCE
-        while key not in self.clients and len(self.clients) >= MAX_CHILDREN:
-            if not self._end_an_idle_client():
-                await self._wait_for_room(deadline)
-        if key not in self.clients:
-            self.clients[key] = ModernClient(self, key, message["params"]["_meta"])
-        return self.clients[key]
-
-    def _end_an_idle_client(self) -> bool:
-        """End the one unused longest; one that waits for a person's answer only if there is no other."""
-        idle = [client for client in self.clients.values() if client.idle]
-        if not idle:
-            return False
-        min(idle, key=lambda client: (bool(client.calls), client.used)).end()
-        return True
-
-    async def _wait_for_room(self, deadline: float) -> None:
-        self.room.clear()
-        try:
-            await asyncio.wait_for(self.room.wait(), deadline - time.monotonic())
-        except asyncio.TimeoutError:
-            raise RelayError(
-                f"server {self.name}: {len(self.clients)} clients use it, "
-                f"expected fewer than {MAX_CHILDREN}: try later"
-            ) from None
-
-    def notify(self, peer: Peer, message: Message) -> None:
-        """Pass on a client's notification, or its answer to a question."""
-        if "method" not in message and message["id"] in peer.asked:
-            if not peer.asked[message["id"]].done():
-                peer.asked[message["id"]].set_result(message)
-        elif peer.child and peer.child.done() and peer.has_child():
-            peer.child.result().tell(message)
-        elif peer.asking and "method" not in message:
-            # It has asked before it is ready.
-            peer.asking.tell(message)
-
-    def leave(self, peer: Peer) -> None:
-        """The client has left: end what was its own."""
-        if peer.listening:
-            peer.listening.cancel()
-        if peer.child:
-            peer.child.add_done_callback(end_when_started)
-            # Before Python 3.12 wait_for(), and so `_own`, may end well all the same.
-            peer.child.cancel()
-        peer.child = None
-
-    async def check_headers(self, peer: Peer, child: Child, message: Message) -> None:
-        """Compare a modern client's headers with the arguments that they repeat.  Raises HeaderMismatch."""
-        if peer.headers is None or message["method"] != "tools/call":
-            return
-        async with child.listing:
-            if time.monotonic() > self.headers_until:
-                self.headers = await self._list_headers(child, message["params"]["_meta"])
-                self.headers_until = time.monotonic() + HEADERS_KEPT
-        self.check_known_headers(peer, message)
-
-    def check_known_headers(self, peer: Peer, message: Message) -> None:
-        """The same by what is known, as of a retry.  Raises HeaderMismatch."""
-        if peer.headers is not None and message["method"] == "tools/call":
-            repeated = self.headers.get(str(message["params"].get("name")), {})
-            check_parameters(message, peer.headers, repeated)
-
-    async def _list_headers(self, child: Child, meta: Message) -> dict[str, dict[str, str]]:
-        """The headers that repeat arguments, by tool and argument."""
-        known = (CLAIM, CAPABILITIES, CLIENT_INFO)
-        kept = {name: value for name, value in meta.items() if name in known}
-        params: Message = {"_meta": kept} if child.serves_all else {}
-        headers = dict[str, dict[str, str]]()
-        for _ in range(MAX_ROUNDS):
-            answer = await child.ask(new_request("tools/list", params), Outbox.nowhere())
-            found = as_object(answer.get("result"))
-            tools = found.get("tools")
-            for shown in map(as_object, tools if isinstance(tools, list) else []):
-                headers[str(shown.get("name"))] = marked_arguments(shown)
-            if "nextCursor" not in found:
-                break
-            params = {**params, "cursor": found["nextCursor"]}
-        return headers
+        wanting[0].send(message)
+        return wanting[0]
 
     async def close(self) -> None:
         """End all children."""
         self.stopping = True
         for child in [*self.children]:
             child.end()
-        enders = [child.ender for child in self.children if child.ender]
-        await asyncio.gather(*enders, return_exceptions=True)
+        await asyncio.gather(*self._enders(), return_exceptions=True)
+
+
+# ==========================================================================
+# Legacy clients
+# ==========================================================================
+# A session at a relayed server: with a child of its own, or translated for a modern server.
+#
+# Q1  A child's own messages go to the session that owns it, and to no other.
+# Q2  What a modern server does not have is answered here.
+
+
+class Listener(Outbox):
+    """Passes on what a modern server reports of changes, in the shape that legacy clients know."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        super().__init__(ignore)
+        self.outbox = outbox
+
+    def send(self, message: Message) -> None:
+        if message["method"] != "notifications/subscriptions/acknowledged":
+            params = message.get("params", {})
+            meta = without(params["_meta"], SUBSCRIPTION)
+            self.outbox.send({**message, "params": {**params, "_meta": meta}})
+
+
+class Translator:
+    """Serves a session by the shared child of a modern server.  Raises RelayError, BadMessage."""
+
+    def __init__(self, name: str, session: Session) -> None:
+        # Of the server.
+        self.name = name
+        self.session = session
+        # Resources that the client subscribed to.
+        self.uris = set[str]()
+        # The server's questions that the client has not answered yet, by our ids.
+        self.asked: dict[str | int, asyncio.Future[Message]] = {}
+        # Hears of changes on the client's behalf, from this child.
+        self.listening: asyncio.Task[None] | None = None
+        self.listens_to: Child | None = None
+
+    async def respond(self, child: Child, message: Message, outbox: Outbox) -> Message:
+        """Return the response to a client's request; `outbox` takes what comes before it."""
+        result = self._answer_here(child, message)
+        if result is not None:
+            return response(message["id"], result)
+        if self.listens_to and self.listens_to is not child:
+            # The server was started again.
+            self._listen(child)
+        return await self._ask(child, message, outbox)
+
+    def _answer_here(self, child: Child, message: Message) -> Message | None:
+        """Answer what a modern server does not have; None: it has that."""
+        method = message["method"]
+        params = message.get("params", {})
+        if method == "ping":
+            return {}
+        if method == "initialize":
+            self._listen(child)
+            return hello_of(child, params.get("protocolVersion"))
+
+        if method == "logging/setLevel":
+            self.session.logs_at(check_level("params.level", params.get("level")))
+            return {}
+
+        if method == "resources/subscribe":
+            self.uris.add(str(params.get("uri")))
+            self._listen(child)
+            return {}
+
+        if method == "resources/unsubscribe":
+            self.uris.discard(str(params.get("uri")))
+            self._listen(child)
+            return {}
+
+        return None
+
+    async def _ask(self, child: Child, message: Message, outbox: Outbox) -> Message:
+        """Ask the server, again and again as long as it has questions to the client."""
+        extra: Message = {}
+        for _ in range(MAX_ROUNDS):
+            answer = await child.ask(message, outbox, self._with_envelope(message, extra))
+            result = answer.get("result") or {}
+            if result.get("resultType") != "input_required":
+                return to_legacy(answer, message["method"])
+
+            questions = result.get("inputRequests") or {}
+            extra = {"inputResponses": await self._ask_client(questions, outbox)}
+            if "requestState" in result:
+                extra["requestState"] = result["requestState"]
+
+        raise RelayError(f"server {self.name} asked {MAX_ROUNDS} times, and has no answer yet")
+
+    def _with_envelope(self, message: Message, extra: Message) -> Message:
+        return with_envelope(message, self.session.hello, self.session.level, extra)
+
+    async def _ask_client(self, questions: Message, outbox: Outbox) -> Message:
+        """Put a server's questions to the client, and return its answers."""
+        ids = {key: f"pocketcoder-{secrets.token_hex(8)}" for key in questions}
+        loop = asyncio.get_running_loop()
+        waiting: dict[str | int, asyncio.Future[Message]] = {
+            id_: loop.create_future() for id_ in ids.values()
+        }
+        self.asked |= waiting
+
+        try:
+            for key, question in questions.items():
+                outbox.send({"jsonrpc": "2.0", **as_object(question), "id": ids[key]})
+
+            answers = await asyncio.wait_for(asyncio.gather(*waiting.values()), PARK_TIMEOUT)
+        except asyncio.TimeoutError:
+            raise RelayError(f"the client did not answer within {PARK_TIMEOUT:g} s") from None
+        finally:
+            for id_ in waiting:
+                del self.asked[id_]
+
+        for answer in answers:
+            if "error" in answer:
+                raise RelayError(f"the client could not answer: {answer['error']}")
+
+        return {key: answer["result"] for key, answer in zip(ids, answers, strict=True)}
+
+    def take_answer(self, message: Message) -> bool:
+        """Take a response of the client; whether it answers a question of the server."""
+        question = self.asked.get(message["id"])
+        if question is None:
+            return False
+        if not question.done():
+            question.set_result(message)
+        return True
+
+    def _listen(self, child: Child) -> None:
+        """Hear of changes on the client's behalf, instead of what it heard of before."""
+        self.leave()
+        self.listens_to = child
+        wanted: Message = dict.fromkeys(list_flags(child.can()), True)
+        if self.uris:
+            wanted["resourceSubscriptions"] = sorted(self.uris)
+        if wanted:
+            self.listening = asyncio.ensure_future(self._hear(child, wanted))
+
+    async def _hear(self, child: Child, wanted: Message) -> None:
+        message = new_request("subscriptions/listen", {"notifications": wanted})
+        listener = Listener(self.session.outbox)
+        # The child has ended: the next request finds another one.
+        with contextlib.suppress(RelayError):
+            await child.ask(message, listener, self._with_envelope(message, {}))
+
+    def leave(self) -> None:
+        if self.listening:
+            self.listening.cancel()
+            self.listening = None
+
+
+class LegacyClient:
+    """What the relay keeps for a session.  Raises RelayError, BadMessage."""
+
+    def __init__(self, launcher: Launcher, session: Session) -> None:
+        self.launcher = launcher
+        self.session = session
+        # Its own child of a legacy server.
+        self.starting: asyncio.Future[Child] | None = None
+        # The same from its first question on, which may come before it is ready.
+        self.asking: Child | None = None
+        self.translator = Translator(launcher.name, session)
+
+    @property
+    def child(self) -> Child | None:
+        """Its own child, once it has started."""
+        return child_of(self.starting)
+
+    async def respond(self, message: Message, outbox: Outbox) -> Message:
+        """Return the response to a request; `outbox` takes what comes before it."""
+        if self.launcher.era is Era.MODERN:
+            return await self.translator.respond(await self.launcher.for_all(), message, outbox)
+
+        method = message["method"]
+        has_child = is_starting(self.starting) or self.child is not None
+        if method == "initialize" or not has_child:
+            self.leave()
+            self.starting = asyncio.ensure_future(self._start(message, outbox))
+        assert self.starting is not None
+
+        child = await asyncio.shield(self.starting)
+        if child.is_shared:
+            self.starting = None
+            return await self.translator.respond(child, message, outbox)
+
+        if method == "initialize":
+            return {**child.hello, "id": message["id"]}
+        return await child.ask(message, outbox)
+
+    async def _start(self, message: Message, outbox: Outbox) -> Child:
+        """Start its own child of a legacy server, for this message."""
+        hello = message
+        if message["method"] != "initialize":
+            # The client returned, or does without a handshake; the server does not.
+            hello = handshake({}, OURSELVES)
+
+        child = await self.launcher.open(hello, self._take, outbox)
+        if child.is_shared:
+            return child
+
+        if hello is not message:
+            child.write(notification("notifications/initialized", {}))
+
+        child.on_lost.append(self._on_lost)
+        if child.epitaph:
+            # It has ended already.
+            self._on_lost(child)
+
+        return child
+
+    def _on_lost(self, child: Child) -> None:
+        if not child.retired:
+            self.session.lose()
+
+    def _take(self, child: Child, message: Message) -> Outbox | None:
+        """Bring what belongs to no request to the client."""
+        is_question = "id" in message
+        if is_question and message["method"] == "ping" and not self.session.outbox.readers:
+            # There is no stream that it could go by.
+            child.write(response(message["id"], {}))
+            return None
+
+        if is_question:
+            self.asking = child
+
+        outbox = self._stream_for(child, message)
+        outbox.send(message)
+        return outbox
+
+    def _stream_for(self, child: Child, message: Message) -> Outbox:
+        """Choose the stream of a call if the message surely belongs there, or the session's own."""
+        own = self.session.outbox
+        in_flight = child.in_flight.exchanges.values()
+        calls = [exchange for exchange in in_flight if not exchange.outbox.closed]
+        if not calls:
+            return own
+
+        newest = calls[-1]
+        is_question = "id" in message
+        if newest.method in HELLOS and not is_question:
+            # Some clients take the answer to `initialize` as JSON only.
+            return own
+        if not own.heard:
+            # No client would hear it elsewhere.
+            return newest.outbox
+
+        is_change = not is_question and message["method"] != "notifications/message"
+        return newest.outbox if len(calls) == 1 and not is_change else own
+
+    def notify(self, message: Message) -> None:
+        """Pass on a notification of the client, or its answer to a question."""
+        is_answer = "method" not in message
+        if is_answer and self.translator.take_answer(message):
+            return
+        if self.child is not None:
+            self.child.write(message)
+        elif self.asking and is_answer:
+            # It has asked before it is ready.
+            self.asking.write(message)
+
+    def leave(self) -> None:
+        """End what was its own."""
+        self.translator.leave()
+        if self.starting:
+            self.starting.add_done_callback(end_when_started)
+            # Before Python 3.12 wait_for(), and so `_start`, may end well all the same.
+            self.starting.cancel()
+            self.starting = None
+
+
+# ==========================================================================
+# Modern clients
+# ==========================================================================
+# Modern clients of a legacy server: each has a child, and brings answers to its questions.
+#
+# G1  A client that the child asks gets the questions as its answer, and returns with a retry.
+# G2  A question waits for a call that may be asked, and is answered once or refused.
 
 
 class Question(NamedTuple):
@@ -6043,21 +6968,35 @@ class Question(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"question-{json.dumps(self.message['id'])}"
+        return question_name(self.message["id"])
+
+    def answer(self, result: Message) -> None:
+        """Give the child the client's answer.  Raises RelayError."""
+        self.child.write(response(self.message["id"], result))
+
+    def refuse(self, failure: ProxyError) -> None:
+        """Give the child an error instead of an answer."""
+        with contextlib.suppress(RelayError):
+            self.child.write(refusal(self.message["id"], failure))
+
+
+def question_name(id_: str | int) -> str:
+    """How a question of the child with this id is named to the client."""
+    return f"question-{json.dumps(id_)}"
 
 
 class Call:
     """A modern client's request to a legacy server, from its first message through its retries."""
 
-    def __init__(self, peer: Peer, message: Message, outbox: Outbox) -> None:
-        self.peer = peer
+    def __init__(self, session: Session, message: Message, outbox: Outbox) -> None:
+        self.session = session
         self.exchange = Exchange(message, outbox)
         # What the client has to answer before it gets its own answer, by name.
         self.questions: dict[str, Question] = {}
         self.asked = asyncio.Event()
         self.all_answered = asyncio.Event()
         self.all_answered.set()
-        # Its client was sent away with the questions, and is to come back with answers.
+        # Its client got the questions, and is to return with answers.
         self.parked = False
         # From the start of the child, if need be, to the answer.
         self.work: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
@@ -6068,25 +7007,69 @@ class Call:
         self.work.add_done_callback(retrieve)
 
     @property
+    def id(self) -> str | int:
+        """Of its newest message."""
+        id_: str | int = self.exchange.message["id"]
+        return id_
+
+    @property
+    def may_ask(self) -> bool:
+        """Whether the child may ask because of it."""
+        return self.exchange.method in MAY_ASK
+
+    @property
     def may_be_asked(self) -> bool:
-        return not self.parked and self.exchange.message["method"] in MAY_ASK
+        return self.may_ask and not self.parked
+
+    def park(self) -> None:
+        """Its client was sent away."""
+        self.parked = True
+
+    def unpark(self) -> None:
+        """Its client has returned, or never will."""
+        self.parked = False
 
     def put(self, question: Question) -> None:
         self.questions[question.name] = question
         self.asked.set()
         self.all_answered.clear()
 
-    def take(self, name: str) -> Question | None:
-        """A question that it has to ask no longer."""
+    def remove(self, name: str) -> Question | None:
+        """Return a question that its client has to answer no longer."""
         question = self.questions.pop(name, None)
         if not self.questions:
             self.asked.clear()
             self.all_answered.set()
         return question
 
+    def remove_all(self) -> list[Question]:
+        questions = [*self.questions.values()]
+        for question in questions:
+            self.remove(question.name)
+        return questions
+
+    async def until_asked(self) -> bool:
+        """Wait for the answer or for questions; whether there are questions first."""
+        while not self.work.done():
+            asked = asyncio.ensure_future(self.asked.wait())
+            either: set[asyncio.Future[Any]] = {self.work, asked}
+            try:
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                asked.cancel()
+
+            if not self.work.done():
+                # The child may ask more at once.
+                await asyncio.sleep(QUESTION_PAUSE)
+
+            if self.questions and not self.work.done():
+                return True
+
+        return False
+
 
 class Parked(NamedTuple):
-    """A call whose client is to come back."""
+    """A call that waits for its client to return."""
 
     call: Call
     child: Child
@@ -6098,80 +7081,84 @@ class ModernClient:
 
     All its calls go to that child at once.  What the child asks goes to the newest call in flight
     that may be asked, or waits for the next one.
+
+    on_idle    called when nothing is in flight
+    on_unused  called when it has neither a call nor a child
     """
 
-    def __init__(self, relay: Relay, key: str, meta: Message) -> None:
-        self.relay = relay
-        self.key = key
+    def __init__(
+        self,
+        launcher: Launcher,
+        meta: Message,
+        on_idle: Callable[[], object],
+        on_unused: Callable[[ModernClient], object],
+    ) -> None:
+        self.launcher = launcher
+        self.on_idle = on_idle
+        self.on_unused = on_unused
         self.info = as_object(meta.get(CLIENT_INFO))
         if not all(isinstance(self.info.get(name), str) for name in OURSELVES):
             # A legacy server may refuse a client that has no name.
             self.info = OURSELVES
+
         declared = meta[CAPABILITIES]
         self.can = {name: declared[name] for name in ASKING.values() if name in declared}
-        self.child: asyncio.Future[Child] | None = None
+        self.starting: asyncio.Future[Child] | None = None
         # In flight or parked, the newest last.
         self.calls: list[Call] = []
         # The one that the child is started for: it is asked first.
         self.starter: Call | None = None
-        # Those that no call could be asked yet.
+        # Those that could not be put to any call yet.
         self.questions: deque[Question] = deque()
         # By `requestState`.
         self.parked: dict[str, Parked] = {}
         # What each `subscriptions/listen` wants to hear of.
         self.listeners: dict[Call, Message] = {}
+        # Its last request or answer, in seconds of time.monotonic().
         self.used = time.monotonic()
 
     @property
     def idle(self) -> bool:
-        """Nothing is in flight; its person may be about to answer."""
+        """Whether nothing is in flight; its person may be about to answer."""
         return all(call.parked for call in self.calls)
 
-    async def respond(self, peer: Peer, message: Message, outbox: Outbox) -> Message:
+    # Its calls
+
+    async def respond(self, session: Session, message: Message, outbox: Outbox) -> Message:
+        """Return the child's answer, or its questions if there are some first."""
         self.used = time.monotonic()
         state = message["params"].get("requestState")
         if isinstance(state, str):
-            self.relay.check_known_headers(peer, message)
-            call = self._unpark(state, message, outbox)
+            self.launcher.header_rules.check_known(session, message)
+            call = self._return(state, message, outbox)
         else:
-            call = Call(peer, message, outbox)
+            call = Call(session, message, outbox)
             self.calls.append(call)
             call.start(self._perform(call))
+
         self._hand_out()
 
-        answered = False
+        has_questions = False
         try:
-            answer = await self._until_asked(call)
-            answered = True
-            return answer
+            has_questions = await call.until_asked()
+            if has_questions:
+                return self._park(call)
+
+            answer = await call.work
+            return {**answer, "id": call.id}
         finally:
-            if not answered or not call.parked:
+            if not has_questions:
                 self._forget(call)
 
-    async def _until_asked(self, call: Call) -> Message:
-        """The child's answer; or its questions, if there are some first."""
-        while not call.work.done():
-            asked = asyncio.ensure_future(call.asked.wait())
-            either: set[asyncio.Future[Any]] = {call.work, asked}
-            try:
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                asked.cancel()
-            if not call.work.done():
-                # It may ask more at once.
-                await asyncio.sleep(QUESTION_PAUSE)
-            if call.questions and not call.work.done():
-                return self._park(call)
-        answer = await call.work
-        return {**answer, "id": call.exchange.message["id"]}
-
     async def _perform(self, call: Call) -> Message:
-        """Bring a call to the child; the child's answer."""
+        """Bring a call to the child, and return the child's answer."""
         child = await self._running(call)
         exchange = call.exchange
-        method = exchange.message["method"]
-        if child.serves_all:
-            await self.relay.check_headers(call.peer, child, exchange.message)
+        method = exchange.method
+        rules = self.launcher.header_rules
+
+        if child.is_shared:
+            await rules.check(call.session, child, exchange.message)
             child.send(exchange, exchange.message)
             return await child.answer(exchange)
 
@@ -6186,95 +7173,171 @@ class ModernClient:
             # Asked before this call: the child may need the answer in order to serve it.
             await call.all_answered.wait()
             await settle(child)
-        await self.relay.check_headers(call.peer, child, exchange.message)
-        level = exchange.meta.get(LOG_LEVEL)
-        if isinstance(level, str) and level != child.level and "logging" in child.can():
-            child.level = level
-            await child.ask(new_request("logging/setLevel", {"level": level}), exchange.outbox)
+
+        await rules.check(call.session, child, exchange.message)
+        await self._set_level(child, exchange)
         child.send(exchange, without_envelope(exchange.message))
         return to_modern(await child.answer(exchange), method, child)
 
-    async def _running(self, call: Call) -> Child:
-        """Its child; started for this call, if there is none."""
-        if self.child is None or self._has_ended(self.child):
-            self.starter = call
-            self.child = asyncio.ensure_future(self._start())
-            self.child.add_done_callback(self._started)
-        return await asyncio.shield(self.child)
+    async def _set_level(self, child: Child, exchange: Exchange) -> None:
+        """Let the child log at the level that a request asks for."""
+        level = exchange.meta.get(LOG_LEVEL)
+        if isinstance(level, str) and level != child.level and "logging" in child.can():
+            child.logs_at(level)
+            await child.ask(new_request("logging/setLevel", {"level": level}), exchange.outbox)
 
-    @staticmethod
-    def _has_ended(starting: asyncio.Future[Child]) -> bool:
-        """Whether it is no more, or never was."""
-        if not starting.done():
-            return False
-        if starting.cancelled() or starting.exception() is not None:
-            return True
-        return not starting.result().usable
+    async def _listen(self, child: Child, call: Call) -> Message:
+        """Serve `subscriptions/listen`, until the client leaves or the child does."""
+        outbox = call.exchange.outbox
+        asked = call.exchange.message["params"].get("notifications")
+        if not isinstance(asked, dict):
+            raise complain("params.notifications", asked, "an object")
+
+        wanted = listens_for(child.can(), asked)
+        meta = {SUBSCRIPTION: call.id}
+        acknowledged = {"_meta": meta, "notifications": wanted}
+        outbox.send(notification("notifications/subscriptions/acknowledged", acknowledged))
+
+        self.listeners[call] = wanted
+        try:
+            for uri in wanted.get("resourceSubscriptions", []):
+                await child.ask(new_request("resources/subscribe", {"uri": uri}), outbox)
+
+            await child.lost.wait()
+        finally:
+            del self.listeners[call]
+
+        return response(call.id, {"resultType": "complete", "_meta": meta})
+
+    def _forget(self, call: Call) -> None:
+        """A call is over, or its client has left: another one asks what it had to ask."""
+        if call in self.calls:
+            self.calls.remove(call)
+
+        others = any(each.may_ask for each in self.calls)
+        for question in call.remove_all():
+            # What a cancelled call made the child ask is of no use to later calls.
+            if question.outside or others or call.work.done():
+                self.questions.append(question)
+            else:
+                question.refuse(RelayError("the client did not answer"))
+
+        call.work.cancel()
+        self._hand_out()
+        self.used = time.monotonic()
+        self._report_if_idle()
+        self._report_if_unused()
+
+    def _report_if_idle(self) -> None:
+        if self.idle:
+            self.on_idle()
+
+    def _report_if_unused(self) -> None:
+        if not self.calls and self.starting is None:
+            self.on_unused(self)
+
+    # Its child
+
+    async def _running(self, call: Call) -> Child:
+        """Return its child; started for this call, if there is none."""
+        if not self._has_child():
+            self.starter = call
+            self.starting = asyncio.ensure_future(self._start())
+            self.starting.add_done_callback(self._started)
+        assert self.starting is not None
+        return await asyncio.shield(self.starting)
+
+    def _has_child(self) -> bool:
+        """Whether it has a child that can be used, or one that is starting."""
+        child = child_of(self.starting)
+        return is_starting(self.starting) or (child is not None and child.usable)
 
     async def _start(self) -> Child:
+        """Start its child, and let that ask its questions."""
         hello = handshake(self.can, self.info)
-        child = await self.relay.open(hello, self._take, Outbox.nowhere())
-        if child.serves_all:
+        child = await self.launcher.open(hello, self._take, Outbox.nowhere())
+        if child.is_shared:
             return child
         if "result" not in child.hello:
             child.end()
-            raise RelayError(
-                f"server {self.relay.name} refused `initialize`: {child.hello['error']['message']}"
-            )
+            reason = child.hello["error"]["message"]
+            raise RelayError(f"server {self.launcher.name} refused `initialize`: {reason}")
+
         child.on_lost.append(self._on_lost)
-        child.tell(notification("notifications/initialized", {}))
+        child.write(notification("notifications/initialized", {}))
         if self.can:
             # It may ask at once, and serve nothing before it has an answer.
             await settle(child)
-        self.relay.rest(child, lambda: bool(self.calls), self.end)
+
+        self.launcher.end_when_idle(child, lambda: bool(self.calls), self.end)
         return child
 
     def _started(self, starting: asyncio.Future[Child]) -> None:
         self.starter = None
-        if self.child is starting and self._has_ended(starting):
-            self.child = None
-            self._forget_itself_if_unused()
+        if self.starting is starting and not self._has_child():
+            self.starting = None
+            self._report_if_unused()
 
     def _on_lost(self, child: Child) -> None:
         """Its child has ended: the next call starts a new one, which asks anew."""
-        if self.child and self.child.done() and self.child.result() is child:
-            self.child = None
+        if child_of(self.starting) is child:
+            self.starting = None
         self.questions = deque(each for each in self.questions if each.child is not child)
         for call in self.calls:
-            for name, question in [*call.questions.items()]:
+            for question in [*call.questions.values()]:
                 if question.child is child:
-                    call.take(name)
-        self._forget_itself_if_unused()
+                    call.remove(question.name)
+        self._report_if_unused()
+
+    def end(self) -> None:
+        """End its child.  When the client returns, it is a new one."""
+        for state in [*self.parked]:
+            self._expire(state)
+        if self.starting:
+            self.starting.add_done_callback(end_when_started)
+            self.starting.cancel()
+            self.starting = None
+        self._report_if_unused()
+
+    # What its child says
 
     def _take(self, child: Child, message: Message) -> Outbox | None:
-        """What belongs to no request of the client."""
+        """Take what belongs to no request of the client."""
         method = message["method"]
         if "id" in message:
             self._take_question(child, message)
             return None
+
         if method == "notifications/cancelled":
-            self._withdraw(child, message)
+            self._withdraw(child, as_object(message.get("params")).get("requestId"))
             return None
+
         if method == "notifications/message":
-            wanting = child.wanting_logs()
+            wanting = child.in_flight.wanting_logs()
             if not wanting:
                 return None
+
             wanting[-1].send(message)
             return wanting[-1]
+
         self._announce(message)
         return None
 
     def _take_question(self, child: Child, message: Message) -> None:
+        """Keep a question for the client, or refuse it if the client cannot be asked."""
         method = message["method"]
+        in_flight = child.in_flight.exchanges.values()
+        outside = not any(exchange.method in MAY_ASK for exchange in in_flight)
+        question = Question(child=child, message=message, outside=outside)
+
         if method == "ping":
-            child.tell(pong(message))
+            child.write(response(message["id"], {}))
         elif ASKING.get(method) not in self.can or len(self.questions) >= MAX_QUESTIONS:
-            failure = UnknownMethod(f"`method`: the client cannot be asked {ascii(method)[:80]}")
-            child.tell(refusal(message["id"], failure))
+            shown = ascii(method)[:80]
+            failure = UnknownMethod(f"`method`: the client cannot be asked {shown}")
+            child.write(refusal(message["id"], failure))
         else:
-            methods = [each.message["method"] for each in child.exchanges.values()]
-            outside = not any(method in MAY_ASK for method in methods)
-            self.questions.append(Question(child=child, message=message, outside=outside))
+            self.questions.append(question)
             self._hand_out()
 
     def _hand_out(self) -> None:
@@ -6286,277 +7349,84 @@ class ModernClient:
         while self.questions and len(call.questions) < MAX_ROUNDS:
             call.put(self.questions.popleft())
 
-    def _withdraw(self, child: Child, message: Message) -> None:
-        """The child does not want an answer any more."""
-        id_ = as_object(message.get("params")).get("requestId")
+    def _withdraw(self, child: Child, id_: object) -> None:
+        """The child does not want an answer to this question any more."""
         if not is_id(id_):
             return
-        gone = Question(child, {"id": id_})
+        name = question_name(id_)
         self.questions = deque(
-            each for each in self.questions if (each.child, each.name) != (child, gone.name)
+            each for each in self.questions if each.child is not child or each.name != name
         )
         for call in self.calls:
-            call.take(gone.name)
+            call.remove(name)
 
     def _announce(self, message: Message) -> None:
         """Report a change to the streams that listen for it."""
-        params = message.get("params", {})
-        flag = f"{CHANGED.get(message['method'])}ListChanged"
+        flag = change_flag(CHANGED.get(message["method"]))
+        uri = message.get("params", {}).get("uri")
         for call, wanted in self.listeners.items():
-            if wanted.get(flag) or params.get("uri") in wanted["resourceSubscriptions"]:
-                id_ = call.exchange.message["id"]
-                meta = {**as_object(params.get("_meta")), SUBSCRIPTION: id_}
-                call.exchange.outbox.send({**message, "params": {**params, "_meta": meta}})
+            if wanted.get(flag) or uri in wanted.get("resourceSubscriptions", []):
+                call.exchange.outbox.send(with_subscription(message, call.id))
+
+    # Its person
 
     def _park(self, call: Call) -> Message:
-        """Ask the client, which comes back with the answers in a request of its own."""
+        """Ask the client, which returns with the answers in a request of its own."""
         state = secrets.token_urlsafe(24)
         child = next(iter(call.questions.values())).child
         loop = asyncio.get_running_loop()
         expiry = loop.call_later(PARK_TIMEOUT, self._expire, state)
         self.parked[state] = Parked(call=call, child=child, expiry=expiry)
-        call.parked = True
-        child.pause()
-        self._make_room_if_idle()
-        asked = {
+        call.park()
+        child.in_flight.pause()
+        self._report_if_idle()
+
+        requests = {
             name: without(question.message, "jsonrpc", "id")
             for name, question in call.questions.items()
         }
-        fields = {"resultType": "input_required", "inputRequests": asked, "requestState": state}
-        return {"jsonrpc": "2.0", "id": call.exchange.message["id"], "result": fields}
+        result = {"resultType": "input_required", "inputRequests": requests, "requestState": state}
+        return response(call.id, result)
 
-    def _unpark(self, state: str, message: Message, outbox: Outbox) -> Call:
-        """The call that the client comes back to; the child gets the answers that it brings."""
+    def _return(self, state: str, message: Message, outbox: Outbox) -> Call:
+        """Continue a parked call: the child gets the answers that its client brings."""
         parked = self.parked.get(state)
         if parked is None or bound_to(message) != bound_to(parked.call.exchange.message):
             raise unknown_state()
+
         call = parked.call
-        self._resume(state)
+        self._unpark(state)
         call.exchange.take_up(message, outbox)
+
         given = as_object(message["params"].get("inputResponses"))
         try:
-            for name in [name for name in call.questions if isinstance(given.get(name), dict)]:
-                question = call.questions[name]
-                answer = {"jsonrpc": "2.0", "id": question.message["id"], "result": given[name]}
-                call.take(name)
-                question.child.tell(answer)
+            for name, question in [*call.questions.items()]:
+                if isinstance(given.get(name), dict):
+                    call.remove(name)
+                    question.answer(given[name])
         except RelayError:
             self._forget(call)
             raise
+
         return call
 
-    def _resume(self, state: str) -> None:
-        """Its client has come back, or does so no more."""
+    def _unpark(self, state: str) -> None:
         parked = self.parked.pop(state)
         parked.expiry.cancel()
-        parked.child.resume()
-        parked.call.parked = False
+        parked.child.in_flight.resume()
+        parked.call.unpark()
 
     def _expire(self, state: str) -> None:
-        """Its client does not come back: the child gets no answer from it."""
+        """Its client does not return: the child gets no answer from it."""
         call = self.parked[state].call
-        self._resume(state)
-        for name in [*call.questions]:
-            if question := call.take(name):
-                self._leave_unanswered(question)
+        self._unpark(state)
+        for question in call.remove_all():
+            question.refuse(RelayError("the client did not answer"))
         self._forget(call)
-
-    def _leave_unanswered(self, question: Question) -> None:
-        with contextlib.suppress(RelayError):
-            failure = RelayError("the client did not answer")
-            question.child.tell(refusal(question.message["id"], failure))
-
-    def _forget(self, call: Call) -> None:
-        """A call is over, or its client has left; another one asks what it had to ask."""
-        if call in self.calls:
-            self.calls.remove(call)
-        others = any(each.exchange.message["method"] in MAY_ASK for each in self.calls)
-        for name in [*call.questions]:
-            question = call.take(name)
-            # What a cancelled call made the child ask is of no use to later calls.
-            if question and (question.outside or others or call.work.done()):
-                self.questions.append(question)
-            elif question:
-                self._leave_unanswered(question)
-        call.work.cancel()
-        self._hand_out()
-        self.used = time.monotonic()
-        self._make_room_if_idle()
-        self._forget_itself_if_unused()
-
-    def _make_room_if_idle(self) -> None:
-        if self.idle:
-            self.relay.room.set()
-
-    def _forget_itself_if_unused(self) -> None:
-        if not self.calls and self.child is None and self.relay.clients.get(self.key) is self:
-            del self.relay.clients[self.key]
-            self.relay.room.set()
-
-    def end(self) -> None:
-        """End its child.  When the client comes back, it is a new one."""
-        for state in [*self.parked]:
-            self._expire(state)
-        if self.child:
-            self.child.add_done_callback(end_when_started)
-            self.child.cancel()
-            self.child = None
-        self._forget_itself_if_unused()
-
-    async def _listen(self, child: Child, call: Call) -> Message:
-        """`subscriptions/listen`, until the client leaves or the child does."""
-        message = call.exchange.message
-        outbox = call.exchange.outbox
-        asked = message["params"].get("notifications")
-        if not isinstance(asked, dict):
-            raise complain("params.notifications", asked, "an object")
-
-        can = child.can()
-        wanted: Message = {flag: True for flag in list_flags(can) if asked.get(flag) is True}
-        uris = asked.get("resourceSubscriptions")
-        if as_object(can.get("resources")).get("subscribe") and isinstance(uris, list) and uris:
-            wanted["resourceSubscriptions"] = uris
-        meta = {SUBSCRIPTION: message["id"]}
-        acknowledged = {"_meta": meta, "notifications": wanted}
-        outbox.send(notification("notifications/subscriptions/acknowledged", acknowledged))
-
-        self.listeners[call] = {"resourceSubscriptions": [], **wanted}
-        try:
-            for uri in wanted.get("resourceSubscriptions", []):
-                await child.ask(new_request("resources/subscribe", {"uri": uri}), outbox)
-            await child.lost.wait()
-        finally:
-            del self.listeners[call]
-        result = {"resultType": "complete", "_meta": meta}
-        return {"jsonrpc": "2.0", "id": message["id"], "result": result}
-
-
-@dataclass(frozen=True)
-class Translation:
-    """A legacy client's requests, for the shared child of a modern server.  Raises RelayError."""
-
-    relay: Relay
-    child: Child
-    peer: Peer
-
-    async def respond(self, message: Message, outbox: Outbox) -> Message:
-        method = message["method"]
-        params = message.get("params", {})
-        done = {"jsonrpc": "2.0", "id": message["id"], "result": {}}
-        if method == "ping":
-            return done
-        if method == "initialize":
-            self.peer.said_hello(params)
-            self._listen()
-            return {**done, "result": self._hello(params.get("protocolVersion"))}
-        if method == "logging/setLevel":
-            level = params.get("level")
-            if level not in LEVELS:
-                raise complain("params.level", level, f"one of {', '.join(LEVELS)}")
-            self.peer.level = str(level)
-            return done
-        if method == "resources/subscribe":
-            self.peer.uris.add(str(params.get("uri")))
-            self._listen()
-            return done
-        if method == "resources/unsubscribe":
-            self.peer.uris.discard(str(params.get("uri")))
-            self._listen()
-            return done
-
-        if self.peer.listens_to and self.peer.listens_to is not self.child:
-            # The server was started again.
-            self._listen()
-        extra: Message = {}
-        for _ in range(MAX_ROUNDS):
-            answer = await self.child.ask(message, outbox, with_envelope(message, self.peer, extra))
-            fields = answer.get("result") or {}
-            if fields.get("resultType") != "input_required":
-                return to_legacy(answer, method)
-            questions = fields.get("inputRequests") or {}
-            extra = {"inputResponses": await self._ask_client(questions, outbox)}
-            if "requestState" in fields:
-                extra["requestState"] = fields["requestState"]
-        raise RelayError(
-            f"server {self.relay.name} asked {MAX_ROUNDS} times, and has no answer yet"
-        )
-
-    def _hello(self, asked: object) -> Message:
-        found = self.child.hello.get("result") or {}
-        unnamed = {"name": self.relay.name, "version": "0"}
-        hello = {
-            "protocolVersion": asked if asked in LEGACY else LEGACY[-1],
-            "serverInfo": as_object(found.get("_meta")).get(SERVER_INFO, unnamed),
-            "capabilities": {**self.child.can(), "logging": {}},
-        }
-        if "instructions" in found:
-            hello["instructions"] = found["instructions"]
-        return hello
-
-    async def _ask_client(self, questions: Message, outbox: Outbox) -> Message:
-        """Put a server's questions to the client; its answers."""
-        ids = {key: f"pocketcoder-{secrets.token_hex(8)}" for key in questions}
-        loop = asyncio.get_running_loop()
-        waiting: dict[str | int, asyncio.Future[Message]] = {
-            id_: loop.create_future() for id_ in ids.values()
-        }
-        self.peer.asked |= waiting
-        try:
-            for key, question in questions.items():
-                outbox.send({"jsonrpc": "2.0", **as_object(question), "id": ids[key]})
-            answers = await asyncio.wait_for(asyncio.gather(*waiting.values()), PARK_TIMEOUT)
-        except asyncio.TimeoutError:
-            raise RelayError(f"the client did not answer within {PARK_TIMEOUT:g} s") from None
-        finally:
-            for id_ in waiting:
-                del self.peer.asked[id_]
-        for answer in answers:
-            if "error" in answer:
-                raise RelayError(f"the client could not answer: {answer['error']}")
-        return {key: answer["result"] for key, answer in zip(ids, answers, strict=True)}
-
-    def _listen(self) -> None:
-        """Hear of changes on the client's behalf."""
-        wanted: Message = dict.fromkeys(list_flags(self.child.can()), True)
-        if self.peer.uris:
-            wanted["resourceSubscriptions"] = sorted(self.peer.uris)
-        listener = Listener(self.peer.outbox)
-        message = new_request("subscriptions/listen", {"notifications": wanted})
-        if self.peer.listening:
-            self.peer.listening.cancel()
-        self.peer.listens_to = self.child
-
-        async def listen() -> None:
-            # It has ended: the next request finds another one.
-            with contextlib.suppress(RelayError):
-                await self.child.ask(message, listener, with_envelope(message, self.peer, {}))
-
-        self.peer.listening = asyncio.ensure_future(listen()) if wanted else None
-
-
-class Listener(Outbox):
-    """What a modern server tells of changes, as a legacy client hears it."""
-
-    def __init__(self, outbox: Outbox) -> None:
-        super().__init__(ignore)
-        self.outbox = outbox
-
-    def send(self, message: Message) -> None:
-        if message["method"] != "notifications/subscriptions/acknowledged":
-            params = message.get("params", {})
-            meta = without(params["_meta"], SUBSCRIPTION)
-            self.outbox.send({**message, "params": {**params, "_meta": meta}})
-
-
-def key_of(peer: Peer, message: Message) -> str:
-    """What makes two requests those of one modern client."""
-    meta = message["params"]["_meta"]
-    identity = [peer.owner, peer.address, meta.get(CLIENT_INFO), meta[CAPABILITIES]]
-    return json.dumps(identity, sort_keys=True)
 
 
 def unknown_state() -> BadMessage:
-    return BadMessage("`requestState`: got one that is unknown here, or has expired: begin anew")
+    return BadMessage("`requestState`: got one that is unknown here, or has expired: start anew")
 
 
 def bound_to(message: Message) -> tuple[object, ...]:
@@ -6566,231 +7436,318 @@ def bound_to(message: Message) -> tuple[object, ...]:
 
 
 # ==========================================================================
-# State and tools
+# Relay
 # ==========================================================================
-# What handlers share, built once in `serve` and handed down; sessions; the tools.
+# Stdio MCP servers of the sandbox, for clients of either era, whatever they speak themselves.
 #
-# A1  Every queue has a bound; a session whose client does not keep up ends, aloud.
-# A2  A call belongs to its session and ends with it, not with the stream it came by.
-# A3  `execute` is the only way to the driver, whatever the door.
-class Session:
-    """A client of a server: its calls, and what it has not got yet.
+# R1  Messages pass as they came but for ids, progress tokens, subscriptions and the era's envelope.
+# R2  What a client does not use any more is ended: its child, and its place here.
 
-    kind      of its server and transport, `SERVER/http`, `…/sse` or `…/ws`; `…/once` for a single modern request
-    owner     the credential that opened it
-    kept      seconds that it outlives its last stream or message; 0: it ends with its stream
-    address   of the machine that opened it
+
+class Relay(McpServer):
+    """One relayed server: brings each request to the right child.  Raises RelayError, BadMessage.
+
+    idle  seconds after which a child that nobody uses is ended
+
+    | client | legacy server                    | modern server                      |
+    |--------|----------------------------------|------------------------------------|
+    | legacy | LegacyClient, with its own child | LegacyClient, by its Translator    |
+    | modern | ModernClient, with its own child | the child for all, as it is        |
     """
 
-    def __init__(
-        self,
-        state: AppState,
-        server: Server,
-        transport: str,
-        session_id: str | None,
-        owner: str,
-        kept: float,
-        address: str = "",
-    ) -> None:
-        self.state = state
-        self.server = server
-        self.owner = owner
-        self.kept = kept
-        self.session_id = session_id or secrets.token_hex(16)
-        self.kind = f"{server.name}/{transport}"
-        # One of Streamable HTTP needs no stream, and may never open one.
-        self.over_http = transport == "http"
-        self.outbox = Outbox(self.overflow)
-        self.outbox.heard = not self.over_http
-        self.peer = Peer(self.outbox, self.lose, owner, address)
-        self.streams = 0
-        self.used = time.monotonic()
-        self.calls: dict[str | int, asyncio.Task[None]] = {}
-        # Its last request was.
-        self.modern = False
-        self.expiry: asyncio.TimerHandle | None = None
-        # It ends when its last answers have left: its child has ended.
-        self.losing: asyncio.Task[None] | None = None
+    def __init__(self, config: ServerConfig, idle: float = CHILD_IDLE) -> None:
+        self.name = config.name
+        self.session_idle = idle
+        self.launcher = Launcher(config, idle, self._end_an_abandoned_session, self._on_shared)
+        # The sessions that have sent a request.
+        self.sessions: dict[Session, LegacyClient] = {}
+        # The modern clients of a legacy server, by `key_of`.
+        self.clients: dict[str, ModernClient] = {}
+        # One of them may need its child no longer.
+        self.room = asyncio.Event()
 
-    def receive(self, message: Message, modern: bool, outbox: Outbox) -> None:
-        """Do what a message asks for.  Raises BadMessage.
+    def state(self) -> Message:
+        """Return its row in `GET /servers`."""
+        running = self.launcher.running()
+        failure = self.launcher.back_off.failure
+        state = "idle"
 
-        outbox  gets the answer, and is closed behind it, if it is not the session's own
+        if running:
+            state = "running"
+        elif failure:
+            state = "failed"
+
+        era = self.launcher.era
+        shown = {
+            "name": self.name,
+            "state": state,
+            "era": era.value if era else None,
+            "pid": min((child.process.pid for child in running), default=None),
+            "restarts": self.launcher.back_off.restarts,
+        }
+        return {**shown, "error": failure} if failure else shown
+
+    async def respond(
+        self, session: Session, message: Message, era: Era, outbox: Outbox
+    ) -> Message:
+        if era is Era.LEGACY:
+            client = self.sessions.get(session)
+            if client is None:
+                client = LegacyClient(self.launcher, session)
+                self.sessions[session] = client
+
+            return await client.respond(message, outbox)
+
+        if self.launcher.era is Era.MODERN:
+            child = await self.launcher.for_all()
+            await self.launcher.header_rules.check(session, child, message)
+            return await child.ask(message, outbox)
+
+        modern_client = await self._modern_client(session, message)
+        return await modern_client.respond(session, message, outbox)
+
+    def notify(self, session: Session, message: Message) -> None:
+        client = self.sessions.get(session)
+        if client is not None:
+            client.notify(message)
+
+    def leave(self, session: Session) -> None:
+        client = self.sessions.pop(session, None)
+        if client is not None:
+            client.leave()
+
+    async def _end_an_abandoned_session(self) -> bool:
+        """Make room for a client if its server allows but one instance; whether that was done.
+
+        A client may have left without ending its session: it was killed, for instance, and is
+        started again.  So end the only session, if it has neither a call nor a stream.
         """
-        self.used = time.monotonic()
-        if is_request(message):
-            self.modern = modern
-            if message["id"] in self.calls or len(self.calls) >= MAX_CALLS:
-                shown = ascii(message["id"])[:40]
-                raise NotAMessage(
-                    f"`id`: got {shown}, expected one that is not in use, of {MAX_CALLS} at most"
-                )
-            task = self.calls[message["id"]] = asyncio.ensure_future(
-                self._call(message, modern, outbox)
+        if not any(client.child for client in self.sessions.values()):
+            return False
+
+        # Its stream may be about to end.
+        await asyncio.sleep(ABANDON_PAUSE)
+
+        running = self.launcher.running()
+        if len(running) != 1 or running[0].in_flight.exchanges:
+            return False
+
+        for session, client in self.sessions.items():
+            if client.child is running[0] and not session.outbox.heard:
+                log.warning("server %s: ends an unused session for another client", self.name)
+                session.lose()
+                running[0].end()
+                return True
+
+        return False
+
+    # Modern clients of a legacy server
+
+    async def _modern_client(self, session: Session, message: Message) -> ModernClient:
+        """Return the client that sends this; a new one waits for room."""
+        key = key_of(session, message)
+        is_retry = isinstance(message["params"].get("requestState"), str)
+        if key not in self.clients and is_retry:
+            raise unknown_state()
+
+        deadline = time.monotonic() + CHILD_PATIENCE
+        while key not in self.clients and len(self.clients) >= MAX_CHILDREN:
+            if not self._end_an_idle_client():
+                await self._wait_for_room(deadline)
+
+        if key not in self.clients:
+            self.clients[key] = ModernClient(
+                self.launcher,
+                message["params"]["_meta"],
+                on_idle=self.room.set,
+                on_unused=partial(self._forget_client, key),
             )
-            task.add_done_callback(partial(self._called, message["id"], outbox))
-        elif message.get("method") != "notifications/cancelled":
-            self.server.notify(self.peer, message)
-        elif is_id(id_ := message.get("params", {}).get("requestId")) and id_ in self.calls:
-            self.calls[id_].cancel()
 
-    def overflow(self) -> None:
-        """Its client does not keep up."""
-        log.error(
-            "session end id=%s why=%d messages wait for its client", self.session_id, MAX_INBOX
-        )
-        self.end()
+        return self.clients[key]
 
-    def lose(self) -> None:
-        """Its child has ended: it is unknown from now on, and its calls get their last answers."""
-        self.state.sessions.forget(self)
-        self.losing = asyncio.ensure_future(self._end_when_answered())
+    def _end_an_idle_client(self) -> bool:
+        """End the one that was used longest ago; whether there was one.
 
-    async def _end_when_answered(self) -> None:
-        if self.calls:
-            await asyncio.wait([*self.calls.values()], timeout=LAST_ANSWERS)
-        self.end()
+        One that waits for the answer of a person is ended only if there is no other.
+        """
+        idle = [client for client in self.clients.values() if client.idle]
+        if not idle:
+            return False
+        without_calls = [client for client in idle if not client.calls]
+        min(without_calls or idle, key=lambda client: client.used).end()
+        return True
 
-    async def _call(self, message: Message, modern: bool, outbox: Outbox) -> None:
-        if isinstance(self.server, Relay) and self.state.audit.path:
-            answer = await self._noted_answer(message, modern, outbox)
-        else:
-            answer = await self._answer_to(message, modern, outbox)
-        outbox.send(answer)
-
-    async def _noted_answer(self, message: Message, modern: bool, outbox: Outbox) -> Message:
-        """The same, with a line in the audit log before and after."""
-        note = RelayedCall(self, message)
-        answer: Message | None = None
-        try:
-            await note.start()
-            try:
-                answer = await self._answer_to(message, modern, outbox)
-            finally:
-                note.end(answer)
-            await self.state.audit.written()
-            return answer
-        except NoAudit as wrong:
-            return refusal(message["id"], ProxyError(f"not answered: {wrong}"))
-
-    async def _answer_to(self, message: Message, modern: bool, outbox: Outbox) -> Message:
-        try:
-            answer = await self.server.respond(self.peer, message, modern, outbox)
-            if message["method"] == "initialize" and "result" in answer:
-                self.peer.version = answer["result"].get("protocolVersion", LEGACY[-1])
-            return answer
-        except ProxyError as wrong:
-            return refusal(message["id"], wrong)
-        except Exception as wrong:
-            log.exception("request failed method=%s", message["method"])
-            return refusal(message["id"], ProxyError(f"{type(wrong).__name__}, see the log"))
-
-    def _called(self, id_: str | int, outbox: Outbox, _: asyncio.Task[None]) -> None:
-        """Also for a call that was cancelled before it began, in which no `finally` runs."""
-        del self.calls[id_]
-        self.used = time.monotonic()
-        if outbox is not self.outbox:
-            outbox.close()
-
-    def answer(self, message: Message) -> None:
-        """The same on a transport without headers; errors are answers too."""
-        try:
-            if (modern := is_modern(message)) and is_request(message):
-                check_envelope(message, None)
-            self.receive(message, modern, self.outbox)
-        except ProxyError as wrong:
-            if is_request(message):
-                self.outbox.send(refusal(message["id"], wrong))
-
-    def end(self) -> None:
-        """Cancel its calls, end its streams, forget it."""
-        for task in self.calls.values():
-            task.cancel()
-        if self.expiry:
-            self.expiry.cancel()
-        self.outbox.close()
-        self.server.leave(self.peer)
-        self.state.sessions.forget(self)
-
-    @contextlib.asynccontextmanager
-    async def stream(self) -> AsyncIterator[AsyncIterator[Message | None]]:
-        """What comes for its client, as long as this stream is the newest."""
-        self.streams += 1
-        self.outbox.heard = True
-        try:
-            async with contextlib.aclosing(self.outbox.messages()) as messages:
-                yield messages
-        finally:
-            self.streams -= 1
-            self.used = time.monotonic()
-            self.outbox.heard = self.streams > 0 or not self.over_http
-            self.expire()
-
-    def expire(self) -> None:
-        """End it, if nobody needs it any more; else look again."""
-        if self.expiry:
-            self.expiry.cancel()
-        if self.streams or self.outbox.closed:
-            return
-        left = self.used + self.kept - time.monotonic()
-        # Without a stream, a call over HTTP has one of its own.
-        if left <= 0 and not (self.calls and self.over_http):
-            self.end()
-        else:
-            pause = left if left > 0 else self.kept
-            self.expiry = asyncio.get_running_loop().call_later(pause, self.expire)
-
-
-class SessionMap(dict[str, Session]):
-    """The sessions that are open, by their id."""
-
-    def open(self, session: Session) -> Session:
-        """Raises NoTerminal when there are too many."""
-        if len(self) >= MAX_SESSIONS:
-            idle = [other for other in self.values() if not (other.streams or other.calls)]
-            if not idle:
-                raise NoTerminal(f"{MAX_SESSIONS} sessions are open already: close some")
-            min(idle, key=lambda other: other.used).end()
-        self[session.session_id] = session
-        return session
-
-    def forget(self, session: Session) -> None:
-        """It is unknown from now on."""
-        if self.get(session.session_id) is session:
-            del self[session.session_id]
-
-    async def settle(self, seconds: float) -> None:
-        """Wait until all calls are answered, so long at most."""
-        if calls := [task for session in self.values() for task in session.calls.values()]:
-            await asyncio.wait(calls, timeout=seconds)
-
-    def find(self, kind: str, session_id: str | None, owner: str) -> Session:
-        """Raises UnknownSession, also for one that another credential opened."""
-        session = self.get(session_id or "")
-        if (
-            session is None
-            or session.kind != kind
-            or not hmac.compare_digest(session.owner.encode(), owner.encode())
-        ):
-            raise UnknownSession(
-                f"no session {ascii(session_id)[:140]} here: it has ended, or never began; start anew"
+    async def _wait_for_room(self, deadline: float) -> None:
+        self.room.clear()
+        if not await set_within(self.room, deadline - time.monotonic()):
+            raise RelayError(
+                f"server {self.name}: {len(self.clients)} clients use it, "
+                f"expected fewer than {MAX_CHILDREN}: try later"
             )
-        return session
 
-    def report(self, session_id: str | None, **data: object) -> None:
-        """Tell the session, if it is open, of a command that was run with its id."""
-        session = self.get(session_id or "")
-        if session is None or session.modern:
-            return
-        if session.outbox.heard and session.outbox.crowded():
-            return
-        if session.peer.level in LEVELS[:2]:  # debug, info
-            told = {"level": "info", "logger": "exec", "data": data}
-            session.outbox.send(notification("notifications/message", told))
+    def _forget_client(self, key: str, client: ModernClient) -> None:
+        if self.clients.get(key) is client:
+            del self.clients[key]
+            self.room.set()
+
+    def _on_shared(self) -> None:
+        """The server is a modern one: its modern clients need no child of their own."""
+        self.clients.clear()
+        self.room.set()
+
+    async def close(self) -> None:
+        """End all children."""
+        await self.launcher.close()
 
 
+def key_of(session: Session, message: Message) -> str:
+    """Identify a modern client: requests with one key come from one client."""
+    meta = message["params"]["_meta"]
+    identity = [session.owner, session.address, meta.get(CLIENT_INFO), meta[CAPABILITIES]]
+    return json.dumps(identity, sort_keys=True)
+
+
+# ==========================================================================
+# Built-in server
+# ==========================================================================
+# The MCP server whose tools are commands and terminals; the tools themselves stand below.
+#
+# I1  What a tool cannot do is a result that a model reads, not an error.
+
+# Reports progress: seconds since the start, and the newest line of output.
+Report = Callable[[float, str], None]
+# What a tool does; it gets the AppState, its arguments, and a Report if its client wants progress.
+Run = Callable[[Any, Message, "Report | None"], Awaitable[Message]]
+
+INSTRUCTIONS = (
+    "Terminals of a sandbox. `exec` runs a bash command and answers with its output and exit code; "
+    "the other tools are for programs that talk to a person."
+)
+
+HINTS = ("readOnly", "destructive", "idempotent", "openWorld")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What clients see of a tool, and what it does."""
+
+    shown: Message
+    run: Run
+
+
+# By name, in the order in which clients see them.
+TOOLS: dict[str, Tool] = {}
+
+
+def object_schema(properties: Message, required: list[str]) -> Message:
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def tool(
+    title: str,
+    hints: str,
+    takes: Message,
+    needs: list[str],
+    gives: Message | None = None,
+    may_give: Message | None = None,
+) -> Callable[[Run], Run]:
+    """Register NAME_tool; its docstring is the description that a model reads.
+
+    hints     those of HINTS that are true
+    takes     the JSON schema of each argument
+    needs     the arguments that must be given
+    gives     the JSON schema of each field of a structured result
+    may_give  the same of fields that may be missing
+    """
+
+    def register(run: Run) -> Run:
+        name = run.__name__.removesuffix("_tool")
+        flags = {f"{hint}Hint": hint in hints.split() for hint in HINTS}
+        shown: Message = {
+            "name": name,
+            "title": title,
+            "description": " ".join((run.__doc__ or "").split()),
+            "annotations": {"title": title, **flags},
+            "inputSchema": object_schema(takes, needs),
+        }
+        if gives:
+            fields = {**gives, **(may_give or {})}
+            shown["outputSchema"] = object_schema(fields, list(gives))
+
+        TOOLS[name] = Tool(shown=shown, run=run)
+        return run
+
+    return register
+
+
+def content(text: str, structured: Message | None = None, failed: bool = False) -> Message:
+    """A tool's result, for a model and for a program."""
+    fields: Message = {"content": [{"type": "text", "text": text}], "isError": failed}
+    return fields if structured is None else {**fields, "structuredContent": structured}
+
+
+def built_in_facts() -> Facts:
+    """What the built-in server reports of itself, once the tools are registered."""
+    return Facts(
+        name="pocketcoder",
+        version=VERSION,
+        instructions=INSTRUCTIONS,
+        tools=tuple(each.shown for each in TOOLS.values()),
+    )
+
+
+class BuiltInServer(McpServer):
+    """The server of the tools in TOOLS.
+
+    state  what they work with, an AppState
+    """
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+        self.facts = built_in_facts()
+
+    async def respond(
+        self, session: Session, message: Message, era: Era, outbox: Outbox
+    ) -> Message:
+        version = MODERN if era is Era.MODERN else session.version or LEGACY[-1]
+        answer: Message = {}
+        for decision in step(message, version, self.facts):
+            if isinstance(decision, Send):
+                answer = decision.message
+            elif isinstance(decision, SetLevel):
+                session.logs_at(decision.level)
+            else:
+                fields = await self._call(decision, outbox)
+                answer = success(decision.id, fields, "tools/call", version, self.facts)
+
+        return answer
+
+    async def _call(self, call: CallTool, outbox: Outbox) -> Message:
+        """Run a tool, and send its progress to `outbox` if the client wants any."""
+
+        def report(seconds: float, line: str) -> None:
+            params: Message = {"progressToken": call.token, "progress": round(seconds, 3)}
+            if line:
+                params["message"] = line
+
+            outbox.send(notification("notifications/progress", params))
+
+        wants_progress = call.token is not None
+        try:
+            run = TOOLS[call.name].run
+            return await run(self.state, call.arguments, report if wants_progress else None)
+        except ProxyError as wrong:
+            return content(str(wrong), failed=True)
+
+
+# ==========================================================================
+# State
+# ==========================================================================
+# What handlers share, built once in `serve`; what is recorded of commands and calls.
+#
+# A1  `execute` is the only way to the driver for a command, whatever the door.
 @dataclass
-class AppState:
+class AppState(SessionHost):
     """What the handlers share."""
 
     # Of MCP, by id.
@@ -6802,33 +7759,36 @@ class AppState:
     # Handlers at work; each adds and removes itself.
     calls: set[asyncio.Task[Any]] = field(default_factory=set)
     # Of MCP, by name; "" is the built-in one.
-    servers: dict[str, Server] = field(default_factory=dict)
+    servers: dict[str, McpServer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.servers[""] = Terminals(self)
+        self.servers[""] = BuiltInServer(self)
         # A plain dict will do.
         if not isinstance(self.sessions, SessionMap):
             self.sessions = SessionMap(self.sessions)
 
+    def watch_call(self, session: Session, message: Message) -> CallWatch:
+        if self.audit.path and isinstance(session.server, Relay):
+            return RelayedCall(self.audit, session, message)
+        return NOT_WATCHED
 
-class RelayedCall:
+
+class RelayedCall(CallWatch):
     """A request to a relayed server, as the audit log has it: never its arguments or its result."""
 
-    def __init__(self, session: Session, message: Message) -> None:
-        self.audit = session.state.audit
+    def __init__(self, audit: AuditLog, session: Session, message: Message) -> None:
+        self.audit = audit
         self.started = time.monotonic()
         params = message.get("params", {})
-        if message["method"] == "initialize":
-            session.peer.said_hello(params)
         meta = as_object(params.get("_meta"))
-        client = as_object(meta.get(CLIENT_INFO) or session.peer.hello.get("clientInfo"))
+        client = as_object(meta.get(CLIENT_INFO) or session.hello.get("clientInfo"))
         self.fields = {
             "call_id": secrets.token_hex(8),
             "server": session.server.name,
             "method": shown_name(message["method"]),
             "tool": shown_name(params.get("name")) if message["method"] == "tools/call" else None,
             "client": {name: shown_name(client.get(name)) for name in ("name", "version")},
-            "address": session.peer.address,
+            "address": session.address,
         }
 
     async def start(self) -> None:
@@ -6847,6 +7807,9 @@ class RelayedCall:
             error = "the tool failed"
         duration = round((time.monotonic() - self.started) * 1000)
         self.audit.end({**self.fields, "duration_ms": duration, "error": error})
+
+    async def recorded(self) -> None:
+        await self.audit.written()
 
 
 def shown_name(value: object) -> str | None:
@@ -6933,8 +7896,15 @@ async def execute(
         job.end("cancelled")  # if it has not ended yet, nobody is left to read it
 
 
-Tell = Callable[[float, str], None]  # progress: seconds, the newest line of output
-Run = Callable[["AppState", Message, "Tell | None"], Awaitable[Message]]
+# ==========================================================================
+# Tools
+# ==========================================================================
+# The tools of the built-in MCP server.
+#
+# O1  Every tool checks its arguments before it does anything.
+# O2  What a tool types or runs is in the audit log before it happens.
+
+# The JSON schemas of arguments.
 PARAMETERS: dict[str, Message] = {
     "cmd": {
         "type": "string",
@@ -6949,18 +7919,26 @@ PARAMETERS: dict[str, Message] = {
         "type": "string",
         "pattern": f"^{AGENT_NAME.pattern}$",
         "default": default_agent_name(),
+        "description": "Whose terminal.",
     },
     "timeout": {
         "type": "number",
         "exclusiveMinimum": 0,
         "maximum": MAX_TIMEOUT,
         "default": DEFAULT_TIMEOUT,
+        "description": "Seconds until the command is ended.",
     },
     "stdin": {
         "type": ["string", "null"],
         "description": "Fed to the command; by default it reads nothing.",
     },
-    "max_output": {"type": "integer", "minimum": 1, "maximum": MAX_OUTPUT, "default": TOOL_OUTPUT},
+    "max_output": {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": MAX_OUTPUT,
+        "default": TOOL_OUTPUT,
+        "description": "Bytes kept of the output: the first and the last half.",
+    },
     "lines": {
         "type": "integer",
         "minimum": 1,
@@ -6977,6 +7955,9 @@ PARAMETERS: dict[str, Message] = {
         "type": "array",
         "maxItems": MAX_KEYS,
         "items": {"type": "string", "pattern": f"^{KEY.pattern}$"},
+        "description": (
+            "Pressed after the text; tmux names such as Enter, C-c, Up, Escape, Tab, BSpace, F1."
+        ),
     },
     "run_id": {
         "type": "string",
@@ -6984,127 +7965,121 @@ PARAMETERS: dict[str, Message] = {
         "description": "Into the terminal of this command.",
     },
 }
-PARAMETERS["agent_name"]["description"] = "Whose terminal."
-PARAMETERS["timeout"]["description"] = "Seconds until the command is ended."
-PARAMETERS["max_output"]["description"] = "Bytes kept of the output: the first and the last half."
-PARAMETERS["keys"]["description"] = (
-    "Pressed after the text; tmux names such as Enter, C-c, Up, Escape, Tab, BSpace, F1."
-)
-STRING, FLAG, COUNT = {"type": "string"}, {"type": "boolean"}, {"type": "integer", "minimum": 0}
-TERMINAL = {"agent_name": STRING, "busy": FLAG, "command": STRING, "columns": COUNT, "lines": COUNT}
-ENDED = {
+
+# The JSON schemas of results.
+STRING = {"type": "string"}
+FLAG = {"type": "boolean"}
+COUNT = {"type": "integer", "minimum": 0}
+RESULT = {
     "output": STRING,
     "exit_code": COUNT,
     "ended": STRING,
     "truncated": FLAG,
     "output_bytes": COUNT,
 }
+# What its terminal showed last, when its time was over: a program may be asking there.
+AT_A_TIMEOUT = {"terminal": STRING}
+TERMINAL = {"agent_name": STRING, "busy": FLAG, "command": STRING, "columns": COUNT, "lines": COUNT}
+LISTED = {"terminals": {"type": "array", "items": object_schema(TERMINAL, list(TERMINAL))}}
 
 
-@dataclass(frozen=True)
-class Tool:
-    """What clients see of a tool, and what it does."""
-
-    shown: Message
-    run: Run
+def parameters(names: str) -> Message:
+    """The arguments of these names."""
+    return {name: PARAMETERS[name] for name in names.split()}
 
 
-TOOLS: dict[str, Tool] = {}
+EXEC_PARAMETERS = parameters("cmd cwd agent_name timeout stdin max_output")
 
 
-def tool(
-    title: str, hints: str, takes: str, needs: list[str], gives: Message | None = None
-) -> Callable[[Run], Run]:
-    """Register NAME_tool; its docstring is the description that a model reads.
+class Progress:
+    """Reports the newest line of a command's output, at most every PROGRESS_PAUSE seconds."""
 
-    hints  those that are true of readOnly, destructive, idempotent, openWorld
-    """
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.started_at = time.monotonic()
+        # The end of the output so far.
+        self.newest = bytearray()
+        self.news = asyncio.Event()
+        self.reporting = asyncio.ensure_future(self._run())
 
-    def register(run: Run) -> Run:
-        known = ("readOnly", "destructive", "idempotent", "openWorld")
-        flags = {f"{hint}Hint": hint in hints.split() for hint in known}
-        shown: Message = {"name": run.__name__.removesuffix("_tool"), "title": title}
-        shown |= {
-            "description": " ".join((run.__doc__ or "").split()),
-            "annotations": {"title": title, **flags},
-        }
-        properties = {name: PARAMETERS[name] for name in takes.split()}
-        shown["inputSchema"] = {"type": "object", "properties": properties, "required": needs}
-        if gives:
-            shown["outputSchema"] = {"type": "object", "properties": gives, "required": list(gives)}
-        TOOLS[shown["name"]] = Tool(shown, run)
-        return run
+    def add(self, chunk: bytes) -> None:
+        self.newest.extend(chunk[-MAX_LINE:])
+        del self.newest[:-MAX_LINE]
+        self.news.set()
 
-    return register
+    async def _run(self) -> None:
+        while True:
+            self.news.clear()
+            await set_within(self.news, PROGRESS_EVERY - PROGRESS_PAUSE)
+            self.report(time.monotonic() - self.started_at, self._newest_line())
+            await asyncio.sleep(PROGRESS_PAUSE)
 
+    def _newest_line(self) -> str:
+        """The last line that is not blank, or an empty one."""
+        lines = self.newest.decode(errors="replace").split("\n")
+        shown = [line.strip() for line in lines if line.strip()]
+        return shown[-1] if shown else ""
 
-def content(text: str, structured: Message | None = None, failed: bool = False) -> Message:
-    """A tool's result, for a model and for a program."""
-    fields: Message = {"content": [{"type": "text", "text": text}], "isError": failed}
-    return fields if structured is None else {**fields, "structuredContent": structured}
+    def stop(self) -> None:
+        self.reporting.cancel()
 
 
-@tool(
-    "Run a command",
-    "destructive openWorld",
-    "cmd cwd agent_name timeout stdin max_output",
-    ["cmd"],
-    ENDED,
-)
-async def exec_tool(state: AppState, arguments: Message, tell: Tell | None) -> Message:
-    """Run a bash command in the sandbox and wait for its end. Answers with stdout and stderr as one text, in the
-    order written, and with the exit code. Every command starts in a fresh shell: `cd` and variables do not last.
-    Start servers in the background (`cmd &`), or they end with the timeout. A person may be watching, and can answer
-    what a command asks on its terminal; programs that ask are better driven with send_keys and read_terminal."""
-    taken = TOOLS["exec"].shown["inputSchema"]["properties"]
-    fields = {name: value for name, value in arguments.items() if name in taken}
+@tool("Run a command", "destructive openWorld", EXEC_PARAMETERS, ["cmd"], RESULT, AT_A_TIMEOUT)
+async def exec_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
+    """Run a bash command in the sandbox and wait for its end. Answers with stdout and stderr as
+    one text, in the order written, and with the exit code. Every command starts in a fresh shell:
+    `cd` and variables do not last. Start servers in the background (`cmd &`), or they end with the
+    timeout. A person may be watching, and can answer what a command asks on its terminal; programs
+    that ask are better driven with send_keys and read_terminal."""
+    fields = {name: value for name, value in arguments.items() if name in EXEC_PARAMETERS}
     request = ExecRequest.from_fields({"max_output": TOOL_OUTPUT, **fields}, state.workspace)
-    capture, newest, begun, news = (
-        Capture(request.max_output),
-        bytearray(),
-        time.monotonic(),
-        asyncio.Event(),
-    )
+    capture = Capture(request.max_output)
+    progress = Progress(report) if report else None
 
     def take(chunk: bytes) -> None:
         capture.add(chunk)
-        if tell:
-            newest.extend(chunk[-MAX_LINE:])
-            del newest[:-MAX_LINE]
-            news.set()
+        if progress:
+            progress.add(chunk)
 
-    async def keep_telling(tell: Tell) -> None:
-        while True:
-            news.clear()
-            timer = asyncio.get_running_loop().call_later(PROGRESS_EVERY - PROGRESS_PAUSE, news.set)
-            await news.wait()
-            timer.cancel()
-            lines = newest.decode(errors="replace").split("\n")
-            tell(
-                time.monotonic() - begun,
-                next((line.strip() for line in reversed(lines) if line.strip()), ""),
-            )
-            await asyncio.sleep(PROGRESS_PAUSE)
-
-    telling = asyncio.ensure_future(keep_telling(tell)) if tell else None
     try:
-        ended = await execute(state, request, "mcp", {"out": take}, capture)
+        result = await execute(state, request, "mcp", {"out": take}, capture)
     finally:
-        if telling:
-            telling.cancel()
-    notes = [f"[exit code {ended.exit_code}]"] * bool(ended.exit_code) + [
-        f"[{ended.error}]"
-    ] * bool(ended.error)
-    newline = "\n" * bool(notes and ended.output and not ended.output.endswith("\n"))
-    facts = {name: getattr(ended, name) for name in ENDED}
-    return content(ended.output + newline + "\n".join(notes), facts, ended.ended != "exit")
+        if progress:
+            progress.stop()
+
+    facts = {name: getattr(result, name) for name in RESULT}
+    if result.terminal is not None:
+        facts["terminal"] = result.terminal
+
+    return content(text_of(result), facts, failed=result.ended != "exit")
 
 
-@tool("Read the terminal", "readOnly idempotent", "agent_name lines", [])
-async def read_terminal_tool(state: AppState, arguments: Message, tell: Tell | None) -> Message:
-    """Read the last lines of an agent's terminal, as a person would see them there: prompts, commands, output, and
-    what programs draw. Use it to see where an interactive program is, after send_keys."""
-    if type(lines := arguments.get("lines", 100)) is not int or not 1 <= lines <= MAX_LINES:
+def text_of(result: CommandResult) -> str:
+    """A command's output for a model, and below it what it has to know of its end."""
+    remarks = []
+    if result.exit_code:
+        remarks.append(f"[exit code {result.exit_code}]")
+
+    if result.error:
+        remarks.append(f"[{result.error}]")
+
+    if result.terminal is not None:
+        remarks.append(f"[its terminal shows: {result.terminal}]")
+
+    text = result.output
+    if remarks and text and not text.endswith("\n"):
+        text += "\n"
+
+    return text + "\n".join(remarks)
+
+
+@tool("Read the terminal", "readOnly idempotent", parameters("agent_name lines"), [])
+async def read_terminal_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
+    """Read the last lines of an agent's terminal, as a person would see them there: prompts,
+    commands, output, and what programs draw. Use it to see where an interactive program is, after
+    send_keys."""
+    lines = arguments.get("lines", PARAMETERS["lines"]["default"])
+    if type(lines) is not int or not 1 <= lines <= MAX_LINES:
         raise complain("lines", lines, f"an integer, 1 to {MAX_LINES}")
     agent_name = check_agent(arguments.get("agent_name", default_agent_name()))
     return content(await state.driver.read_terminal(agent_name, lines))
@@ -7116,26 +8091,32 @@ def keys_of(arguments: Message) -> tuple[str, list[str]]:
     keys = arguments.get("keys", [])
     if not isinstance(keys, list) or len(keys) > MAX_KEYS:
         raise complain("keys", keys, f"a list of names of keys, {MAX_KEYS} at most")
+
     for key in keys:
         if not isinstance(key, str) or not KEY.fullmatch(key):
             raise complain(
                 "keys", key, "tmux names of keys such as Enter, C-c, Up; words to type go in `text`"
             )
+
     if not text and not keys:
         raise BadMessage("`text`, `keys`: got neither, expected one of them")
     return text, keys
 
 
-@tool("Type into the terminal", "destructive openWorld", "agent_name text keys run_id", [])
-async def send_keys_tool(state: AppState, arguments: Message, tell: Tell | None) -> Message:
-    """Type text and press keys in an agent's terminal, as a person would: to answer a program that waits for input,
-    or to end one (`keys` of `C-c`). They go to the program that was started there with keys, else to the newest
-    command, or with `run_id` to that command. Returns what the terminal shows a moment later.
-    To run a command, use exec instead."""
+SEND_PARAMETERS = parameters("agent_name text keys run_id")
+
+
+@tool("Type into the terminal", "destructive openWorld", SEND_PARAMETERS, [])
+async def send_keys_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
+    """Type text and press keys in an agent's terminal, as a person would: to answer a program that
+    waits for input, or to end one (`keys` of `C-c`). They go to the program that was started there
+    with keys, else to the newest command, or with `run_id` to that command. Returns what the
+    terminal shows a moment later. To run a command, use exec instead."""
     text, keys = keys_of(arguments)
     run_id = arguments.get("run_id")
     if run_id is not None:
         check_run_id(run_id)
+
     agent_name = check_agent(arguments.get("agent_name", default_agent_name()))
 
     record: Message = {
@@ -7153,6 +8134,7 @@ async def send_keys_tool(state: AppState, arguments: Message, tell: Tell | None)
     started_at = time.monotonic()
     error: str | None = "cancelled"
     await state.audit.start(record)
+
     try:
         screen = await state.driver.send_keys(agent_name, text, keys, run_id)
         error = None
@@ -7160,85 +8142,32 @@ async def send_keys_tool(state: AppState, arguments: Message, tell: Tell | None)
         error = str(wrong)
         raise
     finally:
-        state.audit.end(
-            {
-                **record,
-                "exit_code": ProxyError.exit_code if error else 0,
-                "ended": "cancelled" if error else "exit",
-                "error": error,
-                "waited_ms": 0,
-                "duration_ms": round((time.monotonic() - started_at) * 1000),
-                "output_bytes": 0,
-            }
-        )
+        state.audit.end({**record, **keys_outcome(error, time.monotonic() - started_at)})
+
     await state.audit.written()
     return content(screen)
 
 
-LISTED = {
-    "terminals": {
-        "type": "array",
-        "items": {"type": "object", "properties": TERMINAL, "required": [*TERMINAL]},
+def keys_outcome(error: str | None, seconds: float) -> Message:
+    """How typing ended, in the words of the audit log for commands."""
+    return {
+        "exit_code": ProxyError.exit_code if error else 0,
+        "ended": "cancelled" if error else "exit",
+        "error": error,
+        "waited_ms": 0,
+        "duration_ms": round(seconds * 1000),
+        "output_bytes": 0,
     }
-}
 
 
-@tool("List the terminals", "readOnly idempotent", "", [], LISTED)
-async def list_terminals_tool(state: AppState, arguments: Message, tell: Tell | None) -> Message:
-    """List the agents that have a terminal: whether it is busy, the command in its foreground, and its size."""
+@tool("List the terminals", "readOnly idempotent", {}, [], LISTED)
+async def list_terminals_tool(
+    state: AppState, arguments: Message, report: Report | None
+) -> Message:
+    """List the agents that have a terminal: whether it is busy, the command in its foreground, and
+    its size."""
     found = {"terminals": await state.driver.list_terminals()}
     return content(json.dumps(found), found)
-
-
-INSTRUCTIONS = "Terminals of a sandbox. `exec` runs a bash command and answers with its output and exit code; the "
-INSTRUCTIONS += "other tools are for programs that talk to a person."
-FACTS = Facts("pocketcoder", VERSION, INSTRUCTIONS, tuple(each.shown for each in TOOLS.values()))
-
-
-class Terminals:
-    """The built-in server: the tools above."""
-
-    name = ""
-    session_idle = SESSION_IDLE
-
-    def __init__(self, state: AppState) -> None:
-        self.state = state
-
-    async def respond(self, peer: Peer, message: Message, modern: bool, outbox: Outbox) -> Message:
-        """The response to a request; progress goes to `outbox`.  Raises BadMessage."""
-        version = MODERN if modern else peer.version or LEGACY[-1]
-        answer: Message = {}
-        for decision in step(message, version, FACTS):
-            if isinstance(decision, Send):
-                answer = decision.message
-            elif isinstance(decision, SetLevel):
-                peer.level = decision.level
-            else:
-                fields = await self._call(decision, outbox)
-                answer = success(decision.id, fields, "tools/call", version, FACTS)
-        return answer
-
-    async def _call(self, call: CallTool, outbox: Outbox) -> Message:
-        def tell(seconds: float, newest: str) -> None:
-            newest_line = {"message": newest} if newest else {}
-            told = {"progressToken": call.token, "progress": round(seconds, 3), **newest_line}
-            outbox.send(notification("notifications/progress", told))
-
-        try:
-            return await TOOLS[call.name].run(
-                self.state, call.arguments, None if call.token is None else tell
-            )
-        except ProxyError as wrong:  # a model can mend it
-            return content(str(wrong), failed=True)
-
-    def notify(self, peer: Peer, message: Message) -> None:
-        """There is nothing that these tools want to know."""
-
-    def leave(self, peer: Peer) -> None:
-        """Nothing is kept for a client."""
-
-
-Server = Terminals | Relay
 
 
 # ==========================================================================
@@ -7473,11 +8402,13 @@ async def sse_handler(
     Raises UnknownSession.
     """
     if query.session_id in state.sessions:
-        session = state.sessions.find(f"{name}/sse", query.session_id, owner)
+        session = state.sessions.find(name, "sse", query.session_id, owner)
     else:
-        kept = SESSION_KEPT if query.session_id else 0.0
+        lifetime = Lifetime.NAMED if query.session_id else Lifetime.STREAM
         server = state.servers[name]
-        session = Session(state, server, "sse", query.session_id, owner, kept, address)
+        session = Session(
+            state, server, "sse", lifetime, query.session_id, owner=owner, address=address
+        )
         state.sessions.open(session)
 
     async with session.stream() as messages:
@@ -7955,14 +8886,17 @@ class McpEndpoint(EventsEndpoint):
         message: Message = {}
         try:
             message = read_message(body)
-            modern = is_modern(message, self.request.headers.get("MCP-Protocol-Version"))
+            version = self.request.headers.get("MCP-Protocol-Version")
+            check_era(message, version)
+            era = era_of(message, version)
+            modern = era is Era.MODERN
             if modern and not is_request(message):
                 self.set_status(202)
                 return
 
             session, opens = self.session_of(message, modern)
             outbox = Outbox(session.overflow)
-            session.receive(message, modern, outbox)
+            session.receive(message, era, outbox)
         except ProxyError as wrong:
             answer = refusal(message.get("id", wrong.request_id), wrong)
             self.finish_json(answer, wrong.http_status)
@@ -7978,7 +8912,7 @@ class McpEndpoint(EventsEndpoint):
             outbox.leave()
 
             # A client that disconnects cancels a single request, but not a session's call.
-            was_refused = opens and not session.peer.version
+            was_refused = opens and not session.version
             if modern or was_refused:
                 session.end()
 
@@ -7987,12 +8921,15 @@ class McpEndpoint(EventsEndpoint):
         server = self.state.servers[self.name]
         if modern:
             check_envelope(message, self.request.headers.get_list)
-            session = Session(self.state, server, "once", None, self.owner, 0.0, self.address)
-            session.peer.came_with(self.request.headers.get_list)
+            session = Session(
+                self.state, server, "once", Lifetime.ONCE, owner=self.owner, address=self.address
+            )
+            session.came_with(self.request.headers.get_list)
             return session, True
         if message.get("method") == "initialize" and is_request(message):
-            kept = server.session_idle
-            session = Session(self.state, server, "http", None, self.owner, kept, self.address)
+            session = Session(
+                self.state, server, "http", Lifetime.HTTP, owner=self.owner, address=self.address
+            )
             self.state.sessions.open(session)
             session.expire()
             self.set_header("Mcp-Session-Id", session.session_id)
@@ -8025,7 +8962,7 @@ class McpEndpoint(EventsEndpoint):
             raise NotAMessage(
                 "`Mcp-Session-Id`: got none, expected the one that `initialize` was answered with"
             )
-        return self.state.sessions.find(f"{self.name}/http", session_id, self.owner)
+        return self.state.sessions.find(self.name, "http", session_id, self.owner)
 
     async def get(self, name: str = "") -> None:
         await self.perform(self.listen(self.session()))
@@ -8069,11 +9006,11 @@ class MessagesEndpoint(Endpoint):
 
     async def post(self, name: str = "") -> None:
         body = self.whole_body()
-        session = self.state.sessions.find(f"{name}/sse", self.query().session_id, self.owner)
+        session = self.state.sessions.find(name, "sse", self.query().session_id, self.owner)
         message = read_message(body)
         self.set_status(202)
         self.finish("Accepted")
-        session.answer(message)
+        session.receive_by_stream(message)
 
 
 class McpSocket(SocketEndpoint):
@@ -8090,7 +9027,9 @@ class McpSocket(SocketEndpoint):
     def open(self, name: str = "") -> None:
         try:
             server = self.state.servers[name]
-            session = Session(self.state, server, "ws", None, self.owner, 0.0, self.address)
+            session = Session(
+                self.state, server, "ws", Lifetime.STREAM, owner=self.owner, address=self.address
+            )
             self.session = self.state.sessions.open(session)
         except NoTerminal as full:
             self.close(1013, str(full)[:100])
@@ -8109,7 +9048,7 @@ class McpSocket(SocketEndpoint):
         if self.session is None:
             return
         try:
-            self.session.answer(read_message(message))
+            self.session.receive_by_stream(read_message(message))
         except ProxyError as wrong:
             # Two must not answer errors with errors.
             if not wrong.in_response:
@@ -8171,6 +9110,10 @@ INSTALLED_FORM = f"""{{first}}
 import marshal
 import sys
 
+if sys.version_info < (3, 8):
+    needs = "pocketcoder: the shell needs Python 3.8 or later, this is %d.%d\\n"
+    sys.stderr.write(needs % sys.version_info[:2])
+    sys.exit(125)
 TEXT = r'''
 {{text}}'''
 CODE = {{code!r}}
