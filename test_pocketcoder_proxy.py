@@ -1359,8 +1359,6 @@ class Proxy:
 
 # What the fixtures `own` and `warm` give.
 StartServer = Callable[..., Proxy]
-
-
 # How many times as many random inputs as usual.
 FUZZ = int(os.environ.get("POCKETCODER_FUZZ", "1"))
 MARKS = [
@@ -1667,18 +1665,6 @@ def modern(
     return request(method, {**(params or {}), "_meta": envelope}, id_)
 
 
-def mcp_status(proxy: Proxy, body: Any, *words: str, **options: str) -> int:
-    return mcp(proxy, body, *words, **options)[0]
-
-
-def mcp_result(proxy: Proxy, body: Any, *words: str, **options: str) -> Any:
-    return mcp(proxy, body, *words, **options)[2]["result"]
-
-
-def mcp_error_code(proxy: Proxy, body: Any, *words: str, **options: str) -> Any:
-    return mcp(proxy, body, *words, **options)[2]["error"]["code"]
-
-
 def events_of(text: str) -> list[Any]:
     assert text.endswith("\n\n") or not text
     return [
@@ -1709,6 +1695,18 @@ def mcp(
     if got.get("content-type") == "text/event-stream":
         return status, got, events_of(answer.decode())
     return status, got, json.loads(answer) if answer[:1] == b"{" else None
+
+
+def mcp_status(proxy: Proxy, body: Any, *words: str, **options: str) -> int:
+    return mcp(proxy, body, *words, **options)[0]
+
+
+def mcp_result(proxy: Proxy, body: Any, *words: str, **options: str) -> Any:
+    return mcp(proxy, body, *words, **options)[2]["result"]
+
+
+def mcp_error_code(proxy: Proxy, body: Any, *words: str, **options: str) -> Any:
+    return mcp(proxy, body, *words, **options)[2]["error"]["code"]
 
 
 def opened(proxy: Proxy, version: str = "2025-11-25", **headers: str) -> str:
@@ -6798,6 +6796,355 @@ def test_an_event_carries_any_message_unchanged() -> None:
 
 
 # ==========================================================================
+# Sessions
+# ==========================================================================
+def test_a_closed_stream_cancels_a_modern_call(
+    proxy: Proxy, agent: str, stream: OpenStream
+) -> None:
+    params = {"name": "exec", "arguments": {"cmd": "echo go; sleep 71.5", "agent_name": agent}}
+    message = modern("tools/call", params, progressToken=1)
+    names = {
+        "MCP_Protocol_Version": "2026-07-28",
+        "Mcp_Method": "tools/call",
+        "Mcp_Name": "exec",
+    }
+    left = stream(proxy, "/mcp", message, **names)
+    assert left.next()["params"]["message"] == "go"
+
+    left.close()
+    wait_until_gone("sleep\x0071.5")
+    # This connection breaks before any answer.
+    unanswered = proxy.connect()
+    head = {
+        "Content-Type": "application/json",
+        **{name.replace("_", "-"): value for name, value in names.items()},
+    }
+    params = {"name": "exec", "arguments": {"cmd": "sleep 71.6", "agent_name": agent}}
+    unanswered.request("POST", "/mcp", json.dumps(modern("tools/call", params)), head)
+    wait_until_running("sleep\x0071.6")
+    unanswered.close()
+    wait_until_gone("sleep\x0071.6")
+
+
+def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
+    proxy: Proxy, agent: str, stream: OpenStream
+) -> None:
+    session = opened(proxy)
+    other = opened(proxy)
+    arguments = {"cmd": "echo go; sleep 72.5", "agent_name": agent}
+    message = request(
+        "tools/call",
+        {
+            "name": "exec",
+            "arguments": arguments,
+            "_meta": {"progressToken": 1},
+        },
+        id_=9,
+    )
+    left = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
+    assert left.next()["params"]["message"] == "go"
+
+    left.close()
+    time.sleep(0.5)
+    assert processes_with("sleep\x0072.5")
+
+    cancel = {
+        "jsonrpc": "2.0",
+        "method": "notifications/cancelled",
+        "params": {"requestId": 9, "reason": "user"},
+    }
+    # The same id in another session cancels nothing.
+    assert mcp_status(proxy, cancel, Mcp_Session_Id=other) == 202
+    # The same id in another type cancels nothing.
+    status = mcp_status(proxy, {**cancel, "params": {"requestId": "9"}}, Mcp_Session_Id=session)
+    assert status == 202
+
+    time.sleep(0.3)
+    assert processes_with("sleep\x0072.5")
+    assert mcp_status(proxy, cancel, Mcp_Session_Id=session) == 202
+    wait_until_gone("sleep\x0072.5")
+
+    again = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
+    assert again.next()["params"]["message"] == "go"
+    assert mcp_status(proxy, cancel, Mcp_Session_Id=session) == 202
+
+    # The stream ends without an answer.
+    for got in iter(again.next, None):
+        assert got["method"] == "notifications/progress"
+
+
+def test_an_id_in_flight_cannot_be_used_twice(proxy: Proxy, agent: str, stream: OpenStream) -> None:
+    session = opened(proxy)
+    arguments = {"cmd": "echo go; sleep 73.5", "agent_name": agent}
+    message = request(
+        "tools/call",
+        {
+            "name": "exec",
+            "arguments": arguments,
+            "_meta": {"progressToken": 1},
+        },
+        id_=9,
+    )
+    first = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
+    assert first.next()["params"]["message"] == "go"
+    assert mcp_error_code(proxy, message, Mcp_Session_Id=session) == -32600
+    assert mcp_status(proxy, b"", "DELETE", Mcp_Session_Id=session) == 204
+
+    while first.next() is not None:
+        pass
+    wait_until_gone("sleep\x0073.5")
+    assert mcp_status(proxy, message, Mcp_Session_Id=session) == 404
+
+
+def test_a_session_belongs_to_the_credential_that_opened_it(
+    own: StartServer, stream: OpenStream
+) -> None:
+    # A server without a token takes any credential, but remembers it.
+    proxy = own()
+    session = opened(proxy, Authorization="Bearer mine")
+    for header in ("", "Bearer yours"):
+        status = mcp_status(proxy, request("ping"), Mcp_Session_Id=session, Authorization=header)
+        assert status == 404
+    status = mcp_status(proxy, request("ping"), Mcp_Session_Id=session, Authorization="Bearer mine")
+    assert status == 200
+    assert (
+        stream(proxy, "/sse?session_id=named&token=mine").next()
+        == "/messages?session_id=named&token=mine"
+    )
+    assert stream(proxy, "/sse?session_id=named&token=yours").status == 404
+    assert mcp_status(proxy, request("ping"), path="/messages?session_id=named&token=yours") == 404
+    status = mcp_status(
+        proxy, request("ping"), path="/messages?session_id=named", Authorization="Bearer mine"
+    )
+    assert status == 202
+    # A session of another transport is not found.
+    status = mcp_status(proxy, request("ping"), Mcp_Session_Id="named", Authorization="Bearer mine")
+    assert status == 404
+
+
+def test_commands_are_reported_to_the_session_they_name(
+    proxy: Proxy, agent: str, stream: OpenStream
+) -> None:
+    listening = stream(proxy, f"/sse?session_id={agent}")
+    assert listening.next() == f"/messages?session_id={agent}"
+    answer = proxy.exec("echo told; exit 4", agent_name=agent, session_id=agent)
+    begun = listening.next()
+    ended = listening.next()
+
+    for told, event in ((begun, "start"), (ended, "end")):
+        assert told["method"] == "notifications/message"
+        assert told["params"]["level"] == "info"
+        assert told["params"]["logger"] == "exec"
+
+        data = told["params"]["data"]
+        assert data["event"] == event
+        assert data["run_id"] == answer["run_id"]
+        assert data["agent_name"] == agent
+
+    assert begun["params"]["data"]["cmd"] == "echo told; exit 4"
+    assert ended["params"]["data"]["exit_code"] == 4
+    assert ended["params"]["data"]["ended"] == "exit"
+
+    left = proxy.connect()
+    left.request(
+        "POST",
+        "/exec",
+        json.dumps(
+            {
+                "cmd": "sleep 77.5",
+                "agent_name": agent,
+                "session_id": agent,
+            }
+        ),
+        JSON_TYPE,
+    )
+    wait_until_running("sleep\x0077.5")
+    left.close()
+    assert listening.next()["params"]["data"]["cmd"] == "sleep 77.5"
+
+    told = listening.next()["params"]["data"]
+    assert told["exit_code"] == 143
+    assert told["ended"] == "cancelled"
+    assert told["duration_ms"] > 0
+
+    session = opened(proxy)
+    # Nobody listens yet.
+    proxy.exec("true", agent_name=agent, session_id=session)
+    get = stream(proxy, "/mcp", None, Mcp_Session_Id=session)
+    missed = [get.next()["params"]["data"] for _ in range(2)]
+    assert [each["event"] for each in missed] == ["start", "end"]
+    assert missed[0]["cmd"] == "true"
+
+    proxy.exec("echo second", agent_name=agent, session_id=session)
+    assert get.next()["params"]["data"]["cmd"] == "echo second"
+    status = mcp_status(
+        proxy, request("logging/setLevel", {"level": "error"}), Mcp_Session_Id=session
+    )
+    assert status == 200
+    assert get.next()["params"]["data"]["event"] == "end"
+
+    proxy.exec("echo third", agent_name=agent, session_id=session)
+    status = mcp_status(
+        proxy, request("logging/setLevel", {"level": "info"}), Mcp_Session_Id=session
+    )
+    assert status == 200
+
+    proxy.exec("echo fourth", agent_name=agent, session_id=session)
+    assert get.next()["params"]["data"]["cmd"] == "echo fourth"
+
+
+def test_a_client_that_reconnects_gets_missed_messages_and_running_calls(
+    proxy: Proxy, agent: str, stream: OpenStream
+) -> None:
+    path = f"/messages?session_id={agent}"
+    first = stream(proxy, f"/sse?session_id={agent}")
+    assert first.next() == path
+
+    arguments = {"cmd": "sleep 0.7; echo done", "agent_name": agent}
+    status = mcp_status(
+        proxy, request("tools/call", {"name": "exec", "arguments": arguments}, id_=5), path=path
+    )
+    assert status == 202
+
+    first.close()
+    time.sleep(0.3)
+    for number in range(3):
+        assert mcp_status(proxy, request("ping", id_=f"away{number}"), path=path) == 202
+    time.sleep(0.8)
+    second = stream(proxy, f"/sse?sessionId={agent}")
+    assert second.next() == path
+    assert [second.next()["id"] for _ in range(3)] == ["away0", "away1", "away2"]
+    assert text_of(second.next()["result"]) == "done\n"
+
+    # This stream replaces the second.
+    third = stream(proxy, f"/sse?session_id={agent}")
+    assert third.next() == path
+    assert second.next() is None
+    assert mcp_status(proxy, request("ping", id_="last"), path=path) == 202
+    assert third.next()["id"] == "last"
+
+
+def test_a_session_of_one_stream_ends_with_it_and_so_do_its_calls(
+    proxy: Proxy, agent: str, stream: OpenStream
+) -> None:
+    opened = stream(proxy, "/sse")
+    path = opened.next()
+    assert re.fullmatch(r"/messages\?session_id=[0-9a-f]{32}", path)
+
+    arguments = {"cmd": "sleep 74.5", "agent_name": agent}
+    status = mcp_status(
+        proxy, request("tools/call", {"name": "exec", "arguments": arguments}), path=path
+    )
+    assert status == 202
+
+    wait_until_running("sleep\x0074.5")
+    opened.close()
+    wait_until_gone("sleep\x0074.5")
+    assert mcp_status(proxy, request("ping"), path=path) == 404
+
+
+def test_too_many_waiting_messages_end_the_session_and_are_logged(
+    own: StartServer, stream: OpenStream
+) -> None:
+    proxy = own()
+    stream(proxy, "/sse?session_id=away").close()
+    path = "/messages?session_id=away"
+    statuses = [mcp_status(proxy, request("ping", id_=number), path=path) for number in range(102)]
+    assert statuses == [202] * 101 + [404]
+    assert "session end id=away why=100 messages wait" in proxy.logged()
+
+
+def test_named_sessions_and_idle_ones_expire(own: StartServer, stream: OpenStream) -> None:
+    async def expiring() -> list[str]:
+        driver = pp.PocketCoderDriver("/nowhere/at/all", "x")
+        state = pp.AppState(pp.SessionMap(), driver)
+        server = state.servers[""]
+        server.session_idle = 0.05
+        idle = state.sessions.open(pp.Session(state, server, "http", pp.Lifetime.HTTP))
+        idle.expire()
+        named = state.sessions.open(
+            pp.Session(state, server, "sse", pp.Lifetime.NAMED, session_id="named")
+        )
+        async with named.stream():
+            await asyncio.sleep(0.1)
+            assert "named" in state.sessions
+
+        assert "named" in state.sessions
+        await asyncio.sleep(0.3)
+        return [*state.sessions]
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Idle sessions are looked for this often.
+        patch.setattr(pp, "KEEP_ALIVE", 0.05)
+        patch.setattr(pp, "SESSION_KEPT", 0.05)
+        assert asyncio.run(expiring()) == []
+
+
+def test_the_number_of_sessions_is_bounded() -> None:
+    async def crowded() -> None:
+        state = pp.AppState(pp.SessionMap(), pp.PocketCoderDriver("/nowhere/at/all", "x"))
+        first = state.sessions.open(pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP))
+        for _ in range(pp.MAX_SESSIONS):
+            session = state.sessions.open(
+                pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP)
+            )
+            session.streams += 1
+
+        # The session that was unused longest made room.
+        assert first.session_id not in state.sessions
+        with pytest.raises(pp.NoTerminal):
+            state.sessions.open(pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP))
+
+    asyncio.run(crowded())
+
+
+# ==========================================================================
+# Child lines
+# ==========================================================================
+def test_lines_are_split_the_same_however_they_arrive() -> None:
+    dice = random.Random(5)
+    texts = [b"", b"a", b"x" * 20, b"y" * 21, b"{" + b"z" * 9000 + b"}", b"end"]
+    expected = [
+        text
+        if len(text) <= 20
+        else pp.TooLong(text[: pp.MAX_ENDS], text[-pp.MAX_ENDS :], len(text))
+        for text in texts
+    ]
+
+    for _ in range(5):
+        for pieces in cuts(dice, b"\n".join(texts)):
+            lines = pp.Lines(20)
+            got = [line for piece in pieces for line in lines.feed(piece)]
+            shown = [
+                each if isinstance(each, bytes) else (each.head[:20], each.tail[-20:], each.size)
+                for each in [*got, lines.rest()]
+            ]
+            assert shown == [
+                each if isinstance(each, bytes) else (each.head[:20], each.tail[-20:], each.size)
+                for each in expected
+            ]
+
+
+@pytest.mark.parametrize(
+    ("head", "tail", "id_"),
+    [
+        pytest.param(b'{"jsonrpc":"2.0","id":7,"result":{"a', b'"}}', 7, id="before the result"),
+        pytest.param(b'\xef\xbb\xbf { "id" : 7 , "x', b'"}}', 7, id="behind a byte order mark"),
+        pytest.param(b'{"result":{"id":3,"x', b'"},"jsonrpc":"2.0","id":7}', 7, id="at the end"),
+        pytest.param(
+            b'{"result":{"id":3,"x', b'"} , "id" : 7 }\r', 7, id="at the end, with blanks"
+        ),
+        pytest.param(b'{"result":{"x', b'","id":3}}', None, id="in the result only"),
+        pytest.param(b'{"result":"x', b',\\"id\\":3}"}', None, id="in a text only"),
+        pytest.param(b'{"method":"notifications/message","params":{"x', b'"}}', None, id="none"),
+        pytest.param(b"no JSON", b"", None, id="no JSON"),
+    ],
+)
+def test_the_id_of_a_long_answer_is_found_at_its_ends(head: bytes, tail: bytes, id_: Any) -> None:
+    assert pp.id_of_long(pp.TooLong(head, tail, 1 << 30)) == id_
+
+
+# ==========================================================================
 # MCP children
 # ==========================================================================
 @pytest.mark.parametrize(("era", "server"), ERAS)
@@ -7112,49 +7459,6 @@ def test_an_answer_beyond_the_limit_fails_its_call_only(
     assert f"expected at most {pp.MAX_ANSWER}" in failed["message"]
     assert said(client.call("pid")) == process
     assert said(other.result()) == process
-
-
-def test_lines_are_split_the_same_however_they_arrive() -> None:
-    dice = random.Random(5)
-    texts = [b"", b"a", b"x" * 20, b"y" * 21, b"{" + b"z" * 9000 + b"}", b"end"]
-    expected = [
-        text
-        if len(text) <= 20
-        else pp.TooLong(text[: pp.MAX_ENDS], text[-pp.MAX_ENDS :], len(text))
-        for text in texts
-    ]
-
-    for _ in range(5):
-        for pieces in cuts(dice, b"\n".join(texts)):
-            lines = pp.Lines(20)
-            got = [line for piece in pieces for line in lines.feed(piece)]
-            shown = [
-                each if isinstance(each, bytes) else (each.head[:20], each.tail[-20:], each.size)
-                for each in [*got, lines.rest()]
-            ]
-            assert shown == [
-                each if isinstance(each, bytes) else (each.head[:20], each.tail[-20:], each.size)
-                for each in expected
-            ]
-
-
-@pytest.mark.parametrize(
-    ("head", "tail", "id_"),
-    [
-        pytest.param(b'{"jsonrpc":"2.0","id":7,"result":{"a', b'"}}', 7, id="before the result"),
-        pytest.param(b'\xef\xbb\xbf { "id" : 7 , "x', b'"}}', 7, id="behind a byte order mark"),
-        pytest.param(b'{"result":{"id":3,"x', b'"},"jsonrpc":"2.0","id":7}', 7, id="at the end"),
-        pytest.param(
-            b'{"result":{"id":3,"x', b'"} , "id" : 7 }\r', 7, id="at the end, with blanks"
-        ),
-        pytest.param(b'{"result":{"x', b'","id":3}}', None, id="in the result only"),
-        pytest.param(b'{"result":"x', b',\\"id\\":3}"}', None, id="in a text only"),
-        pytest.param(b'{"method":"notifications/message","params":{"x', b'"}}', None, id="none"),
-        pytest.param(b"no JSON", b"", None, id="no JSON"),
-    ],
-)
-def test_the_id_of_a_long_answer_is_found_at_its_ends(head: bytes, tail: bytes, id_: Any) -> None:
-    assert pp.id_of_long(pp.TooLong(head, tail, 1 << 30)) == id_
 
 
 @pytest.mark.slow
@@ -8162,309 +8466,6 @@ def test_abandoned_calls_block_nothing(relay: Proxy, stream: OpenStream) -> None
         asked = client.call("test_input_required_result_elicitation")
         assert asked["resultType"] == "input_required", asked
     assert text_of(Client(relay, "modern", "legacy", stream).call("test_simple_text"))
-
-
-# ==========================================================================
-# Sessions
-# ==========================================================================
-def test_a_closed_stream_cancels_a_modern_call(
-    proxy: Proxy, agent: str, stream: OpenStream
-) -> None:
-    params = {"name": "exec", "arguments": {"cmd": "echo go; sleep 71.5", "agent_name": agent}}
-    message = modern("tools/call", params, progressToken=1)
-    names = {
-        "MCP_Protocol_Version": "2026-07-28",
-        "Mcp_Method": "tools/call",
-        "Mcp_Name": "exec",
-    }
-    left = stream(proxy, "/mcp", message, **names)
-    assert left.next()["params"]["message"] == "go"
-
-    left.close()
-    wait_until_gone("sleep\x0071.5")
-    # This connection breaks before any answer.
-    unanswered = proxy.connect()
-    head = {
-        "Content-Type": "application/json",
-        **{name.replace("_", "-"): value for name, value in names.items()},
-    }
-    params = {"name": "exec", "arguments": {"cmd": "sleep 71.6", "agent_name": agent}}
-    unanswered.request("POST", "/mcp", json.dumps(modern("tools/call", params)), head)
-    wait_until_running("sleep\x0071.6")
-    unanswered.close()
-    wait_until_gone("sleep\x0071.6")
-
-
-def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
-    proxy: Proxy, agent: str, stream: OpenStream
-) -> None:
-    session = opened(proxy)
-    other = opened(proxy)
-    arguments = {"cmd": "echo go; sleep 72.5", "agent_name": agent}
-    message = request(
-        "tools/call",
-        {
-            "name": "exec",
-            "arguments": arguments,
-            "_meta": {"progressToken": 1},
-        },
-        id_=9,
-    )
-    left = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
-    assert left.next()["params"]["message"] == "go"
-
-    left.close()
-    time.sleep(0.5)
-    assert processes_with("sleep\x0072.5")
-
-    cancel = {
-        "jsonrpc": "2.0",
-        "method": "notifications/cancelled",
-        "params": {"requestId": 9, "reason": "user"},
-    }
-    # The same id in another session cancels nothing.
-    assert mcp_status(proxy, cancel, Mcp_Session_Id=other) == 202
-    # The same id in another type cancels nothing.
-    status = mcp_status(proxy, {**cancel, "params": {"requestId": "9"}}, Mcp_Session_Id=session)
-    assert status == 202
-
-    time.sleep(0.3)
-    assert processes_with("sleep\x0072.5")
-    assert mcp_status(proxy, cancel, Mcp_Session_Id=session) == 202
-    wait_until_gone("sleep\x0072.5")
-
-    again = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
-    assert again.next()["params"]["message"] == "go"
-    assert mcp_status(proxy, cancel, Mcp_Session_Id=session) == 202
-
-    # The stream ends without an answer.
-    for got in iter(again.next, None):
-        assert got["method"] == "notifications/progress"
-
-
-def test_an_id_in_flight_cannot_be_used_twice(proxy: Proxy, agent: str, stream: OpenStream) -> None:
-    session = opened(proxy)
-    arguments = {"cmd": "echo go; sleep 73.5", "agent_name": agent}
-    message = request(
-        "tools/call",
-        {
-            "name": "exec",
-            "arguments": arguments,
-            "_meta": {"progressToken": 1},
-        },
-        id_=9,
-    )
-    first = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
-    assert first.next()["params"]["message"] == "go"
-    assert mcp_error_code(proxy, message, Mcp_Session_Id=session) == -32600
-    assert mcp_status(proxy, b"", "DELETE", Mcp_Session_Id=session) == 204
-
-    while first.next() is not None:
-        pass
-    wait_until_gone("sleep\x0073.5")
-    assert mcp_status(proxy, message, Mcp_Session_Id=session) == 404
-
-
-def test_a_session_belongs_to_the_credential_that_opened_it(
-    own: StartServer, stream: OpenStream
-) -> None:
-    # A server without a token takes any credential, but remembers it.
-    proxy = own()
-    session = opened(proxy, Authorization="Bearer mine")
-    for header in ("", "Bearer yours"):
-        status = mcp_status(proxy, request("ping"), Mcp_Session_Id=session, Authorization=header)
-        assert status == 404
-    status = mcp_status(proxy, request("ping"), Mcp_Session_Id=session, Authorization="Bearer mine")
-    assert status == 200
-    assert (
-        stream(proxy, "/sse?session_id=named&token=mine").next()
-        == "/messages?session_id=named&token=mine"
-    )
-    assert stream(proxy, "/sse?session_id=named&token=yours").status == 404
-    assert mcp_status(proxy, request("ping"), path="/messages?session_id=named&token=yours") == 404
-    status = mcp_status(
-        proxy, request("ping"), path="/messages?session_id=named", Authorization="Bearer mine"
-    )
-    assert status == 202
-    # A session of another transport is not found.
-    status = mcp_status(proxy, request("ping"), Mcp_Session_Id="named", Authorization="Bearer mine")
-    assert status == 404
-
-
-def test_commands_are_reported_to_the_session_they_name(
-    proxy: Proxy, agent: str, stream: OpenStream
-) -> None:
-    listening = stream(proxy, f"/sse?session_id={agent}")
-    assert listening.next() == f"/messages?session_id={agent}"
-    answer = proxy.exec("echo told; exit 4", agent_name=agent, session_id=agent)
-    begun = listening.next()
-    ended = listening.next()
-
-    for told, event in ((begun, "start"), (ended, "end")):
-        assert told["method"] == "notifications/message"
-        assert told["params"]["level"] == "info"
-        assert told["params"]["logger"] == "exec"
-
-        data = told["params"]["data"]
-        assert data["event"] == event
-        assert data["run_id"] == answer["run_id"]
-        assert data["agent_name"] == agent
-
-    assert begun["params"]["data"]["cmd"] == "echo told; exit 4"
-    assert ended["params"]["data"]["exit_code"] == 4
-    assert ended["params"]["data"]["ended"] == "exit"
-
-    left = proxy.connect()
-    left.request(
-        "POST",
-        "/exec",
-        json.dumps(
-            {
-                "cmd": "sleep 77.5",
-                "agent_name": agent,
-                "session_id": agent,
-            }
-        ),
-        JSON_TYPE,
-    )
-    wait_until_running("sleep\x0077.5")
-    left.close()
-    assert listening.next()["params"]["data"]["cmd"] == "sleep 77.5"
-
-    told = listening.next()["params"]["data"]
-    assert told["exit_code"] == 143
-    assert told["ended"] == "cancelled"
-    assert told["duration_ms"] > 0
-
-    session = opened(proxy)
-    # Nobody listens yet.
-    proxy.exec("true", agent_name=agent, session_id=session)
-    get = stream(proxy, "/mcp", None, Mcp_Session_Id=session)
-    missed = [get.next()["params"]["data"] for _ in range(2)]
-    assert [each["event"] for each in missed] == ["start", "end"]
-    assert missed[0]["cmd"] == "true"
-
-    proxy.exec("echo second", agent_name=agent, session_id=session)
-    assert get.next()["params"]["data"]["cmd"] == "echo second"
-    status = mcp_status(
-        proxy, request("logging/setLevel", {"level": "error"}), Mcp_Session_Id=session
-    )
-    assert status == 200
-    assert get.next()["params"]["data"]["event"] == "end"
-
-    proxy.exec("echo third", agent_name=agent, session_id=session)
-    status = mcp_status(
-        proxy, request("logging/setLevel", {"level": "info"}), Mcp_Session_Id=session
-    )
-    assert status == 200
-
-    proxy.exec("echo fourth", agent_name=agent, session_id=session)
-    assert get.next()["params"]["data"]["cmd"] == "echo fourth"
-
-
-def test_a_client_that_reconnects_gets_missed_messages_and_running_calls(
-    proxy: Proxy, agent: str, stream: OpenStream
-) -> None:
-    path = f"/messages?session_id={agent}"
-    first = stream(proxy, f"/sse?session_id={agent}")
-    assert first.next() == path
-
-    arguments = {"cmd": "sleep 0.7; echo done", "agent_name": agent}
-    status = mcp_status(
-        proxy, request("tools/call", {"name": "exec", "arguments": arguments}, id_=5), path=path
-    )
-    assert status == 202
-
-    first.close()
-    time.sleep(0.3)
-    for number in range(3):
-        assert mcp_status(proxy, request("ping", id_=f"away{number}"), path=path) == 202
-    time.sleep(0.8)
-    second = stream(proxy, f"/sse?sessionId={agent}")
-    assert second.next() == path
-    assert [second.next()["id"] for _ in range(3)] == ["away0", "away1", "away2"]
-    assert text_of(second.next()["result"]) == "done\n"
-
-    # This stream replaces the second.
-    third = stream(proxy, f"/sse?session_id={agent}")
-    assert third.next() == path
-    assert second.next() is None
-    assert mcp_status(proxy, request("ping", id_="last"), path=path) == 202
-    assert third.next()["id"] == "last"
-
-
-def test_a_session_of_one_stream_ends_with_it_and_so_do_its_calls(
-    proxy: Proxy, agent: str, stream: OpenStream
-) -> None:
-    opened = stream(proxy, "/sse")
-    path = opened.next()
-    assert re.fullmatch(r"/messages\?session_id=[0-9a-f]{32}", path)
-
-    arguments = {"cmd": "sleep 74.5", "agent_name": agent}
-    status = mcp_status(
-        proxy, request("tools/call", {"name": "exec", "arguments": arguments}), path=path
-    )
-    assert status == 202
-
-    wait_until_running("sleep\x0074.5")
-    opened.close()
-    wait_until_gone("sleep\x0074.5")
-    assert mcp_status(proxy, request("ping"), path=path) == 404
-
-
-def test_too_many_waiting_messages_end_the_session_and_are_logged(
-    own: StartServer, stream: OpenStream
-) -> None:
-    proxy = own()
-    stream(proxy, "/sse?session_id=away").close()
-    path = "/messages?session_id=away"
-    statuses = [mcp_status(proxy, request("ping", id_=number), path=path) for number in range(102)]
-    assert statuses == [202] * 101 + [404]
-    assert "session end id=away why=100 messages wait" in proxy.logged()
-
-
-def test_named_sessions_and_idle_ones_expire(own: StartServer, stream: OpenStream) -> None:
-    async def expiring() -> list[str]:
-        driver = pp.PocketCoderDriver("/nowhere/at/all", "x")
-        state = pp.AppState(pp.SessionMap(), driver)
-        server = state.servers[""]
-        server.session_idle = 0.05
-        idle = state.sessions.open(pp.Session(state, server, "http", pp.Lifetime.HTTP))
-        idle.expire()
-        named = state.sessions.open(
-            pp.Session(state, server, "sse", pp.Lifetime.NAMED, session_id="named")
-        )
-        async with named.stream():
-            await asyncio.sleep(0.1)
-            assert "named" in state.sessions
-
-        assert "named" in state.sessions
-        await asyncio.sleep(0.3)
-        return [*state.sessions]
-
-    with pytest.MonkeyPatch.context() as patch:
-        # Idle sessions are looked for this often.
-        patch.setattr(pp, "KEEP_ALIVE", 0.05)
-        patch.setattr(pp, "SESSION_KEPT", 0.05)
-        assert asyncio.run(expiring()) == []
-
-
-def test_the_number_of_sessions_is_bounded() -> None:
-    async def crowded() -> None:
-        state = pp.AppState(pp.SessionMap(), pp.PocketCoderDriver("/nowhere/at/all", "x"))
-        first = state.sessions.open(pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP))
-        for _ in range(pp.MAX_SESSIONS):
-            session = state.sessions.open(
-                pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP)
-            )
-            session.streams += 1
-
-        # The session that was unused longest made room.
-        assert first.session_id not in state.sessions
-        with pytest.raises(pp.NoTerminal):
-            state.sessions.open(pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP))
-
-    asyncio.run(crowded())
 
 
 # ==========================================================================
