@@ -1,9 +1,989 @@
 """Behaviour of pocketcoder_proxy.py, in its sections and their order.
 
 Everything is real: servers, bash, and a tmux on a socket of its own for each server.
+
+    python -m pytest                everything but the following
+    python -m pytest -m slow        tests that wait for real time-outs, and the rarer cases
+    python -m pytest -m bench -s    medians and ratios of hot paths
+    python -m pytest -m soak -s     mixed load with faults
+
+    python test_pocketcoder_proxy.py mcp-fixture legacy|modern|both    the relay's MCP server alone
+
+POCKETCODER_FUZZ   how many times as many random inputs as usual (1)
+POCKETCODER_SOAK   how many seconds the soak test lasts (3600)
+PYENV_ROOT         where older interpreters are looked for (~/.pyenv)
 """
 
+# The other imports stand below the MCP fixture, which starts without them.
+# ruff: noqa: E402
+
 from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+# ==========================================================================
+# MCP fixture
+#
+# The stdio MCP server that the relay is tested with: what the official conformance suite calls, and
+# some misbehaving tools.  `python test_pocketcoder_proxy.py mcp-fixture legacy` runs it:
+#
+# legacy   speaks the revisions with a handshake only (2024-11-05 to 2025-11-25)
+# modern   speaks 2026-07-28 only
+# both     the first message decides (server/discover does not)
+#
+# FIXTURE_PAGE   entries in each page of a list; 0: all in one
+# FIXTURE_KEY    the secret that signs requestState
+#
+# Each tool is written once.  `ServedCall.ask()` asks the client and waits (legacy), or ends the
+# call with `input_required` and finds the answers in the retry (modern).
+#
+# The section stands above the other imports and uses nothing below it: a server has to start fast.
+# ==========================================================================
+JsonObject = dict[str, Any]
+
+NS = "io.modelcontextprotocol/"
+MODERN_REVISION = "2026-07-28"
+LEGACY_REVISIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
+FIXTURE_INFO = {"name": "fixture-server", "version": "1.0.0"}
+FIXTURE_HELLO: JsonObject = {
+    "instructions": "Fixtures for tests",
+    "capabilities": {
+        "tools": {"listChanged": True},
+        "prompts": {"listChanged": True},
+        "completions": {},
+        "logging": {},
+        "resources": {"subscribe": True, "listChanged": True},
+    },
+}
+LOG_LEVELS = ["debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"]
+CACHED_METHODS = {
+    "server/discover",
+    "tools/list",
+    "prompts/list",
+    "resources/list",
+    "resources/templates/list",
+    "resources/read",
+}
+STATE_KEY = os.environ.get("FIXTURE_KEY", "fixture").encode()
+PAGE_SIZE = int(os.environ.get("FIXTURE_PAGE", "0"))
+# What a server may ask: the capability that the client needs, and the member that every answer has.
+ASKABLE = {
+    "elicitation/create": ("elicitation", "action"),
+    "sampling/createMessage": ("sampling", "content"),
+    "roots/list": ("roots", "roots"),
+}
+
+
+class Reply(Exception):
+    """Ends a request with its argument: {"error": ...} or {"result": ...}."""
+
+
+class ToolError(Exception):
+    """Becomes a result with isError."""
+
+
+class CallCancelled(Exception):
+    """The client has cancelled the call."""
+
+
+def error_reply(code: int, message: str, data: Any = None) -> Reply:
+    error = {"code": code, "message": message}
+    if data is not None:
+        error["data"] = data
+    return Reply({"error": error})
+
+
+def as_object(value: Any) -> JsonObject:
+    return value if isinstance(value, dict) else {}
+
+
+def log_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def state_signature(body: bytes) -> str:
+    return hmac.new(STATE_KEY, body, hashlib.sha256).hexdigest()
+
+
+def seal_state(bound: Any, known: JsonObject) -> str:
+    """A requestState: the answers so far, good for this call only, for ten minutes."""
+    content = {
+        "for": bound,
+        "known": known,
+        "until": time.time() + 600,
+    }
+    body = base64.urlsafe_b64encode(json.dumps(content).encode())
+    return f"{body.decode()}.{state_signature(body)}"
+
+
+def unseal_state(state: Any, bound: Any) -> JsonObject:
+    body, _, signature = state.partition(".") if isinstance(state, str) else ("", "", "")
+    if hmac.compare_digest(signature.encode(), state_signature(body.encode()).encode()):
+        content: JsonObject = json.loads(base64.urlsafe_b64decode(body))
+        if content["for"] == bound and content["until"] > time.time():
+            return dict(content["known"])
+    raise error_reply(-32602, "Invalid requestState")
+
+
+class ServedCall:
+    """A request that the fixture server answers."""
+
+    def __init__(self, server: FixtureServer, message: JsonObject, modern: bool) -> None:
+        self.server = server
+        self.modern = modern
+        self.id = message["id"]
+        self.method = str(message["method"])
+        self.params = as_object(message.get("params"))
+        self.meta = as_object(self.params.get("_meta"))
+        self.args = as_object(self.params.get("arguments"))
+        self.name = str(self.params.get("name", self.params.get("uri", "")))
+        if modern:
+            self.capabilities = as_object(self.meta.get(NS + "clientCapabilities"))
+        else:
+            self.capabilities = server.capabilities
+        # What its requestState is good for.
+        self.bound = [self.method, self.name, self.args]
+        # The answers so far.
+        self.known: JsonObject = {}
+        self.cancelled = False
+        self.changed = threading.Condition()
+
+    def receive(self, answers: JsonObject) -> None:
+        with self.changed:
+            self.known.update(answers)
+            self.changed.notify_all()
+
+    def cancel(self) -> None:
+        with self.changed:
+            self.cancelled = True
+            self.changed.notify_all()
+
+    def wait(self, done: Callable[[], bool] = lambda: False, seconds: float | None = None) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.cancelled or done(), seconds)
+        if self.cancelled:
+            raise CallCancelled
+
+    def progress(self, progress: float, **more: Any) -> None:
+        if "progressToken" in self.meta:
+            token = self.meta["progressToken"]
+            self.server.notify("progress", progressToken=token, progress=progress, **more)
+
+    def log(self, data: Any, level: str = "info") -> None:
+        floor = self.meta.get(NS + "logLevel") if self.modern else self.server.level
+        if floor is not None and LOG_LEVELS.index(level) >= LOG_LEVELS.index(floor):
+            self.server.notify("message", level=level, logger="fixture", data=data)
+
+    def need(self, capability: str) -> None:
+        if capability in self.capabilities:
+            return
+        if not self.modern:
+            raise ToolError(f"Client lacks {capability}")
+        needed: JsonObject = {"requiredCapabilities": {capability: {}}}
+        raise error_reply(-32021, "Missing required client capability", needed)
+
+    def ask(self, questions: JsonObject, stateful: bool) -> JsonObject:
+        """Ask the client all questions at once; the answers by key."""
+        for question in questions.values():
+            self.need(ASKABLE[question["method"]][0])
+        if not self.modern:
+            return self.ask_and_wait(questions)
+
+        given = {}
+        if "requestState" in self.params or not stateful:
+            given = as_object(self.params.get("inputResponses"))
+        for key, question in questions.items():
+            member = ASKABLE[question["method"]][1]
+            if member in as_object(given.get(key)):
+                self.known[key] = given[key]
+
+        missing = {key: each for key, each in questions.items() if key not in self.known}
+        if missing:
+            result: JsonObject = {"resultType": "input_required", "inputRequests": missing}
+            if stateful:
+                result["requestState"] = seal_state(self.bound, self.known)
+            raise Reply({"result": result})
+        return self.known
+
+    def ask_and_wait(self, questions: JsonObject) -> JsonObject:
+        ids = {key: next(self.server.ids) for key in questions}
+        for key, question in questions.items():
+            self.server.asked[ids[key]] = self, key
+            self.server.send({"id": ids[key], **question})
+        try:
+            self.wait(lambda: questions.keys() <= self.known.keys())
+        except CallCancelled:
+            for number in ids.values():
+                if self.server.asked.pop(number, None):
+                    self.server.notify("cancelled", requestId=number)
+            raise
+
+        errors = [answer["error"] for answer in self.known.values() if "error" in answer]
+        if errors:
+            raise ToolError(f"Client error: {json.dumps(errors)}")
+        return {key: answer.get("result", {}) for key, answer in self.known.items()}
+
+
+# Tools.  What runs one returns a string, which becomes text content, a list, which is the content,
+# or an object, which is the whole result.
+Run = Callable[[ServedCall], Any]
+FIXTURE_TOOLS: dict[str, tuple[JsonObject, Run]] = {}
+STRING = {"type": "string"}
+INTEGER = {"type": "integer"}
+BOOLEAN = {"type": "boolean"}
+NUMBER = {"type": "number"}
+PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQ"
+    "AAAABJRU5ErkJggg=="
+)
+WAV = b"RIFF&\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0@\x1f\0\0\x80>\0\0\2\0\x10\0data\2\0\0\0\0\0"
+IMAGE: JsonObject = {
+    "type": "image",
+    "data": PNG,
+    "mimeType": "image/png",
+}
+
+
+def schema_of(properties: JsonObject, required: str = "") -> JsonObject:
+    schema: JsonObject = {"type": "object", "properties": properties}
+    if required:
+        schema["required"] = required.split()
+    return schema
+
+
+def add_tool(
+    name: str,
+    run: Run | str | list[JsonObject],
+    about: str = "",
+    required: str = "",
+    /,
+    **properties: Any,
+) -> None:
+    listed = {
+        "name": name,
+        "description": about or f"Fixture {name}",
+        "inputSchema": properties.get("inputSchema") or schema_of(properties, required),
+    }
+    FIXTURE_TOOLS[name] = (listed, run if callable(run) else lambda call: run)
+
+
+def text_content(value: str) -> JsonObject:
+    return {"type": "text", "text": value}
+
+
+def resource_content(uri: str, mime: str, value: str) -> JsonObject:
+    return {"type": "resource", "resource": {"uri": uri, "mimeType": mime, "text": value}}
+
+
+def elicitation(message: str, required: str = "", **fields: JsonObject) -> JsonObject:
+    params = {"message": message, "requestedSchema": schema_of(fields, required)}
+    return {"method": "elicitation/create", "params": params}
+
+
+def sampling(prompt: str, tokens: int = 100) -> JsonObject:
+    messages = [{"role": "user", "content": text_content(prompt)}]
+    return {
+        "method": "sampling/createMessage",
+        "params": {"messages": messages, "maxTokens": tokens},
+    }
+
+
+ROOTS_LIST: JsonObject = {"method": "roots/list", "params": {}}
+ASK_NAME = elicitation("What is your name?", "name", name=STRING)
+ASK_OK = elicitation("Please confirm", "ok", ok=BOOLEAN)
+ASK_STEP_1 = elicitation("Step 1: your name?", "name", name=STRING)
+ASK_STEP_2 = elicitation("Step 2: your favorite color?", "color", color=STRING)
+ASK_CONTEXT = elicitation("What context should the prompt use?", "context", context=STRING)
+OPTIONS = ["option1", "option2", "option3"]
+TITLED = [{"const": f"value{number}", "title": f"Option {number}"} for number in (1, 2, 3)]
+ASK_DEFAULTS = elicitation(
+    "Please review the defaults",
+    name={**STRING, "default": "John Doe"},
+    age={**INTEGER, "default": 30},
+    score={**NUMBER, "default": 95.5},
+    status={
+        **STRING,
+        "enum": ["active", "inactive", "pending"],
+        "default": "active",
+    },
+    verified={**BOOLEAN, "default": True},
+)
+ASK_ENUMS = elicitation(
+    "Please select options",
+    untitledSingle={**STRING, "enum": OPTIONS},
+    titledSingle={**STRING, "oneOf": TITLED},
+    legacyEnum={
+        **STRING,
+        "enum": ["opt1", "opt2", "opt3"],
+        "enumNames": ["Option One", "Option Two", "Option Three"],
+    },
+    untitledMulti={"type": "array", "items": {**STRING, "enum": OPTIONS}},
+    titledMulti={"type": "array", "items": {"anyOf": TITLED}},
+)
+
+
+def three_steps(call: ServedCall) -> str:
+    steps = {
+        0: "Tool execution started",
+        50: "Tool processing data",
+        100: "Tool execution completed",
+    }
+    for value, line in steps.items():
+        if "logging" in call.name:
+            call.log(line)
+        else:
+            call.progress(value, total=100, message=line)
+        call.wait(seconds=0.05)
+    return "Three steps done"
+
+
+def sleep_with_progress(call: ServedCall) -> str:
+    last = round(call.args.get("seconds", 5) / 0.2)
+    for step in range(1, last + 1):
+        call.wait(seconds=0.2)
+        call.progress(step, message=f"step {step} of {last}")
+    return f"slept {last * 0.2:.1f} s"
+
+
+def answers_to(call: ServedCall, stateful: bool = False, **questions: JsonObject) -> str:
+    return f"Answers: {json.dumps(call.ask(questions, stateful))}"
+
+
+def ask_in_two_rounds(call: ServedCall) -> str:
+    answers_to(call, True, step1=ASK_STEP_1)
+    return answers_to(call, True, step2=ASK_STEP_2)
+
+
+def ask_after_progress(call: ServedCall) -> str:
+    call.progress(1, message="about to ask")
+    return answers_to(call, ok=ASK_OK)
+
+
+def ask_what_the_client_can(call: ServedCall) -> str:
+    questions = {}
+    for question in (ASK_NAME, sampling("Say hello"), ROOTS_LIST):
+        method = question["method"]
+        if ASKABLE[method][0] in call.capabilities:
+            questions[method] = question
+    return answers_to(call, False, **questions)
+
+
+def need_sampling(call: ServedCall) -> str:
+    call.need("sampling")
+    return "The client declared sampling"
+
+
+def fail(call: ServedCall) -> Any:
+    if call.name != "fail":
+        raise ToolError("This tool intentionally returns an error for testing")
+    code = call.args.get("code", -32000)
+    raise error_reply(code, call.args.get("message", "failed"), call.args.get("data"))
+
+
+def change_a_list(call: ServedCall) -> str:
+    """Really add or remove `extra_tool` or `extra_prompt`; resources only pretend to change."""
+    kind = call.name.split("_")[2]
+    uri = call.args.get("uri")
+    call.server.extra ^= {kind}
+    if uri is None:
+        call.server.tell(f"{kind}s/list_changed", f"{kind}sListChanged")
+    else:
+        call.server.tell("resources/updated", "resourceSubscriptions", uri)
+    return f"{kind} changed"
+
+
+def flood(call: ServedCall) -> str:
+    write = log_line if call.args.get("to") == "stderr" else call.log
+    for number in range(call.args.get("lines", 1000)):
+        write(f"log line {number}")
+    return "flooded"
+
+
+def write_noise(call: ServedCall) -> str:
+    call.server.write(b"this line is no JSON\n")
+    return "after the noise"
+
+
+def write_half_a_line(call: ServedCall) -> None:
+    call.server.write(b'{"jsonrpc":"2.0","resu')
+    os._exit(4)
+
+
+def echo(call: ServedCall) -> JsonObject:
+    received = {"arguments": call.args, "params": call.params}
+    content = [text_content(json.dumps(received, ensure_ascii=False))]
+    return {"content": content, **call.args.get("result", {})}
+
+
+def end_all_listening(call: ServedCall) -> str:
+    for key in list(call.server.listens):
+        del call.server.listens[key]
+        result = {"resultType": "complete", "_meta": {NS + "subscriptionId": key}}
+        call.server.send({"id": key, "result": result})
+    return "ended"
+
+
+add_tool("test_simple_text", "This is a simple text response for testing.")
+add_tool("test_image_content", [IMAGE])
+add_tool(
+    "test_audio_content",
+    [
+        {
+            "type": "audio",
+            "data": base64.b64encode(WAV).decode(),
+            "mimeType": "audio/wav",
+        }
+    ],
+)
+add_tool(
+    "test_embedded_resource",
+    [
+        resource_content(
+            "test://embedded-resource", "text/plain", "This is an embedded resource content."
+        )
+    ],
+)
+add_tool(
+    "test_multiple_content_types",
+    [
+        text_content("Multiple content types test:"),
+        IMAGE,
+        resource_content(
+            "test://mixed-content-resource", "application/json", '{"test":"data","value":123}'
+        ),
+    ],
+)
+add_tool("test_error_handling", fail)
+add_tool("test_tool_with_logging", three_steps)
+add_tool("test_logging_tool", three_steps)
+add_tool("test_tool_with_progress", three_steps)
+add_tool(
+    "test_sampling",
+    lambda call: answers_to(call, llm=sampling(call.args["prompt"])),
+    "Asks the model",
+    "prompt",
+    prompt=STRING,
+)
+add_tool(
+    "test_elicitation",
+    lambda call: answers_to(
+        call,
+        user=elicitation(call.args["message"], "username email", username=STRING, email=STRING),
+    ),
+    "Asks the user",
+    "message",
+    message=STRING,
+)
+add_tool("test_elicitation_sep1034_defaults", lambda call: answers_to(call, form=ASK_DEFAULTS))
+add_tool("test_elicitation_sep1330_enums", lambda call: answers_to(call, form=ASK_ENUMS))
+add_tool("test_streaming_elicitation", ask_after_progress)
+add_tool("test_missing_capability", need_sampling)
+add_tool(
+    "json_schema_2020_12_tool",
+    lambda call: json.dumps(call.args),
+    inputSchema={
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "$defs": {
+            "address": {
+                "$anchor": "addressDef",
+                "type": "object",
+                "properties": {"street": STRING, "city": STRING},
+            }
+        },
+        "properties": {
+            "name": STRING,
+            "address": {"$ref": "#/$defs/address"},
+            "phone": STRING,
+            "email": STRING,
+            "contactMethod": {"type": "string", "enum": ["phone", "email"]},
+        },
+        "allOf": [{"anyOf": [{"required": ["phone"]}, {"required": ["email"]}]}],
+        "if": {
+            "properties": {"contactMethod": {"const": "phone"}},
+            "required": ["contactMethod"],
+        },
+        "then": {"required": ["phone"]},
+        "else": {"required": ["email"]},
+        "additionalProperties": False,
+    },
+)
+add_tool(
+    "test_x_mcp_header",
+    lambda call: json.dumps(call.args),
+    "Has arguments that HTTP headers repeat",
+    "region",
+    query=STRING,
+    region={**STRING, "x-mcp-header": "Region"},
+    priority={**INTEGER, "x-mcp-header": "Priority"},
+)
+add_tool("test_trigger_tool_change", change_a_list)
+add_tool("test_trigger_prompt_change", change_a_list)
+add_tool(
+    "test_trigger_resource_change",
+    change_a_list,
+    "With uri: the resource was updated; without: the list changed",
+    uri=STRING,
+)
+add_tool(
+    "test_input_required_result_elicitation", lambda call: answers_to(call, user_name=ASK_NAME)
+)
+add_tool(
+    "test_input_required_result_sampling",
+    lambda call: answers_to(call, capital_question=sampling("What is the capital of France?")),
+)
+add_tool(
+    "test_input_required_result_list_roots",
+    lambda call: answers_to(call, client_roots=ROOTS_LIST),
+)
+add_tool(
+    "test_input_required_result_request_state",
+    lambda call: "state-ok. " + answers_to(call, True, confirm=ASK_OK),
+)
+add_tool(
+    "test_input_required_result_multiple_inputs",
+    lambda call: answers_to(
+        call,
+        True,
+        user_name=ASK_NAME,
+        greeting=sampling("Generate a greeting", 50),
+        client_roots=ROOTS_LIST,
+    ),
+)
+add_tool("test_input_required_result_multi_round", ask_in_two_rounds)
+add_tool(
+    "test_input_required_result_tampered_state",
+    lambda call: answers_to(call, True, confirm=ASK_OK),
+)
+add_tool("test_input_required_result_capabilities", ask_what_the_client_can)
+add_tool("test_slow", sleep_with_progress, "Progress every 0.2 s", seconds=NUMBER, label=STRING)
+add_tool("hang", lambda call: call.wait(), "Never answers", label=STRING)
+add_tool("echo", echo, "Returns arguments and params as JSON; `result` is merged into the result")
+add_tool("fail", fail, "A JSON-RPC error", code=INTEGER, message=STRING, data={})
+add_tool("big", lambda call: "x" * call.args.get("bytes", 1 << 20), bytes=INTEGER)
+add_tool("die", lambda call: os._exit(3))
+add_tool("flood", flood, "Log messages, or lines on stderr (to=stderr)", lines=INTEGER, to=STRING)
+add_tool("noise", write_noise)
+add_tool("half", write_half_a_line, "Writes half a line and exits")
+add_tool(
+    "counter",
+    lambda call: str(next(call.server.count)),
+    "How often it was called in this process",
+)
+add_tool(
+    "env",
+    lambda call: os.environ.get(call.args["name"], ""),
+    "An environment variable",
+    "name",
+    name=STRING,
+)
+add_tool("pid", lambda call: str(os.getpid()))
+add_tool("end_listen", end_all_listening, "Ends all subscriptions/listen from this side")
+add_tool("extra_tool", "extra", "Comes and goes")
+
+# Prompts and resources.
+FIXTURE_PROMPTS: dict[str, tuple[JsonObject, Callable[[ServedCall], list[JsonObject]]]] = {}
+FIXTURE_RESOURCES: dict[str, tuple[str, Callable[[ServedCall], str]]] = {
+    "test://static-text": (
+        "text/plain",
+        lambda call: "This is the content of the static text resource.",
+    ),
+    "test://static-binary": ("image/png", lambda call: PNG),
+    "test://watched-resource": ("text/plain", lambda call: "Watched"),
+    "test://asking": ("text/plain", lambda call: answers_to(call, user_name=ASK_NAME)),
+}
+RESOURCES_LISTED = [
+    {
+        "uri": uri,
+        "name": uri.removeprefix("test://"),
+        "description": f"Fixture {uri}",
+        "mimeType": mime,
+    }
+    for uri, (mime, _) in FIXTURE_RESOURCES.items()
+]
+TEMPLATE_LISTED = {
+    "uriTemplate": "test://template/{id}/data",
+    "name": "template",
+    "mimeType": "application/json",
+}
+
+
+def add_prompt(name: str, make: Callable[[ServedCall], list[JsonObject]], *arguments: str) -> None:
+    listed: JsonObject = {"name": name, "description": f"Fixture {name}"}
+    if arguments:
+        listed["arguments"] = [{"name": each, "required": True} for each in arguments]
+    FIXTURE_PROMPTS[name] = (listed, make)
+
+
+add_prompt(
+    "test_simple_prompt", lambda call: [text_content("This is a simple prompt for testing.")]
+)
+add_prompt(
+    "test_prompt_with_arguments",
+    lambda call: [
+        text_content(
+            f"Prompt with arguments: arg1='{call.args['arg1']}', arg2='{call.args['arg2']}'"
+        )
+    ],
+    "arg1",
+    "arg2",
+)
+add_prompt(
+    "test_prompt_with_embedded_resource",
+    lambda call: [
+        resource_content(
+            call.args["resourceUri"], "text/plain", "Embedded resource content for testing."
+        ),
+        text_content("Please process the embedded resource above."),
+    ],
+    "resourceUri",
+)
+add_prompt(
+    "test_prompt_with_image",
+    lambda call: [IMAGE, text_content("Please analyze the image above.")],
+)
+add_prompt(
+    "test_input_required_result_prompt",
+    lambda call: [text_content(answers_to(call, user_context=ASK_CONTEXT))],
+)
+add_prompt("extra_prompt", lambda call: [text_content("extra")])
+
+
+# Methods.  None means that there is no answer.
+def page_of(call: ServedCall, key: str, entries: list[JsonObject]) -> JsonObject:
+    cursor = call.params.get("cursor", "0")
+    if not (isinstance(cursor, str) and cursor.isdecimal() and int(cursor) < len(entries)):
+        raise error_reply(-32602, "Invalid cursor")
+    start = int(cursor)
+    size = PAGE_SIZE or len(entries)
+    end = start + size
+    page: JsonObject = {key: entries[start:end]}
+    if end < len(entries):
+        page["nextCursor"] = str(end)
+    return page
+
+
+def list_tools(call: ServedCall) -> JsonObject:
+    entries = [listed for listed, _ in FIXTURE_TOOLS.values()]
+    if "tool" not in call.server.extra:
+        entries = entries[:-1]
+    return page_of(call, "tools", entries)
+
+
+def list_prompts(call: ServedCall) -> JsonObject:
+    entries = [listed for listed, _ in FIXTURE_PROMPTS.values()]
+    if "prompt" not in call.server.extra:
+        entries = entries[:-1]
+    return page_of(call, "prompts", entries)
+
+
+def call_tool(call: ServedCall) -> JsonObject:
+    hidden = call.name == "extra_tool" and "tool" not in call.server.extra
+    if call.name not in FIXTURE_TOOLS or hidden:
+        raise error_reply(-32602, f"Unknown tool: {call.name}")
+    try:
+        out = FIXTURE_TOOLS[call.name][1](call)
+    except (ToolError, LookupError, TypeError, ValueError) as error:
+        return {"content": [text_content(str(error))], "isError": True}
+    if isinstance(out, dict):
+        return out
+    return {"content": out if isinstance(out, list) else [text_content(out)]}
+
+
+def get_prompt(call: ServedCall) -> JsonObject:
+    try:
+        contents = FIXTURE_PROMPTS[call.name][1](call)
+    except (ToolError, LookupError) as error:
+        raise error_reply(-32602, f"No such prompt, or it cannot be made: {error}") from None
+    return {"messages": [{"role": "user", "content": content} for content in contents]}
+
+
+def read_resource(call: ServedCall) -> JsonObject:
+    uri = call.name
+    key = uri[len("test://template/") : -len("/data")]
+    if uri == f"test://template/{key}/data":
+        data = {
+            "id": key,
+            "templateTest": True,
+            "data": f"Data for ID: {key}",
+        }
+        found = {
+            "uri": uri,
+            "mimeType": "application/json",
+            "text": json.dumps(data),
+        }
+        return {"contents": [found]}
+
+    if uri not in FIXTURE_RESOURCES:
+        code = -32602 if call.modern else -32002
+        raise error_reply(code, "Resource not found", {"uri": uri})
+    mime, get = FIXTURE_RESOURCES[uri]
+    member = "text" if mime == "text/plain" else "blob"
+    return {
+        "contents": [
+            {
+                "uri": uri,
+                "mimeType": mime,
+                member: get(call),
+            }
+        ]
+    }
+
+
+def complete(call: ServedCall) -> JsonObject:
+    start = str(as_object(call.params.get("argument")).get("value", ""))
+    values = [
+        value for value in ("paris", "park", "party", "test1", "test2") if value.startswith(start)
+    ]
+    return {
+        "completion": {
+            "values": values,
+            "total": len(values),
+            "hasMore": False,
+        }
+    }
+
+
+def initialize(call: ServedCall) -> JsonObject:
+    asked = call.params.get("protocolVersion")
+    call.server.begin(as_object(call.params.get("capabilities")))
+    return {
+        "protocolVersion": asked if asked in LEGACY_REVISIONS else LEGACY_REVISIONS[-1],
+        "serverInfo": FIXTURE_INFO,
+        **FIXTURE_HELLO,
+    }
+
+
+def set_level(call: ServedCall) -> JsonObject:
+    level = call.params.get("level")
+    if level not in LOG_LEVELS:
+        raise error_reply(-32602, "Invalid log level")
+    call.server.set_level(level)
+    return {}
+
+
+def subscribe(call: ServedCall) -> JsonObject:
+    if call.method == "resources/subscribe":
+        call.server.subscribed.add(call.name)
+    else:
+        call.server.subscribed.discard(call.name)
+    return {}
+
+
+def listen(call: ServedCall) -> None:
+    wanted = as_object(call.params.get("notifications"))
+    honoured = {}
+    for kind in (
+        "toolsListChanged",
+        "promptsListChanged",
+        "resourcesListChanged",
+        "resourceSubscriptions",
+    ):
+        if wanted.get(kind):
+            honoured[kind] = wanted[kind]
+    meta = {NS + "subscriptionId": call.id}
+    call.server.notify("subscriptions/acknowledged", _meta=meta, notifications=honoured)
+    # Not before: the acknowledgement comes first.
+    call.server.listens[call.id] = honoured
+
+
+Method = Callable[[ServedCall], JsonObject | None]
+COMMON_METHODS: dict[str, Method] = {
+    "tools/list": list_tools,
+    "tools/call": call_tool,
+    "prompts/list": list_prompts,
+    "prompts/get": get_prompt,
+    "resources/list": lambda call: page_of(call, "resources", RESOURCES_LISTED),
+    "resources/templates/list": lambda call: page_of(call, "resourceTemplates", [TEMPLATE_LISTED]),
+    "resources/read": read_resource,
+    "completion/complete": complete,
+}
+LEGACY_METHODS: dict[str, Method] = {
+    **COMMON_METHODS,
+    "initialize": initialize,
+    "ping": lambda call: {},
+    "logging/setLevel": set_level,
+    "resources/subscribe": subscribe,
+    "resources/unsubscribe": subscribe,
+}
+MODERN_METHODS: dict[str, Method] = {
+    **COMMON_METHODS,
+    "subscriptions/listen": listen,
+    "server/discover": lambda call: {"supportedVersions": [MODERN_REVISION], **FIXTURE_HELLO},
+}
+
+
+class FixtureServer:
+    """Reads messages from stdin and writes answers to stdout."""
+
+    def __init__(self, era: str) -> None:
+        # Empty until a message decides.
+        self.era = era
+        self.level = "info"
+        self.initialized = False
+        # From 0, so that they collide with the client's.
+        self.ids: itertools.count[int] = itertools.count()
+        self.count: itertools.count[int] = itertools.count(1)
+        self.out = threading.Lock()
+        self.calls: dict[Any, ServedCall] = {}
+        self.asked: dict[Any, tuple[ServedCall, str]] = {}
+        self.listens: dict[Any, JsonObject] = {}
+        self.capabilities: JsonObject = {}
+        self.subscribed: set[str] = set()
+        self.extra: set[str] = set()
+
+    def begin(self, capabilities: JsonObject) -> None:
+        self.capabilities = capabilities
+        self.initialized = True
+
+    def set_level(self, level: str) -> None:
+        self.level = level
+
+    def write(self, raw: bytes) -> None:
+        with self.out:
+            sys.stdout.buffer.write(raw)
+            sys.stdout.buffer.flush()
+
+    def send(self, message: JsonObject) -> None:
+        complete_message = {"jsonrpc": "2.0", **message}
+        line = json.dumps(complete_message, ensure_ascii=False, separators=(",", ":"))
+        # A lone surrogate is \udXXX in JSON, too.
+        self.write(line.encode(errors="backslashreplace") + b"\n")
+
+    def notify(self, kind: str, **params: Any) -> None:
+        self.send({"method": f"notifications/{kind}", "params": params})
+
+    def tell(self, method: str, kind: str, uri: str | None = None) -> None:
+        """Notify whoever subscribed to this kind of change."""
+        params = {} if uri is None else {"uri": uri}
+        if self.era == "legacy" and (uri is None or uri in self.subscribed):
+            self.notify(method, **params)
+        for key, wanted in list(self.listens.items()):
+            if kind in wanted and (uri is None or uri in wanted[kind]):
+                self.notify(method, _meta={NS + "subscriptionId": key}, **params)
+
+    def check(self, call: ServedCall) -> None:
+        methods = MODERN_METHODS if call.modern else LEGACY_METHODS
+        if call.method not in methods:
+            raise error_reply(-32601, "Method not found")
+        if call.modern:
+            self.check_modern(call)
+        elif not self.initialized and call.method not in ("initialize", "ping"):
+            raise error_reply(-32600, "Not initialized")
+
+    def check_modern(self, call: ServedCall) -> None:
+        asked = call.meta.get(NS + "protocolVersion")
+        if not isinstance(asked, str) or NS + "clientCapabilities" not in call.meta:
+            needed = f"_meta needs {NS}protocolVersion and {NS}clientCapabilities"
+            raise error_reply(-32602, needed)
+        if asked != MODERN_REVISION:
+            versions = {"supported": [MODERN_REVISION], "requested": asked}
+            raise error_reply(-32022, "Unsupported protocol version", versions)
+        if call.meta.get(NS + "logLevel", "info") not in LOG_LEVELS:
+            raise error_reply(-32602, "Invalid log level")
+        if "requestState" in call.params:
+            call.receive(unseal_state(call.params["requestState"], call.bound))
+
+    def answer(self, call: ServedCall) -> None:
+        methods = MODERN_METHODS if call.modern else LEGACY_METHODS
+        reply: JsonObject = {}
+        try:
+            self.check(call)
+            reply = {"result": methods[call.method](call)}
+        except Reply as end:
+            reply = end.args[0]
+        except CallCancelled:
+            log_line(f"cancelled {call.name} {call.args.get('label', '')}".rstrip())
+        except Exception as error:
+            reply = {"error": {"code": -32603, "message": repr(error)}}
+
+        served = self.calls.pop(call.id, call)
+        unanswered = "result" in reply and reply["result"] is None
+        if served.cancelled or unanswered:
+            return
+        if call.modern and "result" in reply:
+            result = reply["result"]
+            if call.method in CACHED_METHODS and "resultType" not in result:
+                result = {
+                    **result,
+                    "ttlMs": 1234,
+                    "cacheScope": "public",
+                }
+            meta = {NS + "serverInfo": FIXTURE_INFO}
+            reply["result"] = {
+                "resultType": "complete",
+                "_meta": meta,
+                **result,
+            }
+        self.send({"id": call.id, **reply})
+
+    def receive(self, line: bytes) -> None:
+        try:
+            message = as_object(json.loads(line))
+        except (ValueError, RecursionError):
+            message = {}
+        method = message.get("method")
+        params = as_object(message.get("params"))
+        cancels = method == "notifications/cancelled"
+        id_ = params.get("requestId") if cancels else message.get("id", 0)
+
+        if not message or not isinstance(id_, (int, str)):
+            error = {"code": -32700, "message": "Not a JSON-RPC message"}
+            self.send({"id": None, "error": error})
+        elif method is None:
+            self.receive_answer(id_, message)
+        elif cancels:
+            self.listens.pop(id_, None)
+            running = self.calls.get(id_)
+            if running is not None:
+                running.cancel()
+        elif "id" in message:
+            self.receive_request(message)
+
+    def receive_answer(self, id_: Any, message: JsonObject) -> None:
+        asked = self.asked.pop(id_, None)
+        if asked is not None:
+            call, key = asked
+            call.receive({key: message})
+
+    def receive_request(self, message: JsonObject) -> None:
+        if not self.era and message["method"] != "server/discover":
+            meta = as_object(as_object(message.get("params")).get("_meta"))
+            self.era = "modern" if NS + "protocolVersion" in meta else "legacy"
+        call = ServedCall(self, message, self.era != "legacy")
+        self.calls[call.id] = call
+        if call.method in ("tools/call", "prompts/get", "resources/read"):
+            threading.Thread(target=self.answer, args=(call,), daemon=True).start()
+        else:
+            self.answer(call)
+
+
+def run_mcp_fixture(era: str) -> None:
+    log_line(f"fixture server {os.getpid()}: {era}")
+    server = FixtureServer("" if era == "both" else era)
+    for line in sys.stdin.buffer:
+        if line.strip():
+            server.receive(line)
+    # Whatever still runs ends with it.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["mcp-fixture"] or sys.argv[2:] not in (["legacy"], ["modern"], ["both"]):
+        sys.exit(f"usage: {sys.argv[0]} mcp-fixture legacy|modern|both")
+    run_mcp_fixture(sys.argv[2])
+
+# ------------------------------- the line: all above is a program by itself, all below are tests
 
 import ast
 import asyncio
@@ -11,8 +991,6 @@ import contextlib
 import fcntl
 import http.client
 import inspect
-import json
-import os
 import pathlib
 import random
 import re
@@ -25,16 +1003,14 @@ import stat
 import statistics
 import struct
 import subprocess
-import sys
 import tempfile
 import textwrap
-import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import ClassVar, NamedTuple, TypeVar, cast
 
 import pytest
 import tornado.httpclient
@@ -44,11 +1020,14 @@ import pocketcoder_proxy as pp
 
 MODULE = pathlib.Path(pp.__file__)
 SOURCE = MODULE.read_text()
+# A file of its own starts faster than this one, which Python compiles anew each time.
+MCP_FIXTURE = (
+    pathlib.Path(__file__).read_text().partition("# ------------------------------- the line")[0]
+)
 T = TypeVar("T")
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # else what we start under nohup ignores them
+# Otherwise what we start under nohup ignores them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for ignored in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(ignored, signal.SIG_DFL)
 if shutil.which("tmux") is None:
@@ -57,11 +1036,16 @@ if shutil.which("tmux") is None:
     )
 
 
+# ==========================================================================
+# Tools of the tests
+# ==========================================================================
 def eventually(fact: Callable[[], T], seconds: float = 15.0) -> T:
     """Wait for a fact to be true, and return it."""
     deadline = time.monotonic() + seconds
-    while not (got := fact()) and time.monotonic() < deadline:
+    got = fact()
+    while not got and time.monotonic() < deadline:
         time.sleep(0.01)
+        got = fact()
     assert got, f"not within {seconds} s"
     return got
 
@@ -78,16 +1062,74 @@ def processes_with(text: str) -> list[int]:
             state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
             if text.encode() in words and state not in "ZX" and int(pid) != os.getpid():
                 found.append(int(pid))
+
     return found
+
+
+def wait_until_running(text: str, seconds: float = 15.0) -> None:
+    """Wait for a process with `text` in its environment or command line."""
+    eventually(lambda: processes_with(text), seconds)
+
+
+def wait_until_gone(text: str, seconds: float = 15.0) -> None:
+    """Wait until no process has `text` in its environment or command line."""
+    eventually(lambda: not processes_with(text), seconds)
+
+
+def kill_tmux(socket_path: str) -> None:
+    """End a tmux server if it runs."""
+    words = ["tmux", "-S", socket_path, "kill-server"]
+    subprocess.run(words, capture_output=True, timeout=10)
+
+
+@contextlib.contextmanager
+def limited(process: subprocess.Popen[Any] | int, kind: int, soft: int) -> Iterator[None]:
+    """A soft limit of a process, which is restored at the end."""
+    pid = process if isinstance(process, int) else process.pid
+    before = resource.prlimit(pid, kind)
+    resource.prlimit(pid, kind, (soft, before[1]))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(pid, kind, before)
+
+
+def outer_environment() -> dict[str, str]:
+    """Our environment without what a server or a tmux around us has put into it."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("POCKETCODER", "TMUX"))
+    }
 
 
 def descriptors_of(pid: int) -> list[str]:
     """What a process has open."""
     found = []
     for fd in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):  # that of this very listing
+        # The descriptor of this very listing is gone by now.
+        with contextlib.suppress(OSError):
             found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
     return found
+
+
+def status_bytes(pid: int, field: str) -> int:
+    """A size in /proc/PID/status, which has it in KiB."""
+    text = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(rf"{field}:\s+(\d+)", text)[0]) * 1024
+
+
+class Background:
+    """A call in a thread of its own."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.pool = ThreadPoolExecutor(1)
+        self.future = self.pool.submit(call)
+        self.pool.shutdown(wait=False)
+
+    def result(self, seconds: float = 30.0) -> Any:
+        return self.future.result(seconds)
 
 
 class Proxy:
@@ -97,15 +1139,13 @@ class Proxy:
         self.folder = folder or tempfile.mkdtemp(prefix="pc")
         self.workspace = f"{self.folder}/work"
         self.socket = f"{self.folder}/tmux/s"
+        # The files of runs.
+        self.run_folder = pathlib.Path(f"{self.socket}.d")
         for name in ("work", "home"):
             os.makedirs(f"{self.folder}/{name}", exist_ok=True)
         pathlib.Path(self.folder, "home/.bashrc").write_text("PS1='$ '\n")
         self.env = {
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith(("POCKETCODER", "TMUX"))
-            },
+            **outer_environment(),
             "HOME": f"{self.folder}/home",
             "TMUX_SOCKET": self.socket,
             **variables,
@@ -121,13 +1161,17 @@ class Proxy:
             self.workspace,
             *words,
         ]
-        self.log = open(f"{self.folder}/log", "a+")  # noqa: SIM115
+        self.log_to(f"{self.folder}/log")
         self.start()
 
+    def log_to(self, file: str | int) -> None:
+        # `close_files` closes it.
+        self.log = open(file, "a")  # noqa: SIM115
+
     def start(self) -> None:
-        """Also again, after `stop`."""
+        """Start the server; again, after `stop`."""
         if self.log.closed:
-            self.log = open(f"{self.folder}/log", "a+")  # noqa: SIM115
+            self.log_to(f"{self.folder}/log")
         self.process = subprocess.Popen(
             self.words,
             stdout=subprocess.PIPE,
@@ -137,12 +1181,16 @@ class Proxy:
             text=True,
         )
         assert self.process.stdout
+
         self.said = self.process.stdout.readline()
         assert self.said, pathlib.Path(f"{self.folder}/log").read_text()
         self.port = int(self.said.rsplit(":", 1)[1])
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+
+    def raw_connection(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 
     def request(
         self,
@@ -159,6 +1207,15 @@ class Proxy:
         finally:
             connection.close()
 
+    def status(
+        self,
+        method: str,
+        path: str,
+        body: bytes | str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> int:
+        return self.request(method, path, body, headers)[0]
+
     def post(self, body: Any, path: str = "/exec", **headers: str) -> tuple[int, dict[str, Any]]:
         sent = body if isinstance(body, bytes) else json.dumps(body).encode()
         given = {
@@ -169,6 +1226,10 @@ class Proxy:
             given.setdefault("Authorization", f"Bearer {self.token}")
         status, _, answer = self.request("POST", path, sent, given)
         return status, json.loads(answer)
+
+    def servers(self) -> Any:
+        """The relayed servers, as `GET /servers` shows them."""
+        return json.loads(self.request("GET", "/servers")[2])
 
     def exec(self, cmd: str, **fields: Any) -> dict[str, Any]:
         status, answer = self.post({"cmd": cmd, **fields})
@@ -189,6 +1250,7 @@ class Proxy:
         answer = connection.getresponse()
         assert answer.status == 200, answer.read()
         assert answer.getheader("Content-Type") == "text/event-stream"
+
         try:
             while line := answer.readline().decode().rstrip("\n"):
                 yield from self._event(line, answer)
@@ -218,6 +1280,9 @@ class Proxy:
         assert done.returncode == 0, done.stderr
         return done.stdout.rstrip("\n")
 
+    def tmux_pid(self) -> int:
+        return int(self.tmux("display-message", "-p", "#{pid}"))
+
     def panes(self, agent: str) -> list[str]:
         """pane_id, pid of its shell."""
         lines = self.tmux(
@@ -239,25 +1304,12 @@ class Proxy:
         return self.tmux("capture-pane", "-p", "-J", "-S", "-200", "-t", self.pane(agent))
 
     def memory(self) -> int:
-        """Resident bytes, and the most there were."""
-        return (
-            int(
-                re.findall(
-                    r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
-                )[0]
-            )
-            * 1024
-        )
+        """Resident bytes."""
+        return status_bytes(self.process.pid, "VmRSS")
 
     def peak(self) -> int:
-        return (
-            int(
-                re.findall(
-                    r"VmHWM:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
-                )[0]
-            )
-            * 1024
-        )
+        """The most resident bytes there were."""
+        return status_bytes(self.process.pid, "VmHWM")
 
     def seconds(self) -> float:
         """CPU time used."""
@@ -295,29 +1347,20 @@ class Proxy:
         with contextlib.suppress(Exception):
             if self.process.poll() is None:
                 self.stop()
+
         with contextlib.suppress(Exception):
             self.close_files()
-            subprocess.run(
-                ["tmux", "-S", self.socket, "kill-server"], capture_output=True, timeout=10
-            )
+            kill_tmux(self.socket)
             for pid in processes_with(self.folder):
                 os.kill(pid, signal.SIGKILL)
+
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Background:
-    """A call in a thread of its own."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.pool = ThreadPoolExecutor(1)
-        self.future = self.pool.submit(call)
-        self.pool.shutdown(wait=False)
-
-    def result(self, seconds: float = 30.0) -> Any:
-        return self.future.result(seconds)
-
-
-FUZZ = int(os.environ.get("POCKETCODER_FUZZ", "1"))  # how many times as many random inputs
+# What the fixtures `own` and `warm` give.
+StartServer = Callable[..., Proxy]
+# How many times as many random inputs as usual.
+FUZZ = int(os.environ.get("POCKETCODER_FUZZ", "1"))
 MARKS = [
     "",
     " ",
@@ -367,23 +1410,29 @@ def junk(dice: random.Random, *likely: Any) -> Any:
     """Something of JSON, rather one of `likely`."""
     if likely and dice.random() < 0.5:
         return dice.choice(likely)
-    if (kind := dice.randrange(8)) == 0:
+    kind = dice.randrange(8)
+    if kind == 0:
         return [junk(dice, *likely) for _ in range(dice.randrange(3))]
     if kind == 1:
         return {words(dice, 3): junk(dice, *likely) for _ in range(dice.randrange(3))}
-    return words(dice) if kind == 2 else dice.choice(VALUES)
+    if kind == 2:
+        return words(dice)
+
+    return dice.choice(VALUES)
 
 
 def spoil(dice: random.Random, data: bytes) -> bytes:
     """Mostly the same bytes; often a few are missing, doubled or others."""
     for _ in range(dice.choice((0, 0, 1, 1, 2, 5)) if data else 0):
-        at, end = dice.randrange(len(data)), dice.randrange(9)
+        at = dice.randrange(len(data))
+        end = dice.randrange(9)
         data = (
             data[:at]
             + dice.choice((b"", dice.randbytes(end), data[at : at + end] * 2))
             + data[at + end :]
         )
         data = data or b"\0"
+
     return data
 
 
@@ -405,7 +1454,7 @@ def proxy() -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def own() -> Iterator[Callable[..., Proxy]]:
+def own() -> Iterator[StartServer]:
     """Servers for one test, which may break them."""
     made: list[Proxy] = []
 
@@ -419,13 +1468,25 @@ def own() -> Iterator[Callable[..., Proxy]]:
 
 
 @pytest.fixture
+def warm(own: StartServer) -> StartServer:
+    """Such servers after their first command, so with a tmux and a terminal."""
+
+    def make(*words: str, **variables: str) -> Proxy:
+        server = own(*words, **variables)
+        server.exec("true")
+        return server
+
+    return make
+
+
+@pytest.fixture
 def agent(request: pytest.FixtureRequest) -> str:
     """An agent that no other test has."""
     return "t" + re.sub(r"\W", "", str(abs(hash(request.node.nodeid))))[:12]
 
 
 @pytest.fixture
-def audited(own: Callable[..., Proxy], tmp_path: pathlib.Path) -> tuple[Proxy, pathlib.Path]:
+def audited(own: StartServer, tmp_path: pathlib.Path) -> tuple[Proxy, pathlib.Path]:
     """A server, and the file where it notes what it runs."""
     return own("--audit-log", str(tmp_path / "audit")), tmp_path / "audit"
 
@@ -435,83 +1496,21 @@ def noted(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("POCKETCODER", "TMUX"))
-    }
     return subprocess.run(
         [sys.executable, str(MODULE), *words],
         capture_output=True,
         text=True,
         timeout=20,
-        env=env | variables,
+        env=outer_environment() | variables,
     )
 
 
-# ==========================================================================
-# Map
-# ==========================================================================
-BANNER = re.compile(r"# ={70,}\n# (?P<name>[^\n]+)\n# ={70,}\n")
-SECTIONS = [(match["name"], match.start()) for match in BANNER.finditer(SOURCE)]
-STARTS = [SOURCE.count("\n", 0, start) + 1 for _, start in SECTIONS]
-
-
-def section_of(line: int) -> int:
-    return sum(start <= line for start in STARTS) - 1
-
-
-def names_defined(node: ast.stmt) -> list[str]:
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return [node.name]
-    targets = (
-        node.targets
-        if isinstance(node, ast.Assign)
-        else [node.target]
-        if isinstance(node, ast.AnnAssign)
-        else []
-    )
-    return [
-        name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
-    ]
-
-
-def test_sections_only_know_what_stands_above_them() -> None:
-    home: dict[str, int] = {}
-    uses = []
-    for node in ast.parse(SOURCE).body:
-        home |= {name: section_of(node.lineno) for name in names_defined(node)}
-        uses += [(section_of(node.lineno), n.id) for n in ast.walk(node) if isinstance(n, ast.Name)]
-    assert [use for use in uses if home.get(use[1], -1) > use[0]] == []
-
-
-def test_the_map_lists_every_section_route_and_variable() -> None:
-    head = ast.get_docstring(ast.parse(SOURCE)) or ""
-    assert [name for name, _ in SECTIONS if name not in head] == []
-    assert [path for path, _ in pp.ROUTES if "<name>" not in path and path not in head] == []
-    assert [
-        name
-        for name in re.findall(r"\"(POCKETCODER_[A-Z_]+|TMUX_S[A-Z]+)\"", SOURCE)
-        if name not in head
-    ] == []
-
-
-def test_a_copy_of_the_file_carries_its_licence_and_can_be_run() -> None:
-    assert SOURCE.startswith(
-        "#!/usr/bin/env python3\n# SPDX-License-Identifier: MIT\n# /// script\n"
-    )
-    assert os.access(MODULE, os.X_OK)
-
-
-# ==========================================================================
-# Shell Bridge
-# ==========================================================================
 NAMES = ["pocketcoder", "pocketcoder-shell", "sh", "bash"]
 
 
 @pytest.fixture(scope="module")
 def names() -> Iterator[str]:
-    """A folder with links to the module, under the names that make it a shell, and the Python of these tests."""
+    """A folder with links to the module, under the names of shells, and to our Python."""
     folder = tempfile.mkdtemp(prefix="pc")
     for name in NAMES:
         os.symlink(MODULE, f"{folder}/{name}")
@@ -524,7 +1523,9 @@ class Caller:
     """Runs commands as the reasoning engine would, through the bridge or a local bash."""
 
     def __init__(self, proxy: Proxy, names: str) -> None:
-        self.proxy, self.names, self.cwd = proxy, names, proxy.workspace
+        self.proxy = proxy
+        self.names = names
+        self.cwd = proxy.workspace
         self.env = {
             **proxy.env,
             "PROXY_URL": f"http://127.0.0.1:{proxy.port}",
@@ -545,9 +1546,11 @@ class Caller:
             "stderr": subprocess.PIPE,
         } | options
         options["env"] = self.env | options.get("env", {})
-        words, cwd = self.words(*arguments, name=name), options.pop("cwd", self.cwd)
+        words = self.words(*arguments, name=name)
+        cwd = options.pop("cwd", self.cwd)
         if options.pop("closes_stdin", False):
             words = ["/bin/bash", "-c", 'exec "$@" <&-', "closes", *words]
+
         return cast("subprocess.Popen[bytes]", subprocess.Popen(words, cwd=cwd, **options))
 
     def run(
@@ -597,6 +1600,613 @@ def engine(proxy: Proxy, names: str, wedged: object) -> Caller:
     return Caller(proxy, names)
 
 
+def old_python(version: str) -> str:
+    """An interpreter of this version; skips where there is none."""
+    root = pathlib.Path(os.environ.get("PYENV_ROOT") or pathlib.Path.home() / ".pyenv")
+    found = [shutil.which(f"python{version}")]
+    found += [str(path) for path in root.glob(f"versions/{version}.*/bin/python3")]
+    for path in found:
+        if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
+            return path
+    pytest.skip(f"there is no Python {version} here")
+
+
+@pytest.fixture
+def console_script(tmp_path: pathlib.Path) -> str:
+    """The script that pip makes of `[project.scripts]`."""
+    path = tmp_path / "bin" / "pocketcoder"
+    path.parent.mkdir()
+    path.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom pocketcoder_proxy import main\n"
+        "if __name__ == '__main__':\n    sys.exit(main())\n"
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+LOST = (
+    r"lost: (tmux has ended|\w+:terminal, pane %\d+, died); the next command starts a new terminal"
+)
+DEATHS = {
+    "shell": "kill -9 $(tmux -S {socket} display -p -t {pane} '#{{pane_pid}}')",
+    "pane": "tmux -S {socket} kill-pane -t {pane}",
+    "window": "tmux -S {socket} kill-window -t {pane}",
+    "session": "tmux -S {socket} kill-session -t pocketcoder",
+    "server": "tmux -S {socket} kill-server",
+    "server killed": "kill -9 $(tmux -S {socket} display -p '#{{pid}}')",
+    "hung up": "kill -HUP $(tmux -S {socket} display -p -t {pane} '#{{pane_pid}}')",
+}
+INITIALIZE = {
+    "protocolVersion": "2025-11-25",
+    "capabilities": {},
+    "clientInfo": {"name": "t", "version": "1"},
+}
+EXEC = {"name": "exec", "arguments": {"cmd": "echo hi"}}
+
+
+def request(method: str, params: Any = None, id_: Any = 1, **fields: Any) -> dict[str, Any]:
+    return {
+        "jsonrpc": "2.0",
+        "id": id_,
+        "method": method,
+        "params": {} if params is None else params,
+        **fields,
+    }
+
+
+def modern(
+    method: str, params: Any = None, id_: Any = 1, version: Any = "2026-07-28", **meta: Any
+) -> dict[str, Any]:
+    envelope = {
+        f"{NS}protocolVersion": version,
+        f"{NS}clientCapabilities": {},
+        **meta,
+    }
+    return request(method, {**(params or {}), "_meta": envelope}, id_)
+
+
+def events_of(text: str) -> list[Any]:
+    assert text.endswith("\n\n") or not text
+    return [
+        json.loads(part.partition("data: ")[2]) for part in text.split("\n\n") if "data: " in part
+    ]
+
+
+def mcp(
+    proxy: Proxy, body: Any, method: str = "POST", path: str = "/mcp", **headers: str
+) -> tuple[int, dict[str, str], Any]:
+    """Send a message to `/mcp` with the headers that its era wants.
+
+    Returns the status, the headers, and JSON or events.
+    """
+    given = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+    if isinstance(body, dict) and NS + "protocolVersion" in (body.get("params") or {}).get(
+        "_meta", {}
+    ):
+        given["MCP-Protocol-Version"] = str(body["params"]["_meta"][NS + "protocolVersion"])
+        given["Mcp-Method"] = body["method"]
+        given |= {"Mcp-Name": body["params"]["name"]} if "name" in body["params"] else {}
+
+    given |= {name.replace("_", "-"): value for name, value in headers.items()}
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+    status, got, answer = proxy.request(
+        method, path, sent, {name: value for name, value in given.items() if value}
+    )
+    if got.get("content-type") == "text/event-stream":
+        return status, got, events_of(answer.decode())
+    return status, got, json.loads(answer) if answer[:1] == b"{" else None
+
+
+def mcp_status(proxy: Proxy, body: Any, *words: str, **options: str) -> int:
+    return mcp(proxy, body, *words, **options)[0]
+
+
+def mcp_result(proxy: Proxy, body: Any, *words: str, **options: str) -> Any:
+    return mcp(proxy, body, *words, **options)[2]["result"]
+
+
+def mcp_error_code(proxy: Proxy, body: Any, *words: str, **options: str) -> Any:
+    return mcp(proxy, body, *words, **options)[2]["error"]["code"]
+
+
+def opened(proxy: Proxy, version: str = "2025-11-25", **headers: str) -> str:
+    """A session of Streamable HTTP."""
+    status, got, answer = mcp(
+        proxy, request("initialize", {**INITIALIZE, "protocolVersion": version}), **headers
+    )
+    assert status == 200
+    assert answer["result"]["protocolVersion"] == version
+
+    session = got["mcp-session-id"]
+    noted = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+    assert mcp(proxy, noted, Mcp_Session_Id=session, **headers)[0] == 202
+
+    return session
+
+
+@pytest.fixture(scope="module")
+def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """A server that relays the MCP fixture in each era."""
+    path = tmp_path_factory.mktemp("fixtures") / "server.py"
+    path.write_text(MCP_FIXTURE)
+    command = f"{sys.executable} -S {path} mcp-fixture"
+    server = Proxy(*(f"--mcp-server={era}={command} {era}" for era in ("legacy", "modern", "both")))
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def fixtures(tmp_path: pathlib.Path) -> pathlib.Path:
+    (tmp_path / "server.py").write_text(MCP_FIXTURE)
+    return tmp_path / "server.py"
+
+
+ERAS = [(client, server) for client in ("legacy", "modern") for server in ("legacy", "modern")]
+CAN: dict[str, Any] = {"elicitation": {}, "sampling": {}, "roots": {}}
+
+
+class Client:
+    """A client of one era at `/servers/NAME/mcp`, with all capabilities."""
+
+    def __init__(
+        self,
+        proxy: Proxy,
+        era: str,
+        name: str,
+        make: OpenStream,
+        can: Any = None,
+        info: Any = None,
+    ) -> None:
+        self.proxy = proxy
+        self.era = era
+        self.path = f"/servers/{name}/mcp"
+        self.make = make
+        self.can = CAN if can is None else can
+        self.headers = dict[str, str]()
+        self.info = info or {"name": "t", "version": "1"}
+
+        if era == "legacy":
+            params = {
+                **INITIALIZE,
+                "capabilities": self.can,
+                "clientInfo": self.info,
+            }
+            hello = request("initialize", params, id_=0)
+            _, headers, self.hello = mcp(proxy, hello, path=self.path)
+            self.headers = {"Mcp_Session_Id": headers["mcp-session-id"]}
+            self.tell("notifications/initialized", {})
+
+    def message(self, method: str, params: dict[str, Any], id_: Any) -> dict[str, Any]:
+        meta = params.get("_meta", {})
+        if self.era == "legacy":
+            return request(method, params, id_)
+        envelope = {NS + "clientCapabilities": self.can, NS + "clientInfo": self.info}
+        return modern(method, params, id_, **{**envelope, **meta})
+
+    def tell(self, method: str, params: dict[str, Any]) -> None:
+        message = {
+            "jsonrpc": "2.0",
+            "method": method,
+            "params": params,
+        }
+        assert mcp(self.proxy, message, path=self.path, **self.headers)[0] == 202
+
+    def ask(
+        self, method: str, params: dict[str, Any] | None = None, id_: Any = 1, **headers: str
+    ) -> Any:
+        """All that comes, the response last."""
+        status, _, got = mcp(
+            self.proxy,
+            self.message(method, params or {}, id_),
+            path=self.path,
+            **self.headers,
+            **headers,
+        )
+        assert status in (200, 400, 404)
+
+        return got if isinstance(got, list) else [got]
+
+    def result(self, method: str, params: Any = None, *words: Any, **options: Any) -> Any:
+        return self.ask(method, params, *words, **options)[-1]["result"]
+
+    def error_code(self, method: str, params: Any = None, *words: Any, **options: Any) -> Any:
+        return self.ask(method, params, *words, **options)[-1]["error"]["code"]
+
+    def open(self, method: str, params: dict[str, Any], id_: Any = 1) -> Stream:
+        """The same, event by event."""
+        message = self.message(method, params, id_)
+        headers = dict(self.headers)
+        if self.era == "modern":
+            headers |= {"MCP_Protocol_Version": "2026-07-28", "Mcp_Method": method}
+            headers |= {"Mcp_Name": params["name"]} if "name" in params else {}
+        return self.make(self.proxy, self.path, message, **headers)
+
+    def call(self, name: str, id_: Any = 1, token: Any = None, **arguments: Any) -> Any:
+        """The result of a tool; or the error."""
+        params: dict[str, Any] = {"name": name, "arguments": arguments}
+        if token is not None:
+            params["_meta"] = {"progressToken": token}
+        *told, answer = self.ask("tools/call", params, id_)
+        assert answer["id"] == id_
+        assert {each["params"]["progressToken"] for each in told} <= {token}
+        return answer.get("result", answer.get("error"))
+
+
+class Stream:
+    """An event stream, read as it comes."""
+
+    def __init__(self, proxy: Proxy, path: str, body: Any = None, **headers: str) -> None:
+        self.connection = proxy.connect()
+        given = {
+            "Accept": "application/json, text/event-stream",
+            "Content-Type": "application/json",
+        }
+        given |= {name.replace("_", "-"): value for name, value in headers.items()}
+        self.connection.request(
+            "POST" if body else "GET", path, json.dumps(body) if body else None, given
+        )
+        self.answer = self.connection.getresponse()
+        self.status = self.answer.status
+
+    def next(self) -> Any:
+        """The next event's data; None at the end."""
+        data = None
+        while line := self.answer.readline().decode():
+            if line.startswith("data: "):
+                data = line[6:].rstrip("\n")
+            elif line == "\n" and data is not None:
+                return json.loads(data) if data[:1] == "{" else data
+        return None
+
+    def close(self) -> None:
+        self.answer.close()
+        self.connection.close()
+
+
+# What the fixture `stream` gives.
+OpenStream = Callable[..., Stream]
+
+
+@pytest.fixture
+def stream() -> Iterator[OpenStream]:
+    made: list[Stream] = []
+
+    def make(proxy: Proxy, path: str, body: Any = None, **headers: str) -> Stream:
+        made.append(Stream(proxy, path, body, **headers))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture(params=ERAS, ids=[" to ".join(pair) for pair in ERAS])
+def client(request: pytest.FixtureRequest, relay: Proxy, stream: OpenStream) -> Client:
+    era, server = request.param
+    return Client(relay, era, server, stream)
+
+
+def program_of(function: Callable[[], None]) -> str:
+    """A program that calls this function, which uses nothing outside of itself."""
+    source = textwrap.dedent(inspect.getsource(function))
+    return f"from __future__ import annotations\n\n{source}\n{function.__name__}()\n"
+
+
+def peculiar_server() -> None:
+    """A stdio MCP server; its arguments say what is peculiar about it.
+
+    era=legacy|modern|both  what it speaks
+    lock=FILE    only one may run at a time
+    starts=FILE  gets a line for each start
+    slow=S       it reads nothing before
+    exits        it ends at `server/discover`
+    silent       it answers nothing that it does not know
+    asks=hello   it asks for the roots before it answers `initialize`, and waits for them
+    asks=start   it does so once it is initialized
+    mark         a byte order mark comes first
+    """
+    import fcntl
+    import json
+    import os
+    import sys
+    import threading
+    import time
+
+    words = dict(word.partition("=")[::2] for word in sys.argv[1:])
+    era = words.get("era", "legacy")
+    served = "2026-07-28"
+    writing = threading.Lock()
+    came = threading.Condition()
+    answers: dict[Any, Any] = {}
+    roots: list[Any] = []
+    calls = [0]
+
+    def write(raw: bytes) -> None:
+        with writing:
+            sys.stdout.buffer.write(raw)
+            sys.stdout.buffer.flush()
+
+    def say(**fields: Any) -> None:
+        write(json.dumps({"jsonrpc": "2.0", **fields}).encode() + b"\n")
+
+    def ask(method: str, name: str) -> Any:
+        say(id=name, method=method, params={})
+        with came:
+            came.wait_for(lambda: name in answers)
+            return answers.pop(name)
+
+    def ask_for_roots() -> None:
+        roots.append(ask("roots/list", "roots").get("result"))
+
+    def text(value: Any) -> Any:
+        return {"content": [{"type": "text", "text": json.dumps(value)}]}
+
+    def call(id_: Any, name: str, arguments: Any) -> None:
+        calls[0] += 1
+        if name == "crash":
+            os._exit(3)
+
+        if name == "pid":
+            time.sleep(arguments.get("seconds", 0))
+            say(id=id_, result=text(os.getpid()))
+        elif name == "count":
+            say(id=id_, result=text(calls[0]))
+        elif name == "roots":
+            say(id=id_, result=text(roots))
+        elif name == "ask":
+            time.sleep(arguments.get("seconds", 0))
+            say(id=id_, result=text(ask("roots/list", f"ask {id_}")))
+        elif name == "ask later":
+            say(id=id_, result=text("soon"))
+            time.sleep(0.1)
+            ask_for_roots()
+        elif name == "odd bytes":
+            write(b'{"jsonrpc":"2.0","id":%d,"result":{"text":"caf\xe9"}}\n' % id_)
+        elif name == "long":
+            filling = b"x" * arguments["bytes"]
+            first = b'{"jsonrpc":"2.0","id":%d,"result":{"text":"%s"}}\n'
+            last = b'{"result":{"text":"\\",\\"id\\":1}%s"},"jsonrpc":"2.0","id":%d}\n'
+            write(last % (filling, id_) if arguments["id"] == "last" else first % (id_, filling))
+        elif name == "note later":
+            say(id=id_, result=text("soon"))
+            time.sleep(0.1)
+            for number in range(arguments["count"]):
+                say(method="notifications/message", params={"level": "info", "data": number})
+        elif name == "ping later":
+            say(id=id_, result=text("soon"))
+            time.sleep(0.1)
+            for number in range(arguments["count"]):
+                roots.append(ask("ping", f"ping {number}").get("result"))
+        else:
+            say(id=id_, error={"code": -32602, "message": f"no tool {name}: {arguments}"})
+
+    if "starts" in words:
+        with open(words["starts"], "a") as file:
+            file.write(f"{os.getpid()}\n")
+
+    if "lock" in words:
+        # It stays locked until this process ends.
+        lock = open(words["lock"], "a")  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            sys.exit("another one runs")
+
+    time.sleep(float(words.get("slow", 0)))
+    if "mark" in words:
+        write(b"\xef\xbb\xbf")
+    info = {"name": "peculiar", "version": "1"}
+
+    for line in sys.stdin:
+        got = json.loads(line)
+        method = got.get("method")
+        params = got.get("params") or {}
+
+        if method is None:
+            with came:
+                answers[got["id"]] = got
+                came.notify_all()
+        elif method == "server/discover" and era != "legacy":
+            result = {"supportedVersions": [served], "capabilities": {"tools": {}}}
+            say(id=got["id"], result=result)
+        elif method == "server/discover" and "exits" in words:
+            sys.exit(4)
+        elif method == "initialize" and era != "modern":
+
+            def greet(id_: Any = got["id"]) -> None:
+                if words.get("asks") == "hello":
+                    ask_for_roots()
+                hello = {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}}}
+                say(id=id_, result={**hello, "serverInfo": info})
+
+            threading.Thread(target=greet, daemon=True).start()
+        elif method == "notifications/initialized" and words.get("asks") == "start":
+            threading.Thread(target=ask_for_roots, daemon=True).start()
+        elif method == "ping":
+            say(id=got["id"], result={})
+        elif method == "tools/list":
+            say(id=got["id"], result={"tools": []})
+        elif method == "tools/call":
+            given = (got["id"], params["name"], params.get("arguments") or {})
+            threading.Thread(target=call, args=given, daemon=True).start()
+        elif "id" in got and "silent" not in words:
+            say(id=got["id"], error={"code": -32601, "message": "no such method"})
+
+
+@pytest.fixture
+def peculiar(tmp_path: pathlib.Path) -> str:
+    """The command that starts one."""
+    path = tmp_path / "peculiar.py"
+    path.write_text(program_of(peculiar_server))
+    return f"{sys.executable} -S {path}"
+
+
+def text_of(result: dict[str, Any]) -> str:
+    return "".join(part["text"] for part in result["content"])
+
+
+def said(result: Any) -> Any:
+    """What a tool of the peculiar server answers."""
+    return json.loads(text_of(result))
+
+
+def call(proxy: Proxy, name: str, **arguments: Any) -> dict[str, Any]:
+    """The result of a tool, by a modern request."""
+    status, _, answer = mcp(proxy, modern("tools/call", {"name": name, "arguments": arguments}))
+    assert status == 200, answer
+    return dict(answer["result"])
+
+
+async def close(connection: Any) -> None:
+    """Close a WebSocket, and wait until the other side has closed it too."""
+    connection.close()
+    with contextlib.suppress(asyncio.TimeoutError):
+        while await asyncio.wait_for(connection.read_message(), 1) is not None:
+            pass
+
+
+JSON_TYPE = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Proxy]:
+    """A server with a token, for requests that it refuses."""
+    server = Proxy(POCKETCODER_TOKEN="t0ken")
+    yield server
+    server.remove()
+
+
+class Channel:
+    """A client of `GET /exec/ws`, with another implementation of WebSocket than ours."""
+
+    patience = 10.0  # seconds, for a message
+
+    def __init__(self, proxy: Proxy, **options: Any) -> None:
+        self.url = f"ws://127.0.0.1:{proxy.port}/exec/ws"
+        self.options = options
+
+    async def __aenter__(self) -> Channel:
+        request = tornado.httpclient.HTTPRequest(self.url, **self.options)
+        self.socket = await tornado.websocket.websocket_connect(request, subprotocols=[pp.CHANNELS])
+        assert self.socket.selected_subprotocol == pp.CHANNELS
+        self.streams = {1: b"", 2: b""}
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await close(self.socket)
+
+    async def send(self, message: bytes | dict[str, Any]) -> None:
+        binary = isinstance(message, bytes)
+        await self.socket.write_message(message if binary else json.dumps(message), binary=binary)
+
+    async def next(self) -> int:
+        """Read a message; its channel."""
+        message = await asyncio.wait_for(self.socket.read_message(), self.patience)
+        assert isinstance(message, bytes), message
+        if message[0] == 3:
+            self.final = json.loads(message[1:])
+        else:
+            self.streams[message[0]] += message[1:]
+        return message[0]
+
+    async def end(self) -> dict[str, Any]:
+        while await self.next() != 3:
+            pass
+        return dict(self.final)
+
+
+def frame(text: str) -> bytes:
+    """A WebSocket frame of a client, with a mask of zeros."""
+    data = text.encode()
+    size = bytes([128 | len(data)]) if len(data) < 126 else b"\xfe" + len(data).to_bytes(2, "big")
+    return b"\x81" + size + bytes(4) + data
+
+
+def shaken(proxy: Proxy, path: str, after: bytes = b"") -> socket.socket:
+    """A WebSocket that sends its handshake and first frames in one piece."""
+    peer = proxy.raw_connection()
+    head = (
+        f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    )
+    head += f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {pp.WS_KEY}\r\n"
+    head += "Sec-WebSocket-Protocol: mcp\r\n\r\n"
+    peer.sendall(head.encode() + after)
+    return peer
+
+
+class Kept:
+    """`POST /exec` on one connection that is kept open."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.connection = proxy.connect()
+
+    def __call__(self, cmd: str = "true", **fields: Any) -> dict[str, Any]:
+        self.connection.request("POST", "/exec", json.dumps({"cmd": cmd, **fields}), JSON_TYPE)
+        answer: dict[str, Any] = json.loads(self.connection.getresponse().read())
+        return answer
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+# ==========================================================================
+# Map
+# ==========================================================================
+BANNER = re.compile(r"# ={70,}\n# (?P<name>[^\n]+)\n# ={70,}\n")
+SECTIONS = [(match["name"], match.start()) for match in BANNER.finditer(SOURCE)]
+STARTS = [SOURCE.count("\n", 0, start) + 1 for _, start in SECTIONS]
+
+
+def section_of(line: int) -> int:
+    return sum(start <= line for start in STARTS) - 1
+
+
+def names_defined(node: ast.stmt) -> list[str]:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
+
+    return [
+        name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
+    ]
+
+
+def test_sections_use_only_what_stands_above_them() -> None:
+    home: dict[str, int] = {}
+    uses = []
+    for node in ast.parse(SOURCE).body:
+        home |= {name: section_of(node.lineno) for name in names_defined(node)}
+        uses += [(section_of(node.lineno), n.id) for n in ast.walk(node) if isinstance(n, ast.Name)]
+    assert [use for use in uses if home.get(use[1], -1) > use[0]] == []
+
+
+def test_the_map_lists_every_section_route_and_variable() -> None:
+    head = ast.get_docstring(ast.parse(SOURCE)) or ""
+    assert [name for name, _ in SECTIONS if name not in head] == []
+    assert [path for path, _ in pp.ROUTES if "<name>" not in path and path not in head] == []
+    assert [
+        name
+        for name in re.findall(r"\"(POCKETCODER_[A-Z_]+|TMUX_S[A-Z]+)\"", SOURCE)
+        if name not in head
+    ] == []
+
+
+def test_a_copy_of_the_file_carries_its_licence_and_can_be_run() -> None:
+    assert SOURCE.startswith(
+        "#!/usr/bin/env python3\n# SPDX-License-Identifier: MIT\n# /// script\n"
+    )
+    assert os.access(MODULE, os.X_OK)
+
+
+# ==========================================================================
+# Shell Bridge
+# ==========================================================================
 @pytest.fixture
 def audited_engine(audited: tuple[Proxy, pathlib.Path], names: str) -> tuple[Caller, pathlib.Path]:
     proxy, log = audited
@@ -658,8 +2268,6 @@ FORMS: list[list[str | bytes]] = [
     [],
     ["-e"],
 ]
-
-
 ON_STDIN = b'echo "script $1 $2"; read -r line; echo "$line"; false; echo end >&2\nnext\nexit 5\n'
 
 
@@ -714,9 +2322,7 @@ NO_STDIN = ["/dev/null", "closed", "terminal"]
 
 
 @pytest.mark.parametrize("kind", NO_STDIN)
-def test_a_stdin_that_is_nothing_to_read_is_dev_null_in_the_sandbox(
-    engine: Caller, kind: str
-) -> None:
+def test_a_stdin_without_content_is_dev_null_in_the_sandbox(engine: Caller, kind: str) -> None:
     with stdin_of(kind) as options:
         process = engine.start("-c", "readlink /proc/self/fd/0; cat; exit 3", **options)
         out, err = process.communicate(timeout=20)
@@ -726,7 +2332,7 @@ def test_a_stdin_that_is_nothing_to_read_is_dev_null_in_the_sandbox(
 
 
 @pytest.mark.parametrize("kind", NO_STDIN)
-def test_no_thread_waits_for_a_stdin_that_is_nothing_to_read(engine: Caller, kind: str) -> None:
+def test_no_thread_waits_for_a_stdin_without_content(engine: Caller, kind: str) -> None:
     with stdin_of(kind) as options:
         process = engine.start("-c", "echo ready; sleep 0.5", **options)
         assert process.stdout
@@ -737,7 +2343,7 @@ def test_no_thread_waits_for_a_stdin_that_is_nothing_to_read(engine: Caller, kin
 
 
 @pytest.mark.parametrize("kind", ["pipe", "file", "socket"])
-def test_a_stdin_with_something_in_it_is_forwarded(engine: Caller, kind: str) -> None:
+def test_a_stdin_with_content_is_forwarded(engine: Caller, kind: str) -> None:
     with stdin_of(kind) as options:
         process = engine.start("-c", "cat; [ ! -c /dev/stdin ]", **options)
         out, err = process.communicate(timeout=20)
@@ -754,6 +2360,7 @@ def test_make_gives_its_recipes_no_stdin_to_wait_for(
     here.joinpath("Makefile").write_text("all:\n\t@cat; readlink /proc/self/fd/0\n")
     shell = f"{engine.names}/pocketcoder-shell"
     path = {"PATH": f"{engine.names}:{engine.env['PATH']}"}
+
     with stdin_of("terminal") as options:
         done = subprocess.run(
             ["make", f"SHELL={shell}"],
@@ -763,51 +2370,56 @@ def test_make_gives_its_recipes_no_stdin_to_wait_for(
             capture_output=True,
             timeout=20,
         )
+
     assert done.stdout == b"/dev/null\n"
 
 
-def test_trouble_with_its_own_files_is_told_where_it_can_be(engine: Caller) -> None:
+def test_the_shell_reports_errors_with_its_own_files(engine: Caller) -> None:
     with open("/dev/full", "wb") as full, open("/dev/null", "wb") as null:
         process = engine.start("-c", "echo x; sleep 5", stdout=full)
-        assert (process.communicate(timeout=15)[1], process.returncode) == (
-            b"pocketcoder: cannot write: No space left on device\n",
-            125,
-        )
+        _, err = process.communicate(timeout=15)
+        assert err == b"pocketcoder: cannot write: No space left on device\n"
+        assert process.returncode == 125
+
         process = engine.start("-c", "echo x >&2; sleep 5", stderr=full)
-        assert (process.communicate(timeout=15)[0], process.returncode) == (b"", 125)
+        assert process.communicate(timeout=15)[0] == b""
+        assert process.returncode == 125
+
         process = engine.start(stdin=null)
-        assert (process.communicate(timeout=15)[0], process.returncode) == (b"", 1)
+        assert process.communicate(timeout=15)[0] == b""
+        assert process.returncode == 1
+
     pathlib.Path(engine.cwd, "binary.sh").write_bytes(b"\x7fELF\0\0")
     code, _, err = engine.run("binary.sh")
-    assert (code, err) == (126, b"pocketcoder: binary.sh: cannot execute binary file\n")
+    assert code == 126
+    assert err == b"pocketcoder: binary.sh: cannot execute binary file\n"
+
     os.makedirs(f"{engine.cwd}/gone")
     words = ["bash", "-c", 'rmdir ../gone; exec "$@"', "x", *engine.words("-c", "echo no")]
     done = subprocess.run(words, env=engine.env, cwd=f"{engine.cwd}/gone", capture_output=True)
-    assert (done.returncode, done.stdout, b"gone" in done.stderr, done.stderr.count(b"\n")) == (
-        125,
-        b"",
-        True,
-        1,
-    )
+    assert done.returncode == 125
+    assert done.stdout == b""
+    assert b"gone" in done.stderr
+    assert done.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize(
     "name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
 )
-def test_every_form_of_arguments_does_what_it_does_with_bash(
+def test_every_form_of_arguments_works_as_with_bash(
     engine: Caller, name: str, expected: list[tuple[int, bytes, bytes]]
 ) -> None:
     def through_the_bridge(form: list[str | bytes]) -> tuple[int, bytes, bytes]:
-        plain = (
-            name == "pocketcoder" and form and str(form[0])[:1] not in "-+"
-        )  # there these are one command
-        ours = name == "pocketcoder" and form == ["--version"]  # there it is our own
+        # Under this name plain words are one command.
+        plain = name == "pocketcoder" and form and str(form[0])[:1] not in "-+"
+        # Under this name it is our own version.
+        ours = name == "pocketcoder" and form == ["--version"]
         code, out, err = engine.run(
             *(["shell", "--norc"] if plain or ours else []), *form, name=name, input=ON_STDIN
         )
-        missing = form[:1] in (["nosuchscript"], ["."]) and err.startswith(
-            b"pocketcoder: "
-        )  # it is we who read it
+        # The bridge reads the script itself, so the message is its own.
+        missing = form[:1] in (["nosuchscript"], ["."]) and err.startswith(b"pocketcoder: ")
+
         return code, out, engine.local(*form)[2] if missing else err
 
     with ThreadPoolExecutor(4) as pool:
@@ -832,7 +2444,7 @@ def test_under_the_subcommand_plain_words_are_one_command(engine: Caller) -> Non
     assert engine.run("-lc", "echo option", name="pocketcoder")[:2] == (0, b"option\n")
 
 
-def test_no_word_of_a_wrong_option_is_dropped(engine: Caller) -> None:
+def test_a_wrong_option_is_reported_whole(engine: Caller) -> None:
     code, out, err = engine.run("shell", "--=x", "echo", "hi", name="pocketcoder")
     assert code == 2
     assert out == b""
@@ -849,9 +2461,7 @@ WORDS_SHOWN = [
 
 
 @pytest.mark.parametrize(("given", "text"), WORDS_SHOWN)
-def test_plain_words_are_a_command_that_reads_as_they_were_written(
-    given: list[str], text: str
-) -> None:
+def test_plain_words_become_a_command_that_reads_as_written(given: list[str], text: str) -> None:
     assert pp.shell_arguments(["pocketcoder", "shell", *given]) == ["-c", "--", text]
 
 
@@ -865,10 +2475,11 @@ def test_a_first_word_that_names_a_file_is_a_script(engine: Caller) -> None:
     assert out == b""
     assert b"no-such.sh" in err
     assert b"usage" in engine.run("server", "--help", name="pocketcoder")[1]
+
     os.unlink(f"{engine.cwd}/server")
 
 
-def test_without_arguments_a_person_gets_the_help(engine: Caller) -> None:
+def test_without_arguments_a_person_sees_the_help(engine: Caller) -> None:
     with stdin_of("terminal") as options:
         process = engine.start(name="pocketcoder", **options)
         out, err = process.communicate(timeout=20)
@@ -898,10 +2509,12 @@ def test_an_interactive_shell_is_refused(
     with stdin_of(kind) as options:
         process = engine.start(*words, name=name, **options)
         out, err = process.communicate(timeout=20)
+
     assert process.returncode == 1
     assert out == b""
     assert err.decode() == (
-        "pocketcoder: [Firewall Blocked] Interactive or raw shell invocation is restricted for security. "
+        "pocketcoder: [Firewall Blocked] "
+        "Interactive or raw shell invocation is restricted for security. "
         "Always execute commands via 'bash -c \"command\"'.\n"
     )
 
@@ -927,12 +2540,13 @@ def test_an_empty_stdin_is_an_empty_script(
             options["stdin"].truncate(0)
         process = engine.start(*words, name=name, **options)
         out, err = process.communicate(timeout=20)
+
     assert process.returncode == 0
     assert out == b""
     assert err == b""
 
 
-def test_both_parsers_see_the_same_arguments_and_importers_can_run(engine: Caller) -> None:
+def test_both_parsers_agree_and_importers_can_run_commands(engine: Caller) -> None:
     for argv in (
         ["pocketcoder", "shell", "-c", "x"],
         ["sh", "x"],
@@ -940,7 +2554,9 @@ def test_both_parsers_see_the_same_arguments_and_importers_can_run(engine: Calle
         ["pocketcoder", "-lc", "x"],
     ):
         command = pp.Cli.parse(argv).command
-        assert (command.name, [*command.arguments]) == ("shell", pp.shell_arguments(argv))
+        assert command.name == "shell"
+        assert [*command.arguments] == pp.shell_arguments(argv)
+
     assert pp.shell_arguments(["pocketcoder", "server", "-p", "0"]) is None
     importer = {**engine.env, "PYTHONPATH": str(MODULE.parent)}
     code = (
@@ -949,12 +2565,18 @@ def test_both_parsers_see_the_same_arguments_and_importers_can_run(engine: Calle
     done = subprocess.run(
         [sys.executable, "-c", code], env=importer, cwd=engine.cwd, capture_output=True
     )
-    assert (done.returncode, done.stdout) == (6, b"zero one\n"), done.stderr
-    code = "import sys, pocketcoder_proxy as p; sys.argv[1:] = ['shell', 'echo', 'a b']; sys.exit(p.main())"
+    assert done.returncode == 6, done.stderr
+    assert done.stdout == b"zero one\n", done.stderr
+
+    code = (
+        "import sys, pocketcoder_proxy as p; "
+        "sys.argv[1:] = ['shell', 'echo', 'a b']; sys.exit(p.main())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=importer, cwd=engine.cwd, capture_output=True
     )
-    assert (done.returncode, done.stdout) == (0, b"a b\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b"a b\n", done.stderr
 
 
 def test_the_way_to_a_command_imports_next_to_nothing(engine: Caller) -> None:
@@ -978,6 +2600,7 @@ def test_the_way_to_a_command_imports_next_to_nothing(engine: Caller) -> None:
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0
+
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.split("\n")}
     slow = [
         "tornado",
@@ -996,34 +2619,28 @@ def test_the_way_to_a_command_imports_next_to_nothing(engine: Caller) -> None:
     assert not loaded & {*slow, "subprocess"}
 
 
-def test_the_shell_needs_no_tornado_and_the_server_says_that_it_does(engine: Caller) -> None:
-    bare = [sys.executable, "-S", f"{engine.names}/pocketcoder"]  # without site-packages
+def test_the_shell_runs_without_tornado_and_the_server_asks_for_it(engine: Caller) -> None:
+    # -S: without site-packages, so without Tornado.
+    bare = [sys.executable, "-S", f"{engine.names}/pocketcoder"]
     done = subprocess.run(
         [*bare, "shell", "-c", "echo hi"], env=engine.env, cwd=engine.cwd, capture_output=True
     )
-    assert (done.returncode, done.stdout) == (0, b"hi\n")
+    assert done.returncode == 0
+    assert done.stdout == b"hi\n"
+
     done = subprocess.run([*bare, "server"], env=engine.env, cwd=engine.cwd, capture_output=True)
-    assert (done.returncode, b"tornado" in done.stderr, b"Traceback" in done.stderr) == (
-        1,
-        True,
-        False,
+    assert done.returncode == 1
+    assert b"tornado" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); "
+        "import pocketcoder_proxy as p; print(p.default_agent_name())"
     )
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import pocketcoder_proxy as p; print(p.default_agent_name())"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code, str(MODULE.parent)], capture_output=True
     )
     assert done.stdout == b"poco\n", done.stderr
-
-
-def old_python(version: str) -> str:
-    """An interpreter of this version; skips where there is none."""
-    root = pathlib.Path(os.environ.get("PYENV_ROOT") or pathlib.Path.home() / ".pyenv")
-    found = [shutil.which(f"python{version}")]
-    found += [str(path) for path in root.glob(f"versions/{version}.*/bin/python3")]
-    for path in found:
-        if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
-            return path
-    pytest.skip(f"there is no Python {version} here")
 
 
 def test_every_line_has_the_grammar_of_python_3_8() -> None:
@@ -1060,6 +2677,7 @@ def test_the_shell_runs_on_old_pythons(
         code, out, err = engine.local(*form, input=ON_STDIN)
         assert done.returncode == code, done.stderr
         assert done.stdout == out
+
         if form != ["nosuchscript"]:
             assert done.stderr == err
 
@@ -1087,7 +2705,7 @@ def test_an_old_python_says_which_one_is_needed(version: str, words: list[str]) 
     assert done.stderr.count("\n") == 1
 
 
-def test_an_old_python_that_imports_the_module_is_told_too() -> None:
+def test_an_old_python_cannot_import_the_module_and_says_which_one_is_needed() -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1]); import pocketcoder_proxy"
     done = subprocess.run(
         [old_python("3.9"), "-c", code, MODULE.parent], capture_output=True, text=True, timeout=20
@@ -1107,132 +2725,7 @@ def test_a_python_that_is_too_old_for_the_shell_says_so(tmp_path: pathlib.Path) 
     assert done.stderr.count("\n") == 1
 
 
-def test_what_install_writes_is_the_shell_under_every_name(
-    engine: Caller, tmp_path: pathlib.Path
-) -> None:
-    names = ["sh", "bash", "my-shell", "pocketcoder"]
-    done = run("install", str(tmp_path), *names)
-    assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(tmp_path)) == sorted([pp.INSTALLED, *names])
-    first, second = (tmp_path / pp.INSTALLED).read_text().split("\n")[:2]
-    assert first == f"#!{sys.executable} -IS"
-    assert "SPDX-License-Identifier" in second
-    assert (tmp_path / pp.INSTALLED).stat().st_mode & 0o7777 == 0o755
-
-    for name in (pp.INSTALLED, *names):
-        got = subprocess.run(
-            [tmp_path / name, "-c", "echo $1; exit 3", "zero", name],
-            env=engine.env,
-            cwd=engine.cwd,
-            capture_output=True,
-        )
-        assert got.stdout.decode() == f"{name}\n"
-        assert got.stderr == b""
-        assert got.returncode == 3
-    got = subprocess.run([tmp_path / "pocketcoder", "server"], capture_output=True)
-    assert got.returncode == 1
-    assert b"only the shell is here" in got.stderr
-
-
-def test_what_install_writes_is_compiled_for_its_python_only(
-    engine: Caller, tmp_path: pathlib.Path
-) -> None:
-    # Only the text ends with 9.
-    path = tmp_path / pp.INSTALLED
-    path.write_text(pp.installed_text().replace("\nimport os\n", "\nimport os; os._exit(9)\n", 1))
-    both: dict[str, Any] = {"env": engine.env, "cwd": engine.cwd, "capture_output": True}
-    done = subprocess.run([sys.executable, str(path), "-c", "echo hi"], **both)
-    assert done.stdout == b"hi\n", done.stderr
-    done = subprocess.run([old_python("3.8"), str(path), "-c", "echo hi"], **both)
-    assert done.returncode == 9
-
-
-def test_install_replaces_what_it_wrote_and_nothing_else(tmp_path: pathlib.Path) -> None:
-    assert run("install", str(tmp_path), "sh").returncode == 0
-    installed = tmp_path / pp.INSTALLED
-    installed.write_text(installed.read_text() + "# older\n")
-    assert run("install", str(tmp_path), "sh", "bash").returncode == 0
-    assert "# older" not in installed.read_text()
-
-    (tmp_path / "zsh").write_text("#!/bin/sh\n")
-    (tmp_path / "ksh").symlink_to("/nowhere")
-    (tmp_path / "ash").mkdir()
-    installed.write_text(installed.read_text() + "# untouched\n")
-    for name in ("zsh", "ksh", "ash"):
-        done = run("install", str(tmp_path), "dash", name)
-        assert done.returncode == 1
-        assert f"{tmp_path}/{name} is not a file that `install` wrote" in done.stderr
-        assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "dash").exists()
-    assert "# untouched" in installed.read_text()
-    assert (tmp_path / "zsh").read_text() == "#!/bin/sh\n"
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        pytest.param(["/no/such"], "DIR", id="no-directory"),
-        pytest.param(["/proc", "sh"], "/proc", id="not-to-be-written-to"),
-        pytest.param([".", "../sh"], "NAME", id="another-directory"),
-        pytest.param([".", "x/y-shell"], "NAME", id="below"),
-        pytest.param([".", "python3"], "NAME", id="no-name-of-a-shell"),
-    ],
-)
-def test_install_fails_with_one_sentence(words: list[str], said: str) -> None:
-    done = run("install", *words)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "Errno" not in done.stderr
-
-
-@pytest.fixture
-def console_script(tmp_path: pathlib.Path) -> str:
-    """The script that pip makes of `[project.scripts]`."""
-    path = tmp_path / "bin" / "pocketcoder"
-    path.parent.mkdir()
-    path.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom pocketcoder_proxy import main\n"
-        "if __name__ == '__main__':\n    sys.exit(main())\n"
-    )
-    path.chmod(0o755)
-    return str(path)
-
-
-@pytest.mark.parametrize("name", ["pocketcoder", "sh"])
-def test_the_form_that_pip_installs_loads_nothing_of_the_server(
-    engine: Caller, console_script: str, name: str
-) -> None:
-    link = os.path.join(os.path.dirname(console_script), name)
-    if name != "pocketcoder":
-        os.symlink(console_script, link)
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", link, "-c", "echo hi; exit 3"],
-        env={**engine.env, "PYTHONPATH": str(MODULE.parent)},
-        cwd=engine.cwd,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 3
-    assert done.stdout == "hi\n"
-    assert "_socket" in done.stderr
-    for module in ("asyncio", "tornado", "argparse", "json"):
-        assert f" {module}\n" not in done.stderr
-
-
-def test_the_form_that_pip_installs_has_the_other_subcommands_too(console_script: str) -> None:
-    env = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
-    done = subprocess.run(
-        [console_script, "--version"], env=env, capture_output=True, text=True, timeout=20
-    )
-    assert done.returncode == 0
-    assert done.stdout == f"pocketcoder-proxy {pp.VERSION}\n"
-
-
-def test_a_program_that_imports_the_module_is_not_taken_for_the_shell(
+def test_a_program_that_imports_the_module_is_not_mistaken_for_the_shell(
     tmp_path: pathlib.Path,
 ) -> None:
     program = tmp_path / "my-shell"
@@ -1244,7 +2737,7 @@ def test_a_program_that_imports_the_module_is_not_taken_for_the_shell(
     assert done.stdout == "mine\n"
 
 
-def test_busybox_calls_it_as_its_shell(engine: Caller, tmp_path: pathlib.Path) -> None:
+def test_busybox_runs_it_as_its_shell(engine: Caller, tmp_path: pathlib.Path) -> None:
     busybox = shutil.which("busybox")
     if busybox is None:
         pytest.skip("there is no busybox here")
@@ -1266,6 +2759,7 @@ def test_busybox_calls_it_as_its_shell(engine: Caller, tmp_path: pathlib.Path) -
             f"echo 'echo zero a b $POCKETCODER_AGENT; exit 3' | {tmp_path}/sh",
         ],
     ]
+
     for words in cases:
         done = subprocess.run(
             words,
@@ -1289,7 +2783,9 @@ def test_what_stands_above_the_line_is_a_shell_by_itself(
         cwd=engine.cwd,
         capture_output=True,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"bash\n", b"")
+    assert done.returncode == 0
+    assert done.stdout == b"bash\n"
+    assert done.stderr == b""
 
 
 def test_the_request_carries_ids_directory_and_chosen_variables_only(engine: Caller) -> None:
@@ -1308,8 +2804,10 @@ def test_the_request_carries_ids_directory_and_chosen_variables_only(engine: Cal
     script = 'pwd; echo "$POCKETCODER_AGENT $POCKETCODER_SESSION_ID $POCKETCODER_USAGE_ID|$KEY|$LC_A|${LC_B-unset}|'
     script += '$POCKETCODER_TOKEN"'
     code, out, err = engine.run("-c", script, cwd=f"{engine.cwd}/sub dir", env=variables)
-    assert (code, err) == (0, b"")
+    assert code == 0
+    assert err == b""
     assert out.decode() == f'{engine.cwd}/sub dir\nengine s1 u"\\\n1||é\t"||\n'
+
     argv = ["-lc", "ls 'é' \x01\x7f\udcff", "zero"]
     read = pp.ExecRequest.from_wire(pp.request_of(argv), os.getcwd())
     assert read.argv == tuple(argv)
@@ -1330,7 +2828,7 @@ def linked(engine: Caller) -> str:
 NAMED = 'pwd; echo "$PWD"; pwd -P; cd ..; pwd; cd turned; cd -P ..; pwd'
 
 
-def test_a_directory_keeps_the_name_that_its_caller_has_for_it(engine: Caller, linked: str) -> None:
+def test_a_directory_keeps_the_name_its_caller_uses(engine: Caller, linked: str) -> None:
     local = subprocess.run(
         ["bash", "-c", NAMED], cwd=linked, env={**engine.env, "PWD": linked}, capture_output=True
     )
@@ -1355,7 +2853,7 @@ def test_a_wrong_name_of_the_directory_is_not_used(engine: Caller, linked: str, 
 
 
 def test_the_directory_keeps_its_name_in_a_terminal_that_resolves_links(
-    own: Callable[..., Proxy], names: str
+    own: StartServer, names: str
 ) -> None:
     proxy = own()
     pathlib.Path(proxy.folder, "home/.bashrc").write_text("PS1='$ '; set -P; export PWD\n")
@@ -1382,7 +2880,7 @@ def test_text_arrives_whatever_the_locale(engine: Caller, variables: dict[str, s
     assert got == (0, "é ä ü\n".encode(), b"")
 
 
-def test_people_and_the_audit_log_see_the_command_as_it_was_written(
+def test_people_and_the_audit_log_see_the_command_as_written(
     audited_engine: tuple[Caller, pathlib.Path],
 ) -> None:
     engine, log = audited_engine
@@ -1395,11 +2893,13 @@ def test_people_and_the_audit_log_see_the_command_as_it_was_written(
         "echo script $1\n": ["shown.sh", "a"],
         "bash -s one": ["-s", "one"],
     }
+
     for shown, form in forms.items():
         name = "pocketcoder" if form[0] == "shell" else "bash"
         code, _, err = engine.run(*form, name=name, input=b"exit 0", stderr=subprocess.STDOUT)
         assert code == 0, shown
         assert not err
+
     starts = [line for line in noted(log) if line["event"] == "start"]
     assert [line["cmd"] for line in starts] == [*forms]
     assert starts[0]["argv"] == ["-lc", "echo login"]
@@ -1413,17 +2913,18 @@ def test_people_and_the_audit_log_see_the_command_as_it_was_written(
     assert "2>&1" not in screen
 
 
-def test_a_directory_outside_the_workspace_fails_with_both_names(
+def test_a_directory_outside_the_workspace_is_an_error_with_both_names(
     engine: Caller, tmp_path: pathlib.Path
 ) -> None:
     code, out, err = engine.run("-c", "echo no", cwd=tmp_path)
-    assert (code, out) == (125, b"")
+    assert code == 125
+    assert out == b""
     assert str(tmp_path).encode() in err
     assert engine.cwd.encode() in err
     assert err.count(b"\n") == 1
 
 
-def test_stdin_is_forwarded_as_it_comes_and_never_waited_for(engine: Caller) -> None:
+def test_stdin_is_forwarded_as_it_arrives_without_delaying_the_command(engine: Caller) -> None:
     data = os.urandom(3_000_000)
     assert engine.run("-c", "cat", input=data) == (0, data, b"")
     process = engine.start(
@@ -1431,15 +2932,20 @@ def test_stdin_is_forwarded_as_it_comes_and_never_waited_for(engine: Caller) -> 
     )
     assert process.stdin
     assert process.stdout
+
     for word in (b"one", b"two"):
         process.stdin.write(word + b"\n")
         process.stdin.flush()
         assert process.stdout.readline() == b"got " + word + b"\n"
-    assert process.wait(15) == 2  # with stdin open
+
+    # It exits although stdin is open.
+    assert process.wait(15) == 2
     process.communicate()
     endless = subprocess.Popen(["yes"], stdout=subprocess.PIPE)
     process = engine.start("-c", "head -1; exit 3", stdin=endless.stdout)
-    assert (process.communicate(timeout=15)[0], process.returncode) == (b"y\n", 3)
+    assert process.communicate(timeout=15)[0] == b"y\n"
+    assert process.returncode == 3
+
     endless.kill()
     endless.communicate()
     closed = subprocess.run(
@@ -1448,7 +2954,8 @@ def test_stdin_is_forwarded_as_it_comes_and_never_waited_for(engine: Caller) -> 
         cwd=engine.cwd,
         capture_output=True,
     )
-    assert (closed.returncode, closed.stdout) == (0, b"0\n")
+    assert closed.returncode == 0
+    assert closed.stdout == b"0\n"
 
 
 @pytest.mark.slow
@@ -1458,20 +2965,16 @@ def test_a_slow_command_slows_stdin_and_memory_stays_flat(engine: Caller) -> Non
     assert process.stdout
     assert process.stdout.readline() == b"done\n"
     assert engine.proxy.memory() < 80 * pp.MIB
-    assert (
-        int(
-            re.findall(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[
-                0
-            ]
-        )
-        < 40_000
-    )
-    process.send_signal(signal.SIGTERM)  # also while stdin is stuck
+    assert status_bytes(process.pid, "VmRSS") < 40_000 * 1024
+
+    # Signals pass through even while stdin is stuck.
+    process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 143
+
     process.communicate()
     flood.kill()
     flood.communicate()
-    eventually(lambda: not processes_with("sleep\x0030"), 6)
+    wait_until_gone("sleep\x0030", 6)
 
 
 def test_a_reader_that_leaves_ends_the_command_with_141(engine: Caller) -> None:
@@ -1483,7 +2986,7 @@ def test_a_reader_that_leaves_ends_the_command_with_141(engine: Caller) -> None:
     assert process.stderr
     assert process.stderr.read() == b""
     process.stderr.close()
-    eventually(lambda: not processes_with("marker141"), 6)
+    wait_until_gone("marker141", 6)
 
 
 def test_a_slow_reader_slows_the_command(engine: Caller) -> None:
@@ -1506,10 +3009,13 @@ def test_a_signal_reaches_the_command_and_ends_the_shell_at_once(engine: Caller)
         )
         assert process.stdout
         assert process.stdout.readline() == b"ready\n"
+
         started = time.monotonic()
         process.send_signal(number)
         assert process.wait(15) == 128 + number
-        assert time.monotonic() - started < 3  # 0.15, but on a busy machine
+        # It takes 0.15 s; a busy machine is given more.
+        assert time.monotonic() - started < 3
+
         out, err = process.communicate()
         assert out in (b"", f"heard {name}\n".encode())
         assert b"pocketcoder" not in err
@@ -1533,7 +3039,7 @@ def test_a_signalled_shell_leaves_nothing_behind_even_if_its_command_ends_at_onc
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 143
     process.communicate()
-    eventually(lambda: not processes_with("sleep\x0066."), 6)
+    wait_until_gone("sleep\x0066.", 6)
 
 
 def test_other_signals_end_the_shell_with_their_number(engine: Caller) -> None:
@@ -1542,12 +3048,13 @@ def test_other_signals_end_the_shell_with_their_number(engine: Caller) -> None:
         assert process.stdout
         process.stdout.readline()
         process.send_signal(number)
-        assert (process.wait(10), process.communicate()[1]) == (128 + number, b"")
-    eventually(lambda: not processes_with("sleep\x0066."), 6)
+        assert process.wait(10) == 128 + number
+        assert process.communicate()[1] == b""
+    wait_until_gone("sleep\x0066.", 6)
 
 
 @pytest.mark.slow
-def test_a_shell_that_is_killed_takes_its_command_along(engine: Caller) -> None:
+def test_killing_the_shell_ends_its_command(engine: Caller) -> None:
     process = engine.start(
         "-c", "trap '' TERM; (setsid sleep 66.1 &); echo ready; sleep 66.2; sleep 66.3"
     )
@@ -1555,29 +3062,32 @@ def test_a_shell_that_is_killed_takes_its_command_along(engine: Caller) -> None:
     process.stdout.readline()
     process.kill()
     process.communicate()
-    eventually(lambda: not processes_with("sleep\x0066."), 6)
+    wait_until_gone("sleep\x0066.", 6)
 
 
-def test_a_signal_while_the_output_is_stuck_ends_the_shell_too(engine: Caller) -> None:
+def test_a_signal_ends_a_shell_whose_output_is_stuck(engine: Caller) -> None:
     process = engine.start("-c", "exec yes stuck67")
-    eventually(lambda: processes_with("yes\x00stuck67"), 20)
+    wait_until_running("yes\x00stuck67", 20)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 143
     process.communicate()
-    eventually(lambda: not processes_with("stuck67"), 6)
+    wait_until_gone("stuck67", 6)
 
 
-def test_the_exit_status_tells_a_lost_terminal_and_a_stopped_server(
-    own: Callable[..., Proxy], names: str
+def test_the_exit_status_shows_a_lost_terminal_and_a_stopped_server(
+    own: StartServer, names: str
 ) -> None:
     engine = Caller(own(), names)
     process = engine.start("-c", "echo ready; sleep 30")
     assert process.stdout
+
     process.stdout.readline()
     engine.proxy.tmux("kill-server")
     _, err = process.communicate(timeout=20)
-    assert (process.returncode, err[:18]) == (137, b"pocketcoder: lost:")
+    assert process.returncode == 137
+    assert err[:18] == b"pocketcoder: lost:"
+
     process = engine.start("-c", "echo ready; sleep 30")
     assert process.stdout
     process.stdout.readline()
@@ -1586,26 +3096,32 @@ def test_the_exit_status_tells_a_lost_terminal_and_a_stopped_server(
     assert process.returncode == 125
     assert err.startswith(b"pocketcoder: http://127.0.0.1:")
     assert err.count(b"\n") == 1
+
     code, out, err = engine.run("-c", "touch run-here")
-    assert (code, out, err.count(b"\n")) == (125, b"", 1)
+    assert code == 125
+    assert out == b""
+    assert err.count(b"\n") == 1
     assert b"is it running?" in err
-    assert not os.path.exists(f"{engine.cwd}/run-here")  # never here
+    # A command never falls back to this side.
+    assert not os.path.exists(f"{engine.cwd}/run-here")
 
 
-GARBAGE_SERVERS = {
-    b"": "refused",
-    b"SSH-2.0-OpenSSH\r\n": "refused",
-    b"HTTP/1.1 200 OK\r\n\r\nhi": "200 OK",
-    b"HTTP/1.1 101 x\r\n\r\n": "refused",
-    b"HTTP/1.1 101 x\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n\x82\x05\x07garb": "does not speak",
-    b"HTTP/1.1 101 x\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n\x82\x05\x03garb": "ended with",
-    b"HTTP/1.1 101 x\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n\x88\x02\x03\xe8": "closed",
-}
+# What a server sends that accepts the handshake of a WebSocket.
+ACCEPTED = b"HTTP/1.1 101 x\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+GARBAGE_SERVERS = [
+    pytest.param(b"", "refused", id="nothing"),
+    pytest.param(b"SSH-2.0-OpenSSH\r\n", "refused", id="ssh"),
+    pytest.param(b"HTTP/1.1 200 OK\r\n\r\nhi", "200 OK", id="status-200"),
+    pytest.param(b"HTTP/1.1 101 x\r\n\r\n", "refused", id="no-accept"),
+    pytest.param(ACCEPTED + b"\x82\x05\x07garb", "does not speak", id="broken-frame"),
+    pytest.param(ACCEPTED + b"\x82\x05\x03garb", "ended with", id="unknown-tag"),
+    pytest.param(ACCEPTED + b"\x88\x02\x03\xe8", "closed", id="closed"),
+]
 
 
-@pytest.mark.parametrize("said", GARBAGE_SERVERS, ids=range(len(GARBAGE_SERVERS)))
-def test_a_server_that_answers_garbage_is_told_in_a_line(
-    names: str, tmp_path: pathlib.Path, said: bytes
+@pytest.mark.parametrize(("said", "told"), GARBAGE_SERVERS)
+def test_a_server_that_answers_garbage_is_reported_in_one_line(
+    names: str, tmp_path: pathlib.Path, said: bytes, told: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         env = {**os.environ, "PROXY_URL": f"http://127.0.0.1:{listener.getsockname()[1]}"}
@@ -1616,15 +3132,19 @@ def test_a_server_that_answers_garbage_is_told_in_a_line(
         connection = listener.accept()[0]
         connection.recv(1000)
         connection.sendall(said)
-        with contextlib.suppress(OSError):  # the shell may have gone already
+        # The shell may have exited already.
+        with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_WR)
         out, err = process.communicate(timeout=20)
         connection.close()
-    assert (process.returncode, out, err.count(b"\n")) == (125, b"", 1)
-    assert GARBAGE_SERVERS[said].encode() in err
+
+    assert process.returncode == 125
+    assert out == b""
+    assert err.count(b"\n") == 1
+    assert told.encode() in err
 
 
-def test_a_server_that_never_answers_is_given_up_after_ten_seconds(
+def test_the_shell_gives_up_after_ten_seconds_without_an_answer(
     wedged: tuple[subprocess.Popen[bytes], dict[str, str], float], names: str
 ) -> None:
     process, env, started = wedged
@@ -1654,12 +3174,14 @@ def test_a_server_that_never_answers_is_given_up_after_ten_seconds(
         pytest.param("http://h?a=b", "a path behind 'h', expected http://HOST", id="query"),
     ],
 )
-def test_a_wrong_address_is_told(names: str, url: str, said: str) -> None:
+def test_a_wrong_address_is_reported_in_one_line(names: str, url: str, said: str) -> None:
     words = [sys.executable, f"{names}/sh", "-c", "echo no"]
     done = subprocess.run(
         words, env={**os.environ, "PROXY_URL": url}, capture_output=True, text=True, timeout=20
     )
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (125, "", 1)
+    assert done.returncode == 125
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
     assert said in done.stderr
 
 
@@ -1686,11 +3208,12 @@ def test_a_password_in_the_address_is_never_shown(names: str, url: str) -> None:
     assert "expected http://HOST:PORT" in done.stderr
 
 
-def test_the_token_is_sent_and_a_refusal_told(own: Callable[..., Proxy], names: str) -> None:
+def test_the_shell_sends_the_token_and_reports_a_refusal(own: StartServer, names: str) -> None:
     engine = Caller(own(POCKETCODER_TOKEN="t0k"), names)
     assert engine.run("-c", "echo in")[:2] == (0, b"in\n")
     code, out, err = engine.run("-c", "echo in", env={"POCKETCODER_TOKEN": "wrong"})
-    assert (code, out) == (125, b"")
+    assert code == 125
+    assert out == b""
     assert b"401" in err
     assert b"POCKETCODER_TOKEN" in err
 
@@ -1725,12 +3248,14 @@ def test_programs_use_it_as_their_shell(engine: Caller) -> None:
         "git -c alias.x='!sh -c '\\''echo alias $POCKETCODER_AGENT \"$@\"'\\'' --' x argument"
     )
     programs["git"] = (["/bin/bash", "-c", git], "hook engine\nalias engine argument\n")
+
     for program, (words, said) in programs.items():
         if program == "python" or shutil.which(program):
             done = subprocess.run(
                 words, cwd=here, env=engine.env | path, capture_output=True, text=True, timeout=30
             )
             assert done.stdout == said, (program, done.stderr)
+
     pipe = subprocess.run(
         ["/bin/bash", "-c", f"{shell} -c yes | head -1; echo ${{PIPESTATUS[0]}}"],
         env=engine.env | path,
@@ -1757,7 +3282,7 @@ def test_many_shells_at_once_do_not_mix(engine: Caller) -> None:
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-def test_any_word_is_quoted_so_that_bash_gives_it_back(locale: str) -> None:
+def test_any_quoted_word_comes_back_from_bash(locale: str) -> None:
     dice = random.Random(1)
     for _ in range(2 * FUZZ):
         given = [dice.randbytes(dice.randrange(9)).replace(b"\0", b"") for _ in range(300)]
@@ -1861,32 +3386,38 @@ COMMANDS += [
 ]
 
 
-def test_any_list_of_arguments_means_what_it_means_to_bash(tmp_path: pathlib.Path) -> None:
+def test_any_list_of_arguments_means_the_same_to_bash(tmp_path: pathlib.Path) -> None:
     dice = random.Random(3)
     (tmp_path / "std0").write_text(f"{COMMANDS[0]}\nread y; echo $y\nnext\n")
     (tmp_path / "script.sh").write_text(f"{COMMANDS[1]}\nread y; echo $y; {COMMANDS[0]}")
     cases = []
+
     for _ in range(60 * FUZZ):
         cases.append(dice.choices(OPTION_WORDS, k=dice.randrange(4)))
         cases[-1] += [
             dice.choice([dice.choice(COMMANDS), words(dice)]) for _ in range(dice.randrange(4))
         ]
+
     sent = [argv for argv, _, _ in in_the_shell("[arguments_of(case)]", cases, tmp_path)]
     script = f"cd {tmp_path}\n"
     for number, (case, argv) in enumerate(zip(cases, sent, strict=True)):
-        if len(argv) == 2:  # refused
+        # Our side refuses these words.
+        if len(argv) == 2:
             continue
         request = pp.ExecRequest(cmd=pp.command_text(argv[0]), argv=tuple(argv[0]))
         there, _ = pp.bash_command(request, "/bin/bash")
+
         for name, called in (
             (f"here.{number}", ["-a", "bash", "/bin/bash", *case]),
             (f"there.{number}", there),
         ):
             script += f"(exec {' '.join(map(pp.quote, called))}) <std0 >{name} 2>{name}.err\n"
             script += f"echo $? >>{name}\n"
+
     subprocess.run(
         ["bash"], input=os.fsencode(script), env={**os.environ, "HOME": str(tmp_path)}, check=True
     )
+
     for number, (case, argv) in enumerate(zip(cases, sent, strict=True)):
         if len(argv) == 2:
             assert argv[1] in (1, 126, 127), (case, argv)
@@ -1900,7 +3431,11 @@ def test_any_list_of_arguments_means_what_it_means_to_bash(tmp_path: pathlib.Pat
 def server_frame(data: bytes, opcode: int = 0x82, width: int = 0) -> bytes:
     """A WebSocket frame of a server; `width`: bytes of its length, if it is long."""
     width = max(width, 0 if len(data) < 126 else 2)
-    size = {0: bytes([len(data) & 127]), 2: b"\x7e", 8: b"\x7f"}[width]
+    size = {
+        0: bytes([len(data) & 127]),
+        2: b"\x7e",
+        8: b"\x7f",
+    }[width]
     return bytes([opcode]) + size + (len(data).to_bytes(width, "big") if width else b"") + data
 
 
@@ -1914,14 +3449,16 @@ FINALS: list[tuple[str, Any]] = [
 ]
 
 
-def test_an_end_that_makes_no_sense_is_a_status_and_a_line_too(tmp_path: pathlib.Path) -> None:
+def test_a_final_message_that_makes_no_sense_is_a_status_and_one_line(
+    tmp_path: pathlib.Path,
+) -> None:
     (tmp_path / "std0").touch()
     got = in_the_shell("Bridge('u').end(case.encode())", [final for final, _ in FINALS], tmp_path)
     short = [[each[0][:12], each[1]] if isinstance(each, list) else each for each, _, _ in got]
     assert short == [told for _, told in FINALS]
 
 
-def test_whatever_a_server_sends_the_shell_ends_with_a_status_and_a_line(
+def test_whatever_a_server_sends_the_shell_exits_with_a_status_and_one_line(
     tmp_path: pathlib.Path,
 ) -> None:
     dice = random.Random(4)
@@ -1938,6 +3475,7 @@ def test_whatever_a_server_sends_the_shell_ends_with_a_status_and_a_line(
     ]
     hello = f"HTTP/1.1 101 x\r\nSec-WebSocket-Accept: {pp.WS_ACCEPT.decode()}\r\n\r\n".encode()
     said = []
+
     for _ in range(100 * FUZZ):
         frames = hello
         for _ in range(dice.randrange(4)):
@@ -1948,12 +3486,12 @@ def test_whatever_a_server_sends_the_shell_ends_with_a_status_and_a_line(
             data = bytes([dice.choice((1, 2, 2, dice.randrange(256)))]) + dice.randbytes(
                 dice.randrange(300)
             )
-            kind, width = (
-                dice.choice((0x82, 0x82, 0x82, dice.randrange(256))),
-                dice.choice((0, 0, 2, 8)),
-            )
+            kind = dice.choice((0x82, 0x82, 0x82, dice.randrange(256)))
+            width = dice.choice((0, 0, 2, 8))
             frames += server_frame(dice.choice((final, data)), kind, width)
+
         said.append(spoil(dice, frames) if dice.random() < 0.5 else frames)
+
     with socket.create_server(("127.0.0.1", 0), backlog=5) as listener:
 
         def serve() -> None:
@@ -1970,10 +3508,12 @@ def test_whatever_a_server_sends_the_shell_ends_with_a_status_and_a_line(
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         got = in_the_shell("run_shell(['-c', 'x'])", [None] * len(said), tmp_path, PROXY_URL=url)
         serving.result(60.0 * FUZZ)
+
     for each, (status, out, err) in zip(said, got, strict=True):
         assert type(status) is int, (status, each)
         assert 0 <= status <= 255, (status, each)
-        if b"\x02" not in each and not out:  # what it says is its own
+        # Without a failure, stderr holds at most one line, from the shell itself.
+        if b"\x02" not in each and not out:
             assert err.count("\n") <= 1, (err, each)
             assert err or status != 125 or b'"error":"' in each, each
 
@@ -1982,94 +3522,129 @@ def test_whatever_a_server_sends_the_shell_ends_with_a_status_and_a_line(
 # Wire types
 # ==========================================================================
 SURROGATE = b'"\\ud800"'
-BAD_BODIES: list[tuple[bytes, str]] = [
-    (b"", "body"),
-    (b"{", "body"),
-    (b"\xff\xfe{}", "body"),
-    (b"[" * 100_000, "body"),
-    (b"[]", "body"),
-    (b'"ls"', "body"),
-    (b"9" * 5000, "body"),
-    (b"{}", "cmd"),
-    (b'{"cmd": null}', "cmd"),
-    (b'{"cmd": ""}', "cmd"),
-    (b'{"cmd": 7}', "cmd"),
-    (b'{"cmd": ["ls"]}', "cmd"),
-    (b'{"cmd": "a\\u0000b"}', "cmd"),
-    (b'{"cmd": %s}' % SURROGATE, "cmd"),
-    (b'{"cmd": "%s"}' % (b"x" * (8 * 1024 * 1024 + 1)), "cmd"),
-    *[
-        (b'{"cmd": "true", "cwd": %s}' % value, "cwd")
-        for value in (b"3", b'"a\\u0000"', b'"nowhere"', b'".."', b'"/"')
-    ],
-    *[
-        (b'{"cmd": "true", "agent_name": %s}' % v, "agent_name")
-        for v in (b'""', b'"a b"', b'"-a"', b'"a:b"', b"null")
-    ],
-    (b'{"cmd": "true", "agent_name": "%s"}' % (b"a" * 65), "agent_name"),
-    (b'{"cmd": "true", "agent_name": "a\\n"}', "agent_name"),
-    *[
-        (b'{"cmd": "true", "usage_id": %s}' % value, "usage_id")
-        for value in (b"1", b'"\\u0000"', SURROGATE)
-    ],
-    *[
-        (b'{"cmd": "true", "session_id": %s}' % value, "session_id")
-        for value in (b"{}", b'"\\u0000"')
-    ],
-    *[
-        (b'{"cmd": "true", "timeout": %s}' % value, "timeout")
-        for value in (
-            b"0",
-            b"-1",
-            b"86401",
-            b"true",
-            b"null",
-            b'"5"',
-            b"NaN",
-            b"Infinity",
-            b"1e999",
-            b"9" * 400,
+
+
+def wrong_values(field: str, values: dict[str, bytes]) -> list[Any]:
+    """A case for each value of a field; its key stands in the id."""
+    return [
+        pytest.param(
+            b'{"cmd": "true", "%s": %s}' % (field.encode(), value), field, id=f"{field}-{name}"
         )
-    ],
-    *[(b'{"cmd": "true", "stdin": %s}' % value, "stdin") for value in (b"1", b"[]", SURROGATE)],
-    *[
-        (b'{"cmd": "true", "env": %s}' % value, "env")
-        for value in (
-            b"[]",
-            b"null",
-            b'{"A": 1}',
-            b'{"": "x"}',
-            b'{"A=B": "x"}',
-            b'{"A": "\\u0000"}',
-        )
-    ],
-    (b'{"cmd": "true", "env": {"A": "%s"}}' % (b"x" * 200_000), "env"),
-    (
-        b'{"cmd": "true", "env": {%s}}'
-        % b",".join(b'"A%d": "%s"' % (i, b"x" * 60_000) for i in range(12)),
-        "env",
+        for name, value in values.items()
+    ]
+
+
+BAD_BODIES = [
+    pytest.param(b"", "body", id="body-empty"),
+    pytest.param(b"{", "body", id="body-half-an-object"),
+    pytest.param(b"\xff\xfe{}", "body", id="body-no-utf-8"),
+    pytest.param(b"[" * 100_000, "body", id="body-deep"),
+    pytest.param(b"[]", "body", id="body-list"),
+    pytest.param(b'"ls"', "body", id="body-text"),
+    pytest.param(b"9" * 5000, "body", id="body-long-number"),
+    pytest.param(b"{}", "cmd", id="cmd-missing"),
+    pytest.param(b'{"cmd": null}', "cmd", id="cmd-null"),
+    pytest.param(b'{"cmd": ""}', "cmd", id="cmd-empty"),
+    pytest.param(b'{"cmd": 7}', "cmd", id="cmd-number"),
+    pytest.param(b'{"cmd": ["ls"]}', "cmd", id="cmd-list"),
+    pytest.param(b'{"cmd": "a\\u0000b"}', "cmd", id="cmd-nul"),
+    pytest.param(b'{"cmd": %s}' % SURROGATE, "cmd", id="cmd-half-a-character"),
+    pytest.param(b'{"cmd": "%s"}' % (b"x" * (8 * 1024 * 1024 + 1)), "cmd", id="cmd-too-long"),
+    *wrong_values(
+        "cwd",
+        {
+            "number": b"3",
+            "nul": b'"a\\u0000"',
+            "no-such-directory": b'"nowhere"',
+            "above": b'".."',
+            "root": b'"/"',
+        },
     ),
-    *[
-        (b'{"cmd": "true", "max_output": %s}' % value, "max_output")
-        for value in (b"0", b"-5", b"true", b"1.5", b"null", b"67108865", b'"9"')
-    ],
+    *wrong_values(
+        "agent_name",
+        {
+            "empty": b'""',
+            "blank": b'"a b"',
+            "option": b'"-a"',
+            "colon": b'"a:b"',
+            "null": b"null",
+            "too-long": b'"%s"' % (b"a" * 65),
+            "newline": b'"a\\n"',
+        },
+    ),
+    *wrong_values(
+        "usage_id",
+        {
+            "number": b"1",
+            "nul": b'"\\u0000"',
+            "half-a-character": SURROGATE,
+        },
+    ),
+    *wrong_values("session_id", {"object": b"{}", "nul": b'"\\u0000"'}),
+    *wrong_values(
+        "timeout",
+        {
+            "zero": b"0",
+            "negative": b"-1",
+            "too-long": b"86401",
+            "true": b"true",
+            "null": b"null",
+            "text": b'"5"',
+            "nan": b"NaN",
+            "infinity": b"Infinity",
+            "out-of-range": b"1e999",
+            "long-number": b"9" * 400,
+        },
+    ),
+    *wrong_values(
+        "stdin",
+        {
+            "number": b"1",
+            "list": b"[]",
+            "half-a-character": SURROGATE,
+        },
+    ),
+    *wrong_values(
+        "env",
+        {
+            "list": b"[]",
+            "null": b"null",
+            "value-number": b'{"A": 1}',
+            "name-empty": b'{"": "x"}',
+            "name-with-an-equals-sign": b'{"A=B": "x"}',
+            "value-nul": b'{"A": "\\u0000"}',
+            "value-too-long": b'{"A": "%s"}' % (b"x" * 200_000),
+            "too-long": b"{%s}" % b",".join(b'"A%d": "%s"' % (i, b"x" * 60_000) for i in range(12)),
+        },
+    ),
+    *wrong_values(
+        "max_output",
+        {
+            "zero": b"0",
+            "negative": b"-5",
+            "true": b"true",
+            "fraction": b"1.5",
+            "null": b"null",
+            "too-large": b"67108865",
+            "text": b'"9"',
+        },
+    ),
 ]
 
 
-@pytest.mark.parametrize(("body", "field"), BAD_BODIES, ids=range(len(BAD_BODIES)))
+@pytest.mark.parametrize(("body", "field"), BAD_BODIES)
 def test_bad_input_is_a_400_that_names_the_field(proxy: Proxy, body: bytes, field: str) -> None:
     status, answer = proxy.post(body)
-    assert (status, answer["exit_code"]) == (400, 2)
+    assert status == 400
+    assert answer["exit_code"] == 2
     assert field in answer["error"]
     assert "expected" in answer["error"]
     assert len(answer["error"]) < 500
 
 
 def test_unknown_fields_are_ignored(proxy: Proxy, agent: str) -> None:
-    assert (
-        proxy.exec("echo ok", agent_name=agent, unknown={"x": [1]}, nan=float("nan"))["stdout"]
-        == "ok\n"
-    )
+    answer = proxy.exec("echo ok", agent_name=agent, unknown={"x": [1]}, nan=float("nan"))
+    assert answer["stdout"] == "ok\n"
 
 
 ARGV = [
@@ -2086,11 +3661,17 @@ ARGV = [
 
 
 @pytest.mark.parametrize(("argv", "said"), ARGV)
-def test_arguments_of_bash_are_run_in_place_of_a_command(
+def test_arguments_of_bash_run_in_place_of_a_command(
     proxy: Proxy, agent: str, argv: list[str], said: str
 ) -> None:
     script = "echo from stdin $1" if argv[:1] in ([], ["-s"]) else None
-    status, answer = proxy.post({"argv": argv, "stdin": script, "agent_name": agent})
+    status, answer = proxy.post(
+        {
+            "argv": argv,
+            "stdin": script,
+            "agent_name": agent,
+        }
+    )
     assert status == 200
     assert answer["stdout"] == said
     assert answer["exit_code"] == 0
@@ -2117,14 +3698,14 @@ def test_wrong_arguments_of_bash_are_refused(proxy: Proxy, fields: dict[str, Any
     assert len(answer["error"]) < 500
 
 
-@pytest.mark.parametrize("stdin", [None, ""])
+@pytest.mark.parametrize("stdin", [None, ""], ids=["null", "empty"])
 def test_an_empty_stdin_is_dev_null(proxy: Proxy, agent: str, stdin: str | None) -> None:
     answer = proxy.exec("readlink /proc/self/fd/0", stdin=stdin, agent_name=agent)
     assert answer["stdout"] == "/dev/null\n"
 
 
 @pytest.mark.parametrize("cwd", ["turn", "./turn/", "turn/../turn", "{workspace}/turn"])
-def test_a_directory_is_entered_by_its_name(proxy: Proxy, agent: str, cwd: str) -> None:
+def test_a_directory_is_entered_under_the_name_given(proxy: Proxy, agent: str, cwd: str) -> None:
     os.makedirs(f"{proxy.workspace}/far/away", exist_ok=True)
     if not os.path.islink(f"{proxy.workspace}/turn"):
         os.symlink("far/away", f"{proxy.workspace}/turn")
@@ -2134,7 +3715,7 @@ def test_a_directory_is_entered_by_its_name(proxy: Proxy, agent: str, cwd: str) 
     assert answer["stdout"] == f"{proxy.workspace}/turn\n{proxy.workspace}\n"
 
 
-def test_a_way_back_by_the_name_cannot_leave_the_workspace(proxy: Proxy) -> None:
+def test_going_up_by_name_cannot_leave_the_workspace(proxy: Proxy) -> None:
     os.makedirs(f"{proxy.workspace}/far/away/deep", exist_ok=True)
     if not os.path.islink(f"{proxy.workspace}/down"):
         os.symlink("far/away/deep", f"{proxy.workspace}/down")
@@ -2143,23 +3724,25 @@ def test_a_way_back_by_the_name_cannot_leave_the_workspace(proxy: Proxy) -> None
     assert "inside the workspace" in answer["error"]
 
 
-def test_the_seed_names_can_be_used_as_before() -> None:
+def test_the_names_of_the_original_module_still_work() -> None:
     assert pp.default_agent_name() == "poco"
     request = pp.ExecRequest(cmd="ls", cwd="", usage_id=None, session_id=None, agent_name="poco")
-    assert (request.timeout, request.max_output) == (300, 1024 * 1024)
+    assert request.timeout == 300
+    assert request.max_output == 1024 * 1024
     assert pp.CommandResult(output="x", exit_code=0).ended == "exit"
-    assert (
-        pp.ExecResponse(stdout="x", exit_code=0, error=None).to_wire()
-        == '{"stdout":"x","exit_code":0}'
-    )
+    response = pp.ExecResponse(stdout="x", exit_code=0, error=None)
+    assert response.to_wire() == '{"stdout":"x","exit_code":0}'
+
     driver = pp.PocketCoderDriver("/nowhere/at/all", "pocketcoder")
-    assert (driver.socket_path, driver.session_name) == ("/nowhere/at/all", "pocketcoder")
+    assert driver.socket_path == "/nowhere/at/all"
+    assert driver.session_name == "pocketcoder"
     assert pp.AppState(sessions=pp.SessionMap(), driver=driver).driver is driver
     assert pp.McpQuery(session_id=None).session_id is None
     assert {name for name in pp.__all__ if not hasattr(pp, name)} == set()
 
 
-FIELDS: dict[str, tuple[Any, ...]] = {  # and what they may be
+# The fields of a request, and values that each may have.
+FIELDS: dict[str, tuple[Any, ...]] = {
     "cmd": ("true", "x" * 100),
     "cwd": ("", ".", "sub", "../..", "/", "sub/../sub", "x" * 300),
     "usage_id": ("u", "\n"),
@@ -2172,11 +3755,15 @@ FIELDS: dict[str, tuple[Any, ...]] = {  # and what they may be
 }
 
 
-def test_whatever_the_body_is_it_is_a_request_as_promised_or_refused(
+def test_any_body_becomes_a_valid_request_or_is_refused(
     tmp_path: pathlib.Path,
 ) -> None:
-    dice, workspace, taken, said = random.Random(5), str(tmp_path), 0, set[str]()
+    dice = random.Random(5)
+    workspace = str(tmp_path)
+    taken = 0
+    said = set[str]()
     (tmp_path / "sub").mkdir()
+
     for _ in range(3000 * FUZZ):
         fields = {"cmd": "true"} if dice.random() < 0.9 else {}
         fields |= {
@@ -2185,11 +3772,13 @@ def test_whatever_the_body_is_it_is_a_request_as_promised_or_refused(
         body = json.dumps(fields if dice.random() < 0.95 else junk(dice, fields)).encode()
         if dice.random() < 0.3:
             body = spoil(dice, body)
+
         try:
             got = pp.ExecRequest.from_wire(body, workspace)
         except pp.BadMessage as refused:
             said.add(str(refused))
             continue
+
         taken += 1
         texts = [got.cmd, got.cwd, got.agent_name, *got.env, *got.env.values()]
         texts += [text for text in (got.usage_id, got.session_id) if text is not None]
@@ -2207,14 +3796,108 @@ def test_whatever_the_body_is_it_is_a_request_as_promised_or_refused(
         assert type(got.max_output) is int, body
         assert 1 <= got.max_output <= 64 * 1024 * 1024, body
         assert not any(name == "" or "=" in name for name in got.env), body
+
     assert taken > 500 * FUZZ
     assert [text for text in said if "expected" not in text or len(ascii(text)) > 800] == []
+
+
+def test_unknown_fields_are_named_in_the_answer(proxy: Proxy, agent: str) -> None:
+    answer = proxy.exec("true", agent_name=agent, agent="x", time_out=3)
+    assert answer["ignored"] == ["agent", "time_out"]
+    many = {f"field{number}" + "x" * 100: 0 for number in range(1000)}
+    assert len(proxy.exec("true", agent_name=agent, **many)["ignored"]) == pp.MAX_IGNORED
+    assert proxy.exec("true", agent_name=agent, ignored=["cmd"])["ignored"] == ["ignored"]
+    assert "ignored" not in proxy.exec("true", agent_name=agent)
+
+
+# ==========================================================================
+# Processes
+# ==========================================================================
+TREES = [
+    "sleep 60",
+    "trap '' TERM; sleep 60 & sleep 60; sleep 60",
+    "setsid sleep 60; sleep 60",
+    "(setsid sleep 60 &) ; (trap '' TERM HUP; exec setsid sleep 60) & sleep 60",
+    "env -i sleep 60",
+    "(env -i setsid -f sleep 60); sleep 60",
+]
+
+
+@pytest.mark.slow
+def test_a_timeout_ends_the_whole_tree(proxy: Proxy, agent: str) -> None:
+    def end(number: int) -> None:
+        name = f"{agent}-{number}"
+        started = time.monotonic()
+        answer = proxy.exec(f"echo before; {TREES[number]}", agent_name=name, timeout=0.3)
+        assert answer["ended"] == "timeout"
+        assert answer["exit_code"] == 124
+        assert answer["stdout"][:7] == "before\n"
+        assert "0.3 s" in answer["error"]
+        assert 0.3 <= time.monotonic() - started < 10
+        wait_until_gone(f"POCKETCODER_RUN_ID={answer['run_id']}")
+        assert proxy.exec("echo next", agent_name=name)["stdout"] == "next\n"
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(end, range(len(TREES))))
+
+
+@pytest.mark.slow
+def test_ending_one_run_does_not_harm_the_next_ones(proxy: Proxy, agent: str) -> None:
+    def follow(number: int) -> list[tuple[int, str]]:
+        name = f"{agent}-{number}"
+        assert proxy.exec("sleep 30", agent_name=name, timeout=0.2)["ended"] == "timeout"
+        # Enough commands to last beyond the last step of the ladder.
+        count = 26 // number
+        answers = [
+            proxy.exec(f"sleep {0.1 * number}; echo ok", agent_name=name) for _ in range(count)
+        ]
+        return [(answer["exit_code"], answer["stdout"]) for answer in answers]
+
+    with ThreadPoolExecutor(4) as pool:
+        for answers in pool.map(follow, range(1, 5)):
+            assert set(answers) == {(0, "ok\n")}
+
+
+def test_a_command_may_clean_up_after_its_timeout(proxy: Proxy, agent: str) -> None:
+    answer = proxy.exec(
+        "trap 'echo clean; exit 5' TERM; sleep 60 & wait", agent_name=agent, timeout=0.3
+    )
+    assert answer["stdout"] == "clean\n"
+    assert answer["exit_code"] == 124
+    assert answer["ended"] == "timeout"
+
+
+def test_a_command_that_stops_itself_is_ended(proxy: Proxy, agent: str) -> None:
+    answer = proxy.exec("kill -STOP $$; sleep 60", agent_name=agent)
+    assert answer["exit_code"] == 128 + signal.SIGSTOP
+    assert answer["ended"] == "exit"
+    wait_until_gone(f"POCKETCODER_RUN_ID={answer['run_id']}")
+
+
+@pytest.mark.slow
+def test_starting_a_child_needs_no_thread(warm: StartServer) -> None:
+    server = warm("--mcp-server", "none=false")
+    size = status_bytes(server.process.pid, "VmSize")
+    # A thread's stack takes 8 MiB.
+    with limited(server.process, resource.RLIMIT_AS, size + 4 * pp.MIB):
+        answer = mcp(server, request("initialize", INITIALIZE), path="/servers/none/mcp")[2]
+        assert "before it answered" in answer["error"]["message"]
+
+        server.tmux("kill-server")
+        assert server.exec("echo ok")["stdout"] == "ok\n"
+
+
+def test_a_command_cannot_hide_under_another_name(proxy: Proxy, agent: str) -> None:
+    escape = "(setsid sleep 77.75 >/dev/null 2>&1 </dev/null &); sleep 9"
+    env = {"POCKETCODER_RUN_ID": "fake"}
+    assert proxy.exec(escape, agent_name=agent, timeout=0.3, env=env)["ended"] == "timeout"
+    wait_until_gone("sleep\x0077.75")
 
 
 # ==========================================================================
 # Tmux
 # ==========================================================================
-def test_words_reach_tmux_as_they_are(proxy: Proxy) -> None:
+def test_words_reach_tmux_unchanged(proxy: Proxy) -> None:
     async def there_and_back(word: str) -> list[str]:
         tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", [])
         try:
@@ -2237,7 +3920,7 @@ def test_words_reach_tmux_as_they_are(proxy: Proxy) -> None:
         assert asyncio.run(there_and_back(word)) == [word]
 
 
-def test_a_refused_command_is_an_error_with_what_tmux_said(proxy: Proxy) -> None:
+def test_a_refused_command_raises_an_error_with_the_words_of_tmux(proxy: Proxy) -> None:
     async def ask() -> None:
         tmux = await pp.Tmux.connect(proxy.socket, "pocketcoder", [])
         try:
@@ -2251,7 +3934,7 @@ def test_a_refused_command_is_an_error_with_what_tmux_said(proxy: Proxy) -> None
     asyncio.run(ask())
 
 
-def test_a_lost_connection_fails_every_question_at_once(
+def test_a_lost_connection_fails_every_pending_command_at_once(
     proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def ask() -> None:
@@ -2263,10 +3946,11 @@ def test_a_lost_connection_fails_every_question_at_once(
                 await tmux.ask("display-message", "-p", "x")
 
     asyncio.run(ask())
-    assert not caplog.records  # nothing was written to what is closed
+    # Nothing was written to a closed connection.
+    assert not caplog.records
 
 
-def test_replies_of_tmux_are_the_same_however_they_are_cut() -> None:
+def test_replies_of_tmux_are_read_the_same_however_they_are_cut() -> None:
     dice = random.Random(6)
     lines = [
         "",
@@ -2283,26 +3967,31 @@ def test_replies_of_tmux_are_the_same_however_they_are_cut() -> None:
     async def read(pieces: list[bytes], count: int) -> Any:
         told: list[int] = []
         tmux = pp.Tmux("s", lambda: told.append(tmux.notices))
-        tmux.replies.extend(replies := [tmux.loop.create_future() for _ in range(count)])
+        replies = [tmux.loop.create_future() for _ in range(count)]
+        tmux.replies.extend(replies)
         for piece in pieces:
             tmux.pipe_data_received(1, piece)
-        assert told[-1:] == [tmux.notices][: bool(told)]
+        if told:
+            assert told[-1] == tmux.notices
         assert tmux.attached.result() == ["attached"]
+
         return tmux.notices, tmux.unread, [reply.exception() or reply.result() for reply in replies]
 
     async def check() -> None:
         for _ in range(50 * FUZZ):
-            wrote, expected, notices = "%begin 1 1 0\nattached\n%end 1 1 0\n", [], 0
+            wrote = "%begin 1 1 0\nattached\n%end 1 1 0\n"
+            expected = []
+            notices = 0
+
             for number in range(dice.randrange(5)):
                 for _ in range(dice.randrange(3)):
                     wrote += dice.choice(
                         ["%window-add @1\n", "%session-changed $1 é\n", "\n", "noise\n"]
                     )
                     notices += 1
-                reply, end = (
-                    dice.choices(lines, k=dice.randrange(4)),
-                    dice.choice(["%end", "%error"]),
-                )
+
+                reply = dice.choices(lines, k=dice.randrange(4))
+                end = dice.choice(["%end", "%error"])
                 expected.append(
                     (
                         end,
@@ -2315,10 +4004,13 @@ def test_replies_of_tmux_are_the_same_however_they_are_cut() -> None:
                 wrote += "".join(
                     f"{line}\n" for line in (f"%begin 9 {number} 1", *reply, f"{end} 9 {number} 1")
                 )
+
             data = (wrote + dice.choice(["", "%begin", "%beg"])).encode(errors="surrogateescape")
             for pieces in cuts(dice, data):
                 seen, unread, replies = await read(pieces, len(expected))
-                assert (seen, unread) == (notices, data.rpartition(b"\n")[2]), pieces
+                assert seen == notices, pieces
+                assert unread == data.rpartition(b"\n")[2], pieces
+
                 for (end, reply), got in zip(expected, replies, strict=True):
                     assert (
                         str(got) == f"tmux: {' '.join(reply)}" if end == "%error" else got == reply
@@ -2327,251 +4019,149 @@ def test_replies_of_tmux_are_the_same_however_they_are_cut() -> None:
     asyncio.run(check())
 
 
-# ==========================================================================
-# Execution Driver
-# ==========================================================================
-def lines(*commands: str) -> str:
-    return "\n".join(commands)
+@pytest.mark.slow
+def test_every_caller_learns_at_once_that_tmux_does_not_answer(warm: StartServer) -> None:
+    server = warm()
+    tmux = server.tmux_pid()
+    os.kill(tmux, signal.SIGSTOP)
+    begun = time.monotonic()
+    calls = [
+        Background(partial(server.post, {"cmd": "true", "agent_name": f"a{number}"}))
+        for number in range(8)
+    ]
+    for call in calls:
+        status, answer = call.result()
+        assert status == 503
+        assert "no answer within 5 s" in answer["error"]
+
+    assert time.monotonic() - begun < 20  # seconds, of which it took eight callers 40 and more
+    assert server.status("GET", "/health") == 200
+    os.kill(tmux, signal.SIGCONT)
+    eventually(lambda: server.post({"cmd": "true"})[0] == 200, 10)
 
 
-ALIKE = [  # what bash -c does, the sandbox does
-    "echo hi; exit 3",
-    "printf 'no newline'",
-    "printf 'a\\n\\n\\nb\\n\\n'",
-    "echo out; echo err >&2; echo out",
-    "true",
-    "false",
-    "exit 255",
-    "nosuchcommand",
-    "if then",
-    "kill -KILL $$",
-    "kill -TERM $$",
-    "kill -INT $$",
-    "kill -HUP $$; sleep 1",
-    "(exit 139); echo $?",
-    "cat",
-    "cat | wc -c",
-    'read x; echo "$? [$x]"',
-    'echo $0 $# "$@"',
-    "echo $-",
-    "shopt expand_aliases login_shell",
-    "ls /proc/$$/fd",
-    "[ -t 0 ] || [ -t 1 ] || [ -t 2 ] || echo no tty",
-    "set -e; false; echo never",
-    "trap 'echo bye' EXIT; exit 4",
-    "cd /; pwd; export X=1; X=2; alias ls=echo; exit 1",
-    "echo 'single' \"double $((1+1))\" `echo back` $(echo dollar) \\\\ \\$ '!' !x ~nobody # comment",
-    "cat <<'E'\nhere $x `y`\nE",
-    "cat <<E\nlast line without newline\nE",
-    "echo a\\\nb; echo 'c\nd'",
-    "printf '\\001\\002\\177\\033[31m\\r\\n\\200\\377'",
-    "echo é ü 漢字 🙂",
-    "x='\x01\x7f\x1b\r\t'; printf %s \"$x\" | od -c",
-    "seq 1 5000",
-    "head -c 300000 /dev/zero | tr '\\0' x",
-    "sleep 0.05 & wait; echo $?",
-    "echo $BASH_SUBSHELL $SHLVL >/dev/null; ulimit -n",
-    "umask; bash -c 'exit 9'",
-    "exec echo replaced",
-    "kill -STOP $BASHPID & sleep 0.1; kill -CONT %1 2>/dev/null; echo done",
-    "f() { return 7; }; f",
-    "yes | head -3; echo ${PIPESTATUS[*]}",
-    "printf '%s\\n' {1..3}; [[ a == a* ]] && echo bash",
-    'echo "$(yes x | head -c 140000 | wc -c)"',
-    "#" + "x" * 200_000 + "\necho long",
-    "echo '" + "é'\"'" * 40_000 + "' | wc -c; exit 6",
+# user, owner and mode of the directory, owner of the socket; whether it is sound
+PLACES = [
+    pytest.param(0, 0, 0o700, 0, True, id="root-private"),
+    # The terminals are a worker's.
+    pytest.param(0, 7, 0o755, 7, True, id="root-private-of-a-worker"),
+    # Also through his group.
+    pytest.param(0, 0, 0o2770, 7, True, id="root-group-of-a-worker"),
+    pytest.param(0, 0, 0o1777, 0, True, id="root-sticky"),
+    pytest.param(0, 7, 0o1777, 7, True, id="root-sticky-socket-of-the-owner"),
+    pytest.param(0, 0, 0o1777, 7, False, id="root-sticky-socket-of-a-stranger"),
+    pytest.param(0, 0, 0o777, 0, True, id="root-writable"),
+    pytest.param(0, 7, 0o777, 7, False, id="root-writable-of-a-worker"),
+    pytest.param(7, 7, 0o700, None, True, id="own-private-no-socket"),
+    pytest.param(7, 7, 0o775, 7, True, id="own-group"),
+    pytest.param(7, 0, 0o1777, None, True, id="sticky-of-root-no-socket"),
+    pytest.param(7, 0, 0o1777, 7, True, id="sticky-of-root-own-socket"),
+    pytest.param(7, 0, 0o755, 0, True, id="closed-of-root"),
+    pytest.param(7, 0, 0o1777, 8, False, id="sticky-of-root-socket-of-a-stranger"),
+    pytest.param(7, 8, 0o700, None, False, id="private-of-a-stranger"),
+    pytest.param(7, 8, 0o1777, 7, False, id="sticky-of-a-stranger"),
+    pytest.param(7, 7, 0o777, 7, True, id="own-writable"),
 ]
 
 
-@pytest.mark.parametrize("cmd", ALIKE, ids=range(len(ALIKE)))
-def test_a_command_behaves_as_with_bash_c(proxy: Proxy, agent: str, cmd: str) -> None:
-    words = ["bash", "-c", cmd, "bash"]
-    if len(cmd) > 100_000:  # too long for an argument
-        words[2:] = ['eval "$(cat "$1")"', "bash", write(proxy, cmd)]
-    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    here = subprocess.run(words, stdin=subprocess.DEVNULL, cwd=proxy.workspace, check=False, **both)  # type: ignore[call-overload]
-    there = proxy.exec(cmd, agent_name="alike")
-    assert there["stdout"] == here.stdout.decode(errors="replace")
-    assert there["exit_code"] == (
-        here.returncode if here.returncode >= 0 else 128 - here.returncode
-    )
-    assert (there["ended"], there["truncated"], there.get("error")) == ("exit", False, None)
-    assert there["output_bytes"] == len(here.stdout)
-
-
-def write(proxy: Proxy, text: str) -> str:
-    path = pathlib.Path(proxy.folder, "script")
-    path.write_text(text)
-    return str(path)
-
-
-def test_the_answer_has_every_field_of_the_contract(proxy: Proxy, agent: str) -> None:
-    answer = proxy.exec("sleep 0.1; exit 2", agent_name=agent)
-    assert set(answer) == {
-        "stdout",
-        "exit_code",
-        "ended",
-        "truncated",
-        "output_bytes",
-        "duration_ms",
-        "waited_ms",
-        "run_id",
-    }
-    assert (
-        50 <= answer["duration_ms"] < 5000
-    )  # it counts from the report of the start, which may come late
-    assert answer["run_id"] != proxy.exec("true", agent_name=agent)["run_id"]
-
-
-def test_nothing_of_a_command_reaches_the_next(proxy: Proxy, agent: str) -> None:
-    proxy.exec(
-        "cd /; export LEAK=1; alias true=false; set -e; trap 'echo x' EXIT; exit 1",
-        agent_name=agent,
-    )
-    answer = proxy.exec('echo "${LEAK-none} $PWD"; true; echo $?', agent_name=agent)
-    assert answer["stdout"] == f"none {proxy.workspace}\n0\n"
-
-
-def test_the_pane_lends_its_exports_but_no_aliases_functions_or_descriptors(
-    proxy: Proxy, agent: str
+@pytest.mark.parametrize(("user", "owner", "mode", "socket_owner", "sound"), PLACES)
+def test_a_socket_a_stranger_could_have_made_is_refused(
+    user: int, owner: int, mode: int, socket_owner: int | None, sound: bool
 ) -> None:
-    proxy.exec("true", agent_name=agent)
-    proxy.type(
-        agent,
-        "export SHARED=yes; alias ls=false cd=false; ls() { false; }; cd() { false; }; exec 5</etc/passwd",
-        "Enter",
-    )
-    eventually(lambda: proxy.exec("echo $SHARED", agent_name=agent)["stdout"] == "yes\n")
-    answer = proxy.exec(
-        "ls -d /; type -t ls; ls /proc/self/fd | tr '\\n' ' '; pwd", agent_name=agent, cwd=""
-    )
-    assert answer["stdout"] == f"/\nfile\n0 1 2 3 {proxy.workspace}\n"
-    assert len(proxy.panes(agent)) == 1
+    if os.geteuid():
+        # Only root can try.
+        return
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="pc"))
+    (folder / "place").mkdir()
+    (folder / "link").symlink_to("place")
+
+    try:
+        os.chmod(folder, 0o755)
+        os.chown(folder / "place", owner, -1)
+        os.chmod(folder / "place", mode)
+        if socket_owner is not None:
+            (folder / "place/s").touch()
+            os.chown(folder / "place/s", socket_owner, -1)
+        os.chown(folder / "link", user, -1, follow_symlinks=False)
+        os.seteuid(user)
+
+        for name in ("place", "link"):
+            with (
+                contextlib.nullcontext()
+                if sound
+                else pytest.raises(pp.NoTerminal, match=f"{folder}/(place|{name})")
+            ):
+                pp.check_place(f"{folder}/{name}/s")
+
+        os.seteuid(0)
+        os.chown(folder / "link", 9, -1, follow_symlinks=False)
+        os.seteuid(user)
+        with pytest.raises(pp.NoTerminal, match="got user 9"):
+            pp.check_place(f"{folder}/link/s")
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(folder)
 
 
-def test_a_command_that_looks_like_an_option_is_none(proxy: Proxy, agent: str) -> None:
-    for cmd in ("-s", "-n; exit 127", "+x", "--version", "-" + " " * 200_000):
-        answer = proxy.exec(cmd, stdin="echo not a command", agent_name=agent)
-        assert (answer["exit_code"], "not found" in answer["stdout"]) == (127, True)
+def test_our_directory_gets_the_sticky_bit_if_open_to_all(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.chmod(tmp_path, 0o777)
+    pp.check_place(f"{tmp_path}/s")
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
+    assert f"{tmp_path}: any user could replace what is in it" in caplog.text
 
 
-def test_a_command_may_kill_its_own_shell_but_not_the_pane(proxy: Proxy, agent: str) -> None:
-    before = proxy.exec("echo x", agent_name=agent) and proxy.panes(agent)
-    assert proxy.exec("kill $$", agent_name=agent)["exit_code"] == 143
-    assert proxy.panes(agent) == before
+def test_our_directory_below_one_open_to_all_is_accepted_with_a_warning(
+    tmp_path: pathlib.Path,
+) -> None:
+    # As volumes of Kubernetes are.
+    os.chmod(tmp_path, 0o2777)
+    pp.check_place(f"{tmp_path}/own/s")
+    assert pp.open_above(f"{tmp_path}/own/s") == [str(tmp_path)]
+    os.chmod(tmp_path, 0o1777)
+    assert pp.open_above(f"{tmp_path}/own/s") == []
 
 
-def test_variables_say_what_runs_and_keep_programs_from_waiting(proxy: Proxy, agent: str) -> None:
-    names = "POCKETCODER_AGENT POCKETCODER_SESSION_ID POCKETCODER_USAGE_ID PAGER GIT_PAGER MANPAGER GIT_TERMINAL_PROMPT"
-    show = f"for n in {names} DEBIAN_FRONTEND; do echo ${{!n}}; done; echo $POCKETCODER_RUN_ID"
-    answer = proxy.exec(show, agent_name=agent, session_id="s 'x'", usage_id='u"$y')
-    expected = [
-        agent,
-        "s 'x'",
-        'u"$y',
-        "cat",
-        "cat",
-        "cat",
-        "0",
-        "noninteractive",
-        answer["run_id"],
-    ]
-    assert answer["stdout"].splitlines() == expected
-    asked = {
-        "PAGER": "less",
-        "POCKETCODER_AGENT": "me",
-        "odd.name": "v = 'w'\nx",
-        "UID": "7",
-        "EMPTY": "",
-    }
-    answer = proxy.exec(
-        "env -0 | grep -zE '^(PAGER|POCKETCODER_AGENT|odd.name|EMPTY)=' | sort -z",
-        agent_name=agent,
-        env=asked,
-    )
-    assert answer["stdout"].split("\0")[:-1] == [
-        "EMPTY=",
-        "PAGER=less",
-        f"POCKETCODER_AGENT={agent}",
-        "odd.name=v = 'w'\nx",
-    ]
+def test_a_session_name_that_tmux_would_change_is_refused() -> None:
+    for name in ("", "a:b", "a.b", "x\n", "=x", "#{x}", "a;", "$1", "a\\", "\x9b"):
+        with pytest.raises(pp.BadMessage, match="session_name"):
+            pp.PocketCoderDriver("/tmp/s", name)
 
 
-def test_stdin_is_what_was_given_byte_for_byte(proxy: Proxy, agent: str) -> None:
+# ==========================================================================
+# Streams
+# ==========================================================================
+def test_stdin_arrives_byte_for_byte(proxy: Proxy, agent: str) -> None:
     text = "line\nno newline\0é\x1b" + "y" * 300_000
     answer = proxy.exec("cat", agent_name=agent, stdin=text)
     assert answer["stdout"] == text
     assert proxy.exec("cat; echo end", agent_name=agent, stdin="")["stdout"] == "end\n"
 
 
-ODD_DIRECTORIES = [
-    "a b",
-    "it's",
-    'say "hi"',
-    "$(touch evil)",
-    "`x`",
-    "a\nb",
-    "-rf",
-    "é漢",
-    "*",
-    "\\",
-    "#{pane_id}",
-]
-
-
-@pytest.mark.parametrize("name", ODD_DIRECTORIES)
-def test_a_directory_may_have_any_name(proxy: Proxy, name: str) -> None:
-    path = pathlib.Path(proxy.workspace, "odd", name)
-    path.mkdir(parents=True, exist_ok=True)
-    for cwd in (f"odd/{name}", str(path)):
-        assert proxy.exec("pwd", agent_name="odd", cwd=cwd)["stdout"] == f"{path}\n"
-    assert not pathlib.Path(proxy.workspace, "evil").exists()
-
-
-def test_a_directory_outside_the_workspace_is_refused_also_through_a_link(
-    proxy: Proxy, agent: str
-) -> None:
-    os.symlink("/etc", f"{proxy.workspace}/link")
-    os.symlink(proxy.workspace, f"{proxy.folder}/way")
-    for cwd in ("link", "..", "/etc", f"{proxy.workspace}-other", "link/../.."):
-        status, answer = proxy.post({"cmd": "pwd", "cwd": cwd, "agent_name": agent})
-        assert (status, "cwd" in answer["error"]) == (400, True), cwd
-    way = f"{proxy.folder}/way"
-    assert proxy.exec("pwd", cwd=way, agent_name=agent)["stdout"] == f"{way}\n"
-    assert proxy.exec("pwd -P", cwd=way, agent_name=agent)["stdout"] == f"{proxy.workspace}\n"
-    pathlib.Path(proxy.workspace, "plain").touch()
-    assert proxy.post({"cmd": "pwd", "cwd": "plain"})[0] == 400
-
-
-def test_a_long_command_still_says_what_it_is_called(proxy: Proxy, agent: str) -> None:
-    cmd = "echo $0 $#; nosuchcommand #" + "x" * 500_000
-    answer = proxy.exec(cmd, agent_name=agent)
-    assert answer["stdout"].startswith("bash 0\nbash:")
-    assert answer["exit_code"] == 127
-
-
 def test_output_beyond_the_limit_keeps_both_ends(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec("seq -w 1 100000", agent_name=agent, max_output=1000)
-    text, whole = answer["stdout"], "".join(f"{i:06}\n" for i in range(1, 100001))
+    text = answer["stdout"]
+    whole = "".join(f"{i:06}\n" for i in range(1, 100001))
     head, gap, tail = re.fullmatch(
         r"(?s)(.*?\n)\[pocketcoder: (\d+) bytes left out\]\n(.*)", text
     ).groups()  # type: ignore[union-attr]
     assert whole.startswith(head.rstrip("\n"))
     assert whole.endswith(tail)
-    assert (answer["truncated"], answer["output_bytes"]) == (True, len(whole))
+    assert answer["truncated"] is True
+    assert answer["output_bytes"] == len(whole)
     assert len(tail) == 500
     assert int(gap) == len(whole) - 1000
-    assert (
-        proxy.exec("head -c 1000 /dev/zero", agent_name=agent, max_output=1000)["truncated"]
-        is False
-    )
+    answer = proxy.exec("head -c 1000 /dev/zero", agent_name=agent, max_output=1000)
+    assert answer["truncated"] is False
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3, 7, 10, 11, 64])
-def test_a_limit_halves_no_character(limit: int) -> None:
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 10, 11, 64], ids="{}-bytes".format)
+def test_a_limit_never_splits_a_character(limit: int) -> None:
     whole = "é漢🙂x" * 50
     for chunks in (1, 3, 1000):
-        capture, data = pp.Capture(limit), whole.encode()
+        capture = pp.Capture(limit)
+        data = whole.encode()
         for start in range(0, len(data), chunks):
             capture.add(data[start : start + chunks])
         head, gap, tail = re.fullmatch(
@@ -2585,20 +4175,710 @@ def test_a_limit_halves_no_character(limit: int) -> None:
 
 def test_bytes_that_are_no_text_become_replacement_characters(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec("printf 'a\\377b\\303'", agent_name=agent)
-    assert (answer["stdout"], answer["output_bytes"]) == ("a\ufffdb\ufffd", 4)
+    assert answer["stdout"] == "a\ufffdb\ufffd"
+    assert answer["output_bytes"] == 4
 
 
-def test_a_flood_leaves_the_server_small(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_flood_leaves_the_server_small(warm: StartServer) -> None:
+    server = warm()
     before = server.memory()
     answer = server.exec("head -c 300000000 /dev/zero", max_output=100_000, timeout=60)
     assert answer["output_bytes"] == 300_000_000
+
     endless = server.exec("yes", timeout=0.5)
-    assert (endless["ended"], endless["exit_code"], endless["truncated"]) == ("timeout", 124, True)
+    assert endless["ended"] == "timeout"
+    assert endless["exit_code"] == 124
+    assert endless["truncated"] is True
     assert server.peak() - before < 80 * 1024 * 1024
 
 
+def test_background_processes_live_on_and_their_output_is_discarded(
+    proxy: Proxy, agent: str
+) -> None:
+    gate = f"{proxy.folder}/{agent}"
+    noise = f"until [ -e {gate} ]; do echo noise; sleep 0.02; done; echo last > {gate}.out"
+    cmd = f"({noise}) & echo started"
+    answer = proxy.exec(cmd, agent_name=agent)
+    assert answer["stdout"].replace("noise\n", "") == "started\n"
+    assert answer["duration_ms"] < 2000
+
+    for _ in range(5):
+        assert proxy.exec("sleep 0.03; echo mine", agent_name=agent)["stdout"] == "mine\n"
+    pathlib.Path(gate).touch()
+    eventually(lambda: os.path.exists(f"{gate}.out"))
+
+
+def test_a_background_flood_blocks_no_command_and_releases_its_descriptor(
+    own: StartServer,
+) -> None:
+    server = own()
+    assert server.exec("(sleep 0.05; timeout 2.5 yes) & echo on")["stdout"].startswith("on\n")
+    assert server.exec("echo mine")["stdout"] == "mine\n"
+    assert server.run_files() >= 1
+    eventually(lambda: server.run_files() == 0)
+
+
+def test_an_editor_does_not_read_its_own_screen_as_keys(proxy: Proxy, agent: str) -> None:
+    """As vim does, which reads keys from descriptor 2 where stdin is no terminal."""
+    editor = f"{sys.executable} -c \"import os; os.write(1, b'touch'); print(os.read(2, 9))\""
+    assert "Bad file descriptor" in proxy.exec(editor, agent_name=agent, timeout=3)["stdout"]
+
+
+LATE_CHILDREN = [
+    pytest.param("echo hi > >(cat)", "hi\n", id="process-substitution"),
+    pytest.param("exec > >(tee /dev/null) 2>&1; echo hi", "hi\n", id="tee-for-good"),
+    pytest.param("(echo no >&2) 2> >(sed s/^/E:/ >&2)", "E:no\n", id="stderr-filtered"),
+    pytest.param("(sleep 0.15; echo late) & echo now", "now\nlate\n", id="once-later"),
+    pytest.param(
+        "(for n in 1 2 3 4; do sleep 0.08; echo $n; done) &", "1\n2\n3\n4\n", id="some-times-later"
+    ),
+]
+
+
+@pytest.mark.parametrize(("cmd", "output"), LATE_CHILDREN)
+def test_output_of_late_children_is_in_the_answer(
+    proxy: Proxy, agent: str, cmd: str, output: str
+) -> None:
+    assert [proxy.exec(cmd, agent_name=agent)["stdout"] for _ in range(5)] == [output] * 5
+
+
+def test_a_silent_background_process_delays_the_answer_a_little(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    started = time.monotonic()
+    answer = proxy.exec("sleep 79.75 & echo on", agent_name=agent)
+    assert answer["stdout"] == "on\n"
+    assert answer["duration_ms"] < 100
+    assert 0.1 < time.monotonic() - started < 0.9
+    for pid in processes_with("sleep\x0079.75"):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_background_process_that_keeps_writing_delays_the_answer_by_a_second(
+    proxy: Proxy, agent: str
+) -> None:
+    proxy.exec("true", agent_name=agent)
+    started = time.monotonic()
+    answer = proxy.exec("(while sleep 0.01; do echo tick; done) & echo $!", agent_name=agent)
+    assert 0.9 < time.monotonic() - started < 2.5
+    os.kill(int(answer["stdout"].split()[0]), signal.SIGKILL)
+
+
+def test_a_background_process_that_exits_takes_no_output_from_a_later_command(
+    proxy: Proxy, agent: str
+) -> None:
+    call = Kept(proxy)
+
+    def leave_some(name: str) -> None:
+        for _ in range(5):
+            proxy.exec("sleep 0.3 &", agent_name=name)
+
+    ending = [Background(partial(leave_some, f"{agent}{number}")) for number in range(4)]
+    said = set()
+    while not all(each.future.done() for each in ending):
+        said.add(call("echo whole", agent_name=agent)["stdout"])
+    call.close()
+    assert said == {"whole\n"}
+
+
+def test_a_person_sees_prompt_command_output_and_exit_code(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    proxy.exec("echo one; printf 'no newline'; exit 3", agent_name=agent)
+    proxy.exec("echo 'a\nb'", agent_name=agent)
+    expected = [
+        "$ true",
+        "$ echo one; printf 'no newline'; exit 3",
+        "one",
+        "no newline",
+        "[exit 3]",
+        "$ echo 'a",
+        "b'",
+        "a",
+        "b",
+        "$",
+    ]
+    shown = eventually(
+        lambda: [line.rstrip() for line in proxy.screen(agent).split("\n") if line.strip()]
+    )
+    eventually(lambda: proxy.screen(agent).rstrip().endswith("$"))
+    shown = [line.rstrip() for line in proxy.screen(agent).split("\n") if line.strip()]
+    assert shown == expected
+
+
+def test_a_person_sees_output_as_it_comes(proxy: Proxy, agent: str) -> None:
+    gate = f"{proxy.folder}/{agent}"
+    call = proxy.start_exec(
+        f"echo live; until [ -e {gate} ]; do sleep 0.02; done", agent_name=agent
+    )
+    eventually(lambda: "\nlive" in proxy.screen(agent))
+    pathlib.Path(gate).touch()
+    assert call.result()["exit_code"] == 0
+
+
+def test_output_neither_floods_nor_attacks_a_person(proxy: Proxy, agent: str) -> None:
+    proxy.exec(
+        "printf '\\033]2;evil\\007\\033[?1049h\\016\\033[31mred\\033[0m'; head -c 1000000 /dev/zero | tr '\\0' x",
+        agent_name=agent,
+    )
+    assert "more bytes not shown here]" in eventually(
+        lambda: proxy.screen(agent) if "shown" in proxy.screen(agent) else ""
+    )
+    shown = proxy.tmux(
+        "display-message", "-p", "-t", proxy.pane(agent), "#{alternate_on} #{pane_title}"
+    )
+    assert shown.split()[0] == "0"
+    assert "evil" not in proxy.tmux(
+        "display-message", "-p", "-t", proxy.pane(agent), "#{pane_title}"
+    )
+
+
+def test_captured_output_is_the_same_however_it_is_cut() -> None:
+    dice = random.Random(8)
+    for _ in range(500 * FUZZ):
+        limit = dice.choice((1, 2, 3, 5, 10, 20, 50))
+        data = "".join(dice.choices("ab\né漢🙂", k=dice.randrange(40))).encode()
+        if dice.random() < 0.3:
+            data = spoil(dice, data)
+        texts = set()
+
+        for pieces in cuts(dice, data):
+            capture = pp.Capture(limit)
+            for piece in pieces:
+                capture.add(piece)
+            assert len(capture.head) <= limit // 2, pieces
+            assert len(capture.tail) <= 2 * limit + max(map(len, pieces), default=0), pieces
+            texts.add(capture.text(len(data)))
+
+        assert len(texts) == 1, (limit, data)
+        text = texts.pop()
+        head = data[: limit // 2]
+        tail = data[max(0, len(data) - (limit - limit // 2)) :]
+        if len(data) <= limit:
+            assert text == data.decode(errors="replace"), (limit, data)
+            continue
+        match = re.fullmatch(r"(?s)(.*?\n)\[pocketcoder: (\d+) bytes left out\]\n(.*)", text)
+        assert match, (limit, data)
+        assert head.decode(errors="ignore").startswith(
+            match[1].rstrip("\n\ufffd").partition("\ufffd")[0]
+        ), (
+            limit,
+            data,
+        )
+        assert tail.decode(errors="replace").endswith(match[3]), (limit, data)
+        assert len(data) - limit <= int(match[2]) <= len(data) - limit + 6, (limit, data)
+
+
+# ==========================================================================
+# Run files
+# ==========================================================================
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
+def test_a_background_process_outlives_the_server(own: StartServer, number: int) -> None:
+    server = own()
+    count = f"{server.folder}/count"
+    # More than any pipe holds, and SIGPIPE would end it.
+    loop = (
+        f"(while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done) & echo $! > pid"
+    )
+    server.exec(loop, max_output=8)
+    pid = int(pathlib.Path(server.workspace, "pid").read_text())
+    server.stop(number)
+    before = os.path.getsize(count)
+    eventually(lambda: os.path.getsize(count) > before + 100)
+    os.kill(pid, signal.SIGKILL)
+    # Nobody reads on for a writer that is no more.
+    wait_until_gone("exec 3<&0 4<&1")
+
+
+def test_a_command_whose_server_is_killed_leaves_its_background_processes_alone(
+    own: StartServer,
+) -> None:
+    server = own()
+    count = f"{server.folder}/count"
+    gate = f"{server.folder}/gate"
+    flood = f"while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done"
+    loop = f"({flood}) & echo $! > {gate}; sleep 1"
+    connection = server.connect()
+    connection.request("POST", "/exec", json.dumps({"cmd": loop}), JSON_TYPE)
+    eventually(lambda: os.path.exists(gate) and pathlib.Path(gate).read_text())
+    server.stop(signal.SIGKILL)
+    connection.close()
+    # By then its command has ended, without a server to report to.
+    time.sleep(1.5)
+    before = os.path.getsize(count)
+    eventually(lambda: os.path.getsize(count) > before + 100)
+    os.kill(int(pathlib.Path(gate).read_text()), signal.SIGKILL)
+
+
+def test_a_line_recalled_from_the_history_runs_nothing(own: StartServer) -> None:
+    server = own()
+    pathlib.Path(server.folder, "home/.bashrc").write_text("PS1='$ '; HISTCONTROL=ignoredups\n")
+    count = f"{server.folder}/count"
+    server.exec(f"echo x >> {count}")
+
+    for _ in range(2):
+        server.type("poco", "Up", "Enter")
+        server.type("poco", "-l", f"touch {server.folder}/typed")
+        server.type("poco", "Enter")
+        eventually(lambda: os.path.exists(f"{server.folder}/typed"))
+        os.unlink(f"{server.folder}/typed")
+
+    assert pathlib.Path(count).read_text() == "x\n"
+
+    # Nor does it end the next one, which has the same files.
+    running = server.start_exec(f"sleep 1; echo y >> {count}; exit 7")
+    wait_until_running("sleep\x001\x00")
+    server.tmux("split-window", "-d", "-t", server.pane("poco"), "bash", "-i")
+    go = server.tmux("list-panes", "-s", "-F", "#{pane_id}").split()[-1]
+    files = sorted(pathlib.Path(server.folder).glob("tmux/s.d/*/*.go"))
+    server.tmux("send-keys", "-t", go, f". {files[0]}", "Enter")
+    assert running.result()["exit_code"] == 7
+    assert pathlib.Path(count).read_text() == "x\ny\n"
+
+
+@pytest.mark.slow
+def test_a_shell_without_descriptors_runs_nothing_of_older_commands(
+    own: StartServer,
+) -> None:
+    server = own()
+    server.exec("cat >/dev/null <<'X'\n" + f"touch {server.folder}/old\n" * 200 + "X")
+    time.sleep(0.2)
+    server.type("poco", "ulimit -S -n 9", "Enter")
+    time.sleep(0.2)
+    # This one runs in another pane.
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+    assert not os.path.exists(f"{server.folder}/old")
+
+
+@pytest.mark.slow
+def test_the_run_directory_is_private_and_recreated_when_wiped(warm: StartServer) -> None:
+    server = warm()
+    base = server.run_folder
+    assert base.stat().st_mode & 0o777 == 0o700
+
+    call = server.start_exec("sleep 0.5; echo survived; exit 4")
+    wait_until_running("sleep\x000.5")
+    subprocess.run(["rm", "-rf", base], check=True)
+    answer = call.result()
+    assert answer["stdout"] == "survived\n"
+    assert answer["exit_code"] == 4
+    assert server.exec("echo next")["stdout"] == "next\n"
+
+
+@pytest.mark.parametrize("file", ["*.out", "*.cmd", "status"])
+@pytest.mark.slow
+def test_a_run_whose_files_are_wiped_just_before_its_start_is_retried(
+    warm: StartServer, file: str
+) -> None:
+    server = warm()
+    base = server.run_folder
+    tmux = server.tmux_pid()
+    # This tmux is about to type the line.
+    os.kill(tmux, signal.SIGSTOP)
+    call = server.start_exec(f"ls /proc/self/fd; echo kept #{'x' * 40_000}")
+    eventually(lambda: [path for path in base.rglob("*.cmd") if "echo kept" in path.read_text()])
+    for path in base.rglob(file):
+        path.unlink()
+    os.kill(tmux, signal.SIGCONT)
+    answer = call.result()
+    # 3 is that of ls.
+    assert answer["stdout"] == "0\n1\n2\n3\nkept\n"
+    assert answer["ended"] == "exit"
+
+
+def test_a_run_directory_of_another_user_is_refused(warm: StartServer) -> None:
+    server = warm()
+    subprocess.run(["rm", "-rf", f"{server.socket}.d"], check=True)
+    os.symlink(server.workspace, f"{server.socket}.d")
+    status, answer = server.post({"cmd": "true"})
+    assert status == 503
+    assert f"{server.socket}.d" in answer["error"]
+    os.unlink(f"{server.socket}.d")
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+
+
+# The directory with the files of runs.
+RUNS = "cd $(ls -d {socket}.d/*/); "
+PLANTS = {
+    "go": "for n in 1 2 3 4; do rm -f $n.go; mkfifo $n.go; done",
+    "done": "for n in 1 2 3 4; do rm $n.done; ln -s {precious} $n.done; done",
+    "out": "for n in 1 2 3 4; do rm $n.out; ln {precious} $n.out; done",
+    "status": "rm status; touch status",
+    "reports": "head -c 100000 /dev/zero >status; printf '%s 1' $POCKETCODER_RUN_ID exit >status",
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+@pytest.mark.slow
+def test_files_planted_by_a_command_harm_no_other_command(own: StartServer, plant: str) -> None:
+    server = own()
+    precious = pathlib.Path(server.folder, "precious")
+    precious.write_text("precious")
+    # Make four names.
+    for call in [server.start_exec("true", agent_name=f"a{number}") for number in range(4)]:
+        call.result()
+    command = (RUNS + PLANTS[plant]).format(socket=server.socket, precious=precious)
+    server.exec(command)
+    for _ in range(3):
+        answer = server.exec("echo ok; exit 3", agent_name="a1", timeout=20)
+        assert answer["stdout"] == "ok\n"
+        assert answer["exit_code"] == 3
+
+    assert precious.read_text() == "precious"
+
+
+WORKER = 65534  # nobody
+
+
+@pytest.fixture
+def workers() -> Iterator[Proxy]:
+    """A server of root, with the terminals of another user; skips where we are not root."""
+    if os.geteuid():
+        pytest.skip("only root can hand files over")
+    folder = tempfile.mkdtemp(prefix="pc")
+    os.makedirs(f"{folder}/tmux")
+    os.chown(f"{folder}/tmux", WORKER, -1)
+    os.chmod(folder, 0o755)
+    command = [
+        "tmux",
+        "-S",
+        f"{folder}/tmux/s",
+        "new-session",
+        "-d",
+        "-s",
+        "pocketcoder",
+        "-n",
+        "poco:terminal",
+    ]
+    subprocess.run(
+        [*command, "--", "bash", "--norc", "-i"],
+        check=True,
+        user=WORKER,
+        env={**os.environ, "HOME": "/"},
+    )
+    server = Proxy(folder=folder)
+    yield server
+    server.remove()
+
+
+@pytest.mark.slow
+def test_commands_of_a_root_server_run_as_the_terminals_owner(workers: Proxy) -> None:
+    for number in range(2):
+        answer = workers.exec(f"id -u; cat; exit {number}", stdin="x", env={"A": "b"})
+        assert answer["stdout"] == f"{WORKER}\nx"
+        assert answer["exit_code"] == number
+
+    assert workers.exec("sleep 78.4 & wait", timeout=0.2)["ended"] == "timeout"
+    base = workers.run_folder
+    assert base.stat().st_uid == 0
+    assert base.stat().st_mode & 0o777 == 0o711
+    assert {(path.stat().st_uid, path.stat().st_mode & 0o077) for path in base.glob("*")} == {
+        (WORKER, 0)
+    }
+    assert "the terminals belong to user 65534:" in workers.logged()
+
+
+@pytest.mark.slow
+def test_a_worker_cannot_make_root_touch_files_or_processes_of_others(workers: Proxy) -> None:
+    workers.exec("true")
+    folder = next(workers.run_folder.glob("*"))
+    for name in ("1.go", "1.done", "1.in"):
+        precious = folder / f"precious.{name}"
+        precious.write_text("precious")
+        precious.chmod(0o600)
+        (folder / name).unlink(missing_ok=True)
+        os.link(precious, folder / name)
+
+    assert workers.exec("echo ok", stdin="x" * 10)["stdout"] == "ok\n"
+    assert workers.exec("echo ok")["stdout"] == "ok\n"
+    for precious in folder.glob("precious.*"):
+        assert precious.read_text() == "precious"
+        assert precious.stat().st_uid == 0
+    victim = subprocess.Popen(["sleep", "77"], start_new_session=True)
+
+    try:
+        # Delay the real report, so that the false one comes first.
+        workers.type("poco", "trap 'sleep 0.3' DEBUG", "Enter")
+        call = workers.start_exec("echo $PPID; sleep 76.5", timeout=0.3)
+        found = eventually(
+            lambda: [path for path in folder.glob("*.go") if "76.5" in path.read_text()]
+        )
+        token = re.findall(r'"(\w{16}) start', found[0].read_text())[0]
+        (folder / "status").write_text(f"{token} start {victim.pid}\n")
+        assert call.result()["ended"] in ("timeout", "lost")
+        assert victim.poll() is None
+    finally:
+        victim.kill()
+        victim.wait()
+
+
+def test_a_command_whose_report_is_stolen_is_lost(proxy: Proxy, agent: str) -> None:
+    token = r"$(grep -o '[0-9a-f]\{16\} exit' $(grep -lx $$ *.pid | sed s/pid/go/) | head -n 1 | cut -c1-16)"
+    command = RUNS.format(socket=proxy.socket) + f"echo {token} back 0 >status; sleep 78.5"
+    answer = proxy.exec(command, agent_name=agent, timeout=20)
+    assert answer["ended"] == "lost"
+    assert "did not report" in answer["error"]
+    assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
+    wait_until_gone("sleep\x0078.5")
+
+
+@pytest.mark.slow
+def test_a_server_stops_even_with_strange_files_among_its_own(own: StartServer) -> None:
+    server = own()
+    deep = "import os\nfor _ in range(1200):\n os.mkdir('d')\n os.chdir('d')"
+    server.exec(RUNS.format(socket=server.socket) + f'{sys.executable} -c "{deep}"')
+    try:
+        assert server.stop() == 0
+    finally:
+        subprocess.run(["rm", "-rf", f"{server.socket}.d"], check=True)
+
+
+def test_runs_leave_no_files_and_no_descriptors(own: StartServer) -> None:
+    server = own()
+    for cmd in ("true", "cat", "exit 3", "kill -9 $$"):
+        server.exec(cmd, stdin="x")
+    server.exec("sleep 9", timeout=0.1)
+    server.post({"cmd": "true", "cwd": "nowhere"})
+    # Files of up to three names are kept.
+    eventually(lambda: len(list(server.run_folder.rglob("*"))) <= 13)
+    before = server.descriptors()
+    for number in range(50):
+        server.exec(f"exit {number}", stdin="x" * number)
+    eventually(lambda: server.descriptors() <= before)
+    # Files of up to three names are kept.
+    eventually(lambda: len(list(server.run_folder.rglob("*"))) <= 13)
+    server.stop()
+    assert list(server.run_folder.rglob("*")) == []
+
+
+@pytest.mark.slow
+def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(
+    warm: StartServer,
+) -> None:
+    server = warm()
+    files = f"{server.socket}.d"
+
+    for pid, shell in (
+        (server.process.pid, False),
+        (int(server.panes("poco")[0].split()[1]), True),
+    ):
+        if shell:
+            server.type("poco", "trap '' XFSZ", "Enter")
+            eventually(lambda: "XFSZ" in server.screen("poco"))
+        with limited(pid, resource.RLIMIT_FSIZE, 0):
+            began = time.monotonic()
+            status, answer = server.post({"cmd": "true"})
+            assert status == 503, answer
+            assert files in answer["error"], answer
+            assert time.monotonic() - began < 5, answer
+            assert server.status("GET", "/health") == 200
+
+        assert server.exec("echo ok")["stdout"] == "ok\n"
+        # Files of up to two names are kept.
+        assert len(list(pathlib.Path(files).rglob("*"))) <= 10, os.listdir(files)
+
+
+@pytest.mark.slow
+def test_without_descriptors_new_runs_are_refused_and_others_continue(
+    warm: StartServer,
+) -> None:
+    server = warm()
+    kept = server.connect()
+    panes = server.panes("poco")
+    kept.request("GET", "/health")
+    assert kept.getresponse().read() == b"ok"
+
+    running = server.start_exec("sleep 0.8; echo done")
+    ends = server.start_exec(
+        "trap '' TERM; sleep 9 & wait; sleep 9", agent_name="other", timeout=0.6
+    )
+    eventually(lambda: processes_with("sleep\x000.8") and processes_with("sleep\x009"))
+    used = server.descriptors()
+
+    def refused() -> None:
+        kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
+        answer = kept.getresponse()
+        assert answer.status == 503
+        assert "Too many open files" in answer.read().decode()
+
+    with limited(server.process, resource.RLIMIT_NOFILE, used):
+        refused()
+        with limited(server.process, resource.RLIMIT_NOFILE, 1):
+            refused()
+            time.sleep(0.6)
+    assert running.result()["stdout"] == "done\n"
+    assert ends.result()["ended"] == "timeout"
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+    assert server.panes("poco")[:1] == panes
+    wait_until_gone("sleep\x009")
+
+    kept.close()
+
+
+@pytest.mark.slow
+def test_a_run_whose_files_cannot_be_removed_does_not_block_the_next(
+    warm: StartServer,
+) -> None:
+    server = warm()
+    running = server.start_exec("sleep 0.5; echo done")
+    pid = eventually(lambda: [*server.run_folder.glob("*/*.pid")])[0]
+    folder = pid.parent
+
+    # Nothing can be removed from such a directory.
+    if (
+        not shutil.which("chattr")
+        or subprocess.run(["chattr", "+a", folder], capture_output=True).returncode
+    ):
+        pytest.skip("needs a file system and a user that can `chattr +a`")
+
+    try:
+        assert running.result()["stdout"] == "done\n"
+        assert server.exec("echo next")["stdout"] == "next\n"
+        assert pid.exists()
+    finally:
+        subprocess.run(["chattr", "-a", folder], check=True)
+
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+
+
+@pytest.mark.slow
+def test_a_run_directory_that_cannot_be_created_leaves_no_descriptor(
+    warm: StartServer,
+) -> None:
+    server = warm()
+    kept = server.connect()
+    kept.request("GET", "/health")
+    kept.getresponse().read()
+    used = server.descriptors()
+
+    for free in range(-4, 4):
+        shutil.rmtree(f"{server.socket}.d", ignore_errors=True)
+        with limited(server.process, resource.RLIMIT_NOFILE, used + free):
+            kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
+            assert kept.getresponse().read()
+
+    kept.close()
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+
+    eventually(lambda: server.descriptors() <= used)
+
+
+@pytest.mark.slow
+def test_commands_survive_a_killed_server_and_the_next_one_drains_them(
+    own: StartServer,
+) -> None:
+    server = own()
+    done = f"{server.folder}/done"
+    server.exec("true")
+    call = server.start_exec(f"sleep 0.5; head -c 3000000 /dev/zero; echo $? > {done}; sleep 0.2")
+    wait_until_running("sleep\x000.5")
+    server.stop(signal.SIGKILL)
+    with pytest.raises((http.client.HTTPException, OSError)):
+        call.result()
+    server.start()
+    assert server.exec("echo next")["stdout"] == "next\n"
+
+    eventually(lambda: os.path.exists(done) and pathlib.Path(done).read_text() == "0\n")
+    eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
+
+
+@pytest.mark.slow
+def test_background_writers_pass_to_the_next_server_after_a_clean_stop(
+    own: StartServer,
+) -> None:
+    server = own()
+    done = f"{server.folder}/done"
+    server.exec(f"(sleep 1; seq 100000; touch {done}) & true")
+    assert server.stop() == 0
+    server.start()
+    eventually(lambda: os.path.exists(done))
+    eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
+
+
+def test_a_stray_file_or_a_missing_folder_stops_no_command(warm: StartServer) -> None:
+    server = warm()
+    server.stop()
+    pathlib.Path(f"{server.socket}.d/stray").touch()
+    server.start()
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+
+    tmux = server.tmux_pid()
+    subprocess.run(["rm", "-rf", f"{server.folder}/tmux"], check=True)
+    assert server.exec("echo still")["stdout"] == "still\n"
+
+    # Its socket is gone, so only a signal can end it.
+    os.kill(tmux, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("shell", ["bash --norc -i", "zsh -f", "dash", "ksh", "busybox ash"])
+def test_an_alias_for_the_typed_command_changes_nothing(warm: StartServer, shell: str) -> None:
+    if shutil.which(shell.split()[0]) is None:
+        pytest.skip(f"there is no {shell.split()[0]} here")
+    server = warm()
+    server.tmux("new-window", "-d", "-n", "mine:terminal", "--", *shell.split())
+    server.type("mine", "alias .='echo alias'; echo is-$((1 + 1))", "Enter")
+    eventually(lambda: "is-2" in server.screen("mine"))
+
+    for _ in range(3):
+        started = time.monotonic()
+        answer = server.exec("echo $0", agent_name="mine", timeout=9)
+        assert answer["stdout"] == "bash\n"
+        assert time.monotonic() - started < 5
+
+
+def test_the_typed_line_stays_out_of_the_history(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    proxy.type(agent, "echo mine", "Enter")
+    eventually(lambda: "\nmine" in proxy.screen(agent))
+    proxy.exec("true", agent_name=agent)
+    proxy.type(agent, "Up")
+    eventually(lambda: proxy.screen(agent).rstrip().endswith("$ echo mine"))
+
+
+def test_reports_of_runs_are_read_the_same_however_they_are_cut(tmp_path: pathlib.Path) -> None:
+    dice = random.Random(7)
+    reports: list[tuple[str, int]] = []
+
+    async def check() -> None:
+        folder = pp.RunFolder(f"{tmp_path}/s.d")
+        files = folder.open(lambda word, number: reports.append((word, number)), pp.ignore)
+        name = files.token.encode()
+        fd = os.open(folder.status_path, os.O_WRONLY)
+
+        for _ in range(100 * FUZZ):
+            wrote = b""
+            expected = []
+            for _ in range(dice.randrange(8)):
+                word = dice.choice(["start", "exit", "back"])
+                number = dice.randrange(10**9)
+                if dice.random() < 0.5:
+                    wrote += b"%s %s %d\n" % (name, word.encode(), number)
+                    expected.append((word, number))
+                else:
+                    noise = (
+                        b"",
+                        b"other exit 0",
+                        name + b" exit",
+                        name + b" exit x",
+                        name + b" exit 1 2",
+                        dice.randbytes(9),
+                    )
+                    wrote += dice.choice(noise).replace(b"\n", b"") + b"\n"
+
+            for pieces in cuts(dice, wrote):
+                reports.clear()
+                for piece in filter(None, pieces):
+                    os.write(fd, piece)
+                    folder.on_status()
+                assert reports == expected, pieces
+
+        os.close(fd)
+        folder.close()
+
+    asyncio.run(check())
+
+
+# ==========================================================================
+# Terminals
+# ==========================================================================
 def test_two_agents_do_not_wait_for_each_other(proxy: Proxy, agent: str) -> None:
     go = pathlib.Path(proxy.folder, f"{agent}.go")
     slow = proxy.start_exec(f"until [ -e {go} ]; do sleep 0.05; done; echo slow", agent_name=agent)
@@ -2608,9 +4888,7 @@ def test_two_agents_do_not_wait_for_each_other(proxy: Proxy, agent: str) -> None
     assert slow.result()["stdout"] == "slow\n"
 
 
-def test_a_busy_pane_sends_the_next_command_to_one_of_its_own_up_to_four(
-    proxy: Proxy, agent: str
-) -> None:
+def test_commands_run_in_up_to_four_panes_while_others_are_busy(proxy: Proxy, agent: str) -> None:
     gate = f"{proxy.folder}/{agent}"
     calls = [
         proxy.start_exec(
@@ -2621,6 +4899,7 @@ def test_a_busy_pane_sends_the_next_command_to_one_of_its_own_up_to_four(
     eventually(lambda: len(proxy.panes(agent)) == 4)
     time.sleep(0.3)
     assert len(proxy.panes(agent)) == 4
+
     pathlib.Path(gate).touch()
     answers = [call.result() for call in calls]
     assert {answer["exit_code"] for answer in answers} == {0}
@@ -2628,19 +4907,21 @@ def test_a_busy_pane_sends_the_next_command_to_one_of_its_own_up_to_four(
     assert proxy.exec("echo x", agent_name=agent)["stdout"] == "x\n"
 
 
-def test_the_queue_is_first_come_first_served(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
-    gate, order = f"{server.folder}/gate", f"{server.folder}/order"
+def test_queued_commands_run_in_order(warm: StartServer) -> None:
+    server = warm()
+    gate = f"{server.folder}/gate"
+    order = f"{server.folder}/order"
     running = [server.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done") for _ in range(4)]
     eventually(lambda: len(processes_with("until [ -e")) >= 4)
     queued = []
     for number in range(80):
         queued.append(server.start_exec(f"flock {order} -c 'echo {number} >> {order}'"))
         time.sleep(0.01)
+
     assert server.exec("echo other", agent_name="other")["stdout"] == "other\n"
     pathlib.Path(gate).touch()
     assert {call.result()["exit_code"] for call in [*running, *queued]} == {0}
+
     got = [int(line) for line in pathlib.Path(order).read_text().split()]
     # Four run at a time, and one that is slow to write may be overtaken some times.
     # In no order it were by 40.
@@ -2648,9 +4929,8 @@ def test_the_queue_is_first_come_first_served(own: Callable[..., Proxy]) -> None
 
 
 @pytest.mark.slow
-def test_a_thousand_commands_wait_and_the_next_gets_503(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_thousand_commands_may_wait_and_the_next_gets_503(warm: StartServer) -> None:
+    server = warm()
     gate = f"{server.folder}/gate"
     running = [server.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done") for _ in range(4)]
     eventually(lambda: len(processes_with("until [ -e")) >= 4)
@@ -2659,6 +4939,7 @@ def test_a_thousand_commands_wait_and_the_next_gets_503(own: Callable[..., Proxy
         connection = server.connect()
         connection.request("POST", "/exec", json.dumps({"cmd": f"exit {number % 99}"}), JSON_TYPE)
         queued.append(connection)
+
     eventually(lambda: server.post({"cmd": "true"})[0] == 503)
     status, answer = server.post({"cmd": "true"})
     assert status == 503
@@ -2671,26 +4952,12 @@ def test_a_thousand_commands_wait_and_the_next_gets_503(own: Callable[..., Proxy
     for connection in queued:
         got.append(json.loads(connection.getresponse().read())["exit_code"])
         connection.close()
+
     assert got == [number % 99 for number in range(1000)]
 
 
-@pytest.mark.slow
-def test_two_hundred_clients_at_once_get_their_own_answers(proxy: Proxy) -> None:
-    def wrong(number: int) -> dict[str, Any]:
-        answer = proxy.exec(f"echo {number}; exit {number % 100}", agent_name=f"many{number % 20}")
-        return (
-            answer
-            if (answer["stdout"], answer["exit_code"]) != (f"{number}\n", number % 100)
-            else {}
-        )
-
-    with ThreadPoolExecutor(200) as pool:
-        assert [answer for answer in pool.map(wrong, range(200)) if answer] == []
-
-
-def test_a_terminal_of_somebody_else_is_used_as_it_is(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_an_existing_terminal_is_used_as_it_is(warm: StartServer) -> None:
+    server = warm()
     server.tmux(
         "new-window", "-d", "-n", "mine:terminal", "-e", "MINE=1", "--", "/bin/bash", "--norc", "-i"
     )
@@ -2711,11 +4978,11 @@ def test_a_terminal_of_somebody_else_is_used_as_it_is(own: Callable[..., Proxy])
     ],
 )
 @pytest.mark.slow
-def test_any_posix_shell_in_the_pane_will_do(own: Callable[..., Proxy], shell: str) -> None:
+def test_any_posix_shell_works_in_the_pane(warm: StartServer, shell: str) -> None:
     if shutil.which(shell.split()[0]) is None:
-        return  # not on this machine
-    server = own()
-    server.exec("true")
+        # This machine lacks the shell.
+        return
+    server = warm()
     server.tmux(
         "new-window",
         "-d",
@@ -2725,16 +4992,18 @@ def test_any_posix_shell_in_the_pane_will_do(own: Callable[..., Proxy], shell: s
         *shell.split(" ", 2)[:2],
         *(["exec bash --norc -i"] if "exec" in shell else shell.split()[2:]),
     )
+
     for cmd, output, code in [
         ("echo $BASH_VERSION | head -c 1; exit 3", "5", 3),
         ("kill -INT $$", "", 130),
         ("pwd", f"{server.workspace}\n", 0),
     ]:
         answer = server.exec(cmd, agent_name="mine")
-        assert (answer["stdout"], answer["exit_code"]) == (output, code)
-    assert len(server.panes("mine")) <= 2, (
-        server.screen("mine") + server.logged()
-    )  # 2: a slow machine
+        assert answer["stdout"] == output
+        assert answer["exit_code"] == code
+
+    # Two on a slow machine.
+    assert len(server.panes("mine")) <= 2, server.screen("mine") + server.logged()
 
 
 def test_nothing_is_typed_into_a_program_that_a_person_runs(proxy: Proxy, agent: str) -> None:
@@ -2748,9 +5017,8 @@ def test_nothing_is_typed_into_a_program_that_a_person_runs(proxy: Proxy, agent:
     eventually(lambda: pathlib.Path(typed).read_text() == "mine\n")
 
 
-def test_nothing_is_typed_into_a_script_or_a_builtin_that_reads(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_nothing_is_typed_into_a_script_or_a_builtin_that_reads(warm: StartServer) -> None:
+    server = warm()
     server.tmux(
         "new-window",
         "-d",
@@ -2792,31 +5060,41 @@ def test_copy_mode_in_every_pane_is_left_rather_than_waited_for(proxy: Proxy, ag
 @pytest.mark.parametrize(
     "enter", [[], pytest.param(["Enter"], marks=pytest.mark.slow)], ids=["half", "whole"]
 )
-def test_what_is_typed_during_a_command_is_no_part_of_the_next(
+def test_text_typed_during_a_command_stays_out_of_the_next_one(
     proxy: Proxy, agent: str, shell: str, enter: list[str]
 ) -> None:
     proxy.exec("true")
     proxy.tmux("new-window", "-d", "-n", f"{agent}:terminal", "--", *shell.split())
     proxy.exec("true", agent_name=agent)
-    for number in range(3):
-        typed, asked = f"{proxy.folder}/{agent}.{number}", f"{proxy.folder}/{agent}.asked.{number}"
+
+    def type_during_a_command(number: int) -> None:
+        typed = f"{proxy.folder}/{agent}.{number}"
+        asked = f"{proxy.folder}/{agent}.asked.{number}"
         call = proxy.start_exec(f"until [ -e {asked} ]; do sleep 0.01; done", agent_name=agent)
-        eventually(lambda: processes_with(f"until [ -e {asked} ]"))  # noqa: B023
+        wait_until_running(f"until [ -e {asked} ]")
         proxy.type(agent, "-l", f"echo >>{typed} one")
-        proxy.type(agent, *enter) if enter else None
-        eventually(lambda: typed in proxy.screen(agent))  # noqa: B023
+        if enter:
+            proxy.type(agent, *enter)
+        eventually(lambda: typed in proxy.screen(agent))
         pathlib.Path(asked).touch()
         call.result()
         assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
-        if enter:  # as a person at any terminal may
-            eventually(lambda: os.path.exists(typed))  # noqa: B023
+
+        # Anyone at a terminal may press Enter.
+        if enter:
+            eventually(lambda: os.path.exists(typed))
             assert pathlib.Path(typed).read_text() == "one\n"
+
         assert os.path.exists(typed) == bool(enter)
+
+    for number in range(3):
+        type_during_a_command(number)
 
 
 def test_a_half_typed_line_is_cleared_and_can_be_brought_back(proxy: Proxy, agent: str) -> None:
     proxy.exec("true", agent_name=agent)
-    time.sleep(0.3)  # no person is quicker
+    # No person is quicker.
+    time.sleep(0.3)
     proxy.type(agent, "-l", "echo half 'typed")
     eventually(lambda: "half" in proxy.screen(agent))
     assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
@@ -2836,13 +5114,14 @@ PENDING = [
 ]
 
 
-@pytest.mark.parametrize("wait", [0, 0.3])
+@pytest.mark.parametrize("wait", [0, 0.3], ids=["at-once", "after-0.3-s"])
 @pytest.mark.slow
 def test_a_continuation_prompt_is_left_and_nothing_of_it_runs(
     proxy: Proxy, agent: str, wait: float
 ) -> None:
     def leave(number: int) -> None:
-        name, file = f"{agent}-{number}", f"{proxy.folder}/{agent}-{number}"
+        name = f"{agent}-{number}"
+        file = f"{proxy.folder}/{agent}-{number}"
         proxy.exec("true", agent_name=name)
         time.sleep(0.2 + wait)
         proxy.type(name, PENDING[number].format(f=file), "Enter")
@@ -2864,13 +5143,14 @@ def test_a_program_in_a_synchronized_pane_gets_nothing(proxy: Proxy, agent: str)
     eventually(lambda: os.path.exists(f"{proxy.folder}/{agent}"))
     pane = proxy.pane(agent)
     proxy.exec("true", agent_name=agent)
-    proxy.tmux(
-        "set-option", "-w", "-t", pane, "synchronize-panes", "on"
-    )  # just before the prompt is noted
+    # This comes just before the prompt is recorded.
+    proxy.tmux("set-option", "-w", "-t", pane, "synchronize-panes", "on")
     time.sleep(0.2)
     for number in range(3):
         answer = proxy.exec(f"echo {number}", agent_name=agent, timeout=2)
-        assert (answer["stdout"], answer["exit_code"]) == (f"{number}\n", 0)
+        assert answer["stdout"] == f"{number}\n"
+        assert answer["exit_code"] == 0
+
     assert pathlib.Path(proxy.folder, agent).read_text() == ""
 
 
@@ -2879,20 +5159,20 @@ SETTINGS += ["exec() { :; }", "echo() { command echo mine; }"]
 
 
 @pytest.mark.parametrize("typed", SETTINGS)
-def test_what_a_person_sets_in_the_shell_changes_no_answer(
+def test_shell_options_set_by_a_person_change_no_answer(
     proxy: Proxy, agent: str, typed: str
 ) -> None:
     proxy.exec("true", agent_name=agent)
     time.sleep(0.2)
     proxy.type(agent, typed, "Enter")
     time.sleep(0.2)
+
     for code in (0, 55):
         answer = proxy.exec(f"echo {code}; exit {code}", agent_name=agent, env={"SECRET": "s3cret"})
-        assert (answer["stdout"], answer["exit_code"], answer["ended"]) == (
-            f"{code}\n",
-            code,
-            "exit",
-        )
+        assert answer["stdout"] == f"{code}\n"
+        assert answer["exit_code"] == code
+        assert answer["ended"] == "exit"
+
     assert len(proxy.panes(agent)) == 1
 
 
@@ -2907,7 +5187,7 @@ KEYS = [
 
 
 @pytest.mark.slow
-def test_whatever_the_line_editor_is_doing_the_next_command_runs(proxy: Proxy, agent: str) -> None:
+def test_the_next_command_runs_in_any_state_of_the_line_editor(proxy: Proxy, agent: str) -> None:
     def interrupt(number: int) -> None:
         name = f"{agent}-{number}"
         proxy.exec("true", agent_name=name)
@@ -2921,9 +5201,8 @@ def test_whatever_the_line_editor_is_doing_the_next_command_runs(proxy: Proxy, a
 
 
 @pytest.mark.slow
-def test_a_shell_that_never_answers_is_given_up_for_another(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_shell_that_never_answers_is_replaced(warm: StartServer) -> None:
+    server = warm()
     server.tmux("new-window", "-d", "-n", "deaf:terminal", "--", "bash", "--norc", "-i")
     eventually(lambda: "bash" in server.screen("deaf"))
     server.exec("true", agent_name="deaf")
@@ -2936,231 +5215,11 @@ def test_a_shell_that_never_answers_is_given_up_for_another(own: Callable[..., P
 
 
 @pytest.mark.slow
-def test_a_slow_start_up_file_is_waited_for(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_slow_start_up_file_delays_the_first_command(warm: StartServer) -> None:
+    server = warm()
     pathlib.Path(server.folder, "home/.bashrc").write_text("sleep 1.5\nexport FROM_RC=1\n")
     assert server.exec("echo $FROM_RC", agent_name="slow")["stdout"] == "1\n"
     assert ".go" not in server.screen("slow")
-
-
-TREES = [
-    "sleep 60",
-    "trap '' TERM; sleep 60 & sleep 60; sleep 60",
-    "setsid sleep 60; sleep 60",
-    "(setsid sleep 60 &) ; (trap '' TERM HUP; exec setsid sleep 60) & sleep 60",
-    "env -i sleep 60",
-    "(env -i setsid -f sleep 60); sleep 60",
-]
-
-
-@pytest.mark.slow
-def test_a_timeout_ends_the_whole_tree(proxy: Proxy, agent: str) -> None:
-    def end(number: int) -> None:
-        name, started = f"{agent}-{number}", time.monotonic()
-        answer = proxy.exec(f"echo before; {TREES[number]}", agent_name=name, timeout=0.3)
-        assert (answer["ended"], answer["exit_code"], answer["stdout"][:7]) == (
-            "timeout",
-            124,
-            "before\n",
-        )
-        assert "0.3 s" in answer["error"]
-        assert 0.3 <= time.monotonic() - started < 10
-        eventually(lambda: not processes_with(f"POCKETCODER_RUN_ID={answer['run_id']}"))
-        assert proxy.exec("echo next", agent_name=name)["stdout"] == "next\n"
-
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(end, range(len(TREES))))
-
-
-@pytest.mark.slow
-def test_ending_one_run_does_no_harm_to_the_next_ones(proxy: Proxy, agent: str) -> None:
-    def follow(number: int) -> list[tuple[int, str]]:
-        name = f"{agent}-{number}"
-        assert proxy.exec("sleep 30", agent_name=name, timeout=0.2)["ended"] == "timeout"
-        count = 26 // number  # until after the last step of the ladder
-        answers = [
-            proxy.exec(f"sleep {0.1 * number}; echo ok", agent_name=name) for _ in range(count)
-        ]
-        return [(answer["exit_code"], answer["stdout"]) for answer in answers]
-
-    with ThreadPoolExecutor(4) as pool:
-        for answers in pool.map(follow, range(1, 5)):
-            assert set(answers) == {(0, "ok\n")}
-
-
-def test_a_command_may_clean_up_when_its_time_is_over(proxy: Proxy, agent: str) -> None:
-    answer = proxy.exec(
-        "trap 'echo clean; exit 5' TERM; sleep 60 & wait", agent_name=agent, timeout=0.3
-    )
-    assert (answer["stdout"], answer["exit_code"], answer["ended"]) == ("clean\n", 124, "timeout")
-
-
-@pytest.mark.slow
-def test_waiting_in_the_queue_is_not_counted_as_time(proxy: Proxy, agent: str) -> None:
-    calls = [
-        proxy.start_exec("sleep 0.7; echo done", agent_name=agent, timeout=1.2) for _ in range(8)
-    ]
-    assert [call.result()["stdout"] for call in calls] == ["done\n"] * 8
-
-
-def test_a_caller_that_leaves_takes_its_command_along(proxy: Proxy, agent: str) -> None:
-    mark = f"sleep 61.{agent[1:5]}"
-    connection = proxy.connect()
-    connection.request(
-        "POST",
-        "/exec",
-        json.dumps({"cmd": f"{mark}; true", "agent_name": agent}),
-        {"Content-Type": "application/json"},
-    )
-    eventually(lambda: processes_with(mark.replace(" ", "\0")))
-    connection.close()
-    eventually(lambda: not processes_with(mark.replace(" ", "\0")))
-    assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
-
-
-def test_a_caller_that_leaves_the_queue_is_not_run(proxy: Proxy, agent: str) -> None:
-    gate = f"{proxy.folder}/{agent}"
-    running = [
-        proxy.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done", agent_name=agent)
-        for _ in range(4)
-    ]
-    eventually(lambda: len(processes_with(f"[ -e {gate} ]")) >= 4)
-    connection = proxy.connect()
-    connection.request(
-        "POST",
-        "/exec",
-        json.dumps({"cmd": f"touch {gate}.run", "agent_name": agent}),
-        {"Content-Type": "application/json"},
-    )
-    time.sleep(0.2)
-    connection.close()
-    time.sleep(0.1)
-    pathlib.Path(gate).touch()
-    assert [call.result()["exit_code"] for call in running] == [0] * 4
-    proxy.exec("true", agent_name=agent)
-    assert not os.path.exists(f"{gate}.run")
-
-
-def test_background_processes_live_on_and_their_output_is_nobodys(proxy: Proxy, agent: str) -> None:
-    gate = f"{proxy.folder}/{agent}"
-    cmd = f"(until [ -e {gate} ]; do echo noise; sleep 0.02; done; echo last > {gate}.out) & echo started"
-    answer = proxy.exec(cmd, agent_name=agent)
-    assert answer["stdout"].replace("noise\n", "") == "started\n"
-    assert answer["duration_ms"] < 2000
-    for _ in range(5):
-        assert proxy.exec("sleep 0.03; echo mine", agent_name=agent)["stdout"] == "mine\n"
-    pathlib.Path(gate).touch()
-    eventually(lambda: os.path.exists(f"{gate}.out"))
-
-
-def test_a_background_flood_blocks_nobody_and_gives_its_descriptor_back(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    assert server.exec("(sleep 0.05; timeout 2.5 yes) & echo on")["stdout"].startswith("on\n")
-    assert server.exec("echo mine")["stdout"] == "mine\n"
-    assert server.run_files() >= 1
-    eventually(lambda: server.run_files() == 0)
-
-
-def test_an_editor_does_not_take_its_screen_for_keys(proxy: Proxy, agent: str) -> None:
-    """As vim does, which reads keys from descriptor 2 where stdin is no terminal."""
-    editor = f"{sys.executable} -c \"import os; os.write(1, b'touch'); print(os.read(2, 9))\""
-    assert "Bad file descriptor" in proxy.exec(editor, agent_name=agent, timeout=3)["stdout"]
-
-
-LATE_CHILDREN = [
-    pytest.param("echo hi > >(cat)", "hi\n", id="process-substitution"),
-    pytest.param("exec > >(tee /dev/null) 2>&1; echo hi", "hi\n", id="tee-for-good"),
-    pytest.param("(echo no >&2) 2> >(sed s/^/E:/ >&2)", "E:no\n", id="stderr-filtered"),
-    pytest.param("(sleep 0.15; echo late) & echo now", "now\nlate\n", id="once-later"),
-    pytest.param(
-        "(for n in 1 2 3 4; do sleep 0.08; echo $n; done) &", "1\n2\n3\n4\n", id="some-times-later"
-    ),
-]
-
-
-@pytest.mark.parametrize(("cmd", "output"), LATE_CHILDREN)
-def test_what_late_children_write_is_in_the_answer(
-    proxy: Proxy, agent: str, cmd: str, output: str
-) -> None:
-    assert [proxy.exec(cmd, agent_name=agent)["stdout"] for _ in range(5)] == [output] * 5
-
-
-def test_a_silent_background_process_delays_the_answer_a_little(proxy: Proxy, agent: str) -> None:
-    proxy.exec("true", agent_name=agent)
-    started = time.monotonic()
-    answer = proxy.exec("sleep 79.75 & echo on", agent_name=agent)
-    assert answer["stdout"] == "on\n"
-    assert answer["duration_ms"] < 100
-    assert 0.1 < time.monotonic() - started < 0.9
-    for pid in processes_with("sleep\x0079.75"):
-        os.kill(pid, signal.SIGKILL)
-
-
-def test_a_background_process_that_goes_on_writing_delays_the_answer_by_a_second(
-    proxy: Proxy, agent: str
-) -> None:
-    proxy.exec("true", agent_name=agent)
-    started = time.monotonic()
-    answer = proxy.exec("(while sleep 0.01; do echo tick; done) & echo $!", agent_name=agent)
-    assert 0.9 < time.monotonic() - started < 2.5
-    os.kill(int(answer["stdout"].split()[0]), signal.SIGKILL)
-
-
-def test_the_end_of_a_background_process_takes_no_output_of_a_later_command(
-    proxy: Proxy, agent: str
-) -> None:
-    call = kept(proxy)
-
-    def leave_some(name: str) -> None:
-        for _ in range(5):
-            proxy.exec("sleep 0.3 &", agent_name=name)
-
-    ending = [Background(partial(leave_some, f"{agent}{number}")) for number in range(4)]
-    said = set()
-    while not all(each.future.done() for each in ending):
-        said.add(call("echo whole", agent_name=agent)["stdout"])
-    call.close()  # type: ignore[attr-defined]
-    assert said == {"whole\n"}
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
-def test_a_background_process_goes_on_when_the_server_goes(
-    own: Callable[..., Proxy], number: int
-) -> None:
-    server = own()
-    count = f"{server.folder}/count"
-    # More than any pipe holds, and SIGPIPE would end it.
-    loop = (
-        f"(while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done) & echo $! > pid"
-    )
-    server.exec(loop, max_output=8)
-    pid = int(pathlib.Path(server.workspace, "pid").read_text())
-    server.stop(number)
-    before = os.path.getsize(count)
-    eventually(lambda: os.path.getsize(count) > before + 100)
-    os.kill(pid, signal.SIGKILL)
-    # Nobody reads on for a writer that is no more.
-    eventually(lambda: not processes_with("exec 3<&0 4<&1"))
-
-
-def test_a_command_whose_server_is_killed_leaves_its_background_processes_alone(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    count, gate = f"{server.folder}/count", f"{server.folder}/gate"
-    loop = f"(while sleep 0.01; do head -c 100000 /dev/zero; echo x >> {count}; done) & echo $! > {gate}; sleep 1"
-    connection = server.connect()
-    connection.request("POST", "/exec", json.dumps({"cmd": loop}), JSON_TYPE)
-    eventually(lambda: os.path.exists(gate) and pathlib.Path(gate).read_text())
-    server.stop(signal.SIGKILL)
-    connection.close()
-    time.sleep(1.5)  # its command has ended, with nobody to report to
-    before = os.path.getsize(count)
-    eventually(lambda: os.path.getsize(count) > before + 100)
-    os.kill(int(pathlib.Path(gate).read_text()), signal.SIGKILL)
 
 
 def type_early(server: Proxy, window: str, text: str) -> None:
@@ -3172,20 +5231,19 @@ def type_early(server: Proxy, window: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["first-window", "new-agent", "second-pane"])
-def test_keys_typed_while_a_new_shell_starts_are_never_run(
-    own: Callable[..., Proxy], where: str
-) -> None:
+def test_keys_typed_while_a_new_shell_starts_are_never_run(own: StartServer, where: str) -> None:
     server = own()
     rc = pathlib.Path(server.folder, "home/.bashrc")
     precious = pathlib.Path(server.folder, "precious")
     precious.touch()
     agent = "poco"
+
     if where == "new-agent":
         server.exec("true")
         agent = "other"
     elif where == "second-pane":
         busy = server.start_exec("sleep 4")
-        eventually(lambda: processes_with("sleep\x004\x00"))
+        wait_until_running("sleep\x004\x00")
 
     rc.write_text("sleep 1; PS1='$ '\n")
     running = server.start_exec("echo ok", agent_name=agent)
@@ -3196,40 +5254,9 @@ def test_keys_typed_while_a_new_shell_starts_are_never_run(
     assert answer["stdout"] == "ok\n"
     assert answer["waited_ms"] + answer["duration_ms"] < 4000
     assert precious.exists()
+
     if where == "second-pane":
         busy.result()
-
-
-def test_a_run_that_is_recalled_from_the_history_does_nothing(own: Callable[..., Proxy]) -> None:
-    server = own()
-    pathlib.Path(server.folder, "home/.bashrc").write_text("PS1='$ '; HISTCONTROL=ignoredups\n")
-    count = f"{server.folder}/count"
-    server.exec(f"echo x >> {count}")
-    for _ in range(2):
-        server.type("poco", "Up", "Enter")
-        server.type("poco", "-l", f"touch {server.folder}/typed")
-        server.type("poco", "Enter")
-        eventually(lambda: os.path.exists(f"{server.folder}/typed"))
-        os.unlink(f"{server.folder}/typed")
-    assert pathlib.Path(count).read_text() == "x\n"
-
-    # Nor does it end the next one, which has the same files.
-    running = server.start_exec(f"sleep 1; echo y >> {count}; exit 7")
-    eventually(lambda: processes_with("sleep\x001\x00"))
-    server.tmux("split-window", "-d", "-t", server.pane("poco"), "bash", "-i")
-    go = server.tmux("list-panes", "-s", "-F", "#{pane_id}").split()[-1]
-    files = sorted(pathlib.Path(server.folder).glob("tmux/s.d/*/*.go"))
-    server.tmux("send-keys", "-t", go, f". {files[0]}", "Enter")
-    assert running.result()["exit_code"] == 7
-    assert pathlib.Path(count).read_text() == "x\ny\n"
-
-
-def test_the_tmux_of_a_command_is_its_own(proxy: Proxy, agent: str) -> None:
-    answer = proxy.exec('echo "${TMUX-none} ${TMUX_PANE-none}"', agent_name=agent)
-    assert answer["stdout"] == "none none\n"
-    killed = proxy.exec("TMUX_TMPDIR=/nonexistent tmux kill-server; echo on", agent_name=agent)
-    assert killed["stdout"].endswith("on\n")
-    assert proxy.panes(agent)
 
 
 def test_a_program_that_asks_on_its_terminal_shows_in_the_answer_of_a_timeout(
@@ -3258,35 +5285,12 @@ QUIET_TIMEOUTS = {
 
 
 @pytest.mark.parametrize("cmd", QUIET_TIMEOUTS.values(), ids=QUIET_TIMEOUTS)
-def test_output_and_the_command_are_no_question(proxy: Proxy, agent: str, cmd: str) -> None:
+def test_output_and_the_command_are_not_taken_for_a_question(
+    proxy: Proxy, agent: str, cmd: str
+) -> None:
     answer = proxy.exec(cmd, agent_name=agent, timeout=0.3)
     assert answer["ended"] == "timeout"
     assert "terminal" not in answer
-
-
-def test_unknown_fields_are_named(proxy: Proxy, agent: str) -> None:
-    answer = proxy.exec("true", agent_name=agent, agent="x", time_out=3)
-    assert answer["ignored"] == ["agent", "time_out"]
-    many = {f"field{number}" + "x" * 100: 0 for number in range(1000)}
-    assert len(proxy.exec("true", agent_name=agent, **many)["ignored"]) == pp.MAX_IGNORED
-    assert proxy.exec("true", agent_name=agent, ignored=["cmd"])["ignored"] == ["ignored"]
-    assert "ignored" not in proxy.exec("true", agent_name=agent)
-
-
-def test_the_time_in_the_queue_is_in_the_answer(proxy: Proxy, agent: str) -> None:
-    proxy.exec("true", agent_name=agent)
-    running = [proxy.start_exec("sleep 0.5", agent_name=agent) for _ in range(4)]
-    eventually(lambda: len(processes_with("sleep\x000.5\x00")) == 4)
-    answer = proxy.exec("true", agent_name=agent)
-    assert answer["waited_ms"] > 100
-    assert answer["duration_ms"] < 400
-    assert [call.result()["exit_code"] for call in running] == [0] * 4
-
-
-def test_a_stopped_command_is_ended(proxy: Proxy, agent: str) -> None:
-    answer = proxy.exec("kill -STOP $$; sleep 60", agent_name=agent)
-    assert (answer["exit_code"], answer["ended"]) == (128 + signal.SIGSTOP, "exit")
-    eventually(lambda: not processes_with(f"POCKETCODER_RUN_ID={answer['run_id']}"))
 
 
 def test_a_person_can_answer_a_question_and_interrupt(proxy: Proxy, agent: str) -> None:
@@ -3297,6 +5301,7 @@ def test_a_person_can_answer_a_question_and_interrupt(proxy: Proxy, agent: str) 
     eventually(lambda: "Password:" in proxy.screen(agent))
     proxy.type(agent, "secret", "Enter")
     assert asked.result()["stdout"] == "got secret\n"
+
     slow = proxy.start_exec("echo go; sleep 60", agent_name=agent)
     eventually(lambda: "\ngo" in proxy.screen(agent))
     proxy.type(agent, "C-c")
@@ -3304,26 +5309,11 @@ def test_a_person_can_answer_a_question_and_interrupt(proxy: Proxy, agent: str) 
     assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
 
 
-LOST = (
-    r"lost: (tmux has ended|\w+:terminal, pane %\d+, died); the next command starts a new terminal"
-)
-DEATHS = {
-    "shell": "kill -9 $(tmux -S {socket} display -p -t {pane} '#{{pane_pid}}')",
-    "pane": "tmux -S {socket} kill-pane -t {pane}",
-    "window": "tmux -S {socket} kill-window -t {pane}",
-    "session": "tmux -S {socket} kill-session -t pocketcoder",
-    "server": "tmux -S {socket} kill-server",
-    "server killed": "kill -9 $(tmux -S {socket} display -p '#{{pid}}')",
-    "hung up": "kill -HUP $(tmux -S {socket} display -p -t {pane} '#{{pane_pid}}')",
-}
-
-
 @pytest.mark.parametrize("death", DEATHS)
-def test_a_terminal_that_dies_ends_its_command_and_the_next_gets_a_new_one(
-    own: Callable[..., Proxy], death: str
+def test_a_terminal_that_dies_loses_its_command_and_is_replaced(
+    warm: StartServer, death: str
 ) -> None:
-    server = own()
-    server.exec("true")
+    server = warm()
     call = server.start_exec(
         "echo before; (trap '' HUP TERM; sleep 62.5) & setsid sleep 62.6 & sleep 62.7"
     )
@@ -3337,32 +5327,21 @@ def test_a_terminal_that_dies_ends_its_command_and_the_next_gets_a_new_one(
     )
     answer = call.result()
     assert time.monotonic() - started < 10
-    assert (answer["ended"], answer["exit_code"], answer["stdout"]) == ("lost", 137, "before\n")
+    assert answer["ended"] == "lost"
+    assert answer["exit_code"] == 137
+    assert answer["stdout"] == "before\n"
     assert re.match(LOST, answer["error"])
-    eventually(lambda: not processes_with("sleep\x0062."))
+    wait_until_gone("sleep\x0062.")
+
     started = time.monotonic()
     assert server.exec("echo next")["stdout"] == "next\n"
     assert time.monotonic() - started < 10
 
 
-@pytest.mark.slow
-def test_a_shell_without_descriptors_runs_nothing_of_older_commands(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    server.exec("cat >/dev/null <<'X'\n" + f"touch {server.folder}/old\n" * 200 + "X")
-    time.sleep(0.2)
-    server.type("poco", "ulimit -S -n 9", "Enter")
-    time.sleep(0.2)
-    assert server.exec("echo ok")["stdout"] == "ok\n"  # in another pane
-    assert not os.path.exists(f"{server.folder}/old")
-
-
 @pytest.mark.parametrize("death", DEATHS)
 @pytest.mark.slow
-def test_a_terminal_that_died_idle_is_made_anew(own: Callable[..., Proxy], death: str) -> None:
-    server = own()
-    server.exec("true")
+def test_an_idle_terminal_that_died_is_replaced(warm: StartServer, death: str) -> None:
+    server = warm()
     subprocess.run(
         ["bash", "-c", DEATHS[death].format(socket=server.socket, pane=server.pane("poco"))],
         check=True,
@@ -3373,16 +5352,8 @@ def test_a_terminal_that_died_idle_is_made_anew(own: Callable[..., Proxy], death
     assert time.monotonic() - started < 10
 
 
-def test_a_command_that_kills_its_parent_is_lost(proxy: Proxy, agent: str) -> None:
-    answer = proxy.exec("echo before; kill -9 $PPID; sleep 60", agent_name=agent)
-    assert (answer["ended"], answer["stdout"]) == ("lost", "before\n")
-    assert re.match(LOST, answer["error"])
-    assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
-
-
-def test_a_dead_pane_that_remains_is_started_again(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_a_dead_pane_that_remains_is_started_again(warm: StartServer) -> None:
+    server = warm()
     server.tmux("set-option", "-g", "remain-on-exit", "on")
     assert server.exec("kill -9 $PPID; sleep 60")["ended"] == "lost"
     eventually(lambda: server.tmux("list-panes", "-F", "#{pane_dead}") == "1")
@@ -3390,7 +5361,7 @@ def test_a_dead_pane_that_remains_is_started_again(own: Callable[..., Proxy]) ->
     assert len(server.panes("poco")) == 1
 
 
-def test_a_renamed_window_is_not_the_agents_any_more(proxy: Proxy, agent: str) -> None:
+def test_a_renamed_window_no_longer_belongs_to_the_agent(proxy: Proxy, agent: str) -> None:
     proxy.exec("true", agent_name=agent)
     proxy.tmux("rename-window", "-t", proxy.pane(agent), f"{agent}-old")
     assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
@@ -3403,411 +5374,7 @@ def test_a_program_that_sets_titles_does_not_rename_the_window(proxy: Proxy, age
     assert len(proxy.panes(agent)) == 1
 
 
-@pytest.mark.slow
-def test_the_run_directory_is_private_and_made_again_when_wiped(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
-    base = pathlib.Path(f"{server.socket}.d")
-    assert base.stat().st_mode & 0o777 == 0o700
-    call = server.start_exec("sleep 0.5; echo survived; exit 4")
-    eventually(lambda: processes_with("sleep\x000.5"))
-    subprocess.run(["rm", "-rf", base], check=True)
-    answer = call.result()
-    assert (answer["stdout"], answer["exit_code"]) == ("survived\n", 4)
-    assert server.exec("echo next")["stdout"] == "next\n"
-
-
-@pytest.mark.slow
-def test_a_tmux_that_does_not_answer_is_told_to_all_at_once(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
-    tmux = int(server.tmux("display-message", "-p", "#{pid}"))
-    os.kill(tmux, signal.SIGSTOP)
-    begun = time.monotonic()
-    calls = [
-        Background(partial(server.post, {"cmd": "true", "agent_name": f"a{number}"}))
-        for number in range(8)
-    ]
-    for call in calls:
-        status, answer = call.result()
-        assert (status, "no answer within 5 s" in answer["error"]) == (503, True)
-    assert time.monotonic() - begun < 20  # seconds, of which it took eight callers 40 and more
-    assert server.request("GET", "/health")[0] == 200
-    os.kill(tmux, signal.SIGCONT)
-    eventually(lambda: server.post({"cmd": "true"})[0] == 200, 10)
-
-
-@pytest.mark.parametrize("file", ["*.out", "*.cmd", "status"])
-@pytest.mark.slow
-def test_a_run_whose_files_are_wiped_just_before_its_start_is_run_anew(
-    own: Callable[..., Proxy], file: str
-) -> None:
-    server = own()
-    server.exec("true")
-    base, tmux = (
-        pathlib.Path(f"{server.socket}.d"),
-        int(server.tmux("display-message", "-p", "#{pid}")),
-    )
-    os.kill(tmux, signal.SIGSTOP)  # which is to type the line
-    call = server.start_exec(f"ls /proc/self/fd; echo kept #{'x' * 40_000}")
-    eventually(lambda: [path for path in base.rglob("*.cmd") if "echo kept" in path.read_text()])
-    for path in base.rglob(file):
-        path.unlink()
-    os.kill(tmux, signal.SIGCONT)
-    answer = call.result()
-    assert (answer["stdout"], answer["ended"]) == ("0\n1\n2\n3\nkept\n", "exit")  # 3 is that of ls
-
-
-def test_a_run_directory_of_somebody_else_is_refused(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
-    subprocess.run(["rm", "-rf", f"{server.socket}.d"], check=True)
-    os.symlink(server.workspace, f"{server.socket}.d")
-    status, answer = server.post({"cmd": "true"})
-    assert (status, f"{server.socket}.d" in answer["error"]) == (503, True)
-    os.unlink(f"{server.socket}.d")
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-
-
-RUNS = "cd $(ls -d {socket}.d/*/); "  # where the files of runs are
-PLANTS = {
-    "go": "for n in 1 2 3 4; do rm -f $n.go; mkfifo $n.go; done",
-    "done": "for n in 1 2 3 4; do rm $n.done; ln -s {precious} $n.done; done",
-    "out": "for n in 1 2 3 4; do rm $n.out; ln {precious} $n.out; done",
-    "status": "rm status; touch status",
-    "reports": "head -c 100000 /dev/zero >status; printf '%s 1' $POCKETCODER_RUN_ID exit >status",
-}
-
-
-@pytest.mark.parametrize("plant", PLANTS)
-@pytest.mark.slow
-def test_what_a_command_puts_in_place_of_our_files_harms_no_other(
-    own: Callable[..., Proxy], plant: str
-) -> None:
-    server = own()
-    precious = pathlib.Path(server.folder, "precious")
-    precious.write_text("precious")
-    for call in [
-        server.start_exec("true", agent_name=f"a{number}") for number in range(4)
-    ]:  # make four names
-        call.result()
-    command = (RUNS + PLANTS[plant]).format(socket=server.socket, precious=precious)
-    server.exec(command)
-    for _ in range(3):
-        answer = server.exec("echo ok; exit 3", agent_name="a1", timeout=20)
-        assert (answer["stdout"], answer["exit_code"]) == ("ok\n", 3)
-    assert precious.read_text() == "precious"
-
-
-WORKER = 65534  # nobody
-
-
-@pytest.fixture
-def workers() -> Iterator[Proxy]:
-    """A server of root, with the terminals of another user.  The test ends where we are not root."""
-    if os.geteuid():
-        pytest.skip("only root can hand files over")
-    folder = tempfile.mkdtemp(prefix="pc")
-    os.makedirs(f"{folder}/tmux")
-    os.chown(f"{folder}/tmux", WORKER, -1)
-    os.chmod(folder, 0o755)
-    command = [
-        "tmux",
-        "-S",
-        f"{folder}/tmux/s",
-        "new-session",
-        "-d",
-        "-s",
-        "pocketcoder",
-        "-n",
-        "poco:terminal",
-    ]
-    subprocess.run(
-        [*command, "--", "bash", "--norc", "-i"],
-        check=True,
-        user=WORKER,
-        env={**os.environ, "HOME": "/"},
-    )
-    server = Proxy(folder=folder)
-    yield server
-    server.remove()
-
-
-@pytest.mark.slow
-def test_roots_commands_run_as_the_user_whose_the_terminals_are(workers: Proxy) -> None:
-    for number in range(2):
-        answer = workers.exec(f"id -u; cat; exit {number}", stdin="x", env={"A": "b"})
-        assert (answer["stdout"], answer["exit_code"]) == (f"{WORKER}\nx", number)
-    assert workers.exec("sleep 78.4 & wait", timeout=0.2)["ended"] == "timeout"
-    base = pathlib.Path(f"{workers.socket}.d")
-    assert (base.stat().st_uid, base.stat().st_mode & 0o777) == (0, 0o711)
-    assert {(path.stat().st_uid, path.stat().st_mode & 0o077) for path in base.glob("*")} == {
-        (WORKER, 0)
-    }
-    assert "the terminals belong to user 65534:" in workers.logged()
-
-
-@pytest.mark.slow
-def test_a_worker_cannot_lead_root_to_files_and_processes_that_are_not_his(workers: Proxy) -> None:
-    workers.exec("true")
-    folder = next(pathlib.Path(f"{workers.socket}.d").glob("*"))
-    for name in ("1.go", "1.done", "1.in"):
-        precious = folder / f"precious.{name}"
-        precious.write_text("precious")
-        precious.chmod(0o600)
-        (folder / name).unlink(missing_ok=True)
-        os.link(precious, folder / name)
-    assert workers.exec("echo ok", stdin="x" * 10)["stdout"] == "ok\n"
-    assert workers.exec("echo ok")["stdout"] == "ok\n"
-    for precious in folder.glob("precious.*"):
-        assert (precious.read_text(), precious.stat().st_uid) == ("precious", 0)
-    victim = subprocess.Popen(["sleep", "77"], start_new_session=True)
-    try:
-        workers.type(
-            "poco", "trap 'sleep 0.3' DEBUG", "Enter"
-        )  # so that the lie comes before the truth
-        call = workers.start_exec("echo $PPID; sleep 76.5", timeout=0.3)
-        found = eventually(
-            lambda: [text for path in folder.glob("*.go") if "76.5" in (text := path.read_text())]
-        )
-        token = re.findall(r'"(\w{16}) start', found[0])[0]
-        (folder / "status").write_text(f"{token} start {victim.pid}\n")
-        assert call.result()["ended"] in ("timeout", "lost")
-        assert victim.poll() is None
-    finally:
-        victim.kill()
-        victim.wait()
-
-
-def test_a_command_whose_report_is_stolen_is_lost(proxy: Proxy, agent: str) -> None:
-    token = r"$(grep -o '[0-9a-f]\{16\} exit' $(grep -lx $$ *.pid | sed s/pid/go/) | head -n 1 | cut -c1-16)"
-    command = RUNS.format(socket=proxy.socket) + f"echo {token} back 0 >status; sleep 78.5"
-    answer = proxy.exec(command, agent_name=agent, timeout=20)
-    assert (answer["ended"], "did not report" in answer["error"]) == ("lost", True)
-    assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
-    eventually(lambda: not processes_with("sleep\x0078.5"))
-
-
-@pytest.mark.slow
-def test_a_server_stops_whatever_is_among_its_files(own: Callable[..., Proxy]) -> None:
-    server = own()
-    deep = "import os\nfor _ in range(1200):\n os.mkdir('d')\n os.chdir('d')"
-    server.exec(RUNS.format(socket=server.socket) + f'{sys.executable} -c "{deep}"')
-    try:
-        assert server.stop() == 0
-    finally:
-        subprocess.run(["rm", "-rf", f"{server.socket}.d"], check=True)
-
-
-def test_runs_leave_no_files_and_no_descriptors(own: Callable[..., Proxy]) -> None:
-    server = own()
-    for cmd in ("true", "cat", "exit 3", "kill -9 $$"):
-        server.exec(cmd, stdin="x")
-    server.exec("sleep 9", timeout=0.1)
-    server.post({"cmd": "true", "cwd": "nowhere"})
-    eventually(
-        lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13
-    )  # of up to three names
-    before = server.descriptors()
-    for number in range(50):
-        server.exec(f"exit {number}", stdin="x" * number)
-    eventually(lambda: server.descriptors() <= before)
-    eventually(
-        lambda: len(list(pathlib.Path(f"{server.socket}.d").rglob("*"))) <= 13
-    )  # of up to three names
-    server.stop()
-    assert list(pathlib.Path(f"{server.socket}.d").rglob("*")) == []
-
-
-@pytest.mark.slow
-def test_without_space_a_run_is_refused_with_its_place_and_leaves_nothing(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    server.exec("true")
-    files = f"{server.socket}.d"
-    for limited, shell in (
-        (server.process.pid, False),
-        (int(server.panes("poco")[0].split()[1]), True),
-    ):
-        if shell:
-            server.type("poco", "trap '' XFSZ", "Enter")
-            eventually(lambda: "XFSZ" in server.screen("poco"))
-        before = resource.prlimit(limited, resource.RLIMIT_FSIZE, (0, -1))
-        began = time.monotonic()
-        status, answer = server.post({"cmd": "true"})
-        assert (status, files in answer["error"], time.monotonic() - began < 5) == (
-            503,
-            True,
-            True,
-        ), answer
-        assert server.request("GET", "/health")[0] == 200
-        resource.prlimit(limited, resource.RLIMIT_FSIZE, before)
-        assert server.exec("echo ok")["stdout"] == "ok\n"
-        assert len(list(pathlib.Path(files).rglob("*"))) <= 10, os.listdir(
-            files
-        )  # of up to two names
-
-
-@pytest.mark.slow
-def test_without_descriptors_runs_are_refused_and_those_that_run_go_on(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    server.exec("true")
-    kept, panes = server.connect(), server.panes("poco")
-    kept.request("GET", "/health")
-    assert kept.getresponse().read() == b"ok"
-    running = server.start_exec("sleep 0.8; echo done")
-    ends = server.start_exec(
-        "trap '' TERM; sleep 9 & wait; sleep 9", agent_name="other", timeout=0.6
-    )
-    eventually(lambda: processes_with("sleep\x000.8") and processes_with("sleep\x009"))
-    used, before = (
-        server.descriptors(),
-        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE),
-    )
-    for limit in (used, 1):
-        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (limit, before[1]))
-        kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
-        answer = kept.getresponse()
-        assert (answer.status, "Too many open files" in answer.read().decode()) == (503, True)
-    time.sleep(0.6)
-    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, before)
-    assert (running.result()["stdout"], ends.result()["ended"]) == ("done\n", "timeout")
-    assert (server.exec("echo ok")["stdout"], server.panes("poco")[:1]) == ("ok\n", panes)
-    eventually(lambda: not processes_with("sleep\x009"))
-    kept.close()
-
-
-@pytest.mark.slow
-def test_a_child_needs_no_thread(own: Callable[..., Proxy]) -> None:
-    server = own("--mcp-server", "none=false")
-    server.exec("true")
-    size = int(
-        re.findall(
-            r"VmSize:\s+(\d+)", pathlib.Path(f"/proc/{server.process.pid}/status").read_text()
-        )[0]
-    )
-    resource.prlimit(
-        server.process.pid, resource.RLIMIT_AS, (size * 1024 + 4 * pp.MIB, -1)
-    )  # a stack takes 8
-    answer = mcp(server, request("initialize", INITIALIZE), path="/servers/none/mcp")[2]
-    assert "before it answered" in answer["error"]["message"]
-    server.tmux("kill-server")
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-
-
-@pytest.mark.slow
-def test_a_run_that_ends_while_its_files_cannot_go_does_not_hinder_the_next(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    server.exec("true")
-    running = server.start_exec("sleep 0.5; echo done")
-    pid = eventually(lambda: [*pathlib.Path(f"{server.socket}.d").glob("*/*.pid")])[0]
-    folder = pid.parent
-    if (
-        not shutil.which("chattr")
-        or subprocess.run(["chattr", "+a", folder], capture_output=True).returncode
-    ):
-        pytest.skip(
-            "needs a file system and a user that can `chattr +a`"
-        )  # so that nothing can be removed
-    try:
-        assert running.result()["stdout"] == "done\n"
-        assert server.exec("echo next")["stdout"] == "next\n"
-        assert pid.exists()
-    finally:
-        subprocess.run(["chattr", "-a", folder], check=True)
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-
-
-@pytest.mark.slow
-def test_a_command_that_ended_while_the_server_was_stopped_ended_in_time(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    server.exec("true")
-    running = server.start_exec("sleep 0.8; echo done; exit 3", timeout=1.5)
-    eventually(lambda: processes_with("sleep\x000.8"))
-    time.sleep(0.2)  # it waits in epoll_wait(2) then
-    server.process.send_signal(signal.SIGSTOP)
-    time.sleep(2)
-    server.process.send_signal(signal.SIGCONT)
-    answer = running.result()
-    assert (answer["stdout"], answer["ended"], answer["exit_code"]) == ("done\n", "exit", 3)
-
-
-@pytest.mark.slow
-def test_a_directory_for_runs_that_cannot_be_made_leaves_no_descriptor(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    server.exec("true")
-    kept = server.connect()
-    kept.request("GET", "/health")
-    kept.getresponse().read()
-    used, before = (
-        server.descriptors(),
-        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE),
-    )
-    for free in range(-4, 4):
-        shutil.rmtree(f"{server.socket}.d", ignore_errors=True)
-        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used + free, before[1]))
-        kept.request("POST", "/exec", '{"cmd": "true"}', {"Content-Type": "application/json"})
-        assert kept.getresponse().read()
-    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, before)
-    kept.close()
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-    eventually(lambda: server.descriptors() <= used)
-
-
-@pytest.mark.slow
-def test_a_killed_server_leaves_its_commands_alone_and_the_next_drains_them(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    done = f"{server.folder}/done"
-    server.exec("true")
-    call = server.start_exec(f"sleep 0.5; head -c 3000000 /dev/zero; echo $? > {done}; sleep 0.2")
-    eventually(lambda: processes_with("sleep\x000.5"))
-    server.stop(signal.SIGKILL)
-    with pytest.raises((http.client.HTTPException, OSError)):
-        call.result()
-    server.start()
-    assert server.exec("echo next")["stdout"] == "next\n"
-    eventually(lambda: os.path.exists(done) and pathlib.Path(done).read_text() == "0\n")
-    eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
-
-
-@pytest.mark.slow
-def test_a_clean_stop_leaves_background_writers_to_the_next_server(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    done = f"{server.folder}/done"
-    server.exec(f"(sleep 1; seq 100000; touch {done}) & true")
-    assert server.stop() == 0
-    server.start()
-    eventually(lambda: os.path.exists(done))
-    eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
-
-
-def test_a_stray_file_or_a_missing_folder_stops_nothing(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
-    server.stop()
-    pathlib.Path(f"{server.socket}.d/stray").touch()
-    server.start()
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-    tmux = int(server.tmux("display-message", "-p", "#{pid}"))
-    subprocess.run(["rm", "-rf", f"{server.folder}/tmux"], check=True)
-    assert server.exec("echo still")["stdout"] == "still\n"
-    os.kill(tmux, signal.SIGKILL)  # its socket is gone: nobody else can end it
-
-
-def test_two_servers_on_one_socket_share_it(own: Callable[..., Proxy]) -> None:
+def test_two_servers_on_one_socket_share_it(own: StartServer) -> None:
     first = own()
     second = Proxy(folder=first.folder)
     try:
@@ -3822,7 +5389,7 @@ def test_two_servers_on_one_socket_share_it(own: Callable[..., Proxy]) -> None:
         second.stop()
 
 
-def test_a_pane_that_another_driver_holds_is_left_to_it(proxy: Proxy, agent: str) -> None:
+def test_a_pane_held_by_another_driver_is_left_alone(proxy: Proxy, agent: str) -> None:
     first = proxy.exec("echo $PPID", agent_name=agent)["stdout"]
     tty = proxy.tmux("display-message", "-p", "-t", proxy.pane(agent), "#{pane_tty}")
     held = os.open(tty, os.O_RDONLY | os.O_NOCTTY)
@@ -3834,7 +5401,348 @@ def test_a_pane_that_another_driver_holds_is_left_to_it(proxy: Proxy, agent: str
     assert proxy.exec("echo $PPID", agent_name=agent)["stdout"] == first
 
 
-def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(
+# ==========================================================================
+# Runs
+# ==========================================================================
+
+# What bash -c does, the sandbox does.
+ALIKE = [
+    pytest.param("echo hi; exit 3", id="output-and-status"),
+    pytest.param("printf 'no newline'", id="no-newline"),
+    pytest.param("printf 'a\\n\\n\\nb\\n\\n'", id="blank-lines-at-the-end"),
+    pytest.param("echo out; echo err >&2; echo out", id="out-and-err-in-turn"),
+    pytest.param("true", id="true"),
+    pytest.param("false", id="false"),
+    pytest.param("exit 255", id="exit-255"),
+    pytest.param("nosuchcommand", id="no-such-command"),
+    pytest.param("if then", id="syntax-error"),
+    pytest.param("kill -KILL $$", id="killed"),
+    pytest.param("kill -TERM $$", id="terminated"),
+    pytest.param("kill -INT $$", id="interrupted"),
+    pytest.param("kill -HUP $$; sleep 1", id="hung-up"),
+    pytest.param("(exit 139); echo $?", id="status-139"),
+    pytest.param("cat", id="empty-stdin"),
+    pytest.param("cat | wc -c", id="empty-stdin-counted"),
+    pytest.param('read x; echo "$? [$x]"', id="empty-stdin-read"),
+    pytest.param('echo $0 $# "$@"', id="name-and-arguments"),
+    pytest.param("echo $-", id="flags"),
+    pytest.param("shopt expand_aliases login_shell", id="shell-options"),
+    pytest.param("ls /proc/$$/fd", id="descriptors"),
+    pytest.param("[ -t 0 ] || [ -t 1 ] || [ -t 2 ] || echo no tty", id="no-terminal"),
+    pytest.param("set -e; false; echo never", id="errexit"),
+    pytest.param("trap 'echo bye' EXIT; exit 4", id="trap-exit"),
+    pytest.param("cd /; pwd; export X=1; X=2; alias ls=echo; exit 1", id="nothing-stays"),
+    pytest.param(
+        "echo 'single' \"double $((1+1))\" `echo back` $(echo dollar) \\\\ \\$ '!' !x ~nobody # comment",
+        id="quotes",
+    ),
+    pytest.param("cat <<'E'\nhere $x `y`\nE", id="here-document-quoted"),
+    pytest.param("cat <<E\nlast line without newline\nE", id="here-document-without-newline"),
+    pytest.param("echo a\\\nb; echo 'c\nd'", id="continued-lines"),
+    pytest.param("printf '\\001\\002\\177\\033[31m\\r\\n\\200\\377'", id="binary-bytes"),
+    pytest.param("echo é ü 漢字 🙂", id="unicode"),
+    pytest.param(
+        "x='\x01\x7f\x1b\r\t'; printf %s \"$x\" | od -c", id="control-characters-in-the-command"
+    ),
+    pytest.param("seq 1 5000", id="large-output"),
+    pytest.param("head -c 300000 /dev/zero | tr '\\0' x", id="one-long-line"),
+    pytest.param("sleep 0.05 & wait; echo $?", id="background-job"),
+    pytest.param("echo $BASH_SUBSHELL $SHLVL >/dev/null; ulimit -n", id="limits-and-depth"),
+    pytest.param("umask; bash -c 'exit 9'", id="umask-and-a-shell"),
+    pytest.param("exec echo replaced", id="exec"),
+    pytest.param(
+        "kill -STOP $BASHPID & sleep 0.1; kill -CONT %1 2>/dev/null; echo done",
+        id="stopped-and-continued",
+    ),
+    pytest.param("f() { return 7; }; f", id="function-status"),
+    pytest.param("yes | head -3; echo ${PIPESTATUS[*]}", id="broken-pipe"),
+    pytest.param("printf '%s\\n' {1..3}; [[ a == a* ]] && echo bash", id="braces-and-tests"),
+    pytest.param('echo "$(yes x | head -c 140000 | wc -c)"', id="large-substitution"),
+    pytest.param("#" + "x" * 200_000 + "\necho long", id="long-comment"),
+    pytest.param("echo '" + "é'\"'" * 40_000 + "' | wc -c; exit 6", id="long-quoted-text"),
+]
+
+
+def write(proxy: Proxy, text: str) -> str:
+    path = pathlib.Path(proxy.folder, "script")
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("cmd", ALIKE)
+def test_a_command_behaves_as_with_bash_c(proxy: Proxy, agent: str, cmd: str) -> None:
+    words = ["bash", "-c", cmd, "bash"]
+    # Such a command is too long for an argument.
+    if len(cmd) > 100_000:
+        words[2:] = ['eval "$(cat "$1")"', "bash", write(proxy, cmd)]
+    here = subprocess.run(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=proxy.workspace,
+        check=False,
+    )
+    there = proxy.exec(cmd, agent_name="alike")
+    assert there["stdout"] == here.stdout.decode(errors="replace")
+    assert there["exit_code"] == (
+        here.returncode if here.returncode >= 0 else 128 - here.returncode
+    )
+    assert there["ended"] == "exit"
+    assert there["truncated"] is False
+    assert there.get("error") is None
+    assert there["output_bytes"] == len(here.stdout)
+
+
+def test_the_answer_has_every_field_of_the_contract(proxy: Proxy, agent: str) -> None:
+    answer = proxy.exec("sleep 0.1; exit 2", agent_name=agent)
+    assert set(answer) == {
+        "stdout",
+        "exit_code",
+        "ended",
+        "truncated",
+        "output_bytes",
+        "duration_ms",
+        "waited_ms",
+        "run_id",
+    }
+    # It counts from the report of the start, which may come late.
+    assert 50 <= answer["duration_ms"] < 5000
+    assert answer["run_id"] != proxy.exec("true", agent_name=agent)["run_id"]
+
+
+def test_nothing_of_a_command_reaches_the_next_one(proxy: Proxy, agent: str) -> None:
+    proxy.exec(
+        "cd /; export LEAK=1; alias true=false; set -e; trap 'echo x' EXIT; exit 1",
+        agent_name=agent,
+    )
+    answer = proxy.exec('echo "${LEAK-none} $PWD"; true; echo $?', agent_name=agent)
+    assert answer["stdout"] == f"none {proxy.workspace}\n0\n"
+
+
+def test_commands_inherit_the_exports_of_the_pane_but_no_aliases_functions_or_descriptors(
+    proxy: Proxy, agent: str
+) -> None:
+    proxy.exec("true", agent_name=agent)
+    proxy.type(
+        agent,
+        "export SHARED=yes; alias ls=false cd=false; ls() { false; }; cd() { false; }; exec 5</etc/passwd",
+        "Enter",
+    )
+    eventually(lambda: proxy.exec("echo $SHARED", agent_name=agent)["stdout"] == "yes\n")
+    answer = proxy.exec(
+        "ls -d /; type -t ls; ls /proc/self/fd | tr '\\n' ' '; pwd", agent_name=agent, cwd=""
+    )
+    assert answer["stdout"] == f"/\nfile\n0 1 2 3 {proxy.workspace}\n"
+    assert len(proxy.panes(agent)) == 1
+
+
+def test_a_command_that_looks_like_an_option_is_run_as_a_command(proxy: Proxy, agent: str) -> None:
+    for cmd in ("-s", "-n; exit 127", "+x", "--version", "-" + " " * 200_000):
+        answer = proxy.exec(cmd, stdin="echo not a command", agent_name=agent)
+        assert answer["exit_code"] == 127
+        assert "not found" in answer["stdout"]
+
+
+def test_a_command_may_kill_its_own_shell_but_not_the_pane(proxy: Proxy, agent: str) -> None:
+    before = proxy.exec("echo x", agent_name=agent) and proxy.panes(agent)
+    assert proxy.exec("kill $$", agent_name=agent)["exit_code"] == 143
+    assert proxy.panes(agent) == before
+
+
+def test_variables_say_what_runs_and_keep_programs_from_waiting(proxy: Proxy, agent: str) -> None:
+    names = "POCKETCODER_AGENT POCKETCODER_SESSION_ID POCKETCODER_USAGE_ID "
+    names += "PAGER GIT_PAGER MANPAGER GIT_TERMINAL_PROMPT"
+    show = f"for n in {names} DEBIAN_FRONTEND; do echo ${{!n}}; done; echo $POCKETCODER_RUN_ID"
+    answer = proxy.exec(show, agent_name=agent, session_id="s 'x'", usage_id='u"$y')
+    expected = [
+        agent,
+        "s 'x'",
+        'u"$y',
+        "cat",
+        "cat",
+        "cat",
+        "0",
+        "noninteractive",
+        answer["run_id"],
+    ]
+    assert answer["stdout"].splitlines() == expected
+
+    asked = {
+        "PAGER": "less",
+        "POCKETCODER_AGENT": "me",
+        "odd.name": "v = 'w'\nx",
+        "UID": "7",
+        "EMPTY": "",
+    }
+    answer = proxy.exec(
+        "env -0 | grep -zE '^(PAGER|POCKETCODER_AGENT|odd.name|EMPTY)=' | sort -z",
+        agent_name=agent,
+        env=asked,
+    )
+    assert answer["stdout"].split("\0")[:-1] == [
+        "EMPTY=",
+        "PAGER=less",
+        f"POCKETCODER_AGENT={agent}",
+        "odd.name=v = 'w'\nx",
+    ]
+
+
+ODD_DIRECTORIES = [
+    "a b",
+    "it's",
+    'say "hi"',
+    "$(touch evil)",
+    "`x`",
+    "a\nb",
+    "-rf",
+    "é漢",
+    "*",
+    "\\",
+    "#{pane_id}",
+]
+
+
+@pytest.mark.parametrize("name", ODD_DIRECTORIES)
+def test_a_directory_may_have_any_name(proxy: Proxy, name: str) -> None:
+    path = pathlib.Path(proxy.workspace, "odd", name)
+    path.mkdir(parents=True, exist_ok=True)
+    for cwd in (f"odd/{name}", str(path)):
+        assert proxy.exec("pwd", agent_name="odd", cwd=cwd)["stdout"] == f"{path}\n"
+    assert not pathlib.Path(proxy.workspace, "evil").exists()
+
+
+def test_a_directory_outside_the_workspace_is_refused_even_through_a_link(
+    proxy: Proxy, agent: str
+) -> None:
+    os.symlink("/etc", f"{proxy.workspace}/link")
+    os.symlink(proxy.workspace, f"{proxy.folder}/way")
+    for cwd in ("link", "..", "/etc", f"{proxy.workspace}-other", "link/../.."):
+        status, answer = proxy.post({"cmd": "pwd", "cwd": cwd, "agent_name": agent})
+        assert status == 400, cwd
+        assert "cwd" in answer["error"], cwd
+
+    way = f"{proxy.folder}/way"
+    assert proxy.exec("pwd", cwd=way, agent_name=agent)["stdout"] == f"{way}\n"
+    assert proxy.exec("pwd -P", cwd=way, agent_name=agent)["stdout"] == f"{proxy.workspace}\n"
+
+    pathlib.Path(proxy.workspace, "plain").touch()
+    assert proxy.post({"cmd": "pwd", "cwd": "plain"})[0] == 400
+
+
+def test_a_long_command_still_knows_its_name(proxy: Proxy, agent: str) -> None:
+    cmd = "echo $0 $#; nosuchcommand #" + "x" * 500_000
+    answer = proxy.exec(cmd, agent_name=agent)
+    assert answer["stdout"].startswith("bash 0\nbash:")
+    assert answer["exit_code"] == 127
+
+
+@pytest.mark.slow
+def test_two_hundred_clients_at_once_get_their_own_answers(proxy: Proxy) -> None:
+    def wrong(number: int) -> dict[str, Any]:
+        answer = proxy.exec(f"echo {number}; exit {number % 100}", agent_name=f"many{number % 20}")
+        return (
+            answer
+            if (answer["stdout"], answer["exit_code"]) != (f"{number}\n", number % 100)
+            else {}
+        )
+
+    with ThreadPoolExecutor(200) as pool:
+        assert [answer for answer in pool.map(wrong, range(200)) if answer] == []
+
+
+@pytest.mark.slow
+def test_waiting_in_the_queue_does_not_count_towards_the_timeout(proxy: Proxy, agent: str) -> None:
+    calls = [
+        proxy.start_exec("sleep 0.7; echo done", agent_name=agent, timeout=1.2) for _ in range(8)
+    ]
+    assert [call.result()["stdout"] for call in calls] == ["done\n"] * 8
+
+
+def test_a_client_that_disconnects_cancels_its_command(proxy: Proxy, agent: str) -> None:
+    mark = f"sleep 61.{agent[1:5]}"
+    connection = proxy.connect()
+    connection.request(
+        "POST",
+        "/exec",
+        json.dumps({"cmd": f"{mark}; true", "agent_name": agent}),
+        {"Content-Type": "application/json"},
+    )
+    wait_until_running(mark.replace(" ", "\0"))
+    connection.close()
+    wait_until_gone(mark.replace(" ", "\0"))
+    assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
+
+
+def test_a_queued_command_whose_client_disconnects_never_runs(proxy: Proxy, agent: str) -> None:
+    gate = f"{proxy.folder}/{agent}"
+    running = [
+        proxy.start_exec(f"until [ -e {gate} ]; do sleep 0.05; done", agent_name=agent)
+        for _ in range(4)
+    ]
+    eventually(lambda: len(processes_with(f"[ -e {gate} ]")) >= 4)
+    connection = proxy.connect()
+    connection.request(
+        "POST",
+        "/exec",
+        json.dumps({"cmd": f"touch {gate}.run", "agent_name": agent}),
+        {"Content-Type": "application/json"},
+    )
+    time.sleep(0.2)
+    connection.close()
+    time.sleep(0.1)
+    pathlib.Path(gate).touch()
+    assert [call.result()["exit_code"] for call in running] == [0] * 4
+
+    proxy.exec("true", agent_name=agent)
+    assert not os.path.exists(f"{gate}.run")
+
+
+def test_tmux_inside_a_command_does_not_reach_the_servers_tmux(proxy: Proxy, agent: str) -> None:
+    answer = proxy.exec('echo "${TMUX-none} ${TMUX_PANE-none}"', agent_name=agent)
+    assert answer["stdout"] == "none none\n"
+    killed = proxy.exec("TMUX_TMPDIR=/nonexistent tmux kill-server; echo on", agent_name=agent)
+    assert killed["stdout"].endswith("on\n")
+    assert proxy.panes(agent)
+
+
+def test_the_time_in_the_queue_is_in_the_answer(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    running = [proxy.start_exec("sleep 0.5", agent_name=agent) for _ in range(4)]
+    eventually(lambda: len(processes_with("sleep\x000.5\x00")) == 4)
+    answer = proxy.exec("true", agent_name=agent)
+    assert answer["waited_ms"] > 100
+    assert answer["duration_ms"] < 400
+    assert [call.result()["exit_code"] for call in running] == [0] * 4
+
+
+def test_a_command_that_kills_its_parent_is_lost(proxy: Proxy, agent: str) -> None:
+    answer = proxy.exec("echo before; kill -9 $PPID; sleep 60", agent_name=agent)
+    assert answer["ended"] == "lost"
+    assert answer["stdout"] == "before\n"
+    assert re.match(LOST, answer["error"])
+    assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
+
+
+@pytest.mark.slow
+def test_a_command_that_exits_while_the_server_is_stopped_is_in_time(
+    warm: StartServer,
+) -> None:
+    server = warm()
+    running = server.start_exec("sleep 0.8; echo done; exit 3", timeout=1.5)
+    wait_until_running("sleep\x000.8")
+    # By then it waits in epoll_wait(2).
+    time.sleep(0.2)
+    server.process.send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    server.process.send_signal(signal.SIGCONT)
+    answer = running.result()
+    assert answer["stdout"] == "done\n"
+    assert answer["ended"] == "exit"
+    assert answer["exit_code"] == 3
+
+
+def test_a_command_cancelled_before_it_reports_its_start_gets_term(
     tmp_path: pathlib.Path,
 ) -> None:
     driver = pp.PocketCoderDriver(f"{tmp_path}/tmux/s", "pocketcoder")
@@ -3844,27 +5752,28 @@ def test_a_command_that_is_ended_before_it_reports_its_start_gets_term(
         starting = asyncio.ensure_future(
             driver.start(pp.ExecRequest("sleep 79.25"), {"out": lambda chunk: None})
         )
+        # There is no event to wait for.
         while not [job for job in driver.jobs() if job.phase is pp.Phase.TYPED]:  # noqa: ASYNC110
             await asyncio.sleep(0)
         job = driver.jobs()[0]
         assert job.files is not None
-        while not os.path.exists(f"{job.files.path}.pid"):  # noqa: ASYNC240  it has begun, and its report is not read
+
+        # Block the loop, so that the run has started and its report is not read.
+        while not os.path.exists(f"{job.files.path}.pid"):  # noqa: ASYNC240
             time.sleep(0.0001)  # noqa: ASYNC251
         job.end("cancelled")
         return await (await starting).result()
 
     try:
         result = asyncio.run(use())
-        assert (result.ended, result.exit_code, result.duration_ms < 1900) == (
-            "cancelled",
-            143,
-            True,
-        )
+        assert result.ended == "cancelled"
+        assert result.exit_code == 143
+        assert result.duration_ms < 1900
     finally:
-        subprocess.run(["tmux", "-S", driver.socket_path, "kill-server"], capture_output=True)
+        kill_tmux(driver.socket_path)
 
 
-def test_what_tmux_tells_while_a_start_is_noted_harms_nothing(tmp_path: pathlib.Path) -> None:
+def test_notices_of_tmux_during_a_start_harm_nothing(tmp_path: pathlib.Path) -> None:
     class Slow(pp.Watch):
         async def start(self, run_id: str) -> None:
             tmux = [
@@ -3888,16 +5797,17 @@ def test_what_tmux_tells_while_a_start_is_noted_harms_nothing(tmp_path: pathlib.
             pp.ExecRequest("exit 3"), {"out": lambda chunk: None}, watch=Slow()
         )
         assert (await job.result()).exit_code == 3
+
         await driver.close()
         return told
 
     try:
         assert asyncio.run(use()) == []
     finally:
-        subprocess.run(["tmux", "-S", f"{tmp_path}/tmux/s", "kill-server"], capture_output=True)
+        kill_tmux(f"{tmp_path}/tmux/s")
 
 
-def test_whatever_stops_a_start_the_pane_is_given_back(tmp_path: pathlib.Path) -> None:
+def test_a_failed_start_always_gives_the_pane_back(tmp_path: pathlib.Path) -> None:
     class Wrong(pp.Watch):
         async def start(self, run_id: str) -> None:
             raise ZeroDivisionError
@@ -3909,6 +5819,7 @@ def test_whatever_stops_a_start_the_pane_is_given_back(tmp_path: pathlib.Path) -
                 await driver.start(
                     pp.ExecRequest("true"), {"out": lambda chunk: None}, watch=Wrong()
                 )
+
         result = await asyncio.wait_for(driver.exec("echo ok", None, "poco"), 20)
         await driver.close()
         return result
@@ -3916,7 +5827,7 @@ def test_whatever_stops_a_start_the_pane_is_given_back(tmp_path: pathlib.Path) -
     try:
         assert asyncio.run(use()).output == "ok\n"
     finally:
-        subprocess.run(["tmux", "-S", f"{tmp_path}/tmux/s", "kill-server"], capture_output=True)
+        kill_tmux(f"{tmp_path}/tmux/s")
 
 
 def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
@@ -3929,393 +5840,470 @@ def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
         assert driver.session_exists("pocketcoder")
         assert not driver.session_exists("pocket")
         assert (await driver.exec("echo here", None, "poco")).output == "here\n"
+
         await driver.close()
         return result
 
     try:
-        for _ in range(2):  # each with a loop of its own
+        # Each round has a loop of its own.
+        for _ in range(2):
             driver.sandbox.stopping = False
             with contextlib.suppress(subprocess.SubprocessError):
-                subprocess.run(
-                    ["tmux", "-S", driver.socket_path, "kill-server"], capture_output=True
-                )
+                kill_tmux(driver.socket_path)
+
             result = asyncio.run(use())
-            assert (result.output, result.exit_code, result.ended) == (
-                f"{tmp_path}\npoco\n",
-                3,
-                "exit",
-            )
+            assert result.output == f"{tmp_path}\npoco\n"
+            assert result.exit_code == 3
+            assert result.ended == "exit"
+
         driver.sandbox.stopping = False
         before = descriptors_of(os.getpid())
-        for number in range(3):  # as a script would: nobody closes it
+        # As a script would, without closing it.
+        for number in range(3):
             assert asyncio.run(driver.exec(f"echo {number}", None, "poco")).output == f"{number}\n"
         with pytest.raises(asyncio.TimeoutError):
             asyncio.run(asyncio.wait_for(driver.exec("sleep 79.5", None, "poco"), 0.3))
-        eventually(lambda: not processes_with("sleep\x0079.5"))
+        wait_until_gone("sleep\x0079.5")
         assert [path for path in descriptors_of(os.getpid()) if path not in before] == []
+
         with pytest.raises(pp.BadMessage, match="agent_name"):
             asyncio.run(driver.exec("true", None, "a b"))
     finally:
-        subprocess.run(["tmux", "-S", driver.socket_path, "kill-server"], capture_output=True)
+        kill_tmux(driver.socket_path)
         shutil.rmtree(folder)
-
-
-# user, owner and mode of the directory, owner of the socket; whether it is sound
-PLACES = [
-    (0, 0, 0o700, 0, True),
-    (0, 7, 0o755, 7, True),  # the terminals are a worker's
-    (0, 0, 0o2770, 7, True),  # also through his group
-    (0, 0, 0o1777, 0, True),
-    (0, 7, 0o1777, 7, True),
-    (0, 0, 0o1777, 7, False),
-    (0, 0, 0o777, 0, True),
-    (0, 7, 0o777, 7, False),
-    (7, 7, 0o700, None, True),
-    (7, 7, 0o775, 7, True),
-    (7, 0, 0o1777, None, True),
-    (7, 0, 0o1777, 7, True),
-    (7, 0, 0o755, 0, True),
-    (7, 0, 0o1777, 8, False),
-    (7, 8, 0o700, None, False),
-    (7, 8, 0o1777, 7, False),
-    (7, 7, 0o777, 7, True),
-]
-
-
-@pytest.mark.parametrize(
-    ("user", "owner", "mode", "socket_owner", "sound"), PLACES, ids=range(len(PLACES))
-)
-def test_a_socket_that_a_stranger_can_have_made_is_refused(
-    user: int, owner: int, mode: int, socket_owner: int | None, sound: bool
-) -> None:
-    if os.geteuid():
-        return  # only root can try
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="pc"))
-    (folder / "place").mkdir()
-    (folder / "link").symlink_to("place")
-    try:
-        os.chmod(folder, 0o755)
-        os.chown(folder / "place", owner, -1)
-        os.chmod(folder / "place", mode)
-        if socket_owner is not None:
-            (folder / "place/s").touch()
-            os.chown(folder / "place/s", socket_owner, -1)
-        os.chown(folder / "link", user, -1, follow_symlinks=False)
-        os.seteuid(user)
-        for name in ("place", "link"):
-            with (
-                contextlib.nullcontext()
-                if sound
-                else pytest.raises(pp.NoTerminal, match=f"{folder}/(place|{name})")
-            ):
-                pp.check_place(f"{folder}/{name}/s")
-        os.seteuid(0)
-        os.chown(folder / "link", 9, -1, follow_symlinks=False)
-        os.seteuid(user)
-        with pytest.raises(pp.NoTerminal, match="got user 9"):
-            pp.check_place(f"{folder}/link/s")
-    finally:
-        os.seteuid(0)
-        shutil.rmtree(folder)
-
-
-def test_a_directory_of_ours_that_is_open_to_all_gets_the_sticky_bit(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    os.chmod(tmp_path, 0o777)
-    pp.check_place(f"{tmp_path}/s")
-    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
-    assert f"{tmp_path}: any user could replace what is in it" in caplog.text
-
-
-def test_a_directory_of_ours_below_one_of_everybody_will_do_with_a_warning(
-    tmp_path: pathlib.Path,
-) -> None:
-    os.chmod(tmp_path, 0o2777)  # as volumes of Kubernetes are
-    pp.check_place(f"{tmp_path}/own/s")
-    assert pp.open_above(f"{tmp_path}/own/s") == [str(tmp_path)]
-    os.chmod(tmp_path, 0o1777)
-    assert pp.open_above(f"{tmp_path}/own/s") == []
 
 
 @pytest.mark.slow
-def test_a_workspace_may_have_any_name(own: Callable[..., Proxy], tmp_path: pathlib.Path) -> None:
+def test_a_workspace_may_have_any_name(own: StartServer, tmp_path: pathlib.Path) -> None:
     workspace = tmp_path / "#{pid} %H\nset-environment -g PWNED 1\n;"
     workspace.mkdir()
     server = own("--workspace", str(workspace))
+
     for agent_name in ("poco", "second"):
         assert server.exec("pwd", agent_name=agent_name)["stdout"] == f"{workspace}\n"
         path = server.tmux(
             "display-message", "-p", "-t", server.pane(agent_name), "#{pane_current_path}"
         )
         assert path == str(workspace)
+
     assert "PWNED" not in server.tmux("show-environment", "-g")
 
 
-def test_a_session_name_that_tmux_would_change_is_refused() -> None:
-    for name in ("", "a:b", "a.b", "x\n", "=x", "#{x}", "a;", "$1", "a\\", "\x9b"):
-        with pytest.raises(pp.BadMessage, match="session_name"):
-            pp.PocketCoderDriver("/tmp/s", name)
-
-
-def test_a_person_sees_prompt_command_output_and_exit_code(proxy: Proxy, agent: str) -> None:
-    proxy.exec("true", agent_name=agent)
-    proxy.exec("echo one; printf 'no newline'; exit 3", agent_name=agent)
-    proxy.exec("echo 'a\nb'", agent_name=agent)
-    expected = [
-        "$ true",
-        "$ echo one; printf 'no newline'; exit 3",
-        "one",
-        "no newline",
-        "[exit 3]",
-        "$ echo 'a",
-        "b'",
-        "a",
-        "b",
-        "$",
-    ]
-    shown = eventually(
-        lambda: [line.rstrip() for line in proxy.screen(agent).split("\n") if line.strip()]
-    )
-    eventually(lambda: proxy.screen(agent).rstrip().endswith("$"))
-    shown = [line.rstrip() for line in proxy.screen(agent).split("\n") if line.strip()]
-    assert shown == expected
-
-
-def test_a_person_sees_output_as_it_comes(proxy: Proxy, agent: str) -> None:
-    gate = f"{proxy.folder}/{agent}"
-    call = proxy.start_exec(
-        f"echo live; until [ -e {gate} ]; do sleep 0.02; done", agent_name=agent
-    )
-    eventually(lambda: "\nlive" in proxy.screen(agent))
-    pathlib.Path(gate).touch()
-    assert call.result()["exit_code"] == 0
-
-
-def test_a_person_is_not_flooded_nor_attacked_by_output(proxy: Proxy, agent: str) -> None:
-    proxy.exec(
-        "printf '\\033]2;evil\\007\\033[?1049h\\016\\033[31mred\\033[0m'; head -c 1000000 /dev/zero | tr '\\0' x",
-        agent_name=agent,
-    )
-    assert "more bytes not shown here]" in eventually(
-        lambda: proxy.screen(agent) if "shown" in proxy.screen(agent) else ""
-    )
-    assert (
-        proxy.tmux(
-            "display-message", "-p", "-t", proxy.pane(agent), "#{alternate_on} #{pane_title}"
-        ).split()[0]
-        == "0"
-    )
-    assert "evil" not in proxy.tmux(
-        "display-message", "-p", "-t", proxy.pane(agent), "#{pane_title}"
-    )
-
-
-@pytest.mark.parametrize("shell", ["bash --norc -i", "zsh -f", "dash", "ksh", "busybox ash"])
-def test_an_alias_of_the_command_that_is_typed_hinders_nothing(
-    own: Callable[..., Proxy], shell: str
+# ==========================================================================
+# Audit log
+# ==========================================================================
+def test_the_audit_log_has_the_start_and_the_end_of_each_command(
+    audited: tuple[Proxy, pathlib.Path],
 ) -> None:
-    if shutil.which(shell.split()[0]) is None:
-        pytest.skip(f"there is no {shell.split()[0]} here")
-    server = own()
-    server.exec("true")
-    server.tmux("new-window", "-d", "-n", "mine:terminal", "--", *shell.split())
-    server.type("mine", "alias .='echo alias'; echo is-$((1 + 1))", "Enter")
-    eventually(lambda: "is-2" in server.screen("mine"))
-    for _ in range(3):
-        started = time.monotonic()
-        answer = server.exec("echo $0", agent_name="mine", timeout=9)
-        assert answer["stdout"] == "bash\n"
-        assert time.monotonic() - started < 5
+    proxy, path = audited
+    ids = {
+        "usage_id": "u\n\u2028",
+        "session_id": "s",
+        "agent_name": "a",
+    }
+    cmd = f"grep -c $POCKETCODER_RUN_ID {path}; exit 3"
+    answer = proxy.exec(cmd, **ids)
+    # The start is recorded before the command runs.
+    assert answer["stdout"] == "1\n"
 
-
-def test_the_typed_line_is_not_kept_in_the_history(proxy: Proxy, agent: str) -> None:
-    proxy.exec("true", agent_name=agent)
-    proxy.type(agent, "echo mine", "Enter")
-    eventually(lambda: "\nmine" in proxy.screen(agent))
-    proxy.exec("true", agent_name=agent)
-    proxy.type(agent, "Up")
-    eventually(lambda: proxy.screen(agent).rstrip().endswith("$ echo mine"))
-
-
-def test_reports_of_runs_are_the_same_however_they_are_cut(tmp_path: pathlib.Path) -> None:
-    dice = random.Random(7)
-    reports: list[tuple[str, int]] = []
-
-    async def check() -> None:
-        folder = pp.RunFolder(f"{tmp_path}/s.d")
-        files = folder.open(lambda word, number: reports.append((word, number)), pp.ignore)
-        name = files.token.encode()
-        fd = os.open(folder.status_path, os.O_WRONLY)
-        for _ in range(100 * FUZZ):
-            wrote, expected = b"", []
-            for _ in range(dice.randrange(8)):
-                word, number = dice.choice(["start", "exit", "back"]), dice.randrange(10**9)
-                if dice.random() < 0.5:
-                    wrote += b"%s %s %d\n" % (name, word.encode(), number)
-                    expected.append((word, number))
-                else:
-                    noise = (
-                        b"",
-                        b"other exit 0",
-                        name + b" exit",
-                        name + b" exit x",
-                        name + b" exit 1 2",
-                        dice.randbytes(9),
-                    )
-                    wrote += dice.choice(noise).replace(b"\n", b"") + b"\n"
-            for pieces in cuts(dice, wrote):
-                reports.clear()
-                for piece in filter(None, pieces):
-                    os.write(fd, piece)
-                    folder.on_status()
-                assert reports == expected, pieces
-        os.close(fd)
-        folder.close()
-
-    asyncio.run(check())
-
-
-def test_what_is_kept_of_output_is_the_same_however_it_is_cut() -> None:
-    dice = random.Random(8)
-    for _ in range(500 * FUZZ):
-        limit = dice.choice((1, 2, 3, 5, 10, 20, 50))
-        data = "".join(dice.choices("ab\né漢🙂", k=dice.randrange(40))).encode()
-        if dice.random() < 0.3:
-            data = spoil(dice, data)
-        texts = set()
-        for pieces in cuts(dice, data):
-            capture = pp.Capture(limit)
-            for piece in pieces:
-                capture.add(piece)
-            assert len(capture.head) <= limit // 2, pieces
-            assert len(capture.tail) <= 2 * limit + max(map(len, pieces), default=0), pieces
-            texts.add(capture.text(len(data)))
-        assert len(texts) == 1, (limit, data)
-        text, head, tail = (
-            texts.pop(),
-            data[: limit // 2],
-            data[max(0, len(data) - (limit - limit // 2)) :],
-        )
-        if len(data) <= limit:
-            assert text == data.decode(errors="replace"), (limit, data)
-            continue
-        match = re.fullmatch(r"(?s)(.*?\n)\[pocketcoder: (\d+) bytes left out\]\n(.*)", text)
-        assert match, (limit, data)
-        assert head.decode(errors="ignore").startswith(
-            match[1].rstrip("\n\ufffd").partition("\ufffd")[0]
-        ), (
-            limit,
-            data,
-        )
-        assert tail.decode(errors="replace").endswith(match[3]), (limit, data)
-        assert len(data) - limit <= int(match[2]) <= len(data) - limit + 6, (limit, data)
-
-
-# ==========================================================================
-# MCP core
-# ==========================================================================
-NS = "io.modelcontextprotocol/"
-INITIALIZE = {
-    "protocolVersion": "2025-11-25",
-    "capabilities": {},
-    "clientInfo": {"name": "t", "version": "1"},
-}
-EXEC = {"name": "exec", "arguments": {"cmd": "echo hi"}}
-
-
-def request(method: str, params: Any = None, id_: Any = 1, **fields: Any) -> dict[str, Any]:
-    return {
-        "jsonrpc": "2.0",
-        "id": id_,
-        "method": method,
-        "params": {} if params is None else params,
+    # The end is recorded before the answer.
+    start, end = noted(path)
+    fields = {
+        "run_id": answer["run_id"],
+        "door": "exec",
+        **ids,
+        "cwd": os.path.realpath(proxy.workspace),
+        "cmd": cmd,
+    }
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", start["time"])
+    assert start == {
+        "time": start["time"],
+        "event": "start",
         **fields,
     }
 
+    result = {
+        "exit_code": 3,
+        "ended": "exit",
+        "error": None,
+        "waited_ms": answer["waited_ms"],
+        "duration_ms": answer["duration_ms"],
+        "output_bytes": 2,
+    }
+    assert end == {
+        "time": end["time"],
+        "event": "end",
+        **fields,
+        **result,
+    }
+    assert start["time"] <= end["time"]
+    assert path.stat().st_mode & 0o777 == 0o600
 
-def modern(
-    method: str, params: Any = None, id_: Any = 1, version: Any = "2026-07-28", **meta: Any
-) -> dict[str, Any]:
-    envelope = {f"{NS}protocolVersion": version, f"{NS}clientCapabilities": {}, **meta}
-    return request(method, {**(params or {}), "_meta": envelope}, id_)
 
+def test_the_audit_log_has_the_commands_of_every_door(audited: tuple[Proxy, pathlib.Path]) -> None:
+    proxy, path = audited
 
-def mcp(
-    proxy: Proxy, body: Any, method: str = "POST", path: str = "/mcp", **headers: str
-) -> tuple[int, dict[str, str], Any]:
-    """A message to `/mcp` with the headers that its era wants; the status, headers, and JSON or events."""
-    given = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
-    if isinstance(body, dict) and NS + "protocolVersion" in (body.get("params") or {}).get(
-        "_meta", {}
-    ):
-        given["MCP-Protocol-Version"] = str(body["params"]["_meta"][NS + "protocolVersion"])
-        given["Mcp-Method"] = body["method"]
-        given |= {"Mcp-Name": body["params"]["name"]} if "name" in body["params"] else {}
-    given |= {name.replace("_", "-"): value for name, value in headers.items()}
-    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
-    status, got, answer = proxy.request(
-        method, path, sent, {name: value for name, value in given.items() if value}
+    async def talk() -> None:
+        async with Channel(proxy) as channel:
+            await channel.send({"cmd": "echo channel; kill -9 $$"})
+            await channel.end()
+
+    list(proxy.stream("echo stream"))
+    asyncio.run(talk())
+    call(proxy, "exec", cmd="sleep 30", timeout=0.05)
+    call(proxy, "send_keys", text="p\u00e4ss", keys=["Enter"])
+    connection = proxy.connect()
+    connection.request("POST", "/exec", json.dumps({"cmd": "touch begun; sleep 31"}), JSON_TYPE)
+    eventually(pathlib.Path(proxy.workspace, "begun").exists)
+    connection.close()
+    eventually(lambda: len(noted(path)) == 10)
+    lines = noted(path)
+    assert [line["event"] for line in lines] == ["start", "end"] * 5
+    assert all(
+        start["run_id"] == end["run_id"] for start, end in zip(lines[::2], lines[1::2], strict=True)
     )
-    if got.get("content-type") == "text/event-stream":
-        return status, got, events_of(answer.decode())
-    return status, got, json.loads(answer) if answer[:1] == b"{" else None
+
+    ends = [
+        (line["cmd"], line["exit_code"], line["error"] and line["error"][:9])
+        for line in lines[1::2]
+    ]
+    assert ends == [
+        ("echo stream", 0, None),
+        ("echo channel; kill -9 $$", 137, None),
+        ("sleep 30", 124, "ended aft"),
+        (None, 0, None),
+        ("touch begun; sleep 31", 143, "cancelled"),
+    ]
+    assert lines[6]["text"] == "p\u00e4ss"
+    assert lines[6]["keys"] == ["Enter"]
 
 
-def events_of(text: str) -> list[Any]:
-    assert text.endswith("\n\n") or not text
-    return [
-        json.loads(part.partition("data: ")[2]) for part in text.split("\n\n") if "data: " in part
+@pytest.mark.parametrize(("era", "server"), ERAS)
+def test_the_audit_log_has_relayed_calls_without_arguments_or_results(
+    own: StartServer,
+    fixtures: pathlib.Path,
+    tmp_path: pathlib.Path,
+    stream: OpenStream,
+    era: str,
+    server: str,
+) -> None:
+    audit = tmp_path / "audit"
+    proxy = own(
+        f"--mcp-server=x={sys.executable} -S {fixtures} mcp-fixture {server}",
+        "--audit-log",
+        str(audit),
+    )
+    client = Client(proxy, era, "x", stream, info={"name": "tester", "version": "9"})
+    client.call("echo", argument="s3cret", result={"secret": "s3cret"})
+    assert client.call("fail", message="s3cret")["message"] == "s3cret"
+    assert client.call("test_error_handling")["isError"] is True
+
+    slow = {
+        "name": "test_slow",
+        "arguments": {"seconds": 9},
+        "_meta": {"progressToken": 1},
+    }
+    going = client.open("tools/call", slow, id_=9)
+    if era == "legacy":
+        client.tell("notifications/cancelled", {"requestId": 9})
+    going.close()
+    eventually(lambda: "cancelled" in audit.read_text())
+
+    lines = [line for line in noted(audit) if line.get("tool")]
+    starts = [line for line in lines if line["event"] == "start"]
+    ends = [line for line in lines if line["event"] == "end"]
+    assert [line["tool"] for line in starts] == ["echo", "fail", "test_error_handling", "test_slow"]
+    assert [line["tool"] for line in ends] == [line["tool"] for line in starts]
+    assert [line["call_id"] for line in ends] == [line["call_id"] for line in starts]
+
+    expected = [None, "error -32000", "the tool failed", "cancelled"]
+    assert [line["error"] for line in ends] == expected
+    for line in lines:
+        assert line["server"] == "x"
+        assert line["method"] == "tools/call"
+        assert line["client"] == {"name": "tester", "version": "9"}
+        assert line["address"] == "127.0.0.1"
+
+    assert all(type(line["duration_ms"]) is int for line in ends)
+    assert "s3cret" not in audit.read_text()
+
+
+def test_no_call_is_relayed_while_the_audit_log_fails(
+    own: StartServer, fixtures: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    audit = tmp_path / "audit"
+    proxy = own(
+        f"--mcp-server=x={sys.executable} -S {fixtures} mcp-fixture modern", f"--audit-log={audit}"
+    )
+    call = modern("tools/call", {"name": "test_simple_text"})
+    assert "result" in mcp(proxy, call, path="/servers/x/mcp")[2]
+
+    audit.unlink()
+    audit.mkdir()
+    failed = mcp(proxy, call, path="/servers/x/mcp")[2]["error"]
+    assert "audit log" in failed["message"]
+
+
+def test_no_command_runs_or_is_answered_while_the_audit_log_fails(
+    audited: tuple[Proxy, pathlib.Path],
+) -> None:
+    proxy, path = audited
+    long = proxy.start_exec("sleep 0.3; exit 5", agent_name="a")
+    # Make the log longer than the files of a run.
+    eventually(lambda: proxy.exec("true") and len(noted(path)) > 8)
+    # Only part of a line can be written.
+    size = path.stat().st_size + 20
+    with limited(proxy.process, resource.RLIMIT_FSIZE, size):
+        # This is the end of `long`.
+        eventually(lambda: "File too large" in proxy.logged())
+
+        for _ in range(3):
+            status, answer = proxy.post({"cmd": "touch ran"})
+            assert status == 503
+            assert answer["exit_code"] == 125
+            assert answer["error"].startswith(f"cannot write the audit log {path}: File too large")
+
+        result = call(proxy, "exec", cmd="touch ran")
+        assert result["isError"]
+        assert call(proxy, "send_keys", text="touch ran", keys=["Enter"])["isError"]
+        assert proxy.status("GET", "/health") == 200
+        assert path.stat().st_size == size
+        assert not long.future.done()
+
+    assert long.result()["exit_code"] == 5
+    assert proxy.exec("ls")["stdout"] == ""
+
+    # Nothing of its start is written, so nothing has to wait.
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
+        assert proxy.post({"cmd": "touch ran"})[0] == 503
+
+    assert proxy.exec("ls")["stdout"] == ""
+    lines = noted(path)
+    assert [line["event"] for line in lines].count("start") == len(lines) / 2
+    assert [
+        line["exit_code"] for line in lines if line["event"] == "end" and line["agent_name"] == "a"
+    ] == [5]
+
+
+@pytest.mark.slow
+def test_a_result_that_is_never_logged_is_withheld(audited: tuple[Proxy, pathlib.Path]) -> None:
+    proxy, path = audited
+    for _ in range(8):
+        proxy.exec("true")
+    began = Background(lambda: proxy.post({"cmd": "sleep 0.3; echo secret; exit 5"}))
+    eventually(lambda: len(noted(path)) == 17)
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
+        status, answer = began.result()
+    assert status == 500
+    assert answer["exit_code"] == 125
+    assert set(answer) == {"error", "exit_code"}
+    assert answer["error"].startswith(
+        "the command ended with 5, its answer is withheld: cannot write the audit log"
+    )
+
+
+@pytest.mark.slow
+def test_a_stream_says_that_its_unlogged_result_is_withheld(
+    audited: tuple[Proxy, pathlib.Path],
+) -> None:
+    proxy, path = audited
+    for _ in range(8):
+        proxy.exec("true")
+    events = proxy.stream("echo out; sleep 0.5")
+    while next(events)[0] != "output":
+        pass
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
+        *_, (kind, last, _) = events
+    assert kind == "exit"
+    assert last["exit_code"] == 125
+    assert "is withheld" in last["error"]
+
+
+@pytest.mark.slow
+def test_a_server_that_stops_while_its_log_fails_answers_every_caller(
+    audited: tuple[Proxy, pathlib.Path],
+) -> None:
+    proxy, path = audited
+    for _ in range(8):
+        proxy.exec("true")
+    long = Background(lambda: proxy.post({"cmd": "sleep 64.75"}))
+    wait_until_running("sleep\x0064.75")
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
+        assert proxy.stop() == 0
+
+    status, answer = long.result()
+    assert status == 500
+    assert "is withheld" in answer["error"]
+
+
+def test_an_audit_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
+    own: StartServer, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "audit"
+    os.mkfifo(path)
+    # The reader exists, and reads nothing.
+    with contextlib.closing(open(os.open(path, os.O_RDONLY | os.O_NONBLOCK))):
+        proxy = own("--audit-log", str(path))
+        # The line has been read before the command runs.
+        cmd = "#" * 300_000 + f"\n[ -s {tmp_path}/copy ] && echo hi"
+        call = proxy.start_exec(cmd)
+        time.sleep(0.2)
+        reader = subprocess.Popen(f"exec cat {path} >{tmp_path}/copy", shell=True)
+        assert call.result()["stdout"] == "hi\n"
+
+    proxy.stop()
+    assert reader.wait(15) == 0
+    assert [line["cmd"] for line in noted(tmp_path / "copy")] == [cmd] * 2
+
+
+def test_a_retried_command_is_logged_once(audited: tuple[Proxy, pathlib.Path]) -> None:
+    proxy, path = audited
+    proxy.exec("true")
+    proxy.tmux("split-window", "-d", "-t", proxy.pane("poco"), "sleep 79")
+    proxy.tmux("set-option", "-w", "-t", proxy.pane("poco"), "synchronize-panes", "on")
+    # The first one is not typed.
+    answers = [proxy.exec("true")["run_id"] for _ in range(3)]
+    assert [line["run_id"] for line in noted(path)[2:]] == [
+        run_id for run_id in answers for _ in range(2)
     ]
 
 
-def opened(proxy: Proxy, version: str = "2025-11-25", **headers: str) -> str:
-    """A session of Streamable HTTP."""
-    status, got, answer = mcp(
-        proxy, request("initialize", {**INITIALIZE, "protocolVersion": version}), **headers
-    )
-    assert (status, answer["result"]["protocolVersion"]) == (200, version)
-    session = got["mcp-session-id"]
-    noted = {"jsonrpc": "2.0", "method": "notifications/initialized"}
-    assert mcp(proxy, noted, Mcp_Session_Id=session, **headers)[0] == 202
-    return session
+def test_hup_reopens_the_audit_log(audited: tuple[Proxy, pathlib.Path]) -> None:
+    proxy, path = audited
+    proxy.exec("echo old")
+    rotated = path.with_name("rotated")
+    path.rename(rotated)
+    proxy.exec("echo old")
+    assert len(noted(rotated)) == 4
+
+    proxy.process.send_signal(signal.SIGHUP)
+    eventually(path.exists)
+    proxy.exec("echo new")
+    assert len(noted(rotated)) == 4
+    assert [line["cmd"] for line in noted(path)] == ["echo new"] * 2
+
+    path.rename(path.with_name("again"))
+    path.mkdir()
+    proxy.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "Is a directory" in proxy.logged())
+    assert proxy.post({"cmd": "true"})[0] == 503
+
+    path.rmdir()
+    for _ in range(2):
+        # The server recovers by itself.
+        proxy.exec("true")
+        assert len(noted(path)) == 2
+        path.unlink()
 
 
-MALFORMED: list[tuple[bytes, int, Any]] = [
-    (b"", -32700, None),
-    (b"{", -32700, None),
-    (b"\xff{}", -32700, None),
-    (b"[" * 100_000, -32700, None),
-    (b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":NaN}}', -32700, 1),
-    (b'{"jsonrpc":"2.0","id":"x","method":"ping","params":{"a":1e999}}', -32700, "x"),
-    (b'{"jsonrpc":"2.0","id":%s,"method":"ping"}' % (b"9" * 5000), -32700, None),
-    (b"[]", -32600, None),
-    (b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]', -32600, None),
-    (b'"ping"', -32600, None),
-    (b"{}", -32600, None),
-    (b'{"id":1,"method":"ping"}', -32600, 1),
-    (b'{"jsonrpc":2.0,"id":"a","method":"ping"}', -32600, "a"),
+def test_a_killed_server_loses_no_line_of_an_answered_command(
+    audited: tuple[Proxy, pathlib.Path],
+) -> None:
+    proxy, path = audited
+    run_ids = [proxy.exec("true")["run_id"] for _ in range(20)]
+    proxy.stop(signal.SIGKILL)
+    assert [line["run_id"] for line in noted(path) if line["event"] == "end"] == run_ids
+
+
+def test_a_truncated_line_damages_no_other(audited: tuple[Proxy, pathlib.Path]) -> None:
+    proxy, path = audited
+    with path.open("a") as file:
+        # As a server leaves it that was killed while writing.
+        file.write('{"time": "2026-')
+    proxy.process.send_signal(signal.SIGHUP)
+    for _ in range(8):
+        proxy.exec("true")
+    long = proxy.start_exec("sleep 0.3; exit 5")
+    eventually(lambda: len(path.read_text().splitlines()) == 18)
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size + 20):
+        eventually(lambda: "File too large" in proxy.logged())
+        cut = path.with_name("cut")
+        path.rename(cut)
+        proxy.process.send_signal(signal.SIGHUP)
+        assert long.result()["exit_code"] == 5
+
+    proxy.exec("true")
+    torn, *lines, cut_short = cut.read_text().splitlines()
+    assert torn == '{"time": "2026-'
+    assert cut_short[:8] == '{"time":'
+    assert len(cut_short) == 20
+    assert [json.loads(line)["event"] for line in lines] == ["start", "end"] * 8 + ["start"]
+    assert [line["event"] for line in noted(path)] == ["end", "start", "end"]
+
+
+def test_an_audit_log_behind_a_symlink_is_refused(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "theirs").write_text("")
+    (tmp_path / "audit").symlink_to(tmp_path / "theirs")
+    done = run("server", "-p", "0", "--audit-log", str(tmp_path / "audit"))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    expected = f"cannot write the audit log {tmp_path}/audit: Too many levels of symbolic links"
+    assert expected in done.stderr
+
+
+# ==========================================================================
+# MCP messages
+# ==========================================================================
+MALFORMED = [
+    pytest.param(b"", -32700, None, id="empty"),
+    pytest.param(b"{", -32700, None, id="half-an-object"),
+    pytest.param(b"\xff{}", -32700, None, id="no-utf-8"),
+    pytest.param(b"[" * 100_000, -32700, None, id="deep"),
+    pytest.param(
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":NaN}}', -32700, 1, id="nan"
+    ),
+    pytest.param(
+        b'{"jsonrpc":"2.0","id":"x","method":"ping","params":{"a":1e999}}',
+        -32700,
+        "x",
+        id="number-out-of-range",
+    ),
+    pytest.param(
+        b'{"jsonrpc":"2.0","id":%s,"method":"ping"}' % (b"9" * 5000), -32700, None, id="long-id"
+    ),
+    pytest.param(b"[]", -32600, None, id="empty-batch"),
+    pytest.param(b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]', -32600, None, id="batch"),
+    pytest.param(b'"ping"', -32600, None, id="text"),
+    pytest.param(b"{}", -32600, None, id="empty-object"),
+    pytest.param(b'{"id":1,"method":"ping"}', -32600, 1, id="no-version"),
+    pytest.param(b'{"jsonrpc":2.0,"id":"a","method":"ping"}', -32600, "a", id="version-no-text"),
     *[
-        (b'{"jsonrpc":"2.0","id":%s,"method":"ping"}' % v, -32600, None)
-        for v in (b"null", b"true", b"1.5", b"{}", b"[]")
+        pytest.param(
+            b'{"jsonrpc":"2.0","id":%s,"method":"ping"}' % value, -32600, None, id=f"id-{name}"
+        )
+        for name, value in {
+            "null": b"null",
+            "true": b"true",
+            "fraction": b"1.5",
+            "object": b"{}",
+            "list": b"[]",
+        }.items()
     ],
-    (b'{"jsonrpc":"2.0","id":1}', -32600, 1),
-    (b'{"jsonrpc":"2.0","id":1,"result":{},"error":{}}', -32600, 1),
-    (b'{"jsonrpc":"2.0","id":1,"method":7}', -32600, 1),
-    (b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}', -32600, 1),
+    pytest.param(b'{"jsonrpc":"2.0","id":1}', -32600, 1, id="neither-method-nor-result"),
+    pytest.param(
+        b'{"jsonrpc":"2.0","id":1,"result":{},"error":{}}', -32600, 1, id="result-and-error"
+    ),
+    pytest.param(b'{"jsonrpc":"2.0","id":1,"method":7}', -32600, 1, id="method-no-text"),
+    pytest.param(
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}', -32600, 1, id="params-in-a-list"
+    ),
 ]
 
 
-@pytest.mark.parametrize(("body", "code", "id_"), MALFORMED, ids=range(len(MALFORMED)))
-def test_what_is_no_message_is_refused_with_its_code(
+@pytest.mark.parametrize(("body", "code", "id_"), MALFORMED)
+def test_an_invalid_message_is_refused_with_its_code(
     proxy: Proxy, body: bytes, code: int, id_: Any
 ) -> None:
     status, _, answer = mcp(proxy, body)
-    assert (status, answer["error"]["code"], answer["id"]) == (400, code, id_)
+    assert status == 400
+    assert answer["error"]["code"] == code
+    assert answer["id"] == id_
     assert "expected" in answer["error"]["message"]
+
     with pytest.raises(pp.ProxyError) as refused:
         pp.read_message(body)
-    assert (refused.value.rpc_code, refused.value.request_id) == (code, id_)
+    assert refused.value.rpc_code == code
+    assert refused.value.request_id == id_
 
 
 def without(message: dict[str, Any], name: str) -> dict[str, Any]:
@@ -4323,27 +6311,84 @@ def without(message: dict[str, Any], name: str) -> dict[str, Any]:
     return message
 
 
-FAULTS: list[
-    tuple[Any, dict[str, str], int, int]
-] = [  # message, headers, status, code: mcp.md, section 4
-    (without(modern("tools/list"), "clientCapabilities"), {}, 400, -32602),
-    (modern("tools/list", **{NS + "clientCapabilities": 3}), {}, 400, -32602),
-    (request("tools/list"), {"MCP_Protocol_Version": "2026-07-28"}, 400, -32602),
-    (request("tools/list"), {"MCP_Protocol_Version": "1999-01-01"}, 400, -32602),
-    (request("server/discover"), {}, 400, -32602),
-    (modern("tools/list"), {"MCP_Protocol_Version": ""}, 400, -32020),
-    (modern("tools/list"), {"MCP_Protocol_Version": "2025-11-25"}, 400, -32020),
-    (modern("tools/list"), {"Mcp_Method": ""}, 400, -32020),
-    (modern("tools/list"), {"Mcp_Method": "TOOLS/LIST"}, 400, -32020),
-    (modern("tools/call", EXEC), {"Mcp_Name": ""}, 400, -32020),
-    (modern("tools/call", EXEC), {"Mcp_Name": "send_keys"}, 400, -32020),
-    (modern("tools/call", EXEC), {"Mcp_Name": "=?base64?ZXhlY?="}, 400, -32020),
-    (modern("tools/call", EXEC), {"Mcp_Name": "=?base64?Z!hlYw==?="}, 400, -32020),
-    (modern("tools/list", version="2099-01-01"), {}, 400, -32022),
-    (modern("tools/list", version="2025-11-25"), {}, 400, -32022),
-    (modern("initialize", INITIALIZE), {}, 404, -32601),
+# Message, headers; status, code: mcp.md, section 4.
+FAULTS = [
+    pytest.param(
+        without(modern("tools/list"), "clientCapabilities"),
+        {},
+        400,
+        -32602,
+        id="modern-without-capabilities",
+    ),
+    pytest.param(
+        modern("tools/list", **{NS + "clientCapabilities": 3}),
+        {},
+        400,
+        -32602,
+        id="modern-capabilities-no-object",
+    ),
+    pytest.param(
+        request("tools/list"),
+        {"MCP_Protocol_Version": "2026-07-28"},
+        400,
+        -32602,
+        id="modern-header-without-meta",
+    ),
+    pytest.param(
+        request("tools/list"),
+        {"MCP_Protocol_Version": "1999-01-01"},
+        400,
+        -32602,
+        id="unknown-version-in-the-header-only",
+    ),
+    pytest.param(request("server/discover"), {}, 400, -32602, id="discover-without-meta"),
+    pytest.param(
+        modern("tools/list"), {"MCP_Protocol_Version": ""}, 400, -32020, id="version-header-empty"
+    ),
+    pytest.param(
+        modern("tools/list"),
+        {"MCP_Protocol_Version": "2025-11-25"},
+        400,
+        -32020,
+        id="version-header-of-another-revision",
+    ),
+    pytest.param(modern("tools/list"), {"Mcp_Method": ""}, 400, -32020, id="method-header-empty"),
+    pytest.param(
+        modern("tools/list"),
+        {"Mcp_Method": "TOOLS/LIST"},
+        400,
+        -32020,
+        id="method-header-in-capitals",
+    ),
+    pytest.param(modern("tools/call", EXEC), {"Mcp_Name": ""}, 400, -32020, id="name-header-empty"),
+    pytest.param(
+        modern("tools/call", EXEC),
+        {"Mcp_Name": "send_keys"},
+        400,
+        -32020,
+        id="name-header-of-another-tool",
+    ),
+    pytest.param(
+        modern("tools/call", EXEC),
+        {"Mcp_Name": "=?base64?ZXhlY?="},
+        400,
+        -32020,
+        id="name-header-base64-cut",
+    ),
+    pytest.param(
+        modern("tools/call", EXEC),
+        {"Mcp_Name": "=?base64?Z!hlYw==?="},
+        400,
+        -32020,
+        id="name-header-base64-wrong",
+    ),
+    pytest.param(modern("tools/list", version="2099-01-01"), {}, 400, -32022, id="unknown-version"),
+    pytest.param(
+        modern("tools/list", version="2025-11-25"), {}, 400, -32022, id="legacy-version-in-meta"
+    ),
+    pytest.param(modern("initialize", INITIALIZE), {}, 404, -32601, id="modern-initialize"),
     *[
-        (modern(method), {}, 404, -32601)
+        pytest.param(modern(method), {}, 404, -32601, id=f"modern-{method}")
         for method in (
             "ping",
             "logging/setLevel",
@@ -4353,122 +6398,189 @@ FAULTS: list[
             "nope",
         )
     ],
-    (modern("tools/call", {"name": "nope"}), {}, 400, -32602),
-    (modern("tools/list", {"cursor": "x"}), {}, 400, -32602),
-    (modern("tools/call", {**EXEC, "arguments": []}), {}, 400, -32602),
-    (modern("tools/call", EXEC, progressToken=1.5), {}, 400, -32602),
-    (modern("tools/call", EXEC, **{NS + "logLevel": "loud"}), {}, 400, -32602),
-    (modern("tools/list"), {"MCP_Protocol_Version": "2025-11-25", "Mcp_Method": ""}, 400, -32020),
-    (
+    pytest.param(modern("tools/call", {"name": "nope"}), {}, 400, -32602, id="modern-unknown-tool"),
+    pytest.param(
+        modern("tools/list", {"cursor": "x"}), {}, 400, -32602, id="modern-unknown-cursor"
+    ),
+    pytest.param(
+        modern("tools/call", {**EXEC, "arguments": []}),
+        {},
+        400,
+        -32602,
+        id="modern-arguments-in-a-list",
+    ),
+    pytest.param(
+        modern("tools/call", EXEC, progressToken=1.5),
+        {},
+        400,
+        -32602,
+        id="modern-progress-token-no-integer",
+    ),
+    pytest.param(
+        modern("tools/call", EXEC, **{NS + "logLevel": "loud"}),
+        {},
+        400,
+        -32602,
+        id="modern-unknown-log-level",
+    ),
+    pytest.param(
+        modern("tools/list"),
+        {"MCP_Protocol_Version": "2025-11-25", "Mcp_Method": ""},
+        400,
+        -32020,
+        id="two-headers-wrong",
+    ),
+    pytest.param(
         {"jsonrpc": "2.0", "method": "notifications/x"},
         {"MCP_Protocol_Version": "1999-01-01"},
         400,
         -32600,
+        id="notification-of-an-unknown-version",
     ),
-    ([modern("tools/list")], {"MCP_Protocol_Version": "2026-07-28"}, 400, -32600),
-    (
+    pytest.param(
+        [modern("tools/list")],
+        {"MCP_Protocol_Version": "2026-07-28"},
+        400,
+        -32600,
+        id="modern-batch",
+    ),
+    pytest.param(
         {"jsonrpc": "2.0", "id": 1, "result": {}},
         {"MCP_Protocol_Version": "2026-07-28"},
         400,
         -32600,
+        id="modern-response",
     ),
-    (request("tools/list"), {}, 400, -32600),
-    (request("tools/list"), {"Mcp_Session_Id": "gone"}, 404, -32600),
-    (
+    pytest.param(request("tools/list"), {}, 400, -32600, id="legacy-without-a-session"),
+    pytest.param(
+        request("tools/list"), {"Mcp_Session_Id": "gone"}, 404, -32600, id="legacy-session-gone"
+    ),
+    pytest.param(
         {"jsonrpc": "2.0", "method": "notifications/initialized"},
         {"Mcp_Session_Id": "gone"},
         404,
         -32600,
+        id="notification-to-a-session-gone",
     ),
-    (request("initialize", {**INITIALIZE, "protocolVersion": 7}), {}, 200, -32602),
+    pytest.param(
+        request("initialize", {**INITIALIZE, "protocolVersion": 7}),
+        {},
+        200,
+        -32602,
+        id="version-no-text",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("message", "headers", "status", "code"), FAULTS, ids=range(len(FAULTS)))
+@pytest.mark.parametrize(("message", "headers", "status", "code"), FAULTS)
 def test_every_fault_of_a_message_has_its_status_and_code(
     proxy: Proxy, message: Any, headers: dict[str, str], status: int, code: int
 ) -> None:
     got, _, answer = mcp(proxy, message, **headers)
-    assert (got, answer["error"]["code"]) == (status, code), answer
+    assert got == status, answer
+    assert answer["error"]["code"] == code, answer
     assert answer["id"] == (
         message["id"] if isinstance(message, dict) and "id" in message else None
     )
+
     if code == -32022:
         asked = message["params"]["_meta"][NS + "protocolVersion"]
         assert answer["error"]["data"] == {"supported": ["2026-07-28"], "requested": asked}
 
 
-@pytest.mark.parametrize("id_", [0, 1, "7", "", -3, 2**60, "\ud800", "é" * 100], ids=range(8))
+@pytest.mark.parametrize(
+    "id_",
+    [
+        pytest.param(0, id="zero"),
+        pytest.param(1, id="one"),
+        pytest.param("7", id="text-of-a-digit"),
+        pytest.param("", id="empty-text"),
+        pytest.param(-3, id="negative"),
+        pytest.param(2**60, id="large"),
+        pytest.param("\ud800", id="half-a-character"),
+        pytest.param("é" * 100, id="long-text"),
+    ],
+)
 def test_an_id_comes_back_as_it_was_sent(proxy: Proxy, id_: Any) -> None:
     _, _, answer = mcp(proxy, modern("tools/list", id_=id_))
     assert answer["id"] == id_
     assert type(answer["id"]) is type(id_)
 
 
-def test_a_modern_answer_has_every_modern_field_and_a_legacy_one_none(proxy: Proxy) -> None:
+def test_modern_fields_are_in_modern_answers_only(proxy: Proxy) -> None:
     server = {"name": "pocketcoder", "version": pp.VERSION}
-    found = mcp(proxy, modern("server/discover"))[2]["result"]
-    assert (found["supportedVersions"], found["capabilities"]) == (["2026-07-28"], {"tools": {}})
-    listed = mcp(proxy, modern("tools/list"))[2]["result"]
+    found = mcp_result(proxy, modern("server/discover"))
+    assert found["supportedVersions"] == ["2026-07-28"]
+    assert found["capabilities"] == {"tools": {}}
+
+    listed = mcp_result(proxy, modern("tools/list"))
     for result in (found, listed):
-        assert (result["resultType"], result["cacheScope"], type(result["ttlMs"])) == (
-            "complete",
-            "private",
-            int,
-        )
+        assert result["resultType"] == "complete"
+        assert result["cacheScope"] == "private"
+        assert type(result["ttlMs"]) is int
         assert result["_meta"] == {f"{NS}serverInfo": server}
-    called = mcp(proxy, modern("tools/call", EXEC))[2]["result"]
-    assert (called["resultType"], called["_meta"]) == ("complete", {f"{NS}serverInfo": server})
+
+    called = mcp_result(proxy, modern("tools/call", EXEC))
+    assert called["resultType"] == "complete"
+    assert called["_meta"] == {f"{NS}serverInfo": server}
     assert "ttlMs" not in called
+
     session = opened(proxy)
     for method, params in (("tools/list", {}), ("tools/call", EXEC), ("ping", {})):
-        result = mcp(proxy, request(method, params), Mcp_Session_Id=session)[2]["result"]
+        result = mcp_result(proxy, request(method, params), Mcp_Session_Id=session)
         assert {"resultType", "ttlMs", "cacheScope", "_meta"} & set(result) == set()
-    assert (
-        listed["tools"]
-        == mcp(proxy, request("tools/list"), Mcp_Session_Id=session)[2]["result"]["tools"]
-    )
+
+    again = mcp_result(proxy, request("tools/list"), Mcp_Session_Id=session)
+    assert again["tools"] == listed["tools"]
 
 
 @pytest.mark.parametrize(
     ("version", "missing"),
     [
-        ("2024-11-05", {"annotations", "title", "outputSchema", "structuredContent"}),
-        ("2025-03-26", {"title", "outputSchema", "structuredContent"}),
-        ("2025-06-18", set()),
-        ("2025-11-25", set()),
+        pytest.param(
+            "2024-11-05",
+            {"annotations", "title", "outputSchema", "structuredContent"},
+            id="2024-11-05",
+        ),
+        pytest.param("2025-03-26", {"title", "outputSchema", "structuredContent"}, id="2025-03-26"),
+        pytest.param("2025-06-18", set(), id="2025-06-18"),
+        pytest.param("2025-11-25", set(), id="2025-11-25"),
     ],
 )
-def test_a_client_gets_the_fields_that_its_revision_knows(
+def test_a_client_gets_the_fields_of_its_revision(
     proxy: Proxy, version: str, missing: set[str]
 ) -> None:
     session = opened(proxy, version)
-    tools = mcp(proxy, request("tools/list"), Mcp_Session_Id=session)[2]["result"]["tools"]
-    called = mcp(proxy, request("tools/call", EXEC), Mcp_Session_Id=session)[2]["result"]
+    tools = mcp_result(proxy, request("tools/list"), Mcp_Session_Id=session)["tools"]
+    called = mcp_result(proxy, request("tools/call", EXEC), Mcp_Session_Id=session)
     fields = {"annotations", "title", "outputSchema", "structuredContent"}
     assert fields - (set(tools[0]) | set(called)) == missing
 
 
-def test_an_unknown_revision_is_answered_with_our_latest_legacy_one(proxy: Proxy) -> None:
+def test_an_unknown_revision_gets_our_latest_legacy_one(proxy: Proxy) -> None:
     for asked in ("2026-07-28", "1.0", ""):
         answer = mcp(proxy, request("initialize", {**INITIALIZE, "protocolVersion": asked}))[2]
         assert answer["result"]["protocolVersion"] == "2025-11-25"
 
 
-def test_headers_are_read_as_http_and_mcp_say(proxy: Proxy) -> None:
+def test_headers_are_read_as_http_and_mcp_require(proxy: Proxy) -> None:
     call = modern("tools/call", EXEC)
-    assert mcp(proxy, call, Mcp_Name="  exec ")[0] == 200
-    assert mcp(proxy, call, Mcp_Name="=?base64?ZXhlYw==?=")[0] == 200
+    assert mcp_status(proxy, call, Mcp_Name="  exec ") == 200
+    assert mcp_status(proxy, call, Mcp_Name="=?base64?ZXhlYw==?=") == 200
+
     connection = proxy.connect()
     body = json.dumps(call).encode()
     connection.putrequest("POST", "/mcp")
+
     for name, value in (
         ("MCP-Protocol-Version", "2026-07-28"),
         ("mcp-method", "tools/call"),
         ("Mcp-Name", "exec"),
     ):
         connection.putheader(name, value)
-    connection.putheader("Mcp-Name", "exec")  # twice: who routes by it may see another one than we
+
+    # Twice: a router in between may read another one than we do.
+    connection.putheader("Mcp-Name", "exec")
     connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", str(len(body)))
     connection.endheaders(body)
@@ -4486,21 +6598,40 @@ def test_a_legacy_fault_in_a_session_is_an_error_inside_a_200(proxy: Proxy) -> N
         (request("logging/setLevel", {"level": "loud"}), -32602),
     ):
         status, _, answer = mcp(proxy, message, Mcp_Session_Id=session)
-        assert (status, answer["error"]["code"]) == (200, code)
-    assert mcp(proxy, request("ping"), Mcp_Session_Id=session)[2]["result"] == {}
+        assert status == 200
+        assert answer["error"]["code"] == code
+
+    assert mcp_result(proxy, request("ping"), Mcp_Session_Id=session) == {}
 
 
-def test_messages_that_want_no_answer_get_202(proxy: Proxy) -> None:
+def test_messages_without_an_answer_get_202(proxy: Proxy) -> None:
     session = opened(proxy)
     for message in (
         {"jsonrpc": "2.0", "method": "notifications/unknown"},
-        {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "none"}},
-        {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": {}}},
+        {
+            "jsonrpc": "2.0",
+            "method": "notifications/cancelled",
+            "params": {"requestId": "none"},
+        },
+        {
+            "jsonrpc": "2.0",
+            "method": "notifications/cancelled",
+            "params": {"requestId": {}},
+        },
         {"jsonrpc": "2.0", "id": 5, "result": {}},
     ):
         assert mcp(proxy, message, Mcp_Session_Id=session)[::2] == (202, None)
-    noted = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
+
+    noted = {
+        "jsonrpc": "2.0",
+        "method": "notifications/cancelled",
+        "params": {"requestId": 1},
+    }
     assert mcp(proxy, noted, MCP_Protocol_Version="2026-07-28")[::2] == (202, None)
+
+
+def pick(dice: random.Random, values: list[Any]) -> Any:
+    return dice.choice(values)
 
 
 def test_the_core_survives_any_message(proxy: Proxy) -> None:
@@ -4531,6 +6662,7 @@ def test_the_core_survives_any_message(proxy: Proxy) -> None:
         "\ud800",
         10**30,
     ]
+
     for _ in range(20_000):
         params = {
             dice.choice(
@@ -4538,11 +6670,13 @@ def test_the_core_survives_any_message(proxy: Proxy) -> None:
             ): pick(dice, values)
             for _ in range(dice.randrange(5))
         }
+
         if dice.random() < 0.5:
             params["_meta"] = {
                 NS + "protocolVersion": pick(dice, values),
                 NS + "clientCapabilities": pick(dice, values),
             }
+
         message = {
             "jsonrpc": "2.0",
             "id": pick(dice, values),
@@ -4551,6 +6685,7 @@ def test_the_core_survives_any_message(proxy: Proxy) -> None:
         }
         for name in [name for name in message if dice.random() < 0.05]:
             message[name] = pick(dice, values)
+
         try:
             read = pp.read_message(json.dumps(message))
             header = dice.choice([None, "2025-11-25", "2026-07-28"])
@@ -4563,11 +6698,7 @@ def test_the_core_survives_any_message(proxy: Proxy) -> None:
             pp.to_json(pp.refusal(refused.request_id, refused)).encode()
 
 
-def pick(dice: random.Random, values: list[Any]) -> Any:
-    return dice.choice(values)
-
-
-def test_whatever_a_message_is_its_answer_carries_its_id_in_the_words_of_its_era() -> None:
+def test_every_answer_has_the_id_and_the_shape_of_its_era() -> None:
     dice = random.Random(9)
     methods = (
         "initialize",
@@ -4588,17 +6719,20 @@ def test_whatever_a_message_is_its_answer_carries_its_id_in_the_words_of_its_era
         "=?base64?eA==?=",
     )
     answered = 0
+
     for _ in range(2000 * FUZZ):
         names = ("name", "arguments", "_meta", "level", "cursor", "protocolVersion", "uri")
         params: Any = {
             name: junk(dice, *likely) for name in dice.choices(names, k=dice.randrange(4))
         }
+
         if dice.random() < 0.7:
             claims = {NS + "protocolVersion": pp.MODERN, NS + "clientCapabilities": {}}
             params["_meta"] = {
                 **claims,
                 **({NS + "protocolVersion": junk(dice)} if dice.random() < 0.2 else {}),
             }
+
         sent = {
             "jsonrpc": "2.0",
             "id": junk(dice, 1, "1"),
@@ -4615,6 +6749,7 @@ def test_whatever_a_message_is_its_answer_carries_its_id_in_the_words_of_its_era
         headers |= {"Mcp-Param-X": junk(dice, *likely)}
         given = {name: [value] for name, value in headers.items() if isinstance(value, str)}
         headers_of = partial(lambda given, name: given.get(name, []), given)
+
         try:
             read = pp.read_message(spoil(dice, body) if dice.random() < 0.2 else body)
             header = dice.choice((None, None, *pp.LEGACY, pp.MODERN, words(dice)))
@@ -4633,1071 +6768,340 @@ def test_whatever_a_message_is_its_answer_carries_its_id_in_the_words_of_its_era
             assert answer["error"]["code"] in (-32700, -32600, -32601, -32602, -32020, -32022), body
             assert set(json.loads(pp.to_json(answer).encode())) == {"jsonrpc", "id", "error"}, body
             continue
+
         for decision in decisions:
             if isinstance(decision, pp.Send):
                 answered += 1
                 answer = json.loads(pp.to_json(decision.message).encode())
-                assert (answer["jsonrpc"], answer["id"], type(answer["id"])) == (
-                    "2.0",
-                    read["id"],
-                    type(read["id"]),
-                ), body
+                assert answer["jsonrpc"] == "2.0", body
+                assert answer["id"] == read["id"], body
+                assert type(answer["id"]) is type(read["id"]), body
                 assert ("resultType" in answer["result"]) == era, body
             elif isinstance(decision, pp.CallTool):
-                assert (decision.id, decision.name in pp.TOOLS) == (read["id"], True), body
+                assert decision.id == read["id"], body
+                assert decision.name in pp.TOOLS, body
+
     assert answered > 100 * FUZZ
 
 
-def test_an_event_is_the_message_whatever_is_in_it() -> None:
+def test_an_event_carries_any_message_unchanged() -> None:
     dice = random.Random(10)
     for _ in range(1000 * FUZZ):
         message = {"jsonrpc": "2.0", "result": [junk(dice) for _ in range(3)]}
         kind, data, *end = pp.sse_event(message).encode().decode().splitlines()
-        assert (kind, data[:6], end, json.loads(data[6:])) == (
-            "event: message",
-            "data: ",
-            [""],
-            message,
-        )
+        assert kind == "event: message"
+        assert data[:6] == "data: "
+        assert end == [""]
+        assert json.loads(data[6:]) == message
 
 
 # ==========================================================================
-# Relay
+# Sessions
 # ==========================================================================
-@pytest.fixture(scope="module")
-def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    """A server that relays FIXTURES in each era."""
-    path = tmp_path_factory.mktemp("fixtures") / "server.py"
-    path.write_text(FIXTURES)
-    command = f"{sys.executable} -S {path}"
-    server = Proxy(*(f"--mcp-server={era}={command} {era}" for era in ("legacy", "modern", "both")))
-    yield server
-    server.remove()
-
-
-@pytest.fixture
-def fixtures(tmp_path: pathlib.Path) -> pathlib.Path:
-    (tmp_path / "server.py").write_text(FIXTURES)
-    return tmp_path / "server.py"
-
-
-ERAS = [(client, server) for client in ("legacy", "modern") for server in ("legacy", "modern")]
-CAN: dict[str, Any] = {"elicitation": {}, "sampling": {}, "roots": {}}
-
-
-class Client:
-    """A client of one era at `/servers/NAME/mcp`, with all capabilities."""
-
-    def __init__(
-        self,
-        proxy: Proxy,
-        era: str,
-        name: str,
-        make: Callable[..., Stream],
-        can: Any = None,
-        info: Any = None,
-    ) -> None:
-        self.proxy, self.era, self.path, self.make = proxy, era, f"/servers/{name}/mcp", make
-        self.can, self.headers = CAN if can is None else can, dict[str, str]()
-        self.info = info or {"name": "t", "version": "1"}
-        if era == "legacy":
-            params = {**INITIALIZE, "capabilities": self.can, "clientInfo": self.info}
-            hello = request("initialize", params, id_=0)
-            _, headers, self.hello = mcp(proxy, hello, path=self.path)
-            self.headers = {"Mcp_Session_Id": headers["mcp-session-id"]}
-            self.tell("notifications/initialized", {})
-
-    def message(self, method: str, params: dict[str, Any], id_: Any) -> dict[str, Any]:
-        meta = params.get("_meta", {})
-        if self.era == "legacy":
-            return request(method, params, id_)
-        envelope = {NS + "clientCapabilities": self.can, NS + "clientInfo": self.info}
-        return modern(method, params, id_, **{**envelope, **meta})
-
-    def tell(self, method: str, params: dict[str, Any]) -> None:
-        message = {"jsonrpc": "2.0", "method": method, "params": params}
-        assert mcp(self.proxy, message, path=self.path, **self.headers)[0] == 202
-
-    def ask(
-        self, method: str, params: dict[str, Any] | None = None, id_: Any = 1, **headers: str
-    ) -> Any:
-        """All that comes, the response last."""
-        status, _, got = mcp(
-            self.proxy,
-            self.message(method, params or {}, id_),
-            path=self.path,
-            **self.headers,
-            **headers,
-        )
-        assert status in (200, 400, 404)
-        return got if isinstance(got, list) else [got]
-
-    def open(self, method: str, params: dict[str, Any], id_: Any = 1) -> Stream:
-        """The same, event by event."""
-        message, headers = self.message(method, params, id_), dict(self.headers)
-        if self.era == "modern":
-            headers |= {"MCP_Protocol_Version": "2026-07-28", "Mcp_Method": method}
-            headers |= {"Mcp_Name": params["name"]} if "name" in params else {}
-        return self.make(self.proxy, self.path, message, **headers)
-
-    def call(self, name: str, id_: Any = 1, token: Any = None, **arguments: Any) -> Any:
-        """The result of a tool; or the error."""
-        params: dict[str, Any] = {"name": name, "arguments": arguments}
-        if token is not None:
-            params["_meta"] = {"progressToken": token}
-        *told, answer = self.ask("tools/call", params, id_)
-        assert answer["id"] == id_
-        assert {each["params"]["progressToken"] for each in told} <= {token}
-        return answer.get("result", answer.get("error"))
-
-
-@pytest.fixture(params=ERAS, ids=[" to ".join(pair) for pair in ERAS])
-def client(request: pytest.FixtureRequest, relay: Proxy, stream: Callable[..., Stream]) -> Client:
-    era, server = request.param
-    return Client(relay, era, server, stream)
-
-
-def test_each_era_of_clients_is_served_by_each_era_of_servers(client: Client) -> None:
-    modern_client = client.era == "modern"
-    if modern_client:
-        found = client.ask("server/discover")[-1]["result"]
-        assert (found["supportedVersions"], found["instructions"]) == (
-            ["2026-07-28"],
-            "Fixtures for tests",
-        )
-        assert found["_meta"][NS + "serverInfo"]["name"] == "fixture-server"
-    else:
-        found = client.hello["result"]
-        assert (found["protocolVersion"], found["serverInfo"]["name"]) == (
-            "2025-11-25",
-            "fixture-server",
-        )
-        assert client.ask("ping")[-1]["result"] == {}
-    assert found["capabilities"]["tools"] == {"listChanged": True}
-    listed = client.ask("tools/list")[-1]["result"]
-    assert ("ttlMs" in listed, "resultType" in listed) == (modern_client, modern_client)
-    schema = next(each for each in listed["tools"] if each["name"] == "json_schema_2020_12_tool")[
-        "inputSchema"
-    ]
-    assert schema["$defs"]["address"]["$anchor"] == "addressDef"
-    assert schema["$schema"].endswith("2020-12/schema")
-    result = client.call("test_simple_text", id_="s")
-    assert text_of(result) == "This is a simple text response for testing."
-    assert ("resultType" in result) == modern_client
-    read = client.ask(
-        "resources/read", {"uri": "test://static-text"}, Mcp_Name="test://static-text"
-    )[-1]["result"]
-    assert read["contents"][0]["uri"] == "test://static-text"
-    missing = client.ask("resources/read", {"uri": "test://none"}, Mcp_Name="test://none")[-1][
-        "error"
-    ]
-    assert (missing["code"], missing["data"]) == (
-        -32602 if modern_client else -32002,
-        {"uri": "test://none"},
-    )
-    assert client.ask("nope")[-1]["error"]["code"] == -32601
-    if modern_client:
-        for method in ("ping", "logging/setLevel", "resources/subscribe", "tasks/get"):
-            assert client.ask(method)[-1]["error"]["code"] == -32601
-
-
-def test_what_passes_through_arrives_as_it_was_sent(client: Client) -> None:
-    extra = {"x": [1, 2.5, None, {"é\u2028": "😀"}], "y": -(10**20)}
-    result = client.call(
-        "echo", id_="ä", deep=extra, result={"unknown": extra, "_meta": {"own": extra}}
-    )
-    assert result["unknown"] == extra
-    assert result["_meta"]["own"] == extra
-    got = json.loads(text_of(result))
-    assert got["arguments"]["deep"] == extra
-    failed = client.call("fail", code=-31999, message="own", data=extra)
-    assert failed == {"code": -31999, "message": "own", "data": extra}
-    params = {"name": "echo", "arguments": {}, "_meta": {"trace": "t-1", "progressToken": "p"}}
-    got = json.loads(text_of(client.ask("tools/call", params)[-1]["result"]))["params"]
-    assert got["_meta"]["trace"] == "t-1"
-    assert type(got["_meta"]["progressToken"]) is int  # ours
-
-
-def test_progress_comes_on_the_requests_own_stream_with_its_own_token(client: Client) -> None:
-    for token in (0, "t"):
-        params = {
-            "name": "test_slow",
-            "arguments": {"seconds": 0.4},
-            "_meta": {"progressToken": token},
-        }
-        *told, answer = client.ask("tools/call", params, id_=token)
-        assert [each["params"]["progress"] for each in told] == [1, 2]
-        assert [each["params"]["progressToken"] for each in told] == [token] * 2
-        assert [type(each["params"]["progressToken"]) for each in told] == [type(token)] * 2
-        assert answer["id"] == token
-
-
-def test_a_cancelled_call_is_cancelled_in_the_child(client: Client, relay: Proxy) -> None:
-    label = f"{client.era}{client.path.split('/')[2]}"
-    params = {
-        "name": "test_slow",
-        "arguments": {"seconds": 20, "label": label},
-        "_meta": {"progressToken": 1},
+def test_a_closed_stream_cancels_a_modern_call(
+    proxy: Proxy, agent: str, stream: OpenStream
+) -> None:
+    params = {"name": "exec", "arguments": {"cmd": "echo go; sleep 71.5", "agent_name": agent}}
+    message = modern("tools/call", params, progressToken=1)
+    names = {
+        "MCP_Protocol_Version": "2026-07-28",
+        "Mcp_Method": "tools/call",
+        "Mcp_Name": "exec",
     }
-    going = client.open("tools/call", params, id_=7)
-    assert going.next()["method"] == "notifications/progress"
-    if client.era == "modern":
-        going.close()
-    else:
-        client.tell("notifications/cancelled", {"requestId": 7})
-        while (got := going.next()) is not None:
-            assert got["method"] == "notifications/progress"
-    eventually(lambda: f"cancelled test_slow {label}" in relay.logged())
+    left = stream(proxy, "/mcp", message, **names)
+    assert left.next()["params"]["message"] == "go"
+
+    left.close()
+    wait_until_gone("sleep\x0071.5")
+    # This connection breaks before any answer.
+    unanswered = proxy.connect()
+    head = {
+        "Content-Type": "application/json",
+        **{name.replace("_", "-"): value for name, value in names.items()},
+    }
+    params = {"name": "exec", "arguments": {"cmd": "sleep 71.6", "agent_name": agent}}
+    unanswered.request("POST", "/mcp", json.dumps(modern("tools/call", params)), head)
+    wait_until_running("sleep\x0071.6")
+    unanswered.close()
+    wait_until_gone("sleep\x0071.6")
 
 
-def test_a_child_may_ask_the_client_whose_call_it_serves(client: Client) -> None:
-    params = {"name": "test_input_required_result_elicitation", "arguments": {}}
-    answer = {"action": "accept", "content": {"name": "Zoë"}}
-    if client.era == "modern":
-        asked = client.ask("tools/call", params, id_="first")[-1]["result"]
-        assert asked["resultType"] == "input_required"
-        ((key, question),) = asked["inputRequests"].items()
-        assert question["method"] == "elicitation/create"
-        again = {**params, "inputResponses": {key: answer}}
-        again |= {"requestState": asked["requestState"]} if "requestState" in asked else {}
-        result = client.ask("tools/call", again, id_="second")[-1]
-        assert result["id"] == "second"
-    else:
-        going = client.open("tools/call", params, id_="first")
-        question = going.next()
-        assert (question["method"], question["params"]["message"]) == (
-            "elicitation/create",
-            "What is your name?",
-        )
-        reply = {"jsonrpc": "2.0", "id": question["id"], "result": answer}
-        assert mcp(client.proxy, reply, path=client.path, **client.headers)[0] == 202
-        result = going.next()
-        assert result["id"] == "first"
-    assert "Zoë" in json.loads(json.dumps(text_of(result["result"]))).encode().decode(
-        "unicode_escape"
-    ) or "Zoë" in text_of(result["result"])
-
-
-def test_who_cannot_be_asked_is_not(relay: Proxy, stream: Callable[..., Stream]) -> None:
-    for era, server in ERAS:
-        silent = Client(relay, era, server, stream, can={})
-        got = silent.call("test_input_required_result_sampling")
-        if era == server == "modern":
-            assert got["code"] == -32021
-        else:
-            assert got.get("isError") is True or got["code"] == -32021
-
-
-def test_a_state_that_is_not_ours_is_refused(relay: Proxy, stream: Callable[..., Stream]) -> None:
-    client = Client(relay, "modern", "legacy", stream)
-    params = {"name": "test_input_required_result_elicitation", "arguments": {}}
-    asked = client.ask("tools/call", params)[-1]["result"]
-    ((key, _),) = asked["inputRequests"].items()
-    good = {"requestState": asked["requestState"], "inputResponses": {key: {"action": "decline"}}}
-    for wrong in (
-        {**params, **good, "requestState": "x"},
-        {**params, **good, "arguments": {"a": 1}},
-    ):
-        assert client.ask("tools/call", wrong)[-1]["error"]["code"] == -32602
-    assert (
-        client.ask("tools/call", {**params, **good}, Authorization="Bearer x")[-1]["error"]["code"]
-        == -32602
-    )
-    missing = client.ask(
-        "tools/call", {**params, "requestState": asked["requestState"], "inputResponses": 3}
-    )[-1]
-    assert missing["result"]["inputRequests"] == asked["inputRequests"]  # asked again
-    good["requestState"] = missing["result"]["requestState"]
-    assert "decline" in text_of(client.ask("tools/call", {**params, **good})[-1]["result"])
-    assert (
-        client.ask("tools/call", {**params, **good})[-1]["error"]["code"] == -32602
-    )  # answered already
-
-
-def test_changes_are_heard_by_who_wants_to(client: Client) -> None:
-    if client.era == "modern":
-        wanted = {"toolsListChanged": True, "resourceSubscriptions": ["test://watched-resource"]}
-        events = client.open("subscriptions/listen", {"notifications": wanted}, id_="w1")
-        first = events.next()
-        assert first["method"] == "notifications/subscriptions/acknowledged"
-        assert first["params"]["notifications"] == wanted
-        assert first["params"]["_meta"] == {NS + "subscriptionId": "w1"}
-    else:
-        events = client.make(client.proxy, client.path, None, **client.headers)
-        assert (
-            client.ask("resources/subscribe", {"uri": "test://watched-resource"})[-1]["result"]
-            == {}
-        )
-    time.sleep(0.2)  # until a modern child has heard of it
-    client.call("test_trigger_tool_change", id_=50)
-    client.call("test_trigger_resource_change", id_=51, uri="test://watched-resource")
-    heard = [events.next() for _ in range(2)]
-    methods = {"notifications/tools/list_changed", "notifications/resources/updated"}
-    assert {each["method"] for each in heard} == methods
-    for each in heard:
-        meta = (each.get("params") or {}).get("_meta", {})
-        assert meta.get(NS + "subscriptionId") == ("w1" if client.era == "modern" else None)
-
-
-def test_log_lines_reach_who_asked_for_them(client: Client) -> None:
-    params: dict[str, Any] = {"name": "test_tool_with_logging", "arguments": {}}
-    if client.era == "modern":
-        assert len(client.ask("tools/call", params)) == 1
-        params["_meta"] = {NS + "logLevel": "debug"}
-    *told, _ = client.ask("tools/call", params)
-    assert told[0]["params"]["data"] == "Tool execution started"
-    if client.era == "legacy":
-        assert client.ask("logging/setLevel", {"level": "error"})[-1]["result"] == {}
-        assert len(client.ask("tools/call", params)) == 1
-
-
-def test_headers_repeat_the_arguments_that_a_schema_names(
-    relay: Proxy, stream: Callable[..., Stream]
+def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
+    proxy: Proxy, agent: str, stream: OpenStream
 ) -> None:
-    for server in ("legacy", "modern"):
-        client = Client(relay, "modern", server, stream)
-        params = {"name": "test_x_mcp_header", "arguments": {"region": "Zürich", "priority": 42}}
-        good = {"Mcp_Param_Region": "=?base64?WsO8cmljaA==?=", "Mcp_Param_Priority": "42.0"}
-        assert "result" in client.ask("tools/call", params, **good)[-1]
-        for wrong in (
-            {},
-            {**good, "Mcp_Param_Priority": "41"},
-            {**good, "Mcp_Param_Region": "zurich"},
-        ):
-            assert client.ask("tools/call", params, **wrong)[-1]["error"]["code"] == -32020
-
-
-@pytest.mark.slow
-def test_clients_with_equal_ids_and_tokens_never_meet(
-    relay: Proxy, stream: Callable[..., Stream]
-) -> None:
-    clients = [Client(relay, era, server, stream) for era, server in ERAS for _ in range(4)]
-
-    def work(number: int, client: Client) -> None:
-        params = {"name": "echo", "arguments": {"mine": number}, "_meta": {"progressToken": 1}}
-        for _ in range(5):
-            assert json.loads(text_of(client.ask("tools/call", params)[-1]["result"]))[
-                "arguments"
-            ] == {"mine": number}
-        steps = 1 + number % 4
-        slow = {
-            "name": "test_slow",
-            "arguments": {"seconds": 0.2 * steps},
+    session = opened(proxy)
+    other = opened(proxy)
+    arguments = {"cmd": "echo go; sleep 72.5", "agent_name": agent}
+    message = request(
+        "tools/call",
+        {
+            "name": "exec",
+            "arguments": arguments,
             "_meta": {"progressToken": 1},
-        }
-        assert len(client.ask("tools/call", slow)) == steps + 1
-
-    with ThreadPoolExecutor(len(clients)) as pool:
-        list(pool.map(work, range(len(clients)), clients))
-
-
-@pytest.mark.slow
-def test_two_hundred_calls_in_flight_through_one_child_come_back_right(
-    relay: Proxy, stream: Callable[..., Stream]
-) -> None:
-    client = Client(relay, "modern", "modern", stream)
-    process = text_of(client.call("pid"))
-
-    def one(number: int) -> tuple[int, str]:
-        result = client.call("test_slow", id_=number, seconds=1.0)
-        return len(text_of(result)), text_of(client.call("echo", id_=number, n=number))
-
-    with ThreadPoolExecutor(200) as pool:
-        for number, (_, echoed) in enumerate(pool.map(one, range(200))):
-            assert json.loads(echoed)["arguments"] == {"n": number}
-    assert text_of(client.call("pid")) == process
-
-
-def test_ten_megabytes_pass(client: Client) -> None:
-    assert len(text_of(client.call("big", bytes=10_000_000))) == 10_000_000
-
-
-def test_websockets_and_event_streams_reach_stdio_servers_too(
-    relay: Proxy, stream: Callable[..., Stream]
-) -> None:
-    for server in ("legacy", "modern"):
-        events = stream(relay, f"/servers/{server}/sse")
-        path = events.next()
-        assert path.startswith(f"/servers/{server}/messages?session_id=")
-        assert (
-            mcp(relay, request("tools/list", id_="without initialize"), path=path)[0] == 202
-        )  # it came back
-        assert len(events.next()["result"]["tools"]) > 10
-        assert mcp(relay, request("initialize", INITIALIZE), path=path)[0] == 202
-        assert events.next()["result"]["serverInfo"]["name"] == "fixture-server"
-        assert mcp(relay, request("ping"), path=path.replace(f"/servers/{server}", ""))[0] == 404
-
-        async def talk(server: str) -> None:
-            url = f"ws://127.0.0.1:{relay.port}/servers/{server}/mcp/ws"
-            socket: Any = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
-
-            async def ask(message: Any) -> Any:
-                await socket.write_message(json.dumps(message))
-                return json.loads(await asyncio.wait_for(socket.read_message(), 10))
-
-            assert (await ask(request("initialize", {**INITIALIZE, "capabilities": CAN})))[
-                "result"
-            ]["capabilities"]
-            await socket.write_message(
-                json.dumps({"jsonrpc": "2.0", "method": "notifications/initialized"})
-            )
-            question = await ask(
-                request("tools/call", {"name": "test_input_required_result_elicitation"}, id_="q")
-            )
-            assert question["method"] == "elicitation/create"
-            answer = await ask(
-                {"jsonrpc": "2.0", "id": question["id"], "result": {"action": "cancel"}}
-            )
-            assert (answer["id"], "cancel" in text_of(answer["result"])) == ("q", True)
-            assert (await ask(modern("server/discover", id_="m")))["result"][
-                "supportedVersions"
-            ] == ["2026-07-28"]
-            await close(socket)
-
-        asyncio.run(talk(server))
-
-
-def test_a_legacy_session_has_a_child_of_its_own_that_ends_with_it(
-    relay: Proxy, stream: Callable[..., Stream]
-) -> None:
-    one, two = (Client(relay, "legacy", "legacy", stream) for _ in range(2))
-    assert [text_of(each.call("counter")) for each in (one, one, two)] == ["1", "2", "1"]
-    process = int(text_of(one.call("pid")))
-    assert mcp(relay, b"", "DELETE", path=one.path, **one.headers)[0] == 204
-    eventually(lambda: not os.path.exists(f"/proc/{process}"))
-    assert text_of(two.call("counter")) == "2"
-    modern_one = Client(relay, "modern", "legacy", stream)
-    before = int(text_of(modern_one.call("counter")))
-    assert (
-        int(text_of(modern_one.call("counter"))) == before + 1
-    )  # calls one after the other meet the same child
-
-
-@pytest.mark.parametrize(("era", "server"), ERAS)
-@pytest.mark.slow
-def test_a_child_that_dies_answers_at_once_and_is_started_again(
-    own: Callable[..., Proxy],
-    fixtures: pathlib.Path,
-    stream: Callable[..., Stream],
-    era: str,
-    server: str,
-) -> None:
-    proxy = own(f"--mcp-server=x={sys.executable} -S {fixtures} {server}")
-
-    def state() -> Any:
-        return json.loads(proxy.request("GET", "/servers")[2])[0]
-
-    def reached() -> Any:
-        """A call by a new client; it is refused while the server is held back."""
-        with contextlib.suppress(KeyError):  # no session
-            return Client(proxy, era, "x", stream).call("pid").get("content")
-
-    client = Client(proxy, era, "x", stream)
-    process = int(text_of(client.call("pid")))
-    waiting = Background(partial(client.call, "hang", id_="h"))
-    time.sleep(0.2)
-    started = time.monotonic()
-    os.kill(process, signal.SIGKILL)
-    failed = waiting.result()
-    assert time.monotonic() - started < 5
-    assert (failed["code"], "ended with -9" in failed["message"]) == (-32603, True), failed
-    assert (state()["state"], "ended with -9" in state()["error"]) == ("failed", True)
-    if era == server == "legacy":
-        eventually(
-            lambda: mcp(proxy, request("ping"), path=client.path, **client.headers)[0] == 404
-        )
-    eventually(reached)
-    assert (state()["state"], state()["restarts"]) == ("running", 1)
-    for name in ("die", "half"):
-        failed = Client(proxy, era, "x", stream).call(name)
-        assert (failed["code"], "before it answered" in failed["message"]) == (-32603, True)
-        eventually(reached)
-    assert state()["restarts"] == 3
-
-
-def test_careless_children_are_borne_with(client: Client) -> None:
-    assert text_of(client.call("noise")) == "after the noise"
-    *told, answer = client.ask("tools/call", {"name": "flood", "arguments": {"lines": 3000}})
-    assert text_of(answer["result"]) == "flooded"
-    if client.era == "legacy":
-        assert [each["params"]["data"] for each in told] == [
-            f"log line {number}" for number in range(3000)
-        ]
-    assert text_of(client.call("flood", lines=500, to="stderr")) == "flooded"
-    assert text_of(client.call("test_simple_text"))
-
-
-ODD = """
-import json, os, sys, time
-def say(**fields):
-    print(json.dumps({"jsonrpc": "2.0", **fields}), flush=True)
-for line in sys.stdin:
-    got = json.loads(line)
-    if "id" not in got:
-        continue
-    id_, name = got["id"], (got.get("params") or {}).get("name")
-    if got["method"] == "initialize":
-        for number in range(300):
-            say(method="notifications/message", params={"level": "info", "data": number})
-        say(id=id_, result={"protocolVersion": 7, "capabilities": ["x"], "serverInfo": None, "_meta": 3})
-    elif got["method"] == "tools/list":
-        say(id=id_, result={"tools": [None, 3, {"name": None}, {"name": "t", "inputSchema": []}]})
-    elif name in ("null", "list", "text"):
-        say(id=id_, result={"null": None, "list": [1], "text": "x"}[name])
-    elif name == "code":
-        say(id=id_, error={"message": "no code"})
-    elif name in ("nan", "infinity"):
-        number = "NaN" if name == "nan" else "1e999"
-        print('{"jsonrpc":"2.0","id":%d,"result":{"x":%s}}' % (id_, number), flush=True)
-    elif name == "notes":
-        odd = {"_meta": {"io.modelcontextprotocol/subscriptionId": []}}
-        for params in ({"progressToken": id_}, {"progressToken": {}}, {"_meta": 3}, {"uri": {}}, odd):
-            for method in ("progress", "message", "tools/list_changed", "resources/updated"):
-                say(method="notifications/" + method, params=params)
-        for wrong in (99999, str(id_), True):
-            say(id=wrong, result={})
-        say(id=id_, result={"right": 1})
-        say(id=id_, result={"twice": 1})
-    elif name == "close":
-        os.close(1)
-        time.sleep(1)
-    else:
-        say(id=id_, error={"code": -32601, "message": "no"})
-"""
-
-
-@pytest.mark.parametrize("era", ["legacy", "modern"])
-def test_whatever_a_server_answers_the_client_gets_an_answer(
-    own: Callable[..., Proxy], tmp_path: pathlib.Path, stream: Callable[..., Stream], era: str
-) -> None:
-    (tmp_path / "odd.py").write_text(ODD)
-    proxy = own(f"--mcp-server=odd={sys.executable} -S {tmp_path}/odd.py")
-    client = Client(proxy, era, "odd", stream)
-    for name in ("null", "list", "text", "code", "nan", "infinity"):
-        failed = client.call(name)
-        assert (
-            failed["code"],
-            re.search("answered (with|badly)", failed["message"]) is not None,
-        ) == (-32603, True)
-    *_, answer = client.ask("tools/call", {"name": "notes", "arguments": {}})
-    assert answer["result"]["right"] == 1
-    if era == "modern":
-        assert client.ask("server/discover")[-1]["result"]["capabilities"] == {}
-    started = time.monotonic()
-    assert "closed its output" in client.call("close")["message"]
-    assert time.monotonic() - started < 5
-    assert "Traceback" not in proxy.logged()
-
-
-def peculiar_server() -> None:
-    """A stdio MCP server whose words say what is peculiar about it.
-
-    era=legacy|modern|both  what it speaks
-    lock=FILE    only one may run at a time
-    starts=FILE  gets a line for each start
-    slow=S       it reads nothing before
-    exits        it ends at `server/discover`
-    silent       it answers nothing that it does not know
-    asks=hello   it asks for the roots before it answers `initialize`, and waits for them
-    asks=start   it does so once it is initialized
-    mark         a byte order mark comes first
-    """
-    import fcntl
-    import json
-    import os
-    import sys
-    import threading
-    import time
-
-    words = dict(word.partition("=")[::2] for word in sys.argv[1:])
-    era = words.get("era", "legacy")
-    served = "2026-07-28"
-    writing = threading.Lock()
-    came = threading.Condition()
-    answers: dict[Any, Any] = {}
-    roots: list[Any] = []
-    calls = [0]
-
-    def write(raw: bytes) -> None:
-        with writing:
-            sys.stdout.buffer.write(raw)
-            sys.stdout.buffer.flush()
-
-    def say(**fields: Any) -> None:
-        write(json.dumps({"jsonrpc": "2.0", **fields}).encode() + b"\n")
-
-    def ask(method: str, name: str) -> Any:
-        say(id=name, method=method, params={})
-        with came:
-            came.wait_for(lambda: name in answers)
-            return answers.pop(name)
-
-    def ask_for_roots() -> None:
-        roots.append(ask("roots/list", "roots").get("result"))
-
-    def text(value: Any) -> Any:
-        return {"content": [{"type": "text", "text": json.dumps(value)}]}
-
-    def call(id_: Any, name: str, arguments: Any) -> None:
-        calls[0] += 1
-        if name == "crash":
-            os._exit(3)
-        if name == "pid":
-            time.sleep(arguments.get("seconds", 0))
-            say(id=id_, result=text(os.getpid()))
-        elif name == "count":
-            say(id=id_, result=text(calls[0]))
-        elif name == "roots":
-            say(id=id_, result=text(roots))
-        elif name == "ask":
-            time.sleep(arguments.get("seconds", 0))
-            say(id=id_, result=text(ask("roots/list", f"ask {id_}")))
-        elif name == "ask later":
-            say(id=id_, result=text("soon"))
-            time.sleep(0.1)
-            ask_for_roots()
-        elif name == "odd bytes":
-            write(b'{"jsonrpc":"2.0","id":%d,"result":{"text":"caf\xe9"}}\n' % id_)
-        elif name == "long":
-            filling = b"x" * arguments["bytes"]
-            first = b'{"jsonrpc":"2.0","id":%d,"result":{"text":"%s"}}\n'
-            last = b'{"result":{"text":"\\",\\"id\\":1}%s"},"jsonrpc":"2.0","id":%d}\n'
-            write(last % (filling, id_) if arguments["id"] == "last" else first % (id_, filling))
-        elif name == "note later":
-            say(id=id_, result=text("soon"))
-            time.sleep(0.1)
-            for number in range(arguments["count"]):
-                say(method="notifications/message", params={"level": "info", "data": number})
-        elif name == "ping later":
-            say(id=id_, result=text("soon"))
-            time.sleep(0.1)
-            for number in range(arguments["count"]):
-                roots.append(ask("ping", f"ping {number}").get("result"))
-        else:
-            say(id=id_, error={"code": -32602, "message": f"no tool {name}: {arguments}"})
-
-    if "starts" in words:
-        with open(words["starts"], "a") as file:
-            file.write(f"{os.getpid()}\n")
-    if "lock" in words:
-        lock = open(words["lock"], "a")  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            sys.exit("another one runs")
-    time.sleep(float(words.get("slow", 0)))
-    if "mark" in words:
-        write(b"\xef\xbb\xbf")
-    info = {"name": "peculiar", "version": "1"}
-    for line in sys.stdin:
-        got = json.loads(line)
-        method = got.get("method")
-        params = got.get("params") or {}
-        if method is None:
-            with came:
-                answers[got["id"]] = got
-                came.notify_all()
-        elif method == "server/discover" and era != "legacy":
-            result = {"supportedVersions": [served], "capabilities": {"tools": {}}}
-            say(id=got["id"], result=result)
-        elif method == "server/discover" and "exits" in words:
-            sys.exit(4)
-        elif method == "initialize" and era != "modern":
-
-            def greet(id_: Any = got["id"]) -> None:
-                if words.get("asks") == "hello":
-                    ask_for_roots()
-                hello = {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}}}
-                say(id=id_, result={**hello, "serverInfo": info})
-
-            threading.Thread(target=greet, daemon=True).start()
-        elif method == "notifications/initialized" and words.get("asks") == "start":
-            threading.Thread(target=ask_for_roots, daemon=True).start()
-        elif method == "ping":
-            say(id=got["id"], result={})
-        elif method == "tools/list":
-            say(id=got["id"], result={"tools": []})
-        elif method == "tools/call":
-            given = (got["id"], params["name"], params.get("arguments") or {})
-            threading.Thread(target=call, args=given, daemon=True).start()
-        elif "id" in got and "silent" not in words:
-            say(id=got["id"], error={"code": -32601, "message": "no such method"})
-
-
-@pytest.fixture
-def peculiar(tmp_path: pathlib.Path) -> str:
-    """The command that starts one."""
-    path = tmp_path / "peculiar.py"
-    source = textwrap.dedent(inspect.getsource(peculiar_server))
-    path.write_text(f"from __future__ import annotations\n\n\n{source}\n\npeculiar_server()\n")
-    return f"{sys.executable} -S {path}"
-
-
-def said(result: Any) -> Any:
-    """What a tool of the peculiar server answers."""
-    return json.loads(text_of(result))
-
-
-def answered(client: Client, asked: Any, tool: dict[str, Any], roots: list[Any], id_: Any) -> Any:
-    """The result of a call that was answered with a question for the roots."""
-    assert asked["resultType"] == "input_required", asked
-    ((name, question),) = asked["inputRequests"].items()
-    assert question["method"] == "roots/list"
-    again = {
-        **tool,
-        "inputResponses": {name: {"roots": roots}},
-        "requestState": asked["requestState"],
-    }
-    return client.ask("tools/call", again, id_)[-1]["result"]
-
-
-def test_parallel_calls_of_a_modern_client_meet_one_process(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
-) -> None:
-    client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
-
-    def one(number: int) -> Any:
-        return said(client.call("pid", id_=number, seconds=0.3))
-
-    with ThreadPoolExecutor(40) as pool:
-        pids = list(pool.map(one, range(40)))
-    assert len(set(pids)) == 1
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        pytest.param({"info": {"name": "b", "version": "1"}}, id="clientInfo"),
-        pytest.param({"can": {"roots": {"listChanged": True}}}, id="capabilities"),
-        pytest.param({"authorization": "Bearer other"}, id="credential"),
-        pytest.param({"address": "127.0.0.2"}, id="address"),
-    ],
-)
-def test_modern_clients_that_differ_have_a_process_each(
-    own: Callable[..., Proxy], peculiar: str, other: dict[str, Any]
-) -> None:
-    proxy = own(f"--mcp-server=x={peculiar}")
-
-    def count(
-        info: Any = None,
-        can: Any = None,
-        authorization: str = "",
-        address: str = "127.0.0.1",
-    ) -> Any:
-        meta = {
-            NS + "clientInfo": info or {"name": "a", "version": "1"},
-            NS + "clientCapabilities": {"roots": {}} if can is None else can,
-        }
-        message = modern("tools/call", {"name": "count"}, **meta)
-        headers = {
-            **JSON_TYPE,
-            "MCP-Protocol-Version": "2026-07-28",
-            "Mcp-Method": "tools/call",
-            "Mcp-Name": "count",
-            "Authorization": authorization,
-        }
-        source = (address, 0)
-        connection = http.client.HTTPConnection("127.0.0.1", proxy.port, 20, source_address=source)
-        connection.request("POST", "/servers/x/mcp", json.dumps(message), headers)
-        answer = json.loads(connection.getresponse().read())
-        connection.close()
-        return said(answer["result"])
-
-    assert count() == 1
-    assert count(**other) == 1
-    assert count() == 2
-    assert count(**other) == 2
-
-
-def test_a_question_reaches_the_client_whose_process_asks_and_no_other(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
-) -> None:
-    proxy = own(f"--mcp-server=x={peculiar}")
-    clients = [
-        Client(proxy, "modern", "x", stream, info={"name": name, "version": "1"})
-        for name in ("a", "b")
-    ]
-    tool = {"name": "ask", "arguments": {}}
-    asked = [client.call("ask") for client in clients]
-    # The other one's state is unknown here.
-    stolen = {**tool, "requestState": asked[0]["requestState"], "inputResponses": {}}
-    assert clients[1].ask("tools/call", stolen)[-1]["error"]["code"] == -32602
-    for client, question in zip(clients, asked, strict=True):
-        roots = [{"uri": f"file:///{client.info['name']}"}]
-        got = said(answered(client, question, tool, roots, id_="again"))
-        assert got["result"]["roots"] == roots
-
-
-def test_a_question_goes_to_the_newest_call_in_flight(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
-) -> None:
-    client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
-    client.call("pid")
-    asking = Background(partial(client.call, "ask", id_="old", seconds=0.3))
-    time.sleep(0.1)
-    asked = client.call("pid", id_="new", seconds=1.0)
-    roots = [{"uri": "file:///r"}]
-    tool = {"name": "pid", "arguments": {"seconds": 1.0}}
-    assert type(said(answered(client, asked, tool, roots, id_="again"))) is int
-    assert said(asking.result())["result"]["roots"] == roots
-
-
-def test_a_question_outside_of_any_call_waits_for_the_next_one(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
-) -> None:
-    client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
-    assert said(client.call("ask later")) == "soon"
-    time.sleep(0.3)
-    # This one cannot be asked.
-    assert client.ask("tools/list")[-1]["result"]["tools"] == []
-    asked = client.call("roots", id_="next")
-    roots = [{"uri": "file:///r"}]
-    tool = {"name": "roots", "arguments": {}}
-    assert said(answered(client, asked, tool, roots, id_="again")) == [{"roots": roots}]
-
-
-def test_a_cancelled_call_leaves_no_question_to_later_ones(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
-) -> None:
-    client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
-    client.call("pid")
-    going = client.open("tools/call", {"name": "ask", "arguments": {"seconds": 0.3}})
-    going.close()
-    time.sleep(0.6)
-    assert type(said(client.call("pid"))) is int
-
-
-@pytest.mark.parametrize("first", ["tools/call", "tools/list"])
-@pytest.mark.parametrize("asks", ["hello", "start"])
-def test_a_process_that_asks_as_it_starts_is_answered_by_the_client_that_started_it(
-    own: Callable[..., Proxy],
-    peculiar: str,
-    stream: Callable[..., Stream],
-    asks: str,
-    first: str,
-) -> None:
-    client = Client(own(f"--mcp-server=x={peculiar} asks={asks}"), "modern", "x", stream)
-    roots = [{"uri": "file:///r"}]
-    tool = {"name": "roots", "arguments": {}}
-    if first == "tools/call":
-        asked = client.call("roots", id_="first")
-        assert said(answered(client, asked, tool, roots, id_="again")) == [{"roots": roots}]
-        return
-
-    # This one cannot be asked, the next one is.
-    listing = Background(lambda: client.ask("tools/list", id_="l")[-1])
-    if asks == "start":
-        listing.result()
-    time.sleep(0.2)
-    asked = client.call("roots", id_="first")
-    assert said(answered(client, asked, tool, roots, id_="again")) == [{"roots": roots}]
-    assert listing.result()["result"]["tools"] == []
-
-
-@pytest.mark.parametrize("asks", ["hello", "start"])
-def test_a_process_that_asks_as_it_starts_is_answered_by_a_session_too(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], asks: str
-) -> None:
-    proxy = own(f"--mcp-server=x={peculiar} asks={asks}")
-    path = "/servers/x/mcp"
-    hello = request("initialize", {**INITIALIZE, "capabilities": CAN}, id_=0)
-    starting = stream(proxy, path, hello)
-    first = starting.next()
-    session = {"Mcp_Session_Id": starting.answer.getheader("Mcp-Session-Id") or ""}
-    events = starting
-    if asks == "start":
-        noted = {"jsonrpc": "2.0", "method": "notifications/initialized"}
-        assert mcp(proxy, noted, path=path, **session)[0] == 202
-        events = stream(proxy, path, None, **session)
-        first = events.next()
-    assert first["method"] == "roots/list"
-    answer = {"jsonrpc": "2.0", "id": first["id"], "result": {"roots": []}}
-    assert mcp(proxy, answer, path=path, **session)[0] == 202
-    if asks == "hello":
-        assert "serverInfo" in starting.next()["result"]
-    call = request("tools/call", {"name": "roots"}, id_=2)
-    assert said(mcp(proxy, call, path=path, **session)[2]["result"]) == [{"roots": []}]
-
-
-@pytest.mark.parametrize(("era", "server"), ERAS)
-def test_the_next_request_after_a_crash_waits_for_the_new_process(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], era: str, server: str
-) -> None:
-    proxy = own(f"--mcp-server=x={peculiar} era={server}")
-    bystander = Client(proxy, "legacy", "x", stream)
-    for _ in range(5):
-        crashing = Client(proxy, era, "x", stream)
-        failed = crashing.call("crash")
-        assert failed["code"] == -32603
-        assert "ended with 3, before it answered" in failed["message"]
-        if era == server == "legacy":
-            status = mcp(proxy, request("ping"), path=crashing.path, **crashing.headers)[0]
-            assert status == 404
-            crashing = Client(proxy, era, "x", stream)
-        assert type(said(crashing.call("pid"))) is int
-    assert type(said(bystander.call("pid"))) is int
-    assert json.loads(proxy.request("GET", "/servers")[2])[0]["state"] == "running"
-
-
-def test_a_crash_leaves_the_processes_of_other_clients_alone(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
-) -> None:
-    proxy = own(f"--mcp-server=x={peculiar}")
-    one, two = (
-        Client(proxy, "modern", "x", stream, info={"name": name, "version": "1"})
-        for name in ("one", "two")
+        },
+        id_=9,
     )
-    assert [said(each.call("count")) for each in (one, two)] == [1, 1]
-    assert "ended with 3" in one.call("crash")["message"]
-    assert said(two.call("count")) == 2
-    assert said(one.call("count")) == 1
+    left = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
+    assert left.next()["params"]["message"] == "go"
+
+    left.close()
+    time.sleep(0.5)
+    assert processes_with("sleep\x0072.5")
+
+    cancel = {
+        "jsonrpc": "2.0",
+        "method": "notifications/cancelled",
+        "params": {"requestId": 9, "reason": "user"},
+    }
+    # The same id in another session cancels nothing.
+    assert mcp_status(proxy, cancel, Mcp_Session_Id=other) == 202
+    # The same id in another type cancels nothing.
+    status = mcp_status(proxy, {**cancel, "params": {"requestId": "9"}}, Mcp_Session_Id=session)
+    assert status == 202
+
+    time.sleep(0.3)
+    assert processes_with("sleep\x0072.5")
+    assert mcp_status(proxy, cancel, Mcp_Session_Id=session) == 202
+    wait_until_gone("sleep\x0072.5")
+
+    again = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
+    assert again.next()["params"]["message"] == "go"
+    assert mcp_status(proxy, cancel, Mcp_Session_Id=session) == 202
+
+    # The stream ends without an answer.
+    for got in iter(again.next, None):
+        assert got["method"] == "notifications/progress"
 
 
-def test_a_session_is_unknown_at_once_when_its_process_has_died(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
+def test_an_id_in_flight_cannot_be_used_twice(proxy: Proxy, agent: str, stream: OpenStream) -> None:
+    session = opened(proxy)
+    arguments = {"cmd": "echo go; sleep 73.5", "agent_name": agent}
+    message = request(
+        "tools/call",
+        {
+            "name": "exec",
+            "arguments": arguments,
+            "_meta": {"progressToken": 1},
+        },
+        id_=9,
+    )
+    first = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
+    assert first.next()["params"]["message"] == "go"
+    assert mcp_error_code(proxy, message, Mcp_Session_Id=session) == -32600
+    assert mcp_status(proxy, b"", "DELETE", Mcp_Session_Id=session) == 204
+
+    while first.next() is not None:
+        pass
+    wait_until_gone("sleep\x0073.5")
+    assert mcp_status(proxy, message, Mcp_Session_Id=session) == 404
+
+
+def test_a_session_belongs_to_the_credential_that_opened_it(
+    own: StartServer, stream: OpenStream
 ) -> None:
-    proxy = own(f"--mcp-server=x={peculiar}")
-    for _ in range(5):
-        client = Client(proxy, "legacy", "x", stream)
-        client.call("crash")
-        # Each of these comes within the first milliseconds.
-        answers = [
-            mcp(proxy, request("ping"), path=client.path, **client.headers)[0] for _ in range(3)
-        ]
-        assert answers == [404] * 3
+    # A server without a token takes any credential, but remembers it.
+    proxy = own()
+    session = opened(proxy, Authorization="Bearer mine")
+    for header in ("", "Bearer yours"):
+        status = mcp_status(proxy, request("ping"), Mcp_Session_Id=session, Authorization=header)
+        assert status == 404
+    status = mcp_status(proxy, request("ping"), Mcp_Session_Id=session, Authorization="Bearer mine")
+    assert status == 200
+    assert (
+        stream(proxy, "/sse?session_id=named&token=mine").next()
+        == "/messages?session_id=named&token=mine"
+    )
+    assert stream(proxy, "/sse?session_id=named&token=yours").status == 404
+    assert mcp_status(proxy, request("ping"), path="/messages?session_id=named&token=yours") == 404
+    status = mcp_status(
+        proxy, request("ping"), path="/messages?session_id=named", Authorization="Bearer mine"
+    )
+    assert status == 202
+    # A session of another transport is not found.
+    status = mcp_status(proxy, request("ping"), Mcp_Session_Id="named", Authorization="Bearer mine")
+    assert status == 404
 
 
-@pytest.mark.slow
-def test_only_a_process_that_never_answers_is_held_back(own: Callable[..., Proxy]) -> None:
-    proxy = own("--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
-
-    def attempt() -> tuple[str, float]:
-        started = time.monotonic()
-        answer = mcp(proxy, modern("tools/list"), path="/servers/short/mcp")[2]
-        return answer["error"]["message"], time.monotonic() - started
-
-    tries = [attempt() for _ in range(7)]
-    assert all("ended with 7; it said: oh no, before it answered" in text for text, _ in tries[:5])
-    refused, seconds = tries[-1]
-    assert re.fullmatch(r"server short ended with 7; .*; it is started again in \d+ s", refused)
-    # A request waits for the next start, but not longer than for 5 s.
-    assert max(took for _, took in tries) < 6
-    assert tries[3][1] > 0.5
-    assert seconds < 6
-
-
-@pytest.mark.parametrize("era", ["legacy", "modern"])
-@pytest.mark.parametrize(
-    "odd",
-    [
-        pytest.param("", id="a legacy server"),
-        pytest.param(" exits", id="one that ends at what it does not know"),
-        pytest.param(" era=both", id="a server of both eras"),
-        pytest.param(" era=modern", id="a modern server"),
-    ],
-)
-def test_a_server_that_allows_one_instance_is_served(
-    own: Callable[..., Proxy],
-    peculiar: str,
-    tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
-    era: str,
-    odd: str,
+def test_commands_are_reported_to_the_session_they_name(
+    proxy: Proxy, agent: str, stream: OpenStream
 ) -> None:
-    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock{odd}")
-    client = Client(proxy, era, "x", stream)
-    first = said(client.call("pid"))
-    client.call("crash")
-    if (era, "modern" in odd or "both" in odd) == ("legacy", False):
-        client = Client(proxy, era, "x", stream)
-    assert said(client.call("pid")) != first
+    listening = stream(proxy, f"/sse?session_id={agent}")
+    assert listening.next() == f"/messages?session_id={agent}"
+    answer = proxy.exec("echo told; exit 4", agent_name=agent, session_id=agent)
+    begun = listening.next()
+    ended = listening.next()
+
+    for told, event in ((begun, "start"), (ended, "end")):
+        assert told["method"] == "notifications/message"
+        assert told["params"]["level"] == "info"
+        assert told["params"]["logger"] == "exec"
+
+        data = told["params"]["data"]
+        assert data["event"] == event
+        assert data["run_id"] == answer["run_id"]
+        assert data["agent_name"] == agent
+
+    assert begun["params"]["data"]["cmd"] == "echo told; exit 4"
+    assert ended["params"]["data"]["exit_code"] == 4
+    assert ended["params"]["data"]["ended"] == "exit"
+
+    left = proxy.connect()
+    left.request(
+        "POST",
+        "/exec",
+        json.dumps(
+            {
+                "cmd": "sleep 77.5",
+                "agent_name": agent,
+                "session_id": agent,
+            }
+        ),
+        JSON_TYPE,
+    )
+    wait_until_running("sleep\x0077.5")
+    left.close()
+    assert listening.next()["params"]["data"]["cmd"] == "sleep 77.5"
+
+    told = listening.next()["params"]["data"]
+    assert told["exit_code"] == 143
+    assert told["ended"] == "cancelled"
+    assert told["duration_ms"] > 0
+
+    session = opened(proxy)
+    # Nobody listens yet.
+    proxy.exec("true", agent_name=agent, session_id=session)
+    get = stream(proxy, "/mcp", None, Mcp_Session_Id=session)
+    missed = [get.next()["params"]["data"] for _ in range(2)]
+    assert [each["event"] for each in missed] == ["start", "end"]
+    assert missed[0]["cmd"] == "true"
+
+    proxy.exec("echo second", agent_name=agent, session_id=session)
+    assert get.next()["params"]["data"]["cmd"] == "echo second"
+    status = mcp_status(
+        proxy, request("logging/setLevel", {"level": "error"}), Mcp_Session_Id=session
+    )
+    assert status == 200
+    assert get.next()["params"]["data"]["event"] == "end"
+
+    proxy.exec("echo third", agent_name=agent, session_id=session)
+    status = mcp_status(
+        proxy, request("logging/setLevel", {"level": "info"}), Mcp_Session_Id=session
+    )
+    assert status == 200
+
+    proxy.exec("echo fourth", agent_name=agent, session_id=session)
+    assert get.next()["params"]["data"]["cmd"] == "echo fourth"
 
 
-@pytest.mark.parametrize("era", ["legacy", "modern"])
-def test_an_abandoned_session_makes_room_at_a_server_that_allows_one_instance(
-    own: Callable[..., Proxy],
-    peculiar: str,
-    tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
-    era: str,
+def test_a_client_that_reconnects_gets_missed_messages_and_running_calls(
+    proxy: Proxy, agent: str, stream: OpenStream
 ) -> None:
-    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock")
-    killed = Client(proxy, "legacy", "x", stream)
-    assert type(said(Client(proxy, era, "x", stream).call("pid"))) is int
-    assert mcp(proxy, request("ping"), path=killed.path, **killed.headers)[0] == 404
+    path = f"/messages?session_id={agent}"
+    first = stream(proxy, f"/sse?session_id={agent}")
+    assert first.next() == path
+
+    arguments = {"cmd": "sleep 0.7; echo done", "agent_name": agent}
+    status = mcp_status(
+        proxy, request("tools/call", {"name": "exec", "arguments": arguments}, id_=5), path=path
+    )
+    assert status == 202
+
+    first.close()
+    time.sleep(0.3)
+    for number in range(3):
+        assert mcp_status(proxy, request("ping", id_=f"away{number}"), path=path) == 202
+    time.sleep(0.8)
+    second = stream(proxy, f"/sse?sessionId={agent}")
+    assert second.next() == path
+    assert [second.next()["id"] for _ in range(3)] == ["away0", "away1", "away2"]
+    assert text_of(second.next()["result"]) == "done\n"
+
+    # This stream replaces the second.
+    third = stream(proxy, f"/sse?session_id={agent}")
+    assert third.next() == path
+    assert second.next() is None
+    assert mcp_status(proxy, request("ping", id_="last"), path=path) == 202
+    assert third.next()["id"] == "last"
 
 
-def test_a_session_in_use_makes_no_room(
-    own: Callable[..., Proxy], peculiar: str, tmp_path: pathlib.Path, stream: Callable[..., Stream]
+def test_a_session_of_one_stream_ends_with_it_and_so_do_its_calls(
+    proxy: Proxy, agent: str, stream: OpenStream
 ) -> None:
-    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock")
-    session = Client(proxy, "legacy", "x", stream)
-    stream(proxy, session.path, None, **session.headers)
-    refused = mcp(proxy, request("initialize", INITIALIZE), path=session.path)[2]
-    assert "another one runs" in refused["error"]["message"]
-    assert type(said(session.call("pid"))) is int
+    opened = stream(proxy, "/sse")
+    path = opened.next()
+    assert re.fullmatch(r"/messages\?session_id=[0-9a-f]{32}", path)
+
+    arguments = {"cmd": "sleep 74.5", "agent_name": agent}
+    status = mcp_status(
+        proxy, request("tools/call", {"name": "exec", "arguments": arguments}), path=path
+    )
+    assert status == 202
+
+    wait_until_running("sleep\x0074.5")
+    opened.close()
+    wait_until_gone("sleep\x0074.5")
+    assert mcp_status(proxy, request("ping"), path=path) == 404
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("era", ["legacy", "modern"])
-@pytest.mark.parametrize(
-    "odd",
-    [
-        pytest.param("era=legacy slow=7", id="a slow legacy server"),
-        pytest.param("era=modern slow=7", id="a slow modern server"),
-        pytest.param("era=both slow=7", id="a slow server of both eras"),
-        pytest.param("era=legacy silent", id="one that ignores what it does not know"),
-    ],
-)
-def test_silence_is_no_verdict_and_starts_nothing_twice(
-    own: Callable[..., Proxy],
-    peculiar: str,
-    tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
-    era: str,
-    odd: str,
+def test_too_many_waiting_messages_end_the_session_and_are_logged(
+    own: StartServer, stream: OpenStream
 ) -> None:
-    proxy = own(f"--mcp-server=x={peculiar} {odd} starts={tmp_path}/starts")
-    started = time.monotonic()
-    client = Client(proxy, era, "x", stream)
-    assert type(said(client.call("pid"))) is int
-    assert time.monotonic() - started < 9
-    assert len((tmp_path / "starts").read_text().splitlines()) == 1
+    proxy = own()
+    stream(proxy, "/sse?session_id=away").close()
+    path = "/messages?session_id=away"
+    statuses = [mcp_status(proxy, request("ping", id_=number), path=path) for number in range(102)]
+    assert statuses == [202] * 101 + [404]
+    assert "session end id=away why=100 messages wait" in proxy.logged()
 
 
-@pytest.mark.parametrize(("era", "server"), ERAS)
-def test_bytes_that_are_no_text_are_replaced(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], era: str, server: str
-) -> None:
-    client = Client(own(f"--mcp-server=x={peculiar} era={server}"), era, "x", stream)
-    assert client.call("odd bytes")["text"] == "caf\ufffd"
+def test_named_sessions_and_idle_ones_expire(own: StartServer, stream: OpenStream) -> None:
+    async def expiring() -> list[str]:
+        driver = pp.PocketCoderDriver("/nowhere/at/all", "x")
+        state = pp.AppState(pp.SessionMap(), driver)
+        server = state.servers[""]
+        server.session_idle = 0.05
+        idle = state.sessions.open(pp.Session(state, server, "http", pp.Lifetime.HTTP))
+        idle.expire()
+        named = state.sessions.open(
+            pp.Session(state, server, "sse", pp.Lifetime.NAMED, session_id="named")
+        )
+        async with named.stream():
+            await asyncio.sleep(0.1)
+            assert "named" in state.sessions
+
+        assert "named" in state.sessions
+        await asyncio.sleep(0.3)
+        return [*state.sessions]
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Idle sessions are looked for this often.
+        patch.setattr(pp, "KEEP_ALIVE", 0.05)
+        patch.setattr(pp, "SESSION_KEPT", 0.05)
+        assert asyncio.run(expiring()) == []
 
 
-def test_a_byte_order_mark_is_skipped(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
-) -> None:
-    started = time.monotonic()
-    client = Client(own(f"--mcp-server=x={peculiar} mark"), "modern", "x", stream)
-    assert type(said(client.call("pid"))) is int
-    assert time.monotonic() - started < 5
+def test_the_number_of_sessions_is_bounded() -> None:
+    async def crowded() -> None:
+        state = pp.AppState(pp.SessionMap(), pp.PocketCoderDriver("/nowhere/at/all", "x"))
+        first = state.sessions.open(pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP))
+        for _ in range(pp.MAX_SESSIONS):
+            session = state.sessions.open(
+                pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP)
+            )
+            session.streams += 1
+
+        # The session that was unused longest made room.
+        assert first.session_id not in state.sessions
+        with pytest.raises(pp.NoTerminal):
+            state.sessions.open(pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP))
+
+    asyncio.run(crowded())
 
 
-@pytest.mark.parametrize("place", ["first", "last"])
-def test_an_answer_beyond_the_limit_fails_that_call_only(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], place: str
-) -> None:
-    proxy = own(f"--mcp-server=x={peculiar}")
-    client = Client(proxy, "modern", "x", stream)
-    process = said(client.call("pid"))
-    other = Background(partial(client.call, "pid", id_="other", seconds=2))
-    failed = client.call("long", bytes=pp.MAX_ANSWER, id=place)
-    assert failed["code"] == -32603
-    assert f"expected at most {pp.MAX_ANSWER}" in failed["message"]
-    assert said(client.call("pid")) == process
-    assert said(other.result()) == process
-
-
-def test_lines_are_cut_alike_however_they_arrive() -> None:
+# ==========================================================================
+# Child lines
+# ==========================================================================
+def test_lines_are_split_the_same_however_they_arrive() -> None:
     dice = random.Random(5)
     texts = [b"", b"a", b"x" * 20, b"y" * 21, b"{" + b"z" * 9000 + b"}", b"end"]
     expected = [
@@ -5706,6 +7110,7 @@ def test_lines_are_cut_alike_however_they_arrive() -> None:
         else pp.TooLong(text[: pp.MAX_ENDS], text[-pp.MAX_ENDS :], len(text))
         for text in texts
     ]
+
     for _ in range(5):
         for pieces in cuts(dice, b"\n".join(texts)):
             lines = pp.Lines(20)
@@ -5739,159 +7144,357 @@ def test_the_id_of_a_long_answer_is_found_at_its_ends(head: bytes, tail: bytes, 
     assert pp.id_of_long(pp.TooLong(head, tail, 1 << 30)) == id_
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["idle ones", "busy ones"])
+# ==========================================================================
+# MCP children
+# ==========================================================================
+@pytest.mark.parametrize(("era", "server"), ERAS)
 @pytest.mark.slow
-def test_a_new_client_gets_room_when_an_old_one_is_idle(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream], busy: bool
+def test_calls_to_a_child_that_dies_fail_at_once_and_it_is_restarted(
+    own: StartServer,
+    fixtures: pathlib.Path,
+    stream: OpenStream,
+    era: str,
+    server: str,
 ) -> None:
-    proxy = own(f"--mcp-server=x={peculiar}")
+    proxy = own(f"--mcp-server=x={sys.executable} -S {fixtures} mcp-fixture {server}")
 
-    def client(number: int) -> Client:
-        return Client(proxy, "modern", "x", stream, info={"name": f"c{number}", "version": "1"})
+    def state() -> Any:
+        return proxy.servers()[0]
 
-    def count(number: int) -> Any:
-        return said(client(number).call("count"))
+    def reached() -> Any:
+        """A call by a new client; it is refused while the server is held back."""
+        # There is no session in this era.
+        with contextlib.suppress(KeyError):
+            return Client(proxy, era, "x", stream).call("pid").get("content")
 
-    assert [count(number) for number in range(16)] == [1] * 16
-    if not busy:
-        assert count(16) == 1
-        # The one that nobody used longest has made room.
-        assert count(1) == 2
-        assert count(0) == 1
-        return
-    with ThreadPoolExecutor(17) as pool:
-        seconds = [9.0] * 15 + [2.0]
-        working = [
-            pool.submit(partial(client(number).call, "pid", seconds=each))
-            for number, each in enumerate(seconds)
-        ]
-        time.sleep(0.5)
-        started = time.monotonic()
-        assert count(16) == 1
-        assert 1 < time.monotonic() - started < 4
-        asking = pool.submit(partial(client(16).call, "pid", seconds=9.0))
-        time.sleep(0.3)
-        started = time.monotonic()
-        refused = client(17).call("pid")
-        assert "16 clients use it" in refused["message"]
-        assert 4 < time.monotonic() - started < 7
-        assert all(type(said(each.result())) is int for each in [*working, asking])
-
-
-def test_notices_before_a_session_listens_are_kept_the_newest_of_them(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
-) -> None:
-    proxy = own(f"--mcp-server=x={peculiar}")
-    client = Client(proxy, "legacy", "x", stream)
-    assert said(client.call("note later", count=130)) == "soon"
-    time.sleep(0.5)
-    events = stream(proxy, client.path, None, **client.headers)
-    got = [events.next()["params"]["data"] for _ in range(100)]
-    assert got == list(range(30, 130))
-
-
-def test_pings_of_a_server_to_a_session_without_a_stream_are_answered_here(
-    own: Callable[..., Proxy], peculiar: str, stream: Callable[..., Stream]
-) -> None:
-    client = Client(own(f"--mcp-server=x={peculiar}"), "legacy", "x", stream)
-    assert said(client.call("ping later", count=150)) == "soon"
-
-    def answers() -> Any:
-        return len(said(client.call("roots")))
-
-    eventually(lambda: answers() == 150)
-
-
-CHATTER = """
-import json, sys
-def say(**fields):
-    print(json.dumps({"jsonrpc": "2.0", **fields}), flush=True)
-token = None
-for line in sys.stdin:
-    got = json.loads(line)
-    if got["method"] == "initialize":
-        hello = {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": {"name": "c", "version": "1"}}
-        say(id=got["id"], result=hello)
-    elif got["method"] == "tools/call":
-        token = got["params"]["_meta"]["progressToken"]
-        say(method="notifications/progress", params={"progressToken": token, "progress": 1})
-    elif got["method"] == "notifications/roots/list_changed":
-        for number in range(120):
-            progress = {"progressToken": token, "progress": 2 + number}
-            say(method="notifications/progress", params=progress) if token and number < 60 else say(
-                method="notifications/message", params={"level": "info", "data": number})
-    elif "id" in got:
-        say(id=got["id"], result={"tools": []})
-"""
-
-
-@pytest.mark.parametrize("kind", ["POST", "GET"])
-@pytest.mark.slow
-def test_a_stream_that_has_left_holds_up_no_server(
-    own: Callable[..., Proxy], tmp_path: pathlib.Path, stream: Callable[..., Stream], kind: str
-) -> None:
-    (tmp_path / "chatter.py").write_text(CHATTER)
-    proxy = own(f"--mcp-server=c={sys.executable} -S {tmp_path}/chatter.py")
-    client = Client(proxy, "legacy", "c", stream)
-    if kind == "POST":
-        left = client.open("tools/call", {"name": "x", "_meta": {"progressToken": 1}}, 7)
-        assert left.next()["params"]["progress"] == 1
-    else:
-        left = stream(proxy, client.path, None, **client.headers)
-    left.close()
-    time.sleep(0.3)  # the server notices
-    client.tell("notifications/roots/list_changed", {})
-    time.sleep(0.3)
+    client = Client(proxy, era, "x", stream)
+    process = int(text_of(client.call("pid")))
+    waiting = Background(partial(client.call, "hang", id_="h"))
+    time.sleep(0.2)
     started = time.monotonic()
-    assert client.ask("tools/list")[-1]["result"] == {"tools": []}
-    assert time.monotonic() - started < 20  # not a minute for each message that nobody reads
+    os.kill(process, signal.SIGKILL)
+    failed = waiting.result()
+    assert time.monotonic() - started < 5
+    assert failed["code"] == -32603, failed
+    assert "ended with -9" in failed["message"], failed
+    assert state()["state"] == "failed"
+    assert "ended with -9" in state()["error"]
+
+    if era == server == "legacy":
+        eventually(
+            lambda: mcp_status(proxy, request("ping"), path=client.path, **client.headers) == 404
+        )
+
+    eventually(reached)
+    assert state()["state"] == "running"
+    assert state()["restarts"] == 1
+
+    for name in ("die", "half"):
+        failed = Client(proxy, era, "x", stream).call(name)
+        assert failed["code"] == -32603
+        assert "before it answered" in failed["message"]
+        eventually(reached)
+
+    assert state()["restarts"] == 3
+
+
+def test_noisy_servers_still_get_answers_through(client: Client) -> None:
+    assert text_of(client.call("noise")) == "after the noise"
+    *told, answer = client.ask("tools/call", {"name": "flood", "arguments": {"lines": 3000}})
+    assert text_of(answer["result"]) == "flooded"
+    if client.era == "legacy":
+        assert [each["params"]["data"] for each in told] == [
+            f"log line {number}" for number in range(3000)
+        ]
+    assert text_of(client.call("flood", lines=500, to="stderr")) == "flooded"
+    assert text_of(client.call("test_simple_text"))
+
+
+def odd_server() -> None:
+    """A stdio MCP server whose answers and notices make no sense."""
+    import json
+    import os
+    import sys
+    import time
+
+    def say(**fields: Any) -> None:
+        print(json.dumps({"jsonrpc": "2.0", **fields}), flush=True)
+
+    def notify_oddly(id_: Any) -> None:
+        odd_params: list[dict[str, Any]] = [
+            {"progressToken": id_},
+            {"progressToken": {}},
+            {"_meta": 3},
+            {"uri": {}},
+            {"_meta": {"io.modelcontextprotocol/subscriptionId": []}},
+        ]
+        for params in odd_params:
+            for method in ("progress", "message", "tools/list_changed", "resources/updated"):
+                say(method="notifications/" + method, params=params)
+        for wrong in (99999, str(id_), True):
+            say(id=wrong, result={})
+
+    def answer(id_: Any, method: str, name: Any) -> None:
+        results = {"null": None, "list": [1], "text": "x"}
+        if method == "initialize":
+            for number in range(300):
+                say(method="notifications/message", params={"level": "info", "data": number})
+            result = {
+                "protocolVersion": 7,
+                "capabilities": ["x"],
+                "serverInfo": None,
+                "_meta": 3,
+            }
+            say(id=id_, result=result)
+        elif method == "tools/list":
+            tools = [None, 3, {"name": None}, {"name": "t", "inputSchema": []}]
+            say(id=id_, result={"tools": tools})
+        elif name in results:
+            say(id=id_, result=results[name])
+        elif name == "code":
+            say(id=id_, error={"message": "no code"})
+        elif name in ("nan", "infinity"):
+            wrong = "NaN" if name == "nan" else "1e999"
+            print(f'{{"jsonrpc":"2.0","id":{id_},"result":{{"x":{wrong}}}}}', flush=True)
+        elif name == "notes":
+            notify_oddly(id_)
+            say(id=id_, result={"right": 1})
+            say(id=id_, result={"twice": 1})
+        elif name == "close":
+            os.close(1)
+            time.sleep(1)
+        else:
+            say(id=id_, error={"code": -32601, "message": "no"})
+
+    for line in sys.stdin:
+        got = json.loads(line)
+        if "id" in got:
+            answer(got["id"], got["method"], (got.get("params") or {}).get("name"))
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+def test_whatever_a_server_answers_the_client_gets_an_answer(
+    own: StartServer, tmp_path: pathlib.Path, stream: OpenStream, era: str
+) -> None:
+    (tmp_path / "odd.py").write_text(program_of(odd_server))
+    proxy = own(f"--mcp-server=odd={sys.executable} -S {tmp_path}/odd.py")
+    client = Client(proxy, era, "odd", stream)
+    for name in ("null", "list", "text", "code", "nan", "infinity"):
+        failed = client.call(name)
+        assert failed["code"] == -32603
+        assert re.search("answered (with|badly)", failed["message"])
+
+    *_, answer = client.ask("tools/call", {"name": "notes", "arguments": {}})
+    assert answer["result"]["right"] == 1
+    if era == "modern":
+        assert client.result("server/discover")["capabilities"] == {}
+    started = time.monotonic()
+    assert "closed its output" in client.call("close")["message"]
+    assert time.monotonic() - started < 5
+    assert "Traceback" not in proxy.logged()
+
+
+@pytest.mark.parametrize(("era", "server"), ERAS)
+def test_the_next_request_after_a_crash_waits_for_the_new_process(
+    own: StartServer, peculiar: str, stream: OpenStream, era: str, server: str
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} era={server}")
+    bystander = Client(proxy, "legacy", "x", stream)
+    for _ in range(5):
+        crashing = Client(proxy, era, "x", stream)
+        failed = crashing.call("crash")
+        assert failed["code"] == -32603
+        assert "ended with 3, before it answered" in failed["message"]
+
+        if era == server == "legacy":
+            status = mcp_status(proxy, request("ping"), path=crashing.path, **crashing.headers)
+            assert status == 404
+            crashing = Client(proxy, era, "x", stream)
+
+        assert type(said(crashing.call("pid"))) is int
+
+    assert type(said(bystander.call("pid"))) is int
+    assert proxy.servers()[0]["state"] == "running"
+
+
+def test_a_crash_leaves_the_processes_of_other_clients_alone(
+    own: StartServer, peculiar: str, stream: OpenStream
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+    one, two = (
+        Client(proxy, "modern", "x", stream, info={"name": name, "version": "1"})
+        for name in ("one", "two")
+    )
+    assert [said(each.call("count")) for each in (one, two)] == [1, 1]
+    assert "ended with 3" in one.call("crash")["message"]
+    assert said(two.call("count")) == 2
+    assert said(one.call("count")) == 1
 
 
 @pytest.mark.slow
-def test_a_child_whose_output_somebody_else_holds_is_noticed_too(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+def test_only_a_process_that_never_answered_is_restarted_with_a_delay(
+    own: StartServer,
 ) -> None:
-    held = f"sleep 82.5 & exec {sys.executable} -S {fixtures} legacy"
+    proxy = own("--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
+
+    def attempt() -> tuple[str, float]:
+        started = time.monotonic()
+        answer = mcp(proxy, modern("tools/list"), path="/servers/short/mcp")[2]
+        return answer["error"]["message"], time.monotonic() - started
+
+    tries = [attempt() for _ in range(7)]
+    assert all("ended with 7; it said: oh no, before it answered" in text for text, _ in tries[:5])
+    refused, seconds = tries[-1]
+    assert re.fullmatch(r"server short ended with 7; .*; it is started again in \d+ s", refused)
+    # A request waits for the next start, but not longer than for 5 s.
+    assert max(took for _, took in tries) < 6
+    assert tries[3][1] > 0.5
+    assert seconds < 6
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param("", id="a legacy server"),
+        pytest.param(" exits", id="one that ends at what it does not know"),
+        pytest.param(" era=both", id="a server of both eras"),
+        pytest.param(" era=modern", id="a modern server"),
+    ],
+)
+def test_a_server_that_allows_one_instance_works(
+    own: StartServer,
+    peculiar: str,
+    tmp_path: pathlib.Path,
+    stream: OpenStream,
+    era: str,
+    odd: str,
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock{odd}")
+    client = Client(proxy, era, "x", stream)
+    first = said(client.call("pid"))
+    client.call("crash")
+    if (era, "modern" in odd or "both" in odd) == ("legacy", False):
+        client = Client(proxy, era, "x", stream)
+    assert said(client.call("pid")) != first
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+def test_an_abandoned_session_gives_up_the_only_instance(
+    own: StartServer,
+    peculiar: str,
+    tmp_path: pathlib.Path,
+    stream: OpenStream,
+    era: str,
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock")
+    killed = Client(proxy, "legacy", "x", stream)
+    assert type(said(Client(proxy, era, "x", stream).call("pid"))) is int
+    assert mcp_status(proxy, request("ping"), path=killed.path, **killed.headers) == 404
+
+
+def test_a_session_in_use_keeps_the_only_instance(
+    own: StartServer, peculiar: str, tmp_path: pathlib.Path, stream: OpenStream
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} lock={tmp_path}/lock")
+    session = Client(proxy, "legacy", "x", stream)
+    stream(proxy, session.path, None, **session.headers)
+    refused = mcp(proxy, request("initialize", INITIALIZE), path=session.path)[2]
+    assert "another one runs" in refused["error"]["message"]
+    assert type(said(session.call("pid"))) is int
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param("era=legacy slow=7", id="a slow legacy server"),
+        pytest.param("era=modern slow=7", id="a slow modern server"),
+        pytest.param("era=both slow=7", id="a slow server of both eras"),
+        pytest.param("era=legacy silent", id="one that ignores what it does not know"),
+    ],
+)
+def test_a_slow_server_is_started_once_and_still_served(
+    own: StartServer,
+    peculiar: str,
+    tmp_path: pathlib.Path,
+    stream: OpenStream,
+    era: str,
+    odd: str,
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} {odd} starts={tmp_path}/starts")
+    started = time.monotonic()
+    client = Client(proxy, era, "x", stream)
+    assert type(said(client.call("pid"))) is int
+    assert time.monotonic() - started < 9
+    assert len((tmp_path / "starts").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("era", "server"), ERAS)
+def test_invalid_bytes_are_replaced(
+    own: StartServer, peculiar: str, stream: OpenStream, era: str, server: str
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar} era={server}"), era, "x", stream)
+    assert client.call("odd bytes")["text"] == "caf\ufffd"
+
+
+def test_a_byte_order_mark_is_skipped(own: StartServer, peculiar: str, stream: OpenStream) -> None:
+    started = time.monotonic()
+    client = Client(own(f"--mcp-server=x={peculiar} mark"), "modern", "x", stream)
+    assert type(said(client.call("pid"))) is int
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_an_answer_beyond_the_limit_fails_its_call_only(
+    own: StartServer, peculiar: str, stream: OpenStream, place: str
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+    client = Client(proxy, "modern", "x", stream)
+    process = said(client.call("pid"))
+    other = Background(partial(client.call, "pid", id_="other", seconds=2))
+    failed = client.call("long", bytes=pp.MAX_ANSWER, id=place)
+    assert failed["code"] == -32603
+    assert f"expected at most {pp.MAX_ANSWER}" in failed["message"]
+    assert said(client.call("pid")) == process
+    assert said(other.result()) == process
+
+
+@pytest.mark.slow
+def test_a_dead_child_is_noticed_even_if_its_output_stays_open(
+    own: StartServer, fixtures: pathlib.Path, stream: OpenStream
+) -> None:
+    held = f"sleep 82.5 & exec {sys.executable} -S {fixtures} mcp-fixture legacy"
     proxy = own(f"--mcp-server=x=sh -c {shlex.quote(held)}")
     client = Client(proxy, "legacy", "x", stream)
     started = time.monotonic()
     assert "ended with 3" in client.call("die")["message"]
     assert time.monotonic() - started < 10
-    eventually(lambda: not processes_with("sleep\x0082.5"))
+    wait_until_gone("sleep\x0082.5")
 
 
 @pytest.mark.slow
-def test_a_child_that_left_its_log_to_somebody_is_gone_when_it_has_ended(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+def test_a_dead_child_is_removed_even_if_its_stderr_stays_open(
+    own: StartServer, fixtures: pathlib.Path, stream: OpenStream
 ) -> None:
     left = "setsid sleep 5.25 >/dev/null & while read -r line; do"
-    left += """ echo '{"jsonrpc": "2.0", "id": 1, "result": {"protocolVersion": "2025-11-25", "capabilities": {}}}'; """
+    result = {"protocolVersion": "2025-11-25", "capabilities": {}}
+    hello = json.dumps({"jsonrpc": "2.0", "id": 1, "result": result})
+    left += f" echo '{hello}'; "
     left += "exec >&-; sleep 0.3; exit 3; done"
     proxy = own(f"--mcp-server=x=sh -c {shlex.quote(left)}")
     mcp(proxy, request("initialize", INITIALIZE), path="/servers/x/mcp")
-    eventually(lambda: json.loads(proxy.request("GET", "/servers")[2])[0]["state"] == "failed", 4)
+    eventually(lambda: proxy.servers()[0]["state"] == "failed", 4)
 
 
-@pytest.mark.slow
-def test_calls_that_are_never_taken_up_again_lock_nothing(
-    relay: Proxy, stream: Callable[..., Stream]
-) -> None:
-    for number in range(40):  # more than there may be children
-        can = {"elicitation": {"n": number % 20}}
-        client = Client(relay, "modern", "legacy", stream, can=can)
-        asked = client.call("test_input_required_result_elicitation")
-        assert asked["resultType"] == "input_required", asked
-    assert text_of(Client(relay, "modern", "legacy", stream).call("test_simple_text"))
-
-
-def test_a_server_that_cannot_start_says_why_once(
-    own: Callable[..., Proxy], tmp_path: pathlib.Path
-) -> None:
+def test_a_server_that_cannot_start_says_why_once(own: StartServer, tmp_path: pathlib.Path) -> None:
     program = tmp_path / "gone"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     proxy = own(f"--mcp-server=gone={program}", "--mcp-server=short=sh -c 'echo oh no >&2; exit 7'")
     program.unlink()
+
     for name, why in (
         ("gone", r"server gone cannot start: .*No such file.*"),
         ("short", "server short ended with 7; it said: oh no, before it answered"),
@@ -5900,15 +7503,16 @@ def test_a_server_that_cannot_start_says_why_once(
             failed = mcp(proxy, message, path=f"/servers/{name}/mcp")[2]["error"]
             assert failed["code"] == -32603
             assert re.fullmatch(why, failed["message"]), failed["message"]
-    shown = {each["name"]: each for each in json.loads(proxy.request("GET", "/servers")[2])}
+
+    shown = {each["name"]: each for each in proxy.servers()}
     assert shown["gone"]["state"] == "failed"
     assert shown["gone"]["pid"] is None
     assert re.fullmatch("cannot start: .*No such file.*", shown["gone"]["error"])
-    assert mcp(proxy, modern("tools/list"), path="/servers/other/mcp")[0] == 404
+    assert mcp_status(proxy, modern("tools/list"), path="/servers/other/mcp") == 404
 
 
 @pytest.mark.slow
-def test_a_server_cannot_reach_the_terminal_of_who_reads_the_log(own: Callable[..., Proxy]) -> None:
+def test_a_server_cannot_control_the_terminal_of_the_log_reader(own: StartServer) -> None:
     proxy = own(
         """--mcp-server=loud=sh -c 'printf "\\033]2;evil\\007\\302\\233 \\r1\\n" >&2; exit 7'"""
     )
@@ -5921,21 +7525,24 @@ def test_a_server_cannot_reach_the_terminal_of_who_reads_the_log(own: Callable[.
 
 @pytest.mark.slow
 def test_children_end_as_a_group_and_are_never_orphaned(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+    own: StartServer, fixtures: pathlib.Path, stream: OpenStream
 ) -> None:
-    stubborn = f"trap '' TERM; sleep 81.5 & {sys.executable} -S {fixtures} legacy; sleep 81.6"
+    stubborn = (
+        f"trap '' TERM; sleep 81.5 & {sys.executable} -S {fixtures} mcp-fixture legacy; sleep 81.6"
+    )
     proxy = own(
-        f"--mcp-server=plain={sys.executable} -S {fixtures} modern",
+        f"--mcp-server=plain={sys.executable} -S {fixtures} mcp-fixture modern",
         "--mcp-server=stubborn=sh -c " + shlex.quote(stubborn),
     )
     clients = [Client(proxy, "legacy", name, stream) for name in ("plain", "stubborn")]
     pids = [int(text_of(client.call("pid"))) for client in clients]
-    assert mcp(proxy, b"", "DELETE", path=clients[1].path, **clients[1].headers)[0] == 204
-    eventually(lambda: not processes_with("sleep\x0081.5"), 10)
+    assert mcp_status(proxy, b"", "DELETE", path=clients[1].path, **clients[1].headers) == 204
+    wait_until_gone("sleep\x0081.5", 10)
     assert not processes_with("sleep\x0081.6")
     assert pids
+
     proxy.stop(signal.SIGKILL)
-    eventually(lambda: not processes_with(str(fixtures)))
+    wait_until_gone(str(fixtures))
     proxy.start()
     assert text_of(Client(proxy, "modern", "plain", stream).call("pid"))
     assert processes_with(str(fixtures))
@@ -5943,16 +7550,2563 @@ def test_children_end_as_a_group_and_are_never_orphaned(
     assert not processes_with(str(fixtures))
 
 
-def test_a_config_file_as_people_have_it_is_read(
-    own: Callable[..., Proxy],
+@pytest.mark.slow
+def test_an_unused_child_ends_after_the_configured_time(
+    own: StartServer, fixtures: pathlib.Path, stream: OpenStream
+) -> None:
+    proxy = own(
+        f"--mcp-server=legacy={sys.executable} -S {fixtures} mcp-fixture legacy",
+        f"--mcp-server=modern={sys.executable} -S {fixtures} mcp-fixture modern",
+        "--mcp-idle=1",
+    )
+    session = Client(proxy, "legacy", "legacy", stream)
+    clients = [session, *(Client(proxy, "modern", name, stream) for name in ("legacy", "modern"))]
+    pids = [int(text_of(client.call("pid"))) for client in clients]
+    working = [Background(partial(client.call, "test_slow", seconds=2)) for client in clients]
+    assert [text_of(each.result()) for each in working] == ["slept 2.0 s"] * 3
+    assert [int(text_of(client.call("pid"))) for client in clients] == pids
+    eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), 5)
+    assert mcp_status(proxy, request("ping"), path=session.path, **session.headers) == 404
+
+    states = [each["state"] for each in proxy.servers()]
+    assert states == ["idle", "idle"]
+
+
+@pytest.mark.slow
+def test_calls_to_a_child_that_hangs_or_never_reads_time_out(fixtures: pathlib.Path) -> None:
+    async def trouble() -> list[str]:
+        said = []
+        relay = pp.Relay(
+            pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), "mcp-fixture", "modern"))
+        )
+        outbox = pp.Outbox(int)
+        session = pp.Session(pp.SessionHost(), relay, "once", pp.Lifetime.ONCE)
+        await relay.respond(session, modern("tools/list"), pp.Era.MODERN, outbox)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pp, "CHILD_TIMEOUT", 0.3)
+            patch.setattr(
+                pp, "CHILD_LADDER", ((0, 0.1), (signal.SIGTERM, 0.1), (signal.SIGKILL, 2.0))
+            )
+            hang = await relay.respond(
+                session, modern("tools/call", {"name": "hang"}), pp.Era.MODERN, outbox
+            )
+            said.append(hang["error"]["message"])
+            slow = modern(
+                "tools/call", {"name": "test_slow", "arguments": {"seconds": 1}}, progressToken=1
+            )
+            # Progress gives the call more time.
+            said.append(
+                text_of((await relay.respond(session, slow, pp.Era.MODERN, outbox))["result"])
+            )
+            patch.setattr(pp, "CHILD_QUEUE", 1000)
+            assert relay.launcher.shared
+
+            os.kill(relay.launcher.shared.process.pid, signal.SIGSTOP)
+            for _ in range(20):
+                with contextlib.suppress(pp.RelayError):
+                    await relay.respond(
+                        session,
+                        modern("tools/call", {"name": "x" * 100_000}),
+                        pp.Era.MODERN,
+                        outbox,
+                    )
+
+            with pytest.raises(pp.RelayError) as full:
+                await relay.respond(session, modern("tools/list"), pp.Era.MODERN, outbox)
+            said.append(str(full.value))
+            await relay.close()
+
+        return said
+
+    hung, slow, full = asyncio.run(trouble())
+    assert hung == "server x did not answer within 0.3 s"
+    assert slow == "slept 1.0 s"
+    assert full == "server x does not read what it is sent"
+
+
+@pytest.mark.slow
+def test_an_unused_shared_child_ends(fixtures: pathlib.Path) -> None:
+    async def idle(era: str) -> None:
+        relay = pp.Relay(
+            pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), "mcp-fixture", era)),
+            idle=0.2,
+        )
+        outbox = pp.Outbox(int)
+        session = pp.Session(pp.SessionHost(), relay, "once", pp.Lifetime.ONCE)
+
+        for _ in range(2):
+            slow = modern("tools/call", {"name": "test_slow", "arguments": {"seconds": 0.4}})
+            assert "result" in await relay.respond(session, slow, pp.Era.MODERN, outbox)
+            for _ in range(100):
+                if not relay.launcher.children:
+                    break
+                await asyncio.sleep(0.05)
+
+            assert relay.launcher.children == set()
+            assert relay.launcher.back_off.failure == ""
+
+        await relay.close()
+
+    async def both() -> None:
+        await asyncio.gather(idle("legacy"), idle("modern"))
+
+    asyncio.run(both())
+
+
+def talking_server() -> None:
+    """A stdio MCP server that writes what it is told; its argument is the revision it supports."""
+    import json
+    import sys
+
+    output: Any = sys.stdout
+    output.reconfigure(encoding="utf-8")
+    for line in sys.stdin:
+        got = json.loads(line, parse_constant=sys.exit)
+        for wrote in (got.get("params") or {}).get("lines", []):
+            output.write(wrote.replace("ID", str(got["id"])) + "\n")
+        if "id" in got:
+            result = {
+                "capabilities": {},
+                "protocolVersion": "2025-11-25",
+                "supportedVersions": [sys.argv[1]],
+            }
+            print(json.dumps({"jsonrpc": "2.0", "id": got["id"], "result": result}), flush=True)
+
+
+@pytest.mark.parametrize("era", ["modern", "legacy"])
+def test_whatever_a_child_writes_every_request_gets_one_valid_answer(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, era: str
+) -> None:
+    dice = random.Random(11)
+    (tmp_path / "talker.py").write_text(program_of(talking_server))
+    revision = pp.MODERN if era == "modern" else "none"
+    methods = [
+        "notifications/progress",
+        "notifications/message",
+        "roots/list",
+        "ping",
+        "notifications/tools/list_changed",
+    ]
+    likely = (
+        "=ID=",
+        {"_meta": {pp.SUBSCRIPTION: "=ID="}},
+        {"progressToken": "=ID="},
+        {"code": 1, "message": "m"},
+        {"_meta": 3},
+    )
+
+    def line() -> str:
+        fields = {
+            "result": junk(dice, *likely),
+            "error": junk(dice, *likely),
+            "params": junk(dice, *likely),
+        }
+        fields |= {"id": junk(dice, "=ID=", "=ID="), "method": junk(dice, *methods)}
+        chosen = {"jsonrpc": "2.0"} | {
+            name: fields[name] for name in dice.choices([*fields], k=dice.randrange(5))
+        }
+        text = (
+            json.dumps(chosen)
+            .replace('"=ID="', "ID")
+            .replace("1e+300", dice.choice(("1e300", "1e999")))
+        )
+
+        return (
+            text
+            if dice.random() < 0.8
+            else spoil(dice, text.encode()).decode("latin-1").replace("\n", "")
+        )
+
+    async def check() -> None:
+        relay = pp.Relay(
+            pp.ServerConfig("talker", (sys.executable, "-S", str(tmp_path / "talker.py"), revision))
+        )
+        outbox = pp.Outbox.nowhere()
+        answered = list[bool]()
+        session = pp.Session(pp.SessionHost(), relay, "once", pp.Lifetime.ONCE)
+
+        try:
+            for number in range(100 * FUZZ):
+                lines = [line() for _ in range(dice.randrange(6))]
+                meta = {**pp.envelope({"roots": {}}, pp.OURSELVES), "progressToken": "t"}
+                message = pp.new_request("tools/call", {"lines": lines, "_meta": meta}) | {
+                    "id": number
+                }
+
+                modern_client = dice.random() < 0.7
+                era_of_client = pp.Era.MODERN if modern_client else pp.Era.LEGACY
+                try:
+                    answer = await asyncio.wait_for(
+                        relay.respond(session, message, era_of_client, outbox), 5
+                    )
+                except pp.RelayError as wrong:
+                    answer = pp.refusal(number, wrong)
+
+                sent = json.loads(pp.to_json(answer).encode(), parse_constant=pytest.fail)
+                answered.append("capabilities" in sent.get("result", {}))
+                assert sent["id"] == number, lines
+                assert isinstance(sent.get("result"), dict) != isinstance(
+                    sent.get("error"), dict
+                ), lines
+                assert "error" not in sent or type(sent["error"]["code"]) is int, lines
+        finally:
+            await relay.close()
+
+        assert sum(answered) > len(answered) / 4, sum(answered)
+
+    asyncio.run(check())
+    assert [
+        each.getMessage()
+        for each in caplog.records
+        if (each.name, each.levelname) == ("pocketcoder", "ERROR")
+    ] == []
+
+
+# ==========================================================================
+# Era translation
+# ==========================================================================
+def test_clients_of_each_era_are_served_by_servers_of_each_era(client: Client) -> None:
+    modern_client = client.era == "modern"
+    if modern_client:
+        found = client.result("server/discover")
+        assert found["supportedVersions"] == ["2026-07-28"]
+        assert found["instructions"] == "Fixtures for tests"
+        assert found["_meta"][NS + "serverInfo"]["name"] == "fixture-server"
+    else:
+        found = client.hello["result"]
+        assert found["protocolVersion"] == "2025-11-25"
+        assert found["serverInfo"]["name"] == "fixture-server"
+        assert client.result("ping") == {}
+
+    assert found["capabilities"]["tools"] == {"listChanged": True}
+    listed = client.result("tools/list")
+    assert ("ttlMs" in listed) == modern_client
+    assert ("resultType" in listed) == modern_client
+
+    schema = next(each for each in listed["tools"] if each["name"] == "json_schema_2020_12_tool")[
+        "inputSchema"
+    ]
+    assert schema["$defs"]["address"]["$anchor"] == "addressDef"
+    assert schema["$schema"].endswith("2020-12/schema")
+
+    result = client.call("test_simple_text", id_="s")
+    assert text_of(result) == "This is a simple text response for testing."
+    assert ("resultType" in result) == modern_client
+
+    read = client.result(
+        "resources/read", {"uri": "test://static-text"}, Mcp_Name="test://static-text"
+    )
+    assert read["contents"][0]["uri"] == "test://static-text"
+
+    missing = client.ask("resources/read", {"uri": "test://none"}, Mcp_Name="test://none")[-1][
+        "error"
+    ]
+    assert missing["code"] == (-32602 if modern_client else -32002)
+    assert missing["data"] == {"uri": "test://none"}
+    assert client.error_code("nope") == -32601
+
+    if modern_client:
+        for method in ("ping", "logging/setLevel", "resources/subscribe", "tasks/get"):
+            assert client.error_code(method) == -32601
+
+
+def test_relayed_messages_arrive_unchanged(client: Client) -> None:
+    extra = {"x": [1, 2.5, None, {"é\u2028": "😀"}], "y": -(10**20)}
+    result = client.call(
+        "echo", id_="ä", deep=extra, result={"unknown": extra, "_meta": {"own": extra}}
+    )
+    assert result["unknown"] == extra
+    assert result["_meta"]["own"] == extra
+
+    got = json.loads(text_of(result))
+    assert got["arguments"]["deep"] == extra
+    failed = client.call("fail", code=-31999, message="own", data=extra)
+    assert failed == {
+        "code": -31999,
+        "message": "own",
+        "data": extra,
+    }
+
+    params = {
+        "name": "echo",
+        "arguments": {},
+        "_meta": {"trace": "t-1", "progressToken": "p"},
+    }
+    got = json.loads(text_of(client.result("tools/call", params)))["params"]
+    assert got["_meta"]["trace"] == "t-1"
+    # The relay replaces the client's token by a number of its own.
+    assert type(got["_meta"]["progressToken"]) is int
+
+
+def test_progress_arrives_on_the_stream_of_its_request_with_its_token(client: Client) -> None:
+    for token in (0, "t"):
+        params = {
+            "name": "test_slow",
+            "arguments": {"seconds": 0.4},
+            "_meta": {"progressToken": token},
+        }
+        *told, answer = client.ask("tools/call", params, id_=token)
+        assert [each["params"]["progress"] for each in told] == [1, 2]
+        assert [each["params"]["progressToken"] for each in told] == [token] * 2
+        assert [type(each["params"]["progressToken"]) for each in told] == [type(token)] * 2
+        assert answer["id"] == token
+
+
+def test_a_cancelled_call_is_cancelled_in_the_child(client: Client, relay: Proxy) -> None:
+    label = f"{client.era}{client.path.split('/')[2]}"
+    params = {
+        "name": "test_slow",
+        "arguments": {"seconds": 20, "label": label},
+        "_meta": {"progressToken": 1},
+    }
+    going = client.open("tools/call", params, id_=7)
+    assert going.next()["method"] == "notifications/progress"
+
+    if client.era == "modern":
+        going.close()
+    else:
+        client.tell("notifications/cancelled", {"requestId": 7})
+        for got in iter(going.next, None):
+            assert got["method"] == "notifications/progress"
+
+    eventually(lambda: f"cancelled test_slow {label}" in relay.logged())
+
+
+def test_a_server_may_ask_the_client_it_serves(client: Client) -> None:
+    params = {"name": "test_input_required_result_elicitation", "arguments": {}}
+    answer = {"action": "accept", "content": {"name": "Zoë"}}
+    if client.era == "modern":
+        asked = client.result("tools/call", params, id_="first")
+        assert asked["resultType"] == "input_required"
+        ((key, question),) = asked["inputRequests"].items()
+        assert question["method"] == "elicitation/create"
+
+        again = {**params, "inputResponses": {key: answer}}
+        again |= {"requestState": asked["requestState"]} if "requestState" in asked else {}
+        result = client.ask("tools/call", again, id_="second")[-1]
+        assert result["id"] == "second"
+    else:
+        going = client.open("tools/call", params, id_="first")
+        question = going.next()
+        assert question["method"] == "elicitation/create"
+        assert question["params"]["message"] == "What is your name?"
+
+        reply = {
+            "jsonrpc": "2.0",
+            "id": question["id"],
+            "result": answer,
+        }
+        assert mcp_status(client.proxy, reply, path=client.path, **client.headers) == 202
+        result = going.next()
+        assert result["id"] == "first"
+
+    assert "Zoë" in json.loads(json.dumps(text_of(result["result"]))).encode().decode(
+        "unicode_escape"
+    ) or "Zoë" in text_of(result["result"])
+
+
+def test_a_server_cannot_ask_a_client_without_the_capability(
+    relay: Proxy, stream: OpenStream
+) -> None:
+    for era, server in ERAS:
+        silent = Client(relay, era, server, stream, can={})
+        got = silent.call("test_input_required_result_sampling")
+        if era == server == "modern":
+            assert got["code"] == -32021
+        else:
+            assert got.get("isError") is True or got["code"] == -32021
+
+
+def test_a_forged_request_state_is_refused(relay: Proxy, stream: OpenStream) -> None:
+    client = Client(relay, "modern", "legacy", stream)
+    params = {"name": "test_input_required_result_elicitation", "arguments": {}}
+    asked = client.result("tools/call", params)
+    ((key, _),) = asked["inputRequests"].items()
+    good = {"requestState": asked["requestState"], "inputResponses": {key: {"action": "decline"}}}
+
+    for wrong in (
+        {**params, **good, "requestState": "x"},
+        {**params, **good, "arguments": {"a": 1}},
+    ):
+        assert client.error_code("tools/call", wrong) == -32602
+
+    assert client.error_code("tools/call", {**params, **good}, Authorization="Bearer x") == -32602
+
+    missing = client.ask(
+        "tools/call",
+        {
+            **params,
+            "requestState": asked["requestState"],
+            "inputResponses": 3,
+        },
+    )[-1]
+    # It asks again.
+    assert missing["result"]["inputRequests"] == asked["inputRequests"]
+
+    good["requestState"] = missing["result"]["requestState"]
+    assert "decline" in text_of(client.result("tools/call", {**params, **good}))
+    # This question has been answered already.
+    assert client.error_code("tools/call", {**params, **good}) == -32602
+
+
+def test_changes_are_reported_to_subscribers_only(client: Client) -> None:
+    if client.era == "modern":
+        wanted = {"toolsListChanged": True, "resourceSubscriptions": ["test://watched-resource"]}
+        events = client.open("subscriptions/listen", {"notifications": wanted}, id_="w1")
+        first = events.next()
+        assert first["method"] == "notifications/subscriptions/acknowledged"
+        assert first["params"]["notifications"] == wanted
+        assert first["params"]["_meta"] == {NS + "subscriptionId": "w1"}
+    else:
+        events = client.make(client.proxy, client.path, None, **client.headers)
+        assert client.result("resources/subscribe", {"uri": "test://watched-resource"}) == {}
+
+    # By then a modern child has received the subscription.
+    time.sleep(0.2)
+    client.call("test_trigger_tool_change", id_=50)
+    client.call("test_trigger_resource_change", id_=51, uri="test://watched-resource")
+    heard = [events.next() for _ in range(2)]
+    methods = {"notifications/tools/list_changed", "notifications/resources/updated"}
+    assert {each["method"] for each in heard} == methods
+
+    for each in heard:
+        meta = (each.get("params") or {}).get("_meta", {})
+        assert meta.get(NS + "subscriptionId") == ("w1" if client.era == "modern" else None)
+
+
+def test_log_messages_reach_clients_that_ask_for_them(client: Client) -> None:
+    params: dict[str, Any] = {"name": "test_tool_with_logging", "arguments": {}}
+    if client.era == "modern":
+        assert len(client.ask("tools/call", params)) == 1
+        params["_meta"] = {NS + "logLevel": "debug"}
+    *told, _ = client.ask("tools/call", params)
+    assert told[0]["params"]["data"] == "Tool execution started"
+    if client.era == "legacy":
+        assert client.result("logging/setLevel", {"level": "error"}) == {}
+        assert len(client.ask("tools/call", params)) == 1
+
+
+def test_headers_repeat_the_arguments_that_a_schema_names(relay: Proxy, stream: OpenStream) -> None:
+    for server in ("legacy", "modern"):
+        client = Client(relay, "modern", server, stream)
+        params = {"name": "test_x_mcp_header", "arguments": {"region": "Zürich", "priority": 42}}
+        good = {"Mcp_Param_Region": "=?base64?WsO8cmljaA==?=", "Mcp_Param_Priority": "42.0"}
+        assert "result" in client.ask("tools/call", params, **good)[-1]
+
+        for wrong in (
+            {},
+            {**good, "Mcp_Param_Priority": "41"},
+            {**good, "Mcp_Param_Region": "zurich"},
+        ):
+            assert client.error_code("tools/call", params, **wrong) == -32020
+
+
+# ==========================================================================
+# Relay
+# ==========================================================================
+@pytest.mark.slow
+def test_clients_with_equal_ids_and_tokens_never_meet(relay: Proxy, stream: OpenStream) -> None:
+    clients = [Client(relay, era, server, stream) for era, server in ERAS for _ in range(4)]
+
+    def work(number: int, client: Client) -> None:
+        params = {
+            "name": "echo",
+            "arguments": {"mine": number},
+            "_meta": {"progressToken": 1},
+        }
+        for _ in range(5):
+            assert json.loads(text_of(client.result("tools/call", params)))["arguments"] == {
+                "mine": number
+            }
+
+        steps = 1 + number % 4
+        slow = {
+            "name": "test_slow",
+            "arguments": {"seconds": 0.2 * steps},
+            "_meta": {"progressToken": 1},
+        }
+        assert len(client.ask("tools/call", slow)) == steps + 1
+
+    with ThreadPoolExecutor(len(clients)) as pool:
+        list(pool.map(work, range(len(clients)), clients))
+
+
+@pytest.mark.slow
+def test_two_hundred_calls_through_one_child_get_their_own_answers(
+    relay: Proxy, stream: OpenStream
+) -> None:
+    client = Client(relay, "modern", "modern", stream)
+    process = text_of(client.call("pid"))
+
+    def one(number: int) -> tuple[int, str]:
+        result = client.call("test_slow", id_=number, seconds=1.0)
+        return len(text_of(result)), text_of(client.call("echo", id_=number, n=number))
+
+    with ThreadPoolExecutor(200) as pool:
+        for number, (_, echoed) in enumerate(pool.map(one, range(200))):
+            assert json.loads(echoed)["arguments"] == {"n": number}
+
+    assert text_of(client.call("pid")) == process
+
+
+def test_ten_megabytes_pass_through_the_relay(client: Client) -> None:
+    assert len(text_of(client.call("big", bytes=10_000_000))) == 10_000_000
+
+
+def test_websockets_and_event_streams_reach_stdio_servers_too(
+    relay: Proxy, stream: OpenStream
+) -> None:
+    for server in ("legacy", "modern"):
+        events = stream(relay, f"/servers/{server}/sse")
+        path = events.next()
+        assert path.startswith(f"/servers/{server}/messages?session_id=")
+        # A client that reconnects may skip `initialize`.
+        assert mcp_status(relay, request("tools/list", id_="without initialize"), path=path) == 202
+        assert len(events.next()["result"]["tools"]) > 10
+        assert mcp_status(relay, request("initialize", INITIALIZE), path=path) == 202
+        assert events.next()["result"]["serverInfo"]["name"] == "fixture-server"
+        status = mcp_status(relay, request("ping"), path=path.replace(f"/servers/{server}", ""))
+        assert status == 404
+
+        async def talk(server: str) -> None:
+            url = f"ws://127.0.0.1:{relay.port}/servers/{server}/mcp/ws"
+            socket: Any = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
+
+            async def ask(message: Any) -> Any:
+                await socket.write_message(json.dumps(message))
+                return json.loads(await asyncio.wait_for(socket.read_message(), 10))
+
+            assert (await ask(request("initialize", {**INITIALIZE, "capabilities": CAN})))[
+                "result"
+            ]["capabilities"]
+
+            await socket.write_message(
+                json.dumps({"jsonrpc": "2.0", "method": "notifications/initialized"})
+            )
+            question = await ask(
+                request("tools/call", {"name": "test_input_required_result_elicitation"}, id_="q")
+            )
+            assert question["method"] == "elicitation/create"
+
+            answer = await ask(
+                {
+                    "jsonrpc": "2.0",
+                    "id": question["id"],
+                    "result": {"action": "cancel"},
+                }
+            )
+            assert answer["id"] == "q"
+            assert "cancel" in text_of(answer["result"])
+            assert (await ask(modern("server/discover", id_="m")))["result"][
+                "supportedVersions"
+            ] == ["2026-07-28"]
+
+            await close(socket)
+
+        asyncio.run(talk(server))
+
+
+def test_a_legacy_session_has_its_own_child_that_ends_with_it(
+    relay: Proxy, stream: OpenStream
+) -> None:
+    one, two = (Client(relay, "legacy", "legacy", stream) for _ in range(2))
+    assert [text_of(each.call("counter")) for each in (one, one, two)] == ["1", "2", "1"]
+    process = int(text_of(one.call("pid")))
+    assert mcp_status(relay, b"", "DELETE", path=one.path, **one.headers) == 204
+    eventually(lambda: not os.path.exists(f"/proc/{process}"))
+    assert text_of(two.call("counter")) == "2"
+
+    modern_one = Client(relay, "modern", "legacy", stream)
+    before = int(text_of(modern_one.call("counter")))
+    # Calls one after the other meet the same child.
+    assert int(text_of(modern_one.call("counter"))) == before + 1
+
+
+def answered(client: Client, asked: Any, tool: dict[str, Any], roots: list[Any], id_: Any) -> Any:
+    """The result of a call that was answered with a question for the roots."""
+    assert asked["resultType"] == "input_required", asked
+    ((name, question),) = asked["inputRequests"].items()
+    assert question["method"] == "roots/list"
+
+    again = {
+        **tool,
+        "inputResponses": {name: {"roots": roots}},
+        "requestState": asked["requestState"],
+    }
+    return client.result("tools/call", again, id_)
+
+
+def test_parallel_calls_of_a_modern_client_share_one_process(
+    own: StartServer, peculiar: str, stream: OpenStream
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
+
+    def one(number: int) -> Any:
+        return said(client.call("pid", id_=number, seconds=0.3))
+
+    with ThreadPoolExecutor(40) as pool:
+        pids = list(pool.map(one, range(40)))
+    assert len(set(pids)) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({"info": {"name": "b", "version": "1"}}, id="clientInfo"),
+        pytest.param({"can": {"roots": {"listChanged": True}}}, id="capabilities"),
+        pytest.param({"authorization": "Bearer other"}, id="credential"),
+        pytest.param({"address": "127.0.0.2"}, id="address"),
+    ],
+)
+def test_modern_clients_that_differ_get_a_process_each(
+    own: StartServer, peculiar: str, other: dict[str, Any]
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+
+    def count(
+        info: Any = None,
+        can: Any = None,
+        authorization: str = "",
+        address: str = "127.0.0.1",
+    ) -> Any:
+        meta = {
+            NS + "clientInfo": info or {"name": "a", "version": "1"},
+            NS + "clientCapabilities": {"roots": {}} if can is None else can,
+        }
+        message = modern("tools/call", {"name": "count"}, **meta)
+        headers = {
+            **JSON_TYPE,
+            "MCP-Protocol-Version": "2026-07-28",
+            "Mcp-Method": "tools/call",
+            "Mcp-Name": "count",
+            "Authorization": authorization,
+        }
+        source = (address, 0)
+        connection = http.client.HTTPConnection("127.0.0.1", proxy.port, 20, source_address=source)
+        connection.request("POST", "/servers/x/mcp", json.dumps(message), headers)
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+
+        return said(answer["result"])
+
+    assert count() == 1
+    assert count(**other) == 1
+    assert count() == 2
+    assert count(**other) == 2
+
+
+def test_a_question_reaches_only_the_client_of_its_process(
+    own: StartServer, peculiar: str, stream: OpenStream
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+    clients = [
+        Client(proxy, "modern", "x", stream, info={"name": name, "version": "1"})
+        for name in ("a", "b")
+    ]
+    tool = {"name": "ask", "arguments": {}}
+    asked = [client.call("ask") for client in clients]
+    # The other one's state is unknown here.
+    stolen = {
+        **tool,
+        "requestState": asked[0]["requestState"],
+        "inputResponses": {},
+    }
+    assert clients[1].error_code("tools/call", stolen) == -32602
+
+    for client, question in zip(clients, asked, strict=True):
+        roots = [{"uri": f"file:///{client.info['name']}"}]
+        got = said(answered(client, question, tool, roots, id_="again"))
+        assert got["result"]["roots"] == roots
+
+
+def test_a_question_goes_to_the_newest_call_in_flight(
+    own: StartServer, peculiar: str, stream: OpenStream
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
+    client.call("pid")
+    asking = Background(partial(client.call, "ask", id_="old", seconds=0.3))
+    time.sleep(0.1)
+    asked = client.call("pid", id_="new", seconds=1.0)
+    roots = [{"uri": "file:///r"}]
+    tool = {"name": "pid", "arguments": {"seconds": 1.0}}
+    assert type(said(answered(client, asked, tool, roots, id_="again"))) is int
+    assert said(asking.result())["result"]["roots"] == roots
+
+
+def test_a_question_outside_any_call_waits_for_the_next_call(
+    own: StartServer, peculiar: str, stream: OpenStream
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
+    assert said(client.call("ask later")) == "soon"
+    time.sleep(0.3)
+    # This one cannot be asked.
+    assert client.result("tools/list")["tools"] == []
+
+    asked = client.call("roots", id_="next")
+    roots = [{"uri": "file:///r"}]
+    tool = {"name": "roots", "arguments": {}}
+    assert said(answered(client, asked, tool, roots, id_="again")) == [{"roots": roots}]
+
+
+def test_a_cancelled_call_leaves_no_question_behind(
+    own: StartServer, peculiar: str, stream: OpenStream
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar}"), "modern", "x", stream)
+    client.call("pid")
+    going = client.open("tools/call", {"name": "ask", "arguments": {"seconds": 0.3}})
+    going.close()
+    time.sleep(0.6)
+    assert type(said(client.call("pid"))) is int
+
+
+@pytest.mark.parametrize("first", ["tools/call", "tools/list"])
+@pytest.mark.parametrize("asks", ["hello", "start"])
+def test_a_question_at_startup_goes_to_the_client_that_started_the_process(
+    own: StartServer,
+    peculiar: str,
+    stream: OpenStream,
+    asks: str,
+    first: str,
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar} asks={asks}"), "modern", "x", stream)
+    roots = [{"uri": "file:///r"}]
+    tool = {"name": "roots", "arguments": {}}
+    if first == "tools/call":
+        asked = client.call("roots", id_="first")
+        assert said(answered(client, asked, tool, roots, id_="again")) == [{"roots": roots}]
+        return
+
+    # This one cannot be asked, the next one is.
+    listing = Background(lambda: client.ask("tools/list", id_="l")[-1])
+    if asks == "start":
+        listing.result()
+    time.sleep(0.2)
+    asked = client.call("roots", id_="first")
+    assert said(answered(client, asked, tool, roots, id_="again")) == [{"roots": roots}]
+    assert listing.result()["result"]["tools"] == []
+
+
+@pytest.mark.parametrize("asks", ["hello", "start"])
+def test_a_question_at_startup_may_be_answered_by_a_session(
+    own: StartServer, peculiar: str, stream: OpenStream, asks: str
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} asks={asks}")
+    path = "/servers/x/mcp"
+    hello = request("initialize", {**INITIALIZE, "capabilities": CAN}, id_=0)
+    starting = stream(proxy, path, hello)
+    first = starting.next()
+    session = {"Mcp_Session_Id": starting.answer.getheader("Mcp-Session-Id") or ""}
+    events = starting
+
+    if asks == "start":
+        noted = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+        assert mcp_status(proxy, noted, path=path, **session) == 202
+        events = stream(proxy, path, None, **session)
+        first = events.next()
+
+    assert first["method"] == "roots/list"
+    answer = {
+        "jsonrpc": "2.0",
+        "id": first["id"],
+        "result": {"roots": []},
+    }
+    assert mcp_status(proxy, answer, path=path, **session) == 202
+
+    if asks == "hello":
+        assert "serverInfo" in starting.next()["result"]
+    call = request("tools/call", {"name": "roots"}, id_=2)
+    # A thread of the server takes the answer, perhaps after the call.
+    roots = eventually(lambda: said(mcp_result(proxy, call, path=path, **session)))
+    assert roots == [{"roots": []}]
+
+
+def test_a_session_is_unknown_as_soon_as_its_process_dies(
+    own: StartServer, peculiar: str, stream: OpenStream
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+    for _ in range(5):
+        client = Client(proxy, "legacy", "x", stream)
+        client.call("crash")
+        # Each of these comes within the first milliseconds.
+        answers = [
+            mcp_status(proxy, request("ping"), path=client.path, **client.headers) for _ in range(3)
+        ]
+        assert answers == [404] * 3
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle ones", "busy ones"])
+@pytest.mark.slow
+def test_a_new_client_gets_the_place_of_an_idle_one(
+    own: StartServer, peculiar: str, stream: OpenStream, busy: bool
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+
+    def client(number: int) -> Client:
+        return Client(proxy, "modern", "x", stream, info={"name": f"c{number}", "version": "1"})
+
+    def count(number: int) -> Any:
+        return said(client(number).call("count"))
+
+    assert [count(number) for number in range(16)] == [1] * 16
+    if not busy:
+        assert count(16) == 1
+        # The longest unused one has made room.
+        assert count(1) == 2
+        assert count(0) == 1
+        return
+
+    with ThreadPoolExecutor(17) as pool:
+        seconds = [9.0] * 15 + [2.0]
+        working = [
+            pool.submit(partial(client(number).call, "pid", seconds=each))
+            for number, each in enumerate(seconds)
+        ]
+        time.sleep(0.5)
+        started = time.monotonic()
+        assert count(16) == 1
+        assert 1 < time.monotonic() - started < 4
+
+        asking = pool.submit(partial(client(16).call, "pid", seconds=9.0))
+        time.sleep(0.3)
+        started = time.monotonic()
+        refused = client(17).call("pid")
+        assert "16 clients use it" in refused["message"]
+        assert 4 < time.monotonic() - started < 7
+        assert all(type(said(each.result())) is int for each in [*working, asking])
+
+
+def test_the_newest_notices_are_kept_until_a_session_listens(
+    own: StartServer, peculiar: str, stream: OpenStream
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar}")
+    client = Client(proxy, "legacy", "x", stream)
+    assert said(client.call("note later", count=130)) == "soon"
+    time.sleep(0.5)
+    events = stream(proxy, client.path, None, **client.headers)
+    got = [events.next()["params"]["data"] for _ in range(100)]
+    assert got == list(range(30, 130))
+
+
+def test_pings_of_a_server_are_answered_for_a_session_without_a_stream(
+    own: StartServer, peculiar: str, stream: OpenStream
+) -> None:
+    client = Client(own(f"--mcp-server=x={peculiar}"), "legacy", "x", stream)
+    assert said(client.call("ping later", count=150)) == "soon"
+
+    def answers() -> Any:
+        return len(said(client.call("roots")))
+
+    eventually(lambda: answers() == 150)
+
+
+def chatty_server() -> None:
+    """A stdio MCP server that sends many notices once the roots have changed."""
+    import json
+    import sys
+
+    def say(**fields: Any) -> None:
+        print(json.dumps({"jsonrpc": "2.0", **fields}), flush=True)
+
+    token = None
+    for line in sys.stdin:
+        got = json.loads(line)
+        if got["method"] == "initialize":
+            hello = {
+                "protocolVersion": "2025-11-25",
+                "capabilities": {},
+                "serverInfo": {"name": "c", "version": "1"},
+            }
+            say(id=got["id"], result=hello)
+        elif got["method"] == "tools/call":
+            token = got["params"]["_meta"]["progressToken"]
+            progress = {"progressToken": token, "progress": 1}
+            say(method="notifications/progress", params=progress)
+        elif got["method"] == "notifications/roots/list_changed":
+            for number in range(120):
+                if token and number < 60:
+                    progress = {"progressToken": token, "progress": 2 + number}
+                    say(method="notifications/progress", params=progress)
+                else:
+                    say(method="notifications/message", params={"level": "info", "data": number})
+        elif "id" in got:
+            say(id=got["id"], result={"tools": []})
+
+
+@pytest.mark.parametrize("kind", ["POST", "GET"])
+@pytest.mark.slow
+def test_a_disconnected_stream_does_not_block_its_server(
+    own: StartServer, tmp_path: pathlib.Path, stream: OpenStream, kind: str
+) -> None:
+    (tmp_path / "chatter.py").write_text(program_of(chatty_server))
+    proxy = own(f"--mcp-server=c={sys.executable} -S {tmp_path}/chatter.py")
+    client = Client(proxy, "legacy", "c", stream)
+
+    if kind == "POST":
+        left = client.open("tools/call", {"name": "x", "_meta": {"progressToken": 1}}, 7)
+        assert left.next()["params"]["progress"] == 1
+    else:
+        left = stream(proxy, client.path, None, **client.headers)
+
+    left.close()
+    # By then the server has noticed.
+    time.sleep(0.3)
+    client.tell("notifications/roots/list_changed", {})
+    time.sleep(0.3)
+    started = time.monotonic()
+    assert client.result("tools/list") == {"tools": []}
+    # It does not wait a minute for each unread message.
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.slow
+def test_abandoned_calls_block_nothing(relay: Proxy, stream: OpenStream) -> None:
+    # More than there may be children.
+    for number in range(40):
+        can = {"elicitation": {"n": number % 20}}
+        client = Client(relay, "modern", "legacy", stream, can=can)
+        asked = client.call("test_input_required_result_elicitation")
+        assert asked["resultType"] == "input_required", asked
+    assert text_of(Client(relay, "modern", "legacy", stream).call("test_simple_text"))
+
+
+# ==========================================================================
+# Tools
+# ==========================================================================
+def test_the_tools_are_described_for_models_and_programs(proxy: Proxy) -> None:
+    tools = mcp_result(proxy, modern("tools/list"))["tools"]
+    assert [tool["name"] for tool in tools] == [
+        "exec",
+        "read_terminal",
+        "send_keys",
+        "list_terminals",
+    ]
+
+    for tool in tools:
+        assert tool["title"]
+        assert len(tool["description"]) > 80
+        assert set(tool["annotations"]) >= {
+            "readOnlyHint",
+            "destructiveHint",
+            "idempotentHint",
+            "openWorldHint",
+        }
+        assert tool["inputSchema"]["type"] == "object"
+        assert all(shape.get("description") for shape in tool["inputSchema"]["properties"].values())
+
+    reads = {tool["name"]: tool["annotations"]["readOnlyHint"] for tool in tools}
+    assert reads == {
+        "exec": False,
+        "read_terminal": True,
+        "send_keys": False,
+        "list_terminals": True,
+    }
+    assert {tool["name"] for tool in tools if "outputSchema" in tool} == {"exec", "list_terminals"}
+
+
+def test_exec_answers_in_text_for_models_and_data_for_programs(proxy: Proxy, agent: str) -> None:
+    result = call(proxy, "exec", cmd="printf 'ä\\n'; printf oops >&2; exit 3", agent_name=agent)
+    assert text_of(result) == "ä\noops\n[exit code 3]"
+    expected = {
+        "output": "ä\noops",
+        "exit_code": 3,
+        "ended": "exit",
+        "truncated": False,
+        "output_bytes": 7,
+    }
+    assert result["structuredContent"] == expected
+    assert result["isError"] is False
+    assert text_of(call(proxy, "exec", cmd="printf ok", agent_name=agent)) == "ok"
+
+    result = call(
+        proxy,
+        "exec",
+        cmd="cat; pwd",
+        agent_name=agent,
+        stdin="in ",
+        cwd="",
+        timeout=9.5,
+        env={"ignored": 1},
+    )
+    assert text_of(result) == f"in {os.path.realpath(proxy.workspace)}\n"
+
+    result = call(
+        proxy, "exec", cmd="head -c 5000 /dev/zero | tr '\\0' x", agent_name=agent, max_output=100
+    )
+    assert result["structuredContent"]["truncated"] is True
+    assert result["structuredContent"]["output_bytes"] == 5000
+
+    result = call(proxy, "exec", cmd="echo before; sleep 30", agent_name=agent, timeout=0.3)
+    assert result["isError"] is True
+    assert result["structuredContent"]["ended"] == "timeout"
+    assert re.fullmatch(r"before\n\[exit code 124\]\n\[ended after 0.3 s: .+\]", text_of(result))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "field"),
+    [
+        pytest.param("exec", {}, "cmd", id="exec-no-cmd"),
+        pytest.param("exec", {"cmd": ""}, "cmd", id="exec-empty-cmd"),
+        pytest.param("exec", {"cmd": "true", "timeout": True}, "timeout", id="exec-timeout-true"),
+        pytest.param("exec", {"cmd": "true", "cwd": "/"}, "cwd", id="exec-cwd-root"),
+        pytest.param(
+            "exec", {"cmd": "true", "agent_name": "a b"}, "agent_name", id="exec-agent-with-a-blank"
+        ),
+        pytest.param("read_terminal", {"lines": 0}, "lines", id="read-no-lines"),
+        pytest.param("read_terminal", {"lines": 2001}, "lines", id="read-too-many-lines"),
+        pytest.param("read_terminal", {"lines": "5"}, "lines", id="read-lines-text"),
+        pytest.param(
+            "read_terminal", {"agent_name": "nobody-yet"}, "agent_name", id="read-unknown-agent"
+        ),
+        pytest.param(
+            "read_terminal",
+            {"agent_name": "x; kill-server"},
+            "agent_name",
+            id="read-agent-with-a-command",
+        ),
+        pytest.param("send_keys", {}, "keys", id="keys-none"),
+        pytest.param("send_keys", {"text": 7}, "text", id="keys-text-number"),
+        pytest.param("send_keys", {"text": "a\0"}, "text", id="keys-text-nul"),
+        pytest.param("send_keys", {"text": "x" * 5000}, "text", id="keys-text-too-long"),
+        pytest.param("send_keys", {"keys": "Enter"}, "keys", id="keys-no-list"),
+        pytest.param("send_keys", {"keys": ["Entr"]}, "keys", id="keys-unknown"),
+        pytest.param("send_keys", {"keys": ["-t", "%0"]}, "keys", id="keys-option"),
+        pytest.param("send_keys", {"keys": ["C-c\n"]}, "keys", id="keys-newline"),
+    ],
+)
+def test_a_wrong_argument_is_a_tool_result_that_names_it(
+    proxy: Proxy, name: str, arguments: dict[str, Any], field: str
+) -> None:
+    result = call(proxy, name, **arguments)
+    assert result["isError"] is True
+    assert f"`{field}`" in text_of(result)
+
+
+def test_keys_that_create_a_terminal_stay_out_of_the_next_command(
+    warm: StartServer,
+) -> None:
+    server = warm()
+    server.tmux("kill-server")
+    half = f"echo >{server.folder}/half one"
+    # At first tmux may be just dying.
+    eventually(lambda: not call(server, "send_keys", text=half)["isError"])
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+    assert not os.path.exists(f"{server.folder}/half")
+
+
+def test_keys_reach_a_program_whose_caller_is_waiting(proxy: Proxy, agent: str) -> None:
+    asking = [
+        proxy.start_exec("read -r x </dev/tty; echo $x", agent_name=agent)
+        for _ in range(pp.MAX_PANES)
+    ]
+    eventually(lambda: len(proxy.panes(agent)) == pp.MAX_PANES)
+    queued = proxy.start_exec("echo queued", agent_name=agent)
+    time.sleep(0.3)
+    answer = Background(
+        partial(call, proxy, "send_keys", text="here", keys=["Enter"], agent_name=agent)
+    ).result(10)
+    assert not answer["isError"]
+    assert queued.result()["stdout"] == "queued\n"
+
+    for pane in proxy.panes(agent):
+        proxy.tmux("send-keys", "-t", pane.split()[0], "C-c")
+    assert sorted(each.result()["stdout"] for each in asking) == ["", "", "", "here\n"]
+
+
+def test_keys_go_to_the_program_a_person_started(proxy: Proxy, agent: str) -> None:
+    call(proxy, "send_keys", agent_name=agent, text=f"{sys.executable} -q", keys=["Enter"])
+    eventually(lambda: ">>>" in text_of(call(proxy, "read_terminal", agent_name=agent)))
+    running = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
+    wait_until_running("read -r x </dev/tty; echo got")
+
+    shown = call(proxy, "send_keys", agent_name=agent, text="print(6*7)", keys=["Enter"])
+    assert "\n42\n" in text_of(shown)
+    both = text_of(call(proxy, "read_terminal", agent_name=agent))
+    assert "\n42\n" in both
+    assert "read -r x" in both
+
+    (run_id,) = {
+        word.split("=")[1]
+        for pid in processes_with("echo got")
+        for word in pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0")
+        if word.startswith("POCKETCODER_RUN_ID=")
+    }
+    call(proxy, "send_keys", agent_name=agent, text="aimed", keys=["Enter"], run_id=run_id)
+    assert running.result()["stdout"] == "got aimed\n"
+
+    refused = call(proxy, "send_keys", agent_name=agent, text="x", run_id=run_id)
+    assert refused["isError"]
+    assert "run_id" in text_of(refused)
+
+    call(proxy, "send_keys", agent_name=agent, keys=["C-d"])
+    again = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
+    wait_until_running("read -r x </dev/tty; echo got")
+    call(proxy, "send_keys", agent_name=agent, text="newest", keys=["Enter"])
+    assert again.result()["stdout"] == "got newest\n"
+
+
+def test_a_program_is_driven_by_keys_and_read_like_a_person_would(proxy: Proxy, agent: str) -> None:
+    ask = "read -p 'Name? ' n; echo \"<$n>\""
+    shown = text_of(call(proxy, "send_keys", agent_name=agent, text=ask, keys=["Enter"]))
+    assert shown.endswith(f"$ {ask}\nName?")
+    assert text_of(call(proxy, "read_terminal", agent_name=agent)) == shown
+
+    listed = {
+        each["agent_name"]: each
+        for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
+    }
+    assert listed[agent] == {
+        "agent_name": agent,
+        "busy": False,
+        "command": "bash",
+        "columns": 200,
+        "lines": 50,
+    }
+
+    call(
+        proxy,
+        "send_keys",
+        agent_name=agent,
+        text='Zoë \'n "$HOME" ; # {}\\',
+        keys=["BSpace", "Enter"],
+    )
+    eventually(
+        lambda: (
+            '<Zoë \'n "$HOME" ; # {}>' in text_of(call(proxy, "read_terminal", agent_name=agent))
+        )
+    )
+    running = proxy.start_exec("cat /dev/tty", agent_name=agent, timeout=20)
+    eventually(
+        lambda: (
+            "cat"
+            in [
+                each["command"]
+                for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
+            ]
+        )
+    )
+    listed = {
+        each["agent_name"]: each
+        for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
+    }
+    assert listed[agent]["busy"] is True
+
+    call(proxy, "send_keys", agent_name=agent, text="seen\n")
+    call(proxy, "send_keys", agent_name=agent, keys=["C-d"])
+    assert running.result()["stdout"] == "seen\n"
+
+    lines = text_of(call(proxy, "read_terminal", agent_name=agent, lines=2)).split("\n")
+    assert len(lines) == 2
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
+def test_a_wrapped_line_is_read_as_one(proxy: Proxy, agent: str) -> None:
+    proxy.exec("printf '%0500d\\n' 7; echo end", agent_name=agent)
+    eventually(lambda: f"{7:0500}\nend" in text_of(call(proxy, "read_terminal", agent_name=agent)))
+    proxy.exec("seq 3000", agent_name=agent)
+    eventually(
+        lambda: "\n3000\n" in text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000))
+    )
+    shown = text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000))
+    assert len(shown.split("\n")) == 2000
+
+
+def test_terminal_content_is_not_mistaken_for_a_reply_of_tmux(proxy: Proxy, agent: str) -> None:
+    proxy.exec(
+        'for i in $(seq 400); do echo "%end $(date +%s) $i 1"; echo "%exit"; done', agent_name=agent
+    )
+    eventually(
+        lambda: "%exit" in text_of(call(proxy, "read_terminal", agent_name=agent, lines=900))
+    )
+    assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
+
+
+@pytest.mark.slow
+def test_progress_shows_the_newest_line_and_only_grows(proxy: Proxy, agent: str) -> None:
+    session = opened(proxy)
+    slow = {
+        "cmd": "sleep 1.1; echo one; sleep 1.2; "
+        "for i in $(seq 60); do echo line $i; sleep 0.01; done",
+        "agent_name": agent,
+    }
+    params = {
+        "name": "exec",
+        "arguments": slow,
+        "_meta": {"progressToken": 0},
+    }
+    _, headers, events = mcp(proxy, request("tools/call", params, id_="p"), Mcp_Session_Id=session)
+    assert headers["x-accel-buffering"] == "no"
+
+    told = [each["params"] for each in events[:-1]]
+    answer = events[-1]
+    assert {each["method"] for each in events[:-1]} == {"notifications/progress"}
+    assert {each["progressToken"] for each in told} == {0}
+
+    seconds = [each["progress"] for each in told]
+    assert all(after - before >= 0.09 for before, after in pairwise(seconds))
+    assert all(after - before < 1.6 for before, after in pairwise([0.0, *seconds]))
+    assert "message" not in told[0]
+    assert told[1]["message"] == "one"
+    assert any(re.fullmatch(r"line \d+", each.get("message", "")) for each in told)
+    assert answer["id"] == "p"
+    assert answer["result"]["structuredContent"]["exit_code"] == 0
+
+
+def test_without_a_progress_token_the_answer_is_plain_json(proxy: Proxy, agent: str) -> None:
+    _, headers, answer = mcp(
+        proxy, modern("tools/call", {"name": "exec", "arguments": {"cmd": "sleep 0.3"}})
+    )
+    assert headers["content-type"] == "application/json"
+    assert answer["result"]["structuredContent"]["exit_code"] == 0
+
+
+# ==========================================================================
+# HTTP gate
+# ==========================================================================
+BODY = b'{"cmd": "touch pwned"}'
+REFUSED = [
+    pytest.param("POST", "/exec", {}, 415, id="no-content-type"),
+    pytest.param("POST", "/exec", {"Content-Type": "text/plain"}, 415, id="content-type-text"),
+    pytest.param(
+        "POST",
+        "/exec",
+        {"Content-Type": "application/x-www-form-urlencoded"},
+        415,
+        id="content-type-form",
+    ),
+    pytest.param(
+        "POST", "/exec", {**JSON_TYPE, "Origin": "http://evil.example"}, 403, id="origin-elsewhere"
+    ),
+    pytest.param("POST", "/exec", {**JSON_TYPE, "Origin": "null"}, 403, id="origin-null"),
+    pytest.param(
+        "POST",
+        "/exec",
+        {**JSON_TYPE, "Origin": "http://127.0.0.1.evil.example"},
+        403,
+        id="origin-that-begins-with-a-loopback-address",
+    ),
+    pytest.param(
+        "POST",
+        "/exec",
+        {**JSON_TYPE, "Origin": "http://localhost"},
+        403,
+        id="origin-localhost-of-another-port",
+    ),
+    pytest.param("POST", "/exec", {**JSON_TYPE, "Host": "evil.example"}, 403, id="host-elsewhere"),
+    pytest.param(
+        "POST",
+        "/exec",
+        {**JSON_TYPE, "Host": "127.0.0.1.evil.example:80"},
+        403,
+        id="host-that-begins-with-a-loopback-address",
+    ),
+    pytest.param(
+        "POST", "/exec", {**JSON_TYPE, "Host": "10.0.0.1"}, 403, id="host-address-of-a-network"
+    ),
+    pytest.param("POST", "/exec", {**JSON_TYPE, "Host": ""}, 403, id="host-empty"),
+    pytest.param("GET", "/exec", {}, 405, id="get-exec"),
+    pytest.param("PUT", "/exec", {}, 405, id="put-exec"),
+    pytest.param("DELETE", "/health", {}, 405, id="delete-health"),
+    pytest.param("POST", "/health", {}, 405, id="post-health"),
+    pytest.param(
+        "OPTIONS", "/exec", {"Origin": "http://evil.example"}, 403, id="preflight-from-elsewhere"
+    ),
+    pytest.param("OPTIONS", "/exec", {}, 405, id="options-without-origin"),
+    pytest.param("GET", "/", {}, 404, id="no-such-path"),
+    pytest.param("POST", "/exec/", JSON_TYPE, 404, id="slash-after-exec"),
+    pytest.param("GET", "/health", {"Host": "evil.example"}, 403, id="get-with-a-host-elsewhere"),
+    pytest.param("GET", "/servers", {"Sec-Fetch-Site": "same-site"}, 403, id="same-site"),
+    pytest.param(
+        "GET", "/nowhere", {"Sec-Fetch-Site": "same-origin"}, 404, id="same-origin-no-such-path"
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "headers", "status"), REFUSED)
+def test_the_gate_refuses_with_a_json_error(
+    proxy: Proxy, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    got, answer_headers, answer = proxy.request(
+        method, path, BODY if method == "POST" else None, headers
+    )
+    assert got == status
+    assert json.loads(answer)["exit_code"] == 125
+    assert json.loads(answer)["error"]
+    assert "access-control-allow-origin" not in answer_headers
+
+    if status == 405:
+        assert ("POST" if path == "/exec" else "GET") in answer_headers["allow"]
+        assert method == "OPTIONS" or method not in answer_headers["allow"]
+
+    assert not os.path.exists(f"{proxy.workspace}/pwned")
+
+
+MCP_REFUSED = [
+    pytest.param("POST", "/mcp", {"Authorization": ""}, 401, id="no-token"),
+    pytest.param("GET", "/sse", {"Authorization": "Bearer wrong"}, 401, id="wrong-token"),
+    pytest.param("GET", "/mcp/ws", {"Authorization": ""}, 401, id="no-token-of-a-websocket"),
+    pytest.param("POST", "/mcp", {"Origin": "http://evil.example"}, 403, id="origin"),
+    pytest.param("GET", "/sse", {"Sec-Fetch-Site": "cross-site"}, 403, id="site"),
+    pytest.param("POST", "/servers/none/mcp", {}, 404, id="unknown-server"),
+    pytest.param("GET", "/servers/none/sse", {}, 404, id="unknown-server-of-events"),
+    pytest.param("GET", "/servers/none/mcp/ws", {}, 404, id="unknown-server-of-a-websocket"),
+    pytest.param("POST", "/messages?session_id=none", {}, 404, id="unknown-session"),
+    pytest.param("GET", "/mcp", {}, 405, id="no-session"),
+    pytest.param("POST", "/sse", {}, 405, id="method"),
+    pytest.param("GET", "/mcp", {"Mcp-Session-Id": "none"}, 404, id="unknown-session-of-http"),
+    pytest.param("POST", "/mcp", {"Accept": "text/html"}, 406, id="accept"),
+    pytest.param("POST", "/mcp", {"Content-Length": str(10**9)}, 413, id="size"),
+    pytest.param("POST", "/messages", {"Content-Type": "text/plain"}, 415, id="content-type"),
+    pytest.param("GET", "/mcp/ws", {}, 400, id="no-websocket"),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "headers", "status"), MCP_REFUSED)
+def test_refusals_on_mcp_routes_are_json_rpc_errors(
+    guarded: Proxy, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    given = {
+        **JSON_TYPE,
+        "Authorization": f"Bearer {guarded.token}",
+        **headers,
+    }
+    got, _, answer = guarded.request(method, path, b"{}" if method == "POST" else None, given)
+    assert got == status
+
+    told = json.loads(answer)
+    assert told["jsonrpc"] == "2.0"
+    assert told["id"] is None
+    assert told["error"]["code"] == -32600
+    assert len(told["error"]["message"]) > 10
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:99", "127.0.0.1", "127.1.2.3:3001", "[::1]:3001", "LOCALHOST"]
+)
+def test_loopback_hosts_pass_the_gate(proxy: Proxy, host: str) -> None:
+    assert proxy.status("POST", "/exec", b'{"cmd": "true"}', {**JSON_TYPE, "Host": host}) == 200
+
+
+def test_the_token_is_demanded_and_never_shown(own: StartServer) -> None:
+    server = own(POCKETCODER_TOKEN="geheim-1")
+    for given in (
+        "",
+        "Bearer",
+        "Bearer geheim",
+        "Bearer geheim-12",
+        "geheim-1",
+        "Basic geheim-1",
+        "Bearer Geheim-1",
+        "Bearer \xff",
+    ):
+        status, headers, answer = server.request(
+            "POST", "/exec", BODY, {**JSON_TYPE, "Authorization": given}
+        )
+        assert status == 401
+        assert headers["www-authenticate"] == "Bearer"
+        assert json.loads(answer)["exit_code"] == 125
+
+    status, _, _ = server.request(
+        "POST",
+        "/exec",
+        BODY,
+        {
+            **JSON_TYPE,
+            "Authorization": "Bearer geheim-1",
+            "Origin": "http://a.b",
+        },
+    )
+    assert status == 403
+
+    headers = {
+        **JSON_TYPE,
+        "Authorization": "Bearer geheim-1",
+        "Host": "sandbox:3001",
+    }
+    status, _, answer = server.request(
+        "POST",
+        "/exec",
+        b'{"cmd": "env; tr \\"\\\\\\\\0\\" \\"\\\\\\\\n\\" </proc/$PPID/environ"}',
+        headers,
+    )
+    assert status == 200
+    assert "geheim" not in answer.decode()
+    assert "geheim" not in server.logged()
+    assert "geheim" not in server.tmux("show-environment", "-g")
+
+
+def test_only_an_allowed_origin_may_call(own: StartServer) -> None:
+    server = own("--allow-origin", "http://ui.example:8080")
+    good = {"Origin": "http://ui.example:8080"}
+    status, headers, _ = server.request(
+        "OPTIONS", "/exec", None, {**good, "Access-Control-Request-Method": "POST"}
+    )
+    assert status == 204
+    assert headers["access-control-allow-origin"] == "http://ui.example:8080"
+    assert "POST" in headers["access-control-allow-methods"]
+
+    status, headers, _ = server.request("POST", "/exec", b'{"cmd": "true"}', {**JSON_TYPE, **good})
+    assert status == 200
+    assert headers["access-control-allow-origin"] == "http://ui.example:8080"
+
+    for origin in (
+        "http://ui.example",
+        "https://ui.example:8080",
+        "http://ui.example:8080.evil.example",
+    ):
+        assert server.status("POST", "/exec", BODY, {**JSON_TYPE, "Origin": origin}) == 403
+
+
+def test_a_channel_passes_the_gate_and_needs_a_websocket(own: StartServer) -> None:
+    server = own("--allow-origin", "http://good.example", POCKETCODER_TOKEN="t0k")
+    token = {"Authorization": "Bearer t0k"}
+
+    def refused(headers: dict[str, str]) -> int:
+        async def talk() -> int:
+            try:
+                async with Channel(server, headers=headers):
+                    return 101
+            except tornado.httpclient.HTTPError as error:
+                return error.code
+
+        return asyncio.run(talk())
+
+    assert refused({}) == 401
+    assert refused(token) == 101
+    assert refused({**token, "Origin": "http://evil.example"}) == 403
+    assert refused({**token, "Origin": "http://good.example"}) == 101
+
+    shake = {
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Key": "x",
+        "Sec-WebSocket-Version": "13",
+    }
+
+    for name, wrong in zip(shake, ("h2c", "close", "", "8"), strict=True):
+        status, _, answer = server.request(
+            "GET", "/exec/ws", headers={**token, **shake, name: wrong}
+        )
+        assert status == 400
+        assert json.loads(answer)["exit_code"] == 2
+
+    assert server.post({"cmd": "true"}, "/exec/ws")[0] == 405
+    assert "Traceback" not in server.logged()
+
+
+def test_the_token_may_be_a_parameter_where_headers_cannot_be_set(
+    own: StartServer, stream: OpenStream
+) -> None:
+    proxy = own(POCKETCODER_TOKEN="s3cret+/=")
+    assert mcp_status(proxy, modern("tools/list")) == 401
+    status = proxy.status(
+        "POST", "/mcp?token=s3cret%2B/=", b"{}", {"Content-Type": "application/json"}
+    )
+    assert status == 401
+    assert stream(proxy, "/sse").status == 401
+
+    opened = stream(proxy, "/sse?token=s3cret%2B/=")
+    path = opened.next()
+    assert mcp_status(proxy, request("ping"), path=path) == 202
+    assert opened.next()["result"] == {}
+    assert mcp_status(proxy, request("ping"), path=path.partition("&")[0]) == 401
+
+    with_header = stream(proxy, "/sse", None, Authorization="Bearer s3cret+/=")
+    assert "token" not in with_header.next()
+
+    async def socket(query: str) -> Any:
+        url = f"ws://127.0.0.1:{proxy.port}/mcp/ws{query}"
+        connection = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
+        await connection.write_message(json.dumps(request("ping")))
+        answer = await connection.read_message()
+        await close(connection)
+        return json.loads(answer or "null")
+
+    with pytest.raises(tornado.httpclient.HTTPClientError):
+        asyncio.run(socket(""))
+    assert asyncio.run(socket("?token=s3cret%2B/="))["result"] == {}
+    assert "s3cret" not in proxy.logged()
+
+
+def test_the_gate_comes_before_the_body_of_an_upgrade_too(own: StartServer) -> None:
+    proxy = own(POCKETCODER_TOKEN="t")
+    before = proxy.memory()
+    for path in ("/mcp/ws", "/exec/ws"):
+        with proxy.raw_connection() as peer:
+            peer.sendall(
+                f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 400000000\r\n\r\n".encode()
+            )
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    peer.sendall(bytes(1_000_000))
+
+    assert proxy.peak() - before < 30_000_000
+
+
+def test_a_request_refused_as_http_is_logged_without_its_token(own: StartServer) -> None:
+    proxy = own(POCKETCODER_TOKEN="geheim")
+    for line in (b"Authorization: Bearer geheim\x01", b"Bearer geheim\x01: x", b"Host: geheim@x"):
+        with proxy.raw_connection() as peer:
+            peer.sendall(b"GET /servers HTTP/1.1\r\n" + line + b"\r\n\r\n")
+            # It is 400, or 401 with an old Tornado.
+            assert peer.recv(100).startswith(b"HTTP/1.1 40")
+    assert "geheim" not in proxy.logged()
+
+
+def test_without_the_token_nobody_learns_the_names_of_servers(own: StartServer) -> None:
+    proxy = own(
+        "--allow-origin", "http://app.example.com", "--mcp-server=x=cat", POCKETCODER_TOKEN="t0k"
+    )
+    for headers, status in (({}, 401), ({"Origin": "http://app.example.com"}, 204)):
+        for name in ("x", "none"):
+            assert proxy.status("OPTIONS", f"/servers/{name}/mcp", None, headers) == status
+
+
+def test_an_allowed_browser_sees_the_session_header(own: StartServer) -> None:
+    proxy = own("--allow-origin", "http://app.example.com", "--mcp-server=x=cat")
+    _, headers, _ = mcp(proxy, request("initialize", INITIALIZE), Origin="http://app.example.com")
+    assert headers["access-control-expose-headers"] == "Mcp-Session-Id"
+
+    asked = {"Origin": "http://app.example.com", "Access-Control-Request-Method": "POST"}
+    status, headers, _ = proxy.request("OPTIONS", "/servers/x/mcp", None, asked)
+    assert status == 204
+
+    status, headers, _ = proxy.request("OPTIONS", "/mcp", None, asked)
+    assert status == 204
+    assert {"Mcp-Method", "Mcp-Name", "MCP-Protocol-Version"} <= set(
+        headers["access-control-allow-headers"].split(", ")
+    )
+
+
+# ==========================================================================
+# Endpoints
+# ==========================================================================
+def test_health_needs_no_token_and_answers_while_commands_run(own: StartServer) -> None:
+    server = own(POCKETCODER_TOKEN="geheim")
+    call = server.start_exec("sleep 0.5")
+    status, headers, body = server.request("GET", "/health")
+    assert status == 200
+    assert body == b"ok"
+    assert server.status("HEAD", "/health") == 200
+    assert call.result()["exit_code"] == 0
+    assert "Access-Control-Allow-Origin".lower() not in headers
+
+
+def test_an_mcp_body_that_is_too_large_is_a_json_rpc_error(guarded: Proxy) -> None:
+    given = {**JSON_TYPE, "Authorization": f"Bearer {guarded.token}"}
+    status, _, answer = guarded.request("POST", "/mcp", b" " * (pp.MAX_BODY + 1), given)
+    assert status == 413
+    assert json.loads(answer)["error"]["code"] == -32600
+
+
+@pytest.mark.parametrize("server", ["", "/servers/legacy"], ids=["built-in", "relayed"])
+def test_an_mcp_path_may_end_with_a_slash(relay: Proxy, stream: OpenStream, server: str) -> None:
+    status, _, answer = mcp(relay, request("initialize", INITIALIZE), path=f"{server}/mcp/")
+    assert status == 200
+    assert "serverInfo" in answer["result"]
+
+    events = stream(relay, f"{server}/sse/")
+    assert events.status == 200
+    path = events.next().replace("/messages?", "/messages/?")
+    assert mcp_status(relay, request("initialize", INITIALIZE), path=path) == 202
+    assert "serverInfo" in events.next()["result"]
+    assert relay.status("GET", "/servers/") == 200
+
+    async def connect() -> None:
+        url = f"ws://127.0.0.1:{relay.port}{server}/mcp/ws/"
+        await close(await tornado.websocket.websocket_connect(url, subprotocols=["mcp"]))
+
+    asyncio.run(connect())
+
+
+REFUSED_MESSAGES = [
+    pytest.param(
+        {"jsonrpc": "1.0", "id": 7, "method": "x", "params": {"cmd": "grep error log"}},
+        {"id": 7, "code": -32600},
+        id="a-request-with-the-word-error",
+    ),
+    pytest.param(
+        {"jsonrpc": "2.0", "id": "a", "method": ["error"]},
+        {"id": "a", "code": -32600},
+        id="a-method-that-is-none",
+    ),
+    pytest.param({"jsonrpc": "1.0", "id": 7, "error": {"code": 1}}, None, id="an-error"),
+    pytest.param({"jsonrpc": "1.0", "id": 7, "result": {}}, None, id="a-result"),
+    pytest.param(
+        {"jsonrpc": "2.0", "id": None, "error": {"code": 1, "message": "m"}},
+        None,
+        id="an-error-without-id",
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "answer"), REFUSED_MESSAGES)
+def test_a_websocket_answers_every_bad_message_but_responses(
+    proxy: Proxy, message: Any, answer: Any
+) -> None:
+    async def talk() -> None:
+        url = f"ws://127.0.0.1:{proxy.port}/mcp/ws"
+        socket: Any = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
+        await socket.write_message(json.dumps(message))
+        await socket.write_message(json.dumps(request("ping", id_="last")))
+        got = json.loads(await asyncio.wait_for(socket.read_message(), 10))
+        if answer is not None:
+            assert {"id": got["id"], "code": got["error"]["code"]} == answer
+            got = json.loads(await asyncio.wait_for(socket.read_message(), 10))
+
+        assert got["id"] == "last"
+        await close(socket)
+
+    asyncio.run(talk())
+
+
+def test_a_bad_message_that_is_posted_is_refused_with_its_id(
+    proxy: Proxy, stream: OpenStream
+) -> None:
+    path = stream(proxy, "/sse").next()
+    bad = {
+        "jsonrpc": "1.0",
+        "id": 7,
+        "method": "x",
+        "params": {"cmd": "grep error log"},
+    }
+    for where in (path, "/mcp"):
+        status, _, answer = mcp(proxy, bad, path=where)
+        assert status == 400
+        assert answer["id"] == 7
+        assert answer["error"]["code"] == -32600
+
+
+def test_a_body_beyond_the_limit_gets_413_declared_or_chunked(proxy: Proxy) -> None:
+    big = b'{"cmd": "true", "stdin": "%s"}' % (b"x" * (16 * 1024 * 1024))
+    status, answer = proxy.post(big)
+    assert status == 413
+    assert answer["exit_code"] == 125
+
+    connection = proxy.connect()
+    connection.request(
+        "POST",
+        "/exec",
+        iter([big[i : i + 500_000] for i in range(0, len(big), 500_000)]),
+        JSON_TYPE,
+        encode_chunked=True,
+    )
+    assert connection.getresponse().status == 413
+
+    connection.close()
+
+
+def test_requests_on_one_connection_are_answered_in_order(proxy: Proxy, agent: str) -> None:
+    connection = proxy.connect()
+    for number in range(5):
+        connection.request(
+            "POST", "/exec", json.dumps({"cmd": f"echo {number}", "agent_name": agent}), JSON_TYPE
+        )
+        assert json.loads(connection.getresponse().read())["stdout"] == f"{number}\n"
+
+        connection.request("POST", "/exec", "{", JSON_TYPE)
+        answer = connection.getresponse()
+        assert answer.status == 400
+        assert json.loads(answer.read())["exit_code"] == 2
+
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        pytest.param(b"\x16\x03\x01\x02\x00", id="tls"),
+        pytest.param(b"GET\r\n\r\n", id="no-version"),
+        pytest.param(b"POST /exec HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", id="two-hosts"),
+        pytest.param(b"\0" * 70_000, id="nul-bytes"),
+        pytest.param(
+            b"POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+            id="negative-length",
+        ),
+    ],
+)
+def test_garbage_ends_only_its_connection(proxy: Proxy, garbage: bytes) -> None:
+    with (
+        socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as raw,
+        contextlib.suppress(OSError),
+    ):
+        raw.sendall(garbage)
+        raw.shutdown(socket.SHUT_WR)
+        while raw.recv(4096):
+            pass
+    assert proxy.status("GET", "/health") == 200
+
+
+def test_a_stream_sends_output_as_it_is_written_and_then_the_result(
+    proxy: Proxy, agent: str
+) -> None:
+    gate = f"{proxy.folder}/{agent}"
+    got: list[tuple[str, dict[str, Any]]] = []
+    for event, data, _ in proxy.stream(
+        f"echo one; until [ -e {gate} ]; do sleep 0.01; done; printf two; exit 3", agent_name=agent
+    ):
+        if event == "output" and not got:
+            # The command goes on only after its first line is here.
+            pathlib.Path(gate).touch()
+        if event != ":":
+            got.append((event, data))
+
+    assert "".join(data["stdout"] for event, data in got if event == "output") == "one\ntwo"
+    event, data = got[-1]
+    assert event == "exit"
+    assert data["exit_code"] == 3
+    assert data["ended"] == "exit"
+    assert data["output_bytes"] == 7
+    assert "stdout" not in data
+
+
+def test_a_stream_never_splits_a_character(proxy: Proxy, agent: str) -> None:
+    cmd = "for b in 360 237 231 202; do printf \"\\\\$b\"; sleep 0.03; done; printf '\\303'"
+    texts = [
+        data["stdout"]
+        for event, data, _ in proxy.stream(cmd, agent_name=agent)
+        if event == "output"
+    ]
+    assert texts == ["🙂", "\ufffd"]
+
+
+def test_a_stream_never_splits_a_character_wherever_it_is_cut(proxy: Proxy, agent: str) -> None:
+    dice = random.Random(14)
+    for _ in range(4 * FUZZ):
+        data = spoil(dice, "".join(dice.choices("aé漢🙂", k=10)).encode())
+        ends = sorted(dice.choices(range(len(data) + 1), k=3))
+        pieces = [data[begin:end] for begin, end in pairwise([0, *ends, len(data)])]
+        octal = ("".join(f"\\{byte:03o}" for byte in piece) for piece in pieces)
+        cmd = "; sleep 0.004; ".join(f"printf '{piece}'" for piece in octal)
+        texts = [
+            got["stdout"]
+            for event, got, _ in proxy.stream(cmd, agent_name=agent)
+            if event == "output"
+        ]
+        assert "".join(texts) == data.decode(errors="replace"), pieces
+        assert all(texts), pieces
+
+
+def test_a_large_stream_arrives_whole(proxy: Proxy, agent: str) -> None:
+    events = [
+        (event, data)
+        for event, data, _ in proxy.stream("seq 1 300000", agent_name=agent, max_output=10)
+    ]
+    assert "".join(data["stdout"] for event, data in events if event == "output") == "".join(
+        f"{n}\n" for n in range(1, 300_001)
+    )
+    assert events[-1][1]["exit_code"] == 0
+
+
+@pytest.mark.slow
+def test_a_slow_reader_slows_the_command_and_not_the_server(warm: StartServer) -> None:
+    server = warm()
+    before = server.memory()
+    connection = server.connect()
+    accept = {**JSON_TYPE, "Accept": "text/event-stream"}
+    connection.request(
+        "POST",
+        "/exec",
+        json.dumps({"cmd": "head -c 200000000 /dev/zero | tr '\\0' x; touch done"}),
+        accept,
+    )
+    answer = connection.getresponse()
+    time.sleep(1)
+    assert not os.path.exists(f"{server.workspace}/done")
+    assert server.memory() - before < 30 * 1024 * 1024
+
+    while answer.read(1 << 20):
+        pass
+    connection.close()
+    assert os.path.exists(f"{server.workspace}/done")
+
+
+def test_a_closed_event_stream_cancels_its_command(proxy: Proxy, agent: str) -> None:
+    stream = proxy.stream("while :; do echo x; sleep 0.01; done; : 63.5", agent_name=agent)
+    next(stream)
+    # It starts, and then becomes bash.
+    wait_until_running(": 63.5")
+    stream.close()
+    wait_until_gone(": 63.5")
+
+
+def test_an_error_before_the_stream_is_plain_json(proxy: Proxy) -> None:
+    status, answer = proxy.post({"cmd": ""}, Accept="text/event-stream")
+    assert status == 400
+    assert answer["exit_code"] == 2
+
+
+def test_a_channel_keeps_streams_apart_and_ends_with_the_result(proxy: Proxy, agent: str) -> None:
+    async def talk() -> None:
+        async with Channel(proxy) as channel:
+            await channel.send(
+                {"cmd": "cat; echo err >&2; printf '\\377'; exit 3", "agent_name": agent}
+            )
+            for part in (b"one ", b"", b"two\n"):
+                await channel.send(b"\0" + part)
+            await channel.send(b"\xff\0")
+            final = await channel.end()
+            assert channel.streams == {1: b"one two\n\xff", 2: b"err\n"}
+            assert final["exit_code"] == 3
+            assert final["ended"] == "exit"
+            assert final["output_bytes"] == 13
+            assert "stdout" not in final
+            assert await channel.socket.read_message() is None
+
+    asyncio.run(talk())
+
+
+def test_a_channel_whose_request_has_stdin_needs_no_end_of_it(proxy: Proxy, agent: str) -> None:
+    async def talk() -> None:
+        async with Channel(proxy) as channel:
+            await channel.send(
+                {
+                    "cmd": "cat",
+                    "stdin": "given",
+                    "agent_name": agent,
+                }
+            )
+            assert (await channel.end())["exit_code"] == 0
+            assert channel.streams[1] == b"given"
+
+    asyncio.run(talk())
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "QUIT", "KILL", "USR1", "USR2"])
+def test_a_channel_signals_the_whole_group(proxy: Proxy, agent: str, name: str) -> None:
+    async def talk() -> None:
+        async with Channel(proxy) as channel:
+            await channel.send({"cmd": "echo ready; sleep 68.5", "agent_name": agent})
+            await channel.next()
+            # Wait for it, since bash itself ignores QUIT.
+            await asyncio.to_thread(wait_until_running, "sleep\x0068.5")
+            await channel.send({"signal": name})
+            final = await channel.end()
+            assert final["exit_code"] == 128 + signal.Signals[f"SIG{name}"]
+            assert final["ended"] == "exit"
+
+    asyncio.run(talk())
+    wait_until_gone("sleep\x0068.5")
+
+
+def test_a_closed_channel_cancels_its_command(proxy: Proxy, agent: str) -> None:
+    async def talk() -> None:
+        async with Channel(proxy) as channel:
+            await channel.send({"cmd": "echo ready; exec sleep 68.6", "agent_name": agent})
+            await channel.next()
+
+    asyncio.run(talk())
+    wait_until_gone("sleep\x0068.6")
+
+
+BAD_MESSAGES = [
+    pytest.param([{"cmd": ""}], "cmd", id="empty-cmd"),
+    pytest.param([b"{"], "body", id="half-a-body"),
+    pytest.param([{"cmd": "sleep 69", "agent_name": "a b"}], "agent_name", id="agent-with-a-blank"),
+    pytest.param([{"cmd": "sleep 69", "cwd": "/nowhere"}], "cwd", id="no-such-directory"),
+    pytest.param(
+        [{"cmd": "exec sleep 69.5"}, b"\x07"], "channel", id="stdin-on-an-unknown-channel"
+    ),
+    pytest.param([{"cmd": "exec sleep 69.5"}, b""], "channel", id="empty-message"),
+    pytest.param([{"cmd": "exec sleep 69.5"}, {"signal": "STOP"}], "signal", id="signal-stop"),
+    pytest.param(
+        [{"cmd": "exec sleep 69.5"}, {"signal": ["INT"]}], "signal", id="signal-in-a-list"
+    ),
+    pytest.param([{"cmd": "exec sleep 69.5"}, {}], "signal", id="empty-object"),
+]
+
+
+@pytest.mark.parametrize(("messages", "said"), BAD_MESSAGES)
+def test_a_bad_message_ends_the_channel_with_an_error_that_names_it(
+    proxy: Proxy, messages: list[bytes | dict[str, Any]], said: str
+) -> None:
+    async def talk() -> None:
+        async with Channel(proxy) as channel:
+            for message in messages:
+                await channel.send(message)
+            final = await channel.end()
+            assert final["exit_code"] == 2
+            assert said in final["error"]
+            assert "ended" not in final
+
+    asyncio.run(talk())
+    wait_until_gone("sleep\x0069.5")
+
+
+def test_a_client_that_leaves_a_full_channel_is_noticed(proxy: Proxy, agent: str) -> None:
+    async def talk() -> None:
+        async with Channel(proxy) as channel:
+            await channel.send({"cmd": "echo ready; exec sleep 68.7", "agent_name": agent})
+            await channel.next()
+            # Nobody reads these messages.
+            waiting = [asyncio.ensure_future(channel.send(b"\0" * 100_000)) for _ in range(40)]
+            await asyncio.wait(waiting, timeout=0.3)
+            stream: Any = channel.socket.protocol and channel.socket.protocol.stream
+            stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            stream.close()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    asyncio.run(talk())
+    wait_until_gone("sleep\x0068.7", 6)
+
+
+def test_streamable_http_requires_both_types_and_checks_methods(proxy: Proxy) -> None:
+    for accept, status in (
+        ("application/json", 406),
+        ("text/event-stream", 406),
+        ("*/*", 200),
+        ("", 200),
+    ):
+        assert mcp_status(proxy, modern("tools/list"), Accept=accept) == status
+
+    both = "text/event-stream;q=0.9,application/*"
+    assert mcp_status(proxy, modern("tools/list"), Accept=both) == 200
+    assert mcp_status(proxy, modern("tools/list"), Content_Type="text/plain") == 415
+    assert mcp_status(proxy, b"", "GET") == 405
+    assert mcp_status(proxy, b"", "DELETE") == 405
+    assert mcp_status(proxy, b"", "GET", Mcp_Session_Id="gone") == 404
+    assert mcp_status(proxy, b"", "DELETE", Mcp_Session_Id="gone") == 404
+    assert mcp_status(proxy, b"", "PUT") == 405
+    # This tells clients that try POST first to use GET.
+    assert mcp_status(proxy, request("ping"), path="/sse") == 405
+    assert mcp_status(proxy, b"", "GET", path="/messages") == 405
+    assert mcp_status(proxy, b"x" * (16 * 1024 * 1024 + 1)) == 413
+    assert mcp_status(proxy, modern("tools/list"), Origin="http://127.0.0.1.evil.com") == 403
+    assert mcp_status(proxy, modern("tools/list"), Host="evil.example.com") == 403
+
+
+class AnyError(dict[str, Any]):
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, dict) and set(other) == {"code", "message"}
+
+
+ANY_ERROR = AnyError()
+
+
+def test_a_client_of_either_era_is_served_on_an_event_stream(
+    proxy: Proxy, agent: str, stream: OpenStream
+) -> None:
+    events = stream(proxy, "/sse")
+    path = events.next()
+
+    def ask(message: dict[str, Any]) -> Any:
+        assert mcp_status(proxy, message, path=path, MCP_Protocol_Version="", Mcp_Method="") == 202
+        return events.next()
+
+    assert (
+        ask(request("initialize", {**INITIALIZE, "protocolVersion": "2024-11-05"}))["result"][
+            "protocolVersion"
+        ]
+        == "2024-11-05"
+    )
+    assert "annotations" not in ask(request("tools/list"))["result"]["tools"][0]
+    assert ask(modern("server/discover", id_="d"))["result"]["supportedVersions"] == ["2026-07-28"]
+    assert ask(modern("tools/call", EXEC))["result"]["resultType"] == "complete"
+    assert ask(modern("tools/list", version="2099-01-01"))["error"]["code"] == -32022
+    assert ask(request("nope", id_=0)) == {"jsonrpc": "2.0", "id": 0, "error": ANY_ERROR}
+    assert ask(request("server/discover"))["error"]["code"] == -32602
+    assert mcp_status(proxy, b"{", path=path) == 400
+    assert mcp_status(proxy, b'{"jsonrpc":"2.0","id":null,"method":"ping"}', path=path) == 400
+    assert mcp_status(proxy, request("ping"), path="/messages?session_id=gone") == 404
+    assert mcp_status(proxy, request("ping"), path="/messages") == 404
+    assert stream(proxy, "/sse?session_id=a%20b").status == 400
+
+    arguments = {"cmd": "sleep 75.5", "agent_name": agent}
+    status = mcp_status(
+        proxy,
+        modern("tools/call", {"name": "exec", "arguments": arguments}, id_="c"),
+        path=path,
+    )
+    assert status == 202
+
+    wait_until_running("sleep\x0075.5")
+    cancel = {
+        "jsonrpc": "2.0",
+        "method": "notifications/cancelled",
+        "params": {"requestId": "c"},
+    }
+    assert mcp_status(proxy, cancel, path=path) == 202
+    wait_until_gone("sleep\x0075.5")
+    # The cancelled request gets no answer.
+    assert ask(request("ping", id_="after"))["id"] == "after"
+
+
+def test_a_websocket_session_lasts_as_long_as_its_socket(proxy: Proxy, agent: str) -> None:
+    async def talk() -> None:
+        url = f"ws://127.0.0.1:{proxy.port}/mcp/ws"
+        socket: Any = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
+        assert socket.selected_subprotocol == "mcp"
+
+        async def ask(message: Any) -> Any:
+            sent = message if isinstance(message, (str, bytes)) else json.dumps(message)
+            await socket.write_message(sent, binary=isinstance(sent, bytes))
+            return json.loads(await asyncio.wait_for(socket.read_message(), 10) or "null")
+
+        assert (await ask("{"))["error"]["code"] == -32700
+        assert (await ask(b"\xff"))["error"]["code"] == -32700
+        assert (await ask("[]"))["id"] is None
+        assert (await ask(request("initialize", INITIALIZE, id_="a")))["id"] == "a"
+        assert (await ask(request("tools/call", EXEC, id_=0)))["result"]["structuredContent"][
+            "output"
+        ] == "hi\n"
+        assert (await ask(modern("server/discover")))["result"]["resultType"] == "complete"
+
+        params = {"name": "exec", "arguments": {"cmd": "echo go; sleep 76.5", "agent_name": agent}}
+        told = await ask(request("tools/call", {**params, "_meta": {"progressToken": "x"}}, id_=3))
+        assert told["params"]["message"] == "go"
+
+        await close(socket)
+        await asyncio.to_thread(wait_until_gone, "sleep\x0076.5")
+
+    asyncio.run(talk())
+    assert proxy.status("GET", "/mcp/ws") == 400
+    head = {
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": pp.WS_KEY,
+    }
+    status = proxy.status("GET", "/mcp/ws", headers={**head, "Origin": "http://evil.example.com"})
+    assert status == 403
+
+
+def test_a_burst_of_messages_is_answered_whole(proxy: Proxy) -> None:
+    burst = b"".join(frame(json.dumps(request("ping", id_=number))) for number in range(300))
+    with shaken(proxy, "/mcp/ws", burst) as peer, peer.makefile("rb") as file:
+        got = b""
+        while b'"id":299,' not in got:
+            piece = file.read1()
+            assert piece
+            got += piece
+    assert [int(number) for number in re.findall(rb'"id":(\d+),', got)] == list(range(300))
+
+
+def test_clients_that_leave_at_once_leave_nothing_behind(warm: StartServer) -> None:
+    proxy = warm()
+    before = proxy.descriptors()
+    params = {"name": "exec", "arguments": {"cmd": "sleep 78.5"}}
+    cancel = {
+        "jsonrpc": "2.0",
+        "method": "notifications/cancelled",
+        "params": {"requestId": 1},
+    }
+
+    for _ in range(10):
+        shaken(
+            proxy,
+            "/mcp/ws",
+            frame(json.dumps(request("tools/call", params))) + b"\x88\x80" + bytes(4),
+        ).close()
+        half = socket.create_connection(("127.0.0.1", proxy.port))
+        half.sendall(
+            b"POST /exec HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+        half.close()
+        half = socket.create_connection(("127.0.0.1", proxy.port))
+        half.sendall(b"GET /exec/ws HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+        half.close()
+        reset = shaken(proxy, "/exec/ws", b"x" * 100)
+        reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        reset.close()
+
+    both = frame(json.dumps(request("tools/call", params))) + frame(json.dumps(cancel))
+    with shaken(proxy, "/mcp/ws", both + both + frame(json.dumps(request("ping", id_=1)))) as peer:
+        got = b""
+        # Until the id is free again.
+        while b'"result":{}' not in got:
+            got += peer.recv(4096)
+
+    # It leaves while its output is being written.
+    for _ in range(3):
+        flood = Stream(proxy, "/exec", {"cmd": "yes"}, Accept="text/event-stream")
+        assert flood.next()["stdout"].startswith("y\n")
+        flood.close()
+
+    wait_until_gone("sleep\x0078.5")
+    eventually(lambda: proxy.descriptors() <= before)
+    # A failure without a listener is logged at the end.
+    assert proxy.stop() == 0
+    assert "Traceback" not in proxy.logged()
+
+
+@pytest.mark.slow
+def test_an_unused_body_takes_no_memory(warm: StartServer) -> None:
+    proxy = warm()
+    files = proxy.descriptors()
+    before = proxy.memory()
+    unread = ["GET /health", "HEAD /health", "OPTIONS /exec"] * 2
+
+    with contextlib.ExitStack() as held:
+        for number, start in enumerate(unread + ["POST /exec"] * 5):
+            head = f"{start} HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\n"
+            head += "Content-Type: application/json\r\nContent-Length: 16000000\r\n\r\n"
+            peer = held.enter_context(proxy.raw_connection())
+            peer.sendall(head.encode() + bytes(15_000_000))
+            # This caller leaves before the end of its body.
+            if number + 1 >= len(unread):
+                held.close()
+                eventually(lambda: proxy.descriptors() <= files)
+
+    assert proxy.peak() - before < 50_000_000
+
+
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [pytest.param("abc", 400, id="text"), pytest.param("9" * 5000, 413, id="long-number")],
+)
+def test_a_wrong_content_length_gets_a_4xx_status(
+    own: StartServer, length: str, status: int
+) -> None:
+    proxy = own()
+    head = "POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with proxy.raw_connection() as peer:
+        peer.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode())
+        assert peer.recv(100).startswith(f"HTTP/1.1 {status} ".encode())
+    assert "Traceback" not in proxy.logged()
+
+
+@pytest.mark.parametrize("digits", [200, 305, 350, 5000], ids="{}-digits".format)
+def test_a_number_of_any_length_is_refused_by_the_name_of_its_field(
+    proxy: Proxy, digits: int
+) -> None:
+    number = "9" * digits
+    assert proxy.post(f'{{"cmd": "echo ok", "unknown": {number}}}'.encode())[0] == 200
+    status, answer = proxy.post(f'{{"cmd": "true", "timeout": {number}}}'.encode())
+    assert status == 400, answer
+    assert answer["error"].startswith("`timeout`"), answer
+
+    answer = mcp(
+        proxy,
+        f'{{"jsonrpc": "2.0", "id": 1, "method": "ping", "params": {{"x": {number}}}}}'.encode(),
+    )[2]
+    # An unknown session, or a length that is no number.
+    assert answer["error"]["code"] in (-32600, -32700)
+
+
+def test_half_open_and_slow_clients_block_no_other(own: StartServer) -> None:
+    proxy = own()
+    body = json.dumps(modern("tools/list")).encode()
+    head = b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"MCP-Protocol-Version: 2026-07-28\r\nMcp-Method: tools/list\r\n"
+    stuck = [socket.create_connection(("127.0.0.1", proxy.port)) for _ in range(50)]
+    for number, each in enumerate(stuck):
+        each.sendall((head + b"Content-Length: 500\r\n\r\n" + body)[: 20 + number * 8])
+    slow = socket.create_connection(("127.0.0.1", proxy.port))
+    for byte in head + b"Content-Length: %d\r\n\r\n" % len(body) + body:
+        slow.sendall(bytes([byte]))
+    assert slow.recv(100).startswith(b"HTTP/1.1 200 OK")
+    assert mcp_status(proxy, modern("tools/list")) == 200
+
+    for each in (*stuck, slow):
+        each.close()
+    eventually(lambda: proxy.descriptors() < 30)
+
+
+def test_idle_connections_are_dropped_for_active_ones(own: StartServer, agent: str) -> None:
+    proxy = own()
+    resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (100, 1000))
+    busy = proxy.start_exec("touch up; until [ -e go ]; do sleep 0.02; done; echo gone")
+    eventually(lambda: os.path.exists(f"{proxy.workspace}/up"))
+
+    with contextlib.ExitStack() as idle:
+        for _ in range(200):
+            idle.enter_context(proxy.raw_connection())
+        assert proxy.exec("touch go; echo hi", agent_name=agent)["stdout"] == "hi\n"
+        # A caller that waits for its answer is not disconnected.
+        assert busy.result()["stdout"] == "gone\n"
+        assert proxy.descriptors() < 100
+
+
+@pytest.mark.slow
+def test_an_unread_answer_is_dropped_after_a_while(own: StartServer) -> None:
+    proxy = own()
+    proxy.stop()
+    hasty = (
+        "import sys, pocketcoder_proxy as module; "
+        "module.SLOW_READER_TIMEOUT = 1; sys.exit(module.main())"
+    )
+    proxy.words[:2] = [sys.executable, "-c", hasty]
+    proxy.env["PYTHONPATH"] = str(MODULE.parent)
+    proxy.start()
+    proxy.exec("true")
+    body = json.dumps({"cmd": "yes | head -c 30000000", "max_output": 30_000_000})
+
+    with proxy.raw_connection() as unread:
+        head = "POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        unread.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        assert unread.recv(15) == b"HTTP/1.1 200 OK"
+
+        # The connection as the server sees it, established.
+        there = rf":{proxy.port:04X} \w+:{unread.getsockname()[1]:04X} 01"
+        table = pathlib.Path("/proc/net/tcp")
+        assert re.search(there, table.read_text())
+        eventually(lambda: not re.search(there, table.read_text()), 20)
+
+
+def test_headers_beyond_the_limit_end_the_connection(proxy: Proxy) -> None:
+    with proxy.raw_connection() as peer:
+        got = b""
+        with contextlib.suppress(ConnectionError):
+            peer.sendall(
+                b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "
+                + b"a" * pp.MAX_HEADERS
+                + b"\r\n\r\n"
+            )
+            got = peer.recv(100)
+
+    assert got == b""
+
+
+@pytest.mark.slow
+def test_a_server_without_descriptors_pauses_and_recovers(warm: StartServer) -> None:
+    proxy = warm()
+    connection = socket.socket()
+    connection.settimeout(10)
+    with connection:
+        # No new descriptor can be opened.
+        with limited(proxy.process, resource.RLIMIT_NOFILE, 3):
+            connection.connect(("127.0.0.1", proxy.port))
+            # It tries a second time.
+            eventually(lambda: proxy.logged().count("accept failed") == 2)
+            assert len(proxy.logged()) < 2000
+
+        assert proxy.status("GET", "/health") == 200
+
+
+def test_an_error_before_the_body_is_read_closes_the_connection(proxy: Proxy) -> None:
+    wrong = [
+        ("POST", "/exec", {}),
+        ("POST", "/nowhere", JSON_TYPE),
+        ("GET", "/exec", {}),
+        ("GET", "/mcp", {}),
+    ]
+    for method, path, headers in wrong:
+        assert proxy.request(method, path, b"{}", headers)[1]["connection"] == "close"
+    connection = proxy.connect()
+
+    # The connection remains usable afterwards.
+    for _ in range(2):
+        connection.request("POST", "/exec", b"{}", JSON_TYPE)
+        answer = connection.getresponse()
+        assert answer.status == 400
+        assert answer.getheader("Connection") is None
+        answer.read()
+
+    connection.close()
+
+
+def exchange(proxy: Proxy, sent: bytes) -> bytes:
+    """All that the server says to that."""
+    got = b""
+    with (
+        proxy.raw_connection() as peer,
+        contextlib.suppress(ConnectionError),
+    ):
+        peer.sendall(sent)
+        peer.shutdown(socket.SHUT_WR)
+        while piece := peer.recv(65536):
+            got += piece
+
+    return got
+
+
+def test_every_http_request_gets_an_answer_in_its_shape(proxy: Proxy) -> None:
+    dice = random.Random(12)
+    types = ("application/json", "application/json; charset=utf-8", "text/plain", "\xff", "")
+    names = [
+        "Accept",
+        "Origin",
+        "Authorization",
+        "Mcp-Session-Id",
+        "MCP-Protocol-Version",
+        "Mcp-Method",
+        "Mcp-Name",
+    ]
+    names += [
+        "Content-Type",
+        "Host",
+        "Upgrade",
+        "Connection",
+        "Cookie",
+        "Expect",
+        "Last-Event-ID",
+        "X-Forwarded-For",
+    ]
+    values = [
+        *types,
+        "*/*",
+        "text/event-stream;q=0",
+        "null",
+        "http://localhost",
+        "Bearer",
+        "Bearer x",
+        "websocket",
+    ]
+    values += [
+        "Upgrade",
+        pp.MODERN,
+        "tools/call",
+        "localhost:1",
+        "[::1]",
+        "[",
+        "a@localhost",
+        "=?base64?x?=",
+        "100-continue",
+    ]
+    paths = [
+        "/health",
+        "/exec",
+        "/exec/ws",
+        "/mcp",
+        "/mcp/ws",
+        "/messages",
+        "/servers",
+        "/servers/x/mcp",
+        "/%ff",
+        "//",
+        "*",
+    ]
+    paths += [
+        "/exec?a=%ff",
+        "/messages?session_id=%ff",
+        "/sse?session_id=" + "x" * 200,
+        "/mcp/ws?token=%00",
+        "/\xe9",
+    ]
+
+    for _ in range(60 * FUZZ):
+        body = dice.choice(
+            [b"", b"{}", b'{"cmd": ""}', json.dumps(request("ping")).encode(), dice.randbytes(20)]
+        )
+        lines = [
+            f"{dice.choice(('GET', 'POST', 'DELETE', 'OPTIONS', 'PUT', 'X'))} {dice.choice(paths)} HTTP/1.1"
+        ]
+        lines += ["Host: localhost", "Connection: close"] if dice.random() < 0.9 else []
+        lines += (
+            [f"Content-Length: {len(body)}"] if dice.random() < 0.9 else ["Content-Length: \xb2"]
+        )
+        lines += [f"Content-Type: {dice.choice(types)}"] if dice.random() < 0.8 else []
+        for _ in range(dice.randrange(3)):
+            lines.append(
+                f"{dice.choice(names)}: {dice.choice([dice.choice(values), words(dice).strip()])}"
+            )
+
+        sent = (
+            "\r\n".join([*lines, "", ""]).encode(
+                "utf-8" if dice.random() < 0.5 else "latin-1", "replace"
+            )
+            + body
+        )
+        sent = spoil(dice, sent) if dice.random() < 0.4 else sent
+        got = exchange(proxy, sent)
+        while got.startswith(b"HTTP/1.1 100 "):
+            got = got.partition(b"\r\n\r\n")[2]
+        head, _, answer = got.partition(b"\r\n\r\n")
+        status = int((re.match(rb"HTTP/1\.1 (\d{3}) ", head) or [b"", b"0"])[1])
+        assert not got or status, (sent, got)
+        assert status < 500, (sent, got)
+
+        if status < 400 or not answer or b"HTTP/1.1 " in answer:
+            continue
+        told = json.loads(answer)
+
+        if "jsonrpc" in told:
+            assert any(path in sent for path in (b"/mcp", b"/sse", b"/messages")), (sent, got)
+            assert type(told["error"]["code"]) is int, (sent, got)
+        else:
+            assert isinstance(told["error"], str), (sent, got)
+            assert told["exit_code"] in (2, 125), (sent, got)
+
+    assert proxy.status("GET", "/health") == 200
+    assert "Traceback" not in proxy.logged(), proxy.logged()[-3000:]
+
+
+def client_frame(dice: random.Random, data: bytes, opcode: int) -> bytes:
+    """A WebSocket frame of a client, masked."""
+    mask = dice.randbytes(4)
+    size = len(data)
+    length = bytes([128 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
+    return (
+        bytes([opcode]) + length + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
+    )
+
+
+@pytest.mark.parametrize("path", ["/exec/ws", "/mcp/ws"])
+def test_any_frames_end_the_socket_and_leave_nothing(proxy: Proxy, agent: str, path: str) -> None:
+    dice = random.Random(13)
+    before = proxy.descriptors()
+    opcodes = (0x81, 0x82, 0x81, 0x82, 0x01, 0x02, 0x00, 0x80, 0x88, 0x89, 0x8A)
+    run = {"cmd": "cat; exec sleep 74.25", "agent_name": agent}
+    calls = [
+        request("tools/call", {"name": "exec", "arguments": run}, id_=number) for number in (1, "x")
+    ]
+    texts = [
+        json.dumps(each).encode()
+        for each in (run, *calls, request("ping"), {"signal": "INT"}, [], {"cmd": ""})
+    ]
+
+    for _ in range(20 * FUZZ):
+        sent = b""
+        for _ in range(dice.randrange(6)):
+            data = dice.choice(
+                [
+                    dice.choice(texts),
+                    dice.choice([b"\0stdin", b"\xff\0", b"\xff", b"", b"\x03\xe8"]),
+                ]
+            )
+            data = spoil(dice, data) if dice.random() < 0.3 else data
+            sent += client_frame(dice, data, dice.choice((*opcodes, dice.randrange(256))))
+
+        sent = spoil(dice, sent) if dice.random() < 0.3 else sent
+        with shaken(proxy, path, sent) as peer, contextlib.suppress(OSError):
+            peer.shutdown(socket.SHUT_WR)
+            while peer.recv(65536):
+                pass
+
+    wait_until_gone("sleep\x0074.25", 10)
+    eventually(lambda: proxy.descriptors() <= before + 10, 10)
+    assert "Traceback" not in proxy.logged(), proxy.logged()[-3000:]
+
+
+# ==========================================================================
+# Install
+# ==========================================================================
+def test_what_install_writes_is_the_shell_under_every_name(
+    engine: Caller, tmp_path: pathlib.Path
+) -> None:
+    names = ["sh", "bash", "my-shell", "pocketcoder"]
+    done = run("install", str(tmp_path), *names)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path)) == sorted([pp.INSTALLED, *names])
+
+    first, second = (tmp_path / pp.INSTALLED).read_text().split("\n")[:2]
+    assert first == f"#!{sys.executable} -IS"
+    assert "SPDX-License-Identifier" in second
+    assert (tmp_path / pp.INSTALLED).stat().st_mode & 0o7777 == 0o755
+
+    for name in (pp.INSTALLED, *names):
+        got = subprocess.run(
+            [tmp_path / name, "-c", "echo $1; exit 3", "zero", name],
+            env=engine.env,
+            cwd=engine.cwd,
+            capture_output=True,
+        )
+        assert got.stdout.decode() == f"{name}\n"
+        assert got.stderr == b""
+        assert got.returncode == 3
+
+    got = subprocess.run([tmp_path / "pocketcoder", "server"], capture_output=True)
+    assert got.returncode == 1
+    assert b"only the shell is here" in got.stderr
+
+
+def test_what_install_writes_is_compiled_for_its_python_only(
+    engine: Caller, tmp_path: pathlib.Path
+) -> None:
+    # Only the text ends with 9.
+    path = tmp_path / pp.INSTALLED
+    path.write_text(pp.installed_text().replace("\nimport os\n", "\nimport os; os._exit(9)\n", 1))
+    both: dict[str, Any] = {
+        "env": engine.env,
+        "cwd": engine.cwd,
+        "capture_output": True,
+    }
+    done = subprocess.run([sys.executable, str(path), "-c", "echo hi"], **both)
+    assert done.stdout == b"hi\n", done.stderr
+
+    done = subprocess.run([old_python("3.8"), str(path), "-c", "echo hi"], **both)
+    assert done.returncode == 9
+
+
+def test_install_replaces_what_it_wrote_and_nothing_else(tmp_path: pathlib.Path) -> None:
+    assert run("install", str(tmp_path), "sh").returncode == 0
+    installed = tmp_path / pp.INSTALLED
+    installed.write_text(installed.read_text() + "# older\n")
+    assert run("install", str(tmp_path), "sh", "bash").returncode == 0
+    assert "# older" not in installed.read_text()
+
+    (tmp_path / "zsh").write_text("#!/bin/sh\n")
+    (tmp_path / "ksh").symlink_to("/nowhere")
+    (tmp_path / "ash").mkdir()
+    installed.write_text(installed.read_text() + "# untouched\n")
+
+    for name in ("zsh", "ksh", "ash"):
+        done = run("install", str(tmp_path), "dash", name)
+        assert done.returncode == 1
+        assert f"{tmp_path}/{name} is not a file that `install` wrote" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+    assert not (tmp_path / "dash").exists()
+    assert "# untouched" in installed.read_text()
+    assert (tmp_path / "zsh").read_text() == "#!/bin/sh\n"
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        pytest.param(["/no/such"], "DIR", id="no-directory"),
+        pytest.param(["/proc", "sh"], "/proc", id="not-to-be-written-to"),
+        pytest.param([".", "../sh"], "NAME", id="another-directory"),
+        pytest.param([".", "x/y-shell"], "NAME", id="below"),
+        pytest.param([".", "python3"], "NAME", id="no-name-of-a-shell"),
+    ],
+)
+def test_install_fails_with_one_sentence(words: list[str], said: str) -> None:
+    done = run("install", *words)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Errno" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["pocketcoder", "sh"])
+def test_the_console_script_loads_nothing_of_the_server(
+    engine: Caller, console_script: str, name: str
+) -> None:
+    link = os.path.join(os.path.dirname(console_script), name)
+    if name != "pocketcoder":
+        os.symlink(console_script, link)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", link, "-c", "echo hi; exit 3"],
+        env={**engine.env, "PYTHONPATH": str(MODULE.parent)},
+        cwd=engine.cwd,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 3
+    assert done.stdout == "hi\n"
+    assert "_socket" in done.stderr
+
+    for module in ("asyncio", "tornado", "argparse", "json"):
+        assert f" {module}\n" not in done.stderr
+
+
+def test_the_console_script_has_the_other_subcommands_too(console_script: str) -> None:
+    env = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
+    done = subprocess.run(
+        [console_script, "--version"], env=env, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 0
+    assert done.stdout == f"pocketcoder-proxy {pp.VERSION}\n"
+
+
+# ==========================================================================
+# MCP configuration
+# ==========================================================================
+def test_a_typical_config_file_is_read(
+    own: StartServer,
     fixtures: pathlib.Path,
     tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
+    stream: OpenStream,
 ) -> None:
     config = tmp_path / "mcp.json"
     server = {
         "command": sys.executable,
-        "args": ["-S", str(fixtures), "both"],
+        "args": ["-S", str(fixtures), "mcp-fixture", "both"],
         "env": {"SECRET": "s3cret"},
         "cwd": str(tmp_path),
     }
@@ -5962,22 +10116,22 @@ def test_a_config_file_as_people_have_it_is_read(
     listed = proxy.request("GET", "/servers", None, headers)[2].decode()
     assert [each["name"] for each in json.loads(listed)] == ["both", "two"]
     assert "s3cret" not in listed
-    assert proxy.request("GET", "/servers")[0] == 401
+    assert proxy.status("GET", "/servers") == 401
+
     call = modern("tools/call", {"name": "env", "arguments": {"name": "SECRET"}})
-    assert text_of(mcp(proxy, call, path="/servers/both/mcp", **headers)[2]["result"]) == "s3cret"
+    assert text_of(mcp_result(proxy, call, path="/servers/both/mcp", **headers)) == "s3cret"
     call["params"]["arguments"] = {"name": "POCKETCODER_TOKEN"}
-    assert text_of(mcp(proxy, call, path="/servers/both/mcp", **headers)[2]["result"]) == ""
+    assert text_of(mcp_result(proxy, call, path="/servers/both/mcp", **headers)) == ""
+
     (shown,) = [
         each
         for each in json.loads(proxy.request("GET", "/servers", None, headers)[2])
         if each["name"] == "both"
     ]
-    assert (shown["state"], shown["era"], type(shown["pid"]), shown["restarts"]) == (
-        "running",
-        "modern",
-        int,
-        0,
-    )
+    assert shown["state"] == "running"
+    assert shown["era"] == "modern"
+    assert type(shown["pid"]) is int
+    assert shown["restarts"] == 0
 
 
 def started_with(tmp_path: pathlib.Path, text: str, *words: str, **variables: str) -> Any:
@@ -5989,7 +10143,11 @@ def started_with(tmp_path: pathlib.Path, text: str, *words: str, **variables: st
         capture_output=True,
         text=True,
         timeout=20,
-        env={**os.environ, "TMUX_SOCKET": str(tmp_path / "tmux/s"), **variables},
+        env={
+            **os.environ,
+            "TMUX_SOCKET": str(tmp_path / "tmux/s"),
+            **variables,
+        },
     )
 
 
@@ -6055,7 +10213,7 @@ def test_a_wrong_file_of_servers_ends_the_start_with_a_sentence(
         pytest.param({"command": "cat", "env": {"A": "${input:s3cret}"}}, "env.A", id="an-input"),
     ],
 )
-def test_a_bad_entry_is_named_with_its_key_and_never_shown(
+def test_a_bad_entry_is_reported_by_its_key_and_never_shown(
     tmp_path: pathlib.Path, entry: Any, key: str
 ) -> None:
     config = {"mcpServers": {"good": {"command": "cat"}, "My Bad": entry}}
@@ -6073,14 +10231,14 @@ LIVED_IN = """\ufeff{
   "SERVERS": {
     "plain": {
       "command": "PYTHON", /* with
-      a comment */ "args": ["-S", "FIXTURES", "${ERA:-both}"],
+      a comment */ "args": ["-S", "FIXTURES", "mcp-fixture", "${ERA:-both}"],
       "env": {
         "PORT": 8080, "RATE": 1.5, "DEBUG": true, "URL": "http://x//y", "TOKEN": "${TOKEN_X}",
         "HOST": "${HOST_X:-local}host", "SHELL_X": "${#x} $TOKEN_X", "CODE": "${env:TOKEN_X}",
       },
     },
     "My Server": {"command": "cat"},
-    "@scope/x": {"command": "PYTHON", "args": ["-S", "FIXTURES", "legacy"]},
+    "@scope/x": {"command": "PYTHON", "args": ["-S", "FIXTURES", "mcp-fixture", "legacy"]},
     "off": {"command": "/no/such/program", "disabled": true, "args": ["${UNSET_X}"]},
     "remote": {"type": "http", "url": "https://s3cret.example/mcp"},
   },
@@ -6089,18 +10247,18 @@ LIVED_IN = """\ufeff{
 
 
 @pytest.mark.parametrize("key", ["mcpServers", "servers"])
-def test_a_file_that_people_have_is_read(
-    own: Callable[..., Proxy],
+def test_both_common_layouts_of_a_config_file_are_read(
+    own: StartServer,
     fixtures: pathlib.Path,
     tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
+    stream: OpenStream,
     key: str,
 ) -> None:
     config = tmp_path / "mcp.json"
     text = LIVED_IN.replace("PYTHON", sys.executable).replace("FIXTURES", str(fixtures))
     config.write_text(text.replace("SERVERS", key))
     proxy = own(f"--mcp-config={config}", TOKEN_X="s3cret")
-    names = [each["name"] for each in json.loads(proxy.request("GET", "/servers")[2])]
+    names = [each["name"] for each in proxy.servers()]
     assert names == ["plain", "My Server", "@scope/x"]
     assert "server off is not served: it is disabled" in proxy.logged()
     assert "server remote is not served: it is a remote server" in proxy.logged()
@@ -6120,2222 +10278,387 @@ def test_a_file_that_people_have_is_read(
 
     def variable(name: str) -> str:
         params = {"name": "env", "arguments": {"name": name}}
-        return text_of(client.ask("tools/call", params)[-1]["result"])
+        return text_of(client.result("tools/call", params))
 
     assert {name: variable(name) for name in expected} == expected
 
     events = stream(proxy, "/servers/%40scope%2Fx/sse")
     path = events.next()
     assert path.startswith("/servers/%40scope%2Fx/messages?session_id=")
-    assert mcp(proxy, request("initialize", INITIALIZE), path=path)[0] == 202
+    assert mcp_status(proxy, request("initialize", INITIALIZE), path=path) == 202
     assert events.next()["result"]["serverInfo"]["name"] == "fixture-server"
     assert type(text_of(Client(proxy, "legacy", "%40scope%2Fx", stream).call("pid"))) is str
-    assert mcp(proxy, modern("tools/list"), path="/servers/My%20Server/mcp")[0] == 200
-
-
-@pytest.mark.slow
-def test_what_nobody_uses_ends_after_the_time_that_was_set(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
-) -> None:
-    proxy = own(
-        f"--mcp-server=legacy={sys.executable} -S {fixtures} legacy",
-        f"--mcp-server=modern={sys.executable} -S {fixtures} modern",
-        "--mcp-idle=1",
-    )
-    session = Client(proxy, "legacy", "legacy", stream)
-    clients = [session, *(Client(proxy, "modern", name, stream) for name in ("legacy", "modern"))]
-    pids = [int(text_of(client.call("pid"))) for client in clients]
-    working = [Background(partial(client.call, "test_slow", seconds=2)) for client in clients]
-    assert [text_of(each.result()) for each in working] == ["slept 2.0 s"] * 3
-    assert [int(text_of(client.call("pid"))) for client in clients] == pids
-    eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), 5)
-    assert mcp(proxy, request("ping"), path=session.path, **session.headers)[0] == 404
-    states = [each["state"] for each in json.loads(proxy.request("GET", "/servers")[2])]
-    assert states == ["idle", "idle"]
-
-
-@pytest.mark.slow
-def test_a_child_that_hangs_or_never_reads_is_given_up(fixtures: pathlib.Path) -> None:
-    async def trouble() -> list[str]:
-        said = []
-        relay = pp.Relay(pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), "modern")))
-        outbox = pp.Outbox(int)
-        session = pp.Session(pp.SessionHost(), relay, "once", pp.Lifetime.ONCE)
-        await relay.respond(session, modern("tools/list"), pp.Era.MODERN, outbox)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pp, "CHILD_TIMEOUT", 0.3)
-            patch.setattr(
-                pp, "CHILD_LADDER", ((0, 0.1), (signal.SIGTERM, 0.1), (signal.SIGKILL, 2.0))
-            )
-            hang = await relay.respond(
-                session, modern("tools/call", {"name": "hang"}), pp.Era.MODERN, outbox
-            )
-            said.append(hang["error"]["message"])
-            slow = modern(
-                "tools/call", {"name": "test_slow", "arguments": {"seconds": 1}}, progressToken=1
-            )
-            said.append(
-                text_of((await relay.respond(session, slow, pp.Era.MODERN, outbox))["result"])
-            )  # progress gives it time
-            patch.setattr(pp, "CHILD_QUEUE", 1000)
-            assert relay.launcher.shared
-            os.kill(relay.launcher.shared.process.pid, signal.SIGSTOP)
-            for _ in range(20):
-                with contextlib.suppress(pp.RelayError):
-                    await relay.respond(
-                        session,
-                        modern("tools/call", {"name": "x" * 100_000}),
-                        pp.Era.MODERN,
-                        outbox,
-                    )
-            with pytest.raises(pp.RelayError) as full:
-                await relay.respond(session, modern("tools/list"), pp.Era.MODERN, outbox)
-            said.append(str(full.value))
-            await relay.close()
-        return said
-
-    hung, slow, full = asyncio.run(trouble())
-    assert hung == "server x did not answer within 0.3 s"
-    assert slow == "slept 1.0 s"
-    assert full == "server x does not read what it is sent"
-
-
-@pytest.mark.slow
-def test_a_shared_child_that_nobody_uses_ends(fixtures: pathlib.Path) -> None:
-    async def idle(era: str) -> None:
-        relay = pp.Relay(pp.ServerConfig("x", (sys.executable, "-S", str(fixtures), era)), idle=0.2)
-        outbox = pp.Outbox(int)
-        session = pp.Session(pp.SessionHost(), relay, "once", pp.Lifetime.ONCE)
-        for _ in range(2):
-            slow = modern("tools/call", {"name": "test_slow", "arguments": {"seconds": 0.4}})
-            assert "result" in await relay.respond(session, slow, pp.Era.MODERN, outbox)
-            for _ in range(100):
-                if not relay.launcher.children:
-                    break
-                await asyncio.sleep(0.05)
-            assert (relay.launcher.children, relay.launcher.back_off.failure) == (set(), "")
-        await relay.close()
-
-    async def both() -> None:
-        await asyncio.gather(idle("legacy"), idle("modern"))
-
-    asyncio.run(both())
-
-
-TALKER = """
-import json, sys
-sys.stdout.reconfigure(encoding="utf-8")
-for line in sys.stdin:
-    got = json.loads(line, parse_constant=sys.exit)
-    for wrote in (got.get("params") or {}).get("lines", []):
-        sys.stdout.write(wrote.replace("ID", str(got["id"])) + chr(10))
-    if "id" in got:
-        result = {"capabilities": {}, "protocolVersion": "2025-11-25", "supportedVersions": ["2026-07-28"]}
-        print(json.dumps({"jsonrpc": "2.0", "id": got["id"], "result": result}), flush=True)
-"""
-
-
-@pytest.mark.parametrize("era", ["modern", "legacy"])
-def test_whatever_a_child_writes_every_request_has_one_sound_answer(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, era: str
-) -> None:
-    dice = random.Random(11)
-    (tmp_path / "talker.py").write_text(
-        TALKER.replace("2026-07-28", {"modern": pp.MODERN, "legacy": "none"}[era])
-    )
-    methods = [
-        "notifications/progress",
-        "notifications/message",
-        "roots/list",
-        "ping",
-        "notifications/tools/list_changed",
-    ]
-    likely = (
-        "=ID=",
-        {"_meta": {pp.SUBSCRIPTION: "=ID="}},
-        {"progressToken": "=ID="},
-        {"code": 1, "message": "m"},
-        {"_meta": 3},
-    )
-
-    def line() -> str:
-        fields = {
-            "result": junk(dice, *likely),
-            "error": junk(dice, *likely),
-            "params": junk(dice, *likely),
-        }
-        fields |= {"id": junk(dice, "=ID=", "=ID="), "method": junk(dice, *methods)}
-        chosen = {"jsonrpc": "2.0"} | {
-            name: fields[name] for name in dice.choices([*fields], k=dice.randrange(5))
-        }
-        text = (
-            json.dumps(chosen)
-            .replace('"=ID="', "ID")
-            .replace("1e+300", dice.choice(("1e300", "1e999")))
-        )
-        return (
-            text
-            if dice.random() < 0.8
-            else spoil(dice, text.encode()).decode("latin-1").replace("\n", "")
-        )
-
-    async def check() -> None:
-        relay = pp.Relay(
-            pp.ServerConfig("talker", (sys.executable, "-S", str(tmp_path / "talker.py")))
-        )
-        outbox, answered = pp.Outbox.nowhere(), list[bool]()
-        session = pp.Session(pp.SessionHost(), relay, "once", pp.Lifetime.ONCE)
-        try:
-            for number in range(100 * FUZZ):
-                lines = [line() for _ in range(dice.randrange(6))]
-                meta = {**pp.envelope({"roots": {}}, pp.OURSELVES), "progressToken": "t"}
-                message = pp.new_request("tools/call", {"lines": lines, "_meta": meta}) | {
-                    "id": number
-                }
-                modern_client = dice.random() < 0.7
-                era_of_client = pp.Era.MODERN if modern_client else pp.Era.LEGACY
-                try:
-                    answer = await asyncio.wait_for(
-                        relay.respond(session, message, era_of_client, outbox), 5
-                    )
-                except pp.RelayError as wrong:
-                    answer = pp.refusal(number, wrong)
-                sent = json.loads(pp.to_json(answer).encode(), parse_constant=pytest.fail)
-                answered.append("capabilities" in sent.get("result", {}))
-                assert sent["id"] == number, lines
-                assert isinstance(sent.get("result"), dict) != isinstance(
-                    sent.get("error"), dict
-                ), lines
-                assert "error" not in sent or type(sent["error"]["code"]) is int, lines
-        finally:
-            await relay.close()
-        assert sum(answered) > len(answered) / 4, sum(answered)
-
-    asyncio.run(check())
-    assert [
-        each.getMessage()
-        for each in caplog.records
-        if (each.name, each.levelname) == ("pocketcoder", "ERROR")
-    ] == []
+    assert mcp_status(proxy, modern("tools/list"), path="/servers/My%20Server/mcp") == 200
 
 
 # ==========================================================================
-# State and tools
+# Application
 # ==========================================================================
-def call(proxy: Proxy, name: str, **arguments: Any) -> dict[str, Any]:
-    """The result of a tool, by a modern request."""
-    status, _, answer = mcp(proxy, modern("tools/call", {"name": name, "arguments": arguments}))
-    assert status == 200, answer
-    return dict(answer["result"])
+def lines(*commands: str) -> str:
+    return "\n".join(commands)
 
 
-def text_of(result: dict[str, Any]) -> str:
-    return "".join(part["text"] for part in result["content"])
-
-
-def test_the_tools_are_described_for_models_and_programs(proxy: Proxy) -> None:
-    tools = mcp(proxy, modern("tools/list"))[2]["result"]["tools"]
-    assert [tool["name"] for tool in tools] == [
-        "exec",
-        "read_terminal",
-        "send_keys",
-        "list_terminals",
-    ]
-    for tool in tools:
-        assert tool["title"]
-        assert len(tool["description"]) > 80
-        assert set(tool["annotations"]) >= {
-            "readOnlyHint",
-            "destructiveHint",
-            "idempotentHint",
-            "openWorldHint",
-        }
-        assert tool["inputSchema"]["type"] == "object"
-        assert all(shape.get("description") for shape in tool["inputSchema"]["properties"].values())
-    reads = {tool["name"]: tool["annotations"]["readOnlyHint"] for tool in tools}
-    assert reads == {
-        "exec": False,
-        "read_terminal": True,
-        "send_keys": False,
-        "list_terminals": True,
-    }
-    assert {tool["name"] for tool in tools if "outputSchema" in tool} == {"exec", "list_terminals"}
-
-
-def test_exec_answers_for_a_model_and_for_a_program(proxy: Proxy, agent: str) -> None:
-    result = call(proxy, "exec", cmd="printf 'ä\\n'; printf oops >&2; exit 3", agent_name=agent)
-    assert text_of(result) == "ä\noops\n[exit code 3]"
-    expected = {
-        "output": "ä\noops",
-        "exit_code": 3,
-        "ended": "exit",
-        "truncated": False,
-        "output_bytes": 7,
-    }
-    assert (result["structuredContent"], result["isError"]) == (expected, False)
-    assert text_of(call(proxy, "exec", cmd="printf ok", agent_name=agent)) == "ok"
-    result = call(
-        proxy,
-        "exec",
-        cmd="cat; pwd",
-        agent_name=agent,
-        stdin="in ",
-        cwd="",
-        timeout=9.5,
-        env={"ignored": 1},
-    )
-    assert text_of(result) == f"in {os.path.realpath(proxy.workspace)}\n"
-    result = call(
-        proxy, "exec", cmd="head -c 5000 /dev/zero | tr '\\0' x", agent_name=agent, max_output=100
-    )
-    assert (
-        result["structuredContent"]["truncated"],
-        result["structuredContent"]["output_bytes"],
-    ) == (True, 5000)
-    result = call(proxy, "exec", cmd="echo before; sleep 30", agent_name=agent, timeout=0.3)
-    assert (result["isError"], result["structuredContent"]["ended"]) == (True, "timeout")
-    assert re.fullmatch(r"before\n\[exit code 124\]\n\[ended after 0.3 s: .+\]", text_of(result))
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "field"),
-    [
-        ("exec", {}, "cmd"),
-        ("exec", {"cmd": ""}, "cmd"),
-        ("exec", {"cmd": "true", "timeout": True}, "timeout"),
-        ("exec", {"cmd": "true", "cwd": "/"}, "cwd"),
-        ("exec", {"cmd": "true", "agent_name": "a b"}, "agent_name"),
-        ("read_terminal", {"lines": 0}, "lines"),
-        ("read_terminal", {"lines": 2001}, "lines"),
-        ("read_terminal", {"lines": "5"}, "lines"),
-        ("read_terminal", {"agent_name": "nobody-yet"}, "agent_name"),
-        ("read_terminal", {"agent_name": "x; kill-server"}, "agent_name"),
-        ("send_keys", {}, "keys"),
-        ("send_keys", {"text": 7}, "text"),
-        ("send_keys", {"text": "a\0"}, "text"),
-        ("send_keys", {"text": "x" * 5000}, "text"),
-        ("send_keys", {"keys": "Enter"}, "keys"),
-        ("send_keys", {"keys": ["Entr"]}, "keys"),
-        ("send_keys", {"keys": ["-t", "%0"]}, "keys"),
-        ("send_keys", {"keys": ["C-c\n"]}, "keys"),
-    ],
-)
-def test_a_fault_that_a_model_can_mend_is_a_result_that_names_it(
-    proxy: Proxy, name: str, arguments: dict[str, Any], field: str
-) -> None:
-    result = call(proxy, name, **arguments)
-    assert result["isError"] is True
-    assert f"`{field}`" in text_of(result)
-
-
-def test_keys_that_make_a_terminal_are_no_part_of_the_next_command(
-    own: Callable[..., Proxy],
-) -> None:
+@pytest.mark.slow
+def test_a_log_that_cannot_be_written_stops_no_command(own: StartServer) -> None:
     server = own()
-    server.exec("true")
-    server.tmux("kill-server")
-    half = f"echo >{server.folder}/half one"
-    eventually(
-        lambda: not call(server, "send_keys", text=half)["isError"]
-    )  # at first tmux may be just dying
+    server.stop()
+    server.log_to("/dev/full")
+    server.start()
     assert server.exec("echo ok")["stdout"] == "ok\n"
-    assert not os.path.exists(f"{server.folder}/half")
+    assert server.stop() == 0
 
 
-def test_keys_reach_programs_that_others_wait_for(proxy: Proxy, agent: str) -> None:
-    asking = [
-        proxy.start_exec("read -r x </dev/tty; echo $x", agent_name=agent)
-        for _ in range(pp.MAX_PANES)
-    ]
-    eventually(lambda: len(proxy.panes(agent)) == pp.MAX_PANES)
-    queued = proxy.start_exec("echo queued", agent_name=agent)
-    time.sleep(0.3)
-    answer = Background(
-        partial(call, proxy, "send_keys", text="here", keys=["Enter"], agent_name=agent)
-    ).result(10)
-    assert not answer["isError"]
-    assert queued.result()["stdout"] == "queued\n"
-    for pane in proxy.panes(agent):
-        proxy.tmux("send-keys", "-t", pane.split()[0], "C-c")
-    assert sorted(each.result()["stdout"] for each in asking) == ["", "", "", "here\n"]
-
-
-def test_keys_go_to_the_program_that_somebody_started(proxy: Proxy, agent: str) -> None:
-    call(proxy, "send_keys", agent_name=agent, text=f"{sys.executable} -q", keys=["Enter"])
-    eventually(lambda: ">>>" in text_of(call(proxy, "read_terminal", agent_name=agent)))
-    running = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
-    eventually(lambda: processes_with("read -r x </dev/tty; echo got"))
-
-    shown = call(proxy, "send_keys", agent_name=agent, text="print(6*7)", keys=["Enter"])
-    assert "\n42\n" in text_of(shown)
-    both = text_of(call(proxy, "read_terminal", agent_name=agent))
-    assert "\n42\n" in both
-    assert "read -r x" in both
-
-    (run_id,) = {
-        word.split("=")[1]
-        for pid in processes_with("echo got")
-        for word in pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0")
-        if word.startswith("POCKETCODER_RUN_ID=")
-    }
-    call(proxy, "send_keys", agent_name=agent, text="aimed", keys=["Enter"], run_id=run_id)
-    assert running.result()["stdout"] == "got aimed\n"
-    refused = call(proxy, "send_keys", agent_name=agent, text="x", run_id=run_id)
-    assert refused["isError"]
-    assert "run_id" in text_of(refused)
-
-    call(proxy, "send_keys", agent_name=agent, keys=["C-d"])
-    again = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
-    eventually(lambda: processes_with("read -r x </dev/tty; echo got"))
-    call(proxy, "send_keys", agent_name=agent, text="newest", keys=["Enter"])
-    assert again.result()["stdout"] == "got newest\n"
-
-
-def test_a_program_is_driven_by_keys_and_read_like_a_person_would(proxy: Proxy, agent: str) -> None:
-    ask = "read -p 'Name? ' n; echo \"<$n>\""
-    shown = text_of(call(proxy, "send_keys", agent_name=agent, text=ask, keys=["Enter"]))
-    assert shown.endswith(f"$ {ask}\nName?")
-    assert text_of(call(proxy, "read_terminal", agent_name=agent)) == shown
-    listed = {
-        each["agent_name"]: each
-        for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
-    }
-    assert listed[agent] == {
-        "agent_name": agent,
-        "busy": False,
-        "command": "bash",
-        "columns": 200,
-        "lines": 50,
-    }
-    call(
-        proxy,
-        "send_keys",
-        agent_name=agent,
-        text='Zoë \'n "$HOME" ; # {}\\',
-        keys=["BSpace", "Enter"],
-    )
-    eventually(
-        lambda: (
-            '<Zoë \'n "$HOME" ; # {}>' in text_of(call(proxy, "read_terminal", agent_name=agent))
-        )
-    )
-    running = proxy.start_exec("cat /dev/tty", agent_name=agent, timeout=20)
-    eventually(
-        lambda: (
-            "cat"
-            in [
-                each["command"]
-                for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
-            ]
-        )
-    )
-    listed = {
-        each["agent_name"]: each
-        for each in call(proxy, "list_terminals")["structuredContent"]["terminals"]
-    }
-    assert listed[agent]["busy"] is True
-    call(proxy, "send_keys", agent_name=agent, text="seen\n")
-    call(proxy, "send_keys", agent_name=agent, keys=["C-d"])
-    assert running.result()["stdout"] == "seen\n"
-    lines = text_of(call(proxy, "read_terminal", agent_name=agent, lines=2)).split("\n")
-    assert len(lines) == 2
-    assert [line for line in lines if line != line.rstrip()] == []
-
-
-def test_a_wrapped_line_is_read_as_one(proxy: Proxy, agent: str) -> None:
-    proxy.exec("printf '%0500d\\n' 7; echo end", agent_name=agent)
-    eventually(lambda: f"{7:0500}\nend" in text_of(call(proxy, "read_terminal", agent_name=agent)))
-    proxy.exec("seq 3000", agent_name=agent)
-    eventually(
-        lambda: "\n3000\n" in text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000))
-    )
-    assert (
-        len(text_of(call(proxy, "read_terminal", agent_name=agent, lines=2000)).split("\n")) == 2000
-    )
-
-
-def test_what_a_terminal_shows_is_no_reply_of_tmux(proxy: Proxy, agent: str) -> None:
-    proxy.exec(
-        'for i in $(seq 400); do echo "%end $(date +%s) $i 1"; echo "%exit"; done', agent_name=agent
-    )
-    eventually(
-        lambda: "%exit" in text_of(call(proxy, "read_terminal", agent_name=agent, lines=900))
-    )
-    assert proxy.exec("echo ok", agent_name=agent)["stdout"] == "ok\n"
-
-
-async def close(connection: Any) -> None:
-    """Close a WebSocket, and wait until the other side has closed it too."""
-    connection.close()
-    with contextlib.suppress(asyncio.TimeoutError):
-        while await asyncio.wait_for(connection.read_message(), 1) is not None:
-            pass
-
-
-class Stream:
-    """An event stream, read as it comes."""
-
-    def __init__(self, proxy: Proxy, path: str, body: Any = None, **headers: str) -> None:
-        self.connection = proxy.connect()
-        given = {
-            "Accept": "application/json, text/event-stream",
-            "Content-Type": "application/json",
-        }
-        given |= {name.replace("_", "-"): value for name, value in headers.items()}
-        self.connection.request(
-            "POST" if body else "GET", path, json.dumps(body) if body else None, given
-        )
-        self.answer = self.connection.getresponse()
-        self.status = self.answer.status
-
-    def next(self) -> Any:
-        """The next event's data; None at the end."""
-        data = None
-        while line := self.answer.readline().decode():
-            if line.startswith("data: "):
-                data = line[6:].rstrip("\n")
-            elif line == "\n" and data is not None:
-                return json.loads(data) if data[:1] == "{" else data
-        return None
-
-    def close(self) -> None:
-        self.answer.close()
-        self.connection.close()
-
-
-@pytest.fixture
-def stream() -> Iterator[Callable[..., Stream]]:
-    made: list[Stream] = []
-
-    def make(proxy: Proxy, path: str, body: Any = None, **headers: str) -> Stream:
-        made.append(Stream(proxy, path, body, **headers))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
-
-
-@pytest.mark.slow
-def test_progress_tells_the_newest_line_and_only_grows(proxy: Proxy, agent: str) -> None:
-    session = opened(proxy)
-    slow = {
-        "cmd": "sleep 1.1; echo one; sleep 1.2; for i in $(seq 60); do echo line $i; sleep 0.01; done",
-        "agent_name": agent,
-    }
-    params = {"name": "exec", "arguments": slow, "_meta": {"progressToken": 0}}
-    _, headers, events = mcp(proxy, request("tools/call", params, id_="p"), Mcp_Session_Id=session)
-    assert headers["x-accel-buffering"] == "no"
-    told, answer = [each["params"] for each in events[:-1]], events[-1]
-    assert {each["method"] for each in events[:-1]} == {"notifications/progress"}
-    assert {each["progressToken"] for each in told} == {0}
-    seconds = [each["progress"] for each in told]
-    assert all(after - before >= 0.09 for before, after in pairwise(seconds))
-    assert all(after - before < 1.6 for before, after in pairwise([0.0, *seconds]))
-    assert "message" not in told[0]
-    assert told[1]["message"] == "one"
-    assert any(re.fullmatch(r"line \d+", each.get("message", "")) for each in told)
-    assert (answer["id"], answer["result"]["structuredContent"]["exit_code"]) == ("p", 0)
-
-
-def test_who_asks_for_no_progress_gets_the_answer_as_json(proxy: Proxy, agent: str) -> None:
-    _, headers, answer = mcp(
-        proxy, modern("tools/call", {"name": "exec", "arguments": {"cmd": "sleep 0.3"}})
-    )
-    assert headers["content-type"] == "application/json"
-    assert answer["result"]["structuredContent"]["exit_code"] == 0
-
-
-def test_a_closed_stream_cancels_a_modern_call(
-    proxy: Proxy, agent: str, stream: Callable[..., Stream]
-) -> None:
-    params = {"name": "exec", "arguments": {"cmd": "echo go; sleep 71.5", "agent_name": agent}}
-    message = modern("tools/call", params, progressToken=1)
-    names = {"MCP_Protocol_Version": "2026-07-28", "Mcp_Method": "tools/call", "Mcp_Name": "exec"}
-    left = stream(proxy, "/mcp", message, **names)
-    assert left.next()["params"]["message"] == "go"
-    left.close()
-    eventually(lambda: not processes_with("sleep\x0071.5"))
-    unanswered = proxy.connect()  # before anything came
-    head = {
-        "Content-Type": "application/json",
-        **{name.replace("_", "-"): value for name, value in names.items()},
-    }
-    params = {"name": "exec", "arguments": {"cmd": "sleep 71.6", "agent_name": agent}}
-    unanswered.request("POST", "/mcp", json.dumps(modern("tools/call", params)), head)
-    eventually(lambda: processes_with("sleep\x0071.6"))
-    unanswered.close()
-    eventually(lambda: not processes_with("sleep\x0071.6"))
-
-
-def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
-    proxy: Proxy, agent: str, stream: Callable[..., Stream]
-) -> None:
-    session, other = opened(proxy), opened(proxy)
-    arguments = {"cmd": "echo go; sleep 72.5", "agent_name": agent}
-    message = request(
-        "tools/call", {"name": "exec", "arguments": arguments, "_meta": {"progressToken": 1}}, id_=9
-    )
-    left = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
-    assert left.next()["params"]["message"] == "go"
-    left.close()
-    time.sleep(0.5)
-    assert processes_with("sleep\x0072.5")
-    cancel = {
-        "jsonrpc": "2.0",
-        "method": "notifications/cancelled",
-        "params": {"requestId": 9, "reason": "user"},
-    }
-    assert mcp(proxy, cancel, Mcp_Session_Id=other)[0] == 202  # the same id, of another session
-    assert (
-        mcp(proxy, {**cancel, "params": {"requestId": "9"}}, Mcp_Session_Id=session)[0] == 202
-    )  # another type
-    time.sleep(0.3)
-    assert processes_with("sleep\x0072.5")
-    assert mcp(proxy, cancel, Mcp_Session_Id=session)[0] == 202
-    eventually(lambda: not processes_with("sleep\x0072.5"))
-    again = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
-    assert again.next()["params"]["message"] == "go"
-    assert mcp(proxy, cancel, Mcp_Session_Id=session)[0] == 202
-    while (got := again.next()) is not None:  # it ends, without an answer
-        assert got["method"] == "notifications/progress"
-
-
-def test_an_id_in_flight_is_not_taken_twice(
-    proxy: Proxy, agent: str, stream: Callable[..., Stream]
-) -> None:
-    session = opened(proxy)
-    arguments = {"cmd": "echo go; sleep 73.5", "agent_name": agent}
-    message = request(
-        "tools/call", {"name": "exec", "arguments": arguments, "_meta": {"progressToken": 1}}, id_=9
-    )
-    first = stream(proxy, "/mcp", message, Mcp_Session_Id=session)
-    assert first.next()["params"]["message"] == "go"
-    assert mcp(proxy, message, Mcp_Session_Id=session)[2]["error"]["code"] == -32600
-    assert mcp(proxy, b"", "DELETE", Mcp_Session_Id=session)[0] == 204
-    while first.next() is not None:
-        pass
-    eventually(lambda: not processes_with("sleep\x0073.5"))
-    assert mcp(proxy, message, Mcp_Session_Id=session)[0] == 404
-
-
-def test_a_session_belongs_to_the_credential_that_opened_it(
-    own: Callable[..., Proxy], stream: Callable[..., Stream]
-) -> None:
-    proxy = own()  # without a token any will do, but it is not forgotten
-    session = opened(proxy, Authorization="Bearer mine")
-    for header in ("", "Bearer yours"):
-        assert mcp(proxy, request("ping"), Mcp_Session_Id=session, Authorization=header)[0] == 404
-    assert (
-        mcp(proxy, request("ping"), Mcp_Session_Id=session, Authorization="Bearer mine")[0] == 200
-    )
-    assert (
-        stream(proxy, "/sse?session_id=named&token=mine").next()
-        == "/messages?session_id=named&token=mine"
-    )
-    assert stream(proxy, "/sse?session_id=named&token=yours").status == 404
-    assert mcp(proxy, request("ping"), path="/messages?session_id=named&token=yours")[0] == 404
-    assert (
-        mcp(proxy, request("ping"), path="/messages?session_id=named", Authorization="Bearer mine")[
-            0
-        ]
-        == 202
-    )
-    assert (
-        mcp(proxy, request("ping"), Mcp_Session_Id="named", Authorization="Bearer mine")[0] == 404
-    )  # another transport's
-
-
-def test_commands_of_exec_are_reported_to_the_session_they_name(
-    proxy: Proxy, agent: str, stream: Callable[..., Stream]
-) -> None:
-    listening = stream(proxy, f"/sse?session_id={agent}")
-    assert listening.next() == f"/messages?session_id={agent}"
-    answer = proxy.exec("echo told; exit 4", agent_name=agent, session_id=agent)
-    begun, ended = listening.next(), listening.next()
-    for told, event in ((begun, "start"), (ended, "end")):
-        assert told["method"] == "notifications/message"
-        assert (told["params"]["level"], told["params"]["logger"]) == ("info", "exec")
-        data = told["params"]["data"]
-        assert (data["event"], data["run_id"], data["agent_name"]) == (
-            event,
-            answer["run_id"],
-            agent,
-        )
-    assert begun["params"]["data"]["cmd"] == "echo told; exit 4"
-    assert (ended["params"]["data"]["exit_code"], ended["params"]["data"]["ended"]) == (4, "exit")
-    left = proxy.connect()
-    left.request(
-        "POST",
-        "/exec",
-        json.dumps({"cmd": "sleep 77.5", "agent_name": agent, "session_id": agent}),
-        JSON_TYPE,
-    )
-    eventually(lambda: processes_with("sleep\x0077.5"))
-    left.close()
-    assert listening.next()["params"]["data"]["cmd"] == "sleep 77.5"
-    told = listening.next()["params"]["data"]
-    assert (told["exit_code"], told["ended"], told["duration_ms"] > 0) == (143, "cancelled", True)
-    session = opened(proxy)
-    proxy.exec("true", agent_name=agent, session_id=session)  # nobody listens yet
-    get = stream(proxy, "/mcp", None, Mcp_Session_Id=session)
-    missed = [get.next()["params"]["data"] for _ in range(2)]
-    assert [each["event"] for each in missed] == ["start", "end"]
-    assert missed[0]["cmd"] == "true"
-    proxy.exec("echo second", agent_name=agent, session_id=session)
-    assert get.next()["params"]["data"]["cmd"] == "echo second"
-    assert (
-        mcp(proxy, request("logging/setLevel", {"level": "error"}), Mcp_Session_Id=session)[0]
-        == 200
-    )
-    assert get.next()["params"]["data"]["event"] == "end"
-    proxy.exec("echo third", agent_name=agent, session_id=session)
-    assert (
-        mcp(proxy, request("logging/setLevel", {"level": "info"}), Mcp_Session_Id=session)[0] == 200
-    )
-    proxy.exec("echo fourth", agent_name=agent, session_id=session)
-    assert get.next()["params"]["data"]["cmd"] == "echo fourth"
-
-
-def test_who_comes_back_gets_what_was_missed_and_calls_went_on(
-    proxy: Proxy, agent: str, stream: Callable[..., Stream]
-) -> None:
-    path = f"/messages?session_id={agent}"
-    first = stream(proxy, f"/sse?session_id={agent}")
-    assert first.next() == path
-    arguments = {"cmd": "sleep 0.7; echo done", "agent_name": agent}
-    assert (
-        mcp(
-            proxy, request("tools/call", {"name": "exec", "arguments": arguments}, id_=5), path=path
-        )[0]
-        == 202
-    )
-    first.close()
-    time.sleep(0.3)
-    for number in range(3):
-        assert mcp(proxy, request("ping", id_=f"away{number}"), path=path)[0] == 202
-    time.sleep(0.8)
-    second = stream(proxy, f"/sse?sessionId={agent}")
-    assert second.next() == path
-    assert [second.next()["id"] for _ in range(3)] == ["away0", "away1", "away2"]
-    assert text_of(second.next()["result"]) == "done\n"
-    third = stream(proxy, f"/sse?session_id={agent}")  # takes over
-    assert third.next() == path
-    assert second.next() is None
-    assert mcp(proxy, request("ping", id_="last"), path=path)[0] == 202
-    assert third.next()["id"] == "last"
-
-
-def test_a_minted_session_ends_with_its_stream_and_its_calls_with_it(
-    proxy: Proxy, agent: str, stream: Callable[..., Stream]
-) -> None:
-    opened = stream(proxy, "/sse")
-    path = opened.next()
-    assert re.fullmatch(r"/messages\?session_id=[0-9a-f]{32}", path)
-    arguments = {"cmd": "sleep 74.5", "agent_name": agent}
-    assert (
-        mcp(proxy, request("tools/call", {"name": "exec", "arguments": arguments}), path=path)[0]
-        == 202
-    )
-    eventually(lambda: processes_with("sleep\x0074.5"))
-    opened.close()
-    eventually(lambda: not processes_with("sleep\x0074.5"))
-    assert mcp(proxy, request("ping"), path=path)[0] == 404
-
-
-def test_too_many_waiting_messages_end_the_session_with_a_line_in_the_log(
-    own: Callable[..., Proxy], stream: Callable[..., Stream]
-) -> None:
-    proxy = own()
-    stream(proxy, "/sse?session_id=away").close()
-    path = "/messages?session_id=away"
-    statuses = [mcp(proxy, request("ping", id_=number), path=path)[0] for number in range(102)]
-    assert statuses == [202] * 101 + [404]
-    assert "session end id=away why=100 messages wait" in proxy.logged()
-
-
-def test_named_sessions_and_idle_ones_expire(
-    own: Callable[..., Proxy], stream: Callable[..., Stream]
-) -> None:
-    async def expiring() -> list[str]:
-        driver = pp.PocketCoderDriver("/nowhere/at/all", "x")
-        state = pp.AppState(pp.SessionMap(), driver)
-        server = state.servers[""]
-        server.session_idle = 0.05
-        idle = state.sessions.open(pp.Session(state, server, "http", pp.Lifetime.HTTP))
-        idle.expire()
-        named = state.sessions.open(
-            pp.Session(state, server, "sse", pp.Lifetime.NAMED, session_id="named")
-        )
-        async with named.stream():
-            await asyncio.sleep(0.1)
-            assert "named" in state.sessions
-        assert "named" in state.sessions
-        await asyncio.sleep(0.3)
-        return [*state.sessions]
-
-    with pytest.MonkeyPatch.context() as patch:
-        # How often it is looked at.
-        patch.setattr(pp, "KEEP_ALIVE", 0.05)
-        patch.setattr(pp, "SESSION_KEPT", 0.05)
-        assert asyncio.run(expiring()) == []
-
-
-def test_the_number_of_sessions_is_bounded() -> None:
-    async def crowded() -> None:
-        state = pp.AppState(pp.SessionMap(), pp.PocketCoderDriver("/nowhere/at/all", "x"))
-        first = state.sessions.open(pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP))
-        for _ in range(pp.MAX_SESSIONS):
-            session = state.sessions.open(
-                pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP)
-            )
-            session.streams += 1
-        assert first.session_id not in state.sessions  # the one that nobody used longest made room
-        with pytest.raises(pp.NoTerminal):
-            state.sessions.open(pp.Session(state, state.servers[""], "http", pp.Lifetime.HTTP))
-
-    asyncio.run(crowded())
-
-
-def test_the_audit_log_has_the_start_and_the_end_of_each_command(
-    audited: tuple[Proxy, pathlib.Path],
-) -> None:
-    proxy, path = audited
-    ids = {"usage_id": "u\n\u2028", "session_id": "s", "agent_name": "a"}
-    cmd = f"grep -c $POCKETCODER_RUN_ID {path}; exit 3"
-    answer = proxy.exec(cmd, **ids)
-    assert answer["stdout"] == "1\n"  # the start is there before it runs
-    start, end = noted(path)  # the end, before it is answered
-    fields = {
-        "run_id": answer["run_id"],
-        "door": "exec",
-        **ids,
-        "cwd": os.path.realpath(proxy.workspace),
-        "cmd": cmd,
-    }
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", start["time"])
-    assert start == {"time": start["time"], "event": "start", **fields}
-    result = {
-        "exit_code": 3,
-        "ended": "exit",
-        "error": None,
-        "waited_ms": answer["waited_ms"],
-        "duration_ms": answer["duration_ms"],
-        "output_bytes": 2,
-    }
-    assert end == {"time": end["time"], "event": "end", **fields, **result}
-    assert start["time"] <= end["time"]
-    assert path.stat().st_mode & 0o777 == 0o600
-
-
-def test_the_audit_log_has_the_commands_of_every_door(audited: tuple[Proxy, pathlib.Path]) -> None:
-    proxy, path = audited
-
-    async def talk() -> None:
-        async with Channel(proxy) as channel:
-            await channel.send({"cmd": "echo channel; kill -9 $$"})
-            await channel.end()
-
-    list(proxy.stream("echo stream"))
-    asyncio.run(talk())
-    call(proxy, "exec", cmd="sleep 30", timeout=0.05)
-    call(proxy, "send_keys", text="p\u00e4ss", keys=["Enter"])
-    connection = proxy.connect()
-    connection.request("POST", "/exec", json.dumps({"cmd": "touch begun; sleep 31"}), JSON_TYPE)
-    eventually(pathlib.Path(proxy.workspace, "begun").exists)
-    connection.close()
-    eventually(lambda: len(noted(path)) == 10)
-    lines = noted(path)
-    assert [line["event"] for line in lines] == ["start", "end"] * 5
-    assert all(
-        start["run_id"] == end["run_id"] for start, end in zip(lines[::2], lines[1::2], strict=True)
-    )
-    ends = [
-        (line["cmd"], line["exit_code"], line["error"] and line["error"][:9])
-        for line in lines[1::2]
-    ]
-    assert ends == [
-        ("echo stream", 0, None),
-        ("echo channel; kill -9 $$", 137, None),
-        ("sleep 30", 124, "ended aft"),
-        (None, 0, None),
-        ("touch begun; sleep 31", 143, "cancelled"),
-    ]
-    assert (lines[6]["text"], lines[6]["keys"]) == ("p\u00e4ss", ["Enter"])
-
-
-@pytest.mark.parametrize(("era", "server"), ERAS)
-def test_the_audit_log_has_relayed_calls_without_their_arguments_and_results(
-    own: Callable[..., Proxy],
-    fixtures: pathlib.Path,
-    tmp_path: pathlib.Path,
-    stream: Callable[..., Stream],
-    era: str,
-    server: str,
-) -> None:
-    audit = tmp_path / "audit"
-    proxy = own(
-        f"--mcp-server=x={sys.executable} -S {fixtures} {server}", "--audit-log", str(audit)
-    )
-    client = Client(proxy, era, "x", stream, info={"name": "tester", "version": "9"})
-    client.call("echo", argument="s3cret", result={"secret": "s3cret"})
-    assert client.call("fail", message="s3cret")["message"] == "s3cret"
-    assert client.call("test_error_handling")["isError"] is True
-    slow = {"name": "test_slow", "arguments": {"seconds": 9}, "_meta": {"progressToken": 1}}
-    going = client.open("tools/call", slow, id_=9)
-    if era == "legacy":
-        client.tell("notifications/cancelled", {"requestId": 9})
-    going.close()
-    eventually(lambda: "cancelled" in audit.read_text())
-
-    lines = [line for line in noted(audit) if line.get("tool")]
-    starts = [line for line in lines if line["event"] == "start"]
-    ends = [line for line in lines if line["event"] == "end"]
-    assert [line["tool"] for line in starts] == ["echo", "fail", "test_error_handling", "test_slow"]
-    assert [line["tool"] for line in ends] == [line["tool"] for line in starts]
-    assert [line["call_id"] for line in ends] == [line["call_id"] for line in starts]
-    expected = [None, "error -32000", "the tool failed", "cancelled"]
-    assert [line["error"] for line in ends] == expected
-    for line in lines:
-        assert line["server"] == "x"
-        assert line["method"] == "tools/call"
-        assert line["client"] == {"name": "tester", "version": "9"}
-        assert line["address"] == "127.0.0.1"
-    assert all(type(line["duration_ms"]) is int for line in ends)
-    assert "s3cret" not in audit.read_text()
-
-
-def test_no_relayed_call_is_made_while_the_audit_log_cannot_be_written(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    audit = tmp_path / "audit"
-    proxy = own(f"--mcp-server=x={sys.executable} -S {fixtures} modern", f"--audit-log={audit}")
-    call = modern("tools/call", {"name": "test_simple_text"})
-    assert "result" in mcp(proxy, call, path="/servers/x/mcp")[2]
-    audit.unlink()
-    audit.mkdir()
-    failed = mcp(proxy, call, path="/servers/x/mcp")[2]["error"]
-    assert "audit log" in failed["message"]
-
-
-def test_a_command_cannot_be_given_another_name_to_hide_by(proxy: Proxy, agent: str) -> None:
-    escape = "(setsid sleep 77.75 >/dev/null 2>&1 </dev/null &); sleep 9"
-    env = {"POCKETCODER_RUN_ID": "fake"}
-    assert proxy.exec(escape, agent_name=agent, timeout=0.3, env=env)["ended"] == "timeout"
-    eventually(lambda: not processes_with("sleep\x0077.75"))
-
-
-def limit_files(proxy: Proxy, size: int) -> None:
-    """Let the server write no file beyond that many bytes."""
-    resource.prlimit(proxy.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
-def test_nothing_runs_and_nothing_is_answered_while_the_audit_log_cannot_be_written(
-    audited: tuple[Proxy, pathlib.Path],
-) -> None:
-    proxy, path = audited
-    long = proxy.start_exec("sleep 0.3; exit 5", agent_name="a")
-    eventually(
-        lambda: proxy.exec("true") and len(noted(path)) > 8
-    )  # longer than the files of a run
-    limit_files(proxy, size := path.stat().st_size + 20)  # bytes: a part of a line is written
-    eventually(lambda: "File too large" in proxy.logged())  # the end of `long`
-    for _ in range(3):
-        status, answer = proxy.post({"cmd": "touch ran"})
-        assert (status, answer["exit_code"]) == (503, 125)
-        assert answer["error"].startswith(f"cannot write the audit log {path}: File too large")
-    result = call(proxy, "exec", cmd="touch ran")
-    assert result["isError"]
-    assert call(proxy, "send_keys", text="touch ran", keys=["Enter"])["isError"]
-    assert proxy.request("GET", "/health")[0] == 200
-    assert path.stat().st_size == size
-    assert not long.future.done()
-    limit_files(proxy, resource.RLIM_INFINITY)
-    assert long.result()["exit_code"] == 5
-    assert proxy.exec("ls")["stdout"] == ""
-    limit_files(proxy, path.stat().st_size)
-    assert (
-        proxy.post({"cmd": "touch ran"})[0] == 503
-    )  # of its start nothing is written, and nothing waits
-    limit_files(proxy, resource.RLIM_INFINITY)
-    assert proxy.exec("ls")["stdout"] == ""
-    lines = noted(path)
-    assert [line["event"] for line in lines].count("start") == len(lines) / 2
-    assert [
-        line["exit_code"] for line in lines if line["event"] == "end" and line["agent_name"] == "a"
-    ] == [5]
-
-
-@pytest.mark.slow
-def test_an_end_that_is_never_noted_is_no_answer(audited: tuple[Proxy, pathlib.Path]) -> None:
-    proxy, path = audited
-    for _ in range(8):
-        proxy.exec("true")
-    began = Background(lambda: proxy.post({"cmd": "sleep 0.3; echo secret; exit 5"}))
-    eventually(lambda: len(noted(path)) == 17)
-    limit_files(proxy, path.stat().st_size)
-    status, answer = began.result()
-    assert (status, answer["exit_code"], set(answer)) == (500, 125, {"error", "exit_code"})
-    assert answer["error"].startswith(
-        "the command ended with 5, its answer is withheld: cannot write the audit log"
-    )
-
-
-@pytest.mark.slow
-def test_a_stream_whose_end_is_never_noted_says_so(audited: tuple[Proxy, pathlib.Path]) -> None:
-    proxy, path = audited
-    for _ in range(8):
-        proxy.exec("true")
-    events = proxy.stream("echo out; sleep 0.5")
-    while next(events)[0] != "output":
-        pass
-    limit_files(proxy, path.stat().st_size)
-    *_, (kind, last, _) = events
-    assert (kind, last["exit_code"], "is withheld" in last["error"]) == ("exit", 125, True)
-
-
-@pytest.mark.slow
-def test_a_server_that_stops_while_its_log_cannot_be_written_answers_all(
-    audited: tuple[Proxy, pathlib.Path],
-) -> None:
-    proxy, path = audited
-    for _ in range(8):
-        proxy.exec("true")
-    long = Background(lambda: proxy.post({"cmd": "sleep 64.75"}))
-    eventually(lambda: processes_with("sleep\x0064.75"))
-    limit_files(proxy, path.stat().st_size)
-    assert proxy.stop() == 0
-    status, answer = long.result()
-    assert (status, "is withheld" in answer["error"]) == (500, True)
-
-
-def test_a_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
-    own: Callable[..., Proxy], tmp_path: pathlib.Path
-) -> None:
-    os.mkfifo(path := tmp_path / "audit")
-    with contextlib.closing(
-        open(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
-    ):  # there, and reads nothing
-        proxy = own("--audit-log", str(path))
-        cmd = "#" * 300_000 + f"\n[ -s {tmp_path}/copy ] && echo hi"  # it has been read before
-        call = proxy.start_exec(cmd)
-        time.sleep(0.2)
-        reader = subprocess.Popen(f"exec cat {path} >{tmp_path}/copy", shell=True)
-        assert call.result()["stdout"] == "hi\n"
-    proxy.stop()
-    assert reader.wait(15) == 0
-    assert [line["cmd"] for line in noted(tmp_path / "copy")] == [cmd] * 2
-
-
-def test_a_command_that_is_tried_again_is_noted_once(audited: tuple[Proxy, pathlib.Path]) -> None:
-    proxy, path = audited
-    proxy.exec("true")
-    proxy.tmux("split-window", "-d", "-t", proxy.pane("poco"), "sleep 79")
-    proxy.tmux("set-option", "-w", "-t", proxy.pane("poco"), "synchronize-panes", "on")
-    answers = [proxy.exec("true")["run_id"] for _ in range(3)]  # not typed at first
-    assert [line["run_id"] for line in noted(path)[2:]] == [
-        run_id for run_id in answers for _ in range(2)
-    ]
-
-
-def test_hup_opens_the_audit_log_anew(audited: tuple[Proxy, pathlib.Path]) -> None:
-    proxy, path = audited
-    proxy.exec("echo old")
-    path.rename(rotated := path.with_name("rotated"))
-    proxy.exec("echo old")
-    assert len(noted(rotated)) == 4
-    proxy.process.send_signal(signal.SIGHUP)
-    eventually(path.exists)
-    proxy.exec("echo new")
-    assert (len(noted(rotated)), [line["cmd"] for line in noted(path)]) == (4, ["echo new"] * 2)
-    path.rename(path.with_name("again"))
-    path.mkdir()
-    proxy.process.send_signal(signal.SIGHUP)
-    eventually(lambda: "Is a directory" in proxy.logged())
-    assert proxy.post({"cmd": "true"})[0] == 503
-    path.rmdir()
-    for _ in range(2):
-        proxy.exec("true")  # it mends itself
-        assert len(noted(path)) == 2
-        path.unlink()
-
-
-def test_a_server_that_is_killed_loses_no_line_that_was_answered(
-    audited: tuple[Proxy, pathlib.Path],
-) -> None:
-    proxy, path = audited
-    run_ids = [proxy.exec("true")["run_id"] for _ in range(20)]
-    proxy.stop(signal.SIGKILL)
-    assert [line["run_id"] for line in noted(path) if line["event"] == "end"] == run_ids
-
-
-def test_a_line_that_was_cut_short_spoils_no_other(audited: tuple[Proxy, pathlib.Path]) -> None:
-    proxy, path = audited
-    with path.open("a") as file:
-        file.write('{"time": "2026-')  # by a server that was killed then
-    proxy.process.send_signal(signal.SIGHUP)
-    for _ in range(8):
-        proxy.exec("true")
-    long = proxy.start_exec("sleep 0.3; exit 5")
-    eventually(lambda: len(path.read_text().splitlines()) == 18)
-    limit_files(proxy, path.stat().st_size + 20)
-    eventually(lambda: "File too large" in proxy.logged())
-    path.rename(cut := path.with_name("cut"))
-    proxy.process.send_signal(signal.SIGHUP)
-    assert long.result()["exit_code"] == 5
-    limit_files(proxy, resource.RLIM_INFINITY)
-    proxy.exec("true")
-    torn, *lines, cut_short = cut.read_text().splitlines()
-    assert (torn, cut_short[:8], len(cut_short)) == ('{"time": "2026-', '{"time":', 20)
-    assert [json.loads(line)["event"] for line in lines] == ["start", "end"] * 8 + ["start"]
-    assert [line["event"] for line in noted(path)] == ["end", "start", "end"]
-
-
-def test_an_audit_log_behind_a_link_is_refused(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "theirs").write_text("")
-    (tmp_path / "audit").symlink_to(tmp_path / "theirs")
-    done = run("server", "-p", "0", "--audit-log", str(tmp_path / "audit"))
-    assert (done.returncode, done.stdout) == (1, "")
-    assert (
-        f"cannot write the audit log {tmp_path}/audit: Too many levels of symbolic links"
-        in done.stderr
-    )
-
-
-# ==========================================================================
-# Transports
-# ==========================================================================
-def test_health_needs_no_token_and_answers_while_commands_run(own: Callable[..., Proxy]) -> None:
-    server = own(POCKETCODER_TOKEN="geheim")
-    call = server.start_exec("sleep 0.5")
-    status, headers, body = server.request("GET", "/health")
-    assert (status, body) == (200, b"ok")
-    assert server.request("HEAD", "/health")[0] == 200
-    assert call.result()["exit_code"] == 0
-    assert "Access-Control-Allow-Origin".lower() not in headers
-
-
-JSON_TYPE = {"Content-Type": "application/json"}
-BODY = b'{"cmd": "touch pwned"}'
-REFUSED: list[tuple[str, str, dict[str, str], int]] = [
-    ("POST", "/exec", {}, 415),
-    ("POST", "/exec", {"Content-Type": "text/plain"}, 415),
-    ("POST", "/exec", {"Content-Type": "application/x-www-form-urlencoded"}, 415),
-    ("POST", "/exec", {**JSON_TYPE, "Origin": "http://evil.example"}, 403),
-    ("POST", "/exec", {**JSON_TYPE, "Origin": "null"}, 403),
-    ("POST", "/exec", {**JSON_TYPE, "Origin": "http://127.0.0.1.evil.example"}, 403),
-    ("POST", "/exec", {**JSON_TYPE, "Origin": "http://localhost"}, 403),
-    ("POST", "/exec", {**JSON_TYPE, "Host": "evil.example"}, 403),
-    ("POST", "/exec", {**JSON_TYPE, "Host": "127.0.0.1.evil.example:80"}, 403),
-    ("POST", "/exec", {**JSON_TYPE, "Host": "10.0.0.1"}, 403),
-    ("POST", "/exec", {**JSON_TYPE, "Host": ""}, 403),
-    ("GET", "/exec", {}, 405),
-    ("PUT", "/exec", {}, 405),
-    ("DELETE", "/health", {}, 405),
-    ("POST", "/health", {}, 405),
-    ("OPTIONS", "/exec", {"Origin": "http://evil.example"}, 403),
-    ("OPTIONS", "/exec", {}, 405),
-    ("GET", "/", {}, 404),
-    ("POST", "/exec/", JSON_TYPE, 404),
-    ("GET", "/health", {"Host": "evil.example"}, 403),
-    ("GET", "/servers", {"Sec-Fetch-Site": "same-site"}, 403),
-    ("GET", "/nowhere", {"Sec-Fetch-Site": "same-origin"}, 404),
-]
-
-
-@pytest.mark.parametrize(("method", "path", "headers", "status"), REFUSED, ids=range(len(REFUSED)))
-def test_the_gate_refuses_with_a_json_error(
-    proxy: Proxy, method: str, path: str, headers: dict[str, str], status: int
-) -> None:
-    got, answer_headers, answer = proxy.request(
-        method, path, BODY if method == "POST" else None, headers
-    )
-    assert got == status
-    assert json.loads(answer)["exit_code"] == 125
-    assert json.loads(answer)["error"]
-    assert "access-control-allow-origin" not in answer_headers
-    if status == 405:
-        assert ("POST" if path == "/exec" else "GET") in answer_headers["allow"]
-        assert method == "OPTIONS" or method not in answer_headers["allow"]
-    assert not os.path.exists(f"{proxy.workspace}/pwned")
-
-
-MCP_REFUSED = [
-    pytest.param("POST", "/mcp", {"Authorization": ""}, 401, id="no-token"),
-    pytest.param("GET", "/sse", {"Authorization": "Bearer wrong"}, 401, id="wrong-token"),
-    pytest.param("GET", "/mcp/ws", {"Authorization": ""}, 401, id="no-token-of-a-websocket"),
-    pytest.param("POST", "/mcp", {"Origin": "http://evil.example"}, 403, id="origin"),
-    pytest.param("GET", "/sse", {"Sec-Fetch-Site": "cross-site"}, 403, id="site"),
-    pytest.param("POST", "/servers/none/mcp", {}, 404, id="unknown-server"),
-    pytest.param("GET", "/servers/none/sse", {}, 404, id="unknown-server-of-events"),
-    pytest.param("GET", "/servers/none/mcp/ws", {}, 404, id="unknown-server-of-a-websocket"),
-    pytest.param("POST", "/messages?session_id=none", {}, 404, id="unknown-session"),
-    pytest.param("GET", "/mcp", {}, 405, id="no-session"),
-    pytest.param("POST", "/sse", {}, 405, id="method"),
-    pytest.param("GET", "/mcp", {"Mcp-Session-Id": "none"}, 404, id="unknown-session-of-http"),
-    pytest.param("POST", "/mcp", {"Accept": "text/html"}, 406, id="accept"),
-    pytest.param("POST", "/mcp", {"Content-Length": str(10**9)}, 413, id="size"),
-    pytest.param("POST", "/messages", {"Content-Type": "text/plain"}, 415, id="content-type"),
-    pytest.param("GET", "/mcp/ws", {}, 400, id="no-websocket"),
-]
-
-
-@pytest.mark.parametrize(("method", "path", "headers", "status"), MCP_REFUSED)
-def test_refusals_on_routes_of_mcp_are_errors_of_json_rpc(
-    guarded: Proxy, method: str, path: str, headers: dict[str, str], status: int
-) -> None:
-    given = {**JSON_TYPE, "Authorization": f"Bearer {guarded.token}", **headers}
-    got, _, answer = guarded.request(method, path, b"{}" if method == "POST" else None, given)
-    assert got == status
-    told = json.loads(answer)
-    assert told["jsonrpc"] == "2.0"
-    assert told["id"] is None
-    assert told["error"]["code"] == -32600
-    assert len(told["error"]["message"]) > 10
-
-
-def test_a_body_of_mcp_that_grows_too_large_is_an_error_of_json_rpc(guarded: Proxy) -> None:
-    given = {**JSON_TYPE, "Authorization": f"Bearer {guarded.token}"}
-    status, _, answer = guarded.request("POST", "/mcp", b" " * (pp.MAX_BODY + 1), given)
-    assert status == 413
-    assert json.loads(answer)["error"]["code"] == -32600
-
-
-@pytest.fixture(scope="module")
-def guarded() -> Iterator[Proxy]:
-    """A server with a token, for requests that it refuses."""
-    server = Proxy(POCKETCODER_TOKEN="t0ken")
-    yield server
-    server.remove()
-
-
-@pytest.mark.parametrize("server", ["", "/servers/legacy"], ids=["built-in", "relayed"])
-def test_a_path_of_mcp_may_end_with_a_slash(
-    relay: Proxy, stream: Callable[..., Stream], server: str
-) -> None:
-    status, _, answer = mcp(relay, request("initialize", INITIALIZE), path=f"{server}/mcp/")
-    assert status == 200
-    assert "serverInfo" in answer["result"]
-    events = stream(relay, f"{server}/sse/")
-    assert events.status == 200
-    path = events.next().replace("/messages?", "/messages/?")
-    assert mcp(relay, request("initialize", INITIALIZE), path=path)[0] == 202
-    assert "serverInfo" in events.next()["result"]
-    assert relay.request("GET", "/servers/")[0] == 200
-
-    async def connect() -> None:
-        url = f"ws://127.0.0.1:{relay.port}{server}/mcp/ws/"
-        await close(await tornado.websocket.websocket_connect(url, subprotocols=["mcp"]))
-
-    asyncio.run(connect())
-
-
-REFUSED_MESSAGES = [
-    pytest.param(
-        {"jsonrpc": "1.0", "id": 7, "method": "x", "params": {"cmd": "grep error log"}},
-        {"id": 7, "code": -32600},
-        id="a-request-with-the-word-error",
-    ),
-    pytest.param(
-        {"jsonrpc": "2.0", "id": "a", "method": ["error"]},
-        {"id": "a", "code": -32600},
-        id="a-method-that-is-none",
-    ),
-    pytest.param({"jsonrpc": "1.0", "id": 7, "error": {"code": 1}}, None, id="an-error"),
-    pytest.param({"jsonrpc": "1.0", "id": 7, "result": {}}, None, id="a-result"),
-    pytest.param(
-        {"jsonrpc": "2.0", "id": None, "error": {"code": 1, "message": "m"}},
-        None,
-        id="an-error-without-id",
-    ),
-]
-
-
-@pytest.mark.parametrize(("message", "answer"), REFUSED_MESSAGES)
-def test_only_a_response_is_never_answered_on_a_websocket(
-    proxy: Proxy, message: Any, answer: Any
-) -> None:
-    async def talk() -> None:
-        url = f"ws://127.0.0.1:{proxy.port}/mcp/ws"
-        socket: Any = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
-        await socket.write_message(json.dumps(message))
-        await socket.write_message(json.dumps(request("ping", id_="last")))
-        got = json.loads(await asyncio.wait_for(socket.read_message(), 10))
-        if answer is not None:
-            assert {"id": got["id"], "code": got["error"]["code"]} == answer
-            got = json.loads(await asyncio.wait_for(socket.read_message(), 10))
-        assert got["id"] == "last"
-        await close(socket)
-
-    asyncio.run(talk())
-
-
-def test_a_bad_message_that_is_posted_is_refused_under_its_id(
-    proxy: Proxy, stream: Callable[..., Stream]
-) -> None:
-    path = stream(proxy, "/sse").next()
-    bad = {"jsonrpc": "1.0", "id": 7, "method": "x", "params": {"cmd": "grep error log"}}
-    for where in (path, "/mcp"):
-        status, _, answer = mcp(proxy, bad, path=where)
-        assert status == 400
-        assert answer["id"] == 7
-        assert answer["error"]["code"] == -32600
-
-
-@pytest.mark.parametrize(
-    "host", ["localhost", "localhost:99", "127.0.0.1", "127.1.2.3:3001", "[::1]:3001", "LOCALHOST"]
-)
-def test_a_loopback_host_is_ours(proxy: Proxy, host: str) -> None:
-    assert proxy.request("POST", "/exec", b'{"cmd": "true"}', {**JSON_TYPE, "Host": host})[0] == 200
-
-
-def test_the_token_is_demanded_and_never_shown(own: Callable[..., Proxy]) -> None:
-    server = own(POCKETCODER_TOKEN="geheim-1")
-    for given in (
-        "",
-        "Bearer",
-        "Bearer geheim",
-        "Bearer geheim-12",
-        "geheim-1",
-        "Basic geheim-1",
-        "Bearer Geheim-1",
-        "Bearer \xff",
-    ):
-        status, headers, answer = server.request(
-            "POST", "/exec", BODY, {**JSON_TYPE, "Authorization": given}
-        )
-        assert (status, headers["www-authenticate"], json.loads(answer)["exit_code"]) == (
-            401,
-            "Bearer",
-            125,
-        )
-    status, _, _ = server.request(
-        "POST",
-        "/exec",
-        BODY,
-        {**JSON_TYPE, "Authorization": "Bearer geheim-1", "Origin": "http://a.b"},
-    )
-    assert status == 403
-    headers = {**JSON_TYPE, "Authorization": "Bearer geheim-1", "Host": "sandbox:3001"}
-    status, _, answer = server.request(
-        "POST",
-        "/exec",
-        b'{"cmd": "env; tr \\"\\\\\\\\0\\" \\"\\\\\\\\n\\" </proc/$PPID/environ"}',
-        headers,
-    )
-    assert status == 200
-    assert "geheim" not in answer.decode()
-    assert "geheim" not in server.logged()
-    assert "geheim" not in server.tmux("show-environment", "-g")
-
-
-def test_an_allowed_origin_may_call_and_no_other(own: Callable[..., Proxy]) -> None:
-    server = own("--allow-origin", "http://ui.example:8080")
-    good = {"Origin": "http://ui.example:8080"}
-    status, headers, _ = server.request(
-        "OPTIONS", "/exec", None, {**good, "Access-Control-Request-Method": "POST"}
-    )
-    assert (status, headers["access-control-allow-origin"]) == (204, "http://ui.example:8080")
-    assert "POST" in headers["access-control-allow-methods"]
-    status, headers, _ = server.request("POST", "/exec", b'{"cmd": "true"}', {**JSON_TYPE, **good})
-    assert (status, headers["access-control-allow-origin"]) == (200, "http://ui.example:8080")
-    for origin in (
-        "http://ui.example",
-        "https://ui.example:8080",
-        "http://ui.example:8080.evil.example",
-    ):
-        assert server.request("POST", "/exec", BODY, {**JSON_TYPE, "Origin": origin})[0] == 403
-
-
-def test_a_body_beyond_the_limit_is_413_declared_or_chunked(proxy: Proxy) -> None:
-    big = b'{"cmd": "true", "stdin": "%s"}' % (b"x" * (16 * 1024 * 1024))
-    status, answer = proxy.post(big)
-    assert (status, answer["exit_code"]) == (413, 125)
-    connection = proxy.connect()
-    connection.request(
-        "POST",
-        "/exec",
-        iter([big[i : i + 500_000] for i in range(0, len(big), 500_000)]),
-        JSON_TYPE,
-        encode_chunked=True,
-    )
-    assert connection.getresponse().status == 413
-    connection.close()
-
-
-def test_requests_on_one_connection_are_answered_in_turn(proxy: Proxy, agent: str) -> None:
-    connection = proxy.connect()
-    for number in range(5):
-        connection.request(
-            "POST", "/exec", json.dumps({"cmd": f"echo {number}", "agent_name": agent}), JSON_TYPE
-        )
-        assert json.loads(connection.getresponse().read())["stdout"] == f"{number}\n"
-        connection.request("POST", "/exec", "{", JSON_TYPE)
-        answer = connection.getresponse()
-        assert (answer.status, json.loads(answer.read())["exit_code"]) == (400, 2)
-    connection.close()
-
-
-@pytest.mark.parametrize(
-    "garbage",
-    [
-        b"\x16\x03\x01\x02\x00",
-        b"GET\r\n\r\n",
-        b"POST /exec HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-        b"\0" * 70_000,
-        b"POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
-    ],
-)
-def test_garbage_ends_only_its_connection(proxy: Proxy, garbage: bytes) -> None:
-    with (
-        socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as raw,
-        contextlib.suppress(OSError),
-    ):
-        raw.sendall(garbage)
-        raw.shutdown(socket.SHUT_WR)
-        while raw.recv(4096):
-            pass
-    assert proxy.request("GET", "/health")[0] == 200
-
-
-def test_a_stream_brings_output_as_it_is_written_and_the_result_at_its_end(
-    proxy: Proxy, agent: str
-) -> None:
-    gate = f"{proxy.folder}/{agent}"
-    got: list[tuple[str, dict[str, Any]]] = []
-    for event, data, _ in proxy.stream(
-        f"echo one; until [ -e {gate} ]; do sleep 0.01; done; printf two; exit 3", agent_name=agent
-    ):
-        if event == "output" and not got:
-            pathlib.Path(gate).touch()  # nothing ends before the first line is here
-        if event != ":":
-            got.append((event, data))
-    assert "".join(data["stdout"] for event, data in got if event == "output") == "one\ntwo"
-    event, data = got[-1]
-    assert (event, data["exit_code"], data["ended"], data["output_bytes"]) == ("exit", 3, "exit", 7)
-    assert "stdout" not in data
-
-
-def test_a_stream_never_halves_a_character(proxy: Proxy, agent: str) -> None:
-    cmd = "for b in 360 237 231 202; do printf \"\\\\$b\"; sleep 0.03; done; printf '\\303'"
-    texts = [
-        data["stdout"]
-        for event, data, _ in proxy.stream(cmd, agent_name=agent)
-        if event == "output"
-    ]
-    assert texts == ["🙂", "\ufffd"]
-
-
-def test_a_stream_never_halves_a_character_wherever_it_is_cut(proxy: Proxy, agent: str) -> None:
-    dice = random.Random(14)
-    for _ in range(4 * FUZZ):
-        data = spoil(dice, "".join(dice.choices("aé漢🙂", k=10)).encode())
-        ends = sorted(dice.choices(range(len(data) + 1), k=3))
-        pieces = [data[begin:end] for begin, end in pairwise([0, *ends, len(data)])]
-        octal = ("".join(f"\\{byte:03o}" for byte in piece) for piece in pieces)
-        cmd = "; sleep 0.004; ".join(f"printf '{piece}'" for piece in octal)
-        texts = [
-            got["stdout"]
-            for event, got, _ in proxy.stream(cmd, agent_name=agent)
-            if event == "output"
-        ]
-        assert "".join(texts) == data.decode(errors="replace"), pieces
-        assert all(texts), pieces
-
-
-def test_a_stream_is_whole_however_large(proxy: Proxy, agent: str) -> None:
-    events = [
-        (event, data)
-        for event, data, _ in proxy.stream("seq 1 300000", agent_name=agent, max_output=10)
-    ]
-    assert "".join(data["stdout"] for event, data in events if event == "output") == "".join(
-        f"{n}\n" for n in range(1, 300_001)
-    )
-    assert events[-1][1]["exit_code"] == 0
-
-
-@pytest.mark.slow
-def test_a_slow_reader_slows_the_command_and_not_the_server(own: Callable[..., Proxy]) -> None:
+def test_the_server_says_where_it_listens_and_how_to_watch(own: StartServer) -> None:
     server = own()
-    server.exec("true")
-    before = server.memory()
-    connection = server.connect()
-    accept = {**JSON_TYPE, "Accept": "text/event-stream"}
-    connection.request(
-        "POST",
-        "/exec",
-        json.dumps({"cmd": "head -c 200000000 /dev/zero | tr '\\0' x; touch done"}),
-        accept,
-    )
-    answer = connection.getresponse()
-    time.sleep(1)
-    assert not os.path.exists(f"{server.workspace}/done")
-    assert server.memory() - before < 30 * 1024 * 1024
-    while answer.read(1 << 20):
-        pass
-    connection.close()
-    assert os.path.exists(f"{server.workspace}/done")
+    assert server.said == f"pocketcoder: listening on http://127.0.0.1:{server.port}\n"
+    attach = f"tmux -S {server.socket} new-session -A -s pocketcoder"
+    eventually(lambda: attach in server.logged())
 
 
-def test_a_stream_that_is_left_cancels_its_command(proxy: Proxy, agent: str) -> None:
-    stream = proxy.stream("while :; do echo x; sleep 0.01; done; : 63.5", agent_name=agent)
-    next(stream)
-    eventually(lambda: processes_with(": 63.5"))  # it starts, and then becomes bash
-    stream.close()
-    eventually(lambda: not processes_with(": 63.5"))
+def test_a_server_makes_no_session_before_it_is_needed(own: StartServer) -> None:
+    server = own()
+    assert server.status("GET", "/health") == 200
+    assert call(server, "list_terminals")["structuredContent"] == {"terminals": []}
+    assert call(server, "read_terminal")["isError"]
+    assert not os.path.exists(server.socket)
+    assert server.exec("echo made")["stdout"] == "made\n"
 
 
-def test_an_error_before_the_stream_is_a_plain_one(proxy: Proxy) -> None:
-    status, answer = proxy.post({"cmd": ""}, Accept="text/event-stream")
-    assert (status, answer["exit_code"]) == (400, 2)
+@pytest.mark.parametrize(
+    "words", [["--version"], ["server", "--version"]], ids=["above", "of-the-server"]
+)
+def test_the_version_is_printed_on_both_levels(words: list[str]) -> None:
+    assert run(*words).stdout.strip().endswith(pp.VERSION)
 
 
-class Channel:
-    """A client of `GET /exec/ws`, with another implementation of WebSocket than ours."""
-
-    patience = 10.0  # seconds, for a message
-
-    def __init__(self, proxy: Proxy, **options: Any) -> None:
-        self.url, self.options = f"ws://127.0.0.1:{proxy.port}/exec/ws", options
-
-    async def __aenter__(self) -> Channel:
-        request = tornado.httpclient.HTTPRequest(self.url, **self.options)
-        self.socket = await tornado.websocket.websocket_connect(request, subprotocols=[pp.CHANNELS])
-        assert self.socket.selected_subprotocol == pp.CHANNELS
-        self.streams = {1: b"", 2: b""}
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await close(self.socket)
-
-    async def send(self, message: bytes | dict[str, Any]) -> None:
-        binary = isinstance(message, bytes)
-        await self.socket.write_message(message if binary else json.dumps(message), binary=binary)
-
-    async def next(self) -> int:
-        """Read a message; its channel."""
-        message = await asyncio.wait_for(self.socket.read_message(), self.patience)
-        assert isinstance(message, bytes), message
-        if message[0] == 3:
-            self.final = json.loads(message[1:])
-        else:
-            self.streams[message[0]] += message[1:]
-        return message[0]
-
-    async def end(self) -> dict[str, Any]:
-        while await self.next() != 3:
-            pass
-        return dict(self.final)
+@pytest.mark.parametrize(
+    "words", [["--help"], ["server", "--help"]], ids=["above", "of-the-server"]
+)
+def test_help_is_printed_on_both_levels(words: list[str]) -> None:
+    done = run(*words)
+    assert done.returncode == 0
+    assert "usage" in done.stdout
 
 
-def test_a_channel_keeps_streams_apart_and_ends_with_the_result(proxy: Proxy, agent: str) -> None:
-    async def talk() -> None:
-        async with Channel(proxy) as channel:
-            await channel.send(
-                {"cmd": "cat; echo err >&2; printf '\\377'; exit 3", "agent_name": agent}
-            )
-            for part in (b"one ", b"", b"two\n"):
-                await channel.send(b"\0" + part)
-            await channel.send(b"\xff\0")
-            final = await channel.end()
-            assert channel.streams == {1: b"one two\n\xff", 2: b"err\n"}
-            assert (final["exit_code"], final["ended"], final["output_bytes"]) == (3, "exit", 13)
-            assert "stdout" not in final
-            assert await channel.socket.read_message() is None
-
-    asyncio.run(talk())
-
-
-def test_a_channel_with_stdin_in_the_request_needs_no_end_of_it(proxy: Proxy, agent: str) -> None:
-    async def talk() -> None:
-        async with Channel(proxy) as channel:
-            await channel.send({"cmd": "cat", "stdin": "given", "agent_name": agent})
-            assert (await channel.end())["exit_code"] == 0
-            assert channel.streams[1] == b"given"
-
-    asyncio.run(talk())
-
-
-@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "QUIT", "KILL", "USR1", "USR2"])
-def test_a_channel_signals_the_whole_group(proxy: Proxy, agent: str, name: str) -> None:
-    async def talk() -> None:
-        async with Channel(proxy) as channel:
-            await channel.send({"cmd": "echo ready; sleep 68.5", "agent_name": agent})
-            await channel.next()
-            await asyncio.to_thread(
-                eventually, lambda: processes_with("sleep\x0068.5")
-            )  # bash itself ignores QUIT
-            await channel.send({"signal": name})
-            final = await channel.end()
-            assert (final["exit_code"], final["ended"]) == (
-                128 + signal.Signals[f"SIG{name}"],
-                "exit",
-            )
-
-    asyncio.run(talk())
-    eventually(lambda: not processes_with("sleep\x0068.5"))
-
-
-def test_a_channel_that_is_closed_cancels_its_command(proxy: Proxy, agent: str) -> None:
-    async def talk() -> None:
-        async with Channel(proxy) as channel:
-            await channel.send({"cmd": "echo ready; exec sleep 68.6", "agent_name": agent})
-            await channel.next()
-
-    asyncio.run(talk())
-    eventually(lambda: not processes_with("sleep\x0068.6"))
-
-
-BAD_MESSAGES: list[tuple[list[bytes | dict[str, Any]], str]] = [
-    ([{"cmd": ""}], "cmd"),
-    ([b"{"], "body"),
-    ([{"cmd": "sleep 69", "agent_name": "a b"}], "agent_name"),
-    ([{"cmd": "sleep 69", "cwd": "/nowhere"}], "cwd"),
-    ([{"cmd": "exec sleep 69.5"}, b"\x07"], "channel"),
-    ([{"cmd": "exec sleep 69.5"}, b""], "channel"),
-    ([{"cmd": "exec sleep 69.5"}, {"signal": "STOP"}], "signal"),
-    ([{"cmd": "exec sleep 69.5"}, {"signal": ["INT"]}], "signal"),
-    ([{"cmd": "exec sleep 69.5"}, {}], "signal"),
+WRONG = [
+    pytest.param(["server", "-p", "x"], {}, "--port", id="port-no-number"),
+    pytest.param(["server", "-p", "70000"], {}, "--port", id="port-too-large"),
+    pytest.param(["server", "--workspace", "/no/such"], {}, "--workspace", id="no-such-workspace"),
+    pytest.param(
+        ["server", "--host", "0.0.0.0"], {}, "POCKETCODER_TOKEN", id="open-host-without-a-token"
+    ),
+    pytest.param(
+        ["server", "--host", "::"], {}, "POCKETCODER_TOKEN", id="open-host-of-ip6-without-a-token"
+    ),
+    pytest.param(
+        ["server"],
+        {"POCKETCODER_HOST": "0.0.0.0"},
+        "POCKETCODER_TOKEN",
+        id="open-host-by-variable-without-a-token",
+    ),
+    pytest.param(
+        ["server", "-p", "0"],
+        {"POCKETCODER_TOKEN": "a b"},
+        "POCKETCODER_TOKEN",
+        id="token-with-a-blank",
+    ),
+    pytest.param(
+        ["server", "-p", "0"], {"TMUX_SESSION": "a:b"}, "session", id="session-with-a-colon"
+    ),
+    pytest.param(["server", "-p", "0"], {"PATH": "/nowhere"}, "install", id="no-tmux"),
+    pytest.param(["nonsense"], {}, "nonsense", id="no-such-subcommand"),
+    pytest.param(["server", "-p", "0", "--audit-log", ""], {}, "--audit-log", id="empty-audit-log"),
+    pytest.param(
+        ["server", "-p", "0", "--allow-origin", "*"], {}, "--allow-origin", id="any-origin"
+    ),
+    pytest.param(["server", "-p", "0", "--mcp-idle", "0"], {}, "--mcp-idle", id="idle-zero"),
+    pytest.param(["server", "-p", "0", "--mcp-idle", "ten"], {}, "--mcp-idle", id="idle-no-number"),
+    pytest.param(
+        ["server", "-p", "0"], {"TMUX_SOCKET": "/tmp/\udcff/s"}, "socket_path", id="socket-no-utf-8"
+    ),
 ]
 
 
-@pytest.mark.parametrize(("messages", "said"), BAD_MESSAGES, ids=range(len(BAD_MESSAGES)))
-def test_a_bad_message_ends_the_channel_with_an_error_that_names_it(
-    proxy: Proxy, messages: list[bytes | dict[str, Any]], said: str
+@pytest.mark.parametrize(("words", "variables", "said"), WRONG)
+def test_wrong_settings_end_the_start_with_a_sentence(
+    words: list[str], variables: dict[str, str], said: str
 ) -> None:
-    async def talk() -> None:
-        async with Channel(proxy) as channel:
-            for message in messages:
-                await channel.send(message)
-            final = await channel.end()
-            assert (final["exit_code"], said in final["error"], "ended" in final) == (
-                2,
-                True,
-                False,
-            )
-
-    asyncio.run(talk())
-    eventually(lambda: not processes_with("sleep\x0069.5"))
+    done = run(*words, **variables)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_a_channel_passes_the_gate_and_is_for_websockets_only(own: Callable[..., Proxy]) -> None:
-    server = own("--allow-origin", "http://good.example", POCKETCODER_TOKEN="t0k")
-    token = {"Authorization": "Bearer t0k"}
+def test_a_workspace_whose_path_is_not_utf_8_is_refused(tmp_path: pathlib.Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(path)
+    done = run("server", "-p", "0", "--workspace", os.fsdecode(path))
+    assert done.returncode == 2
+    assert "UTF-8" in done.stderr
 
-    def refused(headers: dict[str, str]) -> int:
-        async def talk() -> int:
-            try:
-                async with Channel(server, headers=headers):
-                    return 101
-            except tornado.httpclient.HTTPError as error:
-                return error.code
 
-        return asyncio.run(talk())
+def test_a_port_in_use_is_reported(proxy: Proxy) -> None:
+    done = run("server", "-p", str(proxy.port), TMUX_SOCKET=f"{proxy.folder}/other/s")
+    assert done.returncode == 1
+    assert str(proxy.port) in done.stderr
+    assert "Traceback" not in done.stderr
 
-    assert refused({}) == 401
-    assert refused(token) == 101
-    assert refused({**token, "Origin": "http://evil.example"}) == 403
-    assert refused({**token, "Origin": "http://good.example"}) == 101
-    shake = {
-        "Upgrade": "websocket",
-        "Connection": "Upgrade",
-        "Sec-WebSocket-Key": "x",
-        "Sec-WebSocket-Version": "13",
-    }
-    for name, wrong in zip(shake, ("h2c", "close", "", "8"), strict=True):
-        status, _, answer = server.request(
-            "GET", "/exec/ws", headers={**token, **shake, name: wrong}
-        )
-        assert (status, json.loads(answer)["exit_code"]) == (400, 2)
-    assert server.post({"cmd": "true"}, "/exec/ws")[0] == 405
+
+def test_a_token_guards_other_interfaces_and_no_command_finds_it(
+    own: StartServer,
+) -> None:
+    server = own("--host", "0.0.0.0", POCKETCODER_TOKEN="g3heim", POCKETCODER_TOKEN_2="kept")
+    pid = server.process.pid
+    search = "; ".join(
+        [
+            "exec 2>/dev/null",
+            f"tr '\\0' '\\n' </proc/{pid}/environ | grep TOKEN",
+            "grep -l g[3]heim /proc/*/environ",
+            f"tmux -S {server.socket} show-environment -g | grep g[3]",
+            f"grep -r g[3]heim {server.folder}",
+        ]
+    )
+    assert server.exec(search)["stdout"] == "POCKETCODER_TOKEN_2=kept\n"
+
+
+@pytest.mark.slow
+def test_sigterm_lets_commands_finish_cancels_the_rest_and_answers_all(
+    warm: StartServer,
+) -> None:
+    server = warm()
+    quick = server.start_exec("sleep 1; echo quick")
+    slow = server.start_exec("echo slow; sleep 64.5", agent_name="slow")
+    wait_until_running("sleep\x0064.5")
+    started = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert quick.result()["stdout"] == "quick\n"
+
+    answer = slow.result()
+    assert answer["ended"] == "cancelled"
+    assert answer["stdout"] == "slow\n"
+    assert "cancelled" in answer["error"]
+    assert server.process.wait(10) == 0
+    assert 4 < time.monotonic() - started < 20
+    assert not processes_with("sleep\x0064.5")
     assert "Traceback" not in server.logged()
 
 
-def test_a_caller_that_leaves_a_full_channel_is_noticed(proxy: Proxy, agent: str) -> None:
-    async def talk() -> None:
-        async with Channel(proxy) as channel:
-            await channel.send({"cmd": "echo ready; exec sleep 68.7", "agent_name": agent})
-            await channel.next()
-            waiting = [
-                asyncio.ensure_future(channel.send(b"\0" * 100_000)) for _ in range(40)
-            ]  # nobody reads them
-            await asyncio.wait(waiting, timeout=0.3)
-            stream: Any = channel.socket.protocol and channel.socket.protocol.stream
-            stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            stream.close()
-            await asyncio.gather(*waiting, return_exceptions=True)
-
-    asyncio.run(talk())
-    eventually(lambda: not processes_with("sleep\x0068.7"), 6)
-
-
-def test_streamable_http_wants_both_types_and_knows_its_methods(proxy: Proxy) -> None:
-    for accept, status in (
-        ("application/json", 406),
-        ("text/event-stream", 406),
-        ("*/*", 200),
-        ("", 200),
-    ):
-        assert mcp(proxy, modern("tools/list"), Accept=accept)[0] == status
-    both = "text/event-stream;q=0.9,application/*"
-    assert mcp(proxy, modern("tools/list"), Accept=both)[0] == 200
-    assert mcp(proxy, modern("tools/list"), Content_Type="text/plain")[0] == 415
-    assert mcp(proxy, b"", "GET")[0] == 405
-    assert mcp(proxy, b"", "DELETE")[0] == 405
-    assert mcp(proxy, b"", "GET", Mcp_Session_Id="gone")[0] == 404
-    assert mcp(proxy, b"", "DELETE", Mcp_Session_Id="gone")[0] == 404
-    assert mcp(proxy, b"", "PUT")[0] == 405
-    assert (
-        mcp(proxy, request("ping"), path="/sse")[0] == 405
-    )  # tells a client that tries POST first to GET
-    assert mcp(proxy, b"", "GET", path="/messages")[0] == 405
-    assert mcp(proxy, b"x" * (16 * 1024 * 1024 + 1))[0] == 413
-    assert mcp(proxy, modern("tools/list"), Origin="http://127.0.0.1.evil.com")[0] == 403
-    assert mcp(proxy, modern("tools/list"), Host="evil.example.com")[0] == 403
-
-
-def test_the_token_may_come_as_a_parameter_where_headers_cannot(
-    own: Callable[..., Proxy], stream: Callable[..., Stream]
+def test_a_stopping_server_answers_mcp_calls_and_ends_their_streams(
+    own: StartServer, stream: OpenStream
 ) -> None:
-    proxy = own(POCKETCODER_TOKEN="s3cret+/=")
-    assert mcp(proxy, modern("tools/list"))[0] == 401
-    assert (
-        proxy.request(
-            "POST", "/mcp?token=s3cret%2B/=", b"{}", {"Content-Type": "application/json"}
-        )[0]
-        == 401
-    )
-    assert stream(proxy, "/sse").status == 401
-    opened = stream(proxy, "/sse?token=s3cret%2B/=")
-    path = opened.next()
-    assert mcp(proxy, request("ping"), path=path)[0] == 202
-    assert opened.next()["result"] == {}
-    assert mcp(proxy, request("ping"), path=path.partition("&")[0])[0] == 401
-    with_header = stream(proxy, "/sse", None, Authorization="Bearer s3cret+/=")
-    assert "token" not in with_header.next()
-
-    async def socket(query: str) -> Any:
-        url = f"ws://127.0.0.1:{proxy.port}/mcp/ws{query}"
-        connection = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
-        await connection.write_message(json.dumps(request("ping")))
-        answer = await connection.read_message()
-        await close(connection)
-        return json.loads(answer or "null")
-
-    with pytest.raises(tornado.httpclient.HTTPClientError):
-        asyncio.run(socket(""))
-    assert asyncio.run(socket("?token=s3cret%2B/="))["result"] == {}
-    assert "s3cret" not in proxy.logged()
-
-
-def test_a_client_of_either_era_is_served_on_an_event_stream(
-    proxy: Proxy, agent: str, stream: Callable[..., Stream]
-) -> None:
+    proxy = own()
+    idle = stream(proxy, "/mcp", None, Mcp_Session_Id=opened(proxy))
     events = stream(proxy, "/sse")
     path = events.next()
+    params = {"name": "exec", "arguments": {"cmd": "sleep 0.6; echo done"}}
+    assert mcp_status(proxy, request("tools/call", params), path=path) == 202
 
-    def ask(message: dict[str, Any]) -> Any:
-        assert mcp(proxy, message, path=path, MCP_Protocol_Version="", Mcp_Method="")[0] == 202
-        return events.next()
-
-    assert (
-        ask(request("initialize", {**INITIALIZE, "protocolVersion": "2024-11-05"}))["result"][
-            "protocolVersion"
-        ]
-        == "2024-11-05"
-    )
-    assert "annotations" not in ask(request("tools/list"))["result"]["tools"][0]
-    assert ask(modern("server/discover", id_="d"))["result"]["supportedVersions"] == ["2026-07-28"]
-    assert ask(modern("tools/call", EXEC))["result"]["resultType"] == "complete"
-    assert ask(modern("tools/list", version="2099-01-01"))["error"]["code"] == -32022
-    assert ask(request("nope", id_=0)) == {"jsonrpc": "2.0", "id": 0, "error": ANY_ERROR}
-    assert ask(request("server/discover"))["error"]["code"] == -32602
-    assert mcp(proxy, b"{", path=path)[0] == 400
-    assert mcp(proxy, b'{"jsonrpc":"2.0","id":null,"method":"ping"}', path=path)[0] == 400
-    assert mcp(proxy, request("ping"), path="/messages?session_id=gone")[0] == 404
-    assert mcp(proxy, request("ping"), path="/messages")[0] == 404
-    assert stream(proxy, "/sse?session_id=a%20b").status == 400
-    arguments = {"cmd": "sleep 75.5", "agent_name": agent}
-    assert (
-        mcp(
-            proxy,
-            modern("tools/call", {"name": "exec", "arguments": arguments}, id_="c"),
-            path=path,
-        )[0]
-        == 202
-    )
-    eventually(lambda: processes_with("sleep\x0075.5"))
-    cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "c"}}
-    assert mcp(proxy, cancel, path=path)[0] == 202
-    eventually(lambda: not processes_with("sleep\x0075.5"))
-    assert ask(request("ping", id_="after"))["id"] == "after"  # and none for the cancelled one
-
-
-class AnyError(dict[str, Any]):
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, dict) and set(other) == {"code", "message"}
-
-
-ANY_ERROR = AnyError()
-
-
-def test_a_websocket_is_a_session_that_nothing_but_its_end_ends(proxy: Proxy, agent: str) -> None:
-    async def talk() -> None:
-        url = f"ws://127.0.0.1:{proxy.port}/mcp/ws"
-        socket: Any = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
-        assert socket.selected_subprotocol == "mcp"
-
-        async def ask(message: Any) -> Any:
-            sent = message if isinstance(message, (str, bytes)) else json.dumps(message)
-            await socket.write_message(sent, binary=isinstance(sent, bytes))
-            return json.loads(await asyncio.wait_for(socket.read_message(), 10) or "null")
-
-        assert (await ask("{"))["error"]["code"] == -32700
-        assert (await ask(b"\xff"))["error"]["code"] == -32700
-        assert (await ask("[]"))["id"] is None
-        assert (await ask(request("initialize", INITIALIZE, id_="a")))["id"] == "a"
-        assert (await ask(request("tools/call", EXEC, id_=0)))["result"]["structuredContent"][
-            "output"
-        ] == "hi\n"
-        assert (await ask(modern("server/discover")))["result"]["resultType"] == "complete"
-        params = {"name": "exec", "arguments": {"cmd": "echo go; sleep 76.5", "agent_name": agent}}
-        told = await ask(request("tools/call", {**params, "_meta": {"progressToken": "x"}}, id_=3))
-        assert told["params"]["message"] == "go"
-        await close(socket)
-        await asyncio.to_thread(eventually, lambda: not processes_with("sleep\x0076.5"))
-
-    asyncio.run(talk())
-    assert proxy.request("GET", "/mcp/ws")[0] == 400
-    head = {
-        "Upgrade": "websocket",
-        "Connection": "Upgrade",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": pp.WS_KEY,
-    }
-    assert (
-        proxy.request("GET", "/mcp/ws", headers={**head, "Origin": "http://evil.example.com"})[0]
-        == 403
-    )
-
-
-def frame(text: str) -> bytes:
-    """A WebSocket frame of a client, with a mask of zeros."""
-    data = text.encode()
-    size = bytes([128 | len(data)]) if len(data) < 126 else b"\xfe" + len(data).to_bytes(2, "big")
-    return b"\x81" + size + bytes(4) + data
-
-
-def shaken(proxy: Proxy, path: str, after: bytes = b"") -> socket.socket:
-    """A WebSocket whose handshake and first frames come in one piece."""
-    peer = socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
-    head = (
-        f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-    )
-    head += f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {pp.WS_KEY}\r\nSec-WebSocket-Protocol: mcp\r\n\r\n"
-    peer.sendall(head.encode() + after)
-    return peer
-
-
-def test_a_burst_of_messages_is_answered_whole(proxy: Proxy) -> None:
-    burst = b"".join(frame(json.dumps(request("ping", id_=number))) for number in range(300))
-    with shaken(proxy, "/mcp/ws", burst) as peer, peer.makefile("rb") as file:
-        got = b""
-        while b'"id":299,' not in got:
-            piece = file.read1()
-            assert piece
-            got += piece
-    assert [int(number) for number in re.findall(rb'"id":(\d+),', got)] == list(range(300))
-
-
-def test_what_comes_and_goes_at_once_leaves_nothing(own: Callable[..., Proxy]) -> None:
-    proxy = own()
-    proxy.exec("true")
-    before = proxy.descriptors()
-    params = {"name": "exec", "arguments": {"cmd": "sleep 78.5"}}
-    cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
-    for _ in range(10):
-        shaken(
-            proxy,
-            "/mcp/ws",
-            frame(json.dumps(request("tools/call", params))) + b"\x88\x80" + bytes(4),
-        ).close()
-        half = socket.create_connection(("127.0.0.1", proxy.port))
-        half.sendall(
-            b"POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
-        )
-        half.close()
-        half = socket.create_connection(("127.0.0.1", proxy.port))
-        half.sendall(b"GET /exec/ws HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
-        half.close()
-        reset = shaken(proxy, "/exec/ws", b"x" * 100)
-        reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        reset.close()
-    both = frame(json.dumps(request("tools/call", params))) + frame(json.dumps(cancel))
-    with shaken(proxy, "/mcp/ws", both + both + frame(json.dumps(request("ping", id_=1)))) as peer:
-        got = b""
-        while b'"result":{}' not in got:  # the id is free again
-            got += peer.recv(4096)
-    for _ in range(3):  # its output is just being written
-        flood = Stream(proxy, "/exec", {"cmd": "yes"}, Accept="text/event-stream")
-        assert flood.next()["stdout"].startswith("y\n")
-        flood.close()
-    eventually(lambda: not processes_with("sleep\x0078.5"))
-    eventually(lambda: proxy.descriptors() <= before)
-    assert proxy.stop() == 0  # a failure that nobody heard of is logged at last
-    assert "Traceback" not in proxy.logged()
-
-
-def test_the_gate_comes_before_the_body_of_an_upgrade_too(own: Callable[..., Proxy]) -> None:
-    proxy = own(POCKETCODER_TOKEN="t")
-    before = proxy.memory()
-    for path in ("/mcp/ws", "/exec/ws"):
-        with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
-            peer.sendall(
-                f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 400000000\r\n\r\n".encode()
-            )
-            with contextlib.suppress(OSError):
-                for _ in range(100):
-                    peer.sendall(bytes(1_000_000))
-    assert proxy.peak() - before < 30_000_000
+    wait_until_running("sleep\x000.6")
+    started = time.monotonic()
+    assert proxy.stop() == 0
+    assert time.monotonic() - started < 4
+    assert text_of(events.next()["result"]) == "done\n"
+    assert events.next() is idle.next() is None
 
 
 @pytest.mark.slow
-def test_a_body_that_serves_nobody_takes_no_memory(own: Callable[..., Proxy]) -> None:
-    proxy = own()
-    proxy.exec("true")
-    files, before = proxy.descriptors(), proxy.memory()
-    unread = ["GET /health", "HEAD /health", "OPTIONS /exec"] * 2
-    with contextlib.ExitStack() as held:
-        for number, start in enumerate(unread + ["POST /exec"] * 5):
-            head = f"{start} HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\n"
-            head += "Content-Type: application/json\r\nContent-Length: 16000000\r\n\r\n"
-            peer = held.enter_context(
-                socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
-            )
-            peer.sendall(head.encode() + bytes(15_000_000))
-            if number + 1 >= len(unread):  # it leaves before the end of its body
-                held.close()
-                eventually(lambda: proxy.descriptors() <= files)
-    assert proxy.peak() - before < 50_000_000
+def test_a_queued_command_is_refused_when_the_server_stops(warm: StartServer) -> None:
+    server = warm()
+    running = [server.start_exec("sleep 1; echo ran") for _ in range(4)]
+    eventually(lambda: len(processes_with("sleep\x001")) >= 4)
+    queued = Background(lambda: server.post({"cmd": f"touch {server.folder}/queued"}))
+    time.sleep(0.2)
+    server.process.send_signal(signal.SIGTERM)
+    status, answer = queued.result()
+    assert status == 503
+    assert answer["exit_code"] == 125
+    assert [call.result()["stdout"] for call in running] == ["ran\n"] * 4
+    assert server.process.wait(10) == 0
+    assert not os.path.exists(f"{server.folder}/queued")
 
 
-@pytest.mark.parametrize(("length", "status"), [("abc", 400), ("9" * 5000, 413)])
-def test_a_length_that_is_no_number_is_the_callers_fault(
-    own: Callable[..., Proxy], length: str, status: int
-) -> None:
-    proxy = own()
-    head = "POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
-        peer.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode())
-        assert peer.recv(100).startswith(f"HTTP/1.1 {status} ".encode())
-    assert "Traceback" not in proxy.logged()
-
-
-def test_what_is_refused_as_http_is_not_logged_with_its_token(own: Callable[..., Proxy]) -> None:
-    proxy = own(POCKETCODER_TOKEN="geheim")
-    for line in (b"Authorization: Bearer geheim\x01", b"Bearer geheim\x01: x", b"Host: geheim@x"):
-        with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
-            peer.sendall(b"GET /servers HTTP/1.1\r\n" + line + b"\r\n\r\n")
-            assert peer.recv(100).startswith(b"HTTP/1.1 40")  # 400; 401 where Tornado is old
-    assert "geheim" not in proxy.logged()
-
-
-def test_who_has_no_token_does_not_learn_which_servers_there_are(own: Callable[..., Proxy]) -> None:
-    proxy = own(
-        "--allow-origin", "http://app.example.com", "--mcp-server=x=cat", POCKETCODER_TOKEN="t0k"
+def test_text_typed_before_the_first_command_never_runs(own: StartServer) -> None:
+    server = own()
+    subprocess.run(
+        [
+            *("tmux", "-S", server.socket, "new-session", "-d", "-s", "pocketcoder"),
+            *("-n", "poco:terminal", "--", "/bin/bash", "-i"),
+        ],
+        env=server.env,
+        check=True,
     )
-    for headers, status in (({}, 401), ({"Origin": "http://app.example.com"}, 204)):
-        for name in ("x", "none"):
-            assert proxy.request("OPTIONS", f"/servers/{name}/mcp", None, headers)[0] == status
+    eventually(lambda: server.screen("poco").rstrip().endswith("$"))
+    time.sleep(0.3)
+    server.type("poco", f"touch {server.folder}/typed &&", "Enter")
+    eventually(lambda: server.screen("poco").rstrip().endswith(">"))
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+    assert not os.path.exists(f"{server.folder}/typed")
 
 
-@pytest.mark.parametrize("digits", [200, 305, 350, 5000])
-def test_numbers_of_any_length_are_told_by_the_name_of_their_field(
-    proxy: Proxy, digits: int
-) -> None:
-    number = "9" * digits
-    assert proxy.post(f'{{"cmd": "echo ok", "unknown": {number}}}'.encode())[0] == 200
-    status, answer = proxy.post(f'{{"cmd": "true", "timeout": {number}}}'.encode())
-    assert (status, answer["error"].startswith("`timeout`")) == (400, True), answer
-    answer = mcp(
-        proxy,
-        f'{{"jsonrpc": "2.0", "id": 1, "method": "ping", "params": {{"x": {number}}}}}'.encode(),
-    )[2]
-    assert answer["error"]["code"] in (-32600, -32700)  # of no session, or of no number
+def test_a_server_whose_first_terminal_is_slow_stops_at_once(warm: StartServer) -> None:
+    server = warm()
+    assert server.stop() == 0
+
+    pathlib.Path(server.folder, "home/.bashrc").write_text("sleep 12\n")
+    server.tmux("kill-server")
+    server.start()
+    waiting = server.start_exec("true")
+    wait_until_running("sleep\x0012\x00")
+    started = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - started < 4.5
+
+    with pytest.raises(AssertionError, match="stopping"):
+        waiting.result()
 
 
-def test_a_browser_that_may_call_sees_the_session(own: Callable[..., Proxy]) -> None:
-    proxy = own("--allow-origin", "http://app.example.com", "--mcp-server=x=cat")
-    _, headers, _ = mcp(proxy, request("initialize", INITIALIZE), Origin="http://app.example.com")
-    assert headers["access-control-expose-headers"] == "Mcp-Session-Id"
-    asked = {"Origin": "http://app.example.com", "Access-Control-Request-Method": "POST"}
-    status, headers, _ = proxy.request("OPTIONS", "/servers/x/mcp", None, asked)
-    assert status == 204
-    status, headers, _ = proxy.request("OPTIONS", "/mcp", None, asked)
-    assert status == 204
-    assert {"Mcp-Method", "Mcp-Name", "MCP-Protocol-Version"} <= set(
-        headers["access-control-allow-headers"].split(", ")
+def test_an_unread_log_blocks_nothing(own: StartServer) -> None:
+    server = own()
+    server.stop()
+    unread, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 8192)
+    server.log_to(write)
+    server.start()
+    for number in range(60):
+        assert server.exec(f"exit {number}")["exit_code"] == number
+    assert server.stop() == 0
+    assert b"exec end agent=poco" in os.read(unread, 4096)
+
+    os.close(unread)
+
+
+def test_a_server_without_commands_stops_at_once(warm: StartServer) -> None:
+    server = warm()
+    started = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - started < 4.5
+    assert "Traceback" not in server.logged()
+
+
+def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(warm: StartServer) -> None:
+    server = warm()
+    server.tmux("kill-server")
+    os.rename(f"{server.folder}/tmux", f"{server.folder}/away")
+    pathlib.Path(f"{server.folder}/tmux").write_text("a file in the way")
+    status, answer = server.post({"cmd": "true"})
+    assert status == 503
+    assert answer["exit_code"] == 125
+    assert "tmux" in answer["error"]
+    assert server.status("GET", "/health") == 200
+
+    os.unlink(f"{server.folder}/tmux")
+    assert server.exec("echo back")["stdout"] == "back\n"
+
+
+@pytest.fixture
+def image() -> Iterator[str]:
+    """A folder as an image of PocketCoder's sandbox has it: `tmux` in it is open to all."""
+    folder = tempfile.mkdtemp(prefix="pc")
+    subprocess.run(
+        ["bash", "-c", 'rm -rf "$1"/*; mkdir -p "$1"; chmod 777 "$1"', "bash", f"{folder}/tmux"],
+        check=True,
     )
+    yield folder
+    # Also where no server took the session over.
+    kill_tmux(f"{folder}/tmux/s")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_half_open_and_slow_clients_hold_up_nobody(own: Callable[..., Proxy]) -> None:
-    proxy = own()
-    body = json.dumps(modern("tools/list")).encode()
-    head = b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    head += b"MCP-Protocol-Version: 2026-07-28\r\nMcp-Method: tools/list\r\n"
-    stuck = [socket.create_connection(("127.0.0.1", proxy.port)) for _ in range(50)]
-    for number, each in enumerate(stuck):
-        each.sendall((head + b"Content-Length: 500\r\n\r\n" + body)[: 20 + number * 8])
-    slow = socket.create_connection(("127.0.0.1", proxy.port))
-    for byte in head + b"Content-Length: %d\r\n\r\n" % len(body) + body:
-        slow.sendall(bytes([byte]))
-    assert slow.recv(100).startswith(b"HTTP/1.1 200 OK")
-    assert mcp(proxy, modern("tools/list"))[0] == 200
-    for each in (*stuck, slow):
-        each.close()
-    eventually(lambda: proxy.descriptors() < 30)
+# What that image's own entry point does, some seconds after it started the server.
+ENTRYPOINT = lines(
+    "set -e",
+    "tmux -S $1/tmux/s new-session -d -s pocketcoder -n system",
+    "chmod 777 $1/tmux/s",
+    "tmux -S $1/tmux/s new-window -t pocketcoder -n poco-terminal -c $1/work",
+)
 
 
-def test_who_only_connects_makes_room_for_who_asks(own: Callable[..., Proxy], agent: str) -> None:
-    proxy = own()
-    resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (100, 1000))
-    busy = proxy.start_exec("touch up; until [ -e go ]; do sleep 0.02; done; echo gone")
-    eventually(lambda: os.path.exists(f"{proxy.workspace}/up"))
-    with contextlib.ExitStack() as idle:
-        for _ in range(200):
-            idle.enter_context(socket.create_connection(("127.0.0.1", proxy.port), timeout=10))
-        assert proxy.exec("touch go; echo hi", agent_name=agent)["stdout"] == "hi\n"
-        assert busy.result()["stdout"] == "gone\n"  # who waits for an answer was not parted from
-        assert proxy.descriptors() < 100
-
-
-@pytest.mark.slow
-def test_an_answer_that_nobody_reads_is_not_kept_for_ever(own: Callable[..., Proxy]) -> None:
-    proxy = own()
-    proxy.stop()
-    hasty = "import sys, pocketcoder_proxy as module; module.SLOW_READER_TIMEOUT = 1; sys.exit(module.main())"
-    proxy.words = [sys.executable, "-c", hasty, *proxy.words[2:]]
-    proxy.env["PYTHONPATH"] = str(MODULE.parent)
-    proxy.start()
-    proxy.exec("true")
-    body = json.dumps({"cmd": "yes | head -c 30000000", "max_output": 30_000_000})
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as unread:
-        head = "POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        unread.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        assert unread.recv(15) == b"HTTP/1.1 200 OK"
-        there = rf":{proxy.port:04X} \w+:{unread.getsockname()[1]:04X} 01"  # established, as the server sees it
-        table = pathlib.Path("/proc/net/tcp")
-        assert re.search(there, table.read_text())
-        eventually(lambda: not re.search(there, table.read_text()), 20)
-
-
-def test_headers_beyond_the_limit_end_the_connection(proxy: Proxy) -> None:
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer:
-        got = b""
-        with contextlib.suppress(ConnectionError):
-            peer.sendall(
-                b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "
-                + b"a" * pp.MAX_HEADERS
-                + b"\r\n\r\n"
-            )
-            got = peer.recv(100)
-    assert got == b""
-
-
-@pytest.mark.slow
-def test_a_server_without_descriptors_rests_and_recovers(own: Callable[..., Proxy]) -> None:
-    proxy = own()
-    proxy.exec("true")
-    limits = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))  # no new one
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=10):
-        eventually(lambda: proxy.logged().count("accept failed") == 2)  # a second try
-        assert len(proxy.logged()) < 2000
-        resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, limits)
-        assert proxy.request("GET", "/health")[0] == 200
-
-
-def test_an_error_before_the_body_is_read_says_that_the_connection_ends(proxy: Proxy) -> None:
-    wrong = [
-        ("POST", "/exec", {}),
-        ("POST", "/nowhere", JSON_TYPE),
-        ("GET", "/exec", {}),
-        ("GET", "/mcp", {}),
-    ]
-    for method, path, headers in wrong:
-        assert proxy.request(method, path, b"{}", headers)[1]["connection"] == "close"
-    connection = proxy.connect()
-    for _ in range(2):  # behind it the connection goes on
-        connection.request("POST", "/exec", b"{}", JSON_TYPE)
-        answer = connection.getresponse()
-        assert (answer.status, answer.getheader("Connection")) == (400, None)
-        answer.read()
-    connection.close()
-
-
-def exchange(proxy: Proxy, sent: bytes) -> bytes:
-    """All that the server says to that."""
-    got = b""
-    with (
-        socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as peer,
-        contextlib.suppress(ConnectionError),
-    ):
-        peer.sendall(sent)
-        peer.shutdown(socket.SHUT_WR)
-        while piece := peer.recv(65536):
-            got += piece
-    return got
-
-
-def test_whatever_comes_over_http_has_an_answer_in_its_shape(proxy: Proxy) -> None:
-    dice = random.Random(12)
-    types = ("application/json", "application/json; charset=utf-8", "text/plain", "\xff", "")
-    names = [
-        "Accept",
-        "Origin",
-        "Authorization",
-        "Mcp-Session-Id",
-        "MCP-Protocol-Version",
-        "Mcp-Method",
-        "Mcp-Name",
-    ]
-    names += [
-        "Content-Type",
-        "Host",
-        "Upgrade",
-        "Connection",
-        "Cookie",
-        "Expect",
-        "Last-Event-ID",
-        "X-Forwarded-For",
-    ]
-    values = [
-        *types,
-        "*/*",
-        "text/event-stream;q=0",
-        "null",
-        "http://localhost",
-        "Bearer",
-        "Bearer x",
-        "websocket",
-    ]
-    values += [
-        "Upgrade",
-        pp.MODERN,
-        "tools/call",
-        "localhost:1",
-        "[::1]",
-        "[",
-        "a@localhost",
-        "=?base64?x?=",
-        "100-continue",
-    ]
-    paths = [
-        "/health",
-        "/exec",
-        "/exec/ws",
-        "/mcp",
-        "/mcp/ws",
-        "/messages",
-        "/servers",
-        "/servers/x/mcp",
-        "/%ff",
-        "//",
-        "*",
-    ]
-    paths += [
-        "/exec?a=%ff",
-        "/messages?session_id=%ff",
-        "/sse?session_id=" + "x" * 200,
-        "/mcp/ws?token=%00",
-        "/\xe9",
-    ]
-    for _ in range(60 * FUZZ):
-        body = dice.choice(
-            [b"", b"{}", b'{"cmd": ""}', json.dumps(request("ping")).encode(), dice.randbytes(20)]
-        )
-        lines = [
-            f"{dice.choice(('GET', 'POST', 'DELETE', 'OPTIONS', 'PUT', 'X'))} {dice.choice(paths)} HTTP/1.1"
-        ]
-        lines += ["Host: localhost", "Connection: close"] if dice.random() < 0.9 else []
-        lines += (
-            [f"Content-Length: {len(body)}"] if dice.random() < 0.9 else ["Content-Length: \xb2"]
-        )
-        lines += [f"Content-Type: {dice.choice(types)}"] if dice.random() < 0.8 else []
-        for _ in range(dice.randrange(3)):
-            lines.append(
-                f"{dice.choice(names)}: {dice.choice([dice.choice(values), words(dice).strip()])}"
-            )
-        sent = (
-            "\r\n".join([*lines, "", ""]).encode(
-                "utf-8" if dice.random() < 0.5 else "latin-1", "replace"
-            )
-            + body
-        )
-        sent = spoil(dice, sent) if dice.random() < 0.4 else sent
-        got = exchange(proxy, sent)
-        while got.startswith(b"HTTP/1.1 100 "):
-            got = got.partition(b"\r\n\r\n")[2]
-        head, _, answer = got.partition(b"\r\n\r\n")
-        status = int((re.match(rb"HTTP/1\.1 (\d{3}) ", head) or [b"", b"0"])[1])
-        assert not got or status, (sent, got)
-        assert status < 500, (sent, got)
-        if status < 400 or not answer or b"HTTP/1.1 " in answer:
-            continue
-        told = json.loads(answer)
-        if "jsonrpc" in told:
-            assert any(path in sent for path in (b"/mcp", b"/sse", b"/messages")), (sent, got)
-            assert type(told["error"]["code"]) is int, (sent, got)
-        else:
-            assert isinstance(told["error"], str), (sent, got)
-            assert told["exit_code"] in (2, 125), (sent, got)
-    assert proxy.request("GET", "/health")[0] == 200
-    assert "Traceback" not in proxy.logged(), proxy.logged()[-3000:]
-
-
-def client_frame(dice: random.Random, data: bytes, opcode: int) -> bytes:
-    """A WebSocket frame of a client, masked."""
-    mask, size = dice.randbytes(4), len(data)
-    length = bytes([128 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
-    return (
-        bytes([opcode]) + length + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
+def enter(folder: str) -> subprocess.CompletedProcess[str]:
+    os.makedirs(f"{folder}/work", exist_ok=True)
+    words = ["bash", "-c", ENTRYPOINT, "bash", folder]
+    return subprocess.run(
+        words,
+        env=outer_environment() | {"HOME": f"{folder}/home"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
     )
 
 
-@pytest.mark.parametrize("path", ["/exec/ws", "/mcp/ws"])
-def test_whatever_frames_come_the_socket_ends_and_nothing_is_left(
-    proxy: Proxy, agent: str, path: str
-) -> None:
-    dice, before = random.Random(13), proxy.descriptors()
-    opcodes = (0x81, 0x82, 0x81, 0x82, 0x01, 0x02, 0x00, 0x80, 0x88, 0x89, 0x8A)
-    run = {"cmd": "cat; exec sleep 74.25", "agent_name": agent}
-    calls = [
-        request("tools/call", {"name": "exec", "arguments": run}, id_=number) for number in (1, "x")
-    ]
-    texts = [
-        json.dumps(each).encode()
-        for each in (run, *calls, request("ping"), {"signal": "INT"}, [], {"cmd": ""})
-    ]
-    for _ in range(20 * FUZZ):
-        sent = b""
-        for _ in range(dice.randrange(6)):
-            data = dice.choice(
-                [
-                    dice.choice(texts),
-                    dice.choice([b"\0stdin", b"\xff\0", b"\xff", b"", b"\x03\xe8"]),
-                ]
-            )
-            data = spoil(dice, data) if dice.random() < 0.3 else data
-            sent += client_frame(dice, data, dice.choice((*opcodes, dice.randrange(256))))
-        sent = spoil(dice, sent) if dice.random() < 0.3 else sent
-        with shaken(proxy, path, sent) as peer, contextlib.suppress(OSError):
-            peer.shutdown(socket.SHUT_WR)
-            while peer.recv(65536):
-                pass
-    eventually(lambda: not processes_with("sleep\x0074.25"), 10)
-    eventually(lambda: proxy.descriptors() <= before + 10, 10)
-    assert "Traceback" not in proxy.logged(), proxy.logged()[-3000:]
+def has_session(server: Proxy) -> bool:
+    words = ["tmux", "-S", server.socket, "has-session", "-t", "=pocketcoder"]
+    return subprocess.run(words, capture_output=True, check=False).returncode == 0
 
+
+def windows(server: Proxy) -> list[str]:
+    """Names of windows, once for each pane."""
+    there = server.tmux("list-panes", "-s", "-t", "=pocketcoder:", "-F", "#{window_name}")
+    return there.split("\n")
+
+
+# Prints the number of the shell's terminal.
+WHERE = "cut -d' ' -f7 /proc/$$/stat"
+
+
+def terminal_of(server: Proxy, window: str) -> int:
+    tty = server.tmux("display-message", "-p", "-t", f"=pocketcoder:={window}", "#{pane_tty}")
+    return os.stat(tty).st_rdev
+
+
+def test_an_entrypoint_may_start_the_server_first_and_its_session_later(
+    image: str, own: StartServer
+) -> None:
+    server = own(folder=image)
+    assert server.status("GET", "/health") == 200
+    # It does nothing, so there is nothing to wait for.
+    time.sleep(0.3)
+    assert not has_session(server)
+
+    done = enter(image)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco-terminal')}\n"
+    assert server.exec("pwd")["stdout"] == f"{server.workspace}\n"
+    assert windows(server) == ["system", "poco-terminal"]
+
+    assert server.exec(WHERE, agent_name="alice")["exit_code"] == 0
+    assert windows(server) == ["system", "poco-terminal", "alice:terminal"]
+
+
+def test_a_directory_open_to_all_gets_the_sticky_bit_and_is_logged(
+    image: str, own: StartServer
+) -> None:
+    server = own(folder=image)
+    assert stat.S_IMODE(os.stat(f"{image}/tmux").st_mode) == 0o1777
+    told = [line for line in server.logged().splitlines() if "sticky" in line]
+    assert len(told) == 1
+    assert f"{image}/tmux" in told[0]
+
+
+def test_a_server_creates_its_session_with_the_first_command(image: str, own: StartServer) -> None:
+    server = own(folder=image)
+    assert server.status("GET", "/health") == 200
+    # It does nothing, so there is nothing to wait for.
+    time.sleep(0.3)
+    assert not has_session(server)
+    assert server.exec("echo first")["stdout"] == "first\n"
+    assert windows(server) == ["poco:terminal"]
+    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco:terminal')}\n"
+
+
+def test_an_existing_session_is_used(image: str, own: StartServer) -> None:
+    assert enter(image).returncode == 0
+    server = own(folder=image)
+    assert windows(server) == ["system", "poco-terminal"]
+    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco-terminal')}\n"
+    assert windows(server) == ["system", "poco-terminal"]
+
+
+# ==========================================================================
+# Comparison with bash
+# ==========================================================================
 
 # What `bash -c` makes of a line, every door makes of it.  Each line runs in a directory of its own
 # that has the FILES.  None depends on times, on process ids or on the machine.
@@ -8346,7 +10669,7 @@ FILES = {
     ".hidden": "",
     "sub/e.txt": "",
 }
-# Variables whose values are the sandbox's: those of the terminal, of the shell in it, and our own.
+# The sandbox has its own values of these: variables of the terminal, of its shell, and ours.
 OWN = "_|SHELL|SHLVL|OLDPWD|TERM|TERM_PROGRAM|TERM_PROGRAM_VERSION|POCKETCODER_[A-Z_]*"
 SAYING = [
     pytest.param("echo out; echo err >&2; echo out; echo err >&2", id="out-and-err-in-turn"),
@@ -8859,7 +11182,8 @@ PROGRAMS = [
     pytest.param('bash -c \'exec bash -c "exec bash -c \\"echo deep\\""\'', id="bash-by-exec"),
     pytest.param("ls -la / >/dev/null & ls nosuch; wait; echo $?", id="beside-each-other"),
 ]
-GIVEN = "one\n  two\\\nécho three\nno newline"  # what the lines below have on stdin
+# The stdin of the lines below.
+GIVEN = "one\n  two\\\nécho three\nno newline"
 FED = [
     pytest.param("cat", id="fed-whole"),
     pytest.param("wc -c; cat; echo $?", id="fed-once"),
@@ -8883,8 +11207,8 @@ FED = [
     pytest.param("exec <&-; cat; echo $?", id="fed-and-closed"),
     pytest.param("[ -t 0 ]; echo $?; xargs -n 1 echo", id="fed-to-xargs"),
 ]
-
-HANGS = 8  # s: no line takes that long
+# No line takes that many seconds.
+HANGS = 8
 
 
 class Ended(NamedTuple):
@@ -8892,11 +11216,12 @@ class Ended(NamedTuple):
 
     code: int
     out: bytes
-    err: bytes  # empty where both come as one
+    # Empty where both come as one.
+    err: bytes
 
 
 class Doors:
-    """Plain bash, and every way to run a command through a server, as functions of the same kind."""
+    """Plain bash, and every way to run a command through a server, as like functions."""
 
     def __init__(self, proxy: Proxy, folder: pathlib.Path) -> None:
         self.proxy = proxy
@@ -8907,7 +11232,11 @@ class Doors:
         (folder / "given").write_text(GIVEN)
 
     def plain(self, cmd: str, cwd: str, stdin: str | None, apart: bool = False) -> Ended:
-        env = {**self.proxy.env, **pp.QUIET_PROGRAMS, "PWD": f"{self.proxy.workspace}/{cwd}"}
+        env = {
+            **self.proxy.env,
+            **pp.QUIET_PROGRAMS,
+            "PWD": f"{self.proxy.workspace}/{cwd}",
+        }
         done = self.run(["bash", "-c", cmd], cwd, stdin, env, apart)
         # Where a signal ended it, a shell reports 128 + n.
         code = done.returncode if done.returncode >= 0 else 128 - done.returncode
@@ -8936,7 +11265,12 @@ class Doors:
         return Ended(done.returncode, done.stdout, done.stderr)
 
     def mcp(self, cmd: str, cwd: str, stdin: str | None, agent: str) -> Ended:
-        arguments = {"cmd": cmd, "cwd": cwd, "agent_name": agent, "timeout": HANGS}
+        arguments = {
+            "cmd": cmd,
+            "cwd": cwd,
+            "agent_name": agent,
+            "timeout": HANGS,
+        }
         if stdin is not None:
             arguments["stdin"] = stdin
         result = call(self.proxy, "exec", **arguments)["structuredContent"]
@@ -8955,6 +11289,7 @@ class Doors:
                 os.close(write)
             else:
                 given = os.open(self.folder / "given", os.O_RDONLY)
+
             stack.callback(os.close, given)
 
             return subprocess.run(
@@ -9090,7 +11425,7 @@ def comparison(request: pytest.FixtureRequest, doors: Doors) -> Iterator[Compari
 
 
 @pytest.mark.parametrize(("line", "door"), CASES)
-def test_a_line_does_through_every_door_what_it_does_with_bash(
+def test_a_line_works_through_every_door_as_with_bash(
     comparison: Comparison, line: str, door: str
 ) -> None:
     got, expected = comparison.ends[line, door].result(60)
@@ -9099,7 +11434,7 @@ def test_a_line_does_through_every_door_what_it_does_with_bash(
     assert got.err == expected.err
 
 
-@pytest.mark.parametrize("descriptor", [1, 2])
+@pytest.mark.parametrize("descriptor", [1, 2], ids=["stdout", "stderr"])
 @pytest.mark.parametrize("door", ["exec", "stream", "shell", "mcp"])
 def test_a_program_cannot_read_its_own_output_back(
     doors: Doors, agent: str, door: str, descriptor: int
@@ -9138,7 +11473,7 @@ LATE = [
 @pytest.mark.parametrize("door", ["exec", "stream", "shell", "mcp"])
 @pytest.mark.parametrize(("cmd", "expected"), LATE)
 @pytest.mark.slow
-def test_what_late_children_write_is_whole_in_each_of_a_thousand_tries(
+def test_output_of_late_children_is_complete_in_a_thousand_tries(
     doors: Doors, agent: str, cmd: str, expected: bytes, door: str
 ) -> None:
     def attempt(number: int) -> bytes:
@@ -9151,334 +11486,6 @@ def test_what_late_children_write_is_whole_in_each_of_a_thousand_tries(
 
 
 # ==========================================================================
-# Application
-# ==========================================================================
-@pytest.mark.slow
-def test_a_log_that_cannot_be_written_hinders_nothing(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.stop()
-    server.log = open("/dev/full", "a")  # noqa: SIM115
-    server.start()
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-    assert server.stop() == 0
-
-
-def test_the_server_says_where_it_listens_and_how_to_watch(own: Callable[..., Proxy]) -> None:
-    server = own()
-    assert server.said == f"pocketcoder: listening on http://127.0.0.1:{server.port}\n"
-    attach = f"tmux -S {server.socket} new-session -A -s pocketcoder"
-    eventually(lambda: attach in server.logged())
-
-
-def test_a_server_makes_no_session_before_it_is_needed(own: Callable[..., Proxy]) -> None:
-    server = own()
-    assert server.request("GET", "/health")[0] == 200
-    assert call(server, "list_terminals")["structuredContent"] == {"terminals": []}
-    assert call(server, "read_terminal")["isError"]
-    assert not os.path.exists(server.socket)
-    assert server.exec("echo made")["stdout"] == "made\n"
-
-
-@pytest.mark.parametrize("words", [["--version"], ["server", "--version"]])
-def test_the_version_is_told_on_both_levels(words: list[str]) -> None:
-    assert run(*words).stdout.strip().endswith(pp.VERSION)
-
-
-@pytest.mark.parametrize("words", [["--help"], ["server", "--help"]])
-def test_help_is_told_on_both_levels(words: list[str]) -> None:
-    done = run(*words)
-    assert done.returncode == 0
-    assert "usage" in done.stdout
-
-
-WRONG: list[tuple[list[str], dict[str, str], str]] = [
-    (["server", "-p", "x"], {}, "--port"),
-    (["server", "-p", "70000"], {}, "--port"),
-    (["server", "--workspace", "/no/such"], {}, "--workspace"),
-    (["server", "--host", "0.0.0.0"], {}, "POCKETCODER_TOKEN"),
-    (["server", "--host", "::"], {}, "POCKETCODER_TOKEN"),
-    (["server"], {"POCKETCODER_HOST": "0.0.0.0"}, "POCKETCODER_TOKEN"),
-    (["server", "-p", "0"], {"POCKETCODER_TOKEN": "a b"}, "POCKETCODER_TOKEN"),
-    (["server", "-p", "0"], {"TMUX_SESSION": "a:b"}, "session"),
-    (["server", "-p", "0"], {"PATH": "/nowhere"}, "install"),
-    (["nonsense"], {}, "nonsense"),
-    (["server", "-p", "0", "--audit-log", ""], {}, "--audit-log"),
-    (["server", "-p", "0", "--allow-origin", "*"], {}, "--allow-origin"),
-    (["server", "-p", "0", "--mcp-idle", "0"], {}, "--mcp-idle"),
-    (["server", "-p", "0", "--mcp-idle", "ten"], {}, "--mcp-idle"),
-    (["server", "-p", "0"], {"TMUX_SOCKET": "/tmp/\udcff/s"}, "socket_path"),
-]
-
-
-@pytest.mark.parametrize(("words", "variables", "said"), WRONG, ids=range(len(WRONG)))
-def test_wrong_settings_end_the_start_with_a_sentence(
-    words: list[str], variables: dict[str, str], said: str
-) -> None:
-    done = run(*words, **variables)
-    assert done.returncode != 0
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_workspace_whose_path_is_no_text_is_refused(tmp_path: pathlib.Path) -> None:
-    os.mkdir(path := os.fsencode(tmp_path) + b"/\xff")
-    done = run("server", "-p", "0", "--workspace", os.fsdecode(path))
-    assert (done.returncode, "UTF-8" in done.stderr) == (2, True)
-
-
-def test_a_port_that_is_taken_is_told(proxy: Proxy) -> None:
-    done = run("server", "-p", str(proxy.port), TMUX_SOCKET=f"{proxy.folder}/other/s")
-    assert (done.returncode, str(proxy.port) in done.stderr) == (1, True)
-    assert "Traceback" not in done.stderr
-
-
-def test_beyond_loopback_it_listens_with_a_token_that_no_command_finds(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own("--host", "0.0.0.0", POCKETCODER_TOKEN="g3heim", POCKETCODER_TOKEN_2="kept")
-    pid = server.process.pid
-    search = f"exec 2>/dev/null; tr '\\0' '\\n' </proc/{pid}/environ | grep TOKEN; grep -l g[3]heim /proc/*/environ"
-    search += f"; tmux -S {server.socket} show-environment -g | grep g[3]; grep -r g[3]heim {server.folder}"
-    assert server.exec(search)["stdout"] == "POCKETCODER_TOKEN_2=kept\n"
-
-
-@pytest.mark.slow
-def test_sigterm_lets_commands_end_cancels_the_rest_and_answers_all(
-    own: Callable[..., Proxy],
-) -> None:
-    server = own()
-    server.exec("true")
-    quick = server.start_exec("sleep 1; echo quick")
-    slow = server.start_exec("echo slow; sleep 64.5", agent_name="slow")
-    eventually(lambda: processes_with("sleep\x0064.5"))
-    started = time.monotonic()
-    server.process.send_signal(signal.SIGTERM)
-    assert quick.result()["stdout"] == "quick\n"
-    answer = slow.result()
-    assert (answer["ended"], answer["stdout"]) == ("cancelled", "slow\n")
-    assert "cancelled" in answer["error"]
-    assert server.process.wait(10) == 0
-    assert 4 < time.monotonic() - started < 20
-    assert not processes_with("sleep\x0064.5")
-    assert "Traceback" not in server.logged()
-
-
-def test_a_server_that_stops_answers_calls_of_mcp_and_ends_their_streams(
-    own: Callable[..., Proxy], stream: Callable[..., Stream]
-) -> None:
-    proxy = own()
-    idle = stream(proxy, "/mcp", None, Mcp_Session_Id=opened(proxy))
-    events = stream(proxy, "/sse")
-    path = events.next()
-    params = {"name": "exec", "arguments": {"cmd": "sleep 0.6; echo done"}}
-    assert mcp(proxy, request("tools/call", params), path=path)[0] == 202
-    eventually(lambda: processes_with("sleep\x000.6"))
-    started = time.monotonic()
-    assert proxy.stop() == 0
-    assert time.monotonic() - started < 4
-    assert text_of(events.next()["result"]) == "done\n"
-    assert events.next() is idle.next() is None
-
-
-@pytest.mark.slow
-def test_a_queued_command_is_refused_when_the_server_stops(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
-    running = [server.start_exec("sleep 1; echo ran") for _ in range(4)]
-    eventually(lambda: len(processes_with("sleep\x001")) >= 4)
-    queued = Background(lambda: server.post({"cmd": f"touch {server.folder}/queued"}))
-    time.sleep(0.2)
-    server.process.send_signal(signal.SIGTERM)
-    status, answer = queued.result()
-    assert (status, answer["exit_code"]) == (503, 125)
-    assert [call.result()["stdout"] for call in running] == ["ran\n"] * 4
-    assert server.process.wait(10) == 0
-    assert not os.path.exists(f"{server.folder}/queued")
-
-
-def test_what_a_person_typed_before_the_first_command_is_not_run(own: Callable[..., Proxy]) -> None:
-    server = own()
-    subprocess.run(
-        [
-            *("tmux", "-S", server.socket, "new-session", "-d", "-s", "pocketcoder"),
-            *("-n", "poco:terminal", "--", "/bin/bash", "-i"),
-        ],
-        env=server.env,
-        check=True,
-    )
-    eventually(lambda: server.screen("poco").rstrip().endswith("$"))
-    time.sleep(0.3)
-    server.type("poco", f"touch {server.folder}/typed &&", "Enter")
-    eventually(lambda: server.screen("poco").rstrip().endswith(">"))
-    assert server.exec("echo ok")["stdout"] == "ok\n"
-    assert not os.path.exists(f"{server.folder}/typed")
-
-
-def test_a_server_whose_first_terminal_is_slow_stops_at_once(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
-    assert server.stop() == 0
-    pathlib.Path(server.folder, "home/.bashrc").write_text("sleep 12\n")
-    server.tmux("kill-server")
-    server.start()
-    waiting = server.start_exec("true")
-    eventually(lambda: processes_with("sleep\x0012\x00"))
-    started = time.monotonic()
-    assert server.stop() == 0
-    assert time.monotonic() - started < 4.5
-    with pytest.raises(AssertionError, match="stopping"):
-        waiting.result()
-
-
-def test_a_log_that_nobody_reads_holds_up_nobody(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.stop()
-    unread, write = os.pipe()
-    fcntl.fcntl(write, 1031, 8192)  # F_SETPIPE_SZ
-    server.log = os.fdopen(write, "w")
-    server.start()
-    for number in range(60):
-        assert server.exec(f"exit {number}")["exit_code"] == number
-    assert server.stop() == 0
-    assert b"exec end agent=poco" in os.read(unread, 4096)
-    os.close(unread)
-
-
-def test_a_server_without_commands_stops_at_once(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
-    started = time.monotonic()
-    assert server.stop() == 0
-    assert time.monotonic() - started < 4.5
-    assert "Traceback" not in server.logged()
-
-
-def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
-    server.tmux("kill-server")
-    os.rename(f"{server.folder}/tmux", f"{server.folder}/away")
-    pathlib.Path(f"{server.folder}/tmux").write_text("a file in the way")
-    status, answer = server.post({"cmd": "true"})
-    assert (status, answer["exit_code"]) == (503, 125)
-    assert "tmux" in answer["error"]
-    assert server.request("GET", "/health")[0] == 200
-    os.unlink(f"{server.folder}/tmux")
-    assert server.exec("echo back")["stdout"] == "back\n"
-
-
-@pytest.fixture
-def image() -> Iterator[str]:
-    """A folder as an image of PocketCoder's sandbox has it: `tmux` in it is open to all."""
-    folder = tempfile.mkdtemp(prefix="pc")
-    subprocess.run(
-        ["bash", "-c", 'rm -rf "$1"/*; mkdir -p "$1"; chmod 777 "$1"', "bash", f"{folder}/tmux"],
-        check=True,
-    )
-    yield folder
-    # Also where no server took the session over.
-    subprocess.run(["tmux", "-S", f"{folder}/tmux/s", "kill-server"], capture_output=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-ENTRYPOINT = lines(  # what that image's own does, some seconds after it started the server
-    "set -e",
-    "tmux -S $1/tmux/s new-session -d -s pocketcoder -n system",
-    "chmod 777 $1/tmux/s",
-    "tmux -S $1/tmux/s new-window -t pocketcoder -n poco-terminal -c $1/work",
-)
-
-
-def enter(folder: str) -> subprocess.CompletedProcess[str]:
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("POCKETCODER", "TMUX"))
-    }
-    os.makedirs(f"{folder}/work", exist_ok=True)
-    words = ["bash", "-c", ENTRYPOINT, "bash", folder]
-    return subprocess.run(
-        words,
-        env=env | {"HOME": f"{folder}/home"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
-
-
-def has_session(server: Proxy) -> bool:
-    words = ["tmux", "-S", server.socket, "has-session", "-t", "=pocketcoder"]
-    return subprocess.run(words, capture_output=True, check=False).returncode == 0
-
-
-def windows(server: Proxy) -> list[str]:
-    """Names of windows, once for each pane."""
-    there = server.tmux("list-panes", "-s", "-t", "=pocketcoder:", "-F", "#{window_name}")
-    return there.split("\n")
-
-
-WHERE = "cut -d' ' -f7 /proc/$$/stat"  # the number of its terminal
-
-
-def terminal_of(server: Proxy, window: str) -> int:
-    tty = server.tmux("display-message", "-p", "-t", f"=pocketcoder:={window}", "#{pane_tty}")
-    return os.stat(tty).st_rdev
-
-
-def test_an_entrypoint_may_start_the_server_first_and_its_session_later(
-    image: str, own: Callable[..., Proxy]
-) -> None:
-    server = own(folder=image)
-    assert server.request("GET", "/health")[0] == 200
-    time.sleep(0.3)  # it does nothing, so there is nothing to wait for
-    assert not has_session(server)
-
-    done = enter(image)
-    assert done.stderr == ""
-    assert done.returncode == 0
-    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco-terminal')}\n"
-    assert server.exec("pwd")["stdout"] == f"{server.workspace}\n"
-    assert windows(server) == ["system", "poco-terminal"]
-
-    assert server.exec(WHERE, agent_name="alice")["exit_code"] == 0
-    assert windows(server) == ["system", "poco-terminal", "alice:terminal"]
-
-
-def test_a_directory_open_to_all_gets_the_sticky_bit_and_a_line_in_the_log(
-    image: str, own: Callable[..., Proxy]
-) -> None:
-    server = own(folder=image)
-    assert stat.S_IMODE(os.stat(f"{image}/tmux").st_mode) == 0o1777
-    told = [line for line in server.logged().splitlines() if "sticky" in line]
-    assert len(told) == 1
-    assert f"{image}/tmux" in told[0]
-
-
-def test_a_server_alone_makes_its_session_with_the_first_command(
-    image: str, own: Callable[..., Proxy]
-) -> None:
-    server = own(folder=image)
-    assert server.request("GET", "/health")[0] == 200
-    time.sleep(0.3)  # it does nothing, so there is nothing to wait for
-    assert not has_session(server)
-    assert server.exec("echo first")["stdout"] == "first\n"
-    assert windows(server) == ["poco:terminal"]
-    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco:terminal')}\n"
-
-
-def test_a_session_that_is_there_before_the_server_is_used(
-    image: str, own: Callable[..., Proxy]
-) -> None:
-    assert enter(image).returncode == 0
-    server = own(folder=image)
-    assert windows(server) == ["system", "poco-terminal"]
-    assert server.exec(WHERE)["stdout"] == f"{terminal_of(server, 'poco-terminal')}\n"
-    assert windows(server) == ["system", "poco-terminal"]
-
-
-# ==========================================================================
 # Benchmarks: python -m pytest -m bench -s
 # ==========================================================================
 def local(cmd: str = "true") -> float:
@@ -9488,18 +11495,6 @@ def local(cmd: str = "true") -> float:
     return time.perf_counter() - started
 
 
-def kept(proxy: Proxy) -> Callable[..., dict[str, Any]]:
-    """`exec` on a connection that is kept."""
-    connection = proxy.connect()
-
-    def call(cmd: str = "true", **fields: Any) -> dict[str, Any]:
-        connection.request("POST", "/exec", json.dumps({"cmd": cmd, **fields}), JSON_TYPE)
-        return json.loads(connection.getresponse().read())  # type: ignore[no-any-return]
-
-    call.close = connection.close  # type: ignore[attr-defined]
-    return call
-
-
 def timed(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
     call()
@@ -9507,27 +11502,31 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 @pytest.mark.bench
-def test_bench_a_small_command(own: Callable[..., Proxy]) -> None:
-    call = kept(own())
+def test_bench_a_small_command(own: StartServer) -> None:
+    call = Kept(own())
     call()
-    pairs = [(local(), timed(call)) for _ in range(1000)]  # in turn: both see the same machine
+    # In turn, so that both see the same machine.
+    pairs = [(local(), timed(call)) for _ in range(1000)]
     floor, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
     p95 = sorted(pair[1] for pair in pairs)[950] * 1000
     print(
-        f"\nPOST /exec true: {ours:.2f} ms, bash -c true: {floor:.2f} ms, ratio {ours / floor:.2f} (bound 2.5)"
+        f"\nPOST /exec true: {ours:.2f} ms, bash -c true: {floor:.2f} ms, "
+        f"ratio {ours / floor:.2f} (bound 2.5)"
     )
     print(f"p95 {p95:.2f} ms, {p95 / ours:.2f} x its median (bound 3)")
-    call.close()  # type: ignore[attr-defined]
+    call.close()
 
 
 @pytest.mark.bench
-def test_bench_the_audit_log(own: Callable[..., Proxy], tmp_path: pathlib.Path) -> None:
-    calls = [kept(own()), kept(own("--audit-log", str(tmp_path / "audit")))]
+def test_bench_the_audit_log(own: StartServer, tmp_path: pathlib.Path) -> None:
+    calls = [Kept(own()), Kept(own("--audit-log", str(tmp_path / "audit")))]
     for call in calls:
         call()
     pairs = [[timed(call) for call in calls] for _ in range(1000)]
     plain, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
-    audit, lines, pause = pp.AuditLog(str(tmp_path / "direct")), list[float](), 1 / 2000
+    audit = pp.AuditLog(str(tmp_path / "direct"))
+    lines = list[float]()
+    pause = 1 / 2000
     fields = {
         "run_id": "0" * 16,
         "usage_id": None,
@@ -9541,26 +11540,36 @@ def test_bench_the_audit_log(own: Callable[..., Proxy], tmp_path: pathlib.Path) 
         time.sleep(pause)
     cost = 2 * statistics.median(lines) * 1000
     print(
-        f"\nPOST /exec true: {plain:.2f} ms, audited {ours:.2f} ms, ratio {ours / plain:.3f} (bound 1.05)"
+        f"\nPOST /exec true: {plain:.2f} ms, audited {ours:.2f} ms, "
+        f"ratio {ours / plain:.3f} (bound 1.05)"
     )
     print(
         f"two lines, at 2,000 a second: {cost:.3f} ms, {cost / plain:.1%} of a command (bound 5 %)"
     )
     os.close(audit.fd)
     for call in calls:
-        call.close()  # type: ignore[attr-defined]
+        call.close()
 
 
 @pytest.mark.bench
-def test_bench_a_small_command_as_a_tool(own: Callable[..., Proxy]) -> None:
+def test_bench_a_small_command_as_a_tool(own: StartServer) -> None:
     proxy = own()
-    call, connection = kept(proxy), proxy.connect()
+    call = Kept(proxy)
+    connection = proxy.connect()
     session = opened(proxy)
     exec_true = {"name": "exec", "arguments": {"cmd": "true"}}
-    names = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call", "Mcp-Name": "exec"}
+    names = {
+        "MCP-Protocol-Version": "2026-07-28",
+        "Mcp-Method": "tools/call",
+        "Mcp-Name": "exec",
+    }
 
     def tool(message: dict[str, Any], **headers: str) -> None:
-        given = {**JSON_TYPE, "Accept": "application/json, text/event-stream", **headers}
+        given = {
+            **JSON_TYPE,
+            "Accept": "application/json, text/event-stream",
+            **headers,
+        }
         connection.request("POST", "/mcp", json.dumps(message), given)
         assert (
             json.loads(connection.getresponse().read())["result"]["structuredContent"]["exit_code"]
@@ -9572,40 +11581,40 @@ def test_bench_a_small_command_as_a_tool(own: Callable[..., Proxy]) -> None:
         "legacy": lambda: tool(request("tools/call", exec_true), **{"Mcp-Session-Id": session}),
     }
     call()
+
     for era, ask in eras.items():
         pairs = [(timed(call), timed(ask)) for _ in range(300)]
         plain, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
         ratio = f"ratio {ours / plain:.2f} (bound 1.5)"
         print(f"\n{era} tools/call exec true: {ours:.2f} ms, POST /exec: {plain:.2f} ms, {ratio}")
+
     connection.close()
-    call.close()  # type: ignore[attr-defined]
+    call.close()
 
 
 @pytest.mark.bench
-def test_bench_a_thousand_idle_sessions(
-    own: Callable[..., Proxy], stream: Callable[..., Stream]
-) -> None:
+def test_bench_a_thousand_idle_sessions(own: StartServer, stream: OpenStream) -> None:
     proxy = own()
     for _ in range(20):
         stream(proxy, "/sse").next()
-    before, used = proxy.memory(), proxy.seconds()
+    before = proxy.memory()
+    used = proxy.seconds()
     for _ in range(1000):
         stream(proxy, "/sse").next()
     opening = proxy.seconds() - used
-    each, used = (proxy.memory() - before) / 1000 / 1024, proxy.seconds()
+    each = (proxy.memory() - before) / 1000 / 1024
+    used = proxy.seconds()
     time.sleep(20)
     print(f"\nan idle session: {each:.1f} KiB (bound 30), opened in {opening:.2f} ms of CPU")
     print(f"a thousand of them for 20 s: {(proxy.seconds() - used) * 1000:.0f} ms of CPU")
 
 
 @pytest.mark.bench
-def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pathlib.Path) -> None:
-    command = [sys.executable, "-S", str(fixtures), "modern"]
+def test_bench_a_call_through_the_relay(own: StartServer, fixtures: pathlib.Path) -> None:
+    command = [sys.executable, "-S", str(fixtures), "mcp-fixture", "modern"]
     proxy = own(f"--mcp-server=x={shlex.join(command)}")
-    connection, names = (
-        proxy.connect(),
-        {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call"},
-    )
+    connection = proxy.connect()
+    names = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call"}
     given = {
         **JSON_TYPE,
         "Accept": "application/json, text/event-stream",
@@ -9645,20 +11654,26 @@ def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pat
             child.stdout.readline()
         itself = 3000 / (time.perf_counter() - started)
         child.stdin.close()
+
     connection.close()
 
     async def pipelined() -> float:
         url = f"ws://127.0.0.1:{proxy.port}/servers/x/mcp/ws"
         socket: Any = await tornado.websocket.websocket_connect(url, subprotocols=["mcp"])
-        started, done, sent = time.perf_counter(), 0, 0
+        started = time.perf_counter()
+        done = 0
+        sent = 0
+
         while done < 5000:
             while sent < 5000 and sent - done < 60:
                 socket.write_message(
                     json.dumps(modern("tools/call", {"name": "test_simple_text"}, id_=sent))
                 )
                 sent += 1
+
             await socket.read_message()
             done += 1
+
         await close(socket)
         return 5000 / (time.perf_counter() - started)
 
@@ -9668,11 +11683,10 @@ def test_bench_a_call_through_the_relay(own: Callable[..., Proxy], fixtures: pat
 
 @pytest.mark.bench
 def test_bench_thirty_three_sessions_of_three_servers(
-    own: Callable[..., Proxy], fixtures: pathlib.Path, stream: Callable[..., Stream]
+    warm: StartServer, fixtures: pathlib.Path, stream: OpenStream
 ) -> None:
-    command = f"{sys.executable} -S {fixtures} legacy"
-    proxy = own(*(f"--mcp-server={name}={command}" for name in "abc"))
-    proxy.exec("true")
+    command = f"{sys.executable} -S {fixtures} mcp-fixture legacy"
+    proxy = warm(*(f"--mcp-server={name}={command}" for name in "abc"))
     clients = [Client(proxy, "legacy", name, stream) for name in "abc" for _ in range(11)]
     for client in clients:
         assert text_of(client.call("big", bytes=1_000_000))
@@ -9682,12 +11696,13 @@ def test_bench_thirty_three_sessions_of_three_servers(
 
 
 @pytest.mark.bench
-def test_bench_twenty_agents_at_once(own: Callable[..., Proxy]) -> None:
+def test_bench_twenty_agents_at_once(own: StartServer) -> None:
     server = own()
-    calls = [kept(server) for _ in range(20)]
+    calls = [Kept(server) for _ in range(20)]
     for number, call in enumerate(calls):
         call(agent_name=f"a{number}")
     ratios = []
+
     for _ in range(3):
         with ThreadPoolExecutor(4) as pool:
             floor = 400 / timed(lambda: list(pool.map(lambda _: local(), range(400))))
@@ -9698,19 +11713,21 @@ def test_bench_twenty_agents_at_once(own: Callable[..., Proxy]) -> None:
                     assert calls[number](agent_name=f"a{number}")["exit_code"] == 0
 
             ours = 400 / timed(lambda: list(pool.map(work, range(20))))
+
         ratios.append(ours / floor)
         print(
-            f"\n20 agents: {ours:.0f}/s, 4 threads of bash -c: {floor:.0f}/s, ratio {ours / floor:.2f} (bound 0.33)"
+            f"\n20 agents: {ours:.0f}/s, 4 threads of bash -c: {floor:.0f}/s, "
+            f"ratio {ours / floor:.2f} (bound 0.33)"
         )
+
     print(f"median ratio {statistics.median(ratios):.2f}")
     for call in calls:
-        call.close()  # type: ignore[attr-defined]
+        call.close()
 
 
 @pytest.mark.bench
-def test_bench_a_hundred_megabytes(own: Callable[..., Proxy]) -> None:
-    server = own()
-    server.exec("true")
+def test_bench_a_hundred_megabytes(warm: StartServer) -> None:
+    server = warm()
     idle = server.memory()
     cmd = "head -c 100000000 /dev/zero | tr '\\0' x"
     pairs = [(local(f"{cmd} | cat >/dev/null"), timed(lambda: server.exec(cmd))) for _ in range(7)]
@@ -9720,18 +11737,18 @@ def test_bench_a_hundred_megabytes(own: Callable[..., Proxy]) -> None:
     pairs = [(local(f"{cmd} | cat >/dev/null"), timed(lambda: server.exec(cmd))) for _ in range(7)]
     floor, ours = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
     print(
-        f"100 MB from /dev/zero itself: {ours:.0f} ms, into cat: {floor:.0f} ms, ratio {ours / floor:.2f}"
+        f"100 MB from /dev/zero itself: {ours:.0f} ms, into cat: {floor:.0f} ms, "
+        f"ratio {ours / floor:.2f}"
     )
     print(f"peak {server.peak() / 1e6:.0f} MB, idle {idle / 1e6:.0f} MB (bound idle + 84 MB)")
 
 
 @pytest.mark.bench
-def test_bench_start_and_size(own: Callable[..., Proxy]) -> None:
+def test_bench_start_and_size(warm: StartServer) -> None:
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        server = own()
-        server.exec("true")
+        server = warm()
         times.append(time.perf_counter() - started)
     print(f"\nstart to the first answer: {statistics.median(times):.2f} s (bound 1)")
     print(f"idle: {server.memory() / 2**20:.1f} MiB resident (bound 45)")
@@ -9787,12 +11804,14 @@ def peak_memory(
     started = time.perf_counter()
     process = subprocess.Popen(pipe, env=engine.env, cwd=engine.cwd, stdout=subprocess.DEVNULL)
     most = 0
+
     while process.poll() is None:
         for pid in processes_with(engine.names):
             with contextlib.suppress(OSError, IndexError):
                 status = pathlib.Path(f"/proc/{pid}/status").read_text()
                 most = max(most, int(re.findall(r"VmHWM:\s+(\d+)", status)[0]))
         time.sleep(0.05)
+
     return time.perf_counter() - started, most
 
 
@@ -9804,26 +11823,31 @@ def test_bench_a_gigabyte_through_the_shell(engine: Caller) -> None:
     ):
         seconds, most = peak_memory(engine.words("-c", command), engine, source, sink)
         print(
-            f"\n1 GB {way}: {1000 / seconds:.0f} MB/s (bound 150), the shell's memory {most / 1024:.0f} MiB",
+            f"\n1 GB {way}: {1000 / seconds:.0f} MB/s (bound 150), "
+            f"the shell's memory {most / 1024:.0f} MiB",
             end="",
         )
+
     print(f"\nthe server's peak {engine.proxy.peak() / 2**20:.0f} MiB")
 
 
 @pytest.mark.bench
-def test_bench_twenty_thousand_mixed_commands(own: Callable[..., Proxy]) -> None:
+def test_bench_twenty_thousand_mixed_commands(own: StartServer) -> None:
     server = own()
-    calls = [kept(server) for _ in range(16)]
+    calls = [Kept(server) for _ in range(16)]
     sizes = [0, 1, 10, 1000, 4096, 65536, 70000, 300000]
 
     def work(worker: int, first: int, count: int) -> int:
         wrong = 0
         for number in range(first, first + count):
-            code, size = number % 256, sizes[number * 7 % len(sizes)]
-            cmd = f"printf %s {number}; head -c {size} /dev/zero | tr '\\0' {number % 10}; exit {code}"
+            code = number % 256
+            size = sizes[number * 7 % len(sizes)]
+            fill = f"head -c {size} /dev/zero | tr '\\0' {number % 10}"
+            cmd = f"printf %s {number}; {fill}; exit {code}"
             answer = calls[worker](cmd, agent_name=f"m{number % 5}")
             expected = f"{number}{str(number % 10) * size}"
             wrong += (answer.get("stdout"), answer["exit_code"]) != (expected, code)
+
         return wrong
 
     def rounds(start: int, total: int) -> int:
@@ -9835,17 +11859,20 @@ def test_bench_twenty_thousand_mixed_commands(own: Callable[..., Proxy]) -> None
 
     wrong = rounds(0, 2000)
     time.sleep(1)
-    before, files = server.memory(), server.descriptors()
+    before = server.memory()
+    files = server.descriptors()
     taken = timed(
         lambda: print(f"\nwrong answers: {wrong + rounds(2000, 18000)} of 20,000 (bound 0)")
     )
     time.sleep(1)
-    grown, more = (server.memory() - before) / 2**20, server.descriptors() - files
+    grown = (server.memory() - before) / 2**20
+    more = server.descriptors() - files
     print(
-        f"after the first 2,000: {grown:+.1f} MiB (bound 5), {more:+d} descriptors, {18000 / taken:.0f} commands/s"
+        f"after the first 2,000: {grown:+.1f} MiB (bound 5), {more:+d} descriptors, "
+        f"{18000 / taken:.0f} commands/s"
     )
     for call in calls:
-        call.close()  # type: ignore[attr-defined]
+        call.close()
 
 
 # ==========================================================================
@@ -9856,7 +11883,8 @@ TMUX_DIES = ("session", "server", "server killed")
 PANE_DIES = ("shell", "pane", "window", "hung up")
 RESTARTS = ("restart", "kill")
 OTHERS = ("child", "client", "half request", "wipe", "half a line", "sleep", "copy mode")
-LINGER = "sleep 30."  # what a timeout, a signal or a caller that leaves ends, long before its time
+# Ended by a timeout, a signal or a caller that leaves, long before its time.
+LINGER = "sleep 30."
 
 
 class Bearer(http.client.HTTPConnection):
@@ -9869,7 +11897,7 @@ class Bearer(http.client.HTTPConnection):
 
 
 class Guarded(Proxy):
-    """A server whose clients all give its token."""
+    """A server with a token, which all its clients send."""
 
     def connect(self) -> http.client.HTTPConnection:
         return Bearer("127.0.0.1", self.port, timeout=60)
@@ -9887,27 +11915,32 @@ class Order(NamedTuple):
 
 class Answer(NamedTuple):
     out: str
-    err: str | None  # None: it is in `out`
+    # None: it is in `out`.
+    err: str | None
     facts: dict[str, Any]
 
 
 class Fault:
     def __init__(self, kind: str, agent: str | None) -> None:
-        self.kind, self.agent, self.begin, self.end = kind, agent, time.monotonic(), float("inf")
+        self.kind = kind
+        self.agent = agent
+        self.begin = time.monotonic()
+        self.end = float("inf")
 
 
-class Refused(Exception): ...  # 503, or 125: nothing was run
+class Refused(Exception):
+    """503, or 125: nothing was run."""
 
 
-class Lost(Exception): ...  # a child died
+class Lost(Exception):
+    """A child died."""
 
 
 def ordered(chance: random.Random, tag: str, agent: str, folder: str, door: str) -> Order:
-    number, given = chance.randrange(256), f"{tag}é\n" * chance.randrange(1, 20_000)
-    count, name = (
-        int(10 ** chance.uniform(1, 5.3)),
-        chance.choice(["KILL", "TERM", "INT", "HUP", "USR1"]),
-    )
+    number = chance.randrange(256)
+    given = f"{tag}é\n" * chance.randrange(1, 20_000)
+    count = int(10 ** chance.uniform(1, 5.3))
+    name = chance.choice(["KILL", "TERM", "INT", "HUP", "USR1"])
     code = 128 + signal.Signals[f"SIG{name}"]
     later = f"(sleep 1; echo {tag} >{folder}/late.{tag}) {chance.choice(['', '>/dev/null 2>&1'])} &"
     orders = [
@@ -9919,7 +11952,16 @@ def ordered(chance: random.Random, tag: str, agent: str, folder: str, door: str)
             code,
         ),
         Order({"cmd": f"yes {tag} | head -n {count}", "max_output": 64 << 20}, f"{tag}\n" * count),
-        Order({"cmd": "cat; exit 3", "stdin": given, "max_output": 64 << 20}, given, "", 3),
+        Order(
+            {
+                "cmd": "cat; exit 3",
+                "stdin": given,
+                "max_output": 64 << 20,
+            },
+            given,
+            "",
+            3,
+        ),
         Order(
             {"cmd": f'echo {tag} "$POCKETCODER_AGENT"; pwd >&2', "cwd": "sub"},
             f"{tag} {agent}\n",
@@ -9929,6 +11971,7 @@ def ordered(chance: random.Random, tag: str, agent: str, folder: str, door: str)
         Order({"cmd": f": {'x' * 40_000}; echo {tag}"}, f"{tag}\n"),
         Order({"cmd": f"for i in 1 2 3; do echo {tag}; sleep 0.{number}; done"}, f"{tag}\n" * 3),
     ]
+
     if door == "channel" and number < 60:
         return Order(
             {"cmd": f"echo {tag}; {LINGER}{tag.replace('x', '00')}", "signal": name},
@@ -9936,6 +11979,7 @@ def ordered(chance: random.Random, tag: str, agent: str, folder: str, door: str)
             "",
             code,
         )
+
     if door != "shell" and number < 90:
         return Order(
             {"cmd": f"echo {tag}; {LINGER}{tag.replace('x', '00')}", "timeout": 0.3},
@@ -9944,23 +11988,33 @@ def ordered(chance: random.Random, tag: str, agent: str, folder: str, door: str)
             124,
             "timeout",
         )
+
     return chance.choice(orders)
+
+
+# Seconds between two commands of a worker, about.
+PAUSE = 0.5
 
 
 class Soak:
     """The load, the faults, and what may be excused by which."""
 
     def __init__(self, server: Proxy, names: str, fixtures: pathlib.Path) -> None:
-        self.server, self.names, self.fixtures = server, names, fixtures
-        self.until, self.life = float("inf"), 0
+        self.server = server
+        self.names = names
+        self.fixtures = fixtures
+        self.until = float("inf")
+        self.life = 0
         self.faults: list[Fault] = []
         self.wrong: list[str] = []
-        self.done: dict[str, list[tuple[str, float]]] = {}  # by door: verdict, seconds
-        self.since: dict[int, float] = {}  # by worker, when it asked
-        self.runs: dict[str, int] = {}  # exit code by run_id
-        self.late: dict[
-            str, tuple[str, float]
-        ] = {}  # what background processes will write: agent, begin
+        # By door: verdict, seconds.
+        self.done: dict[str, list[tuple[str, float]]] = {}
+        # By worker: when it asked.
+        self.since: dict[int, float] = {}
+        # Exit code by run_id.
+        self.runs: dict[str, int] = {}
+        # What background processes will write: its agent, and when they began.
+        self.late: dict[str, tuple[str, float]] = {}
         self.sessions: dict[int, tuple[int, str]] = {}
         self.samples: list[tuple[int, float, int, int]] = []
 
@@ -9979,13 +12033,16 @@ class Soak:
             if events.status != 200:
                 raise Refused(f"{events.status} {events.answer.read()!r}")
             got = []
-            while "exit_code" not in (event := events.next()):
+            event = events.next()
+            while "exit_code" not in event:
                 got.append(event["stdout"])
+                event = events.next()
             return Answer("".join(got), None, event)
 
     def channel(self, worker: int, order: Order) -> Answer:
         fields = dict(order.fields)
-        stdin, number = fields.pop("stdin", "").encode(), fields.pop("signal", None)
+        stdin = fields.pop("stdin", "").encode()
+        number = fields.pop("signal", None)
 
         async def talk() -> Answer:
             async with Channel(
@@ -9996,8 +12053,11 @@ class Soak:
                 for at in range(0, len(stdin), 50_000):
                     await channel.send(b"\0" + stdin[at : at + 50_000])
                 await channel.send(b"\xff\0")
-                if number and await channel.next() == 1:
-                    await channel.send({"signal": number})
+                if number:
+                    descriptor = await channel.next()
+                    if descriptor == 1:
+                        await channel.send({"signal": number})
+
                 facts = await channel.end() if not hasattr(channel, "final") else channel.final
                 if "ended" not in facts:
                     raise Refused(str(facts))
@@ -10006,14 +12066,17 @@ class Soak:
         return asyncio.run(talk())
 
     def shell(self, worker: int, order: Order) -> Answer:
-        caller, fields = Caller(self.server, self.names), order.fields
+        caller = Caller(self.server, self.names)
+        fields = order.fields
         caller.env["OPENCODE_AGENT"] = fields["agent_name"]
         where = os.path.join(caller.cwd, fields.get("cwd", ""))
+
         with caller.start("-c", fields["cmd"], stdin=subprocess.PIPE, cwd=where) as process:
             out, err = (
                 part.decode()
                 for part in process.communicate(fields.get("stdin", "").encode(), timeout=60)
             )
+
         ours = [line for line in err.split("\n") if line.startswith("pocketcoder: ")]
         if process.returncode == 125 and ours:
             raise Refused(err)
@@ -10029,7 +12092,8 @@ class Soak:
         return Answer(facts["output"], None, facts)
 
     def tool(self, worker: int, order: Order) -> Answer:
-        params, id_ = {"name": "exec", "arguments": order.fields}, order.fields["usage_id"]
+        params = {"name": "exec", "arguments": order.fields}
+        id_ = order.fields["usage_id"]
         if worker % 2:
             got = mcp(self.server, modern("tools/call", params, id_, progressToken=id_))[2]
         else:
@@ -10042,6 +12106,7 @@ class Soak:
                 request("tools/call", params, id_),
                 Mcp_Session_Id=self.sessions[worker][1],
             )[2]
+
         answer = got[-1] if isinstance(got, list) else got
         assert answer["id"] == id_, answer
         return self.told(answer)
@@ -10052,6 +12117,7 @@ class Soak:
             socket = await tornado.websocket.websocket_connect(
                 url, subprotocols=["mcp"], max_message_size=64 << 20
             )
+
             for message in (
                 request("initialize", INITIALIZE, "hello"),
                 request(
@@ -10063,13 +12129,14 @@ class Soak:
                 await socket.write_message(json.dumps(message))
                 got = json.loads(cast(str, await asyncio.wait_for(socket.read_message(), 60)))
                 assert got["id"] == message["id"], got
+
             await close(socket)
             return self.told(got)
 
         return asyncio.run(talk())
 
     def events(self, worker: int, order: Order) -> Answer:
-        """The answer comes to who was away meanwhile."""
+        """A session that was away meanwhile gets the answer."""
         name = f"/sse?session_id=w{worker}"
         first = Stream(self.server, name)
         path = first.next()
@@ -10078,7 +12145,8 @@ class Soak:
         message = request(
             "tools/call", {"name": "exec", "arguments": order.fields}, order.fields["usage_id"]
         )
-        assert mcp(self.server, message, path=path)[0] == 202
+        assert mcp_status(self.server, message, path=path) == 202
+
         with contextlib.closing(Stream(self.server, name) if worker % 2 else first) as stream:
             got = stream.next()
             got = stream.next() if got == path else got
@@ -10087,28 +12155,40 @@ class Soak:
 
     def keys(self, worker: int, order: Order) -> Answer:
         """A question at the terminal, answered there."""
-        agent, tag = order.fields["agent_name"], order.fields["usage_id"]
+        agent = order.fields["agent_name"]
+        tag = order.fields["usage_id"]
         ask = {
             "cmd": f"echo ready; read -r x </dev/tty; echo {tag} $x; exit 5",
             "agent_name": agent,
             "timeout": 20,
         }
+
         with contextlib.closing(
             Stream(self.server, "/exec", ask, Accept="text/event-stream")
         ) as stream:
             assert stream.next() == {"stdout": "ready\n"}
             for name, arguments in (
-                ("send_keys", {"agent_name": agent, "text": f"word {tag}", "keys": ["Enter"]}),
+                (
+                    "send_keys",
+                    {
+                        "agent_name": agent,
+                        "text": f"word {tag}",
+                        "keys": ["Enter"],
+                    },
+                ),
                 ("list_terminals", {}),
                 ("read_terminal", {"agent_name": agent, "lines": 50}),
             ):
-                got = mcp(
+                got = mcp_result(
                     self.server, modern("tools/call", {"name": name, "arguments": arguments})
-                )[2]["result"]
+                )
                 assert not got["isError"], got
+
             assert stream.next() == {"stdout": f"{tag} word {tag}\n"}
             facts = stream.next()
-        assert (facts.pop("exit_code"), facts["ended"]) == (5, "exit"), facts
+
+        assert facts.pop("exit_code") == 5, facts
+        assert facts["ended"] == "exit", facts
         return Answer(order.out, order.err, {"exit_code": order.code, "ended": order.ended})
 
     def relay(self, worker: int, order: Order) -> Answer:
@@ -10117,6 +12197,7 @@ class Soak:
             client = Client(self.server, era, server, partial(Stream))
         except KeyError as none:
             raise Lost("no session") from none
+
         for name, arguments in (
             ("echo", {"n": order.fields["usage_id"]}),
             ("test_slow", {"seconds": 0.4}),
@@ -10133,11 +12214,13 @@ class Soak:
                 if name == "test_slow"
                 else json.loads(text)["arguments"] == arguments
             ), got
+
         if era == "legacy":
-            assert mcp(self.server, b"", "DELETE", path=client.path, **client.headers)[0] == 204
+            assert mcp_status(self.server, b"", "DELETE", path=client.path, **client.headers) == 204
         return Answer(order.out, order.err, {"exit_code": order.code, "ended": order.ended})
 
-    DOORS: ClassVar[dict[str, tuple[Callable[..., Answer], int]]] = {  # and how often each
+    # Each way to run a command, and how often it is taken.
+    DOORS: ClassVar[dict[str, tuple[Callable[..., Answer], int]]] = {
         "exec": (post, 20),
         "stream": (stream, 15),
         "channel": (channel, 15),
@@ -10152,7 +12235,7 @@ class Soak:
     # ---- load ----
 
     def hit(self, begin: float, agent: str, *kinds: str, grace: float = 2.0) -> bool:
-        """Whether one of these could have hit who began then."""
+        """Whether one of these faults could have hit a call that started then."""
         hits = (
             fault
             for fault in list(self.faults)
@@ -10161,47 +12244,58 @@ class Soak:
         return any(fault.end + grace >= begin for fault in hits)
 
     def work(self, worker: int) -> None:
-        chance, serial = random.Random(worker), 0
+        chance = random.Random(worker)
+        serial = 0
         agent = f"a{worker if worker < 20 else 10 + worker % 10}"
-        names, weights = list(self.DOORS), [weight for _, weight in self.DOORS.values()]
+        names = list(self.DOORS)
+        weights = [weight for _, weight in self.DOORS.values()]
+
         while time.monotonic() < self.until and len(self.wrong) < 20:
-            door, serial = chance.choices(names, weights)[0], serial + 1
+            door = chance.choices(names, weights)[0]
+            serial = serial + 1
             tag = f"{worker}x{serial}"
             if door == "keys" and worker >= 10:
                 continue
             order = ordered(chance, tag, agent, self.server.folder, door)
             order.fields.update(agent_name=agent, usage_id=tag)
-            begin = self.since[worker] = time.monotonic()
+            begin = time.monotonic()
+            self.since[worker] = begin
             verdict = self.judge(door, worker, order, agent, tag)
             self.done.setdefault(door, []).append((verdict, time.monotonic() - begin))
             self.since[worker] = float("inf")
             time.sleep(chance.uniform(0, 2 * PAUSE))
 
     def judge(self, door: str, worker: int, order: Order, agent: str, tag: str) -> str:
-        begin, terminal = time.monotonic(), (*PANE_DIES, *TMUX_DIES)
+        begin = time.monotonic()
+        terminal = (*PANE_DIES, *TMUX_DIES)
         try:
             answer = self.DOORS[door][0](self, worker, order)
         except TimeoutError as hang:
-            verdict, excused, said = "hang", False, repr(hang)
+            verdict = "hang"
+            excused = False
+            said = repr(hang)
         except Refused as refused:
-            verdict, excused, said = "refused", self.hit(begin, agent, *RESTARTS), str(refused)
+            verdict = "refused"
+            excused = self.hit(begin, agent, *RESTARTS)
+            said = str(refused)
         except Lost as lost:
-            verdict, excused, said = (
-                "lost",
-                self.hit(begin, agent, *RESTARTS, "child", grace=40),
-                str(lost),
-            )
-        except Exception as gone:  # the connection, mostly
+            verdict = "lost"
+            excused = self.hit(begin, agent, *RESTARTS, "child", grace=40)
+            said = str(lost)
+        # Mostly the connection is gone.
+        except Exception as gone:
             kinds = (
                 *RESTARTS,
                 *(terminal if door == "keys" else ["child"] if door == "relay" else []),
             )
-            verdict, excused = "gone", self.hit(begin, agent, *kinds)
+            verdict = "gone"
+            excused = self.hit(begin, agent, *kinds)
             said = "".join(traceback.format_exception(gone))[-1500:]
         else:
             verdict, excused, said = self.compare(order, answer, begin, agent)
             if "late." in order.fields["cmd"] and door not in ("keys", "relay"):
                 self.late[tag] = f"{agent} {door} {verdict} {order.fields['cmd']}", begin
+
         if not excused:
             now = time.monotonic()
             past = [
@@ -10211,23 +12305,30 @@ class Soak:
             at = f"{door} {agent}, {now - begin:.2f} s, after {past}"
             self.wrong.append(f"{verdict} at {at}: {order.fields['cmd'][-200:]!r}: {said[:1500]}")
             print("WRONG", self.wrong[-1], flush=True)
+
         return verdict
 
     def compare(
         self, order: Order, answer: Answer, begin: float, agent: str
     ) -> tuple[str, bool, str]:
-        facts, combined = answer.facts, answer.err is None
-        ended, got = facts["ended"], (answer.out, answer.err or "")
+        facts = answer.facts
+        combined = answer.err is None
+        ended = facts["ended"]
+        got = (answer.out, answer.err or "")
         if "run_id" in facts:
             assert facts["run_id"] not in self.runs, "a run_id twice"
             self.runs[facts["run_id"]] = facts["exit_code"]
         due = (order.out + order.err, "") if combined else (order.out, order.err)
-        said = f"{facts}, {[text[:60] for text in got]}, {[len(text) for text in got]} of {[len(t) for t in due]}"
+        lengths = f"{[len(text) for text in got]} of {[len(text) for text in due]}"
+        said = f"{facts}, {[text[:60] for text in got]}, {lengths}"
+
         if ended in ("lost", "cancelled") and ended != order.ended:
             kinds = RESTARTS[:1] if ended == "cancelled" else (*PANE_DIES, *TMUX_DIES)
             code = facts["exit_code"] == 137 or ended == "cancelled"
-            begun = due[0].startswith(got[0].replace("\ufffd", ""))  # it may end within a character
+            # It may end within a character.
+            begun = due[0].startswith(got[0].replace("\ufffd", ""))
             return ended, self.hit(begin, agent, *kinds) and begun and code, said
+
         right = got == due and (facts["exit_code"], ended) == (order.code, order.ended)
         return ("ok" if right else "wrong"), right, said
 
@@ -10237,11 +12338,14 @@ class Soak:
         agent = f"a{chance.randrange(10, 20) if kind in OTHERS else chance.randrange(20)}"
         fault = Fault(kind, agent if kind in PANE_DIES else None)
         self.faults.append(fault)
-        number, server = len(self.faults), self.server
+        number = len(self.faults)
+        server = self.server
         panes: list[str] = []
-        with contextlib.suppress(AssertionError):  # no tmux
+        # There may be no tmux.
+        with contextlib.suppress(AssertionError):
             panes = [line.split()[0] for line in server.panes(agent)]
         pane = chance.choice(panes or ["%none"])
+
         if kind in DEATHS:
             words = ["bash", "-c", DEATHS[kind].format(socket=server.socket, pane=pane)]
             subprocess.run(words, env=server.env, stderr=subprocess.DEVNULL, timeout=20)
@@ -10267,6 +12371,7 @@ class Soak:
                 half.sendall(
                     f"{head}Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{{".encode()
                 )
+
             params = {
                 "name": "exec",
                 "arguments": {"cmd": f"{LINGER}{number}", "agent_name": agent},
@@ -10287,10 +12392,10 @@ class Soak:
                 else ["copy-mode", "-t", pane]
             )
             with contextlib.suppress(AssertionError):
-                server.tmux(
-                    "copy-mode", "-q", "-t", pane
-                )  # where a key may ask something, and tmux wait for good
+                # In copy mode a key may ask something, and tmux waits for good.
+                server.tmux("copy-mode", "-q", "-t", pane)
                 server.tmux(*words)
+
         fault.end = time.monotonic()
 
     def leave(self, agent: str, number: int) -> None:
@@ -10301,6 +12406,7 @@ class Soak:
             assert process.stdout
             process.stdout.readline()
             process.kill()
+
         cmd = [f"echo go; {LINGER}{number}", "yes"][number % 2]
         left = Stream(
             self.server, "/exec", {"cmd": cmd, "agent_name": agent}, Accept="text/event-stream"
@@ -10310,13 +12416,15 @@ class Soak:
 
     def look(self, begin: float) -> None:
         """Sample the server; nothing hangs, and what was to end has."""
-        now, server = time.monotonic(), self.server
+        now = time.monotonic()
+        server = self.server
         self.samples.append((self.life, now - begin, server.memory(), server.descriptors()))
         self.wrong += [
             f"worker {worker} hangs"
             for worker, since in list(self.since.items())
             if now - since > 100
         ]
+
         for pid in processes_with("sleep\x0030."):
             with contextlib.suppress(OSError):
                 ticks = int(
@@ -10328,33 +12436,34 @@ class Soak:
                     self.wrong.append(f"still there after {age:.0f} s: {words}")
 
 
-PAUSE = 0.5  # seconds between two commands of a worker, about
-
-
 def left_over(server: Proxy, fixtures: pathlib.Path) -> list[str]:
     """Processes that are neither the server, its children, tmux, nor shells in its panes."""
-    known = {server.process.pid, int(server.tmux("display-message", "-p", "#{pid}"))}
+    known = {server.process.pid, server.tmux_pid()}
     known |= {int(pid) for pid in server.tmux("list-panes", "-a", "-F", "#{pane_pid}").split()}
     found = []
+
     for pid in set(processes_with(server.folder)) - known:
         with contextlib.suppress(OSError):
-            if (it := pp.process(pid)) and it.parent != server.process.pid:
-                found.append(
-                    f"{pid} {pathlib.Path(f'/proc/{pid}/cmdline').read_text()[:200]!r} of {it.parent}"
-                )
+            process = pp.process(pid)
+            if process and process.parent != server.process.pid:
+                words = pathlib.Path(f"/proc/{pid}/cmdline").read_text()[:200]
+                found.append(f"{pid} {words!r} of {process.parent}")
+
     return found
 
 
 def unaudited(audit: pathlib.Path, runs: dict[str, int]) -> list[str]:
-    """Runs that were answered, and whose two lines the audit log does not have, or with another exit code."""
+    """Answered runs without their two lines in the audit log, or with another exit code."""
     found: dict[str, list[dict[str, Any]]] = {}
     for line in audit.read_text().splitlines():
-        found.setdefault((entry := json.loads(line)).get("run_id"), []).append(entry)
+        entry = json.loads(line)
+        found.setdefault(entry.get("run_id"), []).append(entry)
     told = {
         run: [(entry["event"], entry.get("exit_code")) for entry in entries]
         for run, entries in found.items()
     }
     due = {run: [("start", None), ("end", code)] for run, code in runs.items()}
+
     return [
         f"audit of {run}: {told.get(run)}, not {due[run]}"
         for run in due
@@ -10363,59 +12472,57 @@ def unaudited(audit: pathlib.Path, runs: dict[str, int]) -> list[str]:
 
 
 def drift(samples: list[tuple[int, float, int, int]]) -> tuple[float, float]:
-    """MiB and descriptors more in the last third than in the second, by their medians; the first is warm-up."""
+    """How many MiB and descriptors more the last third has than the second, by medians.
+
+    The first third is warm-up.
+    """
     third = len(samples) // 3
     if not third:
         return 0.0, 0.0
     memory, files = zip(*((row[2] / 2**20, row[3]) for row in samples), strict=True)
-    middle, last = slice(third, 2 * third), slice(2 * third, None)
+    middle = slice(third, 2 * third)
+    last = slice(2 * third, None)
     return tuple(statistics.median(s[last]) - statistics.median(s[middle]) for s in (memory, files))
 
 
-@pytest.mark.soak
-@pytest.mark.filterwarnings(
-    "ignore"
-)  # clients that are cut off leave sockets to the garbage collector
-def test_soak_mixed_load_with_faults(names: str, fixtures: pathlib.Path) -> None:
-    seconds = float(os.environ.get("POCKETCODER_SOAK", "3600"))
-    servers = [
-        f"--mcp-server={era}={sys.executable} -S {fixtures} {era}" for era in ("legacy", "modern")
-    ]
-    audit = ["--audit-log", f"{fixtures.parent}/audit"] if '"--audit-log"' in SOURCE else []
-    server = Guarded(*servers, *audit, POCKETCODER_TOKEN=SECRET)
-    try:
-        soak_for(seconds, Soak(server, names, fixtures), fixtures.parent / "audit")
-    finally:
-        (fixtures.parent / "log").write_text(server.logged())
-        server.remove()
-
-
 def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
-    server, chance, begin, looked = soak.server, random.Random(7), time.monotonic(), 0.0
+    server = soak.server
+    chance = random.Random(7)
+    begin = time.monotonic()
+    looked = 0.0
     os.mkdir(f"{server.workspace}/sub")
     server.exec("true")
-    files_before, soak.until = server.descriptors(), begin + seconds
+    files_before = server.descriptors()
+    soak.until = begin + seconds
     faults = [*PANE_DIES, *TMUX_DIES, *OTHERS]
+
     with ThreadPoolExecutor(26) as pool:
         workers = [pool.submit(soak.work, worker) for worker in range(26)]
-        while (now := time.monotonic()) < soak.until and len(soak.wrong) < 20:
-            restarts = (
-                [*RESTARTS] * 2 if now - begin < 0.4 * seconds else []
-            )  # then a long life, to see it is flat
+        while True:
+            now = time.monotonic()
+            if now >= soak.until or len(soak.wrong) >= 20:
+                break
+            # After that the server lives long, to see whether its memory is flat.
+            restarts = [*RESTARTS] * 2 if now - begin < 0.4 * seconds else []
             soak.hurt(chance.choice(faults + restarts), chance)
             if now - looked > 10:
                 looked = now
                 soak.look(begin)
             time.sleep(chance.uniform(1, 4))
+
         for worker in workers:
             worker.result(120)
+
     ended = time.monotonic()
     soak.hurt("copy mode", chance)
-    time.sleep(pp.NEW_SHELL_TIMEOUT + 5)  # files of lines that were given up stay for so long
+    # Files of lines that were given up stay for so long.
+    time.sleep(pp.NEW_SHELL_TIMEOUT + 5)
     soak.look(begin)
     print(
-        f"\n{'door':10}{'n':>7}{'ok':>7}{'lost':>6}{'cancel':>7}{'refused':>8}{'gone':>6}{'ms':>8}{'p99':>8}"
+        f"\n{'door':10}{'n':>7}{'ok':>7}{'lost':>6}{'cancel':>7}"
+        f"{'refused':>8}{'gone':>6}{'ms':>8}{'p99':>8}"
     )
+
     for door, done in soak.done.items():
         times = sorted(seconds for verdict, seconds in done if verdict == "ok") or [0.0]
         counts = [
@@ -10427,18 +12534,22 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
             end="",
         )
         print(f"{statistics.median(times) * 1000:8.1f}{times[len(times) * 99 // 100] * 1000:8.0f}")
+
     kinds = sorted(fault.kind for fault in soak.faults)
     print(f"{sum(map(len, soak.done.values())) / (ended - begin):.0f} calls/s; faults:", end=" ")
     print(", ".join(f"{kind} {kinds.count(kind)}" for kind in dict.fromkeys(kinds)))
     last = [row for row in soak.samples if row[0] == soak.life]
-    memory, files = [row[2] / 2**20 for row in last], [row[3] for row in last]
+    memory = [row[2] / 2**20 for row in last]
+    files = [row[3] for row in last]
     more, more_files = drift(last[:-1])
     print(f"last of {soak.life + 1} lives, {len(last)} samples: ", end="")
     print(
-        f"MiB {memory[0]:.1f} first, {statistics.median(memory):.1f} median, {memory[-1]:.1f} last, {more:+.1f} drift"
+        f"MiB {memory[0]:.1f} first, {statistics.median(memory):.1f} median, "
+        f"{memory[-1]:.1f} last, {more:+.1f} drift"
     )
     print(
-        f"descriptors {files[0]} first, {statistics.median(files)} median, {files[-1]} last, {more_files:+} drift"
+        f"descriptors {files[0]} first, {statistics.median(files)} median, "
+        f"{files[-1]} last, {more_files:+} drift"
     )
     lines = [
         line
@@ -10446,14 +12557,16 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
         if re.match(r"\S+ \S+ (WARNING|ERROR|CRITICAL)", line)
     ]
     print(f"warnings {len(lines)}")
-    children = json.loads(server.request("GET", "/servers")[2])
+    children = server.servers()
     print("children", children)
     wrong = soak.wrong
+
     for tag, (agent, since) in soak.late.items():
         file = pathlib.Path(f"{server.folder}/late.{tag}")
         if not file.exists() or file.read_text() != f"{tag}\n":
             excused = soak.hit(since, agent.split()[0], *PANE_DIES, *TMUX_DIES)
             wrong += [] if excused else [f"a background process of {agent} did not live on: {tag}"]
+
     wrong += unaudited(audit, soak.runs) if audit.exists() else []
     wrong += [
         f"a half-typed line was run: {name}"
@@ -10466,462 +12579,37 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
         for line in server.logged().split("\n")
         if re.search("Traceback|ERROR|CRITICAL", line)
     ]
-    own = [
-        path.name
-        for path in pathlib.Path(f"{server.socket}.d").rglob("*")
-        if path.suffix in (".in", ".cmd")
-    ]
+    own = [path.name for path in server.run_folder.rglob("*") if path.suffix in (".in", ".cmd")]
     wrong += [f"files of runs: {own}"] if own else []
     wrong += (
         [f"descriptors {files_before} at first, {files[-1]} at last"]
         if files[-1] > files_before + 30
         else []
     )
-    wrong += [f"memory grows: {more:+.1f} MiB"] if more > 10 else []
+    if more > 10:
+        wrong.append(f"memory grows: {more:+.1f} MiB")
     assert server.stop() == 0
-    wrong += (
-        [f"files left: {found}"]
-        if (found := [*pathlib.Path(f"{server.socket}.d").rglob("*")])
-        else []
-    )
+
+    found = [*server.run_folder.rglob("*")]
+    if found:
+        wrong.append(f"files left: {found}")
     assert not wrong, "\n".join(wrong)
 
 
-# ==========================================================================
-# FIXTURES: a stdio MCP server of either era, which the relay is tested with
-# ==========================================================================
-FIXTURES = r'''"""MCP fixture server over stdio: what the official conformance suite calls, and some misbehaving tools.
+# Clients that are cut off leave sockets to the garbage collector.
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore")
+def test_soak_mixed_load_with_faults(names: str, fixtures: pathlib.Path) -> None:
+    seconds = float(os.environ.get("POCKETCODER_SOAK", "3600"))
+    servers = [
+        f"--mcp-server={era}={sys.executable} -S {fixtures} mcp-fixture {era}"
+        for era in ("legacy", "modern")
+    ]
+    audit = ["--audit-log", f"{fixtures.parent}/audit"] if '"--audit-log"' in SOURCE else []
+    server = Guarded(*servers, *audit, POCKETCODER_TOKEN=SECRET)
 
-fixture_server.py legacy   speaks the handshake revisions only (2024-11-05 ... 2025-11-25)
-fixture_server.py modern   speaks 2026-07-28 only
-fixture_server.py both     the first message decides (server/discover does not)
-
-Each tool is written once: Call.ask() sends server requests and waits (legacy), or ends the call with input_required
-and finds the answers in the retry (modern). Environment: FIXTURE_PAGE = entries per list page (0: all on one),
-FIXTURE_KEY = the secret that signs requestState.
-"""
-from __future__ import annotations
-
-import base64, hashlib, hmac, itertools, json, os, sys, threading, time
-from collections.abc import Callable
-from typing import Any
-
-Obj = dict[str, Any]
-NS = "io.modelcontextprotocol/"
-MODERN, LEGACY = "2026-07-28", ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
-INFO = {"name": "fixture-server", "version": "1.0.0"}
-HELLO: Obj = {"instructions": "Fixtures for tests", "capabilities": {
-    "tools": {"listChanged": True}, "prompts": {"listChanged": True}, "completions": {}, "logging": {},
-    "resources": {"subscribe": True, "listChanged": True}}}
-LEVELS = ["debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"]
-CACHED = {"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list", "resources/read"}
-KEY, PAGE = os.environ.get("FIXTURE_KEY", "fixture").encode(), int(os.environ.get("FIXTURE_PAGE", "0"))
-# what a server may ask: the client capability that it needs, the member that every answer has
-ASKABLE = {"elicitation/create": ("elicitation", "action"), "sampling/createMessage": ("sampling", "content"),
-           "roots/list": ("roots", "roots")}
-
-class Reply(Exception): ...      # ends a request: {"error": ...} or {"result": ...}
-class ToolError(Exception): ...  # becomes a result with isError
-class Cancelled(Exception): ...
-
-def refusal(code: int, message: str, data: Any = None) -> Reply:
-    return Reply({"error": {"code": code, "message": message} | ({} if data is None else {"data": data})})
-
-def obj(value: Any) -> Obj: return value if isinstance(value, dict) else {}
-def note(line: str) -> None: print(line, file=sys.stderr, flush=True)
-
-def seal(bound: Any, known: Obj) -> str:
-    body = base64.urlsafe_b64encode(json.dumps({"for": bound, "known": known, "until": time.time() + 600}).encode())
-    return f"{body.decode()}.{hmac.new(KEY, body, hashlib.sha256).hexdigest()}"
-
-def unseal(state: Any, bound: Any) -> Obj:
-    body, _, mac = state.partition(".") if isinstance(state, str) else ("", "", "")
-    if hmac.compare_digest(mac.encode(), hmac.new(KEY, body.encode(), hashlib.sha256).hexdigest().encode()):
-        content: Obj = json.loads(base64.urlsafe_b64decode(body))
-        if content["for"] == bound and content["until"] > time.time():
-            return dict(content["known"])
-    raise refusal(-32602, "Invalid requestState")
-
-class Call:
-    def __init__(self, server: Server, msg: Obj, modern: bool) -> None:
-        self.server, self.modern, self.id, self.method = server, modern, msg["id"], str(msg["method"])
-        self.params = obj(msg.get("params"))
-        self.meta, self.args = obj(self.params.get("_meta")), obj(self.params.get("arguments"))
-        self.caps = obj(self.meta.get(NS + "clientCapabilities")) if modern else server.caps
-        self.name = str(self.params.get("name", self.params.get("uri", "")))
-        self.bound = [self.method, self.name, self.args]  # what its requestState is good for
-        self.known: Obj = {}  # the answers so far
-        self.cancelled, self.changed = False, threading.Condition()
-
-    def wake(self, **news: Any) -> None:  # news are answers; none: cancelled
-        with self.changed:
-            self.known.update(news)
-            self.cancelled |= not news
-            self.changed.notify_all()
-
-    def wait(self, done: Callable[[], bool] = lambda: False, seconds: float | None = None) -> Any:
-        with self.changed:
-            self.changed.wait_for(lambda: self.cancelled or done(), seconds)
-        if self.cancelled:
-            raise Cancelled
-
-    def progress(self, progress: float, **more: Any) -> Any:
-        if "progressToken" in self.meta:
-            self.server.notify("progress", progressToken=self.meta["progressToken"], progress=progress, **more)
-
-    def log(self, data: Any, level: str = "info") -> Any:
-        floor = self.meta.get(NS + "logLevel") if self.modern else self.server.level
-        if floor is not None and LEVELS.index(level) >= LEVELS.index(floor):
-            self.server.notify("message", level=level, logger="fixture", data=data)
-
-    def need(self, capability: str) -> Any:
-        if capability not in self.caps:
-            raise refusal(-32021, "Missing required client capability", {
-                "requiredCapabilities": {capability: {}}}) if self.modern else ToolError(f"Client lacks {capability}")
-
-    def ask(self, requests: Obj, stateful: bool) -> Obj:  # all at once; the answers by key
-        for request in requests.values():
-            self.need(ASKABLE[request["method"]][0])
-        if not self.modern:
-            return self.ask_now(requests)
-        given = obj(self.params.get("inputResponses")) if "requestState" in self.params or not stateful else {}
-        self.known |= {k: given[k] for k, r in requests.items() if ASKABLE[r["method"]][1] in obj(given.get(k))}
-        if missing := {k: r for k, r in requests.items() if k not in self.known}:
-            state = {"requestState": seal(self.bound, self.known)} if stateful else {}
-            raise Reply({"result": {"resultType": "input_required", "inputRequests": missing} | state})
-        return self.known
-
-    def ask_now(self, requests: Obj) -> Obj:
-        ids = {key: next(self.server.ids) for key in requests}
-        for key, request in requests.items():
-            self.server.asked[ids[key]] = self, key
-            self.server.send({"id": ids[key]} | request)
-        try:
-            self.wait(lambda: requests.keys() <= self.known.keys())
-        except Cancelled:
-            for number in [n for n in ids.values() if self.server.asked.pop(n, None)]:
-                self.server.notify("cancelled", requestId=number)
-            raise
-        if errors := [a["error"] for a in self.known.values() if "error" in a]:
-            raise ToolError(f"Client error: {json.dumps(errors)}")
-        return {key: answer.get("result", {}) for key, answer in self.known.items()}
-
-# ---- tools: a string becomes text content, a list is the content, an object the whole result ----
-
-TOOLS: dict[str, tuple[Obj, Callable[[Call], Any]]] = {}
-S, I, B, N = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}, {"type": "number"}
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
-WAV = base64.b64encode(b"RIFF&\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0@\x1f\0\0\x80>\0\0\2\0\x10\0data\2\0\0\0\0\0").decode()
-IMAGE: Obj = {"type": "image", "data": PNG, "mimeType": "image/png"}
-def schema(properties: Obj, required: str = "") -> Obj:
-    return {"type": "object", "properties": properties} | ({"required": required.split()} if required else {})
-
-def tool(name: str, run: Callable[[Call], Any] | str | list[Obj], about: str = "", required: str = "", /,
-         **properties: Any) -> None:
-    given = properties.get("inputSchema") or schema(properties, required)
-    TOOLS[name] = ({"name": name, "description": about or f"Fixture {name}", "inputSchema": given},
-                   run if callable(run) else lambda call: run)
-
-def text(value: str) -> Obj: return {"type": "text", "text": value}
-def resource(uri: str, mime: str, value: str) -> Obj:
-    return {"type": "resource", "resource": {"uri": uri, "mimeType": mime, "text": value}}
-def elicit(message: str, required: str = "", **fields: Obj) -> Obj:
-    return {"method": "elicitation/create", "params": {"message": message, "requestedSchema": schema(fields, required)}}
-def sample(prompt: str, tokens: int = 100) -> Obj:
-    return {"method": "sampling/createMessage",
-            "params": {"messages": [{"role": "user", "content": text(prompt)}], "maxTokens": tokens}}
-
-ROOTS: Obj = {"method": "roots/list", "params": {}}
-ASK_NAME, ASK_OK = elicit("What is your name?", "name", name=S), elicit("Please confirm", "ok", ok=B)
-STEP1, STEP2 = elicit("Step 1: your name?", "name", name=S), elicit("Step 2: your favorite color?", "color", color=S)
-OPTIONS, TITLED = ["option1", "option2", "option3"], [{"const": f"value{n}", "title": f"Option {n}"} for n in (1, 2, 3)]
-DEFAULTS = elicit(
-    "Please review the defaults", name=S | {"default": "John Doe"}, age=I | {"default": 30}, score=N | {"default": 95.5},
-    status=S | {"enum": ["active", "inactive", "pending"], "default": "active"}, verified=B | {"default": True})
-ENUMS = elicit(
-    "Please select options", untitledSingle=S | {"enum": OPTIONS}, titledSingle=S | {"oneOf": TITLED},
-    legacyEnum=S | {"enum": ["opt1", "opt2", "opt3"], "enumNames": ["Option One", "Option Two", "Option Three"]},
-    untitledMulti={"type": "array", "items": S | {"enum": OPTIONS}},
-    titledMulti={"type": "array", "items": {"anyOf": TITLED}})
-
-def steps(call: Call) -> str:
-    for value, line in (0, "Tool execution started"), (50, "Tool processing data"), (100, "Tool execution completed"):
-        call.log(line) if "logging" in call.name else call.progress(value, total=100, message=line)
-        call.wait(seconds=0.05)
-    return "Three steps done"
-def slow(call: Call) -> str:
-    last = round(call.args.get("seconds", 5) / 0.2)
-    for step in range(1, last + 1):
-        call.wait(seconds=0.2)
-        call.progress(step, message=f"step {step} of {last}")
-    return f"slept {last * 0.2:.1f} s"
-def answers(call: Call, stateful: bool = False, **questions: Obj) -> str:
-    return f"Answers: {json.dumps(call.ask(questions, stateful))}"
-def fail(call: Call) -> Any:
-    if call.name != "fail":
-        raise ToolError("This tool intentionally returns an error for testing")
-    raise refusal(call.args.get("code", -32000), call.args.get("message", "failed"), call.args.get("data"))
-def change(call: Call) -> str:  # really adds or removes extra_tool, extra_prompt; resources only pretend
-    kind, uri = call.name.split("_")[2], call.args.get("uri")
-    call.server.extra ^= {kind}
-    call.server.tell(*((f"{kind}s/list_changed", f"{kind}sListChanged") if uri is None else
-                       ("resources/updated", "resourceSubscriptions", uri)))
-    return f"{kind} changed"
-def flood(call: Call) -> str:
-    for number in range(call.args.get("lines", 1000)):
-        (note if call.args.get("to") == "stderr" else call.log)(f"log line {number}")
-    return "flooded"
-def end_listen(call: Call) -> str:
-    for key in list(call.server.listens):
-        del call.server.listens[key]
-        call.server.send({"id": key, "result": {"resultType": "complete", "_meta": {NS + "subscriptionId": key}}})
-    return "ended"
-
-tool("test_simple_text", "This is a simple text response for testing.")
-tool("test_image_content", [IMAGE])
-tool("test_audio_content", [{"type": "audio", "data": WAV, "mimeType": "audio/wav"}])
-tool("test_embedded_resource", [resource("test://embedded-resource", "text/plain", "This is an embedded resource content.")])
-tool("test_multiple_content_types", [text("Multiple content types test:"), IMAGE, resource(
-    "test://mixed-content-resource", "application/json", '{"test":"data","value":123}')])
-tool("test_error_handling", fail)
-tool("test_tool_with_logging", steps)
-tool("test_logging_tool", steps)
-tool("test_tool_with_progress", steps)
-tool("test_sampling", lambda c: answers(c, llm=sample(c.args["prompt"])), "Asks the model", "prompt", prompt=S)
-tool("test_elicitation", lambda c: answers(c, user=elicit(c.args["message"], "username email", username=S, email=S)),
-     "Asks the user", "message", message=S)
-tool("test_elicitation_sep1034_defaults", lambda c: answers(c, form=DEFAULTS))
-tool("test_elicitation_sep1330_enums", lambda c: answers(c, form=ENUMS))
-tool("test_streaming_elicitation", lambda c: c.progress(1, message="about to ask") or answers(c, ok=ASK_OK))
-tool("test_missing_capability", lambda c: c.need("sampling") or "The client declared sampling")
-tool("json_schema_2020_12_tool", lambda c: json.dumps(c.args), inputSchema={
-    "$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object",
-    "$defs": {"address": {"$anchor": "addressDef", "type": "object", "properties": {"street": S, "city": S}}},
-    "properties": {"name": S, "address": {"$ref": "#/$defs/address"}, "phone": S, "email": S,
-                   "contactMethod": {"type": "string", "enum": ["phone", "email"]}},
-    "allOf": [{"anyOf": [{"required": ["phone"]}, {"required": ["email"]}]}],
-    "if": {"properties": {"contactMethod": {"const": "phone"}}, "required": ["contactMethod"]},
-    "then": {"required": ["phone"]}, "else": {"required": ["email"]}, "additionalProperties": False})
-tool("test_x_mcp_header", lambda c: json.dumps(c.args), "Has arguments that HTTP headers repeat", "region", query=S,
-     region=S | {"x-mcp-header": "Region"}, priority=I | {"x-mcp-header": "Priority"})
-tool("test_trigger_tool_change", change)
-tool("test_trigger_prompt_change", change)
-tool("test_trigger_resource_change", change, "With uri: the resource was updated; without: the list changed", uri=S)
-IRR = "test_input_required_result_"
-tool(IRR + "elicitation", lambda c: answers(c, user_name=ASK_NAME))
-tool(IRR + "sampling", lambda c: answers(c, capital_question=sample("What is the capital of France?")))
-tool(IRR + "list_roots", lambda c: answers(c, client_roots=ROOTS))
-tool(IRR + "request_state", lambda c: "state-ok. " + answers(c, True, confirm=ASK_OK))
-tool(IRR + "multiple_inputs", lambda c: answers(
-    c, True, user_name=ASK_NAME, greeting=sample("Generate a greeting", 50), client_roots=ROOTS))
-tool(IRR + "multi_round", lambda c: answers(c, True, step1=STEP1) and answers(c, True, step2=STEP2))
-tool(IRR + "tampered_state", lambda c: answers(c, True, confirm=ASK_OK))
-tool(IRR + "capabilities", lambda c: answers(c, False, **{
-    q["method"]: q for q in (ASK_NAME, sample("Say hello"), ROOTS) if ASKABLE[q["method"]][0] in c.caps}))
-tool("test_slow", slow, "Progress every 0.2 s", seconds=N, label=S)
-tool("hang", lambda c: c.wait(), "Never answers", label=S)
-tool("echo", lambda c: {"content": [text(json.dumps({"arguments": c.args, "params": c.params}, ensure_ascii=False))]}
-     | c.args.get("result", {}), "Returns arguments and params as JSON; `result` is merged into the result")
-tool("fail", fail, "A JSON-RPC error", code=I, message=S, data={})
-tool("big", lambda c: "x" * c.args.get("bytes", 1 << 20), bytes=I)
-tool("die", lambda c: os._exit(3))
-tool("flood", flood, "Log messages, or lines on stderr (to=stderr)", lines=I, to=S)
-tool("noise", lambda c: c.server.write(b"this line is no JSON\n") or "after the noise")
-tool("half", lambda c: c.server.write(b'{"jsonrpc":"2.0","resu') or os._exit(4), "Writes half a line and exits")
-tool("counter", lambda c: str(next(c.server.count)), "How often it was called in this process")
-tool("env", lambda c: os.environ.get(c.args["name"], ""), "An environment variable", "name", name=S)
-tool("pid", lambda c: str(os.getpid()))
-tool("end_listen", end_listen, "Ends all subscriptions/listen from this side")
-tool("extra_tool", "extra", "Comes and goes")
-
-# ---- prompts and resources ----
-
-def prompt(name: str, *arguments: str) -> Obj:
-    listed = {"arguments": [{"name": a, "required": True} for a in arguments]} if arguments else {}
-    return {"name": name, "description": f"Fixture {name}"} | listed
-
-ASK_CONTEXT = elicit("What context should the prompt use?", "context", context=S)
-PROMPTS: dict[str, tuple[Obj, Callable[[Call], list[Obj]]]] = {made[0]["name"]: made for made in (
-    (prompt("test_simple_prompt"), lambda c: [text("This is a simple prompt for testing.")]),
-    (prompt("test_prompt_with_arguments", "arg1", "arg2"), lambda c: [
-        text(f"Prompt with arguments: arg1='{c.args['arg1']}', arg2='{c.args['arg2']}'")]),
-    (prompt("test_prompt_with_embedded_resource", "resourceUri"), lambda c: [
-        resource(c.args["resourceUri"], "text/plain", "Embedded resource content for testing."),
-        text("Please process the embedded resource above.")]),
-    (prompt("test_prompt_with_image"), lambda c: [IMAGE, text("Please analyze the image above.")]),
-    (prompt(IRR + "prompt"), lambda c: [text(answers(c, user_context=ASK_CONTEXT))]),
-    (prompt("extra_prompt"), lambda c: [text("extra")]))}
-RESOURCES: dict[str, tuple[str, Callable[[Call], str]]] = {
-    "test://static-text": ("text/plain", lambda c: "This is the content of the static text resource."),
-    "test://static-binary": ("image/png", lambda c: PNG), "test://watched-resource": ("text/plain", lambda c: "Watched"),
-    "test://asking": ("text/plain", lambda c: answers(c, user_name=ASK_NAME))}
-LISTED = [{"uri": uri, "name": uri[7:], "description": f"Fixture {uri}", "mimeType": r[0]} for uri, r in RESOURCES.items()]
-TEMPLATE = {"uriTemplate": "test://template/{id}/data", "name": "template", "mimeType": "application/json"}
-
-# ---- methods; None means no answer ----
-
-def page(call: Call, key: str, entries: list[Obj]) -> Obj:
-    cursor = call.params.get("cursor", "0")
-    if not (isinstance(cursor, str) and cursor.isdecimal() and int(cursor) < len(entries)):
-        raise refusal(-32602, "Invalid cursor")
-    end = int(cursor) + (PAGE or len(entries))
-    return {key: entries[int(cursor):end]} | ({"nextCursor": str(end)} if end < len(entries) else {})
-def call_tool(call: Call) -> Obj:
-    if call.name not in TOOLS or call.name == "extra_tool" and "tool" not in call.server.extra:
-        raise refusal(-32602, f"Unknown tool: {call.name}")
     try:
-        out = TOOLS[call.name][1](call)
-    except (ToolError, LookupError, TypeError, ValueError) as error:
-        return {"content": [text(str(error))], "isError": True}
-    return out if isinstance(out, dict) else {"content": out if isinstance(out, list) else [text(out)]}
-def get_prompt(call: Call) -> Obj:
-    try:
-        return {"messages": [{"role": "user", "content": content} for content in PROMPTS[call.name][1](call)]}
-    except (ToolError, LookupError) as error:
-        raise refusal(-32602, f"No such prompt, or it cannot be made: {error}") from None
-def read(call: Call) -> Obj:
-    uri, key = call.name, call.name[16:-5]
-    if uri == f"test://template/{key}/data":
-        value = json.dumps({"id": key, "templateTest": True, "data": f"Data for ID: {key}"})
-        return {"contents": [{"uri": uri, "mimeType": "application/json", "text": value}]}
-    if uri not in RESOURCES:
-        raise refusal(-32602 if call.modern else -32002, "Resource not found", {"uri": uri})
-    mime, get = RESOURCES[uri]
-    return {"contents": [{"uri": uri, "mimeType": mime, "text" if mime == "text/plain" else "blob": get(call)}]}
-def complete(call: Call) -> Obj:
-    start = str(obj(call.params.get("argument")).get("value", ""))
-    values = [v for v in ("paris", "park", "party", "test1", "test2") if v.startswith(start)]
-    return {"completion": {"values": values, "total": len(values), "hasMore": False}}
-def initialize(call: Call) -> Obj:
-    asked, call.server.caps = call.params.get("protocolVersion"), obj(call.params.get("capabilities"))
-    call.server.initialized = True
-    return {"protocolVersion": asked if asked in LEGACY else LEGACY[-1], "serverInfo": INFO} | HELLO
-def set_level(call: Call) -> Obj:
-    if call.params.get("level") not in LEVELS:
-        raise refusal(-32602, "Invalid log level")
-    call.server.level = call.params["level"]
-    return {}
-def subscribe(call: Call) -> Obj:
-    (set.add if call.method == "resources/subscribe" else set.discard)(call.server.subscribed, call.name)
-    return {}
-def listen(call: Call) -> None:
-    known = ("toolsListChanged", "promptsListChanged", "resourcesListChanged", "resourceSubscriptions")
-    honoured = {k: want for k in known if (want := obj(call.params.get("notifications")).get(k))}
-    call.server.notify("subscriptions/acknowledged", _meta={NS + "subscriptionId": call.id}, notifications=honoured)
-    call.server.listens[call.id] = honoured  # not before: the acknowledgement comes first
-
-BOTH: dict[str, Callable[[Call], Obj | None]] = {
-    "tools/list": lambda c: page(c, "tools", [t for t, _ in TOOLS.values()][:None if "tool" in c.server.extra else -1]),
-    "prompts/list": lambda c: page(
-        c, "prompts", [p for p, _ in PROMPTS.values()][:None if "prompt" in c.server.extra else -1]),
-    "resources/list": lambda c: page(c, "resources", LISTED), "tools/call": call_tool, "prompts/get": get_prompt,
-    "resources/templates/list": lambda c: page(c, "resourceTemplates", [TEMPLATE]), "resources/read": read,
-    "completion/complete": complete}
-METHODS: dict[bool, dict[str, Callable[[Call], Obj | None]]] = {
-    False: BOTH | {"initialize": initialize, "ping": lambda c: {}, "logging/setLevel": set_level,
-                   "resources/subscribe": subscribe, "resources/unsubscribe": subscribe},
-    True: BOTH | {"subscriptions/listen": listen, "server/discover": lambda c: {"supportedVersions": [MODERN]} | HELLO}}
-
-class Server:
-    def __init__(self, era: str) -> None:
-        self.era, self.level, self.initialized = era, "info", False  # era: "" until a message decides
-        self.ids: itertools.count[int] = itertools.count()  # from 0: they collide with the client's
-        self.count: itertools.count[int] = itertools.count(1)
-        self.out = threading.Lock()
-        self.calls: dict[Any, Call] = {}
-        self.asked: dict[Any, tuple[Call, str]] = {}
-        self.listens: dict[Any, Obj] = {}
-        self.caps: Obj = {}
-        self.subscribed: set[str] = set()
-        self.extra: set[str] = set()
-
-    def write(self, raw: bytes) -> Any:
-        with self.out:
-            sys.stdout.buffer.write(raw)
-            sys.stdout.buffer.flush()
-
-    def send(self, message: Obj) -> None:
-        line = json.dumps({"jsonrpc": "2.0"} | message, ensure_ascii=False, separators=(",", ":"))
-        self.write(line.encode(errors="backslashreplace") + b"\n")  # a lone surrogate is \udXXX in JSON, too
-
-    def notify(self, kind: str, **params: Any) -> None:
-        self.send({"method": f"notifications/{kind}", "params": params})
-
-    def tell(self, method: str, kind: str, uri: str | None = None) -> None:
-        params = {} if uri is None else {"uri": uri}
-        if self.era == "legacy" and (uri is None or uri in self.subscribed):
-            self.notify(method, **params)
-        for key, want in list(self.listens.items()):
-            if kind in want and (uri is None or uri in want[kind]):
-                self.notify(method, _meta={NS + "subscriptionId": key}, **params)
-
-    def check(self, call: Call) -> None:
-        if call.method not in METHODS[call.modern]:
-            raise refusal(-32601, "Method not found")
-        if not call.modern:
-            if self.initialized or call.method in ("initialize", "ping"):
-                return
-            raise refusal(-32600, "Not initialized")
-        if not isinstance(call.meta.get(NS + "protocolVersion"), str) or NS + "clientCapabilities" not in call.meta:
-            raise refusal(-32602, f"_meta needs {NS}protocolVersion and {NS}clientCapabilities")
-        if (asked := call.meta[NS + "protocolVersion"]) != MODERN:
-            raise refusal(-32022, "Unsupported protocol version", {"supported": [MODERN], "requested": asked})
-        if call.meta.get(NS + "logLevel", "info") not in LEVELS:
-            raise refusal(-32602, "Invalid log level")
-        if "requestState" in call.params:
-            call.known = unseal(call.params["requestState"], call.bound)
-
-    def run(self, call: Call) -> None:
-        try:
-            self.check(call)
-            reply: Obj = {"result": METHODS[call.modern][call.method](call)}
-        except Reply as error:
-            reply = error.args[0]
-        except Cancelled:
-            note(f"cancelled {call.name} {call.args.get('label', '')}".rstrip())
-        except Exception as error:
-            reply = {"error": {"code": -32603, "message": repr(error)}}
-        if self.calls.pop(call.id, call).cancelled or reply.get("result", {}) is None:
-            return
-        if call.modern and "result" in reply:
-            if call.method in CACHED and "resultType" not in reply["result"]:
-                reply["result"] |= {"ttlMs": 1234, "cacheScope": "public"}
-            reply["result"] = {"resultType": "complete", "_meta": {NS + "serverInfo": INFO}} | reply["result"]
-        self.send({"id": call.id} | reply)
-
-    def receive(self, line: bytes) -> None:
-        try:
-            msg = obj(json.loads(line))
-        except (ValueError, RecursionError):
-            msg = {}
-        method, params = msg.get("method"), obj(msg.get("params"))
-        rid = params.get("requestId") if method == "notifications/cancelled" else msg.get("id", 0)
-        if not msg or not isinstance(rid, (int, str)):
-            self.send({"id": None, "error": {"code": -32700, "message": "Not a JSON-RPC message"}})
-        elif method is None:  # an answer
-            if found := self.asked.pop(rid, None):
-                found[0].wake(**{found[1]: msg})
-        elif method == "notifications/cancelled":
-            self.listens.pop(rid, None)
-            if running := self.calls.get(rid):
-                running.wake()
-        elif "id" in msg:
-            if not self.era and method != "server/discover":
-                self.era = "modern" if NS + "protocolVersion" in obj(params.get("_meta")) else "legacy"
-            call = Call(self, msg, self.era != "legacy")
-            self.calls[rid] = call
-            if method in ("tools/call", "prompts/get", "resources/read"):
-                threading.Thread(target=self.run, args=(call,), daemon=True).start()
-            else:
-                self.run(call)
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in ("legacy", "modern", "both"):
-        sys.exit("usage: fixture_server.py legacy|modern|both")
-    note(f"fixture server {os.getpid()}: {sys.argv[1]}")
-    SERVER = Server(sys.argv[1].replace("both", ""))
-    for LINE in sys.stdin.buffer:
-        if LINE.strip():
-            SERVER.receive(LINE)
-    os._exit(0)  # whatever still runs
-'''
+        soak_for(seconds, Soak(server, names, fixtures), fixtures.parent / "audit")
+    finally:
+        (fixtures.parent / "log").write_text(server.logged())
+        server.remove()
