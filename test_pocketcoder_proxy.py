@@ -2682,6 +2682,25 @@ def test_the_shell_runs_on_old_pythons(
             assert done.stderr == err
 
 
+def test_a_directory_whose_name_is_no_text_can_be_used(engine: Caller) -> None:
+    here = os.fsencode(engine.cwd) + b"/odd\xff"
+    os.makedirs(here)
+    got = engine.run(
+        "-c",
+        'pwd; echo "$ODD"',
+        cwd=os.fsdecode(here),
+        env={"PWD": os.fsdecode(here), "ODD": b"\xfe", "POCKETCODER_FORWARD_ENV": "ODD"},
+    )
+    assert got == (0, here + b"\n\xfe\n", b"")
+
+
+def test_an_old_python_shows_the_version_of_the_shell() -> None:
+    command = [str(old_python("3.8")), str(MODULE), "shell", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0
+    assert done.stdout == f"pocketcoder-proxy {pp.VERSION}\n"
+
+
 @pytest.mark.parametrize("version", ["3.8", "3.9"])
 @pytest.mark.parametrize(
     "words",
@@ -2714,14 +2733,18 @@ def test_an_old_python_cannot_import_the_module_and_says_which_one_is_needed() -
     assert "ImportError: pocketcoder_proxy needs Python 3.10" in done.stderr
 
 
-def test_a_python_that_is_too_old_for_the_shell_says_so(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("version", ["3.6", "3.7"])
+def test_a_python_that_is_too_old_for_the_shell_says_so(
+    tmp_path: pathlib.Path, version: str
+) -> None:
     path = tmp_path / "sh"
     path.write_text(pp.installed_text())
     done = subprocess.run(
-        [old_python("3.7"), path, "-c", "true"], capture_output=True, text=True, timeout=20
+        [old_python(version), path, "-c", "true"], capture_output=True, text=True, timeout=20
     )
     assert done.returncode == 125
-    assert done.stderr.startswith("pocketcoder: the shell needs Python 3.8 or later, this is 3.7")
+    expected = f"pocketcoder: the shell needs Python 3.8 or later, this is {version}"
+    assert done.stderr.startswith(expected)
     assert done.stderr.count("\n") == 1
 
 
@@ -4388,6 +4411,24 @@ def test_a_background_process_outlives_the_server(own: StartServer, number: int)
     wait_until_gone("exec 3<&0 4<&1")
 
 
+def test_a_background_process_outlives_a_server_that_is_killed_before_the_answer(
+    own: StartServer,
+) -> None:
+    server = own()
+    count = f"{server.folder}/count"
+    loop = f"(while sleep 0.01; do echo x; echo x >> {count}; done) & echo $! > pid"
+    connection = server.connect()
+    connection.request("POST", "/exec", json.dumps({"cmd": loop}), JSON_TYPE)
+    eventually(lambda: os.path.exists(count) and os.path.getsize(count) > 10)
+    # The answer waits for quiet.
+    time.sleep(0.2)
+    server.stop(signal.SIGKILL)
+    connection.close()
+    before = os.path.getsize(count)
+    eventually(lambda: os.path.getsize(count) > before + 100)
+    os.kill(int(pathlib.Path(server.workspace, "pid").read_text()), signal.SIGKILL)
+
+
 def test_a_command_whose_server_is_killed_leaves_its_background_processes_alone(
     own: StartServer,
 ) -> None:
@@ -5257,6 +5298,38 @@ def test_keys_typed_while_a_new_shell_starts_are_never_run(own: StartServer, whe
 
     if where == "second-pane":
         busy.result()
+
+
+UNFINISHED = [
+    pytest.param("touch {file} &&", id="and"),
+    pytest.param("touch {file} |", id="pipe"),
+    pytest.param("touch {file} \\", id="backslash"),
+    pytest.param("echo 'open", id="quote"),
+    pytest.param("cat <<X", id="here-document"),
+    pytest.param("if true; then", id="keyword"),
+]
+
+
+@pytest.mark.parametrize("typed", UNFINISHED)
+def test_an_unfinished_command_typed_while_a_new_shell_starts_is_never_run(
+    own: StartServer, typed: str
+) -> None:
+    server = own()
+    file = pathlib.Path(server.folder, "ran")
+    pathlib.Path(server.folder, "home/.bashrc").write_text("sleep 0.6; PS1='$ '\n")
+    running = server.start_exec("echo ok")
+    type_early(server, "poco", typed.format(file=file) + "\n")
+    answer = running.result()
+    assert answer["stdout"] == "ok\n"
+    assert answer["waited_ms"] + answer["duration_ms"] < 4000
+    assert not file.exists()
+
+
+def test_a_new_terminal_shows_the_first_command_behind_its_prompt(own: StartServer) -> None:
+    server = own()
+    server.exec("echo out")
+    eventually(lambda: server.screen("poco").rstrip().endswith("$"))
+    assert server.screen("poco").split("\n")[0].rstrip() == "$ echo out"
 
 
 def test_a_program_that_asks_on_its_terminal_shows_in_the_answer_of_a_timeout(
