@@ -87,7 +87,7 @@ import sys
 # ==========================================================================
 # Settings
 # ==========================================================================
-# S1  Every limit, time and default is here, with its unit.  Times in seconds.
+# S1  Limits, times and defaults that one may want to change: seconds, where nothing else is said.
 VERSION = "0.1.0"
 KIB = 1024
 MIB = 1024 * KIB
@@ -277,12 +277,13 @@ def default_agent_name() -> str:
 # ==========================================================================
 # Shell Bridge
 # ==========================================================================
-# `bash ARGUMENTS`, in the sandbox.  Each command pays for it anew: `sys`, `os`, three C modules.
+# `bash ARGUMENTS`, in the sandbox.  Python starts anew for each command, so this section imports
+# `sys`, `os` and three C modules only.
 # It runs on Python 3.8 and later.  What `install` writes is the file down to the line.
 #
-# B1  Nothing is ever run here: what the proxy cannot run fails, with 125.
-# B2  It ends with an exit code, never by a signal: some callers hang on that.
-# B3  stdout and stderr are the command's; ours is one line there, when the proxy fails.
+# B1  No command runs here.  If the proxy fails, the exit status is 125.
+# B2  It always exits, and never dies of a signal: some callers hang on that.
+# B3  stdout and stderr are the command's.  If something goes wrong here, one line goes to stderr.
 SHELL_NAMES = ("sh", "bash", "dash", "ash", "zsh", "ksh")
 SUBCOMMANDS = ("server", "shell", "install")
 SIGNALS = {1: "HUP", 2: "INT", 3: "QUIT", 10: "USR1", 12: "USR2", 15: "TERM"}
@@ -952,8 +953,12 @@ def ignore(*_: object) -> None:
 
 async def set_within(event: asyncio.Event, seconds: float) -> bool:
     """Wait for an event, `seconds` at most; whether it is set."""
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)
+    # Before Python 3.12 wait_for() may swallow a cancellation.
+    waiting = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({waiting}, timeout=seconds)
+    finally:
+        waiting.cancel()
     return event.is_set()
 
 
@@ -966,10 +971,10 @@ SIGNAL_NUMBERS = {
 # ==========================================================================
 # Errors
 # ==========================================================================
-# E1  A command that fails is a result; a proxy that cannot do its job is an error.
+# E1  A command that fails is a result; a request that cannot be served is an error.
 # E2  Each class carries its HTTP status, JSON-RPC code and exit code.
 class ProxyError(Exception):
-    """The proxy cannot do its job.  Raised itself for its own faults."""
+    """An error that is answered, not a result.  Raised directly for faults of the proxy."""
 
     http_status = 500
     # Of JSON-RPC.
@@ -1054,7 +1059,7 @@ class Forbidden(ProxyError):
 
 
 class Refused(ProxyError):
-    """HTTP has a status for it."""
+    """The request is refused before it runs anything."""
 
     http_status = 400
     rpc_code = -32600
@@ -1114,7 +1119,7 @@ class NoAudit(ProxyError):
 # ==========================================================================
 # Wire types
 # ==========================================================================
-# W1  What comes from outside is checked here, once, and nowhere again.
+# W1  A request that exists is valid: it is checked when it is made.
 # W2  A complaint names the field, what was got and what was expected.
 Message = dict[str, Any]
 RUN_ID = re.compile(r"[0-9a-f]{16}")
@@ -1131,7 +1136,7 @@ def complain(name: str, got: object, expected: str) -> BadMessage:
 
 
 def whole(text: str) -> float:
-    """An integer of JSON; infinite, where Python reads no more of its digits."""
+    """An integer of JSON; inf if it has too many digits for int()."""
     try:
         return int(text)
     except ValueError:
@@ -1407,8 +1412,8 @@ class ExecResponse:
 # What /proc tells, and which shell there is.
 #
 # P1  A process that cannot be looked at for lack of descriptors or memory counts as alive.
-# P2  Nothing here waits.
-#
+# P2  Nothing here blocks: `processes_of` gives way to the loop every 16 processes.
+
 # The proxy is short of something; that says nothing about the process that it looked for.
 SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -1475,7 +1480,7 @@ def ticks() -> int:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether it certainly has."""
+    """Whether the process has ended; False if we cannot look."""
     try:
         return process(pid) is None
     except OSError:
@@ -1522,15 +1527,17 @@ async def processes_of(run: RunTraits) -> set[int]:
         if count % 16 == 0:
             await asyncio.sleep(0)
 
-        # It has ended, or is another user's.
-        with contextlib.suppress(OSError):
+        try:
             seen = process(pid)
             if seen is None or seen.started_at < run.born:
                 continue
-
             parents[pid] = seen.parent
             if run.fit(pid, seen):
                 found.add(pid)
+        except OSError as wrong:
+            # Otherwise it has ended, or belongs to another user.
+            if wrong.errno in SHORTAGE:
+                raise
 
     while True:
         children = {pid for pid, parent in parents.items() if parent in found} - found
@@ -1730,7 +1737,7 @@ class Tmux(asyncio.SubprocessProtocol):
         self.closed = False
         # Its process is gone.
         self.ended = asyncio.Event()
-        # How many there were: what was asked before may have changed.
+        # Counts the notices: if it grew, older replies may no longer be true.
         self.notices = 0
         # Panes that were made with the session, if that was missing.
         self.made = list[Pane]()
@@ -1874,7 +1881,7 @@ class Tmux(asyncio.SubprocessProtocol):
         return futures[-1]
 
     async def reply(self, future: asyncio.Future[list[str]]) -> list[str]:
-        """Wait for a reply, TMUX_TIMEOUT seconds at most."""
+        """Wait for a reply, TMUX_TIMEOUT seconds at most; after that the connection is closed."""
         why = f"no answer within {TMUX_TIMEOUT:g} s"
         timer = self.loop.call_later(TMUX_TIMEOUT, self.close, why)
         try:
@@ -1961,9 +1968,9 @@ class Tmux(asyncio.SubprocessProtocol):
 # ==========================================================================
 # What goes in and out of a command.
 #
-# S1  Output is read as it comes; a slow reader slows its own command only.
-# S2  What a person sees is best effort: no command waits for it.
-#
+# J1  Output is read as it comes; a slow reader slows its own command only.
+# J2  What a person sees is best effort: it delays the next command by 0.2 s at most.
+
 # Takes what a stream brings; what it returns is awaited before more is read.
 Take = Callable[[bytes], "Awaitable[None] | None"]
 # By the name of the stream: `out` for both, or `out` and `err`.
@@ -2057,7 +2064,7 @@ class Output(Pipe):
 
     # Our end of the pipe that the keeper waits at, see `keep`.
     lifeline = -1
-    # It may read on for a moment after the end: no later run can have this FIFO.
+    # A keeper may read this FIFO for a moment after its end: no later run may use it.
     has_keeper = False
 
     def __init__(
@@ -2321,7 +2328,7 @@ class View(Pipe):
 # The script that a pane's shell sources, the FIFOs through which it speaks, and their directory.
 #
 # F1  A line that was given up never starts: RUN.pid is made once, by go or by us.
-# F2  Go never waits for a server that has gone.
+# F2  Go waits a few seconds at most for a server that has gone.
 # F3  What a run that ended still has open is used by no later run.
 #
 # Exclusive to a run; kept for the next run of that name.
@@ -2563,7 +2570,7 @@ class RunFolder:
         self.base = base
         self._check_base()
 
-        # Names there were, and those to use again.
+        # How many names were made, and which of them are free again.
         self.count = 0
         self.free = list[str]()
         # Those of runs that somebody may still write to, by token.
@@ -2575,7 +2582,7 @@ class RunFolder:
         self.adoptions = [
             asyncio.ensure_future(adopt(f"{base}/{name}")) for name in os.listdir(base)
         ]
-        # A line that was typed for one that was wiped finds no other.
+        # A random name: a line that was typed for a wiped folder must not find a new one.
         self.path = f"{base}/{secrets.token_hex(2)}"
         self.status_path = f"{self.path}/status"
 
@@ -2692,7 +2699,10 @@ class RunFolder:
                 os.seteuid(user)
 
     def is_owners(self, pid: int) -> bool:
-        """A worker may not have root end what is not his.  For ourselves we need not ask."""
+        """Whether a process belongs to the user of the panes.
+
+        Root must not signal another user's process on behalf of that user.
+        """
         try:
             return self.owner == os.geteuid() or os.stat(f"/proc/{pid}").st_uid == self.owner
         except OSError:
@@ -2856,10 +2866,10 @@ def go_script(
 # ==========================================================================
 # Panes, what stands at their prompts, and who may type there.
 #
-# L1  Only the command that holds a pane types there, and only at a prompt.
+# L1  A run types only in a pane that it holds, and only at a prompt.  `send_keys` types anywhere.
 # L2  Nothing that a person has typed is run by us.
-# L3  Where nothing is asked of tmux, nothing is made.
-#
+# L3  Listing and reading make no session and no window.
+
 # Clears a line, which C-y brings back; on an empty one C-u alone would ring the bell.
 CLEAR = ("C-e", "Space", "C-u")
 # By name of the program: whether it edits its line, and so shows when it waits for a command.
@@ -2985,7 +2995,7 @@ class PaneShell:
 
             return self._look_at_tty() if SHELLS[shell.name] else Look.READY
         except (OSError, termios.error) as wrong:
-            # Otherwise commands would wait for the end of a program that does not run.
+            # With no descriptors to look, BUSY would let commands wait for nothing.
             if wrong.args[0] in SHORTAGE:
                 raise NoTerminal(f"cannot look at pane {self.pane.pane_id}: {wrong}") from None
 
@@ -3020,7 +3030,7 @@ class PaneShell:
             if look is not Look.SOON or self.stopped:
                 return look is Look.READY
 
-            # One that never tells is taken at its word.
+            # A shell that never shows that it is ready is believed to be.
             if not self.shown and (self.ran or time.monotonic() >= deadline):
                 return True
             if time.monotonic() >= deadline:
@@ -3452,8 +3462,8 @@ class Terminal:
 # ==========================================================================
 # One command from its files to the prompt after it, and the driver that callers use.
 #
-# D1  A run ends exactly once: by itself, timed out, cancelled or lost.
-# D2  The exit code is what the shell reported, never guessed from output.
+# D1  A run ends exactly once (by itself, timed out, cancelled, lost), or it never starts.
+# D2  The exit code of a command that ended by itself is what its shell reported.
 # D3  Whatever happens, the pane is given back.
 #
 # To add a way to end a run: a row in ENDINGS and a test named after it.
@@ -3479,7 +3489,7 @@ class Watch:
     """Follows a run: `start` before it starts, `end` when it has ended, or never started."""
 
     async def start(self, run_id: str) -> None:
-        """What this raises stops the start."""
+        """If this raises, the command does not start."""
 
     def end(self, result: CommandResult) -> None:
         """`result` is without the output."""
@@ -3512,10 +3522,12 @@ class Job:
     | tmux did not type  |          | RELEASED          |          |          |          |
     | report start       |          | RUNNING           |          |          |          |
     | report exit        |          | it cannot start   | SETTLING |          |          |
-    | all is read        |          |                   |          | OVER     |          |
-    | report back        |          | RELEASED          | lost     |          | RELEASED |
-    | cancelled, timeout | RELEASED | void, or ladder   | ladder   | OVER     |          |
-    | its shell died     | RELEASED | void, or lost     | lost     | OVER     |          |
+    | all read, or quiet |          |                   |          | OVER     |          |
+    | report back        |          | RELEASED          | lost     | later    | RELEASED |
+    | cancelled          | RELEASED | void, or ladder   | ladder   | OVER     |          |
+    | its time is over   |          |                   | ladder   |          |          |
+    | its shell died     | RELEASED | void, or lost     | lost     |          |          |
+    | no report in time  |          | void, or lost     |          |          | RELEASED |
 
     void: it never starts, RELEASED.  lost: OVER, then RELEASED.  ladder: see `climb`.
     """
@@ -3556,7 +3568,7 @@ class Job:
         self.loop = asyncio.get_running_loop()
 
         self.phase = Phase.HELD
-        # False: it never will.
+        # True: it runs, or it is over and has a result.
         self.started: asyncio.Future[bool] = self.loop.create_future()
         self.over = asyncio.Event()
         # Go has read its files to the end, or never will: its line was not typed.
@@ -3704,7 +3716,7 @@ class Job:
             self.shell.back(self.tmux)
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
-        """Call that then, and nothing else before."""
+        """Call that then.  A run has one timer: this replaces it."""
         self._stop_timer()
         self.timer = self.loop.call_later(seconds, call)
 
@@ -3748,12 +3760,14 @@ class Job:
             self.end("timeout")
         elif self.view:
             self.view.write()
-            return min(WATCH_PAUSE, left)
 
-        return WATCH_PAUSE
+        return min(WATCH_PAUSE, max(left, 0.0))
 
     def end(self, ended: str, why: str = "") -> None:
-        """End it, `over` tells when that is done.  The first reason counts."""
+        """End it; the first reason counts.
+
+        A run that has not started is released at once, and never becomes `over`.
+        """
         if self.phase is Phase.SETTLING:
             # It has ended by itself: the answer waits no longer for what still writes.
             self._finish()
@@ -3881,7 +3895,8 @@ class Job:
         if self.view:
             await self.view.end(self.exit_code)
 
-        if self.files:
+        # By now it may have been released, and another run have its files.
+        if self.files and self.phase is Phase.OVER:
             self.files.let_return()
 
         # A shell whose `read` knows no limit did not wait for us.
@@ -3930,7 +3945,8 @@ class Job:
         """
         try:
             await self.over.wait()
-            for output in self.files.outputs if self.files else ():
+            outputs = self.files.outputs if self.files else []
+            for output in outputs:
                 if output.taken is not None:
                     await asyncio.wait_for(output.taken, patience)
         finally:
@@ -3967,7 +3983,10 @@ async def over_within(job: Job, seconds: float) -> bool:
 
 
 def signal_group(job: Job, number: int) -> None:
-    """Signal the command's process group.  In a shell without job control it has none."""
+    """Signal the command's process group.
+
+    Without job control the command has no group of its own.
+    """
     if job.group is None or job.phase is not Phase.RUNNING:
         return
     with contextlib.suppress(OSError):
@@ -3986,7 +4005,7 @@ async def kill(job: Job, number: int) -> int:
 
     for pid in found:
         with contextlib.suppress(OSError):
-            # Those in the group have the signal; some take a second one amiss.
+            # Those in the group have got it: a second signal makes some programs exit at once.
             if os.getpgid(pid) != job.group or job.over.is_set():
                 os.kill(pid, number)
 
@@ -4321,7 +4340,7 @@ class PocketCoderDriver:
 # ==========================================================================
 # Audit log
 # ==========================================================================
-# U1  A line is written before its command starts, and before its end is answered.
+# U1  One line is written before a command starts, and one before its end is answered.
 # U2  While a line cannot be written, no command starts.
 class AuditLog:
     """JSON lines in the file `path`: one before a command starts, one before its end is answered.
@@ -8189,8 +8208,8 @@ async def list_terminals_tool(
 # ==========================================================================
 # Who may call: pure functions over headers and settings.
 #
-# G1  Every request passes `admit` before its body is read.
-# G2  No refusal says whether a token was nearly right.
+# Z1  Every request passes `admit` before its body is read.
+# Z2  No refusal says whether a token was nearly right.
 @lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
     """Whether `host`, maybe with a port, is a name or address of this machine for itself."""
@@ -8248,7 +8267,7 @@ class Gate:
                 f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin"
             )
 
-        # An <img> for instance, of which no browser says the Origin.
+        # Browsers send no `Origin` for an <img>, for instance.
         site = headers.get("Sec-Fetch-Site", "none")
         if origin is None and site not in ("none", "same-origin"):
             raise Forbidden(
@@ -8303,9 +8322,11 @@ def media_type(content_type: str) -> str:
 # ==========================================================================
 # Endpoints
 # ==========================================================================
-# H1  Handlers are coroutines over plain values; only endpoints know Tornado.
-# H2  Whoever waits for a caller that left is cancelled.
-# H3  What has started as a stream ends as one: the status is fixed with its first byte.
+# H1  Handlers of commands and of SSE know nothing of Tornado.
+# H2  When a caller leaves, the command that runs for it is cancelled; a session's call goes on.
+# H3  A stream keeps its status: an error after its first byte is its last event.
+
+
 async def health_handler() -> str:
     """Answers while commands run."""
     return "ok"
@@ -8455,13 +8476,13 @@ class Endpoint(tornado.web.RequestHandler):
 
     # So that the gate comes before the body, and 413 is ours.
     _stream_request_body = True
-    # It needs no token.
+    # Whether it needs no token.
     open_to_all = False
-    # For clients that cannot set headers.
+    # Whether the address may have the token, for clients that cannot set headers.
     token_in_query = False
-    # Its errors are those of JSON-RPC.
+    # Whether its errors are those of JSON-RPC.
     of_mcp = False
-    # Its path may end with a slash.
+    # Whether its path may end with a slash.
     slash_too = False
     # The work that a caller waits for.
     task: asyncio.Task[Any] | None = None
@@ -8473,7 +8494,7 @@ class Endpoint(tornado.web.RequestHandler):
         self.owner = ""
         # Of an MCP server, from the path.
         self.name = ""
-        # Otherwise the body is not read, and the connection ends.
+        # Set once the gate lets the request in; a refused one has no body, and its connection ends.
         self.admitted = False
         self.body = bytearray()
         self.received = 0
@@ -8484,7 +8505,7 @@ class Endpoint(tornado.web.RequestHandler):
         self.set_header("Server", f"pocketcoder-proxy/{VERSION}")
         self.set_header("Cache-Control", "no-store")
         self.set_header("X-Content-Type-Options", "nosniff")
-        # A method is not known to Tornado: this comes before `initialize`.
+        # Tornado calls this before `initialize`.
         gate: Gate = self.settings["gate"]
         for name, value in gate.cors(self.request.headers).items():
             self.set_header(name, value)
@@ -9219,8 +9240,9 @@ def install(folder: str, names: list[str]) -> str:
 # ==========================================================================
 # Which stdio servers are relayed: `--mcp-server`, and files of clients.
 #
-# C1  One bad entry is an error when the server starts.
-# C2  No message shows a value, which may be a secret.
+# Y5  One bad entry is an error when the server starts.
+# Y6  No message shows the value of an entry, which may be a secret.
+
 # A string of JSON, or a comment as clients allow it; a string, or a comma that ends a list.
 TEXT_OR_COMMENT = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 TEXT_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[\]}])', re.DOTALL)
@@ -9241,10 +9263,10 @@ def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]
         try:
             command = shlex.split(line)
         except ValueError as wrong:
-            raise complain("--mcp-server", word, f"NAME=COMMAND ({wrong})") from None
+            raise complain("--mcp-server", f"{name}=…", f"NAME=COMMAND ({wrong})") from None
 
         if not command:
-            raise complain("--mcp-server", word, "NAME=COMMAND")
+            raise complain("--mcp-server", f"{name}=", "NAME=COMMAND")
 
         configs[name] = ServerConfig(name=name, words=tuple(command))
 
@@ -9572,7 +9594,7 @@ async def serve(options: Commands, token: str) -> None:
     loop = asyncio.get_running_loop()
     state = make_state(options)
     if options.audit_log:
-        # It must be there.
+        # The file must be there.
         state.audit.flush()
         loop.add_signal_handler(signal.SIGHUP, state.audit.reopen)
 
@@ -9585,7 +9607,7 @@ async def serve(options: Commands, token: str) -> None:
     listeners = tornado.netutil.bind_sockets(int(options.port), options.host)
 
     for listener in listeners:
-        # Connections inherit it.
+        # Connections inherit this limit.
         set_user_timeout(listener, SLOW_READER_TIMEOUT)
         server.listen_on(listener)
 
@@ -9677,7 +9699,7 @@ async def shut_down(state: AppState) -> None:
     state.audit.hurry(STOP_GRACE / 2)
     await asyncio.gather(state.driver.close(STOP_GRACE), state.sessions.settle(STOP_GRACE))
 
-    # Those of commands that had to be ended.
+    # The answers of commands that had to be ended leave now.
     await state.sessions.settle(SETTLE_GRACE)
     for session in [*state.sessions.values()]:
         session.end()
@@ -9685,7 +9707,7 @@ async def shut_down(state: AppState) -> None:
     relays = [server for server in state.servers.values() if isinstance(server, Relay)]
     await asyncio.gather(*(relay.close() for relay in relays))
 
-    # They have their results, and send them now.
+    # The last handlers have their results, and send them now.
     if state.calls:
         await asyncio.wait(state.calls, timeout=STOP_GRACE)
 
