@@ -2277,6 +2277,7 @@ def expected(engine: Caller) -> list[tuple[int, bytes, bytes]]:
     return [engine.local(*form, input=ON_STDIN) for form in FORMS]
 
 
+@pytest.mark.slow
 def test_streams_that_are_one_file_keep_their_order(engine: Caller) -> None:
     script = "for i in 1 2 3 4 5 6 7 8 9; do echo out $i; echo err $i >&2; done; exit 4"
     for form in (["-c", script], ["-ec", script], ["script.sh", "x"]):
@@ -2332,6 +2333,7 @@ def test_a_stdin_without_content_is_dev_null_in_the_sandbox(engine: Caller, kind
 
 
 @pytest.mark.parametrize("kind", NO_STDIN)
+@pytest.mark.slow
 def test_no_thread_waits_for_a_stdin_without_content(engine: Caller, kind: str) -> None:
     with stdin_of(kind) as options:
         process = engine.start("-c", "echo ready; sleep 0.5", **options)
@@ -2465,6 +2467,7 @@ def test_plain_words_become_a_command_that_reads_as_written(given: list[str], te
     assert pp.shell_arguments(["pocketcoder", "shell", *given]) == ["-c", "--", text]
 
 
+@pytest.mark.slow
 def test_a_first_word_that_names_a_file_is_a_script(engine: Caller) -> None:
     pathlib.Path(engine.cwd, "named.sh").write_text('echo "$0|$1"; exit 4\n')
     pathlib.Path(engine.cwd, "server").write_text("echo no\n")
@@ -2503,6 +2506,7 @@ def test_without_arguments_a_script_is_read_from_a_pipe(engine: Caller) -> None:
         pytest.param("bash", ["-l"], id="login"),
     ],
 )
+@pytest.mark.slow
 def test_an_interactive_shell_is_refused(
     engine: Caller, name: str, words: list[str], kind: str
 ) -> None:
@@ -2530,6 +2534,7 @@ def test_an_interactive_shell_is_refused(
         pytest.param("pocketcoder", [], id="pocketcoder"),
     ],
 )
+@pytest.mark.slow
 def test_an_empty_stdin_is_an_empty_script(
     engine: Caller, name: str, words: list[str], kind: str
 ) -> None:
@@ -2713,6 +2718,7 @@ def test_an_old_python_shows_the_version_of_the_shell() -> None:
         pytest.param(["nonsense"], id="nonsense"),
     ],
 )
+@pytest.mark.slow
 def test_an_old_python_says_which_one_is_needed(version: str, words: list[str]) -> None:
     done = subprocess.run(
         [old_python(version), MODULE, *words], capture_output=True, text=True, timeout=20
@@ -2903,6 +2909,7 @@ def test_text_arrives_whatever_the_locale(engine: Caller, variables: dict[str, s
     assert got == (0, "é ä ü\n".encode(), b"")
 
 
+@pytest.mark.slow
 def test_people_and_the_audit_log_see_the_command_as_written(
     audited_engine: tuple[Caller, pathlib.Path],
 ) -> None:
@@ -3012,6 +3019,7 @@ def test_a_reader_that_leaves_ends_the_command_with_141(engine: Caller) -> None:
     wait_until_gone("marker141", 6)
 
 
+@pytest.mark.slow
 def test_a_slow_reader_slows_the_command(engine: Caller) -> None:
     process = engine.start("-c", "head -c 100000000 /dev/zero; touch finished")
     time.sleep(1)
@@ -3088,6 +3096,7 @@ def test_killing_the_shell_ends_its_command(engine: Caller) -> None:
     wait_until_gone("sleep\x0066.", 6)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_shell_whose_output_is_stuck(engine: Caller) -> None:
     process = engine.start("-c", "exec yes stuck67")
     wait_until_running("yes\x00stuck67", 20)
@@ -3197,6 +3206,7 @@ def test_the_shell_gives_up_after_ten_seconds_without_an_answer(
         pytest.param("http://h?a=b", "a path behind 'h', expected http://HOST", id="query"),
     ],
 )
+@pytest.mark.slow
 def test_a_wrong_address_is_reported_in_one_line(names: str, url: str, said: str) -> None:
     words = [sys.executable, f"{names}/sh", "-c", "echo no"]
     done = subprocess.run(
@@ -3241,6 +3251,7 @@ def test_the_shell_sends_the_token_and_reports_a_refusal(own: StartServer, names
     assert b"POCKETCODER_TOKEN" in err
 
 
+@pytest.mark.slow
 def test_programs_use_it_as_their_shell(engine: Caller) -> None:
     path = {"PATH": f"{engine.names}:{engine.env['PATH']}"}
     here = f"{engine.cwd}/programs"
@@ -3684,6 +3695,7 @@ ARGV = [
 
 
 @pytest.mark.parametrize(("argv", "said"), ARGV)
+@pytest.mark.slow
 def test_arguments_of_bash_run_in_place_of_a_command(
     proxy: Proxy, agent: str, argv: list[str], said: str
 ) -> None:
@@ -4202,6 +4214,7 @@ def test_bytes_that_are_no_text_become_replacement_characters(proxy: Proxy, agen
     assert answer["output_bytes"] == 4
 
 
+@pytest.mark.slow
 def test_a_flood_leaves_the_server_small(warm: StartServer) -> None:
     server = warm()
     before = server.memory()
@@ -4215,6 +4228,7 @@ def test_a_flood_leaves_the_server_small(warm: StartServer) -> None:
     assert server.peak() - before < 80 * 1024 * 1024
 
 
+@pytest.mark.slow
 def test_background_processes_live_on_and_their_output_is_discarded(
     proxy: Proxy, agent: str
 ) -> None:
@@ -4231,6 +4245,7 @@ def test_background_processes_live_on_and_their_output_is_discarded(
     eventually(lambda: os.path.exists(f"{gate}.out"))
 
 
+@pytest.mark.slow
 def test_a_background_flood_blocks_no_command_and_releases_its_descriptor(
     own: StartServer,
 ) -> None:
@@ -4286,6 +4301,7 @@ def test_a_background_process_that_keeps_writing_delays_the_answer_by_a_second(
     os.kill(int(answer["stdout"].split()[0]), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_background_process_that_exits_takes_no_output_from_a_later_command(
     proxy: Proxy, agent: str
 ) -> None:
@@ -4411,6 +4427,7 @@ def test_a_background_process_outlives_the_server(own: StartServer, number: int)
     wait_until_gone("exec 3<&0 4<&1")
 
 
+@pytest.mark.slow
 def test_a_background_process_outlives_a_server_that_is_killed_before_the_answer(
     own: StartServer,
 ) -> None:
@@ -4429,6 +4446,7 @@ def test_a_background_process_outlives_a_server_that_is_killed_before_the_answer
     os.kill(int(pathlib.Path(server.workspace, "pid").read_text()), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_command_whose_server_is_killed_leaves_its_background_processes_alone(
     own: StartServer,
 ) -> None:
@@ -4525,6 +4543,7 @@ def test_a_run_whose_files_are_wiped_just_before_its_start_is_retried(
     assert answer["ended"] == "exit"
 
 
+@pytest.mark.slow
 def test_a_run_directory_of_another_user_is_refused(warm: StartServer) -> None:
     server = warm()
     subprocess.run(["rm", "-rf", f"{server.socket}.d"], check=True)
@@ -4651,6 +4670,7 @@ def test_a_worker_cannot_make_root_touch_files_or_processes_of_others(workers: P
         victim.wait()
 
 
+@pytest.mark.slow
 def test_a_command_whose_report_is_stolen_is_lost(proxy: Proxy, agent: str) -> None:
     token = r"$(grep -o '[0-9a-f]\{16\} exit' $(grep -lx $$ *.pid | sed s/pid/go/) | head -n 1 | cut -c1-16)"
     command = RUNS.format(socket=proxy.socket) + f"echo {token} back 0 >status; sleep 78.5"
@@ -4672,6 +4692,7 @@ def test_a_server_stops_even_with_strange_files_among_its_own(own: StartServer) 
         subprocess.run(["rm", "-rf", f"{server.socket}.d"], check=True)
 
 
+@pytest.mark.slow
 def test_runs_leave_no_files_and_no_descriptors(own: StartServer) -> None:
     server = own()
     for cmd in ("true", "cat", "exit 3", "kill -9 $$"):
@@ -4850,6 +4871,7 @@ def test_a_stray_file_or_a_missing_folder_stops_no_command(warm: StartServer) ->
 
 
 @pytest.mark.parametrize("shell", ["bash --norc -i", "zsh -f", "dash", "ksh", "busybox ash"])
+@pytest.mark.slow
 def test_an_alias_for_the_typed_command_changes_nothing(warm: StartServer, shell: str) -> None:
     if shutil.which(shell.split()[0]) is None:
         pytest.skip(f"there is no {shell.split()[0]} here")
@@ -5058,6 +5080,7 @@ def test_nothing_is_typed_into_a_program_that_a_person_runs(proxy: Proxy, agent:
     eventually(lambda: pathlib.Path(typed).read_text() == "mine\n")
 
 
+@pytest.mark.slow
 def test_nothing_is_typed_into_a_script_or_a_builtin_that_reads(warm: StartServer) -> None:
     server = warm()
     server.tmux(
@@ -5101,6 +5124,7 @@ def test_copy_mode_in_every_pane_is_left_rather_than_waited_for(proxy: Proxy, ag
 @pytest.mark.parametrize(
     "enter", [[], pytest.param(["Enter"], marks=pytest.mark.slow)], ids=["half", "whole"]
 )
+@pytest.mark.slow
 def test_text_typed_during_a_command_stays_out_of_the_next_one(
     proxy: Proxy, agent: str, shell: str, enter: list[str]
 ) -> None:
@@ -5200,6 +5224,7 @@ SETTINGS += ["exec() { :; }", "echo() { command echo mine; }"]
 
 
 @pytest.mark.parametrize("typed", SETTINGS)
+@pytest.mark.slow
 def test_shell_options_set_by_a_person_change_no_answer(
     proxy: Proxy, agent: str, typed: str
 ) -> None:
@@ -5272,6 +5297,7 @@ def type_early(server: Proxy, window: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["first-window", "new-agent", "second-pane"])
+@pytest.mark.slow
 def test_keys_typed_while_a_new_shell_starts_are_never_run(own: StartServer, where: str) -> None:
     server = own()
     rc = pathlib.Path(server.folder, "home/.bashrc")
@@ -5332,6 +5358,7 @@ def test_a_new_terminal_shows_the_first_command_behind_its_prompt(own: StartServ
     assert server.screen("poco").split("\n")[0].rstrip() == "$ echo out"
 
 
+@pytest.mark.slow
 def test_a_program_that_asks_on_its_terminal_shows_in_the_answer_of_a_timeout(
     proxy: Proxy, agent: str
 ) -> None:
@@ -5341,6 +5368,7 @@ def test_a_program_that_asks_on_its_terminal_shows_in_the_answer_of_a_timeout(
     assert answer["terminal"] == "Continue connecting (yes/no)?"
 
 
+@pytest.mark.slow
 def test_a_question_asked_at_once_stays_on_the_terminal(proxy: Proxy, agent: str) -> None:
     ask = "printf 'Go on? ' >/dev/tty; read -r a </dev/tty"
     proxy.exec("true", agent_name=agent)
@@ -5358,6 +5386,7 @@ QUIET_TIMEOUTS = {
 
 
 @pytest.mark.parametrize("cmd", QUIET_TIMEOUTS.values(), ids=QUIET_TIMEOUTS)
+@pytest.mark.slow
 def test_output_and_the_command_are_not_taken_for_a_question(
     proxy: Proxy, agent: str, cmd: str
 ) -> None:
@@ -5425,6 +5454,7 @@ def test_an_idle_terminal_that_died_is_replaced(warm: StartServer, death: str) -
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.slow
 def test_a_dead_pane_that_remains_is_started_again(warm: StartServer) -> None:
     server = warm()
     server.tmux("set-option", "-g", "remain-on-exit", "on")
@@ -5779,6 +5809,7 @@ def test_tmux_inside_a_command_does_not_reach_the_servers_tmux(proxy: Proxy, age
     assert proxy.panes(agent)
 
 
+@pytest.mark.slow
 def test_the_time_in_the_queue_is_in_the_answer(proxy: Proxy, agent: str) -> None:
     proxy.exec("true", agent_name=agent)
     running = [proxy.start_exec("sleep 0.5", agent_name=agent) for _ in range(4)]
@@ -5846,6 +5877,7 @@ def test_a_command_cancelled_before_it_reports_its_start_gets_term(
         kill_tmux(driver.socket_path)
 
 
+@pytest.mark.slow
 def test_notices_of_tmux_during_a_start_harm_nothing(tmp_path: pathlib.Path) -> None:
     class Slow(pp.Watch):
         async def start(self, run_id: str) -> None:
@@ -5903,6 +5935,7 @@ def test_a_failed_start_always_gives_the_pane_back(tmp_path: pathlib.Path) -> No
         kill_tmux(f"{tmp_path}/tmux/s")
 
 
+@pytest.mark.slow
 def test_the_driver_can_be_used_alone(tmp_path: pathlib.Path) -> None:
     folder = tempfile.mkdtemp(prefix="pc")
     driver = pp.PocketCoderDriver(f"{folder}/tmux/s", "pocketcoder")
@@ -6013,6 +6046,7 @@ def test_the_audit_log_has_the_start_and_the_end_of_each_command(
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 def test_the_audit_log_has_the_commands_of_every_door(audited: tuple[Proxy, pathlib.Path]) -> None:
     proxy, path = audited
 
@@ -6052,6 +6086,7 @@ def test_the_audit_log_has_the_commands_of_every_door(audited: tuple[Proxy, path
 
 
 @pytest.mark.parametrize(("era", "server"), ERAS)
+@pytest.mark.slow
 def test_the_audit_log_has_relayed_calls_without_arguments_or_results(
     own: StartServer,
     fixtures: pathlib.Path,
@@ -6117,6 +6152,7 @@ def test_no_call_is_relayed_while_the_audit_log_fails(
     assert "audit log" in failed["message"]
 
 
+@pytest.mark.slow
 def test_no_command_runs_or_is_answered_while_the_audit_log_fails(
     audited: tuple[Proxy, pathlib.Path],
 ) -> None:
@@ -6209,6 +6245,7 @@ def test_a_server_that_stops_while_its_log_fails_answers_every_caller(
     assert "is withheld" in answer["error"]
 
 
+@pytest.mark.slow
 def test_an_audit_pipe_takes_lines_of_any_length_as_fast_as_it_is_read(
     own: StartServer, tmp_path: pathlib.Path
 ) -> None:
@@ -6278,6 +6315,7 @@ def test_a_killed_server_loses_no_line_of_an_answered_command(
     assert [line["run_id"] for line in noted(path) if line["event"] == "end"] == run_ids
 
 
+@pytest.mark.slow
 def test_a_truncated_line_damages_no_other(audited: tuple[Proxy, pathlib.Path]) -> None:
     proxy, path = audited
     with path.open("a") as file:
@@ -6899,6 +6937,7 @@ def test_a_closed_stream_cancels_a_modern_call(
     wait_until_gone("sleep\x0071.6")
 
 
+@pytest.mark.slow
 def test_a_closed_stream_cancels_no_legacy_call_but_a_notification_does(
     proxy: Proxy, agent: str, stream: OpenStream
 ) -> None:
@@ -7066,6 +7105,7 @@ def test_commands_are_reported_to_the_session_they_name(
     assert get.next()["params"]["data"]["cmd"] == "echo fourth"
 
 
+@pytest.mark.slow
 def test_a_client_that_reconnects_gets_missed_messages_and_running_calls(
     proxy: Proxy, agent: str, stream: OpenStream
 ) -> None:
@@ -7271,6 +7311,7 @@ def test_calls_to_a_child_that_dies_fail_at_once_and_it_is_restarted(
     assert state()["restarts"] == 3
 
 
+@pytest.mark.slow
 def test_noisy_servers_still_get_answers_through(client: Client) -> None:
     assert text_of(client.call("noise")) == "after the noise"
     *told, answer = client.ask("tools/call", {"name": "flood", "arguments": {"lines": 3000}})
@@ -7346,6 +7387,7 @@ def odd_server() -> None:
 
 
 @pytest.mark.parametrize("era", ["legacy", "modern"])
+@pytest.mark.slow
 def test_whatever_a_server_answers_the_client_gets_an_answer(
     own: StartServer, tmp_path: pathlib.Path, stream: OpenStream, era: str
 ) -> None:
@@ -7368,6 +7410,7 @@ def test_whatever_a_server_answers_the_client_gets_an_answer(
 
 
 @pytest.mark.parametrize(("era", "server"), ERAS)
+@pytest.mark.slow
 def test_the_next_request_after_a_crash_waits_for_the_new_process(
     own: StartServer, peculiar: str, stream: OpenStream, era: str, server: str
 ) -> None:
@@ -7435,6 +7478,7 @@ def test_only_a_process_that_never_answered_is_restarted_with_a_delay(
         pytest.param(" era=modern", id="a modern server"),
     ],
 )
+@pytest.mark.slow
 def test_a_server_that_allows_one_instance_works(
     own: StartServer,
     peculiar: str,
@@ -7453,6 +7497,7 @@ def test_a_server_that_allows_one_instance_works(
 
 
 @pytest.mark.parametrize("era", ["legacy", "modern"])
+@pytest.mark.slow
 def test_an_abandoned_session_gives_up_the_only_instance(
     own: StartServer,
     peculiar: str,
@@ -7505,6 +7550,7 @@ def test_a_slow_server_is_started_once_and_still_served(
 
 
 @pytest.mark.parametrize(("era", "server"), ERAS)
+@pytest.mark.slow
 def test_invalid_bytes_are_replaced(
     own: StartServer, peculiar: str, stream: OpenStream, era: str, server: str
 ) -> None:
@@ -7520,6 +7566,7 @@ def test_a_byte_order_mark_is_skipped(own: StartServer, peculiar: str, stream: O
 
 
 @pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.slow
 def test_an_answer_beyond_the_limit_fails_its_call_only(
     own: StartServer, peculiar: str, stream: OpenStream, place: str
 ) -> None:
@@ -7561,6 +7608,7 @@ def test_a_dead_child_is_removed_even_if_its_stderr_stays_open(
     eventually(lambda: proxy.servers()[0]["state"] == "failed", 4)
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_start_says_why_once(own: StartServer, tmp_path: pathlib.Path) -> None:
     program = tmp_path / "gone"
     program.write_text("#!/bin/sh\n")
@@ -7912,6 +7960,7 @@ def test_relayed_messages_arrive_unchanged(client: Client) -> None:
     assert type(got["_meta"]["progressToken"]) is int
 
 
+@pytest.mark.slow
 def test_progress_arrives_on_the_stream_of_its_request_with_its_token(client: Client) -> None:
     for token in (0, "t"):
         params = {
@@ -7926,6 +7975,7 @@ def test_progress_arrives_on_the_stream_of_its_request_with_its_token(client: Cl
         assert answer["id"] == token
 
 
+@pytest.mark.slow
 def test_a_cancelled_call_is_cancelled_in_the_child(client: Client, relay: Proxy) -> None:
     label = f"{client.era}{client.path.split('/')[2]}"
     params = {
@@ -8023,6 +8073,7 @@ def test_a_forged_request_state_is_refused(relay: Proxy, stream: OpenStream) -> 
     assert client.error_code("tools/call", {**params, **good}) == -32602
 
 
+@pytest.mark.slow
 def test_changes_are_reported_to_subscribers_only(client: Client) -> None:
     if client.era == "modern":
         wanted = {"toolsListChanged": True, "resourceSubscriptions": ["test://watched-resource"]}
@@ -8048,6 +8099,7 @@ def test_changes_are_reported_to_subscribers_only(client: Client) -> None:
         assert meta.get(NS + "subscriptionId") == ("w1" if client.era == "modern" else None)
 
 
+@pytest.mark.slow
 def test_log_messages_reach_clients_that_ask_for_them(client: Client) -> None:
     params: dict[str, Any] = {"name": "test_tool_with_logging", "arguments": {}}
     if client.era == "modern":
@@ -8123,6 +8175,7 @@ def test_two_hundred_calls_through_one_child_get_their_own_answers(
     assert text_of(client.call("pid")) == process
 
 
+@pytest.mark.slow
 def test_ten_megabytes_pass_through_the_relay(client: Client) -> None:
     assert len(text_of(client.call("big", bytes=10_000_000))) == 10_000_000
 
@@ -8210,6 +8263,7 @@ def answered(client: Client, asked: Any, tool: dict[str, Any], roots: list[Any],
     return client.result("tools/call", again, id_)
 
 
+@pytest.mark.slow
 def test_parallel_calls_of_a_modern_client_share_one_process(
     own: StartServer, peculiar: str, stream: OpenStream
 ) -> None:
@@ -8232,6 +8286,7 @@ def test_parallel_calls_of_a_modern_client_share_one_process(
         pytest.param({"address": "127.0.0.2"}, id="address"),
     ],
 )
+@pytest.mark.slow
 def test_modern_clients_that_differ_get_a_process_each(
     own: StartServer, peculiar: str, other: dict[str, Any]
 ) -> None:
@@ -8293,6 +8348,7 @@ def test_a_question_reaches_only_the_client_of_its_process(
         assert got["result"]["roots"] == roots
 
 
+@pytest.mark.slow
 def test_a_question_goes_to_the_newest_call_in_flight(
     own: StartServer, peculiar: str, stream: OpenStream
 ) -> None:
@@ -8307,6 +8363,7 @@ def test_a_question_goes_to_the_newest_call_in_flight(
     assert said(asking.result())["result"]["roots"] == roots
 
 
+@pytest.mark.slow
 def test_a_question_outside_any_call_waits_for_the_next_call(
     own: StartServer, peculiar: str, stream: OpenStream
 ) -> None:
@@ -8322,6 +8379,7 @@ def test_a_question_outside_any_call_waits_for_the_next_call(
     assert said(answered(client, asked, tool, roots, id_="again")) == [{"roots": roots}]
 
 
+@pytest.mark.slow
 def test_a_cancelled_call_leaves_no_question_behind(
     own: StartServer, peculiar: str, stream: OpenStream
 ) -> None:
@@ -8335,6 +8393,7 @@ def test_a_cancelled_call_leaves_no_question_behind(
 
 @pytest.mark.parametrize("first", ["tools/call", "tools/list"])
 @pytest.mark.parametrize("asks", ["hello", "start"])
+@pytest.mark.slow
 def test_a_question_at_startup_goes_to_the_client_that_started_the_process(
     own: StartServer,
     peculiar: str,
@@ -8361,6 +8420,7 @@ def test_a_question_at_startup_goes_to_the_client_that_started_the_process(
 
 
 @pytest.mark.parametrize("asks", ["hello", "start"])
+@pytest.mark.slow
 def test_a_question_at_startup_may_be_answered_by_a_session(
     own: StartServer, peculiar: str, stream: OpenStream, asks: str
 ) -> None:
@@ -8449,6 +8509,7 @@ def test_a_new_client_gets_the_place_of_an_idle_one(
         assert all(type(said(each.result())) is int for each in [*working, asking])
 
 
+@pytest.mark.slow
 def test_the_newest_notices_are_kept_until_a_session_listens(
     own: StartServer, peculiar: str, stream: OpenStream
 ) -> None:
@@ -8655,6 +8716,7 @@ def test_a_wrong_argument_is_a_tool_result_that_names_it(
     assert f"`{field}`" in text_of(result)
 
 
+@pytest.mark.slow
 def test_keys_that_create_a_terminal_stay_out_of_the_next_command(
     warm: StartServer,
 ) -> None:
@@ -8667,6 +8729,7 @@ def test_keys_that_create_a_terminal_stay_out_of_the_next_command(
     assert not os.path.exists(f"{server.folder}/half")
 
 
+@pytest.mark.slow
 def test_keys_reach_a_program_whose_caller_is_waiting(proxy: Proxy, agent: str) -> None:
     asking = [
         proxy.start_exec("read -r x </dev/tty; echo $x", agent_name=agent)
@@ -8718,6 +8781,7 @@ def test_keys_go_to_the_program_a_person_started(proxy: Proxy, agent: str) -> No
     assert again.result()["stdout"] == "got newest\n"
 
 
+@pytest.mark.slow
 def test_a_program_is_driven_by_keys_and_read_like_a_person_would(proxy: Proxy, agent: str) -> None:
     ask = "read -p 'Name? ' n; echo \"<$n>\""
     shown = text_of(call(proxy, "send_keys", agent_name=agent, text=ask, keys=["Enter"]))
@@ -8784,6 +8848,7 @@ def test_a_wrapped_line_is_read_as_one(proxy: Proxy, agent: str) -> None:
     assert len(shown.split("\n")) == 2000
 
 
+@pytest.mark.slow
 def test_terminal_content_is_not_mistaken_for_a_reply_of_tmux(proxy: Proxy, agent: str) -> None:
     proxy.exec(
         'for i in $(seq 400); do echo "%end $(date +%s) $i 1"; echo "%exit"; done', agent_name=agent
@@ -9154,6 +9219,7 @@ def test_an_allowed_browser_sees_the_session_header(own: StartServer) -> None:
 # ==========================================================================
 # Endpoints
 # ==========================================================================
+@pytest.mark.slow
 def test_health_needs_no_token_and_answers_while_commands_run(own: StartServer) -> None:
     server = own(POCKETCODER_TOKEN="geheim")
     call = server.start_exec("sleep 0.5")
@@ -9409,6 +9475,7 @@ def test_an_error_before_the_stream_is_plain_json(proxy: Proxy) -> None:
     assert answer["exit_code"] == 2
 
 
+@pytest.mark.slow
 def test_a_channel_keeps_streams_apart_and_ends_with_the_result(proxy: Proxy, agent: str) -> None:
     async def talk() -> None:
         async with Channel(proxy) as channel:
@@ -9446,6 +9513,7 @@ def test_a_channel_whose_request_has_stdin_needs_no_end_of_it(proxy: Proxy, agen
 
 
 @pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "QUIT", "KILL", "USR1", "USR2"])
+@pytest.mark.slow
 def test_a_channel_signals_the_whole_group(proxy: Proxy, agent: str, name: str) -> None:
     async def talk() -> None:
         async with Channel(proxy) as channel:
@@ -9506,6 +9574,7 @@ def test_a_bad_message_ends_the_channel_with_an_error_that_names_it(
     wait_until_gone("sleep\x0069.5")
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_a_full_channel_is_noticed(proxy: Proxy, agent: str) -> None:
     async def talk() -> None:
         async with Channel(proxy) as channel:
@@ -9776,6 +9845,7 @@ def test_half_open_and_slow_clients_block_no_other(own: StartServer) -> None:
     eventually(lambda: proxy.descriptors() < 30)
 
 
+@pytest.mark.slow
 def test_idle_connections_are_dropped_for_active_ones(own: StartServer, agent: str) -> None:
     proxy = own()
     resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (100, 1000))
@@ -10092,6 +10162,7 @@ def test_what_install_writes_is_compiled_for_its_python_only(
     assert done.returncode == 9
 
 
+@pytest.mark.slow
 def test_install_replaces_what_it_wrote_and_nothing_else(tmp_path: pathlib.Path) -> None:
     assert run("install", str(tmp_path), "sh").returncode == 0
     installed = tmp_path / pp.INSTALLED
@@ -10126,6 +10197,7 @@ def test_install_replaces_what_it_wrote_and_nothing_else(tmp_path: pathlib.Path)
         pytest.param([".", "python3"], "NAME", id="no-name-of-a-shell"),
     ],
 )
+@pytest.mark.slow
 def test_install_fails_with_one_sentence(words: list[str], said: str) -> None:
     done = run("install", *words)
     assert done.returncode == 1
@@ -10242,6 +10314,7 @@ def started_with(tmp_path: pathlib.Path, text: str, *words: str, **variables: st
         pytest.param(["--mcp-config", "/dev/null"], "`--mcp-config`", id="an-empty-file"),
     ],
 )
+@pytest.mark.slow
 def test_wrong_servers_end_the_start_with_a_sentence(words: list[str], text: str) -> None:
     done = subprocess.run(
         [sys.executable, MODULE, "server", *words], capture_output=True, text=True, timeout=20
@@ -10320,6 +10393,7 @@ LIVED_IN = """\ufeff{
 
 
 @pytest.mark.parametrize("key", ["mcpServers", "servers"])
+@pytest.mark.slow
 def test_both_common_layouts_of_a_config_file_are_read(
     own: StartServer,
     fixtures: pathlib.Path,
@@ -10516,6 +10590,7 @@ def test_sigterm_lets_commands_finish_cancels_the_rest_and_answers_all(
     assert "Traceback" not in server.logged()
 
 
+@pytest.mark.slow
 def test_a_stopping_server_answers_mcp_calls_and_ends_their_streams(
     own: StartServer, stream: OpenStream
 ) -> None:
@@ -10550,6 +10625,7 @@ def test_a_queued_command_is_refused_when_the_server_stops(warm: StartServer) ->
     assert not os.path.exists(f"{server.folder}/queued")
 
 
+@pytest.mark.slow
 def test_text_typed_before_the_first_command_never_runs(own: StartServer) -> None:
     server = own()
     subprocess.run(
@@ -10585,6 +10661,7 @@ def test_a_server_whose_first_terminal_is_slow_stops_at_once(warm: StartServer) 
         waiting.result()
 
 
+@pytest.mark.slow
 def test_an_unread_log_blocks_nothing(own: StartServer) -> None:
     server = own()
     server.stop()
@@ -10608,6 +10685,7 @@ def test_a_server_without_commands_stops_at_once(warm: StartServer) -> None:
     assert "Traceback" not in server.logged()
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_use_tmux_answers_503_and_recovers(warm: StartServer) -> None:
     server = warm()
     server.tmux("kill-server")
@@ -10680,6 +10758,7 @@ def terminal_of(server: Proxy, window: str) -> int:
     return os.stat(tty).st_rdev
 
 
+@pytest.mark.slow
 def test_an_entrypoint_may_start_the_server_first_and_its_session_later(
     image: str, own: StartServer
 ) -> None:
@@ -10710,6 +10789,7 @@ def test_a_directory_open_to_all_gets_the_sticky_bit_and_is_logged(
     assert f"{image}/tmux" in told[0]
 
 
+@pytest.mark.slow
 def test_a_server_creates_its_session_with_the_first_command(image: str, own: StartServer) -> None:
     server = own(folder=image)
     assert server.status("GET", "/health") == 200
@@ -11509,6 +11589,7 @@ def test_a_line_works_through_every_door_as_with_bash(
 
 @pytest.mark.parametrize("descriptor", [1, 2], ids=["stdout", "stderr"])
 @pytest.mark.parametrize("door", ["exec", "stream", "shell", "mcp"])
+@pytest.mark.slow
 def test_a_program_cannot_read_its_own_output_back(
     doors: Doors, agent: str, door: str, descriptor: int
 ) -> None:
