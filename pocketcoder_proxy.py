@@ -6625,7 +6625,11 @@ class Launcher:
             raise
 
         if not child.answered:
-            raise RelayError(f"{child.epitaph}, before it answered")
+            # `answer` is our own refusal: the child has ended, or has sent no valid message.
+            child.end()
+            reason = child.epitaph or answer["error"]["message"]
+            raise RelayError(f"{reason}, before it answered")
+
         return answer
 
     def _gave_no_answer(self, child: Child, hello: Message) -> RelayError:
@@ -6636,7 +6640,7 @@ class Launcher:
     async def _launch(self, on_message: OnMessage) -> Child:
         """Start a process, once the back-off is over and the one before it has ended."""
         await self.back_off.wait()
-        # A server may allow but one instance; if others run already, this one does not.
+        # A server may allow only one instance; if others run already, this one allows more.
         if not self.running():
             enders = self._enders()
             if enders:
