@@ -75,6 +75,18 @@ Not done on purpose:
   no sourcing of the command  2 ms faster, but the pane's aliases would apply
   no user or file isolation   the container is the sandbox, we are its hands
 
+Verbs:
+  start     ask something to run; it runs when it reports so
+  end       ask something to stop, with a ladder of signals if need be
+  settle    wait until what is already on its way has arrived
+  finish    an output or input takes no more; a run is over
+  release   a run gives its pane back, and then its files
+  void      make sure that a line which was typed never starts
+  hold      lock a pane for one command; `let go` frees it
+  keep      have a process read on for writers that outlive the server
+  adopt     read to its end what a killed server left
+  take      a callback gets a piece of output; a command gets a pane
+
 To add a route: a coroutine `…_handler`, an `Endpoint`, a row in ROUTES, a line here.
 To add a tool: a function NAME_tool under @tool; its docstring is what models read.
 """
