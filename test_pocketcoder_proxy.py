@@ -9861,6 +9861,55 @@ def test_idle_connections_are_dropped_for_active_ones(own: StartServer, agent: s
         assert proxy.descriptors() < 100
 
 
+# What `HttpServer.accept` is for: Tornado's own, with more callers than descriptors.
+PLAIN_TORNADO = """
+import asyncio, resource, tornado.httpserver, tornado.netutil, tornado.web
+
+async def serve():
+    server = tornado.httpserver.HTTPServer(tornado.web.Application([]))
+    sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
+    server.add_sockets(sockets)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))
+    print(sockets[0].getsockname()[1], flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(serve())
+"""
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.slow
+def test_without_descriptors_tornados_accept_loop_spins_and_ours_rests(own: StartServer) -> None:
+    plain = subprocess.Popen(
+        [sys.executable, "-c", PLAIN_TORNADO],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    proxy = own()
+    resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (proxy.descriptors() + 8, 1000))
+    try:
+        assert plain.stdout is not None
+        port = int(plain.stdout.readline())
+        with contextlib.ExitStack() as callers:
+            for _ in range(40):
+                callers.enter_context(socket.create_connection(("127.0.0.1", port)))
+                callers.enter_context(proxy.raw_connection())
+            time.sleep(0.3)
+            before = [cpu_seconds(plain.pid), proxy.seconds()]
+            time.sleep(1)
+            assert cpu_seconds(plain.pid) - before[0] > 0.3
+            assert proxy.seconds() - before[1] < 0.2
+    finally:
+        plain.kill()
+        plain.communicate()
+
+
 @pytest.mark.slow
 def test_an_unread_answer_is_dropped_after_a_while(own: StartServer) -> None:
     proxy = own()
