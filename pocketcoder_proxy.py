@@ -2364,19 +2364,28 @@ DESCRIPTORS = {"out": (1, 7), "err": (2, 6)}
 # does not hand it on to commands.
 HISTORY = "ignorespace:ignoredups"
 # Sourced by the pane's shell, which reads all of it before the next run may write this file anew,
-# and never what an older run wrote behind it.
+# and never what an older run wrote behind it.  Line by line:
 #
-# A run starts once: RUN.pid stays until the next run of that name is prepared, so that a line that
-# a person recalls from the history does nothing.
-# Backslashes keep aliases out.  Functions of these names matter outside the subshell, so there is
-# no exec and no echo there.  `&&` keeps `set -e` out.  INT is trapped, since a command that dies of
-# C-c would take go along.  `read` has a limit, or does not know one and fails: go does not wait for
-# a server that may be gone.  Where our FIFO was wiped, `<>` makes a file, and a start would
-# go unseen.
+#   status, pid     leave if the FIFO for reports was wiped, or if this run has started before:
+#                   RUN.pid stays until the next run of that name is prepared, so that a line that a
+#                   person recalls from the history does nothing
+#   trap            a command that dies of C-c would take go along
+#   unset, HIST…    what is not for commands; functions that would replace what is used below
+#   _pc, set -C     claim the run: only one shell can make RUN.pid
+#   inputs, header  open stdin; show the command to a person, before it can write to its terminal
+#   outputs, sound  open them, write-only; where a FIFO was wiped, that has made a file: leave
+#   start           report the pid, which is the process group as well
+#   cd, export, exec   become the command
+#   /proc/{server}  the server has gone: `cat` reads what background processes write later
+#   pid, exit       note the exit code for a server that starts later, and report it
+#   read            let the server show the end first; a shell that knows no `-t` does not wait
+#   back            report the return: the prompt comes
+#
+# Backslashes keep aliases out.  Functions matter outside the subshell too, so there is no exec and no
+# echo there.  `&&` keeps `set -e` out.
 # Descriptors 6 and 7 keep a reader and a writer of the outputs open around the command, and only
-# there: opening never waits for a server that has gone, a command whose server is killed gets no
-# SIGPIPE, and at the exit report the server sees the end of the output if nothing of the command is
-# left.  Otherwise, where the server has gone, `cat` reads what comes.
+# there: so opening never waits for a server that has gone, a command whose server is killed gets no
+# SIGPIPE, and at the exit report the server sees the end of the output if no writer is left.
 GO = r"""{{ \[ -p {status} ] || \return 0
 \[ -e {run}.pid ] && \return 0
 \trap : INT
