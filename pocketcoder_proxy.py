@@ -2381,8 +2381,8 @@ HISTORY = "ignorespace:ignoredups"
 #   read            let the server show the end first; a shell that knows no `-t` does not wait
 #   back            report the return: the prompt comes
 #
-# Backslashes keep aliases out.  Functions matter outside the subshell too, so there is no exec and no
-# echo there.  `&&` keeps `set -e` out.
+# Backslashes keep aliases out.  Functions of the same names matter outside the subshell: no exec
+# and no echo there.  `&&` keeps `set -e` out.
 # Descriptors 6 and 7 keep a reader and a writer of the outputs open around the command, and only
 # there: so opening never waits for a server that has gone, a command whose server is killed gets no
 # SIGPIPE, and at the exit report the server sees the end of the output if no writer is left.
