@@ -3157,6 +3157,12 @@ def is_idle(pane: Pane) -> bool:
     return shell is not None and shell.foreground == shell.group and shell.name in SHELLS
 
 
+def runs_program(pane: Pane) -> bool:
+    """Whether a program has the keys there, and not a shell, or one that starts or has just died."""
+    shell = process(pane.pid)
+    return shell is not None and shell.name != "tmux: server" and not is_idle(pane)
+
+
 def age_rank(pane: Pane) -> int:
     """Larger, the later the program in its foreground was started."""
     front = foreground_of(pane)
@@ -4317,7 +4323,7 @@ class PocketCoderDriver:
 
             raise complain("run_id", run_id, "a command that runs in this agent's terminal now")
 
-        programs = [pane for pane in panes if pane.pane_id not in jobs and not is_idle(pane)]
+        programs = [pane for pane in panes if pane.pane_id not in jobs and runs_program(pane)]
         if programs:
             # The one that was started last.
             return max(programs, key=age_rank)

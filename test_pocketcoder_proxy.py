@@ -8752,6 +8752,13 @@ def test_keys_reach_a_program_whose_caller_is_waiting(proxy: Proxy, agent: str) 
     assert sorted(each.result()["stdout"] for each in asking) == ["", "", "", "here\n"]
 
 
+def test_a_pane_whose_shell_has_just_died_runs_no_program() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    pane = pp.Pane("%0", "@0", ended.pid, False, 80, 24, "/dev/null", "poco:terminal")
+    assert not pp.runs_program(pane)
+
+
 def test_keys_go_to_the_program_a_person_started(proxy: Proxy, agent: str) -> None:
     call(proxy, "send_keys", agent_name=agent, text=f"{sys.executable} -q", keys=["Enter"])
     eventually(lambda: ">>>" in text_of(call(proxy, "read_terminal", agent_name=agent)))
