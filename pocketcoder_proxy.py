@@ -3158,7 +3158,7 @@ def is_idle(pane: Pane) -> bool:
 
 
 def runs_program(pane: Pane) -> bool:
-    """Whether a program has the keys there, and not a shell, or one that starts or has just died."""
+    """Whether a program has the keys there: no shell, and none that starts or has just died."""
     shell = process(pane.pid)
     return shell is not None and shell.name != "tmux: server" and not is_idle(pane)
 
