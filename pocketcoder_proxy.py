@@ -5312,7 +5312,7 @@ class Session:
     async def _watched_answer(
         self, watch: CallWatch, message: Message, era: Era, outbox: Outbox
     ) -> Message:
-        """The same, with its start and its end recorded.  Raises NoAudit."""
+        """Return the answer, with the request's start and end recorded.  Raises NoAudit."""
         answer: Message | None = None
         await watch.start()
         try:
@@ -5323,7 +5323,7 @@ class Session:
         return answer
 
     async def _answer_to(self, message: Message, era: Era, outbox: Outbox) -> Message:
-        """The server's answer; a failure is one too."""
+        """Return the server's answer; turn every failure into a JSON-RPC error."""
         try:
             answer = await self.server.respond(self, message, era, outbox)
         except ProxyError as wrong:
@@ -5354,7 +5354,7 @@ class Session:
             self.expire()
 
     def expire(self) -> None:
-        """End it if its time is over; otherwise look again then."""
+        """End the session if it was unused for too long; otherwise check again in time."""
         self._stop_timer()
         if self.streams or self.outbox.closed:
             return
@@ -5771,7 +5771,7 @@ class Child:
         self.on_gone: list[Callable[[Child], object]] = []
 
         self.state = ChildState.STARTING
-        # Whether it was ever SERVING.
+        # Whether it has ever answered a request, even while it was ending.
         self.answered = False
         # Its end is no fault: we want it, or allow for it.
         self.retired = False
@@ -6045,7 +6045,7 @@ class Child:
             self._start_to_end()
 
         if not self.usable:
-            # `_lose` is about to answer.
+            # Drop the message: the child is ending, and `_lose` fails what `send` registers next.
             return
         if stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
             raise RelayError(f"server {self.name} does not read what it is sent")
@@ -6525,7 +6525,7 @@ class Launcher:
         try:
             return await self._open(hello, on_message, outbox)
         except RelayError:
-            # Perhaps the server allows but one instance.
+            # Perhaps the server allows only one instance.
             if self.stopping:
                 raise
 
@@ -6633,7 +6633,7 @@ class Launcher:
         return self._greeted(child, await self._first_answer(child, hello, outbox))
 
     def _greeted(self, child: Child, answer: Message) -> Child:
-        """It has answered the handshake."""
+        """Record the child's answer to the handshake; return the child."""
         child.keep(answer, Era.LEGACY)
         self.back_off.recovered()
         # If it refuses, perhaps we got its era wrong.
@@ -7581,7 +7581,7 @@ class Relay(McpServer):
             client.leave()
 
     async def _end_an_abandoned_session(self) -> bool:
-        """Make room for a client if its server allows but one instance; whether that was done.
+        """Make room for a client if its server allows only one instance; whether that was done.
 
         A client may have left without ending its session: it was killed, for instance, and is
         started again.  So end the only session, if it has neither a call nor a stream.
@@ -7820,14 +7820,14 @@ class AppState(SessionHost):
     # A real path.
     workspace: str = "/"
     audit: AuditLog = field(default_factory=AuditLog)
-    # Handlers at work; each adds and removes itself.
+    # Handlers at work; `perform` and `start` add and remove them.
     calls: set[asyncio.Task[Any]] = field(default_factory=set)
     # Of MCP, by name; "" is the built-in one.
     servers: dict[str, McpServer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.servers[""] = BuiltInServer(self)
-        # A plain dict will do.
+        # Tests may pass a plain dict.
         if not isinstance(self.sessions, SessionMap):
             self.sessions = SessionMap(self.sessions)
 
@@ -7856,11 +7856,11 @@ class RelayedCall(CallWatch):
         }
 
     async def start(self) -> None:
-        """Raises NoAudit: nothing is called unseen."""
+        """Record the request; without that it is not made.  Raises NoAudit."""
         await self.audit.start(self.fields)
 
     def end(self, answer: Message | None) -> None:
-        """Note how it ended; None: it was cancelled."""
+        """Record how it ended; None: it was cancelled."""
         error: str | None = None
         if answer is None:
             error = "cancelled"
@@ -7882,12 +7882,12 @@ def shown_name(value: object) -> str | None:
 
 
 class Notes(Watch):
-    """Tells the audit log, and the session that a command names, of its run."""
+    """Reports a run to the audit log, and to the session that the request names."""
 
     def __init__(self, state: AppState, request: ExecRequest, door: str) -> None:
         self.state = state
         self.request = request
-        # How it came in: exec, stream, shell, mcp.
+        # The way in which the command came: exec, stream, shell, mcp.
         self.door = door
 
     def _fields(self, run_id: str) -> Message:
@@ -7941,7 +7941,7 @@ async def execute(
 ) -> CommandResult:
     """Run a command to its end; see `PocketCoderDriver.start` and `Job.result`.
 
-    door  how it came in, for the audit log
+    door  the way in which the command came, for the audit log
     Cancelling this cancels it.
     """
     job = await state.driver.start(request, takes, fed, Notes(state, request, door))
@@ -7957,7 +7957,8 @@ async def execute(
             ) from None
         return result
     finally:
-        job.end("cancelled")  # if it has not ended yet, nobody is left to read it
+        # If it has not ended yet, its caller has left.
+        job.end("cancelled")
 
 
 # ==========================================================================
@@ -9022,7 +9023,7 @@ class McpEndpoint(EventsEndpoint):
                 await self.send_event(sse_event(message))
 
         if not self._headers_written:
-            # It was cancelled: no answer, but an end.
+            # The client cancelled: there is no answer to send, so end an empty stream.
             self.set_header("Content-Type", "text/event-stream")
 
     def session(self) -> Session:
@@ -9056,7 +9057,7 @@ class SseEndpoint(EventsEndpoint):
 
     async def get(self, name: str = "") -> None:
         suffix = ""
-        # A client that cannot set a header here cannot there.
+        # A client that cannot set headers on the stream cannot set them on its POSTs.
         if self.owner and "Authorization" not in self.request.headers:
             suffix = f"&token={quote_plus(self.owner)}"
         events = sse_handler(self.state, self.query(), self.owner, suffix, name, self.address)
