@@ -8759,6 +8759,14 @@ def test_a_pane_whose_shell_has_just_died_runs_no_program() -> None:
     assert not pp.runs_program(pane)
 
 
+def test_a_model_sees_what_a_command_asks_on_its_terminal(proxy: Proxy, agent: str) -> None:
+    ask = "sleep 0.1; read -p 'Go on? ' x </dev/tty 2>/dev/tty"
+    result = call(proxy, "exec", cmd=ask, agent_name=agent, timeout=0.5)
+    assert result["isError"]
+    assert "[its terminal shows: Go on?]" in text_of(result)
+    assert result["structuredContent"]["terminal"] == "Go on?"
+
+
 def test_keys_go_to_the_program_a_person_started(proxy: Proxy, agent: str) -> None:
     call(proxy, "send_keys", agent_name=agent, text=f"{sys.executable} -q", keys=["Enter"])
     eventually(lambda: ">>>" in text_of(call(proxy, "read_terminal", agent_name=agent)))
