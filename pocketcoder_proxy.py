@@ -928,9 +928,8 @@ try:
     import tornado.netutil
     import tornado.web
     import tornado.websocket
-except (
-    ModuleNotFoundError
-):  # the shell and the driver do without; `why_not` tells who wants a server
+except ModuleNotFoundError:
+    # The shell and the driver do without it; for a server `why_not` says what is missing.
     tornado = SimpleNamespace(  # type: ignore[assignment]
         web=SimpleNamespace(RequestHandler=object),
         httpserver=SimpleNamespace(HTTPServer=object),
@@ -3458,7 +3457,7 @@ class Terminal:
         if len(self.shells) < MAX_PANES and not one_returns and await self._split(tmux):
             return self.shells[-1] if await self.shells[-1].hold() else None
 
-        # Otherwise a command would wait for a person who reads.
+        # Otherwise a command would wait while a person reads.
         for shell in sound:
             if shell.pane.in_mode and await shell.hold():
                 return shell
@@ -9796,8 +9795,7 @@ def wipe(name: str) -> None:
 class Stderr(logging.Handler):
     """Logs to stderr without ever blocking: lines are dropped if its reader does not read.
 
-    What relayed servers say may be made for the terminal of a person who reads the log, so there
-    are no control characters.
+    A relayed server may write escape sequences, so control characters are shown as text.
     """
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -7779,7 +7779,7 @@ def test_an_unused_shared_child_ends(fixtures: pathlib.Path) -> None:
 
 
 def talking_server() -> None:
-    """A stdio MCP server that writes what it is told; its argument is the revision it supports."""
+    """A stdio MCP server that repeats given lines; its argument is the revision it supports."""
     import json
     import sys
 
