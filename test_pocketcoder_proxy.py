@@ -11450,6 +11450,9 @@ class Doors:
             **self.proxy.env,
             **pp.QUIET_PROGRAMS,
             "PWD": f"{self.proxy.workspace}/{cwd}",
+            # A pane exports these; bash has them unexported where nobody gave them.
+            "SHELL": pp.find_shell(),
+            "TERM": "screen",
         }
         done = self.run(["bash", "-c", cmd], cwd, stdin, env, apart)
         # Where a signal ended it, a shell reports 128 + n.
