@@ -17,6 +17,7 @@ Sections, top to bottom; each uses only what stands above it:
   Settings          limits, timeouts, defaults, variables of the environment
   Shell Bridge      `pocketcoder shell`: arguments in; streams, signals, exit code through
   Errors            one hierarchy, and what each error answers
+  Log               lines on stderr, and how many of refused requests
   Wire types        what callers send and get
   Processes         what /proc tells, and which shell there is
   Tmux              every tmux command there is, and the control connection
@@ -197,6 +198,11 @@ DESCRIPTORS_KEPT = 10
 # --- The audit log.
 AUDIT_TIMEOUT = 10.0  # an answer waits for a line that cannot be written
 AUDIT_PAUSE = 0.05  # between attempts to write it
+
+# --- The log.
+LOG_LEVELS = ("debug", "info", "warning", "error")
+REFUSALS_LOGGED = 10  # refused requests that a second's lines name; of the others their number
+MAX_LOGGED = 300  # characters of a value in such a line
 
 # --- HTTP.
 MAX_WAITING = 1000  # connections without a request at work
@@ -1125,6 +1131,133 @@ class NoAudit(ProxyError):
     """The audit log cannot be written, and nothing is run unseen."""
 
     http_status = 503
+
+
+# ==========================================================================
+# Log
+# ==========================================================================
+# Lines on stderr.
+#
+# L1  An event is one line, whatever it shows; lines of a traceback follow it, and are indented.
+# L2  Writing a line never blocks.
+# L3  No line holds a token, a session's id, a command, or what a body held; a command may be there
+#     at `debug`.
+UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def timestamp(seconds: float) -> str:
+    """A time as RFC 3339 has it, in UTC, with milliseconds."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def printable(text: str) -> str:
+    """The same with control characters as Python writes them, so that they do nothing."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def key_values(**fields: object) -> str:
+    """`key=value` for each field that is not None; a value is in quotes where it needs some."""
+    words = list[str]()
+
+    for key, value in fields.items():
+        text = str(value)
+        if len(text) > MAX_LOGGED:
+            text = text[:MAX_LOGGED] + "…"
+
+        is_plain = re.fullmatch(r"[^\s\"\\=]+", text) and text.isprintable()
+        if value is not None:
+            words.append(f"{key}={text if is_plain else json.dumps(text, ensure_ascii=False)}")
+
+    return " ".join(words)
+
+
+def reason_of(error: ProxyError) -> str:
+    """Why a request was refused, for the log."""
+    if isinstance(error, UnknownSession):
+        return "no such session"
+    if isinstance(error, BadMessage):
+        return re.sub(r"\bgot .*, expected", "expected", str(error), flags=re.DOTALL)
+    return str(error)
+
+
+class LineFormatter(logging.Formatter):
+    """Time, level and message in one line; a traceback below it."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return timestamp(record.created)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        lines = super().formatException(ei).split("\n")
+        return "\n".join(f"  {printable(line)}" for line in lines)
+
+
+class Stderr(logging.Handler):
+    """Logs to stderr without ever blocking: lines are dropped if its reader does not read."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception:
+            # Arguments that do not fit are no reason for their caller to fail.
+            self.handleError(record)
+            return
+
+        data = f"{line}\n".encode(errors="backslashreplace")
+
+        # It is closed, or its disk is full.
+        with contextlib.suppress(OSError):
+            for at in range(0, len(data), select.PIPE_BUF):
+                # A pipe that is ready takes that much.
+                if select.select([], [2], [], 0)[1]:
+                    os.write(2, data[at : at + select.PIPE_BUF])
+
+
+def log_to_stderr(level: str) -> None:
+    """Log from this level up, see LOG_LEVELS."""
+    handler = Stderr()
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    number = logging.getLevelName(level.upper())
+    # What others say at `debug` may hold anything.
+    logging.basicConfig(handlers=[handler], level=max(number, logging.INFO))
+    log.setLevel(number)
+    # It shows headers that it refuses, and so tokens.
+    logging.getLogger("tornado.general").setLevel(max(number, logging.WARNING))
+
+
+class Refusals:
+    """Logs refused requests: REFUSALS_LOGGED in a second, and how many more there were."""
+
+    def __init__(self) -> None:
+        # Ends a second that started with a refusal; None: there was none lately.
+        self.timer: asyncio.TimerHandle | None = None
+        self.logged = 0
+        self.left_out = 0
+
+    def add(self, **fields: object) -> None:
+        if self.timer is None:
+            self.timer = asyncio.get_running_loop().call_later(1, self.end_second)
+
+        if self.logged < REFUSALS_LOGGED:
+            self.logged += 1
+            log.warning("refused %s", key_values(**fields))
+        else:
+            self.left_out += 1
+
+    def end_second(self) -> None:
+        """Log the number of those that have no line; the next refusal starts another second."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+        if self.left_out:
+            log.warning("refused more=%d", self.left_out)
+
+        self.logged = 0
+        self.left_out = 0
 
 
 # ==========================================================================
@@ -4440,9 +4573,8 @@ class AuditLog:
                 raise failure
 
     def _line(self, event: str, fields: Message) -> bytes:
-        now = datetime.datetime.now(datetime.timezone.utc)
-        text = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        return json.dumps({"time": text, "event": event, **fields}).encode() + b"\n"
+        fields = {"time": timestamp(time.time()), "event": event, **fields}
+        return json.dumps(fields).encode() + b"\n"
 
     def _refuse(self, why: str) -> NoAudit:
         return NoAudit(
@@ -7819,6 +7951,7 @@ class AppState(SessionHost):
     # A real path.
     workspace: str = "/"
     audit: AuditLog = field(default_factory=AuditLog)
+    refusals: Refusals = field(default_factory=Refusals)
     # Handlers at work; `perform` and `start` add and remove them.
     calls: set[asyncio.Task[Any]] = field(default_factory=set)
     # Of MCP, by name; "" is the built-in one.
@@ -8661,6 +8794,9 @@ class Endpoint(tornado.web.RequestHandler):
             text = getattr(error, "log_message", None) or f"{status_code} {self._reason}"
             error = unforeseen(status_code, text.replace("%%", "%"))
 
+        if status_code < 500 or isinstance(error, (NoTerminal, NoAudit)):
+            self.note_refusal(error, status_code)
+
         if not self.admitted:
             self.set_header("Connection", "close")
 
@@ -8676,6 +8812,16 @@ class Endpoint(tornado.web.RequestHandler):
         else:
             answer = {"error": str(error), "exit_code": error.exit_code}
             self.finish_json(answer, status_code)
+
+    def note_refusal(self, error: ProxyError, status: int) -> None:
+        """Log that this request, or what it asked for in its channel, was refused."""
+        self.state.refusals.add(
+            status=status,
+            method=self.request.method,
+            path=self.request.path,
+            address=self.address,
+            reason=reason_of(error),
+        )
 
     def log_exception(self, *exc_info: Any) -> None:
         if not isinstance(exc_info[1], (ProxyError, tornado.web.HTTPError)):
@@ -8891,6 +9037,10 @@ class ChannelEndpoint(SocketEndpoint):
         try:
             await self.end(await channel_handler(self.state, message, self.send, started))
         except ProxyError as failure:
+            # One that failed later has a line of its own, at the command's end.
+            if not self.job.done():
+                self.note_refusal(failure, failure.http_status)
+
             await self.end(json.dumps({"error": str(failure), "exit_code": failure.exit_code}))
         finally:
             # Whatever went wrong, the caller does not wait for us.
@@ -8967,6 +9117,9 @@ class McpEndpoint(EventsEndpoint):
             outbox = Outbox(session.overflow)
             session.receive(message, era, outbox)
         except ProxyError as wrong:
+            if wrong.http_status >= 400:
+                self.note_refusal(wrong, wrong.http_status)
+
             answer = refusal(message.get("id", wrong.request_id), wrong)
             self.finish_json(answer, wrong.http_status)
             return
@@ -9101,6 +9254,7 @@ class McpSocket(SocketEndpoint):
             )
             self.session = self.state.sessions.open(session)
         except NoTerminal as full:
+            self.note_refusal(full, full.http_status)
             self.close(1013, str(full)[:100])
         else:
             self.start(self.listen(self.session))
@@ -9465,6 +9619,8 @@ class Commands:
     audit_log: str = ""
     # Seconds.
     mcp_idle: float = CHILD_IDLE
+    # One of LOG_LEVELS.
+    log_level: str = "info"
 
 
 @dataclass(frozen=True)
@@ -9582,6 +9738,12 @@ def add_server_options(server: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="end a relayed server's process that nobody has used so long, default %(default)s",
     )
+    server.add_argument(
+        "--log-level",
+        default="info",
+        metavar="LEVEL",
+        help=f"{', '.join(LOG_LEVELS)}; default %(default)s",
+    )
 
 
 def server_options(got: argparse.Namespace) -> Commands:
@@ -9608,6 +9770,10 @@ def server_options(got: argparse.Namespace) -> Commands:
         expected = "a number of seconds above 0"
         raise BadMessage(f"--mcp-idle: got {got.mcp_idle!r}, expected {expected}")
 
+    if got.log_level not in LOG_LEVELS:
+        expected = f"one of {', '.join(LOG_LEVELS)}"
+        raise BadMessage(f"--log-level: got {got.log_level!r}, expected {expected}")
+
     return Commands(
         name="server",
         port=got.port,
@@ -9617,6 +9783,7 @@ def server_options(got: argparse.Namespace) -> Commands:
         servers=read_servers(got.mcp_server, got.mcp_config),
         audit_log=got.audit_log or "",
         mcp_idle=float(got.mcp_idle),
+        log_level=got.log_level,
     )
 
 
@@ -9631,9 +9798,15 @@ async def serve(options: Commands, token: str) -> None:
 
     server = make_server(state, Gate(token=token, origins=frozenset(options.origins)))
 
-    stop = asyncio.Event()
+    # The signal.
+    stop: asyncio.Future[signal.Signals] = loop.create_future()
+
+    def end(number: signal.Signals) -> None:
+        if not stop.done():
+            stop.set_result(number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, end, number)
 
     listeners = tornado.netutil.bind_sockets(int(options.port), options.host)
 
@@ -9642,15 +9815,16 @@ async def serve(options: Commands, token: str) -> None:
         set_user_timeout(listener, SLOW_READER_TIMEOUT)
         server.listen_on(listener)
 
-    say_where(listeners[0], state.driver)
+    say_where(listeners[0], state)
 
-    await stop.wait()
+    log.info("stopping %s", key_values(signal=(await stop).name))
     for listener in listeners:
         loop.remove_reader(listener)
         listener.close()
 
     await shut_down(state)
     await server.close_all_connections()
+    log.info("stopped")
 
 
 def make_state(options: Commands) -> AppState:
@@ -9711,15 +9885,26 @@ def make_server(state: AppState, gate: Gate) -> HttpServer:
     return server
 
 
-def say_where(listener: socket.socket, driver: PocketCoderDriver) -> None:
-    """Print the address for programs, and how a person watches."""
+def say_where(listener: socket.socket, state: AppState) -> None:
+    """Print the address for programs, and how a person watches; log the same."""
     host, port = listener.getsockname()[:2]
     if ":" in host:
         host = f"[{host}]"
+
+    address = f"http://{host}:{port}"
+    driver = state.driver
     attach = attach_command(driver.socket_path, driver.session_name)
+    start = key_values(
+        version=VERSION,
+        address=address,
+        workspace=state.workspace,
+        socket=driver.socket_path,
+    )
+    log.info("start %s", start)
+
     # A reader may have left, or its disk be full.
     with contextlib.suppress(OSError):
-        print(f"pocketcoder: listening on http://{host}:{port}", flush=True)
+        print(f"pocketcoder: listening on {address}", flush=True)
     with contextlib.suppress(OSError):
         print(f"pocketcoder: watch with: {attach}", file=sys.stderr, flush=True)
 
@@ -9737,6 +9922,8 @@ async def shut_down(state: AppState) -> None:
 
     relays = [server for server in state.servers.values() if isinstance(server, Relay)]
     await asyncio.gather(*(relay.close() for relay in relays))
+
+    state.refusals.end_second()
 
     # The last handlers have their results, and send them now.
     if state.calls:
@@ -9792,39 +9979,6 @@ def wipe(name: str) -> None:
         log.warning("%s stays in /proc/%d/environ: %s", name, os.getpid(), refused)
 
 
-class Stderr(logging.Handler):
-    """Logs to stderr without ever blocking: lines are dropped if its reader does not read.
-
-    A relayed server may write escape sequences, so control characters are shown as text.
-    """
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            line = self.format(record)
-        except Exception:
-            # Arguments that do not fit are no reason for their caller to fail.
-            self.handleError(record)
-            return
-
-        text = re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], line)
-        data = f"{text}\n".encode(errors="backslashreplace")
-
-        # It is closed, or its disk is full.
-        with contextlib.suppress(OSError):
-            for at in range(0, len(data), select.PIPE_BUF):
-                # A pipe that is ready takes that much.
-                if select.select([], [2], [], 0)[1]:
-                    os.write(2, data[at : at + select.PIPE_BUF])
-
-
-def log_to_stderr() -> None:
-    logging.basicConfig(
-        handlers=[Stderr()], format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO
-    )
-    # It shows headers that it refuses, and so tokens.
-    logging.getLogger("tornado.general").setLevel(logging.WARNING)
-
-
 def watch_children() -> None:
     """Before Python 3.12 each child needs a thread otherwise, which may be the one too many."""
     # pidfd_open(2) needs Linux 5.3.
@@ -9837,7 +9991,7 @@ def watch_children() -> None:
 def run_server(options: Commands) -> str | None:
     """Serve until a signal comes; otherwise what is wrong, in a sentence."""
     token = os.environ.pop("POCKETCODER_TOKEN", "")
-    log_to_stderr()
+    log_to_stderr(options.log_level)
     if token:
         wipe("POCKETCODER_TOKEN")
 

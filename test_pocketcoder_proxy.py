@@ -3556,6 +3556,201 @@ def test_whatever_a_server_sends_the_shell_exits_with_a_status_and_one_line(
 
 
 # ==========================================================================
+# Log
+# ==========================================================================
+LOG_LINE = re.compile(
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (DEBUG|INFO|WARNING|ERROR) \S.*|pocketcoder: .+"
+)
+
+
+def refused_lines(server: Proxy) -> list[str]:
+    """The lines that name a refused request."""
+    return [line for line in server.logged().splitlines() if " refused status=" in line]
+
+
+def test_the_log_has_a_line_for_the_start_and_one_for_the_stop(own: StartServer) -> None:
+    server = own()
+    assert server.stop() == 0
+    address = f"http://127.0.0.1:{server.port}"
+    start = f"INFO start version={pp.VERSION} address={address} workspace={server.workspace}"
+    assert f"{start} socket={server.socket}\n" in server.logged()
+    assert "INFO stopping signal=SIGTERM\n" in server.logged()
+    assert server.logged().endswith("INFO stopped\n")
+
+
+def test_each_line_of_the_log_has_its_time_with_a_zone(own: StartServer) -> None:
+    server = own("--log-level", "debug")
+    server.exec("echo seen")
+    server.request("GET", "/nowhere")
+    server.stop()
+    lines = server.logged().splitlines()
+    assert len(lines) > 5
+    assert [line for line in lines if not LOG_LINE.fullmatch(line)] == []
+
+
+REFUSED_REASONS = [
+    pytest.param(
+        "GET", "/nowhere?token=s3cret", {}, b"", "status=404 method=GET path=/nowhere", id="path"
+    ),
+    pytest.param("GET", "/exec", {}, b"", 'status=405 .* reason="405 Method', id="method"),
+    pytest.param("POST", "/exec", {}, b"{}", "status=415 .* reason=.*Content-Type", id="type"),
+    pytest.param(
+        "POST",
+        "/exec",
+        {"Content-Type": "application/json"},
+        b"{}",
+        'status=400 .* reason="`cmd`: expected a bash command, or `argv`"',
+        id="field-missing",
+    ),
+    pytest.param(
+        "POST",
+        "/exec",
+        {"Content-Type": "application/json"},
+        b'{"cmd": "true", "env": {"KEY": ["s3cret, expected x"]}}',
+        'status=400 .* reason="`env.KEY`: expected a string"',
+        id="field-wrong",
+    ),
+    pytest.param(
+        "POST", "/exec", {"Origin": "http://evil"}, b"{}", "status=403 .*Origin.*evil", id="origin"
+    ),
+    pytest.param(
+        "POST",
+        "/mcp",
+        {"Content-Type": "application/json", "Mcp-Session-Id": "s3cret"},
+        b'{"jsonrpc": "2.0", "id": 1, "method": "ping"}',
+        'status=404 .*path=/mcp .*reason="no such session"',
+        id="session",
+    ),
+    pytest.param(
+        "POST",
+        "/mcp",
+        {"Content-Type": "application/json"},
+        b"s3cret",
+        "status=400 .*path=/mcp .*expected JSON",
+        id="mcp-message",
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "headers", "body", "line"), REFUSED_REASONS)
+def test_a_refused_request_has_a_line_with_the_reason(
+    own: StartServer, method: str, path: str, headers: dict[str, str], body: bytes, line: str
+) -> None:
+    server = own()
+    assert server.status(method, path, body, headers) >= 400
+    told = eventually(lambda: refused_lines(server))
+    assert len(told) == 1
+    assert re.search(line, told[0])
+    assert "address=127.0.0.1" in told[0]
+    assert "s3cret" not in told[0]
+
+
+def test_a_command_that_a_channel_refuses_has_a_line_too(own: StartServer) -> None:
+    server = own()
+
+    async def talk() -> dict[str, Any]:
+        async with Channel(server) as channel:
+            await channel.send({"cmd": "true", "timeout": -1})
+            return await channel.end()
+
+    assert "timeout" in asyncio.run(talk())["error"]
+    told = eventually(lambda: refused_lines(server))
+    assert "path=/exec/ws" in told[0]
+    assert "`timeout`: expected seconds" in told[0]
+
+
+def test_of_many_refusals_ten_a_second_are_named_and_the_others_counted(own: StartServer) -> None:
+    server = own()
+    started = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: server.status("GET", "/nowhere"), range(120)))
+    seconds = time.monotonic() - started
+
+    def counted() -> int:
+        return sum(map(int, re.findall(r"refused more=(\d+)\n", server.logged())))
+
+    eventually(lambda: len(refused_lines(server)) + counted() == 120)
+    assert counted() > 0
+    assert len(refused_lines(server)) <= 10 * (seconds + 1)
+
+    # After a quiet second each has a line again.
+    named = len(refused_lines(server))
+    server.status("GET", "/nowhere")
+    eventually(lambda: len(refused_lines(server)) == named + 1)
+
+
+def test_refusals_without_a_line_are_counted_when_the_server_stops(own: StartServer) -> None:
+    server = own()
+    for _ in range(25):
+        server.status("GET", "/nowhere")
+    server.stop()
+    more = sum(map(int, re.findall(r"refused more=(\d+)\n", server.logged())))
+    assert len(refused_lines(server)) + more == 25
+
+
+@pytest.mark.parametrize(
+    ("level", "levels"),
+    [
+        pytest.param("debug", {"DEBUG", "INFO", "WARNING"}, id="debug"),
+        pytest.param("info", {"INFO", "WARNING"}, id="info"),
+        pytest.param("warning", {"WARNING"}, id="warning"),
+        pytest.param("error", set(), id="error"),
+    ],
+)
+def test_the_log_has_its_level_and_what_is_above_it(
+    own: StartServer, level: str, levels: set[str]
+) -> None:
+    server = own("--log-level", level)
+    server.exec("true")
+    server.status("GET", "/nowhere")
+    server.stop()
+    assert set(re.findall(r"^\S+Z ([A-Z]+) ", server.logged(), re.MULTILINE)) == levels
+
+
+FIELDS_SHOWN = [
+    pytest.param({"a": "x/y:1", "b": 2}, "a=x/y:1 b=2", id="plain"),
+    pytest.param({"a": None, "b": ""}, 'b=""', id="none-and-empty"),
+    pytest.param({"a": "x y"}, 'a="x y"', id="blank"),
+    pytest.param({"a": "x=y"}, 'a="x=y"', id="equals-sign"),
+    pytest.param({"a": 'x"y'}, 'a="x\\"y"', id="quote"),
+    pytest.param({"a": "x\nstart version=9"}, 'a="x\\nstart version=9"', id="newline"),
+    pytest.param({"a": "x\u2028y"}, 'a="x\u2028y"', id="line-separator"),
+    pytest.param({"a": "x" * 400}, f"a={'x' * 300}…", id="long"),
+]
+
+
+@pytest.mark.parametrize(("fields", "text"), FIELDS_SHOWN)
+def test_fields_of_a_line_can_be_told_apart(fields: dict[str, Any], text: str) -> None:
+    assert pp.key_values(**fields) == text
+
+
+def test_nothing_that_is_logged_can_start_a_line_of_its_own(own: StartServer) -> None:
+    folder = tempfile.mkdtemp(prefix="pc")
+    forged = f"{folder}/x\n2026-01-01T00:00:00.000Z INFO forged\u2028\x1b[2J"
+    os.mkdir(forged)
+    server = own("--workspace", forged)
+    server.status("GET", "/%0aforged%1b\x85")
+    server.stop()
+    shutil.rmtree(folder)
+    assert [line for line in server.logged().splitlines() if not LOG_LINE.fullmatch(line)] == []
+    assert [line for line in server.logged().splitlines() if "INFO forged" in line[:45]] == []
+    assert "\x1b" not in server.logged()
+
+
+def test_a_traceback_is_indented_below_its_line() -> None:
+    formatter = pp.LineFormatter("%(levelname)s %(message)s")
+    try:
+        raise ValueError("two\nlines\x1b")
+    except ValueError:
+        wrong = sys.exc_info()
+    record = pp.logging.LogRecord("x", 40, "", 0, "failed path=%s", ("/a\nb",), wrong)
+    first, *rest = formatter.format(record).split("\n")
+    assert first == r"ERROR failed path=/a\nb"
+    assert [line for line in rest if line[:2] != "  "] == []
+    assert rest[-1] == r"  lines\x1b"
+
+
+# ==========================================================================
 # Wire types
 # ==========================================================================
 SURROGATE = b'"\\ud800"'
@@ -7644,7 +7839,7 @@ def test_a_server_cannot_control_the_terminal_of_the_log_reader(own: StartServer
     assert r"server loud: \x1b]2;evil\x07\x9b \r1" in eventually(
         lambda: proxy.logged() if "evil" in proxy.logged() else ""
     )
-    assert not re.search(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", proxy.logged())
+    assert not re.search(r"[\0-\x09\x0b-\x1f\x7f-\x9f]", proxy.logged())
 
 
 @pytest.mark.slow
@@ -12772,7 +12967,7 @@ def soak_for(seconds: float, soak: Soak, audit: pathlib.Path) -> None:
     lines = [
         line
         for line in server.logged().split("\n")
-        if re.match(r"\S+ \S+ (WARNING|ERROR|CRITICAL)", line)
+        if re.match(r"\S+ (WARNING|ERROR|CRITICAL)", line)
     ]
     print(f"warnings {len(lines)}")
     children = server.servers()
