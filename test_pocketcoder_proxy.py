@@ -991,6 +991,7 @@ import contextlib
 import fcntl
 import http.client
 import inspect
+import logging
 import pathlib
 import random
 import re
@@ -3729,7 +3730,9 @@ def test_nothing_that_is_logged_can_start_a_line_of_its_own(own: StartServer) ->
     forged = f"{folder}/x\n2026-01-01T00:00:00.000Z INFO forged\u2028\x1b[2J"
     os.mkdir(forged)
     server = own("--workspace", forged)
-    server.status("GET", "/%0aforged%1b\x85")
+    with server.raw_connection() as peer:
+        peer.sendall(b"GET /%0aforged%1b\xc2\x85\x1b[2J HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert peer.recv(100).startswith(b"HTTP/1.1 40")
     server.stop()
     shutil.rmtree(folder)
     assert [line for line in server.logged().splitlines() if not LOG_LINE.fullmatch(line)] == []
@@ -3743,7 +3746,7 @@ def test_a_traceback_is_indented_below_its_line() -> None:
         raise ValueError("two\nlines\x1b")
     except ValueError:
         wrong = sys.exc_info()
-    record = pp.logging.LogRecord("x", 40, "", 0, "failed path=%s", ("/a\nb",), wrong)
+    record = logging.LogRecord("x", 40, "", 0, "failed path=%s", ("/a\nb",), wrong)
     first, *rest = formatter.format(record).split("\n")
     assert first == r"ERROR failed path=/a\nb"
     assert [line for line in rest if line[:2] != "  "] == []
