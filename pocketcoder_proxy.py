@@ -20,6 +20,7 @@ Sections, top to bottom; each uses only what stands above it:
   Log               lines on stderr, and how many of refused requests
   Wire types        what callers send and get
   Processes         what /proc tells, and which shell there is
+  Places            directories that others share: whom they belong to
   Tmux              every tmux command there is, and the control connection
   Streams           pipes, output, input, what a person sees
   Run files         the go script, the FIFOs, their directory, what a killed server left
@@ -1692,60 +1693,9 @@ async def processes_of(run: RunTraits) -> set[int]:
 
 
 # ==========================================================================
-# Tmux
+# Places
 # ==========================================================================
-# Every tmux command there is.
-#
-# T1  Commands go down one control connection; replies come back in their order.
-# T2  Panes and windows are addressed by id; names are for finding.
-# T3  What a pane shows is read by a process of its own: on the control connection, what a command
-#     prints could pass for a reply of tmux.
-PANE_FORMAT = (
-    "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_height}"
-    " #{pane_tty} #{window_name}"
-)
-# Changes when somebody types, or anything is shown; not when a person only looks.
-PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
-# No copy mode, no synchronized panes: the state ends with " 0 0".
-NO_MODE = "#{==:#{pane_in_mode}#{pane_synchronized},00}"
-
-KEY = re.compile(
-    r"(?:[CMS]-)*(?:[!-~]|Enter|Escape|B?Tab|Space|BSpace|Up|Down|Left|Right|Home|End|Insert|Delete"
-    r"|IC|DC|[PN]Page|Page(?:Up|Down)|Pg(?:Up|Dn)|F(?:[1-9]|1[0-2]))"
-)
-
-
-class Pane(NamedTuple):
-    """A pane, as tmux described it when asked."""
-
-    pane_id: str
-    window_id: str
-    # The process that was started in it: its shell.
-    pid: int
-    in_mode: bool
-    # In characters.
-    width: int
-    height: int
-    # The path of its terminal.
-    tty: str
-    window_name: str
-
-    @classmethod
-    def parse(cls, line: str) -> Pane:
-        """From a line of PANE_FORMAT.  Raises ValueError."""
-        pane_id, window_id, pid, in_mode, width, height, tty, name = line.split(" ", 7)
-        return cls(
-            pane_id=pane_id,
-            window_id=window_id,
-            pid=int(pid),
-            in_mode=in_mode != "0",
-            width=int(width),
-            height=int(height),
-            tty=tty,
-            window_name=name,
-        )
-
-
+# Directories that others share: who could put something there.
 def is_open(folder: os.stat_result) -> bool:
     """Whether any user may move other users' files there."""
     return folder.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH
@@ -1812,6 +1762,61 @@ def open_above(path: str) -> list[str]:
         folder = os.path.dirname(folder)
 
     return found
+
+
+# ==========================================================================
+# Tmux
+# ==========================================================================
+# Every tmux command there is.
+#
+# T1  Commands go down one control connection; replies come back in their order.
+# T2  Panes and windows are addressed by id; names are for finding.
+# T3  What a pane shows is read by a process of its own: on the control connection, what a command
+#     prints could pass for a reply of tmux.
+PANE_FORMAT = (
+    "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_height}"
+    " #{pane_tty} #{window_name}"
+)
+# Changes when somebody types, or anything is shown; not when a person only looks.
+PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
+# No copy mode, no synchronized panes: the state ends with " 0 0".
+NO_MODE = "#{==:#{pane_in_mode}#{pane_synchronized},00}"
+
+KEY = re.compile(
+    r"(?:[CMS]-)*(?:[!-~]|Enter|Escape|B?Tab|Space|BSpace|Up|Down|Left|Right|Home|End|Insert|Delete"
+    r"|IC|DC|[PN]Page|Page(?:Up|Down)|Pg(?:Up|Dn)|F(?:[1-9]|1[0-2]))"
+)
+
+
+class Pane(NamedTuple):
+    """A pane, as tmux described it when asked."""
+
+    pane_id: str
+    window_id: str
+    # The process that was started in it: its shell.
+    pid: int
+    in_mode: bool
+    # In characters.
+    width: int
+    height: int
+    # The path of its terminal.
+    tty: str
+    window_name: str
+
+    @classmethod
+    def parse(cls, line: str) -> Pane:
+        """From a line of PANE_FORMAT.  Raises ValueError."""
+        pane_id, window_id, pid, in_mode, width, height, tty, name = line.split(" ", 7)
+        return cls(
+            pane_id=pane_id,
+            window_id=window_id,
+            pid=int(pid),
+            in_mode=in_mode != "0",
+            width=int(width),
+            height=int(height),
+            tty=tty,
+            window_name=name,
+        )
 
 
 def tmux_version() -> str:

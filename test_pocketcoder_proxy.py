@@ -4131,6 +4131,92 @@ def test_a_command_cannot_hide_under_another_name(proxy: Proxy, agent: str) -> N
 
 
 # ==========================================================================
+# Places
+# ==========================================================================
+# user, owner and mode of the directory, owner of the socket; whether it is sound
+PLACES = [
+    pytest.param(0, 0, 0o700, 0, True, id="root-private"),
+    # The terminals are a worker's.
+    pytest.param(0, 7, 0o755, 7, True, id="root-private-of-a-worker"),
+    # Also through his group.
+    pytest.param(0, 0, 0o2770, 7, True, id="root-group-of-a-worker"),
+    pytest.param(0, 0, 0o1777, 0, True, id="root-sticky"),
+    pytest.param(0, 7, 0o1777, 7, True, id="root-sticky-socket-of-the-owner"),
+    pytest.param(0, 0, 0o1777, 7, False, id="root-sticky-socket-of-a-stranger"),
+    pytest.param(0, 0, 0o777, 0, True, id="root-writable"),
+    pytest.param(0, 7, 0o777, 7, False, id="root-writable-of-a-worker"),
+    pytest.param(7, 7, 0o700, None, True, id="own-private-no-socket"),
+    pytest.param(7, 7, 0o775, 7, True, id="own-group"),
+    pytest.param(7, 0, 0o1777, None, True, id="sticky-of-root-no-socket"),
+    pytest.param(7, 0, 0o1777, 7, True, id="sticky-of-root-own-socket"),
+    pytest.param(7, 0, 0o755, 0, True, id="closed-of-root"),
+    pytest.param(7, 0, 0o1777, 8, False, id="sticky-of-root-socket-of-a-stranger"),
+    pytest.param(7, 8, 0o700, None, False, id="private-of-a-stranger"),
+    pytest.param(7, 8, 0o1777, 7, False, id="sticky-of-a-stranger"),
+    pytest.param(7, 7, 0o777, 7, True, id="own-writable"),
+]
+
+
+@pytest.mark.parametrize(("user", "owner", "mode", "socket_owner", "sound"), PLACES)
+def test_a_socket_a_stranger_could_have_made_is_refused(
+    user: int, owner: int, mode: int, socket_owner: int | None, sound: bool
+) -> None:
+    if os.geteuid():
+        # Only root can try.
+        return
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="pc"))
+    (folder / "place").mkdir()
+    (folder / "link").symlink_to("place")
+
+    try:
+        os.chmod(folder, 0o755)
+        os.chown(folder / "place", owner, -1)
+        os.chmod(folder / "place", mode)
+        if socket_owner is not None:
+            (folder / "place/s").touch()
+            os.chown(folder / "place/s", socket_owner, -1)
+        os.chown(folder / "link", user, -1, follow_symlinks=False)
+        os.seteuid(user)
+
+        for name in ("place", "link"):
+            with (
+                contextlib.nullcontext()
+                if sound
+                else pytest.raises(pp.NoTerminal, match=f"{folder}/(place|{name})")
+            ):
+                pp.check_place(f"{folder}/{name}/s")
+
+        os.seteuid(0)
+        os.chown(folder / "link", 9, -1, follow_symlinks=False)
+        os.seteuid(user)
+        with pytest.raises(pp.NoTerminal, match="got user 9"):
+            pp.check_place(f"{folder}/link/s")
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(folder)
+
+
+def test_our_directory_gets_the_sticky_bit_if_open_to_all(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.chmod(tmp_path, 0o777)
+    pp.check_place(f"{tmp_path}/s")
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
+    assert f"{tmp_path}: any user could replace what is in it" in caplog.text
+
+
+def test_our_directory_below_one_open_to_all_is_accepted_with_a_warning(
+    tmp_path: pathlib.Path,
+) -> None:
+    # As volumes of Kubernetes are.
+    os.chmod(tmp_path, 0o2777)
+    pp.check_place(f"{tmp_path}/own/s")
+    assert pp.open_above(f"{tmp_path}/own/s") == [str(tmp_path)]
+    os.chmod(tmp_path, 0o1777)
+    assert pp.open_above(f"{tmp_path}/own/s") == []
+
+
+# ==========================================================================
 # Tmux
 # ==========================================================================
 def test_words_reach_tmux_unchanged(proxy: Proxy) -> None:
@@ -4274,89 +4360,6 @@ def test_every_caller_learns_at_once_that_tmux_does_not_answer(warm: StartServer
     assert server.status("GET", "/health") == 200
     os.kill(tmux, signal.SIGCONT)
     eventually(lambda: server.post({"cmd": "true"})[0] == 200, 10)
-
-
-# user, owner and mode of the directory, owner of the socket; whether it is sound
-PLACES = [
-    pytest.param(0, 0, 0o700, 0, True, id="root-private"),
-    # The terminals are a worker's.
-    pytest.param(0, 7, 0o755, 7, True, id="root-private-of-a-worker"),
-    # Also through his group.
-    pytest.param(0, 0, 0o2770, 7, True, id="root-group-of-a-worker"),
-    pytest.param(0, 0, 0o1777, 0, True, id="root-sticky"),
-    pytest.param(0, 7, 0o1777, 7, True, id="root-sticky-socket-of-the-owner"),
-    pytest.param(0, 0, 0o1777, 7, False, id="root-sticky-socket-of-a-stranger"),
-    pytest.param(0, 0, 0o777, 0, True, id="root-writable"),
-    pytest.param(0, 7, 0o777, 7, False, id="root-writable-of-a-worker"),
-    pytest.param(7, 7, 0o700, None, True, id="own-private-no-socket"),
-    pytest.param(7, 7, 0o775, 7, True, id="own-group"),
-    pytest.param(7, 0, 0o1777, None, True, id="sticky-of-root-no-socket"),
-    pytest.param(7, 0, 0o1777, 7, True, id="sticky-of-root-own-socket"),
-    pytest.param(7, 0, 0o755, 0, True, id="closed-of-root"),
-    pytest.param(7, 0, 0o1777, 8, False, id="sticky-of-root-socket-of-a-stranger"),
-    pytest.param(7, 8, 0o700, None, False, id="private-of-a-stranger"),
-    pytest.param(7, 8, 0o1777, 7, False, id="sticky-of-a-stranger"),
-    pytest.param(7, 7, 0o777, 7, True, id="own-writable"),
-]
-
-
-@pytest.mark.parametrize(("user", "owner", "mode", "socket_owner", "sound"), PLACES)
-def test_a_socket_a_stranger_could_have_made_is_refused(
-    user: int, owner: int, mode: int, socket_owner: int | None, sound: bool
-) -> None:
-    if os.geteuid():
-        # Only root can try.
-        return
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="pc"))
-    (folder / "place").mkdir()
-    (folder / "link").symlink_to("place")
-
-    try:
-        os.chmod(folder, 0o755)
-        os.chown(folder / "place", owner, -1)
-        os.chmod(folder / "place", mode)
-        if socket_owner is not None:
-            (folder / "place/s").touch()
-            os.chown(folder / "place/s", socket_owner, -1)
-        os.chown(folder / "link", user, -1, follow_symlinks=False)
-        os.seteuid(user)
-
-        for name in ("place", "link"):
-            with (
-                contextlib.nullcontext()
-                if sound
-                else pytest.raises(pp.NoTerminal, match=f"{folder}/(place|{name})")
-            ):
-                pp.check_place(f"{folder}/{name}/s")
-
-        os.seteuid(0)
-        os.chown(folder / "link", 9, -1, follow_symlinks=False)
-        os.seteuid(user)
-        with pytest.raises(pp.NoTerminal, match="got user 9"):
-            pp.check_place(f"{folder}/link/s")
-    finally:
-        os.seteuid(0)
-        shutil.rmtree(folder)
-
-
-def test_our_directory_gets_the_sticky_bit_if_open_to_all(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    os.chmod(tmp_path, 0o777)
-    pp.check_place(f"{tmp_path}/s")
-    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
-    assert f"{tmp_path}: any user could replace what is in it" in caplog.text
-
-
-def test_our_directory_below_one_open_to_all_is_accepted_with_a_warning(
-    tmp_path: pathlib.Path,
-) -> None:
-    # As volumes of Kubernetes are.
-    os.chmod(tmp_path, 0o2777)
-    pp.check_place(f"{tmp_path}/own/s")
-    assert pp.open_above(f"{tmp_path}/own/s") == [str(tmp_path)]
-    os.chmod(tmp_path, 0o1777)
-    assert pp.open_above(f"{tmp_path}/own/s") == []
 
 
 def test_a_session_name_that_tmux_would_change_is_refused() -> None:
