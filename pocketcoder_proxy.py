@@ -20,13 +20,14 @@ Sections, top to bottom; each uses only what stands above it:
   Log               lines on stderr, and how many of refused requests
   Wire types        what callers send and get
   Processes         what /proc tells, and which shell there is
-  Places            directories that others share: whom they belong to
+  Places            directories that others share: whom they belong to, whether they take files
   Tmux              every tmux command there is, and the control connection
   Streams           pipes, output, input, what a person sees
   Run files         the go script, the FIFOs, their directory, what a killed server left
   Terminals         panes, prompts, who may type
   Runs              one run from files to prompt; PocketCoderDriver
   Audit log         one line before a command starts, one before its end is answered
+  Readiness         whether a command could run now
   MCP messages      JSON-RPC, both eras: messages in, decisions out
   Sessions          clients of MCP servers, what waits for them, when they end
   Child lines       what a relayed server's process writes, cut into lines
@@ -46,8 +47,8 @@ Sections, top to bottom; each uses only what stands above it:
   MCP configuration which stdio servers are relayed
   Application       command line, start and stop
 
-Routes:     GET /health, POST /exec, GET /exec/ws; of MCP POST GET DELETE /mcp, GET /mcp/ws,
-            GET /sse, POST /messages, the same under /servers/NAME; GET /servers
+Routes:     GET /health, GET /ready, POST /exec, GET /exec/ws; of MCP POST GET DELETE /mcp,
+            GET /mcp/ws, GET /sse, POST /messages, the same under /servers/NAME; GET /servers
 MCP:        initialize, ping, logging/setLevel (legacy); server/discover (modern); tools/list,
             tools/call, notifications/cancelled; to the client notifications/progress, …/message;
             the relay knows those of ASKING, MAY_ASK, REMOVED, CHANGED, and passes on all others
@@ -65,6 +66,7 @@ tmux:       new-session -A      the one long-lived control connection
             if-shell send-keys  type the line, but only if nobody did; C-c; copy-mode -q
             has-session         `session_exists`
             capture-pane        `read_terminal`, in a process of its own
+            pocketcoder-ready   `/ready`: no command of tmux, but it answers
 Files of a run, SOCKET.d/DRIVER/RUN.*:
             go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
             pid (claims the run; then the exit code)
@@ -204,6 +206,13 @@ AUDIT_PAUSE = 0.05  # between attempts to write it
 LOG_LEVELS = ("debug", "info", "warning", "error")
 REFUSALS_LOGGED = 10  # refused requests that a second's lines name; of the others their number
 MAX_LOGGED = 300  # characters of a value in such a line
+
+# --- Readiness.
+READY_TIMEOUT = 2.0  # for tmux to answer
+# What was found out serves everybody who asks so soon after it.
+READY_KEPT = 0.5
+# Bytes written to try a file system, to a file without a name.
+SAMPLE_SIZE = 4 * KIB
 
 # --- HTTP.
 MAX_WAITING = 1000  # connections without a request at work
@@ -1695,7 +1704,7 @@ async def processes_of(run: RunTraits) -> set[int]:
 # ==========================================================================
 # Places
 # ==========================================================================
-# Directories that others share: who could put something there.
+# Directories that others share: who could put something there, and whether we can.
 def is_open(folder: os.stat_result) -> bool:
     """Whether any user may move other users' files there."""
     return folder.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH
@@ -1720,19 +1729,24 @@ def check_place(path: str) -> None:
     Raises NoTerminal.
     """
     folder = os.path.dirname(path)
-    user = os.geteuid()
-
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         close_to_others(folder)
-        place = os.stat(folder)
-        # Whoever owns a symlink there can redirect it.
-        found = {f"{folder} itself": os.lstat(folder), folder: place}
-        is_public = place.st_mode & stat.S_IWOTH
-        if (user or is_public) and os.path.lexists(path):
-            found[path] = os.lstat(path)
+        check_owners(path)
     except OSError as missing:
         raise NoTerminal(f"no directory for the socket {path}: {missing}") from None
+
+
+def check_owners(path: str) -> None:
+    """The same for a directory that is there.  Raises NoTerminal, OSError."""
+    folder = os.path.dirname(path)
+    user = os.geteuid()
+    place = os.stat(folder)
+    # Whoever owns a symlink there can redirect it.
+    found = {f"{folder} itself": os.lstat(folder), folder: place}
+    is_public = place.st_mode & stat.S_IWOTH
+    if (user or is_public) and os.path.lexists(path):
+        found[path] = os.lstat(path)
 
     owners = {0, user}
     if user == 0:
@@ -1764,6 +1778,67 @@ def open_above(path: str) -> list[str]:
     return found
 
 
+def nearest_folder(path: str) -> str:
+    """The lowest directory above `path` that is there, or `path` itself."""
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def try_folder(folder: str) -> None:
+    """Raise OSError if no file can be written in this directory.
+
+    The file has no name, where the file system knows such files, so nobody sees it.
+    """
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as sample:
+        if sample.write(bytes(SAMPLE_SIZE)) != SAMPLE_SIZE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def try_file(fd: int) -> None:
+    """Raise OSError if nothing can be written to this open file, as far as it shows unwritten.
+
+    A quota does not show.
+    """
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        try_pipe(fd)
+        return
+
+    problem = 0
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and found.st_size + SAMPLE_SIZE > limit:
+        problem = errno.EFBIG
+
+    space = os.fstatvfs(fd)
+    free = space.f_bavail if os.geteuid() else space.f_bfree
+    # A file system without a size has no blocks.
+    if space.f_blocks and free * space.f_frsize < SAMPLE_SIZE:
+        problem = errno.ENOSPC
+    if space.f_flag & os.ST_RDONLY:
+        problem = errno.EROFS
+
+    if problem:
+        raise OSError(problem, os.strerror(problem))
+
+
+def try_pipe(fd: int) -> None:
+    """The same for a pipe, a terminal or a socket."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    events = poll.poll(0)
+    if not events:
+        raise OSError(errno.EAGAIN, "its reader does not read")
+    if events[0][1] & (select.POLLERR | select.POLLHUP):
+        raise OSError(errno.EPIPE, "it has no reader")
+
+
+def check_descriptor(fd: int) -> None:
+    """Raise OSError if too few descriptors are left for a run, `fd` being the newest."""
+    if fd > resource.getrlimit(resource.RLIMIT_NOFILE)[0] - DESCRIPTORS_KEPT:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
 # ==========================================================================
 # Tmux
 # ==========================================================================
@@ -1781,6 +1856,9 @@ PANE_FORMAT = (
 PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
 # No copy mode, no synchronized panes: the state ends with " 0 0".
 NO_MODE = "#{==:#{pane_in_mode}#{pane_synchronized},00}"
+# Tmux answers that there is no such command, and keeps no record of it, as it does of commands: a
+# person reads them with `show-messages`.
+NO_COMMAND = "pocketcoder-ready"
 
 KEY = re.compile(
     r"(?:[CMS]-)*(?:[!-~]|Enter|Escape|B?Tab|Space|BSpace|Up|Down|Left|Right|Home|End|Insert|Delete"
@@ -1838,6 +1916,32 @@ def has_session(socket_path: str, session: str) -> bool:
     return subprocess.run(command, capture_output=True, timeout=TMUX_TIMEOUT).returncode == 0
 
 
+async def ask_socket(socket_path: str) -> None:
+    """Raise NoTerminal if tmux is missing, or one at the socket does not answer soon.
+
+    Makes nothing: whether there is a tmux does not matter.
+    """
+    words = ["tmux", "-S", socket_path, NO_COMMAND]
+    null = subprocess.DEVNULL
+    try:
+        asking = await asyncio.create_subprocess_exec(*words, stdin=null, stdout=null, stderr=null)
+    except FileNotFoundError:
+        raise NoTerminal("tmux is not in PATH: install tmux 3.2 or later") from None
+    except (OSError, RuntimeError) as refused:
+        # RuntimeError: no thread.
+        raise NoTerminal(f"tmux cannot be run: {refused}") from None
+
+    ended = asyncio.ensure_future(asking.wait())
+    try:
+        await asyncio.wait({ended}, timeout=READY_TIMEOUT)
+    finally:
+        if not ended.done():
+            asking.kill()
+
+    if not ended.done():
+        raise NoTerminal(f"tmux does not answer within {READY_TIMEOUT:g} s")
+
+
 async def capture_pane(
     socket_path: str, pane_id: str, lines: int = 0, timeout: float = TMUX_TIMEOUT
 ) -> str:
@@ -1890,6 +1994,8 @@ class Tmux(asyncio.SubprocessProtocol):
         self.notices = 0
         # Panes that were made with the session, if that was missing.
         self.made = list[Pane]()
+        # The reply to the newest question of `check`.
+        self.checked: asyncio.Future[list[str]] = self.attached
 
     @classmethod
     async def connect(
@@ -2041,6 +2147,19 @@ class Tmux(asyncio.SubprocessProtocol):
     async def ask(self, *words: str) -> list[str]:
         """Run one command; the lines of its reply."""
         return await self.reply(self.send(list(words)))
+
+    async def check(self) -> None:
+        """Raise NoTerminal if tmux does not answer soon.
+
+        The connection stays, unlike after `ask`; there is one question at a time.
+        """
+        if self.checked.done():
+            self.checked = self.send([NO_COMMAND])
+
+        # Any answer will do.
+        await asyncio.wait({self.checked}, timeout=READY_TIMEOUT)
+        if not self.checked.done():
+            raise NoTerminal(f"tmux does not answer within {READY_TIMEOUT:g} s")
 
     async def panes(self) -> list[Pane]:
         """All panes of the session.  Raises ValueError if one is just going."""
@@ -2242,8 +2361,7 @@ class Output(Pipe):
 
     def check(self) -> None:
         """Raise OSError if too few descriptors are left."""
-        if self.fd > resource.getrlimit(resource.RLIMIT_NOFILE)[0] - DESCRIPTORS_KEPT:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        check_descriptor(self.fd)
 
     def read(self) -> None:
         try:
@@ -2716,6 +2834,16 @@ class RunFiles:
             output.leave()
 
 
+def check_own(folder: str) -> None:
+    """Refuse a directory that another user may write to.  Raises NoTerminal, OSError."""
+    found = os.lstat(folder)
+    is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    if not is_ours or found.st_mode & 0o022:
+        raise NoTerminal(
+            f"{folder}: expected a directory that only we may write to; remove what is there"
+        )
+
+
 class RunFolder:
     """The directory of a driver's runs, beside the socket: `SOCKET.d/N`, locked while it lives.
 
@@ -2764,12 +2892,7 @@ class RunFolder:
         check_place(self.base)
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.base, 0o700)
-        found = os.lstat(self.base)
-        is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-        if not is_ours or found.st_mode & 0o022:
-            raise NoTerminal(
-                f"{self.base}: expected a directory that only we may write to; remove what is there"
-            )
+        check_own(self.base)
 
     def on_status(self) -> None:
         """Take the reports that there are."""
@@ -3385,6 +3508,27 @@ class Sandbox:
                 raise
 
             return self.tmux
+
+    def check_runs(self) -> None:
+        """Raise NoTerminal or OSError if no run could have its files now.  Makes nothing."""
+        base = f"{self.socket_path}.d"
+        wanted = base if self.folder is None else self.folder.path
+        if os.path.lexists(os.path.dirname(base)):
+            check_owners(base)
+        if os.path.lexists(base):
+            check_own(base)
+
+        try_folder(nearest_folder(wanted))
+
+    async def check_tmux(self) -> None:
+        """Raise NoTerminal if tmux is missing or does not answer soon.  Makes nothing."""
+        if time.monotonic() < self.silent_until:
+            raise NoTerminal(f"tmux has not answered within {TMUX_TIMEOUT:g} s")
+
+        if self.tmux is None or self.tmux.closed:
+            await ask_socket(self.socket_path)
+        else:
+            await self.tmux.check()
 
     def has_session(self, name: str) -> bool:
         """Whether tmux has a session of exactly this name.  Raises NoTerminal."""
@@ -4496,6 +4640,19 @@ class PocketCoderDriver:
         self._reset()
         self.sandbox.stopping = True
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it takes no more commands."""
+        return self.sandbox.stopping
+
+    def check_runs(self) -> None:
+        """Raise NoTerminal or OSError if no run could have its files now.  Makes nothing."""
+        self.sandbox.check_runs()
+
+    async def check_tmux(self) -> None:
+        """Raise NoTerminal if tmux is missing or does not answer soon.  Makes nothing."""
+        await self.sandbox.check_tmux()
+
     def jobs(self) -> list[Job]:
         """All that hold a pane."""
         return [*self.running.values()]
@@ -4607,14 +4764,30 @@ class AuditLog:
         except OSError as wrong:
             raise self._refuse(wrong.strerror or str(wrong)) from None
 
-    def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+    def check(self) -> None:
+        """Raise OSError if a line could not be written now, see `try_file`.  Changes nothing."""
+        if not self.path:
+            return
+
+        if self.fd >= 0 and os.fstat(self.fd).st_nlink:
+            try_file(self.fd)
+        elif not os.path.lexists(self.path):
+            try_folder(os.path.dirname(os.path.abspath(self.path)))
+        elif not stat.S_ISFIFO(os.lstat(self.path).st_mode):
+            # The reader of a FIFO would notice.
+            os.close(os.open(self.path, self._flags()))
+
+    def _flags(self) -> int:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK
 
         # No link, which somebody else may have put there; but /dev/stderr is one.
         if not self.path.startswith("/dev/"):
             flags |= os.O_NOFOLLOW
 
-        self.fd = os.open(self.path, flags, 0o600)
+        return flags
+
+    def _open(self) -> None:
+        self.fd = os.open(self.path, self._flags() | os.O_CREAT, 0o600)
 
         try:
             self._complete_line()
@@ -4647,6 +4820,103 @@ class AuditLog:
             self.flush()
         self._close()
         self._try()
+
+
+# ==========================================================================
+# Readiness
+# ==========================================================================
+# Whether a command could run now.
+#
+# R1  A check changes nothing, and a person sees nothing of it.
+# R2  There is one check at a time; its result serves whoever asks meanwhile or soon after.
+# R3  A check ends, whatever tmux does.
+# R4  Everybody may ask, so what is answered names no path; the log does.
+class Readiness:
+    """What keeps commands from running now.
+
+    workspace  a real path
+    """
+
+    def __init__(self, workspace: str, driver: PocketCoderDriver, audit: AuditLog) -> None:
+        self.workspace = workspace
+        self.driver = driver
+        self.audit = audit
+        # What the last check found, and when it ended.
+        self.problems: list[str] = []
+        self.checked_at = -math.inf
+        self.checking: asyncio.Task[None] | None = None
+
+    async def problem(self) -> str:
+        """What is wrong, in a sentence; "": nothing that can be seen."""
+        if self.checking is None and time.monotonic() - self.checked_at > READY_KEPT:
+            self.checking = asyncio.ensure_future(self._check())
+
+        checking = self.checking
+        if checking is not None:
+            # A caller that leaves does not end it: others may wait for it too.
+            await asyncio.wait({checking})
+            checking.result()
+
+        if self.driver.stopping:
+            return "the server is stopping"
+
+        return "; ".join(self.problems)
+
+    async def _check(self) -> None:
+        try:
+            problems, details = await self._look()
+        finally:
+            self.checked_at = time.monotonic()
+            self.checking = None
+
+        if problems and problems != self.problems:
+            log.warning("unready %s", key_values(reason="; ".join(details)))
+        if self.problems and not problems:
+            log.info("ready")
+
+        self.problems = problems
+
+    async def _look(self) -> tuple[list[str], list[str]]:
+        """The problems that there are, for everybody and for the log."""
+        problems = list[str]()
+        details = list[str]()
+        checks: dict[str, Callable[[], None]] = {
+            "descriptors": check_descriptors,
+            "the workspace": partial(check_workspace, self.workspace),
+            "the audit log": self.audit.check,
+            "the directory for runs": self.driver.check_runs,
+        }
+
+        for name, check in checks.items():
+            try:
+                check()
+            except OSError as wrong:
+                problems.append(f"{name}: {wrong.strerror or 'see the log'}")
+                details.append(f"{name}: {wrong}")
+            except NoTerminal as wrong:
+                problems.append(f"{name}: expected one that only this user may write to")
+                details.append(f"{name}: {wrong}")
+
+        try:
+            await self.driver.check_tmux()
+        except NoTerminal as wrong:
+            problems.append(str(wrong))
+            details.append(str(wrong))
+
+        return problems, details
+
+
+def check_descriptors() -> None:
+    """Raise OSError if too few descriptors are left for a run."""
+    fd = os.open(os.devnull, os.O_RDONLY)
+    os.close(fd)
+    check_descriptor(fd)
+
+
+def check_workspace(path: str) -> None:
+    """Raise OSError if commands cannot start in it."""
+    # Only in a directory that we may enter.
+    os.stat(f"{path}/.")
 
 
 # ==========================================================================
@@ -7961,8 +8231,10 @@ class AppState(SessionHost):
     calls: set[asyncio.Task[Any]] = field(default_factory=set)
     # Of MCP, by name; "" is the built-in one.
     servers: dict[str, McpServer] = field(default_factory=dict)
+    readiness: Readiness = field(init=False)
 
     def __post_init__(self) -> None:
+        self.readiness = Readiness(self.workspace, self.driver, self.audit)
         self.servers[""] = BuiltInServer(self)
         # Tests may pass a plain dict.
         if not isinstance(self.sessions, SessionMap):
@@ -8501,6 +8773,16 @@ async def health_handler() -> str:
     return "ok"
 
 
+async def ready_handler(state: AppState) -> Message:
+    """Whether a command could run now; if not, why."""
+    problem = await state.readiness.problem()
+    if problem:
+        error = {"error": problem, "exit_code": ProxyError.exit_code}
+        return {"ready": False, **error, "version": VERSION}
+
+    return {"ready": True, "version": VERSION}
+
+
 async def exec_handler(state: AppState, request: ExecRequest) -> ExecResponse:
     """Run a command to its end.  Cancelling this cancels the command."""
     capture = Capture(request.max_output)
@@ -8932,6 +9214,19 @@ class HealthEndpoint(Endpoint):
     head = get
 
 
+class ReadyEndpoint(Endpoint):
+    open_to_all = True
+
+    async def get(self) -> None:
+        await self.perform(self.answer())
+
+    async def answer(self) -> None:
+        found = await ready_handler(self.state)
+        self.finish_json(found, 200 if found["ready"] else NoTerminal.http_status)
+
+    head = get
+
+
 class ExecEndpoint(EventsEndpoint):
     # A slow reader slows the command.
     patience = 0.0
@@ -9313,6 +9608,7 @@ class UnknownEndpoint(Endpoint):
 SERVERS = ("", r"/servers/(?P<name>[^/]+)")
 ROUTES: list[tuple[str, type[Endpoint]]] = [
     (r"/health", HealthEndpoint),
+    (r"/ready", ReadyEndpoint),
     (r"/exec", ExecEndpoint),
     (r"/exec/ws", ChannelEndpoint),
     (r"/servers", ServersEndpoint),

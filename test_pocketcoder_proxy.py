@@ -1238,6 +1238,15 @@ class Proxy:
         """The relayed servers, as `GET /servers` shows them."""
         return json.loads(self.request("GET", "/servers")[2])
 
+    def ready(self) -> tuple[int, dict[str, Any]]:
+        """Status and body of `GET /ready`."""
+        status, _, answer = self.request("GET", "/ready")
+        return status, json.loads(answer)
+
+    def unready(self) -> str:
+        """Why it is not ready; "": it is."""
+        return str(self.ready()[1].get("error", ""))
+
     def exec(self, cmd: str, **fields: Any) -> dict[str, Any]:
         status, answer = self.post({"cmd": cmd, **fields})
         assert status == 200, answer
@@ -6554,6 +6563,413 @@ def test_an_audit_log_behind_a_symlink_is_refused(tmp_path: pathlib.Path) -> Non
     assert done.stdout == ""
     expected = f"cannot write the audit log {tmp_path}/audit: Too many levels of symbolic links"
     assert expected in done.stderr
+
+
+# ==========================================================================
+# Readiness
+# ==========================================================================
+def test_a_server_that_can_run_commands_is_ready(proxy: Proxy) -> None:
+    assert proxy.ready() == (200, {"ready": True, "version": pp.VERSION})
+    assert proxy.status("HEAD", "/ready") == 200
+
+
+def test_readiness_needs_no_token_but_the_gate_stands_before_it(
+    proxy: Proxy, guarded: Proxy
+) -> None:
+    assert guarded.status("GET", "/ready") == 200
+    assert proxy.status("GET", "/ready", headers={"Host": "evil.example"}) == 403
+    assert guarded.status("GET", "/ready", headers={"Origin": "http://evil.example"}) == 403
+    assert proxy.status("POST", "/ready", "{}", JSON_TYPE) == 405
+
+
+@contextlib.contextmanager
+def moved_away(path: pathlib.Path) -> Iterator[None]:
+    """Something has another name for a while."""
+    away = path.with_name(path.name + ".away")
+    path.rename(away)
+    try:
+        yield
+    finally:
+        away.rename(path)
+
+
+@contextlib.contextmanager
+def replaced(path: pathlib.Path, make: Callable[[pathlib.Path], object]) -> Iterator[None]:
+    """Something else stands in its place for a while."""
+    with moved_away(path):
+        make(path)
+        try:
+            yield
+        finally:
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink()
+
+
+def open_to_all(path: pathlib.Path) -> None:
+    path.mkdir()
+    path.chmod(0o777)
+
+
+Trouble = Callable[[Proxy], contextlib.AbstractContextManager[None]]
+
+
+def with_workspace(proxy: Proxy) -> pathlib.Path:
+    return pathlib.Path(proxy.workspace)
+
+
+def with_audit_folder(proxy: Proxy) -> pathlib.Path:
+    return pathlib.Path(proxy.folder, "audit")
+
+
+@contextlib.contextmanager
+def no_audit_folder(proxy: Proxy) -> Iterator[None]:
+    """The directory of the audit log is gone, and the log with it."""
+    folder = with_audit_folder(proxy)
+    shutil.rmtree(folder)
+    try:
+        yield
+    finally:
+        folder.mkdir()
+
+
+@contextlib.contextmanager
+def full_audit_log(proxy: Proxy) -> Iterator[None]:
+    """The log may not grow, but the files of runs, which are shorter, may."""
+    path = with_audit_folder(proxy) / "log"
+    eventually(lambda: proxy.exec("true") and path.stat().st_size > 2 * pp.SAMPLE_SIZE)
+    with limited(proxy.process, resource.RLIMIT_FSIZE, path.stat().st_size):
+        yield
+
+
+TROUBLES = [
+    pytest.param(
+        lambda proxy: moved_away(with_workspace(proxy)),
+        "the workspace: No such file or directory",
+        id="workspace-gone",
+    ),
+    pytest.param(
+        lambda proxy: replaced(with_workspace(proxy), pathlib.Path.touch),
+        "the workspace: Not a directory",
+        id="workspace-a-file",
+    ),
+    pytest.param(no_audit_folder, "the audit log: No such file or directory", id="audit-log-gone"),
+    pytest.param(
+        lambda proxy: replaced(with_audit_folder(proxy) / "log", pathlib.Path.mkdir),
+        "",
+        id="audit-log-renamed",
+    ),
+    pytest.param(full_audit_log, "the audit log: File too large", id="audit-log-full"),
+    pytest.param(
+        lambda proxy: replaced(proxy.run_folder, pathlib.Path.touch),
+        "the directory for runs: expected one that only this user may write to",
+        id="runs-a-file",
+    ),
+    pytest.param(
+        lambda proxy: replaced(proxy.run_folder, open_to_all),
+        "the directory for runs: expected one that only this user may write to",
+        id="runs-open-to-all",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        lambda proxy: replaced(proxy.run_folder.parent, pathlib.Path.touch),
+        "the directory for runs: Not a directory",
+        id="runs-without-a-place",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        lambda proxy: limited(proxy.process, resource.RLIMIT_FSIZE, 0),
+        "the audit log: File too large; the directory for runs: File too large",
+        id="runs-full",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def troubled() -> Iterator[Proxy]:
+    """A server with an audit log, for troubles that are over before the next."""
+    folder = tempfile.mkdtemp(prefix="pc")
+    os.mkdir(f"{folder}/audit")
+    server = Proxy("--audit-log", f"{folder}/audit/log", folder=folder)
+    server.exec("true")
+    yield server
+    server.remove()
+
+
+@pytest.mark.parametrize(("trouble", "reason"), TROUBLES)
+def test_a_trouble_makes_the_server_unready_while_it_lasts(
+    troubled: Proxy, trouble: Trouble, reason: str
+) -> None:
+    eventually(lambda: troubled.ready()[0] == 200)
+    with trouble(troubled):
+        eventually(lambda: troubled.unready() == reason)
+        status, answer = troubled.ready()
+        assert status == (503 if reason else 200)
+        assert answer["ready"] is not bool(reason)
+        # It is true: no command runs.
+        assert (troubled.post({"cmd": "true"})[0] == 200) is not bool(reason)
+
+    eventually(lambda: troubled.ready() == (200, {"ready": True, "version": pp.VERSION}))
+    assert troubled.exec("echo ok")["stdout"] == "ok\n"
+
+
+def test_an_unready_answer_has_the_shape_of_an_error_and_no_path(troubled: Proxy) -> None:
+    with moved_away(with_workspace(troubled)):
+        eventually(troubled.unready)
+        assert troubled.ready()[1] == {
+            "ready": False,
+            "error": "the workspace: No such file or directory",
+            "exit_code": 125,
+            "version": pp.VERSION,
+        }
+        reason = f"No such file or directory: '{troubled.workspace}/.'"
+        assert f'unready reason="the workspace: [Errno 2] {reason}"' in troubled.logged()
+
+    eventually(lambda: troubled.ready()[0] == 200)
+    assert troubled.logged().rstrip().endswith("INFO ready")
+
+
+@pytest.fixture
+def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path | None]:
+    """A file system of 256 KiB; None where we may not mount one."""
+    words = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(tmp_path)]
+    if os.geteuid() or subprocess.run(words, capture_output=True).returncode:
+        yield None
+        return
+
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("place", ["tmux", "audit"])
+def test_a_full_disk_makes_the_server_unready_until_there_is_space(
+    own: StartServer, tmp_path: pathlib.Path, small_disk: pathlib.Path | None, place: str
+) -> None:
+    if small_disk is None:
+        return
+
+    words = ("--audit-log", f"{small_disk}/log") if place == "audit" else ()
+    variables = {"TMUX_SOCKET": f"{small_disk}/s"} if place == "tmux" else {}
+    server = own(*words, **variables)
+    server.socket = variables.get("TMUX_SOCKET", server.socket)
+    assert server.exec("true")["exit_code"] == 0
+
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space"):
+        filler.write_bytes(bytes(pp.MIB))
+    eventually(lambda: "No space left on device" in server.unready())
+    # A short one may fit into files that are there.
+    assert server.post({"cmd": f"true {'x' * 40_000}"})[0] == 503
+
+    filler.unlink()
+    eventually(lambda: server.ready()[0] == 200)
+    assert server.exec("true")["exit_code"] == 0
+
+
+def test_an_audit_log_that_nobody_reads_makes_the_server_unready(
+    own: StartServer, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    server = own("--audit-log", str(path))
+    assert server.ready()[0] == 200
+
+    # Full, then without a reader.
+    writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.close(writer)
+    eventually(lambda: server.unready() == "the audit log: its reader does not read")
+    os.close(reader)
+    eventually(lambda: server.unready() == "the audit log: it has no reader")
+
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    assert os.read(reader, 65536)
+    eventually(lambda: server.ready()[0] == 200)
+    os.close(reader)
+
+
+def tmux_apart(folder: pathlib.Path) -> dict[str, str]:
+    """A PATH in which tmux has a directory of its own, and leaves a line for each of its starts."""
+    real = shutil.which("tmux")
+    script = folder / "tmux"
+    script.write_text(f'#!/bin/sh\necho "$@" >>{folder}/starts\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    tools = folder / "tools"
+    tools.mkdir()
+    for name in ("sh", "bash", "cat", "env", "sleep"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    return {"PATH": f"{folder}:{tools}"}
+
+
+def test_without_tmux_the_server_is_unready_until_it_is_back(
+    own: StartServer, tmp_path: pathlib.Path
+) -> None:
+    server = own(**tmux_apart(tmp_path))
+    assert server.ready()[0] == 200
+    with moved_away(tmp_path / "tmux"):
+        eventually(lambda: server.unready() == "tmux is not in PATH: install tmux 3.2 or later")
+        assert server.post({"cmd": "true"})[0] == 503
+
+    eventually(lambda: server.ready()[0] == 200)
+    assert server.exec("true")["exit_code"] == 0
+
+
+@pytest.mark.parametrize("connected", [True, False], ids=["connected", "not-connected"])
+def test_a_tmux_that_hangs_makes_the_server_unready_within_seconds(
+    warm: StartServer, connected: bool
+) -> None:
+    server = warm()
+    if not connected:
+        server.stop()
+        server.start()
+    tmux = server.tmux_pid()
+    os.kill(tmux, signal.SIGSTOP)
+    try:
+        eventually(server.unready)
+        begun = time.monotonic()
+        calls = [Background(server.ready) for _ in range(20)]
+        assert server.status("GET", "/health") == 200
+        for call in calls:
+            status, answer = call.result()
+            assert status == 503
+            assert answer["error"] == "tmux does not answer within 2 s"
+
+        # All waited for one check.
+        assert time.monotonic() - begun < 2 * pp.READY_TIMEOUT
+    finally:
+        os.kill(tmux, signal.SIGCONT)
+
+    eventually(lambda: server.ready()[0] == 200)
+    assert server.exec("true")["exit_code"] == 0
+    wait_until_gone(f"{server.socket}\0{pp.NO_COMMAND}")
+
+
+def test_a_caller_that_leaves_ends_no_check_that_others_wait_for(warm: StartServer) -> None:
+    server = warm()
+    tmux = server.tmux_pid()
+    os.kill(tmux, signal.SIGSTOP)
+    try:
+        time.sleep(pp.READY_KEPT)
+        with server.raw_connection() as first:
+            first.sendall(b"GET /ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            second = Background(server.ready)
+            eventually(lambda: server.descriptors() and server.status("GET", "/health") == 200)
+
+        assert second.result()[0] == 503
+    finally:
+        os.kill(tmux, signal.SIGCONT)
+    eventually(lambda: server.ready()[0] == 200)
+
+
+def test_without_descriptors_the_server_is_unready(warm: StartServer) -> None:
+    server = warm()
+    kept = server.connect()
+
+    def ready() -> tuple[int, str]:
+        kept.request("GET", "/ready")
+        answer = kept.getresponse()
+        return answer.status, json.loads(answer.read()).get("error", "")
+
+    assert ready() == (200, "")
+    with limited(server.process, resource.RLIMIT_NOFILE, server.descriptors() + 2):
+        eventually(lambda: ready()[1] == "descriptors: Too many open files")
+        assert ready()[0] == 503
+
+    eventually(lambda: ready() == (200, ""))
+    kept.close()
+
+
+def is_refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_a_server_that_stops_is_unready_at_once(warm: StartServer) -> None:
+    server = warm()
+    kept = server.connect()
+    kept.request("GET", "/ready")
+    assert json.loads(kept.getresponse().read())["ready"] is True
+    running = server.start_exec("touch up; until [ -e go ]; do sleep 0.02; done")
+    eventually(lambda: os.path.exists(f"{server.workspace}/up"))
+
+    server.process.send_signal(signal.SIGTERM)
+    # Its listener goes first.
+    eventually(lambda: is_refused(server.port))
+    kept.request("GET", "/ready")
+    answer = kept.getresponse()
+    assert answer.status == 503
+    assert json.loads(answer.read())["error"] == "the server is stopping"
+
+    pathlib.Path(server.workspace, "go").touch()
+    assert running.result()["exit_code"] == 0
+    kept.close()
+    assert server.process.wait(20) == 0
+    server.close_files()
+    server.start()
+    assert server.ready()[0] == 200
+
+
+def times_in(folder: str) -> dict[str, tuple[int, int]]:
+    """When each file below was changed."""
+    found = {}
+    for path in [pathlib.Path(folder), *pathlib.Path(folder).rglob("*")]:
+        there = path.lstat()
+        if path.name != "log":
+            found[str(path)] = (there.st_mtime_ns, there.st_size)
+    return found
+
+
+def test_a_check_makes_nothing_before_the_first_command(own: StartServer) -> None:
+    server = own("--audit-log", "audit")
+    os.unlink(f"{server.folder}/audit")
+    before = times_in(server.folder)
+    for _ in range(3):
+        assert server.ready()[0] == 200
+        time.sleep(pp.READY_KEPT)
+    assert times_in(server.folder) == before
+    assert not os.path.exists(server.socket)
+
+
+def test_a_person_sees_nothing_of_a_check(warm: StartServer) -> None:
+    server = warm("--audit-log", "audit")
+    server.pane("poco")
+
+    def messages() -> int:
+        """What tmux has noted of commands; ours here are others."""
+        noted = server.tmux("show-messages")
+        return noted.count("display-message") + noted.count(pp.NO_COMMAND)
+
+    described = ("list-windows", "-a", "-F", "#{window_name} #{window_panes} #{window_activity}")
+
+    def seen() -> tuple[Any, ...]:
+        return server.screen("poco"), server.tmux(*described), messages(), times_in(server.folder)
+
+    # The prompt after the command is looked at once more.
+    time.sleep(pp.PROMPT_TIMEOUT)
+    before = seen()
+    for _ in range(3):
+        assert server.ready()[0] == 200
+        time.sleep(pp.READY_KEPT)
+    assert seen() == before
+
+
+def test_many_who_ask_cost_no_more_than_a_few(own: StartServer, tmp_path: pathlib.Path) -> None:
+    server = own(**tmux_apart(tmp_path))
+    starts = tmp_path / "starts"
+    begun = time.monotonic()
+    before = len(starts.read_text().splitlines())
+    for _ in range(100):
+        assert server.ready()[0] == 200
+    checks = len(starts.read_text().splitlines()) - before
+    assert checks <= 1 + (time.monotonic() - begun) / pp.READY_KEPT
+    assert checks < 20
 
 
 # ==========================================================================
