@@ -1597,6 +1597,8 @@ class Process(NamedTuple):
     """What /proc/PID/stat says of a process, see proc(5)."""
 
     name: str
+    # It waits for something to happen: neither running nor stopped.
+    sleeps: bool
     parent: int
     group: int
     # The process group that its terminal listens to; -1 without a terminal.
@@ -1621,6 +1623,7 @@ def process(pid: int) -> Process | None:
 
     return Process(
         name=head.partition("(")[2],
+        sleeps=state == "S",
         parent=int(parent),
         group=int(group),
         foreground=int(foreground),
@@ -3274,7 +3277,14 @@ class PaneShell:
             if not self.ran and not self._reads_tty():
                 return Look.BUSY
 
-            return self._look_at_tty() if SHELLS[shell.name] else Look.READY
+            look = self._look_at_tty() if SHELLS[shell.name] else Look.READY
+
+            # Bash takes single keys before it can take C-c: then the next line would lose its
+            # first character.
+            if look is Look.READY and not self.ran and not self._sleeps():
+                return Look.SOON
+
+            return look
         except (OSError, termios.error) as wrong:
             # With no descriptors to look, BUSY would let commands wait for nothing.
             if wrong.args[0] in SHORTAGE:
@@ -3291,6 +3301,11 @@ class PaneShell:
             return Look.SOON if typed_ahead or by_line else Look.READY
         finally:
             os.close(tty)
+
+    def _sleeps(self) -> bool:
+        """It does nothing now, as at its prompt."""
+        shell = process(self.pane.pid)
+        return shell is not None and shell.sleeps
 
     def _reads_tty(self) -> bool:
         """It was not started with a script or with -c."""
@@ -3344,7 +3359,7 @@ class PaneShell:
             if self._is_behind_prompt(now) or (prompt is Prompt.STARTING and not self._edits()):
                 tmux.send_keys(self.pane, "", *CLEAR)
             else:
-                tmux.send_keys(self.pane, now, "C-c")
+                await tmux.reply(tmux.send_keys(self.pane, now, "C-c"))
                 # A new shell shows the first command where `^C` stands now.
                 if prompt is Prompt.STARTING:
                     self.extra_rows = 1

@@ -5501,6 +5501,44 @@ def test_a_slow_start_up_file_delays_the_first_command(warm: StartServer) -> Non
     assert ".go" not in server.screen("slow")
 
 
+def test_a_new_shell_that_takes_single_keys_is_not_interrupted_before_it_waits_for_one(
+    own: StartServer,
+) -> None:
+    server = own()
+    mark = f"{server.folder}/takes-single-keys"
+    pathlib.Path(server.folder, "home/.bashrc").write_text(
+        f"{{ stty -icanon </dev/tty; touch {mark}; }} &\n"
+        f"until [ -e {mark} ]; do :; done\n"
+        "for ((n = 0; n < 200000; n++)); do :; done\n"
+        "stty icanon\n"
+        "FROM_RC=1\n"
+    )
+    call(server, "send_keys", text="echo from $FROM_RC", keys=["Enter"])
+    eventually(lambda: re.search(r"^from \d*$", server.screen("poco"), re.M))
+    assert "\nfrom 1\n" in server.screen("poco")
+
+
+@pytest.mark.slow
+def test_keys_reach_the_prompts_of_new_shells_on_a_busy_machine(warm: StartServer) -> None:
+    server = warm()
+
+    def shown(number: int) -> str:
+        agent = f"busy{number}"
+        text = f"echo $(({number} + 1000))"
+        call(server, "send_keys", agent_name=agent, text=text, keys=["Enter"])
+        lines = eventually(lambda: re.findall(r"(?m)^1\d{3}$|^bash: .*$", server.screen(agent)))
+        return str(lines[0])
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(2 * (os.cpu_count() or 1)):
+            loop = subprocess.Popen(["bash", "-c", "while :; do :; done"])
+            stack.callback(loop.wait)
+            stack.callback(loop.kill)
+        with ThreadPoolExecutor(6) as pool:
+            lines = list(pool.map(shown, range(100)))
+    assert lines == [str(number + 1000) for number in range(100)]
+
+
 def type_early(server: Proxy, window: str, text: str) -> None:
     """Type while the shell of a new window reads its start-up files."""
     eventually(lambda: os.path.exists(server.socket))
