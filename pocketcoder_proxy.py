@@ -39,6 +39,7 @@ Sections, top to bottom; each uses only what stands above it:
   Modern clients    modern clients of a legacy server, and its questions to them
   Relay             stdio MCP servers of the sandbox: which client gets which child
   Built-in server   the MCP server of the tools
+  Metrics           counts and sizes of this server, as Prometheus reads them
   State             what handlers share, and what is recorded of commands and calls
   Tools             the tools of MCP
   HTTP gate         who may call: pure functions
@@ -47,8 +48,9 @@ Sections, top to bottom; each uses only what stands above it:
   MCP configuration which stdio servers are relayed
   Application       command line, start and stop
 
-Routes:     GET /health, GET /ready, POST /exec, GET /exec/ws; of MCP POST GET DELETE /mcp,
-            GET /mcp/ws, GET /sse, POST /messages, the same under /servers/NAME; GET /servers
+Routes:     GET /health, GET /ready, GET /metrics, POST /exec, GET /exec/ws; GET /servers; of MCP
+            POST GET DELETE /mcp, GET /mcp/ws, GET /sse, POST /messages, the same under
+            /servers/NAME
 MCP:        initialize, ping, logging/setLevel (legacy); server/discover (modern); tools/list,
             tools/call, notifications/cancelled; to the client notifications/progress, …/message;
             the relay knows those of ASKING, MAY_ASK, REMOVED, CHANGED, and passes on all others
@@ -213,6 +215,10 @@ READY_TIMEOUT = 2.0  # for tmux to answer
 READY_KEPT = 0.5
 # Bytes written to try a file system, to a file without a name.
 SAMPLE_SIZE = 4 * KIB
+
+# --- Metrics: bounds of histograms.
+WAIT_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+RUN_BOUNDS = (*WAIT_BOUNDS, 900, 3600)
 
 # --- HTTP.
 MAX_WAITING = 1000  # connections without a request at work
@@ -514,7 +520,7 @@ def current_directory() -> str:
         if named[:1] == "/" and os.path.samefile(named, "."):
             return named
     except OSError:  # the name leads nowhere
-        pass
+        self.state.metrics.command_ended(self.door, result)
 
     try:
         return os.getcwd()
@@ -920,6 +926,7 @@ import subprocess
 import tempfile
 import termios
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
@@ -933,6 +940,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import product
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 from urllib.parse import quote as percent_encoded
@@ -1279,6 +1287,8 @@ Message = dict[str, Any]
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 SESSION_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+# The ways in which a command may come.
+DOORS = ("exec", "stream", "shell", "mcp", "page")
 
 
 def complain(name: str, got: object, expected: str) -> BadMessage:
@@ -4660,6 +4670,18 @@ class PocketCoderDriver:
         """Whether it takes no more commands."""
         return self.sandbox.stopping
 
+    def running_now(self) -> int:
+        """How many commands run."""
+        return sum(Phase.TYPED <= job.phase < Phase.OVER for job in self.jobs())
+
+    def waiting_now(self) -> int:
+        """How many commands wait for a pane."""
+        return sum(terminal.waiting for terminal in self.terminals.values())
+
+    def terminals_now(self) -> int:
+        """How many agents' terminals were used."""
+        return sum(terminal.shells != [] for terminal in self.terminals.values())
+
     def check_runs(self) -> None:
         """Raise NoTerminal or OSError if no run could have its files now.  Makes nothing."""
         self.sandbox.check_runs()
@@ -7929,6 +7951,14 @@ def bound_to(message: Message) -> tuple[object, ...]:
 # R2  What a client does not use any more is ended: its child, and its place here.
 
 
+class RelayState(enum.Enum):
+    """What `GET /servers` says of one."""
+
+    IDLE = "idle"  # nobody uses it
+    RUNNING = "running"  # it has a process
+    FAILED = "failed"  # its last process did not start, or has ended with an error
+
+
 class Relay(McpServer):
     """One relayed server: brings each request to the right child.  Raises RelayError, BadMessage.
 
@@ -7951,21 +7981,21 @@ class Relay(McpServer):
         # One of them may need its child no longer.
         self.room = asyncio.Event()
 
-    def state(self) -> Message:
+    def state(self) -> RelayState:
+        if self.launcher.running():
+            return RelayState.RUNNING
+        if self.launcher.back_off.failure:
+            return RelayState.FAILED
+        return RelayState.IDLE
+
+    def shown(self) -> Message:
         """Return its row in `GET /servers`."""
         running = self.launcher.running()
         failure = self.launcher.back_off.failure
-        state = "idle"
-
-        if running:
-            state = "running"
-        elif failure:
-            state = "failed"
-
         era = self.launcher.era
         shown = {
             "name": self.name,
-            "state": state,
+            "state": self.state().value,
             "era": era.value if era else None,
             "pid": min((child.process.pid for child in running), default=None),
             "restarts": self.launcher.back_off.restarts,
@@ -8226,6 +8256,195 @@ class BuiltInServer(McpServer):
 
 
 # ==========================================================================
+# Metrics
+# ==========================================================================
+# Counts and sizes of this server in Prometheus' text format, version 0.0.4.
+#
+# N1  The values of a label are known beforehand and few: never names of agents, paths, commands.
+# N2  Counters start at 0 with the server, and nothing keeps them.
+SINCE_START = "since the server started"
+# Those of a relayed server's clients are sessions too.
+TRANSPORTS = ("http", "sse", "ws")
+
+
+class Gauge:
+    """A value that goes up and down, for each combination of the values of its labels.
+
+    labels  all values that each label can have; a combination starts at 0
+    """
+
+    kind = "gauge"
+
+    def __init__(self, name: str, about: str, **labels: Sequence[str]) -> None:
+        self.name = name
+        self.about = about
+        self.labels = labels
+        self.values: dict[tuple[str, ...], float] = dict.fromkeys(product(*labels.values()), 0)
+
+    def set(self, value: float, *labels: str) -> None:
+        self.values[labels] = value
+
+    def lines(self) -> Iterator[str]:
+        """Its lines, those that describe it first."""
+        yield f"# HELP {self.name} {self.about}."
+        yield f"# TYPE {self.name} {self.kind}"
+        for values, value in self.values.items():
+            labels = dict(zip(self.labels, values))
+            yield sample_line(self.name, labels, value)
+
+
+class Counter(Gauge):
+    """A count that only grows; its name ends with `_total`."""
+
+    kind = "counter"
+
+    def add(self, amount: float, *labels: str) -> None:
+        self.values[labels] += amount
+
+
+class Histogram:
+    """How many observations there were up to each bound, and their sum."""
+
+    def __init__(self, name: str, about: str, bounds: Sequence[float]) -> None:
+        self.name = name
+        self.about = about
+        self.bounds = bounds
+        # Of each bound those that are not in the one before; the last are above all bounds.
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def lines(self) -> Iterator[str]:
+        yield f"# HELP {self.name} {self.about}."
+        yield f"# TYPE {self.name} histogram"
+        total = 0
+        for bound, count in zip((*self.bounds, math.inf), self.counts):
+            total += count
+            yield sample_line(f"{self.name}_bucket", {"le": number_text(bound)}, total)
+
+        yield sample_line(f"{self.name}_sum", {}, self.sum)
+        yield sample_line(f"{self.name}_count", {}, total)
+
+
+def number_text(value: float) -> str:
+    """A number as Prometheus reads it."""
+    return "+Inf" if value == math.inf else f"{value:.15g}"
+
+
+def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
+    """One line.  The values of our labels need no escapes."""
+    shown = ",".join(f'{label}="{text}"' for label, text in labels.items())
+    return f"{name}{{{shown}}} {number_text(value)}" if shown else f"{name} {number_text(value)}"
+
+
+def reasons() -> list[str]:
+    """The label of each error for which a request may be refused."""
+    found = [ProxyError]
+    for kind in found:
+        found.extend(kind.__subclasses__())
+    return [reason_label(kind) for kind in found]
+
+
+def reason_label(kind: type[ProxyError]) -> str:
+    """The name of a class of errors in lower case: `no_terminal`."""
+    return re.sub(r"\B([A-Z])", r"_\1", kind.__name__).lower()
+
+
+class Metrics:
+    """All metrics of a server: what is counted as it happens, and what is measured when asked."""
+
+    def __init__(self) -> None:
+        self.commands = Counter(
+            "pocketcoder_commands_total",
+            f"Commands that have ended {SINCE_START}, by the way in which they came and how they"
+            " ended",
+            door=DOORS,
+            ended=[*ENDINGS],
+        )
+        self.output = Counter(
+            "pocketcoder_command_output_bytes_total",
+            f"Bytes that ended commands have written {SINCE_START}",
+        )
+        self.waited = Histogram(
+            "pocketcoder_command_wait_seconds",
+            f"Time for which ended commands had waited for a pane, {SINCE_START}",
+            WAIT_BOUNDS,
+        )
+        self.ran = Histogram(
+            "pocketcoder_command_run_seconds",
+            f"Time from the start of commands to their end, {SINCE_START}",
+            RUN_BOUNDS,
+        )
+        self.refused = Counter(
+            "pocketcoder_requests_refused_total",
+            f"Requests refused {SINCE_START}, by the class of the error",
+            reason=reasons(),
+        )
+        self.running = Gauge("pocketcoder_commands_running", "Commands that run")
+        self.waiting = Gauge("pocketcoder_commands_waiting", "Commands that wait for a pane")
+        self.terminals = Gauge(
+            "pocketcoder_terminals", f"Agents whose terminal was used {SINCE_START}"
+        )
+        self.sessions = Gauge(
+            "pocketcoder_mcp_sessions", "Open MCP sessions, by transport", transport=TRANSPORTS
+        )
+        self.servers = Gauge(
+            "pocketcoder_mcp_servers",
+            "Relayed MCP servers, by state",
+            state=[state.value for state in RelayState],
+        )
+        self.ready = Gauge("pocketcoder_ready", "Whether a command could run now: 1, otherwise 0")
+        self.version = Gauge(
+            "pocketcoder_build_info", "The version of the server; always 1", version=[VERSION]
+        )
+        self.version.set(1, VERSION)
+
+        # Named as in other programs.
+        self.cpu = Counter("process_cpu_seconds_total", "CPU time that the server has used")
+        self.resident = Gauge("process_resident_memory_bytes", "Resident memory of the server")
+        self.virtual = Gauge("process_virtual_memory_bytes", "Virtual memory of the server")
+        self.open = Gauge("process_open_fds", "Open file descriptors of the server")
+        self.most = Gauge("process_max_fds", "File descriptors that the server may open")
+        self.started = Gauge(
+            "process_start_time_seconds", "When the server started, in seconds since 1970"
+        )
+
+    def command_ended(self, door: str, result: CommandResult) -> None:
+        self.commands.add(1, door, result.ended)
+        self.output.add(result.output_bytes)
+        self.waited.observe(result.waited_ms / 1000)
+        self.ran.observe(result.duration_ms / 1000)
+
+    def request_refused(self, error: ProxyError) -> None:
+        self.refused.add(1, reason_label(type(error)))
+
+    def measure_process(self) -> None:
+        """What the system says of this process."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        pages = read_proc(os.getpid(), "statm").split()
+        page = resource.getpagesize()
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        found = process(os.getpid())
+        self.cpu.set(used.ru_utime + used.ru_stime)
+        self.virtual.set(int(pages[0]) * page)
+        self.resident.set(int(pages[1]) * page)
+        # Without the one that lists them.
+        self.open.set(len(os.listdir("/proc/self/fd")) - 1)
+        self.most.set(math.inf if most == resource.RLIM_INFINITY else most)
+        if found is not None:
+            age = (ticks() - found.started_at) / os.sysconf("SC_CLK_TCK")
+            self.started.set(round(time.time() - age, 2))
+
+    def text(self) -> str:
+        """All of them, in the order in which they are made above."""
+        lines = [line for metric in vars(self).values() for line in metric.lines()]
+        return "\n".join(lines) + "\n"
+
+
+# ==========================================================================
 # State
 # ==========================================================================
 # What handlers share, built once in `serve`; what is recorded of commands and calls.
@@ -8242,6 +8461,7 @@ class AppState(SessionHost):
     workspace: str = "/"
     audit: AuditLog = field(default_factory=AuditLog)
     refusals: Refusals = field(default_factory=Refusals)
+    metrics: Metrics = field(default_factory=Metrics)
     # Handlers at work; `perform` and `start` add and remove them.
     calls: set[asyncio.Task[Any]] = field(default_factory=set)
     # Of MCP, by name; "" is the built-in one.
@@ -8254,6 +8474,27 @@ class AppState(SessionHost):
         # Tests may pass a plain dict.
         if not isinstance(self.sessions, SessionMap):
             self.sessions = SessionMap(self.sessions)
+
+    async def measured(self) -> str:
+        """The metrics, as they are now."""
+        metrics = self.metrics
+        metrics.running.set(self.driver.running_now())
+        metrics.waiting.set(self.driver.waiting_now())
+        metrics.terminals.set(self.driver.terminals_now())
+
+        opened = [session.transport for session in self.sessions.values()]
+        for transport in TRANSPORTS:
+            metrics.sessions.set(opened.count(transport), transport)
+
+        relays = [server for server in self.servers.values() if isinstance(server, Relay)]
+        states = [relay.state() for relay in relays]
+        for state in RelayState:
+            metrics.servers.set(states.count(state), state.value)
+
+        problem = await self.readiness.problem()
+        metrics.ready.set(0 if problem else 1)
+        metrics.measure_process()
+        return metrics.text()
 
     def watch_call(self, session: Session, message: Message) -> CallWatch:
         if self.audit.path and isinstance(session.server, Relay):
@@ -8311,7 +8552,7 @@ class Notes(Watch):
     def __init__(self, state: AppState, request: ExecRequest, door: str) -> None:
         self.state = state
         self.request = request
-        # The way in which the command came: exec, stream, shell, mcp.
+        # One of DOORS.
         self.door = door
 
     def _fields(self, run_id: str) -> Message:
@@ -8348,6 +8589,7 @@ class Notes(Watch):
             "duration_ms": result.duration_ms,
             "output_bytes": result.output_bytes,
         }
+        self.state.metrics.command_ended(self.door, result)
         self.state.audit.end(self._fields(result.run_id) | facts)
         reported = ("exit_code", "ended", "duration_ms")
         self._report("end", result.run_id, {name: facts[name] for name in reported})
@@ -8798,6 +9040,11 @@ async def ready_handler(state: AppState) -> Message:
     return {"ready": True, "version": VERSION}
 
 
+async def metrics_handler(state: AppState) -> str:
+    """For Prometheus."""
+    return await state.measured()
+
+
 async def exec_handler(state: AppState, request: ExecRequest) -> ExecResponse:
     """Run a command to its end.  Cancelling this cancels the command."""
     capture = Capture(request.max_output)
@@ -9116,7 +9363,8 @@ class Endpoint(tornado.web.RequestHandler):
             self.finish_json(answer, status_code)
 
     def note_refusal(self, error: ProxyError, status: int) -> None:
-        """Log that this request, or what it asked for in its channel, was refused."""
+        """Log and count that this request, or what it asked for in its channel, was refused."""
+        self.state.metrics.request_refused(error)
         self.state.refusals.add(
             status=status,
             method=self.request.method,
@@ -9240,6 +9488,16 @@ class ReadyEndpoint(Endpoint):
         self.finish_json(found, 200 if found["ready"] else NoTerminal.http_status)
 
     head = get
+
+
+class MetricsEndpoint(Endpoint):
+    async def get(self) -> None:
+        await self.perform(self.answer())
+
+    async def answer(self) -> None:
+        text = await metrics_handler(self.state)
+        self.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.finish(text)
 
 
 class ExecEndpoint(EventsEndpoint):
@@ -9605,7 +9863,7 @@ class ServersEndpoint(Endpoint):
     async def get(self) -> None:
         relays = [server for server in self.state.servers.values() if isinstance(server, Relay)]
         self.set_header("Content-Type", "application/json")
-        self.finish(json.dumps([relay.state() for relay in relays]))
+        self.finish(json.dumps([relay.shown() for relay in relays]))
 
 
 class UnknownEndpoint(Endpoint):
@@ -9624,6 +9882,7 @@ SERVERS = ("", r"/servers/(?P<name>[^/]+)")
 ROUTES: list[tuple[str, type[Endpoint]]] = [
     (r"/health", HealthEndpoint),
     (r"/ready", ReadyEndpoint),
+    (r"/metrics", MetricsEndpoint),
     (r"/exec", ExecEndpoint),
     (r"/exec/ws", ChannelEndpoint),
     (r"/servers", ServersEndpoint),

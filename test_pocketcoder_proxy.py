@@ -1247,6 +1247,15 @@ class Proxy:
         """Why it is not ready; "": it is."""
         return str(self.ready()[1].get("error", ""))
 
+    def metrics(self) -> dict[str, float]:
+        """The samples of `GET /metrics`, as `name{label="value"}`."""
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        status, _, text = self.request("GET", "/metrics", headers=headers)
+        assert status == 200, text
+        lines = [line for line in text.decode().splitlines() if not line.startswith("#")]
+        pairs = [line.rsplit(" ", 1) for line in lines]
+        return {name: float(value) for name, value in pairs}
+
     def exec(self, cmd: str, **fields: Any) -> dict[str, Any]:
         status, answer = self.post({"cmd": cmd, **fields})
         assert status == 200, answer
@@ -9260,6 +9269,262 @@ def test_abandoned_calls_block_nothing(relay: Proxy, stream: OpenStream) -> None
         asked = client.call("test_input_required_result_elicitation")
         assert asked["resultType"] == "input_required", asked
     assert text_of(Client(relay, "modern", "legacy", stream).call("test_simple_text"))
+
+
+# ==========================================================================
+# Metrics
+# ==========================================================================
+def families_of(text: str) -> dict[str, Any]:
+    """What Prometheus' own parser reads."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def test_metrics_are_what_prometheus_reads_named_by_its_rules(proxy: Proxy) -> None:
+    status, headers, text = proxy.request("GET", "/metrics")
+    assert status == 200
+    assert headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+    families = families_of(text.decode())
+    assert len(families) == text.count(b"# TYPE ")
+    assert len(families) == text.count(b"# HELP ")
+    for name, family in families.items():
+        assert re.fullmatch(r"(pocketcoder|process)(_[a-z]+)+", name)
+        assert family.documentation.endswith(".")
+        assert family.samples
+        # The parser leaves `_total` out of a counter's name.
+        assert (family.type == "counter") == (f"{name}_total" in text.decode())
+        if family.type == "counter" and name.startswith("pocketcoder"):
+            assert "since the server started" in family.documentation
+        if family.type == "histogram":
+            assert name.endswith("_seconds")
+
+    assert families["pocketcoder_build_info"].samples[0].labels == {"version": pp.VERSION}
+
+
+def test_metrics_need_the_token(guarded: Proxy) -> None:
+    assert guarded.status("GET", "/metrics") == 401
+    assert guarded.metrics()["pocketcoder_ready"] == 1
+    assert guarded.status("POST", "/metrics", "{}", JSON_TYPE) == 401
+
+
+def grown(proxy: Proxy, before: dict[str, float]) -> dict[str, float]:
+    """Counters that have grown since, and by how much."""
+    after = proxy.metrics()
+    return {
+        name: after[name] - value
+        for name, value in before.items()
+        if after[name] != value and "_total" in name and name.startswith("pocketcoder")
+    }
+
+
+def test_commands_are_counted_by_door_and_end(warm: StartServer) -> None:
+    proxy = warm()
+    before = proxy.metrics()
+    proxy.exec("printf 12345; exit 3")
+    proxy.exec("sleep 9", timeout=0.05)
+    assert [*proxy.stream("printf 12")][-1][0] == "exit"
+    call(proxy, "exec", cmd="printf 1")
+
+    async def by_channel() -> None:
+        async with Channel(proxy) as channel:
+            await channel.send({"cmd": "printf 1; printf 1 >&2"})
+            assert (await channel.end())["exit_code"] == 0
+
+    asyncio.run(by_channel())
+
+    leaves = proxy.raw_connection()
+    body = b'{"cmd": "touch up; sleep 9"}'
+    head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    leaves.sendall(f"POST /exec HTTP/1.1\r\n{head}\r\n\r\n".encode() + body)
+    eventually(lambda: os.path.exists(f"{proxy.workspace}/up"))
+    leaves.close()
+
+    cancelled = 'pocketcoder_commands_total{door="exec",ended="cancelled"}'
+    eventually(lambda: proxy.metrics()[cancelled] == 1)
+    dies = proxy.start_exec("sleep 9")
+    wait_until_running("sleep\x009")
+    proxy.tmux("kill-server")
+    assert dies.result()["ended"] == "lost"
+
+    assert grown(proxy, before) == {
+        'pocketcoder_commands_total{door="exec",ended="exit"}': 1,
+        'pocketcoder_commands_total{door="exec",ended="timeout"}': 1,
+        cancelled: 1,
+        'pocketcoder_commands_total{door="exec",ended="lost"}': 1,
+        'pocketcoder_commands_total{door="stream",ended="exit"}': 1,
+        'pocketcoder_commands_total{door="shell",ended="exit"}': 1,
+        'pocketcoder_commands_total{door="mcp",ended="exit"}': 1,
+        "pocketcoder_command_output_bytes_total": 10,
+    }
+    assert proxy.metrics()["pocketcoder_command_run_seconds_count"] == 8
+
+
+def test_seconds_waited_and_run_are_in_histograms(own: StartServer) -> None:
+    proxy = own()
+    took = [proxy.exec(f"sleep {seconds}") for seconds in (0, 0.3, 0.6)]
+    text = proxy.request("GET", "/metrics")[2].decode()
+    families = families_of(text)
+
+    for name, field in (("run", "duration_ms"), ("wait", "waited_ms")):
+        samples = families[f"pocketcoder_command_{name}_seconds"].samples
+        by_name = {each.name.rpartition("_")[2]: each.value for each in samples}
+        assert by_name["count"] == 3
+        assert by_name["sum"] == pytest.approx(sum(answer[field] for answer in took) / 1000)
+        buckets = {float(each.labels["le"]): each.value for each in samples if "le" in each.labels}
+        assert list(buckets) == sorted(buckets)
+        assert buckets == {
+            bound: sum(answer[field] / 1000 <= bound for answer in took) for bound in buckets
+        }
+        assert buckets[float("inf")] == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "reason"),
+    [
+        pytest.param("POST", "/exec", b"{}", JSON_TYPE, "bad_message", id="no-command"),
+        pytest.param("POST", "/exec", b"{}", {}, "unsupported_media", id="no-content-type"),
+        pytest.param("GET", "/nowhere", None, {}, "no_such_path", id="no-such-path"),
+        pytest.param("GET", "/exec", None, {}, "method_not_allowed", id="method"),
+        pytest.param("GET", "/ready", None, {"Host": "x.example"}, "forbidden", id="host"),
+        pytest.param(
+            "GET", "/servers", None, {"Origin": "http://x.example"}, "forbidden", id="origin"
+        ),
+        pytest.param(
+            "POST",
+            "/exec",
+            None,
+            {**JSON_TYPE, "Content-Length": "999999999"},
+            "too_large",
+            id="body",
+        ),
+        pytest.param(
+            "POST", "/exec", b'{"cmd": "true"}', JSON_TYPE, "no_terminal", id="no-terminal"
+        ),
+        pytest.param("POST", "/mcp", b"{", JSON_TYPE, "not_json", id="mcp-no-json"),
+    ],
+)
+def test_refused_requests_are_counted_by_reason(
+    refusing: Proxy,
+    method: str,
+    path: str,
+    body: bytes | None,
+    headers: dict[str, str],
+    reason: str,
+) -> None:
+    before = refusing.metrics()
+    assert refusing.status(method, path, body, headers) >= 400
+    assert grown(refusing, before) == {
+        f'pocketcoder_requests_refused_total{{reason="{reason}"}}': 1
+    }
+
+
+def test_a_wrong_token_is_counted(guarded: Proxy) -> None:
+    before = guarded.metrics()
+    assert guarded.status("GET", "/metrics") == 401
+    name = 'pocketcoder_requests_refused_total{reason="unauthorized"}'
+    assert grown(guarded, before) == {name: 1}
+
+
+@pytest.fixture(scope="module")
+def refusing() -> Iterator[Proxy]:
+    """A server that can run nothing: a file stands where its runs should be."""
+    server = Proxy()
+    server.run_folder.touch()
+    yield server
+    server.run_folder.unlink()
+    server.remove()
+
+
+def test_what_runs_and_waits_now_is_measured(warm: StartServer) -> None:
+    proxy = warm()
+    wait = "until [ -e go ]; do sleep 0.02; done"
+    calls = [proxy.start_exec(wait) for _ in range(6)]
+    eventually(lambda: proxy.metrics()["pocketcoder_commands_running"] == pp.MAX_PANES)
+    eventually(lambda: proxy.metrics()["pocketcoder_commands_waiting"] == 2)
+    other = proxy.start_exec(wait, agent_name="other")
+    eventually(lambda: proxy.metrics()["pocketcoder_commands_running"] == pp.MAX_PANES + 1)
+    assert proxy.metrics()["pocketcoder_terminals"] == 2
+
+    pathlib.Path(proxy.workspace, "go").touch()
+    for each in (*calls, other):
+        assert each.result()["exit_code"] == 0
+    assert proxy.metrics()["pocketcoder_commands_running"] == 0
+    assert proxy.metrics()["pocketcoder_commands_waiting"] == 0
+
+
+def test_open_sessions_are_measured_by_transport(own: StartServer, stream: OpenStream) -> None:
+    proxy = own()
+    session = opened(proxy)
+    events = stream(proxy, "/sse")
+    assert events.next().startswith("/messages")
+    sockets = [shaken(proxy, "/mcp/ws") for _ in range(2)]
+
+    def sessions() -> list[float]:
+        found = proxy.metrics()
+        return [
+            found[f'pocketcoder_mcp_sessions{{transport="{name}"}}']
+            for name in ("http", "sse", "ws")
+        ]
+
+    eventually(lambda: sessions() == [1, 1, 2])
+    assert mcp_status(proxy, None, "DELETE", Mcp_Session_Id=session) == 204
+    events.close()
+    for each in sockets:
+        each.close()
+    eventually(lambda: sessions() == [0, 0, 0])
+
+
+def test_relayed_servers_are_measured_by_state(own: StartServer, fixtures: pathlib.Path) -> None:
+    command = f"{sys.executable} -S {fixtures} mcp-fixture modern"
+    proxy = own(*(f"--mcp-server={name}" for name in (f"a={command}", f"b={command}", "c=false")))
+
+    def states() -> list[float]:
+        found = proxy.metrics()
+        return [
+            found[f'pocketcoder_mcp_servers{{state="{name}"}}']
+            for name in ("idle", "running", "failed")
+        ]
+
+    assert states() == [3, 0, 0]
+    mcp(proxy, modern("tools/list"), path="/servers/a/mcp")
+    mcp(proxy, modern("tools/list"), path="/servers/c/mcp")
+    assert states() == [1, 1, 1]
+
+
+def test_readiness_is_a_metric(own: StartServer) -> None:
+    proxy = own()
+    assert proxy.metrics()["pocketcoder_ready"] == 1
+    with moved_away(pathlib.Path(proxy.workspace)):
+        eventually(lambda: proxy.metrics()["pocketcoder_ready"] == 0)
+    eventually(lambda: proxy.metrics()["pocketcoder_ready"] == 1)
+
+
+def test_the_process_is_measured_as_the_system_sees_it(proxy: Proxy) -> None:
+    found = proxy.metrics()
+    assert found["process_resident_memory_bytes"] == pytest.approx(proxy.memory(), rel=0.1)
+    virtual = status_bytes(proxy.process.pid, "VmSize")
+    assert found["process_virtual_memory_bytes"] == pytest.approx(virtual, rel=0.1)
+    assert found["process_cpu_seconds_total"] == pytest.approx(proxy.seconds(), abs=0.2)
+    # And the connection that asked.
+    assert found["process_open_fds"] == pytest.approx(proxy.descriptors(), abs=3)
+    limit = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)[0]
+    assert found["process_max_fds"] == limit
+    assert 0 < time.time() - found["process_start_time_seconds"] < 3600
+
+
+def test_no_caller_can_add_a_series(warm: StartServer) -> None:
+    proxy = warm()
+    before = proxy.metrics()
+    for number in range(5):
+        proxy.exec(f"true secret{number}", agent_name=f"secret{number}", session_id="secret")
+    proxy.post({"cmd": "true", "agent_name": "secret no name", "usage_id": "secret"})
+    proxy.request("GET", "/secret")
+    proxy.request("SECRET", "/secret")
+    mcp(proxy, request("secret/method"))
+    assert proxy.metrics().keys() == before.keys()
+    assert b"secret" not in proxy.request("GET", "/metrics")[2]
 
 
 # ==========================================================================
