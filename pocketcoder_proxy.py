@@ -15,7 +15,7 @@ r"""pocketcoder-proxy: run an agent's commands in a tmux window of its sandbox.
 
 Sections, top to bottom; each uses only what stands above it:
   Settings          limits, timeouts, defaults, variables of the environment
-  Shell Bridge      `pocketcoder shell`: arguments in; streams, signals, exit code through
+  Shell Bridge      `pocketcoder shell`: arguments in; streams, signals, exit code through; `check`
   Errors            one hierarchy, and what each error answers
   Log               lines on stderr, and how many of refused requests
   Wire types        what callers send and get
@@ -46,7 +46,8 @@ Sections, top to bottom; each uses only what stands above it:
   Endpoints         handlers, what Tornado calls, ROUTES
   Install           what `install` writes
   MCP configuration which stdio servers are relayed
-  Application       command line, start and stop
+  Command line      options, mistakes, help
+  Application       start and stop
 
 Routes:     GET /health, GET /ready, GET /metrics, POST /exec, GET /exec/ws; GET /servers; of MCP
             POST GET DELETE /mcp, GET /mcp/ws, GET /sse, POST /messages, the same under
@@ -231,6 +232,7 @@ KEEP_ALIVE = 15.0  # between comments on a silent stream
 SLOW_READER_TIMEOUT = 60.0
 GONE_CHECK = 0.5  # between looks whether the caller of a channel has left
 TCP_ESTABLISHED = 1  # include/net/tcp_states.h
+TCP_LISTEN = "0A"  # the same, as /proc/net/tcp has it
 # Mcp-Param-* come to these, as asked for.
 CORS_HEADERS = (
     "Authorization, Content-Type, Accept, MCP-Protocol-Version, Mcp-Session-Id, Mcp-Method,"
@@ -242,6 +244,8 @@ SETTLE_GRACE = 0.5
 
 # --- The shell.
 CONNECT_TIMEOUT = 10.0
+CHECK_TIMEOUT = 4.0  # of `check`, in all: health checks of containers give 5 s
+MAX_SOCKET_PATH = 107  # bytes of the path of a unix socket, unix(7)
 # After a signal: callers kill their shell after 0.2 s.
 SIGNAL_PATIENCE = 0.15
 BRIDGE_CHUNK = 256 * KIB  # bytes read at once
@@ -314,12 +318,13 @@ def default_agent_name() -> str:
 # `bash ARGUMENTS`, in the sandbox.  Python starts anew for each command, so this section imports
 # `sys`, `os` and three C modules only.
 # It runs on Python 3.8 and later.  What `install` writes is the file down to the line.
+# `check` is here too, since a container asks every few seconds.
 #
 # B1  No command runs here.  If the proxy fails, the exit status is 125.
 # B2  It always exits, and never dies of a signal: some callers hang on that.
 # B3  stdout and stderr are the command's.  If something goes wrong here, one line goes to stderr.
 SHELL_NAMES = ("sh", "bash", "dash", "ash", "zsh", "ksh")
-SUBCOMMANDS = ("server", "shell", "install")
+SUBCOMMANDS = ("server", "shell", "check", "install")
 SIGNALS = {1: "HUP", 2: "INT", 3: "QUIT", 10: "USR1", 12: "USR2", 15: "TERM"}
 
 # Options of bash with which it reads commands from stdin, where it gets no others.
@@ -348,7 +353,8 @@ PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-+@%:,./
 
 BLOCKED = "[Firewall Blocked] Interactive or raw shell invocation is restricted for security. "
 BLOCKED += "Always execute commands via 'bash -c \"command\"'."
-URL_FORMS = "expected http://HOST:PORT or http://HOST, without a user, a password or a path"
+UNIX = "unix:"  # what stands before the path of a unix socket in PROXY_URL
+URL_FORMS = "expected http://HOST:PORT, without a user, a password or a path, or unix:/PATH"
 CHANNELS = "v5.channel.k8s.io"  # the framing of `kubectl exec`
 
 # RFC 6455, 1.3: one pair will do.
@@ -504,7 +510,7 @@ def read_script(path: str) -> str:
 def has_stdin() -> bool:
     """Whether descriptor 0 is something to read, and no terminal and not /dev/null.
 
-    A closed one is /dev/null here, see `run_shell`.
+    A closed one is /dev/null here, see `open_standard_streams`.
     """
     if os.isatty(0):
         return False
@@ -578,18 +584,26 @@ def json_text(value: object) -> str:
     return str(value).lower()
 
 
+def proxy_url() -> str:
+    return os.environ.get("PROXY_URL") or f"http://localhost:{DEFAULT_PORT}"
+
+
 def parse_url(url: str) -> tuple[str, int]:
     """Host and port of PROXY_URL.  Raises Failed, with nothing in it that may be a password."""
     if "@" in url:
         raise Failed(f"PROXY_URL: got one with a user or a password, {URL_FORMS}", 125)
 
-    scheme, _, address = url.rstrip("/").partition("://")
+    scheme, mark, address = url.rstrip("/").partition("://")
+    if mark and scheme.lower() == "https":
+        tunnel = "the shell speaks no TLS: reach the server by a tunnel or a private network"
+        raise Failed(f"PROXY_URL: got one with https, {URL_FORMS}; {tunnel}", 125)
+
     place = address
-    for mark in "/?#":
-        place = place.partition(mark)[0]
+    for end in "/?#":
+        place = place.partition(end)[0]
 
     if place != address:
-        raise Failed(f"PROXY_URL: got one with a path behind {place!a}, {URL_FORMS}", 125)
+        raise Failed(f"PROXY_URL: got one with a path behind {in_quotes(place)}, {URL_FORMS}", 125)
 
     host, colon, port = place.rpartition(":")
     if not colon or place.endswith("]"):
@@ -598,9 +612,116 @@ def parse_url(url: str) -> tuple[str, int]:
 
     is_port = port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536
     if scheme != "http" or not host or not is_port:
-        raise Failed(f"PROXY_URL: got {url!a}, {URL_FORMS}", 125)
+        raise Failed(f"PROXY_URL: got {in_quotes(url)}, {URL_FORMS}", 125)
 
     return host, int(port)
+
+
+def parse_path(url: str) -> str:
+    """The path of the unix socket that PROXY_URL names.  Raises Failed."""
+    path = url[len(UNIX) :]
+    size = len(os.fsencode(path))
+    if path[:1] != "/" or "\0" in path:
+        raise Failed(f"PROXY_URL: got {in_quotes(url)}, expected unix:/PATH, from the root", 125)
+    if size > MAX_SOCKET_PATH:
+        limit = f"expected at most {MAX_SOCKET_PATH}"
+        raise Failed(f"PROXY_URL: got a path of {size} bytes for a unix socket, {limit}", 125)
+
+    return path
+
+
+def in_quotes(text: str) -> str:
+    """The start of what was got, for a message."""
+    return json_text(text[:80]) + ("..." if len(text) > 80 else "")
+
+
+def one_line(text: str) -> str:
+    """What a server says, so that a terminal only shows it."""
+    words = " ".join(text.split())
+    return "".join(each if each.isprintable() else "?" for each in words)
+
+
+def connect_to(url: str) -> tuple[Any, str]:
+    """A connection to the proxy, and what to send as `Host`.
+
+    Raises Failed; OSError, UnicodeError, see `unreachable`.
+    """
+    import _socket
+
+    if url.startswith(UNIX):
+        sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        sock.connect(parse_path(url))
+        return sock, "localhost"
+
+    host, port = parse_url(url)
+    failure = 0
+
+    for family, kind, protocol, _, place in _socket.getaddrinfo(
+        host.strip("[]").encode(), port, 0, _socket.SOCK_STREAM
+    ):
+        sock = _socket.socket(family, kind, protocol)
+        failure = sock.connect_ex(place)
+        if not failure:
+            sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
+            return sock, f"{host}:{port}"
+
+    raise OSError(failure, os.strerror(failure))
+
+
+def unreachable(url: str, wrong: Exception) -> str:
+    """Why there is no connection, in a sentence."""
+    why = getattr(wrong, "strerror", None) or "no such host"
+    hint = "; is it running?" if not isinstance(wrong, PermissionError) else ""
+    return f"cannot reach the proxy at {url}: {why}{hint}"
+
+
+def read_head(sock: Any) -> tuple[bytes, bytes]:
+    """The head of an answer, and what has come behind it.  Raises OSError."""
+    answer = b""
+
+    while b"\r\n\r\n" not in answer and len(answer) < BRIDGE_CHUNK:
+        more = sock.recv(BRIDGE_CHUNK)
+        if not more:
+            break
+
+        answer += more
+
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    return head, rest
+
+
+def read_fields(sock: Any, head: bytes, body: bytes) -> dict[str, Any]:
+    """The fields of an answer in JSON; none if it is something else.  Raises OSError.
+
+    body  what has come of it
+    """
+    import json
+
+    lines = head.lower().split(b"\r\n")
+    sizes = [line[15:].strip() for line in lines if line[:15] == b"content-length:"]
+    size = int(sizes[0]) if sizes and sizes[0].isdigit() and len(sizes[0]) < 6 else 0
+
+    while len(body) < size:
+        more = sock.recv(BRIDGE_CHUNK)
+        if not more:
+            break
+
+        body += more
+
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        fields = None
+    return fields if isinstance(fields, dict) else {}
+
+
+def refused(url: str, head: bytes, fields: dict[str, Any]) -> str:
+    """What an answer says that is not the one expected, in a sentence."""
+    status = one_line(head[:80].partition(b"\r")[0].decode("latin-1"))
+    error = fields.get("error")
+    if isinstance(error, str):
+        return f"{url} refused: {status.partition(' ')[2]}: {one_line(error)}"
+    return f"{url} refused: got {in_quotes(status)}; is that the proxy? see PROXY_URL"
 
 
 class Bridge:
@@ -667,25 +788,13 @@ class Bridge:
         self.send(2, b"\xff\0")
 
     def connect(self) -> None:
-        """Open the channel.  Raises OSError too."""
+        """Open the channel.  Raises OSError, UnicodeError too."""
         import _socket
 
-        host, port = parse_url(self.url)
-        failure = 0
-
-        for family, kind, protocol, _, place in _socket.getaddrinfo(
-            host.strip("[]").encode(), port, 0, _socket.SOCK_STREAM
-        ):
-            sock = _socket.socket(family, kind, protocol)
-            failure = sock.connect_ex(place)
-            if not failure:
-                break
-        else:
-            raise OSError(failure, os.strerror(failure))
-
+        sock, host = connect_to(self.url)
         lines = [
             "GET /exec/ws HTTP/1.1",
-            f"Host: {host}:{port}",
+            f"Host: {host}",
             "Connection: Upgrade",
             "Upgrade: websocket",
             "Sec-WebSocket-Version: 13",
@@ -698,21 +807,10 @@ class Bridge:
 
         sock.sendall("\r\n".join([*lines, "", ""]).encode())
 
-        answer = b""
-
-        while b"\r\n\r\n" not in answer and len(answer) < BRIDGE_CHUNK:
-            more = sock.recv(BRIDGE_CHUNK)
-            if not more:
-                break
-
-            answer += more
-
-        head, _, self.unread = answer.partition(b"\r\n\r\n")
+        head, self.unread = read_head(sock)
         if head[:13] != b"HTTP/1.1 101 " or WS_ACCEPT not in head:
-            said = ascii(head[:80].partition(b"\r")[0].decode("latin-1"))
-            raise Failed(f"{self.url} refused: {said}; see PROXY_URL, POCKETCODER_TOKEN", 125)
+            raise Failed(refused(self.url, head, read_fields(sock, head, self.unread)), 125)
 
-        sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_KEEPALIVE, 1)
 
         # Close with RST, so that a proxy that has stopped reading stdin notices our end.
@@ -746,9 +844,8 @@ class Bridge:
 
         try:
             self.connect()
-        except (OSError, UnicodeError, OverflowError) as wrong:
-            text = f"cannot reach the proxy at {self.url}: {wrong}; is it running?"
-            raise Failed(text, 125) from None
+        except (OSError, UnicodeError) as wrong:
+            raise Failed(unreachable(self.url, wrong), 125) from None
 
         _signal.setitimer(_signal.ITIMER_REAL, 0)
 
@@ -806,7 +903,7 @@ class Bridge:
 
         try:
             answer = json.loads(final)
-            text = " ".join(answer["error"].split())
+            text = one_line(answer["error"])
             status = answer["exit_code"] & 255 if "ended" in answer else 125
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             said = ascii(final[:80].decode("latin-1"))
@@ -815,18 +912,30 @@ class Bridge:
         raise Failed(text, status)
 
 
-def run_shell(words: list[str]) -> int:
-    """Do as `bash WORDS`, in the sandbox; see `run`."""
-    import _signal
+def say(fd: int, text: str) -> bool:
+    """Write a line of ours; whether that was possible."""
+    try:
+        os.write(fd, f"pocketcoder: {text}\n".encode(errors="replace"))
+    except OSError:  # nobody listens
+        return False
+    return True
 
-    # So that what is closed is /dev/null, and no socket gets to be stdout.
+
+def open_standard_streams() -> None:
+    """Make a closed one /dev/null, so that no socket gets to be stdout."""
     fd = os.open(os.devnull, os.O_RDWR)
     while fd < 3:
         fd = os.open(os.devnull, os.O_RDWR)
 
     os.close(fd)
 
-    bridge = Bridge(os.environ.get("PROXY_URL") or f"http://localhost:{DEFAULT_PORT}")
+
+def run_shell(words: list[str]) -> int:
+    """Do as `bash WORDS`, in the sandbox; see `run`."""
+    import _signal
+
+    open_standard_streams()
+    bridge = Bridge(proxy_url())
     before = {}
     for number in (_signal.SIGALRM, *SIGNALS):
         if number == _signal.SIGALRM or _signal.getsignal(number) != _signal.SIG_IGN:
@@ -841,10 +950,7 @@ def run_shell(words: list[str]) -> int:
     except Failed as failure:
         bridge.over = True
         status = failure.status
-        try:
-            if failure.text:
-                os.write(2, f"pocketcoder: {failure.text}\n".encode(errors="replace"))
-        except OSError:  # nobody listens
+        if failure.text and not say(2, failure.text):
             status = status or 125
 
     _signal.setitimer(_signal.ITIMER_REAL, 0)
@@ -852,6 +958,53 @@ def run_shell(words: list[str]) -> int:
         _signal.signal(number, handler)
 
     return bridge.status or status
+
+
+def ask_whether_ready(url: str) -> None:
+    """Return if the server is ready for commands.  Raises Failed, with the reason."""
+    try:
+        sock, host = connect_to(url)
+        lines = ["GET /ready HTTP/1.1", f"Host: {host}", "Connection: close", "", ""]
+        sock.sendall("\r\n".join(lines).encode())
+        head, body = read_head(sock)
+        fields = read_fields(sock, head, body)
+    except (OSError, UnicodeError) as wrong:
+        raise Failed(unreachable(url, wrong), 1) from None
+
+    if head[:13] == b"HTTP/1.1 200 " and fields.get("ready") is True:
+        return
+
+    reason = fields.get("reason")
+    if isinstance(reason, str):
+        raise Failed(f"{url} is not ready: {one_line(reason)}", 1)
+    raise Failed(refused(url, head, fields), 1)
+
+
+def run_check() -> int:
+    """Print whether the server at PROXY_URL is ready; 0 if it is, otherwise 1."""
+    import _signal
+
+    url = proxy_url()
+
+    def give_up(*_: object) -> None:
+        raise Failed(f"{url}: no answer within {CHECK_TIMEOUT:g} s", 1)
+
+    open_standard_streams()
+    wrong = ""
+    _signal.signal(_signal.SIGALRM, give_up)
+    _signal.setitimer(_signal.ITIMER_REAL, CHECK_TIMEOUT)
+    try:
+        ask_whether_ready(url)
+    except Failed as failure:
+        wrong = failure.text
+
+    _signal.setitimer(_signal.ITIMER_REAL, 0)
+    if wrong:
+        say(2, wrong)
+        return 1
+
+    say(1, f"{url} is ready")
+    return 0
 
 
 def python_version() -> str:
@@ -885,6 +1038,8 @@ if is_our_process():
     if _words is not None:
         # All is written, and there is nothing to tear down.
         os._exit(run_shell(_words))
+    if sys.argv[1:] == ["check"]:
+        os._exit(run_check())
 
 
 # ------------------------------- the line ---------------------------------
@@ -934,6 +1089,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
+    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -942,7 +1098,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import product
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeGuard, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeGuard, TypeVar
 from urllib.parse import quote as percent_encoded
 from urllib.parse import quote_plus, urlsplit
 
@@ -1293,10 +1449,16 @@ DOORS = ("exec", "stream", "shell", "mcp", "page")
 
 def complain(name: str, got: object, expected: str) -> BadMessage:
     """A BadMessage that shows the start of what was got."""
-    shown = ascii(got[:80] if isinstance(got, str) else got)
+    shown = json.dumps(got[:80] if isinstance(got, str) else got)
     if len(shown) > 90:
         shown = shown[:80] + "..."
     return BadMessage(f"`{name}`: got {shown}, expected {expected}")
+
+
+def wrong_option(option: str, got: str, expected: str) -> BadMessage:
+    """A fault of the command line or of a variable, as a person typed it."""
+    shown = in_quotes(got) if got else "nothing (is a variable empty?)"
+    return BadMessage(f"{option}: got {shown}, expected {expected}")
 
 
 def whole(text: str) -> float:
@@ -1679,6 +1841,29 @@ class RunTraits(NamedTuple):
 
         links = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (1, 2))
         return any(link.startswith(f"{self.path}.") for link in links)
+
+
+def listeners_on(port: int) -> list[int]:
+    """Processes that listen on this TCP port, as far as we may look."""
+    wanted = set[str]()
+    for table in ("tcp", "tcp6"):
+        # There may be no IPv6.
+        with contextlib.suppress(OSError), open(f"/proc/net/{table}") as file:
+            for row in file.readlines()[1:]:
+                # proc(5): the address here, the state, the inode.
+                _, here, _, state, *_, inode = row.split()[:10]
+                if state == TCP_LISTEN and int(here.rpartition(":")[2], 16) == port:
+                    wanted.add(f"socket:[{inode}]")
+
+    found = list[int]()
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        # It has ended, or is another user's.
+        with contextlib.suppress(OSError):
+            folder = f"/proc/{pid}/fd"
+            if any(os.readlink(f"{folder}/{fd}") in wanted for fd in os.listdir(folder)):
+                found.append(pid)
+
+    return found
 
 
 async def processes_of(run: RunTraits) -> set[int]:
@@ -4376,9 +4561,9 @@ class PocketCoderDriver:
 
     def __init__(self, socket_path: str, session_name: str, directory: str | None = None) -> None:
         if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f:.#=;$\\]{1,64}", session_name):
-            expected = "a tmux name without `:`, `.`, `#`, `=`, `;`, `$`, `\\`"
+            expected = "a name of a tmux session without `:`, `.`, `#`, `=`, `;`, `$`, `\\`"
             raise complain("session_name", session_name, expected)
-        check_text("socket_path", socket_path, "a path", 4 * KIB)
+        check_text("socket_path", os.path.abspath(socket_path), "a path", MAX_SOCKET_PATH)
         self.socket_path = os.path.abspath(socket_path)
         self.session_name = session_name
         self.directory = directory
@@ -8947,14 +9132,21 @@ class Gate:
         credential = credential.strip()
         is_right = hmac.compare_digest(credential.encode("utf-8", "replace"), self.token.encode())
         if self.token and needs_token and not (is_right and scheme.lower() == "bearer"):
-            raise Unauthorized("expected `Authorization: Bearer TOKEN`")
+            given = "is wrong" if credential else "is missing"
+            raise Unauthorized(
+                f"the token {given}: expected `Authorization: Bearer TOKEN` as the server has it;"
+                " the shell takes it from POCKETCODER_TOKEN"
+            )
 
         return credential
 
     def _check_host(self, host: str) -> None:
         """Without a token, a name that was bound to us anew (DNS rebinding) would open the door."""
         if not self.token and not is_loopback(host):
-            raise Forbidden(f"`Host`: got {host[:80]!r}, expected localhost or a loopback address")
+            raise Forbidden(
+                f"`Host`: got {in_quotes(host)}, expected localhost or a loopback address: another"
+                " name needs a token, POCKETCODER_TOKEN for the server and for the shell"
+            )
 
     def _check_origin(self, headers: Mapping[str, str], host: str) -> None:
         """A page of another site may not call."""
@@ -8962,14 +9154,14 @@ class Gate:
         own = f"http://{host}" if is_loopback(host) else None
         if origin is not None and origin != own and origin not in self.origins:
             raise Forbidden(
-                f"`Origin`: got {origin[:80]!r}, expected none, or one of --allow-origin"
+                f"`Origin`: got {in_quotes(origin)}, expected none, or one of --allow-origin"
             )
 
         # Browsers send no `Origin` for an <img>, for instance.
         site = headers.get("Sec-Fetch-Site", "none")
         if origin is None and site not in ("none", "same-origin"):
             raise Forbidden(
-                f"`Sec-Fetch-Site`: got {site[:80]!r}, expected a request with an `Origin`"
+                f"`Sec-Fetch-Site`: got {in_quotes(site)}, expected a request with an `Origin`"
             )
 
     def cors(self, headers: Mapping[str, str]) -> dict[str, str]:
@@ -9130,7 +9322,7 @@ async def channel_input(job: Job, message: str | bytes) -> None:
         if job.feed is not None:
             await job.feed.write(message[1:])
     else:
-        raise complain("channel", message[:2], "0 for stdin, or 255 and 0 for its end")
+        raise complain("channel", [*message[:2]], "0 for stdin, or 255 and 0 for its end")
 
 
 async def sse_handler(
@@ -9249,13 +9441,15 @@ class Endpoint(tornado.web.RequestHandler):
         # A preflight has no token, and learns nothing.
         self.name = (self.path_kwargs or {}).get("name", "")
         if self.name not in self.state.servers and not is_preflight:
-            raise NoSuchPath(f"no server {self.name[:80]!r}: see GET /servers")
+            raise NoSuchPath(f"no server {in_quotes(self.name)}: see GET /servers")
         if method not in self._allowed() or (method == "OPTIONS" and not is_preflight):
             raise MethodNotAllowed("405 Method Not Allowed")
 
         kind = media_type(headers.get("Content-Type", ""))
         if method == "POST" and kind != "application/json":
-            raise UnsupportedMedia(f"`Content-Type`: got {kind!r}, expected application/json")
+            raise UnsupportedMedia(
+                f"`Content-Type`: got {in_quotes(kind)}, expected application/json"
+            )
 
     def accepts(self, kind: str, in_general: bool) -> bool:
         """Whether the caller takes this media type, see `accepts`."""
@@ -9941,6 +10135,22 @@ def installed_text() -> str:
     return INSTALLED_FORM.format(first=first, text=text, code=code, python=sys.version)
 
 
+def check_directory(option: str, path: str) -> None:
+    """Raise BadMessage unless the option names a directory."""
+    if not path:
+        raise wrong_option(option, path, "a directory")
+
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise BadMessage(f"{option}: no such directory: {path}") from None
+    except OSError as wrong:
+        raise BadMessage(f"{option}: {path}: {wrong.strerror}") from None
+
+    if not stat.S_ISDIR(found.st_mode):
+        raise BadMessage(f"{option}: {path} is not a directory")
+
+
 def is_installed(path: str) -> bool:
     """Whether a file is one that `install` wrote, or a link to one."""
     try:
@@ -9960,10 +10170,9 @@ def install(folder: str, names: list[str]) -> str:
         is_ours = name in (*SHELL_NAMES, "pocketcoder") or name.endswith("-shell")
         if not is_ours or "/" in name:
             expected = f"one of {', '.join(SHELL_NAMES)}, pocketcoder, or …-shell"
-            raise complain("NAME", name, expected)
+            raise wrong_option("NAME", name, expected)
 
-    if not os.path.isdir(folder):
-        raise complain("DIR", folder, "a directory")
+    check_directory("DIR", folder)
 
     for name in (INSTALLED, *links):
         path = os.path.join(folder, name)
@@ -10023,10 +10232,10 @@ def read_servers(words: list[str], path: str | None) -> tuple[ServerConfig, ...]
         try:
             command = shlex.split(line)
         except ValueError as wrong:
-            raise complain("--mcp-server", f"{name}=…", f"NAME=COMMAND ({wrong})") from None
+            raise wrong_option("--mcp-server", f"{name}=…", f"NAME=COMMAND ({wrong})") from None
 
         if not command:
-            raise complain("--mcp-server", f"{name}=", "NAME=COMMAND")
+            raise wrong_option("--mcp-server", word, "NAME=COMMAND")
 
         configs[name] = ServerConfig(name=name, words=tuple(command))
 
@@ -10043,9 +10252,11 @@ def read_entries(path: str) -> Message:
         with open(path, encoding="utf-8-sig") as file:
             found = json.loads(plain_json(file.read()))
     except OSError as wrong:
-        raise complain("--mcp-config", path, f"a file to read ({wrong.strerror})") from None
+        if not path:
+            raise wrong_option("--mcp-config", path, "a file") from None
+        raise BadMessage(f"--mcp-config: {path}: {wrong.strerror}") from None
     except (ValueError, RecursionError) as wrong:
-        raise complain("--mcp-config", path, f"a file with JSON ({wrong})") from None
+        raise BadMessage(f"--mcp-config: {path} is not JSON: {wrong}") from None
 
     fields = as_object(found)
 
@@ -10054,7 +10265,8 @@ def read_entries(path: str) -> Message:
         if isinstance(fields.get(key), dict):
             return as_object(fields[key])
 
-    raise complain("--mcp-config", path, 'a file with {"mcpServers": {NAME: {"command": TEXT}}}')
+    expected = '{"mcpServers": {NAME: {"command": TEXT}}}'
+    raise BadMessage(f"--mcp-config: {path} has no servers, expected {expected}")
 
 
 def plain_json(text: str) -> str:
@@ -10143,9 +10355,8 @@ def check_server_name(name: str) -> None:
     """Raises BadMessage for a name that no path can have."""
     sound = name.isprintable() and 0 < len(name) <= MAX_NAME and name not in (".", "..")
     if not sound:
-        raise complain(
-            "the name of an MCP server", name, f"1 to {MAX_NAME} characters that can be shown"
-        )
+        expected = f"1 to {MAX_NAME} characters that can be shown"
+        raise wrong_option("the name of an MCP server", name, expected)
 
 
 def bad_entry(name: str, key: str, got: object, expected: str) -> BadMessage:
@@ -10172,16 +10383,103 @@ def check_command(config: ServerConfig) -> None:
         path = config.env.get("PATH", os.environ.get("PATH", os.defpath))
         found = shutil.which(program, path=path) or ""
     if not (os.path.isfile(found) and os.access(found, os.X_OK)):
-        raise bad_entry(config.name, "command", program, "a program that is here and can be run")
+        raise BadMessage(
+            f"MCP server `{config.name}`, key `command`: no such program, or it cannot be run"
+        )
 
 
 # ==========================================================================
-# Application
+# Command line
 # ==========================================================================
-# The command line, and the server from its start to its end.
+# Words in, options out; every mistake is a sentence.  The shell's words are read above the line.
+#
+# C1  A message names the option or variable, what was got and what was expected.
+# C2  `--help` of each level has the variables that matter there, and examples.
+VARIABLES = {
+    "PROXY_URL": f"the server: http://HOST:PORT or unix:/PATH; default http://localhost:{DEFAULT_PORT}",
+    "POCKETCODER_TOKEN": "shared secret: the server demands it, the shell sends it",
+    "POCKETCODER_HOST": "see `server --host`",
+    "POCKETCODER_WORKSPACE": "see `server --workspace`",
+    "TMUX_SOCKET": f"tmux socket of the terminals; default {DEFAULT_SOCKET}",
+    "TMUX_SESSION": f"tmux session of the terminals; default {DEFAULT_SESSION}",
+    "OPENCODE_AGENT": f"whose terminal; default {default_agent_name()}",
+    "OPENCODE_SESSION_ID": "session that the command belongs to, for records",
+    "POCKETCODER_USAGE_ID": "id for records",
+    "POCKETCODER_FORWARD_ENV": "variables to pass into the sandbox, as LANG,LC_*; default none",
+}
+
+
+class Level(NamedTuple):
+    """What the help says of a subcommand."""
+
+    summary: str
+    # Of VARIABLES.
+    variables: tuple[str, ...]
+    # Command lines, and what they do.
+    examples: dict[str, str]
+    # None: what argparse makes of the options.
+    usage: str | None = None
+
+
+SERVER_HELP = Level(
+    summary="start the proxy server",
+    variables=(
+        "POCKETCODER_TOKEN",
+        "POCKETCODER_HOST",
+        "POCKETCODER_WORKSPACE",
+        "TMUX_SOCKET",
+        "TMUX_SESSION",
+    ),
+    examples={
+        "pocketcoder server --workspace .": "commands run in this directory or below",
+        "POCKETCODER_TOKEN=… pocketcoder server --host 0.0.0.0": "for other machines too",
+    },
+)
+SHELL_HELP = Level(
+    summary="run a command in the sandbox, as bash would",
+    variables=(
+        "PROXY_URL",
+        "POCKETCODER_TOKEN",
+        "OPENCODE_AGENT",
+        "OPENCODE_SESSION_ID",
+        "POCKETCODER_USAGE_ID",
+        "POCKETCODER_FORWARD_ENV",
+    ),
+    examples={
+        "pocketcoder shell -c 'echo hi; exit 3'": "its output and exit status become ours",
+        "pocketcoder shell ls -la": "plain words are one command",
+        "PROXY_URL=http://sandbox:3001 pocketcoder shell make": "of another container",
+    },
+    usage="pocketcoder shell {-c CMD [ARG0 ARG...], --command CMD, WORD..., -s [ARG...],"
+    " FILE [ARG...]}",
+)
+CHECK_HELP = Level(
+    summary="exit with 0 if the server is ready for commands, otherwise with 1 and the reason",
+    variables=("PROXY_URL",),
+    examples={
+        "pocketcoder check": f"ask the server at http://localhost:{DEFAULT_PORT}",
+        "until pocketcoder check; do sleep 1; done": "wait until it is ready",
+    },
+)
+INSTALL_HELP = Level(
+    summary="write the shell alone, which starts fastest, into a directory",
+    variables=(),
+    examples={
+        "pocketcoder install /usr/local/bin": f"writes /usr/local/bin/{INSTALLED}",
+        "pocketcoder install bin sh bash": "and links to it of these names",
+    },
+)
+HELP = {
+    "server": SERVER_HELP,
+    "shell": SHELL_HELP,
+    "check": CHECK_HELP,
+    "install": INSTALL_HELP,
+}
+
+
 @dataclass(frozen=True)
 class Commands:
-    """What the command line asks for: `server`, `shell` or `install`, and its options."""
+    """What the command line asks for: a subcommand, and its options."""
 
     name: str
     # Of the shell; of `install` a directory and names.
@@ -10211,74 +10509,166 @@ class Cli:
         if words is not None:
             return cls(Commands(name="shell", arguments=tuple(words)))
 
-        parser, server = make_parsers()
         if len(argv) == 1:
             # A person, see `shell_arguments`.
-            parser.print_help(sys.stderr)
-            parser.exit(2)
+            main_parser().exit_with_help()
 
-        got = parser.parse_args(argv[1:])
-        if got.command == "install":
-            return cls(Commands(name="install", arguments=(got.folder, *got.names)))
+        name = argv[1]
+        if name not in HELP:
+            # `--help` and `--version` end here.
+            main_parser().parse_known_args(argv[1:2])
+            main_parser().error(no_subcommand(argv[1:]))
+
+        parser = Parser.of(name)
+        if name == "install":
+            add_install_arguments(parser)
+            if len(argv) == 2:
+                parser.exit_with_help()
+        elif name == "server":
+            add_server_options(parser)
+
+        got = parser.parse_all(argv[2:])
+        if name == "install":
+            return cls(Commands(name=name, arguments=(got.folder, *got.names)))
+        if name != "server":
+            return cls(Commands(name=name))
 
         try:
             return cls(server_options(got))
         except BadMessage as wrong:
-            server.error(str(wrong))
+            parser.error(str(wrong))
 
 
-def make_parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """That of the command line, and that of `server`."""
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """One level of the command line; a mistake ends it with 2, and says what is wrong."""
+
+    def __init__(self, prog: str, help_of: Level, description: str) -> None:
+        super().__init__(
+            prog=prog,
+            usage=help_of.usage,
+            description=description,
+            epilog=help_below(help_of),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            # What is short for one option today may be short for two tomorrow.
+            allow_abbrev=False,
+        )
+        version = f"pocketcoder-proxy {VERSION}"
+        self.add_argument("--version", action="version", version=version)
+
+    @classmethod
+    def of(cls, name: str) -> Parser:
+        """That of a subcommand, without its options."""
+        summary = HELP[name].summary
+        return cls(f"pocketcoder {name}", HELP[name], f"{summary[0].upper()}{summary[1:]}.")
+
+    def parse_all(self, words: list[str]) -> argparse.Namespace:
+        """Exits where a word means nothing."""
+        got, unknown = self.parse_known_args(words)
+        if unknown:
+            self.error(self.unknown_word(unknown[0]))
+        return got
+
+    def unknown_word(self, word: str) -> str:
+        if word[:1] != "-":
+            return f"got {in_quotes(word)}, expected only options"
+        option = word.partition("=")[0]
+        known = [name for action in self._actions for name in action.option_strings]
+        return f"no such option: {option}{suggestion(option, known)}"
+
+    def error(self, message: str) -> NoReturn:
+        missing = re.fullmatch(r"argument (?:\S+/)?(\S+): expected one argument", message)
+        if missing:
+            message = f"{missing[1]}: got nothing, expected a value"
+
+        self.exit(2, f"pocketcoder: {printable(message)}\nSee `{self.prog} --help`.\n")
+
+    def exit_with_help(self) -> NoReturn:
+        self.print_help(sys.stderr)
+        self.exit(2)
+
+
+def main_parser() -> Parser:
+    """That of the command line above its subcommands."""
+    width = max(map(len, HELP))
+    listed = "\n".join(f"  {name:{width}}  {each.summary}" for name, each in HELP.items())
+    examples = {
+        "pocketcoder server --workspace .": SERVER_HELP.examples[
+            "pocketcoder server --workspace ."
+        ],
+        "pocketcoder shell -c 'echo hi; exit 3'": "a command of an agent",
+        "pocketcoder server --help": "all about one subcommand",
+    }
+    description = __doc__.split("\n")[0]
+    return Parser(
         prog="pocketcoder",
-        description=__doc__.split("\n")[0],
-        epilog="Called as a shell (sh, bash, ...-shell), or with an option of one (-c, -lc), or "
-        "with a script file, it is `pocketcoder shell`.",
+        description=f"{description}\n\nsubcommands:\n{listed}\n\nCalled as a shell (sh, bash,"
+        " ...-shell), or with an option of one (-c, -lc), or with a\nscript file, it is"
+        " `pocketcoder shell`.",
+        help_of=Level(
+            summary="",
+            variables=tuple(VARIABLES),
+            examples=examples,
+            usage=f"pocketcoder {{{','.join(HELP)}}} ...",
+        ),
     )
-    levels = parser.add_subparsers(dest="command", required=True, metavar="{server,shell,install}")
-    server = levels.add_parser("server", help="start the proxy server")
-    add_server_options(server)
-    shell = levels.add_parser(
-        "shell",
-        help="run a command in the sandbox, as bash would",
-        usage="pocketcoder shell {-c CMD [ARG0 ARG...], --command CMD, WORD..., -s [ARG...],"
-        " FILE [ARG...]}",
-    )
-    installer = levels.add_parser(
-        "install",
-        help="write the shell alone, which starts fastest, into a directory",
-        description=f"Write the shell alone, which starts fastest, as DIR/{INSTALLED}.",
-    )
-    installer.add_argument("folder", metavar="DIR")
-    installer.add_argument(
+
+
+def help_below(level: Level) -> str:
+    """What stands below the options: variables and examples."""
+    lines = list[str]()
+    if level.variables:
+        width = max(map(len, level.variables))
+        lines.append("variables:")
+        lines += (f"  {name:{width}}  {VARIABLES[name]}" for name in level.variables)
+        lines.append("")
+
+    lines.append("examples:")
+    for command, meaning in level.examples.items():
+        lines.append(f"  {command}")
+        lines.append(f"      {meaning}")
+
+    return "\n".join(lines)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`; did you mean …?`, where one of `known` is near."""
+    import difflib
+
+    near = difflib.get_close_matches(word.lower(), [*known], n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def no_subcommand(words: list[str]) -> str:
+    """What to do about a first word that is no subcommand."""
+    guess = suggestion(words[0], HELP)
+    if not guess:
+        guess = f"; to run it in the sandbox: pocketcoder shell {plain_command(words)}"
+    return f"no such subcommand: {words[0]}{guess}"
+
+
+def add_install_arguments(parser: Parser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="where to write it")
+    parser.add_argument(
         "names",
         metavar="NAME",
         nargs="*",
         help=f"links to it: {', '.join(SHELL_NAMES)}, pocketcoder, or a name that ends in -shell",
     )
-    for level in (parser, server, shell, installer):
-        level.add_argument("--version", action="version", version=f"pocketcoder-proxy {VERSION}")
-
-    return parser, server
 
 
-def add_server_options(server: argparse.ArgumentParser) -> None:
-    workspace = "/workspace" if os.path.isdir("/workspace") else os.getcwd()
+def add_server_options(server: Parser) -> None:
     server.add_argument(
         "-p",
         "--port",
-        default=str(DEFAULT_PORT),
-        help="default %(default)s; 0: any free port",
+        help=f"default {DEFAULT_PORT}; 0: any free port",
     )
     server.add_argument(
         "--host",
-        default=os.environ.get("POCKETCODER_HOST") or "127.0.0.1",
         metavar="ADDR",
         help="default $POCKETCODER_HOST, else 127.0.0.1; beyond loopback only with a token",
     )
     server.add_argument(
         "--workspace",
-        default=os.environ.get("POCKETCODER_WORKSPACE") or workspace,
         metavar="DIR",
         help="root of all `cwd`; default $POCKETCODER_WORKSPACE, else /workspace where it exists,"
         " else the current directory",
@@ -10323,37 +10713,25 @@ def add_server_options(server: argparse.ArgumentParser) -> None:
 
 def server_options(got: argparse.Namespace) -> Commands:
     """The options of `server`, checked.  Raises BadMessage."""
-    if not (got.port.isdecimal() and int(got.port) < 65536):
-        raise BadMessage(f"--port: got {got.port!r}, expected a number from 0 to 65535")
-
-    workspace = os.path.realpath(got.workspace)
-    is_utf8 = workspace.encode(errors="ignore") == os.fsencode(workspace)
-    if not os.path.isdir(workspace) or not is_utf8:
-        expected = "a directory, its path in UTF-8"
-        raise BadMessage(f"--workspace: got {got.workspace!r}, expected {expected}")
-
     # An unset variable maybe.
     if got.audit_log == "":
-        raise BadMessage("--audit-log: got '', expected a file")
+        raise wrong_option("--audit-log", got.audit_log, "a file")
 
     for origin in got.allow_origin:
         if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
-            expected = "one like http://name:port"
-            raise BadMessage(f"--allow-origin: got {origin!r}, expected {expected}")
+            raise wrong_option("--allow-origin", origin, "one like http://name:port")
 
-    if not (re.fullmatch(r"\d+(\.\d+)?", got.mcp_idle) and float(got.mcp_idle) > 0):
-        expected = "a number of seconds above 0"
-        raise BadMessage(f"--mcp-idle: got {got.mcp_idle!r}, expected {expected}")
-
+    if not (re.fullmatch(r"[0-9]+(\.[0-9]+)?", got.mcp_idle) and float(got.mcp_idle) > 0):
+        raise wrong_option("--mcp-idle", got.mcp_idle, "a number of seconds above 0")
     if got.log_level not in LOG_LEVELS:
-        expected = f"one of {', '.join(LOG_LEVELS)}"
-        raise BadMessage(f"--log-level: got {got.log_level!r}, expected {expected}")
+        near = suggestion(got.log_level, LOG_LEVELS)
+        raise wrong_option("--log-level", got.log_level, f"one of {', '.join(LOG_LEVELS)}{near}")
 
     return Commands(
         name="server",
-        port=got.port,
-        host=got.host,
-        workspace=workspace,
+        port=port_of(got),
+        host=host_of(got),
+        workspace=workspace_of(got),
         origins=tuple(got.allow_origin),
         servers=read_servers(got.mcp_server, got.mcp_config),
         audit_log=got.audit_log or "",
@@ -10362,6 +10740,46 @@ def server_options(got: argparse.Namespace) -> Commands:
     )
 
 
+def port_of(got: argparse.Namespace) -> str:
+    """Raises BadMessage."""
+    if got.port is None:
+        return str(DEFAULT_PORT)
+    if not re.fullmatch(r"[0-9]{1,5}", got.port) or int(got.port) > 65535:
+        raise wrong_option("--port", got.port, "a number from 0 to 65535")
+    return str(got.port)
+
+
+def host_of(got: argparse.Namespace) -> str:
+    """Raises BadMessage."""
+    if got.host is None:
+        return os.environ.get("POCKETCODER_HOST") or "127.0.0.1"
+    if not got.host:
+        raise wrong_option("--host", got.host, "a name or address of this machine")
+    return str(got.host)
+
+
+def workspace_of(got: argparse.Namespace) -> str:
+    """A real path.  Raises BadMessage."""
+    option = "--workspace"
+    path = got.workspace
+    if path is None and os.environ.get("POCKETCODER_WORKSPACE"):
+        option = "POCKETCODER_WORKSPACE"
+        path = os.environ[option]
+    elif path is None:
+        path = "/workspace" if os.path.isdir("/workspace") else "."
+
+    check_directory(option, path)
+    real: str = os.path.realpath(path)
+    if real.encode(errors="ignore") != os.fsencode(real):
+        raise wrong_option(option, path, "a directory whose path is UTF-8")
+
+    return real
+
+
+# ==========================================================================
+# Application
+# ==========================================================================
+# The server from its start to its end.
 async def serve(options: Commands, token: str) -> None:
     """Listen until SIGTERM or SIGINT.  Raises ProxyError, OSError when it cannot."""
     loop = asyncio.get_running_loop()
@@ -10383,8 +10801,7 @@ async def serve(options: Commands, token: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
 
-    listeners = tornado.netutil.bind_sockets(int(options.port), options.host)
-
+    listeners = open_port(options.host, int(options.port))
     for listener in listeners:
         # Connections inherit this limit.
         set_user_timeout(listener, SLOW_READER_TIMEOUT)
@@ -10402,13 +10819,55 @@ async def serve(options: Commands, token: str) -> None:
     log.info("stopped")
 
 
-def make_state(options: Commands) -> AppState:
-    """What the handlers share.  Raises NoTerminal."""
-    driver = PocketCoderDriver(
-        os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET,
-        os.environ.get("TMUX_SESSION") or DEFAULT_SESSION,
-        options.workspace,
+def open_port(host: str, port: int) -> list[socket.socket]:
+    """Listen there.  Raises ProxyError, with what to do."""
+    try:
+        return tornado.netutil.bind_sockets(port, host)
+    except UnicodeError:
+        why = "no name of a host"
+    except OSError as wrong:
+        why = str(wrong.strerror)
+        if wrong.errno == errno.EADDRINUSE:
+            raise port_taken(host, port) from None
+        if wrong.errno == errno.EADDRNOTAVAIL:
+            why = "this machine has no such address"
+        elif wrong.errno == errno.EACCES:
+            why = f"only root may listen on port {port}: take another with -p"
+
+    raise ProxyError(f"cannot listen on {host}:{port}: {why}")
+
+
+def port_taken(host: str, port: int) -> ProxyError:
+    """An error that says what is known of whoever has the port."""
+    holders = list[str]()
+    for pid in listeners_on(port):
+        with contextlib.suppress(OSError):
+            words = read_proc(pid, "cmdline").split(b"\0")
+            is_ours = b"server" in words and b"pocketcoder" in b" ".join(words[:2])
+            name = read_proc(pid, "comm").decode(errors="replace").strip()
+            what = "another pocketcoder server" if is_ours else name
+            holders.append(f"{what} (process {pid})")
+
+    who = ", ".join(holders) or "another program"
+    other = port + 1 if port < 65535 else DEFAULT_PORT
+    return ProxyError(
+        f"port {port} on {host} is taken by {who}: stop that, or take another with `-p {other}`,"
+        f" and PROXY_URL=http://localhost:{other} for the shell"
     )
+
+
+def make_state(options: Commands) -> AppState:
+    """What the handlers share.  Raises NoTerminal, BadMessage."""
+    try:
+        driver = PocketCoderDriver(
+            os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET,
+            os.environ.get("TMUX_SESSION") or DEFAULT_SESSION,
+            options.workspace,
+        )
+    except BadMessage as wrong:
+        text = str(wrong).replace("`session_name`", "TMUX_SESSION")
+        raise BadMessage(text.replace("`socket_path`", "TMUX_SOCKET")) from None
+
     check_place(driver.socket_path)
 
     for folder in open_above(driver.socket_path):
@@ -10511,11 +10970,11 @@ def why_not(options: Commands, token: str) -> str | None:
         return "needs the Python package tornado: `pip install tornado`"
     if not token and not is_loopback(options.host):
         return (
-            f"--host {options.host} is reached from elsewhere: set POCKETCODER_TOKEN, or listen on"
-            " 127.0.0.1"
+            f"the address {options.host} is reached from elsewhere: set POCKETCODER_TOKEN to a"
+            " secret, here and for the shell, or listen on 127.0.0.1 (--host, POCKETCODER_HOST)"
         )
     if not re.fullmatch(r"[!-~]*", token):
-        return "POCKETCODER_TOKEN: expected visible ASCII characters without blanks"
+        return "POCKETCODER_TOKEN: expected letters, digits and marks of ASCII without blanks"
     if process(os.getpid()) is None:
         return "needs /proc, which is missing or not readable: it shows what runs in a terminal"
 
@@ -10577,9 +11036,10 @@ def run_server(options: Commands) -> str | None:
 
     try:
         asyncio.run(serve(options, token))
-    except (ProxyError, OSError, UnicodeError) as failure:
-        # UnicodeError: a host that can be none.
-        return f"cannot serve on {options.host}:{options.port}: {failure}"
+    except ProxyError as failure:
+        return printable(str(failure))
+    except OSError as failure:
+        return f"cannot serve: {failure.strerror or failure}"
 
     return None
 

@@ -3224,8 +3224,8 @@ def test_the_shell_gives_up_after_ten_seconds_without_an_answer(
         pytest.param("http://no-such-host.invalid:1", "cannot reach", id="no-such-host"),
         # getaddrinfo(3) would take it for 34463.
         pytest.param("http://127.0.0.1:99999", "http://HOST:PORT", id="too-large"),
-        pytest.param("http://h:1/prefix", "a path behind 'h:1', expected http://HOST", id="path"),
-        pytest.param("http://h?a=b", "a path behind 'h', expected http://HOST", id="query"),
+        pytest.param("http://h:1/prefix", 'a path behind "h:1", expected http://HOST', id="path"),
+        pytest.param("http://h?a=b", 'a path behind "h", expected http://HOST', id="query"),
     ],
 )
 @pytest.mark.slow
@@ -11280,19 +11280,19 @@ def started_with(tmp_path: pathlib.Path, text: str, *words: str, **variables: st
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        pytest.param(["--mcp-server", "x"], "`--mcp-server`", id="no-command"),
-        pytest.param(["--mcp-server", "x="], "`--mcp-server`", id="an-empty-command"),
-        pytest.param(["--mcp-server", "=cat"], "`the name of an MCP server`", id="no-name"),
-        pytest.param(["--mcp-server", "..=cat"], "`the name of an MCP server`", id="dots"),
-        pytest.param(["--mcp-server", "a\n=cat"], "`the name of an MCP server`", id="a-line"),
-        pytest.param(["--mcp-server", "a='"], "`--mcp-server`", id="an-open-quote"),
+        pytest.param(["--mcp-server", "x"], "--mcp-server:", id="no-command"),
+        pytest.param(["--mcp-server", "x="], "--mcp-server:", id="an-empty-command"),
+        pytest.param(["--mcp-server", "=cat"], "the name of an MCP server:", id="no-name"),
+        pytest.param(["--mcp-server", "..=cat"], "the name of an MCP server:", id="dots"),
+        pytest.param(["--mcp-server", "a\n=cat"], "the name of an MCP server:", id="a-line"),
+        pytest.param(["--mcp-server", "a='"], "--mcp-server:", id="an-open-quote"),
         pytest.param(
             ["--mcp-server", "a=/no/such/program x"],
             "MCP server `a`, key `command`",
             id="no-such-program",
         ),
-        pytest.param(["--mcp-config", "/no/such/file"], "`--mcp-config`", id="no-file"),
-        pytest.param(["--mcp-config", "/dev/null"], "`--mcp-config`", id="an-empty-file"),
+        pytest.param(["--mcp-config", "/no/such/file"], "--mcp-config:", id="no-file"),
+        pytest.param(["--mcp-config", "/dev/null"], "--mcp-config:", id="an-empty-file"),
     ],
 )
 @pytest.mark.slow
@@ -11307,9 +11307,9 @@ def test_wrong_servers_end_the_start_with_a_sentence(words: list[str], text: str
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        pytest.param("{}", "`--mcp-config`", id="no-servers"),
-        pytest.param("{'mcpServers': {}}", "`--mcp-config`", id="other-quotes"),
-        pytest.param('{"mcpServers": []}', "`--mcp-config`", id="a-list"),
+        pytest.param("{}", "--mcp-config:", id="no-servers"),
+        pytest.param("{'mcpServers': {}}", "--mcp-config:", id="other-quotes"),
+        pytest.param('{"mcpServers": []}', "--mcp-config:", id="a-list"),
     ],
 )
 def test_a_wrong_file_of_servers_ends_the_start_with_a_sentence(
@@ -11420,6 +11420,460 @@ def test_both_common_layouts_of_a_config_file_are_read(
 
 
 # ==========================================================================
+# Command line
+# ==========================================================================
+def level_words(words: list[str]) -> list[str]:
+    """The words that name the subcommand."""
+    return words[:1] if words and words[0] in pp.HELP else []
+
+
+@pytest.mark.parametrize("level", ["", *pp.HELP])
+def test_the_version_is_printed_on_every_level(level: str) -> None:
+    done = run(*level.split(), "--version")
+    assert done.returncode == 0
+    assert done.stdout == f"pocketcoder-proxy {pp.VERSION}\n"
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("level", ["", *pp.HELP])
+def test_help_is_printed_on_every_level_with_variables_and_two_examples(
+    level: str, option: str
+) -> None:
+    done = run(*level.split(), option)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.startswith(f"usage: pocketcoder{level and ' '}{level}")
+    examples = done.stdout.partition("\nexamples:\n")[2]
+    assert len(re.findall(r"^  \S", examples, re.MULTILINE)) >= 2
+    named = pp.HELP[level].variables if level else pp.VARIABLES
+    assert [name for name in named if not re.search(rf"^  {name} ", done.stdout, re.M)] == []
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_the_help_names_every_variable_that_is_read() -> None:
+    head = pp.__doc__ or ""
+    read = head.partition("Read from the environment:")[2].partition("Set for a command")[0]
+    names = set(re.findall(r"[A-Z]+_[A-Z_]+", read))
+    assert names == set(pp.VARIABLES)
+
+
+EXAMPLES = [example for each in pp.HELP.values() for example in each.examples]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_of_the_help_is_understood(example: str) -> None:
+    line = re.findall(r"\b(pocketcoder .*?)(?:;|$)", example)[0]
+    if "'" in line:
+        line = example
+    command = pp.Cli.parse(shlex.split(line)).command
+    assert command.name == line.split()[1]
+
+
+@pytest.mark.parametrize("words", [[], ["install"]], ids=["above", "install"])
+def test_without_arguments_that_are_needed_the_help_is_printed(words: list[str]) -> None:
+    with stdin_of("terminal") as options:
+        done = subprocess.run(
+            [sys.executable, str(MODULE), *words], stdin=options["stdin"], capture_output=True
+        )
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert done.stderr.startswith(b"usage: pocketcoder")
+    assert b"examples:" in done.stderr
+
+
+LONG_PATH = "/tmp/" + "x" * 120
+URL_FORMS = "expected http://HOST:PORT, without a user, a password or a path, or unix:/PATH"
+OPEN = (
+    "the address {} is reached from elsewhere: set POCKETCODER_TOKEN to a secret, here and for the"
+    " shell, or listen on 127.0.0.1 (--host, POCKETCODER_HOST)"
+)
+# words, variables, status, what is printed
+MISTAKES = [
+    pytest.param(
+        ["sever"], {}, 2, "no such subcommand: sever; did you mean server?", id="subcommand-typo"
+    ),
+    pytest.param(
+        ["ls", "-la", "a b"],
+        {},
+        2,
+        "no such subcommand: ls; to run it in the sandbox: pocketcoder shell ls -la 'a b'",
+        id="subcommand-forgotten",
+    ),
+    pytest.param(
+        ["server", "--prot", "3002"],
+        {},
+        2,
+        "no such option: --prot; did you mean --port?",
+        id="option-typo",
+    ),
+    pytest.param(
+        ["server", "--audit-lgo=x"],
+        {},
+        2,
+        "no such option: --audit-lgo; did you mean --audit-log?",
+        id="option-typo-with-value",
+    ),
+    pytest.param(
+        ["server", "-P", "1"], {}, 2, "no such option: -P; did you mean -p?", id="option-case"
+    ),
+    pytest.param(["server", "--zzz"], {}, 2, "no such option: --zzz", id="option-like-no-other"),
+    pytest.param(
+        ["server", "3002"], {}, 2, 'got "3002", expected only options', id="word-too-many"
+    ),
+    pytest.param(
+        ["check", "http://x"], {}, 2, 'got "http://x", expected only options', id="check-a-word"
+    ),
+    pytest.param(
+        ["server", "-p"], {}, 2, "--port: got nothing, expected a value", id="value-missing"
+    ),
+    pytest.param(
+        ["server", "-p", "x"],
+        {},
+        2,
+        '--port: got "x", expected a number from 0 to 65535',
+        id="port-no-number",
+    ),
+    pytest.param(
+        ["server", "-p", "70000"],
+        {},
+        2,
+        '--port: got "70000", expected a number from 0 to 65535',
+        id="port-too-large",
+    ),
+    pytest.param(
+        ["server", "-p", "9" * 5000],
+        {},
+        2,
+        f'--port: got "{"9" * 80}"..., expected a number from 0 to 65535',
+        id="port-far-too-large",
+    ),
+    pytest.param(
+        ["server", "--port="],
+        {},
+        2,
+        "--port: got nothing (is a variable empty?), expected a number from 0 to 65535",
+        id="port-empty",
+    ),
+    pytest.param(
+        ["server", "--host", ""],
+        {"POCKETCODER_TOKEN": "t"},
+        2,
+        "--host: got nothing (is a variable empty?), expected a name or address of this machine",
+        id="host-empty",
+    ),
+    pytest.param(
+        ["server", "--host", "0.0.0.0"], {}, 1, OPEN.format("0.0.0.0"), id="open-without-a-token"
+    ),
+    pytest.param(
+        ["server", "--host", "::"], {}, 1, OPEN.format("::"), id="open-by-ip6-without-a-token"
+    ),
+    pytest.param(
+        ["server"],
+        {"POCKETCODER_HOST": "0.0.0.0"},
+        1,
+        OPEN.format("0.0.0.0"),
+        id="open-by-variable-without-a-token",
+    ),
+    pytest.param(
+        ["server", "--host", "192.0.2.1", "-p", "0"],
+        {"POCKETCODER_TOKEN": "t"},
+        1,
+        "cannot listen on 192.0.2.1:0: this machine has no such address",
+        id="host-of-another-machine",
+    ),
+    pytest.param(
+        ["server", "--host", "no-such-host.invalid", "-p", "0"],
+        {"POCKETCODER_TOKEN": "t"},
+        1,
+        "cannot listen on no-such-host.invalid:0: Name or service not known",
+        id="host-unknown",
+    ),
+    pytest.param(
+        ["server", "--host", "a..b", "-p", "0"],
+        {"POCKETCODER_TOKEN": "t"},
+        1,
+        "cannot listen on a..b:0: no name of a host",
+        id="host-no-name",
+    ),
+    pytest.param(
+        ["server", "-p", "0"],
+        {"POCKETCODER_TOKEN": "a b"},
+        1,
+        "POCKETCODER_TOKEN: expected letters, digits and marks of ASCII without blanks",
+        id="token-with-a-blank",
+    ),
+    pytest.param(
+        ["server", "--workspace", "/no/such"],
+        {},
+        2,
+        "--workspace: no such directory: /no/such",
+        id="workspace-missing",
+    ),
+    pytest.param(
+        ["server"],
+        {"POCKETCODER_WORKSPACE": "/no/such"},
+        2,
+        "POCKETCODER_WORKSPACE: no such directory: /no/such",
+        id="workspace-of-the-variable-missing",
+    ),
+    pytest.param(
+        ["server", "--workspace", "/etc/passwd"],
+        {},
+        2,
+        "--workspace: /etc/passwd is not a directory",
+        id="workspace-a-file",
+    ),
+    pytest.param(
+        ["server", "--workspace", ""],
+        {},
+        2,
+        "--workspace: got nothing (is a variable empty?), expected a directory",
+        id="workspace-empty",
+    ),
+    pytest.param(
+        ["server", "--audit-log", ""],
+        {},
+        2,
+        "--audit-log: got nothing (is a variable empty?), expected a file",
+        id="audit-log-empty",
+    ),
+    pytest.param(
+        ["server", "-p", "0", "--audit-log", "/no/such/file"],
+        {},
+        1,
+        "cannot write the audit log /no/such/file: No such file or directory; no command runs until"
+        " this is fixed",
+        id="audit-log-nowhere",
+    ),
+    pytest.param(
+        ["server", "--allow-origin", "*"],
+        {},
+        2,
+        '--allow-origin: got "*", expected one like http://name:port',
+        id="any-origin",
+    ),
+    pytest.param(
+        ["server", "--log-level", "warn"],
+        {},
+        2,
+        '--log-level: got "warn", expected one of debug, info, warning, error; did you mean'
+        " warning?",
+        id="log-level-typo",
+    ),
+    pytest.param(
+        ["server", "--mcp-idle", "ten"],
+        {},
+        2,
+        '--mcp-idle: got "ten", expected a number of seconds above 0',
+        id="idle-no-number",
+    ),
+    pytest.param(
+        ["server", "--mcp-idle", "0"],
+        {},
+        2,
+        '--mcp-idle: got "0", expected a number of seconds above 0',
+        id="idle-zero",
+    ),
+    pytest.param(
+        ["server", "--mcp-server", "foo"],
+        {},
+        2,
+        '--mcp-server: got "foo", expected NAME=COMMAND',
+        id="mcp-server-without-a-name",
+    ),
+    pytest.param(
+        ["server", "--mcp-server", "foo=no-such-program x"],
+        {},
+        2,
+        "MCP server `foo`, key `command`: no such program, or it cannot be run",
+        id="mcp-server-missing",
+    ),
+    pytest.param(
+        ["server", "--mcp-config", "/no/such/file"],
+        {},
+        2,
+        "--mcp-config: /no/such/file: No such file or directory",
+        id="mcp-config-missing",
+    ),
+    pytest.param(
+        ["server", "--mcp-config", "/dev/null"],
+        {},
+        2,
+        "--mcp-config: /dev/null is not JSON: Expecting value: line 1 column 1 (char 0)",
+        id="mcp-config-empty",
+    ),
+    pytest.param(
+        ["server", "-p", "0"],
+        {"TMUX_SESSION": "a:b"},
+        1,
+        'TMUX_SESSION: got "a:b", expected a name of a tmux session without `:`, `.`, `#`, `=`,'
+        " `;`, `$`, `\\`",
+        id="session-with-a-colon",
+    ),
+    pytest.param(
+        ["server", "-p", "0"],
+        {"TMUX_SOCKET": LONG_PATH},
+        1,
+        f'TMUX_SOCKET: got "{LONG_PATH[:80]}", expected a path of at most 107 bytes (it has 125)',
+        id="socket-too-long",
+    ),
+    pytest.param(
+        ["server", "-p", "0"],
+        {"PATH": "/nowhere"},
+        1,
+        "needs tmux 3.2 or later, got none: install it, for instance `apt-get install tmux`",
+        id="no-tmux",
+    ),
+    pytest.param(
+        ["install", "/no/such"], {}, 1, "DIR: no such directory: /no/such", id="install-nowhere"
+    ),
+    pytest.param(
+        ["install", "/tmp", "ls"],
+        {},
+        1,
+        'NAME: got "ls", expected one of sh, bash, dash, ash, zsh, ksh, pocketcoder, or …-shell',
+        id="install-no-shell",
+    ),
+    pytest.param(
+        ["shell", "ls"],
+        {"PROXY_URL": "https://sandbox:3001"},
+        125,
+        f"PROXY_URL: got one with https, {URL_FORMS}; the shell speaks no TLS: reach the server by"
+        " a tunnel or a private network",
+        id="url-https",
+    ),
+    pytest.param(
+        ["shell", "ls"],
+        {"PROXY_URL": "localhost:3001"},
+        125,
+        f'PROXY_URL: got "localhost:3001", {URL_FORMS}',
+        id="url-without-a-scheme",
+    ),
+    pytest.param(
+        ["check"],
+        {"PROXY_URL": "http://sandbox:3001/exec"},
+        1,
+        f'PROXY_URL: got one with a path behind "sandbox:3001", {URL_FORMS}',
+        id="url-with-a-path",
+    ),
+    pytest.param(
+        ["shell", "ls"],
+        {"PROXY_URL": "http://127.0.0.1:1"},
+        125,
+        "cannot reach the proxy at http://127.0.0.1:1: Connection refused; is it running?",
+        id="nobody-listens",
+    ),
+    pytest.param(
+        ["check"],
+        {"PROXY_URL": "http://no-such-host.invalid"},
+        1,
+        "cannot reach the proxy at http://no-such-host.invalid: Name or service not known; is it"
+        " running?",
+        id="host-of-the-url-unknown",
+    ),
+    pytest.param(
+        ["check"],
+        {"PROXY_URL": "unix:run/x"},
+        1,
+        'PROXY_URL: got "unix:run/x", expected unix:/PATH, from the root',
+        id="url-of-a-relative-path",
+    ),
+    pytest.param(
+        ["shell", "ls"],
+        {"PROXY_URL": "unix:/no/such/socket"},
+        125,
+        "cannot reach the proxy at unix:/no/such/socket: No such file or directory; is it running?",
+        id="url-of-no-socket",
+    ),
+    pytest.param(
+        ["shell", "ls"],
+        {"PROXY_URL": f"unix:{LONG_PATH}"},
+        125,
+        "PROXY_URL: got a path of 125 bytes for a unix socket, expected at most 107",
+        id="url-of-a-long-path",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "variables", "status", "text"), MISTAKES)
+def test_a_mistake_is_answered_with_what_is_wrong_and_what_is_right(
+    words: list[str], variables: dict[str, str], status: int, text: str
+) -> None:
+    done = run(*words, **variables)
+    level = " ".join(["pocketcoder", *level_words(words)])
+    more = f"See `{level} --help`.\n" if status == 2 else ""
+    assert done.stderr == f"pocketcoder: {text}\n{more}"
+    assert done.stdout == ""
+    assert done.returncode == status
+
+
+# PROXY_URL and POCKETCODER_TOKEN of a shell; what is printed behind the address
+REFUSED_SHELLS = [
+    pytest.param("wrong", "the token is wrong", id="token-wrong"),
+    pytest.param("", "the token is missing", id="token-missing"),
+]
+
+
+@pytest.mark.parametrize(("token", "text"), REFUSED_SHELLS)
+def test_the_shell_says_whether_the_token_is_wrong_or_missing(
+    guarded: Proxy, token: str, text: str
+) -> None:
+    url = f"http://127.0.0.1:{guarded.port}"
+    done = run("shell", "ls", PROXY_URL=url, POCKETCODER_TOKEN=token)
+    assert done.returncode == 125
+    assert done.stderr == (
+        f"pocketcoder: {url} refused: 401 Unauthorized: {text}: expected `Authorization: Bearer"
+        " TOKEN` as the server has it; the shell takes it from POCKETCODER_TOKEN\n"
+    )
+
+
+def test_a_name_that_is_not_ours_is_refused_with_what_it_needs(proxy: Proxy) -> None:
+    status, answer = proxy.post({"cmd": "true"}, Host="sandbox:3001")
+    assert status == 403
+    assert answer["error"] == (
+        '`Host`: got "sandbox:3001", expected localhost or a loopback address: another name needs a'
+        " token, POCKETCODER_TOKEN for the server and for the shell"
+    )
+
+
+def test_a_port_of_another_server_is_reported_with_its_process(proxy: Proxy) -> None:
+    done = run("server", "-p", str(proxy.port), TMUX_SOCKET=f"{proxy.folder}/other/s")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"pocketcoder: port {proxy.port} on 127.0.0.1 is taken by another pocketcoder server"
+        f" (process {proxy.process.pid}): stop that, or take another with `-p {proxy.port + 1}`,"
+        f" and PROXY_URL=http://localhost:{proxy.port + 1} for the shell\n"
+    )
+
+
+def test_a_port_of_another_program_is_reported_with_its_name(tmp_path: pathlib.Path) -> None:
+    name = pathlib.Path("/proc/self/comm").read_text().strip()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        done = run("server", "-p", str(port), TMUX_SOCKET=f"{tmp_path}/s")
+    assert done.returncode == 1
+    assert f"is taken by {name} (process {os.getpid()}): " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_mistake_cannot_control_the_terminal() -> None:
+    done = run("server", "--workspace", "/no\x1b[2J\nsuch")
+    assert done.returncode == 2
+    assert (
+        done.stderr.splitlines()[0]
+        == r"pocketcoder: --workspace: no such directory: /no\x1b[2J\nsuch"
+    )
+
+
+def test_a_workspace_whose_path_is_not_utf_8_is_refused(tmp_path: pathlib.Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(path)
+    done = run("server", "-p", "0", "--workspace", os.fsdecode(path))
+    assert done.returncode == 2
+    assert "UTF-8" in done.stderr
+
+
+# ==========================================================================
 # Application
 # ==========================================================================
 def lines(*commands: str) -> str:
@@ -11450,86 +11904,6 @@ def test_a_server_makes_no_session_before_it_is_needed(own: StartServer) -> None
     assert call(server, "read_terminal")["isError"]
     assert not os.path.exists(server.socket)
     assert server.exec("echo made")["stdout"] == "made\n"
-
-
-@pytest.mark.parametrize(
-    "words", [["--version"], ["server", "--version"]], ids=["above", "of-the-server"]
-)
-def test_the_version_is_printed_on_both_levels(words: list[str]) -> None:
-    assert run(*words).stdout.strip().endswith(pp.VERSION)
-
-
-@pytest.mark.parametrize(
-    "words", [["--help"], ["server", "--help"]], ids=["above", "of-the-server"]
-)
-def test_help_is_printed_on_both_levels(words: list[str]) -> None:
-    done = run(*words)
-    assert done.returncode == 0
-    assert "usage" in done.stdout
-
-
-WRONG = [
-    pytest.param(["server", "-p", "x"], {}, "--port", id="port-no-number"),
-    pytest.param(["server", "-p", "70000"], {}, "--port", id="port-too-large"),
-    pytest.param(["server", "--workspace", "/no/such"], {}, "--workspace", id="no-such-workspace"),
-    pytest.param(
-        ["server", "--host", "0.0.0.0"], {}, "POCKETCODER_TOKEN", id="open-host-without-a-token"
-    ),
-    pytest.param(
-        ["server", "--host", "::"], {}, "POCKETCODER_TOKEN", id="open-host-of-ip6-without-a-token"
-    ),
-    pytest.param(
-        ["server"],
-        {"POCKETCODER_HOST": "0.0.0.0"},
-        "POCKETCODER_TOKEN",
-        id="open-host-by-variable-without-a-token",
-    ),
-    pytest.param(
-        ["server", "-p", "0"],
-        {"POCKETCODER_TOKEN": "a b"},
-        "POCKETCODER_TOKEN",
-        id="token-with-a-blank",
-    ),
-    pytest.param(
-        ["server", "-p", "0"], {"TMUX_SESSION": "a:b"}, "session", id="session-with-a-colon"
-    ),
-    pytest.param(["server", "-p", "0"], {"PATH": "/nowhere"}, "install", id="no-tmux"),
-    pytest.param(["nonsense"], {}, "nonsense", id="no-such-subcommand"),
-    pytest.param(["server", "-p", "0", "--audit-log", ""], {}, "--audit-log", id="empty-audit-log"),
-    pytest.param(
-        ["server", "-p", "0", "--allow-origin", "*"], {}, "--allow-origin", id="any-origin"
-    ),
-    pytest.param(["server", "-p", "0", "--mcp-idle", "0"], {}, "--mcp-idle", id="idle-zero"),
-    pytest.param(["server", "-p", "0", "--mcp-idle", "ten"], {}, "--mcp-idle", id="idle-no-number"),
-    pytest.param(
-        ["server", "-p", "0"], {"TMUX_SOCKET": "/tmp/\udcff/s"}, "socket_path", id="socket-no-utf-8"
-    ),
-]
-
-
-@pytest.mark.parametrize(("words", "variables", "said"), WRONG)
-def test_wrong_settings_end_the_start_with_a_sentence(
-    words: list[str], variables: dict[str, str], said: str
-) -> None:
-    done = run(*words, **variables)
-    assert done.returncode != 0
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_workspace_whose_path_is_not_utf_8_is_refused(tmp_path: pathlib.Path) -> None:
-    path = os.fsencode(tmp_path) + b"/\xff"
-    os.mkdir(path)
-    done = run("server", "-p", "0", "--workspace", os.fsdecode(path))
-    assert done.returncode == 2
-    assert "UTF-8" in done.stderr
-
-
-def test_a_port_in_use_is_reported(proxy: Proxy) -> None:
-    done = run("server", "-p", str(proxy.port), TMUX_SOCKET=f"{proxy.folder}/other/s")
-    assert done.returncode == 1
-    assert str(proxy.port) in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_a_token_guards_other_interfaces_and_no_command_finds_it(
