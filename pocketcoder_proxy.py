@@ -244,7 +244,7 @@ SETTLE_GRACE = 0.5
 
 # --- The shell.
 CONNECT_TIMEOUT = 10.0
-CHECK_TIMEOUT = 4.0  # of `check`, in all: health checks of containers give 5 s
+CHECK_TIMEOUT = 4.5  # of `check`, in all: health checks of containers give 5 s
 MAX_SOCKET_PATH = 107  # bytes of the path of a unix socket, unix(7)
 # After a signal: callers kill their shell after 0.2 s.
 SIGNAL_PATIENCE = 0.15
@@ -974,9 +974,9 @@ def ask_whether_ready(url: str) -> None:
     if head[:13] == b"HTTP/1.1 200 " and fields.get("ready") is True:
         return
 
-    reason = fields.get("reason")
-    if isinstance(reason, str):
-        raise Failed(f"{url} is not ready: {one_line(reason)}", 1)
+    error = fields.get("error")
+    if fields.get("ready") is False and isinstance(error, str):
+        raise Failed(f"{url} is not ready: {one_line(error)}", 1)
     raise Failed(refused(url, head, fields), 1)
 
 

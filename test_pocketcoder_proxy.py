@@ -3574,6 +3574,132 @@ def test_whatever_a_server_sends_the_shell_exits_with_a_status_and_one_line(
             assert err or status != 125 or b'"error":"' in each, each
 
 
+def check(url: str, *python: str) -> subprocess.CompletedProcess[str]:
+    """`pocketcoder check` of this server."""
+    words = [*(python or [sys.executable]), str(MODULE), "check"]
+    return subprocess.run(
+        words,
+        env=outer_environment() | {"PROXY_URL": url},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+
+
+def test_check_says_whether_the_server_is_ready(warm: StartServer) -> None:
+    server = warm(POCKETCODER_TOKEN="t0k")
+    url = f"http://localhost:{server.port}"
+    done = check(url)
+    assert done.stdout == f"pocketcoder: {url} is ready\n"
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+    os.rename(server.workspace, f"{server.folder}/away")
+    eventually(lambda: check(url).returncode == 1)
+    done = check(url)
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"pocketcoder: {url} is not ready: the workspace: No such file or directory\n"
+    )
+
+    os.rename(f"{server.folder}/away", server.workspace)
+    eventually(lambda: check(url).returncode == 0)
+    server.stop()
+    assert check(url).returncode == 1
+
+
+ANSWERS_OF_OTHERS = [
+    pytest.param(b"", "is that the proxy?", id="nothing"),
+    pytest.param(b"SSH-2.0-x\x1b[2J\r\n", 'got "SSH-2.0-x?[2J"', id="ssh"),
+    pytest.param(b"HTTP/1.1 200 OK\r\n\r\n<html>", 'got "HTTP/1.1 200 OK"', id="a-page"),
+    pytest.param(
+        b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"ready":"yes"}',
+        "is that the proxy?",
+        id="ready-without-truth",
+    ),
+    pytest.param(
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n[",
+        "is that the proxy?",
+        id="half-a-body",
+    ),
+    pytest.param(
+        b'HTTP/1.1 404 Not Found\r\nContent-Length: 24\r\n\r\n{"error":"no such\\npath"}',
+        "refused: 404 Not Found: no such path",
+        id="an-older-proxy",
+    ),
+    pytest.param(
+        b'HTTP/1.1 503 x\r\nContent-Length: 39\r\n\r\n{"ready":false,"error":"two\\n\\u001bwords"',
+        "is that the proxy?",
+        id="cut-short",
+    ),
+    pytest.param(
+        b'HTTP/1.1 503 x\r\nContent-Length: 42\r\n\r\n{"ready":false,"error":"two\\n\\u001bwords"}',
+        "is not ready: two ?words",
+        id="control-characters",
+    ),
+]
+
+
+@pytest.mark.parametrize(("said", "told"), ANSWERS_OF_OTHERS)
+def test_check_reports_what_is_no_ready_proxy_in_one_line(said: bytes, told: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        checking = Background(lambda: check(url))
+        with listener.accept()[0] as peer:
+            peer.recv(1000)
+            peer.sendall(said)
+        done = checking.result()
+
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "\x1b" not in done.stderr
+
+
+@pytest.mark.slow
+def test_check_gives_up_before_the_health_check_of_a_container_does() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        started = time.monotonic()
+        done = check(url)
+    assert time.monotonic() - started < 5 + 2
+    assert done.returncode == 1
+    assert done.stderr == f"pocketcoder: {url}: no answer within 4.5 s\n"
+
+
+def test_check_loads_nothing_of_the_server(proxy: Proxy) -> None:
+    done = check(f"http://127.0.0.1:{proxy.port}", sys.executable, "-S", "-X", "importtime")
+    assert done.returncode == 0
+    loaded = set(re.findall(r"\| +(\S+)\n", done.stderr))
+    assert "json" in loaded
+    assert loaded.isdisjoint(["tornado", "asyncio", "argparse", "http.client", "socket", "ssl"])
+
+
+@pytest.mark.parametrize("version", ["3.8", "3.9"])
+def test_check_runs_on_older_pythons(proxy: Proxy, version: str) -> None:
+    done = check(f"http://127.0.0.1:{proxy.port}", old_python(version))
+    assert done.stdout.endswith(" is ready\n")
+    assert done.returncode == 0
+
+
+def test_check_works_with_stdout_and_stderr_closed(proxy: Proxy) -> None:
+    words = ["/bin/sh", "-c", 'exec "$@" >&- 2>&-', "x", sys.executable, str(MODULE), "check"]
+    for port, status in ((proxy.port, 0), (1, 1)):
+        env = outer_environment() | {"PROXY_URL": f"http://127.0.0.1:{port}"}
+        assert subprocess.run(words, env=env).returncode == status
+
+
+def test_a_file_called_check_is_no_script_of_the_subcommand(
+    proxy: Proxy, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "check").write_text("exit 7\n")
+    env = outer_environment() | {"PROXY_URL": f"http://127.0.0.1:{proxy.port}"}
+    words = [sys.executable, str(MODULE), "check"]
+    assert subprocess.run(words, env=env, cwd=tmp_path, capture_output=True).returncode == 0
+
+
 # ==========================================================================
 # Log
 # ==========================================================================
@@ -11119,6 +11245,10 @@ def test_what_install_writes_is_the_shell_under_every_name(
         assert got.stdout.decode() == f"{name}\n"
         assert got.stderr == b""
         assert got.returncode == 3
+
+    got = subprocess.run([tmp_path / "pocketcoder", "check"], env=engine.env, capture_output=True)
+    assert got.stdout.endswith(b" is ready\n")
+    assert got.returncode == 0
 
     got = subprocess.run([tmp_path / "pocketcoder", "server"], capture_output=True)
     assert got.returncode == 1
