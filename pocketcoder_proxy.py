@@ -22,9 +22,11 @@ Sections, top to bottom; each uses only what stands above it:
   Processes         what /proc tells, and which shell there is
   Places            directories that others share: whom they belong to, whether they take files
   Tmux              every tmux command there is, and the control connection
+  Records           what runs have printed, as far as it is kept
   Streams           pipes, output, input, what a person sees
   Run files         the go script, the FIFOs, their directory, what a killed server left
   Terminals         panes, prompts, who may type
+  Run list          the newest runs: what was asked, how it ended, what it printed
   Runs              one run from files to prompt; PocketCoderDriver
   Audit log         one line before a command starts, one before its end is answered
   Readiness         whether a command could run now
@@ -49,15 +51,17 @@ Sections, top to bottom; each uses only what stands above it:
   Command line      options, mistakes, help
   Application       start and stop
 
-Routes:     GET /health, GET /ready, GET /metrics, POST /exec, GET /exec/ws; GET /servers; of MCP
-            POST GET DELETE /mcp, GET /mcp/ws, GET /sse, POST /messages, the same under
+Routes:     GET /health, GET /ready, GET /metrics, POST /exec, GET /exec/ws; GET /servers;
+            GET /runs, GET DELETE /runs/RUN_ID, GET /runs/RUN_ID/output, POST /runs/RUN_ID/signal;
+            of MCP POST GET DELETE /mcp, GET /mcp/ws, GET /sse, POST /messages, the same under
             /servers/NAME
 MCP:        initialize, ping, logging/setLevel (legacy); server/discover (modern); tools/list,
             tools/call, notifications/cancelled; to the client notifications/progress, …/message;
             the relay knows those of ASKING, MAY_ASK, REMOVED, CHANGED, and passes on all others
-Read from the environment: POCKETCODER_HOST POCKETCODER_TOKEN POCKETCODER_WORKSPACE
-            TMUX_SESSION TMUX_SOCKET; by the shell OPENCODE_AGENT OPENCODE_SESSION_ID
-            POCKETCODER_FORWARD_ENV POCKETCODER_TOKEN POCKETCODER_USAGE_ID PROXY_URL PWD
+Read from the environment: POCKETCODER_HOST POCKETCODER_RUNS POCKETCODER_TOKEN
+            POCKETCODER_WORKSPACE TMUX_SESSION TMUX_SOCKET; by the shell OPENCODE_AGENT
+            OPENCODE_SESSION_ID POCKETCODER_FORWARD_ENV POCKETCODER_TOKEN POCKETCODER_USAGE_ID
+            PROXY_URL PWD
 Set for a command: PWD POCKETCODER_RUN_ID POCKETCODER_AGENT POCKETCODER_SESSION_ID
             POCKETCODER_USAGE_ID, and QUIET_PROGRAMS
 tmux:       new-session -A      the one long-lived control connection
@@ -67,6 +71,7 @@ tmux:       new-session -A      the one long-lived control connection
             list-panes          what there is
             display-message     a pane's cursor and history: they tell whether somebody typed
             if-shell send-keys  type the line, but only if nobody did; C-c; copy-mode -q
+            kill-pane           close one of more than four, once nothing runs there
             has-session         `session_exists`
             capture-pane        `read_terminal`, in a process of its own
             pocketcoder-ready   `/ready`: no command of tmux, but it answers
@@ -74,7 +79,10 @@ Files of a run, SOCKET.d/DRIVER/RUN.*:
             go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
             pid (claims the run; then the exit code)
             FIFOs: done (from us)  out, err  in (of a channel); one `status` for all runs
-Locks:      SOCKET.d/DRIVER while it lives; a pane's terminal during a run
+Files of records, in --runs-dir:
+            OWNER.lock (of a server)  OWNER.RUN.OFFSET (output of a run that ends with it)
+            RUN.OFFSET, RUN.json (of a run that outlives it)
+Locks:      SOCKET.d/DRIVER and OWNER.lock while it lives; a pane's terminal during a run
             (flock, freed with the process)
 
 Not done on purpose:
@@ -145,6 +153,8 @@ DEFAULT_OUTPUT = MIB
 # The MCP tool sends its output twice, and some SDKs take messages of 1 MiB at most.
 TOOL_OUTPUT = 384 * KIB
 MAX_TIMEOUT = 86400  # seconds
+# Seconds that a tool waits for the end of a command: many clients give up after 60.
+TOOL_WAIT = 45
 DEFAULT_TIMEOUT = 300  # seconds
 # Unknown fields that an answer names, 80 characters of each.
 MAX_IGNORED = 20
@@ -154,7 +164,11 @@ MAX_LINES = 2000
 MAX_KEYS = 4 * KIB
 
 # --- Terminals.
-MAX_PANES = 4  # of one agent
+MAX_PANES = 4  # of one agent, with commands that somebody waits for
+MAX_ALL_PANES = 16  # of one agent, with those whose callers have gone on
+# After a command, until one of more than MAX_PANES panes is closed; so often that is tried.
+CLOSE_PAUSE = 0.5
+CLOSE_TRIES = 20
 MAX_QUEUE = 1000  # commands of one agent that wait for a pane
 # Lines in a row that a shell did not run, before it is left alone.
 MAX_MISSED = 2
@@ -201,6 +215,22 @@ ADOPT_PAUSE = 0.2  # for the exit code of a run whose server was killed
 # Descriptors that no further run takes: those that run need some to be watched and ended.
 DESCRIPTORS_KEPT = 10
 
+# --- What runs have printed.
+MAX_RUNS = 1000  # that are remembered
+DEFAULT_KEEP = 256  # MiB, of all kept output
+MAX_KEEP = 1024 * 1024  # MiB
+KEPT_END = 8 * MIB  # bytes that are kept of each end, where there is room
+PIECE_SIZE = MIB  # bytes of a file
+SMALL_OUTPUT = 4 * KIB  # bytes that stay in memory
+TEXT_PIECE = 64 * KIB  # bytes that are decoded at once: 0.1 ms
+MAX_LISTED_COMMAND = 4 * KIB  # bytes of a command that are remembered
+COMPLAINT_PAUSE = 60.0  # between lines in the log that output cannot be kept
+DEFAULT_LISTED = 100  # runs in an answer
+END_PATIENCE = 5.0  # for a command to end after end_run
+# Processes that may wait until a run's output is read: go, and one in the background.
+HOLDERS = 3
+TOOL_LISTED = 50  # runs that a tool lists
+
 # --- The audit log.
 AUDIT_TIMEOUT = 10.0  # an answer waits for a line that cannot be written
 AUDIT_PAUSE = 0.05  # between attempts to write it
@@ -230,6 +260,9 @@ IDLE_TIMEOUT = 300.0  # of a kept connection
 KEEP_ALIVE = 15.0  # between comments on a silent stream
 # For a reader to take the rest of an ended command's output.
 SLOW_READER_TIMEOUT = 60.0
+# Characters of output that are written at once; more is written in pieces, between which other
+# callers are answered.
+MAX_WRITTEN = MIB
 GONE_CHECK = 0.5  # between looks whether the caller of a channel has left
 TCP_ESTABLISHED = 1  # include/net/tcp_states.h
 TCP_LISTEN = "0A"  # the same, as /proc/net/tcp has it
@@ -1292,6 +1325,13 @@ class UnsupportedMedia(Refused):
     http_status = 415
 
 
+class NoSuchRun(ProxyError):
+    """There is no such run, or it is forgotten."""
+
+    http_status = 404
+    rpc_code = -32602
+
+
 class NoTerminal(ProxyError):
     """The sandbox cannot run it now, and nothing was run.
 
@@ -1469,6 +1509,17 @@ def whole(text: str) -> float:
         return float(text)
 
 
+def read_object(body: bytes) -> Message:
+    """The JSON object in a body.  Raises BadMessage."""
+    try:
+        got = json.loads(body.decode(), parse_constant=float, parse_int=whole)
+    except (ValueError, RecursionError) as wrong:
+        raise BadMessage(f"body: expected a JSON object in UTF-8, got: {wrong}") from None
+    if not isinstance(got, dict):
+        raise complain("body", got, "a JSON object")
+    return got
+
+
 def check_text(
     name: str, got: object, expected: str, limit: int, nul: bool = False, raw: bool = False
 ) -> str:
@@ -1540,6 +1591,27 @@ def check_run_id(got: object) -> str:
     return got
 
 
+def check_wait(got: object) -> float:
+    """Return `got`, seconds to wait for the end of a command; raise BadMessage."""
+    if not isinstance(got, (int, float)) or isinstance(got, bool) or not 0 <= got <= MAX_TIMEOUT:
+        raise complain("wait", got, f"seconds, 0 <= wait <= {MAX_TIMEOUT}")
+    return got
+
+
+def check_max_output(got: object) -> int:
+    """Return `got`, bytes of output in an answer; raise BadMessage."""
+    if type(got) is not int or not 1 <= got <= MAX_OUTPUT:
+        raise complain("max_output", got, f"an integer, 1 to {MAX_OUTPUT} (bytes)")
+    return got
+
+
+def check_offset(got: object, printed: int) -> int:
+    """Return `got`, an offset in the output of a run; raise BadMessage."""
+    if type(got) is not int or not 0 <= got <= printed:
+        raise complain("offset", got, f"an integer, 0 to {printed} (bytes of output so far)")
+    return got
+
+
 def inside(workspace: str, cwd: str) -> str:
     """A directory that leads into `workspace`, by the name that it has in `cwd`, absolute.
 
@@ -1607,6 +1679,8 @@ class ExecRequest:
     env: Mapping[str, str] = field(default_factory=dict)
     # Bytes.
     max_output: int = DEFAULT_OUTPUT
+    # Seconds until its caller is answered, while it goes on; None: it is waited for.
+    wait: float | None = None
     # Arguments of bash, which are run in place of `cmd`: that is their text for people then.
     argv: tuple[str, ...] | None = None
     # stdout and stderr are one stream, in the order written; a channel has two otherwise.
@@ -1631,8 +1705,10 @@ class ExecRequest:
             check_text("stdin", self.stdin, "a string or null", MAX_BODY, nul=True)
 
         check_environment(self.env)
-        if type(self.max_output) is not int or not 1 <= self.max_output <= MAX_OUTPUT:
-            raise complain("max_output", self.max_output, f"an integer, 1 to {MAX_OUTPUT} (bytes)")
+        check_max_output(self.max_output)
+        if self.wait is not None:
+            check_wait(self.wait)
+
         if not isinstance(self.combined, bool):
             raise complain("combined", self.combined, "true or false")
 
@@ -1646,13 +1722,7 @@ class ExecRequest:
     @classmethod
     def from_wire(cls, body: bytes, workspace: str) -> ExecRequest:
         """Read a JSON body: unknown fields are ignored, `cwd` is made absolute."""
-        try:
-            got = json.loads(body.decode(), parse_constant=float, parse_int=whole)
-        except (ValueError, RecursionError) as wrong:
-            raise BadMessage(f"body: expected a JSON object in UTF-8, got: {wrong}") from None
-        if not isinstance(got, dict):
-            raise complain("body", got, "a JSON object")
-        return cls.from_fields(got, workspace)
+        return cls.from_fields(read_object(body), workspace)
 
     @classmethod
     def from_fields(cls, got: Message, workspace: str) -> ExecRequest:
@@ -1671,6 +1741,9 @@ class ExecRequest:
         known = cls.__dataclass_fields__.keys() - {"ignored"}
         unknown = [name[:80].encode(errors="replace").decode() for name in got if name not in known]
         given = {name: got[name] for name in known if name in got}
+        if given.get("wait") is not None:
+            # Nobody need wait for it: it may take its time.
+            given.setdefault("timeout", MAX_TIMEOUT)
         return cls(**given, ignored=tuple(unknown[:MAX_IGNORED]))
 
 
@@ -1695,10 +1768,34 @@ class CommandResult:
 
 
 @dataclass(frozen=True)
+class RunQuery:
+    """Which runs a caller wants to see; None: whatever it is.  Raises BadMessage."""
+
+    agent_name: str | None = None
+    session_id: str | None = None
+    usage_id: str | None = None
+    # A value of RunState.
+    state: str | None = None
+    limit: int = DEFAULT_LISTED
+    # A run_id: only older ones.
+    before: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.agent_name is not None:
+            check_agent(self.agent_name)
+        if self.state not in (None, "waiting", "running", "ended"):
+            raise complain("state", self.state, "waiting, running or ended")
+        if type(self.limit) is not int or not 0 <= self.limit <= MAX_RUNS:
+            raise complain("limit", self.limit, f"an integer, 0 to {MAX_RUNS}")
+
+
+@dataclass(frozen=True)
 class ExecResponse:
     """The answer of `POST /exec`; what does not apply is None."""
 
     stdout: str | None = None
+    # True: it goes on, and this is what is known so far.
+    running: bool | None = None
     exit_code: int | None = None
     error: str | None = None
     ended: str | None = None
@@ -1711,8 +1808,11 @@ class ExecResponse:
     ignored: list[str] | None = None
 
     @classmethod
-    def of(cls, request: ExecRequest, result: CommandResult, stdout: str | None) -> ExecResponse:
-        """The answer to `request`; `stdout` is None where its output was streamed."""
+    def of(cls, ignored: Sequence[str], result: CommandResult, stdout: str | None) -> ExecResponse:
+        """The answer to a request of which some fields were `ignored`.
+
+        stdout  None: its output was streamed
+        """
         return cls(
             stdout=stdout,
             exit_code=result.exit_code,
@@ -1724,12 +1824,15 @@ class ExecResponse:
             waited_ms=result.waited_ms,
             terminal=result.terminal,
             run_id=result.run_id,
-            ignored=[*request.ignored] or None,
+            ignored=[*ignored] or None,
         )
 
+    def facts(self) -> Message:
+        """What applies."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
     def to_wire(self) -> str:
-        shown = {name: value for name, value in vars(self).items() if value is not None}
-        return json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
+        return json.dumps(self.facts(), ensure_ascii=False, separators=(",", ":"))
 
 
 # ==========================================================================
@@ -2412,6 +2515,13 @@ class Tmux(asyncio.SubprocessProtocol):
         target = ["-t", pane.pane_id]
         return self.send(["if-shell", "-F", *target, is_same, words, "display-message -p no"], [])
 
+    def close_pane(self, pane: Pane, state: str) -> None:
+        """Close a pane that is in this state still."""
+        is_same = f"#{{&&:{NO_MODE},#{{==:{PANE_STATE},{state}}}}}"
+        target = ["-t", pane.pane_id]
+        close = f"kill-pane -t {pane.pane_id}"
+        self.send(["if-shell", "-F", *target, is_same, close, "display-message -p no"], [])
+
     async def type(self, pane: Pane, text: str, keys: list[str]) -> None:
         """Type `text` as it is, then press `keys`, whatever runs there."""
         target = ["-t", pane.pane_id]
@@ -2430,6 +2540,674 @@ class Tmux(asyncio.SubprocessProtocol):
 
 
 # ==========================================================================
+# Records
+# ==========================================================================
+# What runs have printed, as far as it is kept.
+#
+# K1  The offset of a byte never changes.  What is no longer kept is a gap.
+# K2  A full disk costs old output, then the middle of new output; never a command.
+# K3  What a lasting record has read from a FIFO is in its files, even if the server is killed.
+
+
+# Of a run that ends with its server, behind the name of that: RUN.OFFSET.
+OWNED_FILE = re.compile(r"[0-9a-f]{16}\.\d+")
+# A link in its place does not lead us anywhere.
+NEW_TEXT = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+
+
+class Piece:
+    """A stretch of a record, in memory or in a file."""
+
+    __slots__ = ("data", "path", "size", "start")
+
+    def __init__(self, start: int, path: str | None) -> None:
+        # The offset of its first byte.
+        self.start = start
+        self.size = 0
+        # None: its bytes are in `data`.
+        self.path = path
+        self.data = bytearray()
+
+    @property
+    def end(self) -> int:
+        """The offset behind its last byte."""
+        return self.start + self.size
+
+    def read(self, offset: int, limit: int) -> bytes:
+        """Bytes from `offset` on.  Raises OSError if somebody has removed its file."""
+        at = offset - self.start
+        limit = min(limit, self.end - offset)
+        if self.path is None:
+            return bytes(self.data[at : at + limit])
+        with open(os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            return os.pread(file.fileno(), limit, at)
+
+    def add_to_memory(self, chunk: bytes) -> None:
+        self.data += chunk
+        self.size += len(chunk)
+
+    def keep_end(self, limit: int) -> None:
+        """Drop all but the last `limit` bytes of what is in memory."""
+        surplus = max(0, self.size - limit)
+        del self.data[:surplus]
+        self.start += surplus
+        self.size -= surplus
+
+
+class Record:
+    """What one run has printed, by offset: its first and last bytes, and what fits in between.
+
+    A small record is in memory, a larger one in files `PATH.OFFSET` of at most PIECE_SIZE bytes.
+    path         of its files, without the offset
+    answer_size  bytes of which the answer to its caller needs the first and the last half
+    is_lasting   it outlives the server: all is in files, from the first byte on
+    """
+
+    __slots__ = (
+        "answer_size",
+        "end_size",
+        "fd",
+        "is_complete",
+        "is_forgotten",
+        "is_lasting",
+        "path",
+        "pieces",
+        "shelf",
+        "total",
+        "waiting",
+    )
+
+    def __init__(self, shelf: Shelf, path: str, answer_size: int, is_lasting: bool) -> None:
+        self.shelf = shelf
+        self.path = path
+        self.answer_size = answer_size
+        self.is_lasting = is_lasting
+        # Bytes that are kept of each end, where there is room.
+        self.end_size = max(KEPT_END, answer_size - answer_size // 2)
+        # Bytes printed so far.
+        self.total = 0
+        # By offset; the last one grows.
+        self.pieces: list[Piece] = []
+        # The file of the last piece; None: it is in memory, or there is none.
+        self.fd: int | None = None
+        # Nothing more will come.
+        self.is_complete = False
+        # Nothing is kept any more; what comes is only counted.
+        self.is_forgotten = False
+        # Readers that wait for more.
+        self.waiting: list[asyncio.Future[None]] = []
+
+    def take_over(self, pieces: list[Piece]) -> None:
+        """Go on with the files of a server that has gone."""
+        self.pieces = pieces
+        self.shelf.used += self.size()
+        if not pieces:
+            return
+
+        self.total = pieces[-1].end
+        # Otherwise what comes goes to a new file.
+        with contextlib.suppress(OSError):
+            self.fd = os.open(pieces[-1].path or "", os.O_RDWR | os.O_NOFOLLOW)
+
+    def has_printed(self, total: int) -> None:
+        """That many bytes at least, also if they are no longer kept."""
+        self.total = max(self.total, total)
+
+    # --- Writing.
+
+    def add(self, chunk: bytes) -> None:
+        """Keep what was printed."""
+        if self.is_forgotten:
+            pass
+        elif not self.is_lasting and self.total + len(chunk) <= SMALL_OUTPUT:
+            if not self.pieces:
+                self.pieces.append(Piece(0, None))
+            self.pieces[-1].add_to_memory(chunk)
+            self.shelf.used += len(chunk)
+        else:
+            self._write(chunk)
+
+        self.total += len(chunk)
+        self.stir()
+
+    def fill(self, fifo: int) -> int:
+        """Move what a FIFO holds into the file; how many bytes, 0 at its end.
+
+        The kernel moves them: no byte is only in our memory, where it would die with us.
+        Raises BlockingIOError.
+        """
+        is_empty = fcntl.ioctl(fifo, termios.FIONREAD, bytes(4)) == bytes(4)
+        if not is_empty and not self.is_forgotten and self._has_room(self.total):
+            assert self.fd is not None
+            piece = self.pieces[-1]
+            # Otherwise the file system cannot do that, or is full.
+            with contextlib.suppress(OSError):
+                room = PIECE_SIZE - piece.size
+                count = splice(fifo, self.fd, room, piece.size)
+                piece.size += count
+                self.shelf.used += count
+                self.total += count
+                self.stir()
+                return count
+
+        chunk = os.read(fifo, CHUNK)
+        self.add(chunk)
+        return len(chunk)
+
+    def _write(self, chunk: bytes) -> None:
+        """Write to the last file, and to new ones; to memory where that fails."""
+        start = self.total
+        if self.pieces and self.fd is None and self.pieces[-1].path is None:
+            # It grows out of memory, or writing failed before: try a file again.
+            self._move_to_file()
+
+        left = memoryview(chunk)
+        while left:
+            if not self._has_room(start + len(chunk) - len(left)):
+                break
+
+            assert self.fd is not None
+            piece = self.pieces[-1]
+            try:
+                count = os.pwrite(self.fd, left[: PIECE_SIZE - piece.size], piece.size)
+            except OSError as full:
+                if self.shelf.free_space():
+                    continue
+                self.shelf.complain(full)
+                self._close_file()
+                break
+
+            piece.size += count
+            self.shelf.used += count
+            left = left[count:]
+
+        if left:
+            self._remember(start + len(chunk) - len(left), bytes(left))
+
+    def _has_room(self, start: int) -> bool:
+        """Have a file to write to; a new one has what comes from the offset `start` on."""
+        if self.fd is not None and self.pieces[-1].size < PIECE_SIZE:
+            return True
+
+        self._close_file()
+        self._drop_middle()
+        while True:
+            try:
+                self.shelf.make_room(PIECE_SIZE)
+                self.fd = self.shelf.create(f"{self.path}.{start}")
+            except OSError as full:
+                if self.shelf.free_space():
+                    continue
+                self.shelf.complain(full)
+                return False
+
+            self.pieces.append(Piece(start, f"{self.path}.{start}"))
+            return True
+
+    def _move_to_file(self) -> None:
+        """Write the last piece, which is in memory, to a file."""
+        old = self.pieces[-1]
+        try:
+            fd = self.shelf.create(f"{self.path}.{old.start}")
+        except OSError as refused:
+            self.shelf.complain(refused)
+            return
+
+        piece = Piece(old.start, f"{self.path}.{old.start}")
+        try:
+            while piece.size < old.size:
+                piece.size += os.pwrite(fd, old.data[piece.size :], piece.size)
+        except OSError as full:
+            self.shelf.complain(full)
+            os.close(fd)
+            remove_file(f"{self.path}.{old.start}")
+            return
+
+        self.fd = fd
+        self.pieces[-1] = piece
+
+    def _remember(self, start: int, rest: bytes) -> None:
+        """Keep in memory what cannot be written, as far as the answer needs it."""
+        before = self.size()
+        half = self.answer_size - self.answer_size // 2
+        if not self.pieces:
+            self.pieces.append(Piece(start, None))
+
+        last = self.pieces[-1]
+        if last.start == 0 and last.path is None:
+            first_half = rest[: max(0, half - last.size)]
+            last.add_to_memory(first_half)
+            rest = rest[len(first_half) :]
+            start += len(first_half)
+
+        if rest:
+            if last.start == 0 or last.path is not None:
+                last = Piece(start, None)
+                self.pieces.append(last)
+            last.add_to_memory(rest)
+            last.keep_end(half)
+
+        self.shelf.used += self.size() - before
+
+    def _close_file(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+    def leave(self) -> None:
+        """Open no file: the server stops."""
+        self._close_file()
+
+    def finish(self) -> None:
+        """Nothing more comes."""
+        if self.is_complete:
+            return
+        self.is_complete = True
+        self._close_file()
+        self.stir()
+
+    # --- Dropping.
+
+    def _drop_middle(self) -> None:
+        """Drop what is neither in the first nor in the last `end_size` bytes."""
+        for piece in [*self.pieces]:
+            if piece.start >= self.end_size and piece.end <= self.total - self.end_size:
+                self._drop(piece)
+
+    def spare(self) -> list[Piece]:
+        """The pieces that its answer does not need, by offset."""
+        half = self.answer_size - self.answer_size // 2
+        return [
+            piece
+            for piece in self.pieces[:-1]
+            if piece.start >= half and piece.end <= self.total - half
+        ]
+
+    def give_up_one(self) -> bool:
+        """Drop a piece from the middle; False: the answer needs all of them."""
+        spare = self.spare()
+        if not spare:
+            return False
+        self._drop(spare[len(spare) // 2])
+        return True
+
+    def _drop(self, piece: Piece) -> None:
+        self.pieces.remove(piece)
+        self.shelf.used -= piece.size
+        if piece.path is not None:
+            remove_file(piece.path)
+
+    def drop(self) -> None:
+        """Keep nothing of it."""
+        self._close_file()
+        for piece in [*self.pieces]:
+            self._drop(piece)
+
+    def forget(self) -> None:
+        """Keep nothing of it, also of what is still to come."""
+        self.is_forgotten = True
+        self.drop()
+
+    def size(self) -> int:
+        """Bytes that are kept."""
+        return sum(piece.size for piece in self.pieces)
+
+    # --- Reading.
+
+    def read(self, offset: int, limit: int) -> tuple[int, bytes]:
+        """Up to `limit` bytes from `offset` on, and the offset of the first: gaps are skipped.
+
+        No bytes: there are none behind that yet.
+        """
+        for piece in self.pieces:
+            if piece.end <= offset:
+                continue
+            start = max(offset, piece.start)
+            # Its file is gone: a gap.
+            with contextlib.suppress(OSError):
+                return start, piece.read(start, limit)
+
+        return self.total, b""
+
+    async def more(self, offset: int) -> None:
+        """Wait until there is anything behind `offset`, or nothing more will come."""
+        while self.total <= offset and not self.is_complete:
+            await self.change()
+
+    async def change(self) -> None:
+        """Wait until something was added, or `stir` is called."""
+        waiter = asyncio.get_running_loop().create_future()
+        self.waiting.append(waiter)
+        try:
+            await waiter
+        finally:
+            if waiter in self.waiting:
+                self.waiting.remove(waiter)
+
+    async def changed_within(self, seconds: float) -> None:
+        """The same, `seconds` at most."""
+        change = asyncio.ensure_future(self.change())
+        try:
+            await asyncio.wait({change}, timeout=seconds)
+        finally:
+            change.cancel()
+
+    def boundary(self, end: int) -> int:
+        """The end of the last whole character before `end`."""
+        start, chunk = self.read(max(0, end - 4), 4)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(chunk[: max(0, end - start)])
+        return end - len(decoder.getstate()[0])
+
+    def stir(self) -> None:
+        """Let its readers look again."""
+        for waiter in self.waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+        self.waiting.clear()
+
+    def text(self, limit: int, end: int, start: int = 0) -> Iterator[str]:
+        """The bytes from `start` to `end` as text, in pieces of some 64 KiB.
+
+        If they are more than `limit`, or there is a gap, the first and the last half, with a line
+        between them that says how much was left out.  Never half a character.
+        """
+        size = end - start
+        head_end = end if size <= limit else start + limit // 2
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        at = start
+        ends_line = False
+        while at < head_end:
+            found, chunk = self.read(at, min(head_end - at, TEXT_PIECE))
+            if found != at or not chunk:
+                break
+            at += len(chunk)
+            text = decoder.decode(chunk)
+            ends_line = text.endswith("\n")
+            yield text
+
+        if at == end:
+            yield decoder.decode(b"", True)
+            return
+
+        # The start of a character, which is left out.
+        at -= len(decoder.getstate()[0])
+        tail_size = limit - limit // 2
+        found, chunk = self.read(max(at, end - tail_size), TEXT_PIECE)
+        found = min(found, end)
+        chunk = chunk[: end - found]
+        # The rest of a character that started before.
+        whole = re.sub(rb"\A[\x80-\xbf]{1,3}", b"", chunk)
+        found += len(chunk) - len(whole)
+
+        newline = "" if ends_line else "\n"
+        yield f"{newline}[pocketcoder: {found - at} bytes left out]\n"
+
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        at = found + len(whole)
+        yield decoder.decode(whole)
+        while at < end:
+            found, chunk = self.read(at, min(end - at, TEXT_PIECE))
+            if found >= end or not chunk:
+                break
+            at = found + len(chunk)
+            yield decoder.decode(chunk)
+        yield decoder.decode(b"", True)
+
+    def is_whole(self, limit: int, end: int, start: int = 0) -> bool:
+        """Whether `text` leaves out nothing."""
+        at = start
+        for piece in self.pieces:
+            if piece.start <= at:
+                at = max(at, piece.end)
+        return end - start <= limit and at >= end
+
+
+def splice(fifo: int, fd: int, limit: int, offset: int) -> int:
+    """Move bytes from a FIFO to a file, splice(2).  Raises OSError."""
+    return os.splice(fifo, fd, limit, offset_dst=offset)
+
+
+def remove_file(path: str) -> None:
+    """Remove a file, if it is still there and can be."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+class Shelf:
+    """The directory with the files of records, and the room that all of them have together.
+
+    folder  made when it is needed, of mode 0700
+    limit   bytes, of what is in memory too
+    place   what its runs belong to, the path of the socket: others' are left alone
+    Files: OWNER.lock, locked while its server lives; OWNER.RUN.OFFSET of runs that end with it;
+    RUN.OFFSET and RUN.json of lasting ones.
+    """
+
+    def __init__(self, folder: str, limit: int, place: str) -> None:
+        self.folder = folder
+        self.limit = limit
+        self.place = place
+        # Bytes that all records keep.
+        self.used = 0
+        # Of runs that have ended, the oldest first: these go when there is no room.
+        self.ended: dict[Record, None] = {}
+        # Those that still grow.
+        self.growing: dict[Record, None] = {}
+        self.owner = secrets.token_hex(8)
+        # None: the directory is not open yet.
+        self.lock: int | None = None
+        self.complained_at = -math.inf
+
+    def record(self, run_id: str, answer_size: int, is_lasting: bool) -> Record:
+        """A record for a run that starts."""
+        name = run_id if is_lasting else f"{self.owner}.{run_id}"
+        record = Record(self, f"{self.folder}/{name}", answer_size, is_lasting)
+        self.growing[record] = None
+        return record
+
+    def retire(self, record: Record) -> None:
+        """Its run has ended, and its caller is answered."""
+        self.ended[record] = None
+        self.make_room(0)
+
+    def stopped_growing(self, record: Record) -> None:
+        self.growing.pop(record, None)
+
+    def forget(self, record: Record) -> None:
+        self.ended.pop(record, None)
+        self.growing.pop(record, None)
+        record.forget()
+
+    # --- Room.
+
+    def make_room(self, size: int) -> None:
+        """Drop old output, then the middle of new output, until there is room; what the answers of
+        running commands need stays in any case."""
+        while self.used + size > self.limit and self.free_space():
+            pass
+
+    def free_space(self) -> bool:
+        """Drop the oldest output, or a piece of new output; False: all that is left is needed."""
+        while self.ended:
+            oldest = next(iter(self.ended))
+            del self.ended[oldest]
+            had_size = oldest.size()
+            oldest.drop()
+            if had_size:
+                return True
+
+        largest = max(self.growing, key=lambda record: len(record.spare()), default=None)
+        return largest is not None and largest.give_up_one()
+
+    def complain(self, refused: OSError) -> None:
+        """Log, once in a while, that output cannot be written."""
+        now = time.monotonic()
+        if now > self.complained_at + COMPLAINT_PAUSE:
+            self.complained_at = now
+            log.warning("runs dir=%s: output is not kept: %s", self.folder, refused)
+
+    # --- The directory.
+
+    def open(self) -> None:
+        """Make the directory, and lock it as one of its owners.  Raises OSError."""
+        if self.lock is not None:
+            if os.fstat(self.lock).st_nlink:
+                return
+            # Somebody has wiped it.
+            self._unlock()
+
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        found = os.lstat(self.folder)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "expected a directory of our own", self.folder)
+        if found.st_mode & 0o077:
+            os.chmod(self.folder, 0o700)
+
+        lock = os.open(
+            f"{self.folder}/{self.owner}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600
+        )
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.pwrite(lock, os.fsencode(self.place), 0)
+        except OSError:
+            os.close(lock)
+            raise
+
+        self.lock = lock
+
+    def create(self, path: str) -> int:
+        """A new file.  Raises OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        if self.lock is None:
+            self.open()
+        try:
+            return os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            # Somebody has wiped the directory.
+            self.open()
+            return os.open(path, flags, 0o600)
+
+    def save(self, run_id: str, facts: Message) -> None:
+        """Write what is known of a lasting run.  Raises OSError."""
+        self.open()
+        path = f"{self.folder}/{run_id}.json"
+        text = json.dumps({**facts, "owner": self.owner})
+        with open(os.open(f"{path}.new", NEW_TEXT, 0o600), "w") as file:
+            file.write(text)
+        os.rename(f"{path}.new", path)
+
+    def remove(self, run_id: str) -> None:
+        """Forget what `save` wrote."""
+        remove_file(f"{self.folder}/{run_id}.json")
+
+    def found(self) -> list[tuple[Message, Record]]:
+        """What servers that have gone have left of lasting runs; it is ours now.
+
+        Raises OSError.
+        """
+        if not os.path.isdir(self.folder):
+            return []
+
+        self.open()
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        # Another server may be starting as well.
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        try:
+            names = os.listdir(self.folder)
+            alive = self._sweep(names)
+            pieces = self._pieces(names)
+            found = list[tuple[Message, Record]]()
+            for name in names:
+                run_id, _, suffix = name.partition(".")
+                if suffix != "json":
+                    continue
+                facts = self._load(name)
+                if facts and facts["place"] == self.place and facts["owner"] not in alive:
+                    found.append((facts, self._record_of(run_id, facts, pieces.get(run_id, []))))
+                    with contextlib.suppress(OSError):
+                        self.save(run_id, facts)
+
+            return found
+        finally:
+            os.close(folder)
+
+    def _sweep(self, names: list[str]) -> set[str]:
+        """Remove what ended with its server; the owners that are alive, or not of our place."""
+        alive = {self.owner}
+        with contextlib.ExitStack() as opened:
+            for name in names:
+                owner, _, suffix = name.partition(".")
+                if suffix != "lock" or owner == self.owner:
+                    continue
+                alive.add(owner)
+                # It has just gone, or is another user's.
+                with contextlib.suppress(OSError):
+                    lock = os.open(f"{self.folder}/{name}", os.O_RDWR | os.O_NOFOLLOW)
+                    opened.callback(os.close, lock)
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.pread(lock, MAX_PATH, 0) == os.fsencode(self.place):
+                        alive.remove(owner)
+                        remove_file(f"{self.folder}/{name}")
+
+            for name in names:
+                owner, _, rest = name.partition(".")
+                if OWNED_FILE.fullmatch(rest) and owner not in alive:
+                    remove_file(f"{self.folder}/{name}")
+
+        return alive
+
+    def _pieces(self, names: list[str]) -> dict[str, list[Piece]]:
+        """The files of lasting records, by run."""
+        found = dict[str, list[Piece]]()
+        for name in names:
+            run_id, _, offset = name.partition(".")
+            if not offset.isdecimal():
+                continue
+            path = f"{self.folder}/{name}"
+            piece = Piece(int(offset), path)
+            with contextlib.suppress(OSError):
+                piece.size = os.lstat(path).st_size
+            found.setdefault(run_id, []).append(piece)
+
+        return found
+
+    def _load(self, name: str) -> Message | None:
+        """What was saved of a run; None, and a line in the log, if that is damaged."""
+        path = f"{self.folder}/{name}"
+        try:
+            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+                facts = json.loads(file.read(4 * MAX_BODY))
+            if not isinstance(facts, dict) or not {"owner", "place", "run_id"} <= facts.keys():
+                raise ValueError("expected an object with owner, place, run_id")
+            if f"{facts['run_id']}.json" != name:
+                raise ValueError(f"expected the run of its name, got {facts['run_id']!r}")
+        except (OSError, ValueError, RecursionError) as damage:
+            log.warning("runs skipped=%s: %s", path, damage)
+            return None
+
+        return facts
+
+    def _record_of(self, run_id: str, facts: Message, pieces: list[Piece]) -> Record:
+        """The record whose files another server has written."""
+        record = self.record(run_id, DEFAULT_OUTPUT, True)
+        pieces.sort(key=lambda piece: piece.start)
+        record.take_over(pieces)
+        return record
+
+    def close(self) -> None:
+        """Give up the lock: what lasts is for the next server."""
+        for record in [*self.growing]:
+            record.leave()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+
+# ==========================================================================
 # Streams
 # ==========================================================================
 # What goes in and out of a command.
@@ -2442,44 +3220,12 @@ Take = Callable[[bytes], "Awaitable[None] | None"]
 # By the name of the stream: `out` for both, or `out` and `err`.
 Takes = Mapping[str, Take]
 USUAL_PIPE = 64 * KIB  # bytes that a pipe holds unless it is widened, pipe(7)
-# Waits at descriptor 0 for our end, then discards what comes from 1.  In the background, so that
-# its parent ends at once: we need not wait for it.
-KEEPER = "exec 3<&0 4<&1 >/dev/null; (read -r _ <&3; exec cat <&4) &"
-
-
-class Capture:
-    """Keeps the first and the last half of `limit` bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self.head_size = limit // 2
-        self.tail_size = limit - self.head_size
-        self.head = bytearray()
-        # At most twice its size, since cutting it costs.
-        self.tail = bytearray()
-
-    def add(self, chunk: bytes) -> None:
-        space = self.head_size - len(self.head)
-        self.head += chunk[:space]
-        self.tail += chunk[max(space, len(chunk) - self.tail_size) :]
-        if len(self.tail) > 2 * self.tail_size:
-            del self.tail[: -self.tail_size]
-
-    def text(self, total: int) -> str:
-        """What was kept of `total` bytes; a line names the gap, which halves no character."""
-        head = bytes(self.head)
-        tail = bytes(self.tail[-self.tail_size :])
-        if total <= self.head_size + self.tail_size:
-            return (head + tail).decode(errors="replace")
-
-        start = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
-        # The rest of a character that began before the tail.
-        tail = re.sub(rb"\A[\x80-\xbf]{1,3}", b"", tail)
-        # A head that is valid UTF-8 may end in half a character, which is left out.
-        shown = len(head) if "\ufffd" in start else len(start.encode())
-        missing = total - len(tail) - shown
-        newline = "" if start.endswith("\n") else "\n"
-        end = tail.decode(errors="replace")
-        return f"{start}{newline}[pocketcoder: {missing} bytes left out]\n{end}"
+# Waits at descriptor 0 for a line, or for our end: then it discards what comes from 1.  In the
+# background, so that its parent ends at once: we need not wait for it.
+KEEPER = "exec 3<&0 4<&1 >/dev/null; (read -r _ <&3 || exec cat <&4) &"
+# The same for a run that outlives us: it holds what is in the FIFO, until the next server, which
+# has read it, writes a line to the FIFO at descriptor 2.
+HOLDER = "exec 3<&0; (read -r _ <&3 || read -r _ <&2) &"
 
 
 class Pipe:
@@ -2522,9 +3268,11 @@ class Pipe:
 
 
 class Output(Pipe):
-    """What a run writes: handed to `take` until the run is over, then discarded slowly.
+    """What a run writes: recorded; and handed to `take` until the run is over.
 
+    record  None: it is discarded
     An awaitable that `take` returns stops the reading until it is done: back-pressure.
+    What comes later is read slowly.
     At the end of the file, when nothing of the run can write any more, it closes itself.
     """
 
@@ -2534,12 +3282,15 @@ class Output(Pipe):
     has_keeper = False
 
     def __init__(
-        self, path: str, take: Take | None, on_close: Callable[[], object] = ignore
+        self,
+        path: str,
+        record: Record | None,
+        take: Take | None,
+        on_close: Callable[[], object] = ignore,
     ) -> None:
         super().__init__(path, os.O_RDONLY, on_close)
+        self.record = record
         self.take = take
-        # Bytes taken.
-        self.total = 0
         # What `take` still works at.
         self.taken: asyncio.Future[None] | None = None
         self._resume()
@@ -2553,8 +3304,9 @@ class Output(Pipe):
         return self.taken is not None and not self.taken.done()
 
     def leave(self) -> None:
-        """Close without calling `on_close`: its files stay."""
+        """Close without calling `on_close`: its files stay, and its keeper takes over."""
         self.on_close = ignore
+        self._drop_lifeline()
         self.close()
 
     def check(self) -> None:
@@ -2563,7 +3315,7 @@ class Output(Pipe):
 
     def read(self) -> None:
         try:
-            chunk = os.read(self.fd, CHUNK)
+            chunk = self._read_chunk()
         except BlockingIOError:
             return
 
@@ -2571,11 +3323,10 @@ class Output(Pipe):
             self.close()
             return
         if self.take is None:
-            # A background process may keep writing: discard it slowly.
+            # A background process may keep writing: read that slowly.
             self._pause()
             return
 
-        self.total += len(chunk)
         if len(chunk) == USUAL_PIPE:
             self.widen()
 
@@ -2583,6 +3334,21 @@ class Output(Pipe):
         if wait is not None:
             self.loop.remove_reader(self.fd)
             self.taken = asyncio.ensure_future(self._wait(self.taken, wait))
+
+    def _read_chunk(self) -> bytes:
+        """Read and record what there is; nothing at the end.  Raises BlockingIOError."""
+        record = self.record
+        if record is not None and record.is_lasting:
+            start = record.total
+            count = record.fill(self.fd)
+            _, chunk = record.read(start, count)
+            # It may be forgotten by now, or its file be gone.
+            return chunk or bytes(count)
+
+        chunk = os.read(self.fd, CHUNK)
+        if record is not None and chunk:
+            record.add(chunk)
+        return chunk
 
     def _pause(self) -> None:
         self.loop.remove_reader(self.fd)
@@ -2602,7 +3368,7 @@ class Output(Pipe):
                 self.read()
 
     def finish(self) -> None:
-        """The run is over: discard what others still write."""
+        """The run is over: what others still write is only recorded."""
         if self.take is None:
             return
         self.take = None
@@ -2611,15 +3377,16 @@ class Output(Pipe):
             self.keep()
 
     def keep(self) -> None:
-        """Have a process read on when ours has gone, so that no writer blocks or gets SIGPIPE.
+        """Have a process hold the FIFO open when ours has gone, so that no writer gets SIGPIPE.
 
-        It waits for the end of a pipe that only we hold: when we close that, or are killed, it
-        discards what comes until no writer is left.
+        It waits for the end of a pipe that only we hold.  When we are killed, it discards what
+        comes until no writer is left; for a lasting run, it leaves that to the next server.
         """
         if self.fd < 0 or self.has_keeper:
             return
 
         self.has_keeper = True
+        is_lasting = self.record is not None and self.record.is_lasting
         with contextlib.ExitStack() as opened:
             try:
                 # O_NONBLOCK: the last writer may just have gone.
@@ -2628,11 +3395,17 @@ class Output(Pipe):
                 os.set_blocking(fifo, True)
                 theirs, self.lifeline = os.pipe()
                 opened.callback(os.close, theirs)
+                messages = subprocess.DEVNULL
+                if is_lasting:
+                    done = f"{self.path.rpartition('.')[0]}.done"
+                    messages = os.open(done, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+                    opened.callback(os.close, messages)
+                    os.set_blocking(messages, True)
                 subprocess.run(
-                    [find_shell(), "-c", KEEPER],
+                    [find_shell(), "-c", HOLDER if is_lasting else KEEPER],
                     stdin=theirs,
                     stdout=fifo,
-                    stderr=subprocess.DEVNULL,
+                    stderr=messages,
                     cwd="/",
                     env={"PATH": os.environ.get("PATH", os.defpath)},
                     start_new_session=True,
@@ -2645,6 +3418,13 @@ class Output(Pipe):
 
     def close(self) -> None:
         super().close()
+        if self.lifeline >= 0:
+            # Its keeper has gone.
+            with contextlib.suppress(OSError):
+                os.write(self.lifeline, b"\n")
+            self._drop_lifeline()
+
+    def _drop_lifeline(self) -> None:
         if self.lifeline >= 0:
             os.close(self.lifeline)
             self.lifeline = -1
@@ -2800,6 +3580,8 @@ class View(Pipe):
 OWN_FILES = ("in", "cmd")
 FIFOS = ("done", "out", "err")
 ALL_FILES = (*OWN_FILES, *FIFOS, "pid", "go")
+# Of the directory of a driver.
+FOLDER_NAME = re.compile(r"[0-9a-f]{4}")
 # Not truncated, which goes to the disk: see GO.  No link or FIFO in its place may stop us.
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 # A report of go; others may write anything there.
@@ -2829,8 +3611,7 @@ HISTORY = "ignorespace:ignoredups"
 #   outputs, sound  open them, write-only; where a FIFO was wiped, that has made a file: leave
 #   start           report the pid, which is the process group as well
 #   cd, export, exec   become the command
-#   /proc/{server}  the server has gone: `cat` reads what background processes write later
-#   pid, exit       note the exit code for a server that starts later, and report it
+#   end             see END_WITH_SERVER and END_FOR_NEXT
 #   read            let the server show the end first; a shell that knows no `-t` does not wait
 #   back            report the return: the prompt comes
 #
@@ -2857,14 +3638,25 @@ _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \export POCKETCODER_SESSION_ID={session} POCKETCODER_USAGE_ID={usage}
 \exec {command} 9>&-
 ) && _pc=0 || _pc=$?
-\[ -d /proc/{server} ] || ({drains})
-}} {held}
-\printf '%s\n' "${{_pc:-1}}" >>{run}.pid
-\printf '%s\n' "{token} exit ${{_pc:-1}}" >&9
-\read -r -t {patience} _pc <&8 2>/dev/null || :
+{end}
+\[ -d /proc/{server} ] && \read -r -t {patience} _pc <&8 2>/dev/null || :
 \printf '%s\n' "{token} back 0" >&9
 \trap - INT; \unset _pc; \return 0; }} 8<>{run}.done 9<>{status} || \return 0
 """
+
+
+# If the server has gone, `cat` reads what background processes write later.  Then the exit code is
+# noted for a server that starts later, and reported.
+END_WITH_SERVER = r"""\[ -d /proc/{server} ] || ({drains})
+}} {held}
+\printf '%s\n' "${{_pc:-1}}" >>{run}.pid
+\printf '%s\n' "{token} exit ${{_pc:-1}}" >&9"""
+# Of a run that outlives its server: the outputs stay open until the server has read and recorded
+# what is in them.  If it has gone, or is slow, a shell in the background waits for the next one.
+END_FOR_NEXT = r"""\printf '%s\n' "${{_pc:-1}}" >>{run}.pid
+\printf '%s\n' "{token} exit ${{_pc:-1}}" >&9
+\[ -d /proc/{server} ] && \read -r -t {patience} _pc <&8 2>/dev/null || (\read -r _pc <&8 &)
+}} {held}"""
 
 
 def remove_files(path: str, suffixes: tuple[str, ...]) -> bool:
@@ -2901,13 +3693,14 @@ class RunFiles:
         self,
         folder: RunFolder,
         path: str,
+        token: str,
         on_report: Callable[[str, int], object],
         on_closed: Callable[[], object],
     ) -> None:
         self.folder = folder
         self.path = path
         # Marks its reports.
-        self.token = secrets.token_hex(8)
+        self.token = token
         self.on_report = on_report
         self.on_closed = on_closed
         self.outputs: list[Output] = []
@@ -2916,13 +3709,14 @@ class RunFiles:
         self.released = False
         self.reusable = False
 
-    def open(self, takes: Takes, fed: bool) -> None:
+    def open(self, record: Record, takes: Takes, fed: bool) -> None:
         """Open our ends.  Before the line is typed: a FIFO that no process has open forgets.
 
         Raises OSError.
         """
         for name, take in takes.items():
-            self.outputs.append(Output(f"{self.path}.{name}", take, self._on_output_closed))
+            path = f"{self.path}.{name}"
+            self.outputs.append(Output(path, record, take, self._on_output_closed))
         self.outputs[-1].check()
         if fed:
             self.feed = Input(f"{self.path}.in")
@@ -2952,12 +3746,12 @@ class RunFiles:
 
         return True
 
-    def let_return(self) -> None:
-        """Go need not wait for us any more."""
+    def let_return(self, waiters: int = 1) -> None:
+        """Go, or a shell in the background, need not wait for us any more."""
         with contextlib.suppress(OSError):
             done = Pipe(f"{self.path}.done", os.O_WRONLY)
             with contextlib.closing(done):
-                os.write(done.fd, b"\n")
+                os.write(done.fd, b"\n" * waiters)
 
     def streams(self) -> list[str]:
         """The names of its outputs."""
@@ -2987,10 +3781,6 @@ class RunFiles:
         for output in self.outputs:
             output.finish()
 
-    def written(self) -> int:
-        """Bytes of output so far."""
-        return sum(output.total for output in self.outputs)
-
     def release(self, has_run: bool, was_typed: bool, reusable: bool) -> None:
         """No run needs them any more; they go when no writer is left.
 
@@ -3018,8 +3808,9 @@ class RunFiles:
     def _on_output_closed(self) -> None:
         if self.is_open():
             return
+        on_closed = self.on_closed
         self._give_back()
-        self.on_closed()
+        on_closed()
 
     def _give_back(self) -> None:
         if self.released and not self.is_open():
@@ -3064,7 +3855,9 @@ class RunFolder:
         # A report that has not ended.
         self.unread = b""
         self.adoptions = [
-            asyncio.ensure_future(adopt(f"{base}/{name}")) for name in os.listdir(base)
+            asyncio.ensure_future(adopt(f"{base}/{name}"))
+            for name in os.listdir(base)
+            if FOLDER_NAME.fullmatch(name)
         ]
         # A random name: a line that was typed for a wiped folder must not find a new one.
         self.path = f"{base}/{secrets.token_hex(2)}"
@@ -3122,7 +3915,7 @@ class RunFolder:
         """Files for a run.  Raises OSError."""
         if not self.free:
             self.free.append(self._make_fifos())
-        files = RunFiles(self, self.free.pop(), on_report, on_closed)
+        files = RunFiles(self, self.free.pop(), secrets.token_hex(8), on_report, on_closed)
         self.runs[files.token] = files
         return files
 
@@ -3200,6 +3993,118 @@ class RunFolder:
         os.close(self.lock)
 
 
+class FoundFolder(RunFolder):
+    """The directory of a driver that has gone, with runs that outlive it."""
+
+    def __init__(self, path: str, base: str) -> None:
+        """Raises OSError: its driver lives, or it is not our directory."""
+        self.base = base
+        self.path = path
+        self.status_path = f"{path}/status"
+        self.free = []
+        self.runs = {}
+        self.unread = b""
+        self.adoptions = []
+        self.lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.owner = os.fstat(self.lock).st_uid
+            self.status = Pipe(self.status_path, os.O_RDWR)
+        except OSError:
+            os.close(self.lock)
+            raise
+
+        self.found = os.fstat(self.status.fd)
+        self.status.loop.add_reader(self.status.fd, self.on_status)
+        void_all(path, os.listdir(path))
+
+    @classmethod
+    def at(cls, path: str, base: str) -> FoundFolder | None:
+        """The directory at `path`, if it is one of those below `base` and has lost its driver."""
+        if os.path.dirname(path) != base:
+            return None
+        try:
+            return cls(path, base)
+        except OSError as gone:
+            log.warning("runs in %s cannot be taken over: %s", path, gone)
+            return None
+
+    def has_files(self, path: str, token: str) -> bool:
+        """Whether the files at `path` are those of the run with this token, not of a later one."""
+        try:
+            with open(os.open(f"{path}.go", os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+                return f"{token} exit ".encode() in file.read()
+        except OSError:
+            return False
+
+    def reports(self, path: str) -> tuple[int | None, int | None, float]:
+        """What go has noted in RUN.pid: the process, the exit code, and when it did so last.
+
+        None: it has not, so it never started, or has not ended.
+        """
+        try:
+            with open(os.open(f"{path}.pid", os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+                words = file.read(KIB).split()
+                noted_at = os.fstat(file.fileno()).st_mtime
+        except OSError:
+            return None, None, time.time()
+
+        numbers = [int(word) for word in words if word.isdigit()]
+        pid = numbers[0] if numbers else None
+        exit_code = numbers[1] & 255 if len(numbers) > 1 else None
+        return pid, exit_code, noted_at
+
+    def files_of(
+        self,
+        path: str,
+        token: str,
+        on_report: Callable[[str, int], object],
+        on_closed: Callable[[], object],
+    ) -> RunFiles:
+        """The files of one of its runs."""
+        files = RunFiles(self, path, token, on_report, on_closed)
+        self.runs[token] = files
+        return files
+
+    def drop(self, path: str) -> None:
+        """A run that never started needs no files."""
+        remove_files(path, ALL_FILES)
+
+    def add(self, work: asyncio.Task[None]) -> None:
+        """It ends before the directory is closed."""
+        self.adoptions.append(work)
+
+    def start(self) -> None:
+        """Read what other runs there still write; remove it once nothing is left."""
+        self.adoptions.append(asyncio.ensure_future(self._drain()))
+
+    async def _drain(self) -> None:
+        ours = tuple(f"{files.path}." for files in self.runs.values())
+        names = [
+            name for name in os.listdir(self.path) if not f"{self.path}/{name}".startswith(ours)
+        ]
+        await read_all(self.path, names)
+        self.is_drained = True
+        self._remove_if_done()
+
+    # Nothing else is written there.
+    is_drained = False
+
+    def give_back(self, files: RunFiles) -> None:
+        """No process has them open any more."""
+        if self.runs.pop(files.token, None) is not None:
+            self._remove_if_done()
+
+    def _remove_if_done(self) -> None:
+        if self.is_drained and not self.runs and self.status.fd >= 0:
+            # Go may just be noting the exit code there.
+            self.status.loop.call_later(ADOPT_PAUSE, self.close)
+
+    def is_there(self) -> bool:
+        """It is not used for new runs."""
+        return True
+
+
 async def adopt(folder: str) -> None:
     """Read to its end, and remove, what a killed driver left; its commands run to their end."""
     # OSError: its driver lives, or it is not our directory.
@@ -3238,7 +4143,7 @@ async def read_all(folder: str, names: list[str]) -> None:
         if name.endswith((".out", ".err")):
             # It is something else by now.
             with contextlib.suppress(OSError):
-                outputs.append(Output(f"{folder}/{name}", None, closed.set))
+                outputs.append(Output(f"{folder}/{name}", None, None, closed.set))
 
     for output in outputs:
         # Perhaps no process has it open; epoll(7) does not report that.
@@ -3279,12 +4184,13 @@ def bash_command(request: ExecRequest, shell: str) -> tuple[list[str], str | Non
 
 
 def go_script(
-    request: ExecRequest, files: RunFiles, run_id: str, shell: str, header: str
+    request: ExecRequest, files: RunFiles, run_id: str, shell: str, header: str, is_lasting: bool
 ) -> dict[str, str]:
     """The texts of a run's files, by suffix.
 
     `go`; `in`, its stdin; `cmd`, where that is too long for an argument.
-    header  what go writes to the terminal first
+    header      what go writes to the terminal first
+    is_lasting  the run outlives its server
     """
     texts = dict[str, str]()
 
@@ -3311,6 +4217,16 @@ def go_script(
         outputs.append("2>&1")
 
     closed = "6>&- 7>&- 8>&- 9>&-"
+    # `read` knows whole seconds only in some shells.
+    patience = math.ceil(LATE_OUTPUT_TIMEOUT + RETURN_TIMEOUT)
+    end = (END_FOR_NEXT if is_lasting else END_WITH_SERVER).format(
+        run=path,
+        token=files.token,
+        server=os.getpid(),
+        patience=patience,
+        held=" ".join(f"{DESCRIPTORS[name][1]}<>{path}.{name}" for name in streams),
+        drains=" ".join(rf"\cat <{path}.{name} >/dev/null {closed} &" for name in streams),
+    )
 
     texts["go"] = GO.format(
         run=path,
@@ -3318,15 +4234,13 @@ def go_script(
         token=files.token,
         status=shlex.quote(files.folder.status_path),
         server=os.getpid(),
+        end=end,
         header=shlex.quote(header),
         inputs=inputs,
         outputs=" ".join(outputs),
         # A FIFO that was wiped is no FIFO now: opening it made a file.
         sound=" && ".join(f"[ -p {path}.{name} ]" for name in streams),
-        held=" ".join(f"{DESCRIPTORS[name][1]}<>{path}.{name}" for name in streams),
-        drains=" ".join(rf"\cat <{path}.{name} >/dev/null {closed} &" for name in streams),
-        # `read` knows whole seconds only in some shells.
-        patience=math.ceil(LATE_OUTPUT_TIMEOUT + RETURN_TIMEOUT),
+        patience=patience,
         history=HISTORY,
         quiet=QUIET,
         cwd=shlex.quote(request.cwd or "."),
@@ -3389,6 +4303,8 @@ class PaneShell:
 
     def __init__(self, pane: Pane, new: bool = False) -> None:
         self.pane = pane
+        # We have made its pane.
+        self.is_ours = new
         # It has run one of our lines: it has read its start-up files, and is not a script.
         self.ran = False
         # It has shown its prompt, in a way that can be told.
@@ -3432,6 +4348,12 @@ class PaneShell:
                 self.let_go()
 
         return self.held >= 0
+
+    def hold_as_it_is(self) -> None:
+        """Lock the tty of a pane where a command of ours runs already."""
+        if self.held < 0:
+            self.held = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def let_go(self) -> None:
         os.close(self.held)
@@ -3799,17 +4721,21 @@ class Terminal:
         self.looked_at: tuple[Tmux, int] | None = None
         # Panes in use, by id, the newest last; True: the command has ended, its prompt comes soon.
         self.used: dict[str, bool] = {}
+        # Those of them with commands for which nobody waits.
+        self.unattended: set[str] = set()
         self.waiting = 0
         # First come, first served.
         self.lock = asyncio.Lock()
         self.freed = asyncio.Event()
+        # Closes panes that are too many.
+        self.closing: asyncio.Task[None] | None = None
 
     async def take(self) -> tuple[PaneShell, Tmux]:
         """A shell at its prompt, until `let_go`, and the connection; waits in the queue for one.
 
         Raises NoTerminal.
         """
-        if len(self.used) + self.waiting >= MAX_PANES + MAX_QUEUE:
+        if len(self.used) - len(self.unattended) + self.waiting >= MAX_PANES + MAX_QUEUE:
             raise NoTerminal(
                 f"{MAX_QUEUE} commands wait for this terminal already: try again later"
             )
@@ -3844,11 +4770,57 @@ class Terminal:
         """Its command has ended, and the prompt comes soon."""
         self.used[shell.pane.pane_id] = True
 
+    def leave(self, shell: PaneShell) -> None:
+        """Nobody waits for its command: another command may have one pane more."""
+        if shell.pane.pane_id in self.used:
+            self.unattended.add(shell.pane.pane_id)
+            self.freed.set()
+
+    async def find(self, pane_id: str, pid: int) -> tuple[PaneShell, Tmux] | None:
+        """The pane in which a command of another server runs; it is held from now on.
+
+        Raises NoTerminal, OSError.
+        """
+        async with self.lock:
+            tmux = await self._look()
+            for shell in self.shells:
+                if shell.pane.pane_id == pane_id and shell.pane.pid == pid:
+                    shell.hold_as_it_is()
+                    self.used[pane_id] = False
+                    self.unattended.add(pane_id)
+                    return shell, tmux
+        return None
+
     def let_go(self, shell: PaneShell) -> None:
         """Others may use it."""
         del self.used[shell.pane.pane_id]
+        self.unattended.discard(shell.pane.pane_id)
         shell.let_go()
         self.freed.set()
+        if len(self.shells) > MAX_PANES and self.closing is None:
+            self.closing = asyncio.ensure_future(self._close_idle())
+
+    async def _close_idle(self) -> None:
+        """Close panes of ours beyond MAX_PANES, once nothing runs and nothing is typed there."""
+        try:
+            for _ in range(CLOSE_TRIES):
+                await asyncio.sleep(CLOSE_PAUSE)
+                if len(self.shells) <= MAX_PANES or self.sandbox.stopping:
+                    break
+                async with self.lock:
+                    self._close_one(await self._look())
+        except NoTerminal as gone:
+            log.debug("panes of %s: %s", self.name, gone)
+        finally:
+            self.closing = None
+
+    def _close_one(self, tmux: Tmux) -> None:
+        for shell in reversed(self.shells):
+            is_idle = shell.pane.pane_id not in self.used and shell.prompt is Prompt.KNOWN
+            if is_idle and shell.is_ours and len(self.shells) > MAX_PANES:
+                tmux.close_pane(shell.pane, shell.last)
+                self.forget()
+                return
 
     def forget(self) -> None:
         """Look at its panes again before the next command."""
@@ -3867,6 +4839,8 @@ class Terminal:
         self.freed.set()
         for shell in self.shells:
             shell.stop()
+        if self.closing is not None:
+            self.closing.cancel()
 
     async def _look(self) -> Tmux:
         """Know the panes; make the window, with all around it, if it is missing.  Needs the lock.
@@ -3945,8 +4919,7 @@ class Terminal:
             self.freed.set()
             return None
 
-        one_returns = any(self.used.values())
-        if len(self.shells) < MAX_PANES and not one_returns and await self._split(tmux):
+        if self._may_split() and await self._split(tmux):
             return self.shells[-1] if await self.shells[-1].hold() else None
 
         # Otherwise a command would wait while a person reads.
@@ -3962,6 +4935,12 @@ class Terminal:
 
         return None
 
+    def _may_split(self) -> bool:
+        """Whether there may be one more pane."""
+        one_returns = any(self.used.values())
+        attended = len(self.shells) - len(self.unattended)
+        return not one_returns and attended < MAX_PANES and len(self.shells) < MAX_ALL_PANES
+
     async def _split(self, tmux: Tmux) -> bool:
         """Make one more pane."""
         beside = self.shells[-1].pane
@@ -3973,6 +4952,366 @@ class Terminal:
             tmux.tile(beside)
 
         return False
+
+
+# ==========================================================================
+# Run list
+# ==========================================================================
+# The newest runs, whatever their door: what was asked, how it ended, what it printed.
+#
+# Q1  A run is in the list from its request on, until newer ones push it out or it is forgotten.
+# Q2  What is known of a lasting run is on disk before its command can start.
+
+
+class RunState(enum.Enum):
+    """How far a run is, for its callers."""
+
+    WAITING = "waiting"  # for a pane
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+class Run:
+    """One command: what was asked, how far it is, what it has printed.
+
+    is_lasting  it outlives its caller and the server
+    """
+
+    __slots__ = (
+        "agent_name",
+        "asked_at",
+        "cmd",
+        "cwd",
+        "door",
+        "failure",
+        "ignored",
+        "is_answered",
+        "is_lasting",
+        "max_output",
+        "news",
+        "place",
+        "record",
+        "result",
+        "run_id",
+        "session_id",
+        "started_at",
+        "state",
+        "timeout",
+        "usage_id",
+    )
+
+    def __init__(self, run_id: str, request: ExecRequest, door: str, record: Record) -> None:
+        self.run_id = run_id
+        self.door = door
+        self.agent_name = request.agent_name
+        self.session_id = request.session_id
+        self.usage_id = request.usage_id
+        self.cmd = cut_to_bytes(request.cmd, MAX_LISTED_COMMAND)
+        self.cwd = request.cwd
+        self.timeout = request.timeout
+        self.max_output = request.max_output
+        self.ignored = request.ignored
+        self.is_lasting = request.wait is not None
+        self.record = record
+        self.state = RunState.WAITING
+        # Seconds of time.time(); None: not yet.
+        self.asked_at = time.time()
+        self.started_at: float | None = None
+        # None: it has not ended.
+        self.result: CommandResult | None = None
+        # Why it could not be run.
+        self.failure: ProxyError | None = None
+        # It has ended, or failed, or the server stops: nobody need wait for it any more.
+        self.news = asyncio.Event()
+        # Where its processes and its files are: for a server that starts later.
+        self.place: Message = {}
+        # Its caller has the answer, or has gone.
+        self.is_answered = False
+
+    def start(self) -> None:
+        """It runs."""
+        self.state = RunState.RUNNING
+        self.started_at = time.time()
+
+    def end(self, result: CommandResult) -> None:
+        """It has ended, or will never start."""
+        assert self.state is not RunState.ENDED
+        self.state = RunState.ENDED
+        self.result = result
+        self.news.set()
+        # Whoever follows the output learns of the end.
+        self.record.stir()
+
+    def fail(self, failure: ProxyError) -> None:
+        """It could not be run."""
+        self.failure = failure
+        self.news.set()
+        self.record.stir()
+
+    def let_callers_go(self) -> None:
+        """The server stops: answer with what is known."""
+        self.news.set()
+
+    def put_at(self, place: Message) -> None:
+        """Note where its processes and its files are."""
+        self.place = place
+
+    def text(self, limit: int | None = None) -> Iterator[str]:
+        """What it has printed by its end, or so far, see `Record.text`."""
+        return self.record.text(limit or self.max_output, self.printed())
+
+    def printed(self) -> int:
+        """Bytes by its end, or so far."""
+        return self.result.output_bytes if self.result else self.record.total
+
+    def waited_ms(self) -> int:
+        """Milliseconds that it waited for a pane, by now."""
+        return round(((self.started_at or time.time()) - self.asked_at) * 1000)
+
+    def duration(self) -> float:
+        """Seconds, so far."""
+        return time.time() - self.started_at if self.started_at else 0.0
+
+    def answer(self, stdout: str | None) -> ExecResponse:
+        """The answer to its caller, by now; `stdout` is None where that is not wanted."""
+        if self.result is not None:
+            return ExecResponse.of(self.ignored, self.result, stdout)
+
+        return ExecResponse(
+            stdout=stdout,
+            running=True,
+            truncated=not self.record.is_whole(self.max_output, self.record.total),
+            output_bytes=self.record.total,
+            duration_ms=round(self.duration() * 1000),
+            waited_ms=self.waited_ms(),
+            run_id=self.run_id,
+            ignored=[*self.ignored] or None,
+        )
+
+    def facts(self) -> Message:
+        """As the list shows it."""
+        shown: Message = {
+            "run_id": self.run_id,
+            "door": self.door,
+            "agent_name": self.agent_name,
+            "session_id": self.session_id,
+            "usage_id": self.usage_id,
+            "cmd": self.cmd,
+            "cwd": self.cwd,
+            "state": self.state.value,
+            "started": rfc3339(self.started_at) if self.started_at else None,
+        }
+        return {**shown, **self.answer(None).facts()}
+
+    def saved(self) -> Message:
+        """What a server that starts later needs to know."""
+        return {
+            "run_id": self.run_id,
+            "place": self.record.shelf.place,
+            "door": self.door,
+            "agent_name": self.agent_name,
+            "session_id": self.session_id,
+            "usage_id": self.usage_id,
+            "cmd": self.cmd,
+            "cwd": self.cwd,
+            "timeout": self.timeout,
+            "max_output": self.max_output,
+            "asked_at": self.asked_at,
+            "started_at": self.started_at,
+            "result": vars(self.result) if self.result else None,
+            "is_complete": self.record.is_complete,
+            "files": self.place,
+        }
+
+    @classmethod
+    def load(cls, saved: Message, record: Record) -> Run:
+        """From what another server has saved.  Raises BadMessage, KeyError, TypeError."""
+        request = ExecRequest(
+            cmd=saved["cmd"],
+            cwd=saved["cwd"],
+            agent_name=saved["agent_name"],
+            session_id=saved["session_id"],
+            usage_id=saved["usage_id"],
+            timeout=saved["timeout"],
+            max_output=saved["max_output"],
+            wait=0,
+        )
+        run = cls(saved["run_id"], request, saved["door"], record)
+        run.asked_at = float(saved["asked_at"])
+        run.place = saved["files"]
+        run.is_answered = True
+        if saved["started_at"] is not None:
+            run.state = RunState.RUNNING
+            run.started_at = float(saved["started_at"])
+        if saved["result"] is not None:
+            run.end(CommandResult(**saved["result"]))
+        return run
+
+
+def cut_to_bytes(text: str, limit: int) -> str:
+    """The start of a text that has at most `limit` bytes in UTF-8."""
+    if len(text) <= limit // 4:
+        return text
+    return text.encode(errors="replace")[:limit].decode(errors="ignore")
+
+
+def rfc3339(seconds: float) -> str:
+    """A time of time.time(): UTC, with milliseconds."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class RunList:
+    """The newest MAX_RUNS runs, the oldest first."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self.shelf = shelf
+        self.runs: dict[str, Run] = {}
+
+    def open(self, request: ExecRequest, door: str) -> Run:
+        """Put a run into the list."""
+        run_id = secrets.token_hex(8)
+        record = self.shelf.record(run_id, request.max_output, request.wait is not None)
+        run = Run(run_id, request, door, record)
+        self.runs[run_id] = run
+        if len(self.runs) > MAX_RUNS:
+            self._forget_oldest()
+        return run
+
+    def find(self, run_id: str) -> Run:
+        """Raises NoSuchRun."""
+        run = self.runs.get(run_id)
+        if run is None:
+            raise NoSuchRun(f"no run {run_id[:80]!r}: it was never started, or is forgotten")
+        return run
+
+    def newest(self, query: RunQuery) -> list[Run]:
+        """Those that match, the newest first.  Raises NoSuchRun for an unknown `before`."""
+        runs = [*self.runs.values()]
+        if query.before is not None:
+            runs = runs[: runs.index(self.find(query.before))]
+
+        found = list[Run]()
+        for run in reversed(runs):
+            if len(found) == query.limit:
+                break
+            if self._matches(run, query):
+                found.append(run)
+
+        return found
+
+    @staticmethod
+    def _matches(run: Run, query: RunQuery) -> bool:
+        """Whether a caller who asks like that wants to see it."""
+        wanted = {
+            "agent_name": query.agent_name,
+            "session_id": query.session_id,
+            "usage_id": query.usage_id,
+        }
+        if query.state is not None and run.state.value != query.state:
+            return False
+        return all(value in (None, getattr(run, name)) for name, value in wanted.items())
+
+    def answered(self, run: Run) -> None:
+        """Its caller has the answer, or has gone: its output may be dropped if there is no room."""
+        run.is_answered = True
+        if run.state is RunState.ENDED and run.run_id in self.runs:
+            self.shelf.retire(run.record)
+
+    def end(self, run: Run, result: CommandResult) -> None:
+        """It has ended, or will never start."""
+        run.end(result)
+        if run.is_lasting:
+            self.save(run)
+        if run.is_answered:
+            self.answered(run)
+
+    def complete(self, run: Run) -> None:
+        """Nothing of it can write any more."""
+        if run.record.is_complete:
+            return
+        run.record.finish()
+        self.shelf.stopped_growing(run.record)
+        if run.is_lasting and run.state is RunState.ENDED:
+            self.save(run)
+
+    def placed(self, run: Run, place: Message) -> None:
+        """It has files and a pane, and is about to start."""
+        run.put_at(place)
+        if run.is_lasting:
+            self.save(run)
+
+    def started(self, run: Run) -> None:
+        """It runs."""
+        run.start()
+        if run.is_lasting:
+            self.save(run)
+
+    def alive(self) -> list[Run]:
+        """Those that have not ended."""
+        return [run for run in self.runs.values() if run.state is not RunState.ENDED]
+
+    def close(self) -> None:
+        """The server stops: what lasts is for the next one."""
+        self.shelf.close()
+
+    def save(self, run: Run) -> None:
+        """Write what is known of a lasting run to the disk, as far as that is possible."""
+        if run.run_id not in self.runs:
+            return
+        try:
+            self.shelf.save(run.run_id, run.saved())
+        except OSError as refused:
+            self.shelf.complain(refused)
+
+    def forget(self, run: Run) -> None:
+        """Drop it with its output."""
+        self.runs.pop(run.run_id, None)
+        self.shelf.forget(run.record)
+        if run.is_lasting:
+            self.shelf.remove(run.run_id)
+
+    def _forget_oldest(self) -> None:
+        for run in self.runs.values():
+            if run.state is RunState.ENDED and run.is_answered:
+                self.forget(run)
+                return
+
+    def found(self) -> list[Run]:
+        """Take over the lasting runs of servers that have gone; those that are not complete."""
+        try:
+            saved = self.shelf.found()
+        except OSError as refused:
+            self.shelf.complain(refused)
+            return []
+
+        runs = list[Run]()
+        for facts, record in saved:
+            try:
+                runs.append(Run.load(facts, record))
+            except (ProxyError, LookupError, TypeError, ValueError) as damage:
+                log.warning("runs skipped=%s: %s", facts["run_id"], damage)
+                self.shelf.forget(record)
+                continue
+
+        runs.sort(key=lambda run: run.asked_at)
+        complete = {facts["run_id"] for facts, _ in saved if facts.get("is_complete") is True}
+        for run in runs:
+            if run.run_id in complete and run.result is not None:
+                self._close(run, run.result)
+
+        self.runs = {run.run_id: run for run in runs} | self.runs
+        for _ in range(len(self.runs) - MAX_RUNS):
+            self._forget_oldest()
+
+        return [run for run in runs if not run.record.is_complete]
+
+    def _close(self, run: Run, result: CommandResult) -> None:
+        """It was complete when it was saved."""
+        run.record.has_printed(result.output_bytes)
+        run.record.finish()
+        self.shelf.stopped_growing(run.record)
+        self.shelf.retire(run.record)
 
 
 # ==========================================================================
@@ -4006,6 +5345,9 @@ STOPPED = range(128 + signal.SIGSTOP, 128 + signal.SIGTTOU + 1)
 class Watch:
     """Follows a run: `start` before it starts, `end` when it has ended, or never started."""
 
+    # The way in which the command came: exec, stream, shell, mcp.
+    door = "exec"
+
     async def start(self, run_id: str) -> None:
         """If this raises, the command does not start."""
 
@@ -4030,10 +5372,14 @@ class Phase(enum.IntEnum):
 class Job:
     """One run of a command, from its files to the prompt after it.
 
-    takes       who gets the output: {"out"} for both streams, or {"out", "err"}
+    run         what callers see of it, with the record of its output
+    takes       who else gets the output: {"out"} for both streams, or {"out", "err"}
     fed         its stdin comes through `feed`
+    on_place    called with what finds it, before its command can start
+    on_start    called when it runs
     on_end      called with the result, without the output, once the command is over
     on_release  called when the pane is free
+    on_complete called when nothing of it can write any more
 
     | event              | HELD     | TYPED             | RUNNING  | SETTLING | OVER     |
     |--------------------|----------|-------------------|----------|----------|----------|
@@ -4065,12 +5411,15 @@ class Job:
         shell: PaneShell,
         tmux: Tmux,
         request: ExecRequest,
+        run: Run,
         takes: Takes,
         fed: bool,
-        run_id: str,
         asked_at: float,
+        on_place: Callable[[Message], object],
+        on_start: Callable[[], object],
         on_end: Callable[[CommandResult], object],
         on_release: Callable[[Job], object],
+        on_complete: Callable[[], object],
     ) -> None:
         self.terminal = terminal
         self.sandbox = terminal.sandbox
@@ -4078,17 +5427,24 @@ class Job:
         self.shell = shell
         self.tmux = tmux
         self.request = request
+        self.run = run
+        self.run_id = run.run_id
+        self.record = run.record
         self.takes = takes
         self.fed = fed
-        self.run_id = run_id
         self.on_end = on_end
+        self.on_place = on_place
+        self.on_start = on_start
         self.on_release = on_release
+        self.on_complete = on_complete
         self.loop = asyncio.get_running_loop()
 
         self.phase = Phase.HELD
         # True: it runs, or it is over and has a result.
         self.started: asyncio.Future[bool] = self.loop.create_future()
         self.over = asyncio.Event()
+        # From OVER on.
+        self.how_it_ended: CommandResult | None = None
         # Go has read its files to the end, or never will: its line was not typed.
         self.returned = False
         # Whatever is left of it at its end is ended too.
@@ -4128,7 +5484,9 @@ class Job:
 
         state = await self.shell.clear(self.tmux)
         if self.phase is Phase.HELD:
-            self._type(self._prepare(self.sandbox.open_folder()), state)
+            line = self._prepare(self.sandbox.open_folder())
+            self._note_place()
+            self._type(line, state)
 
         return await self.started
 
@@ -4138,7 +5496,7 @@ class Job:
             files = folder.open(self._on_report, self._on_all_read)
             self.files = files
             takes = {name: partial(self._take, take) for name, take in self.takes.items()}
-            files.open(takes, self.fed)
+            files.open(self.record, takes, self.fed)
             pane = self.shell.pane
             header = replacing(
                 files.line(),
@@ -4147,8 +5505,55 @@ class Job:
                 width=pane.width,
                 extra_rows=self.shell.extra_rows,
             )
-            files.write(go_script(self.request, files, self.run_id, self.sandbox.shell, header))
+            texts = go_script(
+                self.request,
+                files,
+                self.run_id,
+                self.sandbox.shell,
+                header,
+                is_lasting=self.record.is_lasting,
+            )
+            files.write(texts)
+
         return files.line()
+
+    def _note_place(self) -> None:
+        """Let a server that starts later find it."""
+        assert self.files is not None
+        pane = self.shell.pane
+        place = {
+            "path": self.files.path,
+            "token": self.files.token,
+            "pane_id": pane.pane_id,
+            "pane_pid": pane.pid,
+            "shell_is_ours": self.shell.is_ours,
+        }
+        self.on_place(place)
+
+    def resume(self, folder: FoundFolder, pid: int, passed: float) -> None:
+        """Go on with a run that another server has started, `passed` seconds ago.
+
+        Raises OSError.
+        """
+        path = self.run.place["path"]
+        token = self.run.place["token"]
+        self.files = folder.files_of(path, token, self._on_report, self._on_all_read)
+        takes = {name: partial(self._take, take) for name, take in self.takes.items()}
+        self.files.open(self.record, takes, fed=False)
+        self._enter(Phase.TYPED)
+        # OSError: no descriptor is left, and a person sees nothing of it.
+        with contextlib.suppress(OSError):
+            self.view = View(self.shell.pane, self.request.cmd)
+
+        seen = process(pid)
+        self.born = seen.started_at - 1 if seen else 0
+        self._on_start(pid)
+        self.started_at -= passed
+
+        # It may have ended since we looked.
+        _, exit_code, _ = folder.reports(path)
+        if exit_code is not None:
+            self._on_report("exit", exit_code)
 
     @property
     def feed(self) -> Input | None:
@@ -4219,6 +5624,7 @@ class Job:
         if self.ending is not None:
             signal_group(self, signal.SIGTERM)
 
+        self.on_start()
         if not self.started.done():
             self.started.set_result(True)
 
@@ -4322,7 +5728,11 @@ class Job:
         self._enter(Phase.SETTLING)
         self.settled_by = time.monotonic() + LATE_OUTPUT_TIMEOUT
         assert self.files is not None
-        if self.files.read_rest():
+        is_read = self.files.read_rest()
+        if self.record.is_lasting:
+            # Until now its shell, or one in the background, has held the outputs open.
+            self.files.let_return()
+        if is_read:
             self._on_all_read()
         else:
             self.files.keep()
@@ -4332,6 +5742,15 @@ class Job:
         """No writer is left."""
         if self.phase is Phase.SETTLING:
             self._finish()
+        # One that never started is tried again in other files.
+        if self.over.is_set():
+            self._complete()
+
+    def _complete(self) -> None:
+        """Nothing of it can write any more."""
+        on_complete = self.on_complete
+        self.on_complete = ignore
+        on_complete()
 
     def _wait_for_quiet(self, seconds: float) -> None:
         left = self.settled_by - time.monotonic()
@@ -4356,7 +5775,8 @@ class Job:
             self.files.finish()
 
         self.terminal.will_return(self.shell)
-        self.on_end(self.outcome())
+        self.how_it_ended = self.outcome()
+        self.on_end(self.how_it_ended)
         self.over.set()
 
         # A task: whoever waits for the answer comes first.
@@ -4377,7 +5797,8 @@ class Job:
             exit_code=self.exit_code if code is None else code,
             ended=self.ended,
             error=error and error.format(timeout=self.request.timeout, why=self.why),
-            output_bytes=self.files.written() if self.files else 0,
+            truncated=not self.record.is_whole(self.request.max_output, self.record.total),
+            output_bytes=self.record.total,
             duration_ms=round(self.duration * 1000),
             waited_ms=round(self.waited * 1000),
             terminal=self.terminal_line,
@@ -4401,7 +5822,7 @@ class Job:
 
         # Whoever got the answer often waits for this very CPU: 5 % of a small command's time.
         os.sched_yield()
-        end = self.outcome()
+        end = self.how_it_ended or self.outcome()
         log.info(
             "exec end agent=%s run=%s ended=%s exit=%d ms=%d",
             self.request.agent_name,
@@ -4453,10 +5874,8 @@ class Job:
         self.terminal.let_go(self.shell)
         self.on_release(self)
 
-    async def result(
-        self, capture: Capture | None = None, patience: float | None = None
-    ) -> CommandResult:
-        """How it ended; its output is in `capture` or with whoever took it.
+    async def result(self, patience: float | None = None) -> CommandResult:
+        """How it ended; its output is in its record, and with whoever took it.
 
         Cancelling this cancels the command.
         patience  seconds, at most, until what is left of it is taken
@@ -4471,15 +5890,23 @@ class Job:
             # If it is not over, its caller has left.
             self.end("cancelled")
 
-        outcome = self.outcome()
-        if capture is None:
-            return outcome
+        return self.how_it_ended or self.outcome()
 
-        return replace(
-            outcome,
-            output=capture.text(outcome.output_bytes),
-            truncated=outcome.output_bytes > self.request.max_output,
-        )
+    def leave(self) -> None:
+        """Nobody waits for its end any more."""
+        self.terminal.leave(self.shell)
+
+    def abandon(self) -> None:
+        """Leave it to run for the next server."""
+        if self.phase is Phase.RELEASED:
+            return
+
+        self._enter(Phase.RELEASED)
+        self._stop_timer()
+        if self.view:
+            self.view.close()
+        self.terminal.let_go(self.shell)
+        self.on_release(self)
 
     async def close(self) -> None:
         """It has ended, or is given up: leave nothing open."""
@@ -4549,17 +5976,117 @@ async def climb(job: Job, ladder: tuple[tuple[int, float], ...]) -> None:
         job.end("lost", "its shell does not report the end")
 
 
+def never_started(run: Run, failure: BaseException) -> CommandResult:
+    """How a run ended whose command was never run."""
+    return CommandResult(
+        output="",
+        exit_code=ProxyError.exit_code,
+        ended="cancelled",
+        error=f"never started: {failure or 'cancelled'}",
+        run_id=run.run_id,
+    )
+
+
+class Collector:
+    """Reads what a run has left that ended while no server was there, and notes its end."""
+
+    def __init__(
+        self,
+        run: Run,
+        folder: FoundFolder,
+        runs: RunList,
+        watch: Watch,
+        pid: int,
+        exit_code: int | None,
+        ended_at: float,
+    ) -> None:
+        self.run = run
+        self.runs = runs
+        self.watch = watch
+        self.folder = folder
+        # The process group of its command.
+        self.pid = pid
+        # None: its pane has died.
+        self.exit_code = exit_code
+        # Seconds of time.time().
+        self.ended_at = ended_at
+        self.files = folder.files_of(run.place["path"], run.place["token"], ignore, self._on_closed)
+        self.closed = asyncio.Event()
+
+    def start(self) -> None:
+        """Do it apart from this task."""
+        self.files.open(self.run.record, {"out": ignore}, fed=False)
+        self.folder.add(asyncio.ensure_future(self._run()))
+
+    def _on_closed(self) -> None:
+        self.closed.set()
+        if self.run.result is not None:
+            self.runs.complete(self.run)
+
+    async def _run(self) -> None:
+        self.files.read_rest()
+        # Its shell, and those in the background that held the output for us.
+        self.files.let_return(waiters=HOLDERS)
+        if self.run.result is None:
+            await set_within(self.closed, LATE_OUTPUT_TIMEOUT)
+            result = self._result()
+            self.watch.end(result)
+            self.runs.end(self.run, result)
+            if self.exit_code is None:
+                await self._end_rest()
+
+        self.files.release(has_run=True, was_typed=True, reusable=False)
+        if self.closed.is_set():
+            self.runs.complete(self.run)
+
+    def _result(self) -> CommandResult:
+        run = self.run
+        ended = "lost" if self.exit_code is None else "exit"
+        code, error = ENDINGS[ended]
+        started_at = run.started_at or self.ended_at
+        return CommandResult(
+            output="",
+            exit_code=(self.exit_code or 0) if code is None else code,
+            ended=ended,
+            error=error and error.format(why="its terminal died while no server was there"),
+            truncated=not run.record.is_whole(run.max_output, run.record.total),
+            output_bytes=run.record.total,
+            duration_ms=max(0, round((self.ended_at - started_at) * 1000)),
+            waited_ms=run.waited_ms(),
+            run_id=run.run_id,
+        )
+
+    async def _end_rest(self) -> None:
+        """End what is left of a command whose terminal has died."""
+        traits = RunTraits(run_id=self.run.run_id, group=None, path=self.files.path, born=0)
+        for number, patience in TERM_THEN_KILL:
+            for pid in await processes_of(traits):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, number)
+            if await set_within(self.closed, patience):
+                break
+
+
 class PocketCoderDriver:
     """Runs commands in the tmux session `session_name` at the socket `socket_path`.
 
     Needs no running tmux: the first command makes what is missing.
     directory  where new terminals start; None: where tmux does
+    runs_dir   for what its runs print; None: in the directory SOCKET.d
+    keep       bytes of output that are kept, all runs together
     """
 
     # Closes with the event loop.
     keeper: asyncio.Task[None] | None = None
 
-    def __init__(self, socket_path: str, session_name: str, directory: str | None = None) -> None:
+    def __init__(
+        self,
+        socket_path: str,
+        session_name: str,
+        directory: str | None = None,
+        runs_dir: str | None = None,
+        keep: int = DEFAULT_KEEP * MIB,
+    ) -> None:
         if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f:.#=;$\\]{1,64}", session_name):
             expected = "a name of a tmux session without `:`, `.`, `#`, `=`, `;`, `$`, `\\`"
             raise complain("session_name", session_name, expected)
@@ -4567,6 +6094,8 @@ class PocketCoderDriver:
         self.socket_path = os.path.abspath(socket_path)
         self.session_name = session_name
         self.directory = directory
+        folder = os.path.abspath(runs_dir or f"{self.socket_path}.d/runs")
+        self.runs = RunList(Shelf(folder, keep, self.socket_path))
         self._reset()
 
     def _reset(self) -> None:
@@ -4575,6 +6104,8 @@ class PocketCoderDriver:
         self.terminals: dict[str, Terminal] = {}
         # Those that hold a pane, by run_id; the newest is the last.
         self.running: dict[str, Job] = {}
+        # Runs that outlive their callers, by run_id.
+        self.launched: dict[str, asyncio.Task[None]] = {}
 
     def session_exists(self, session: str) -> bool:
         """Whether tmux has a session of exactly this name.  Raises NoTerminal."""
@@ -4606,21 +6137,44 @@ class PocketCoderDriver:
 
     async def run(self, request: ExecRequest) -> CommandResult:
         """The same for a request.  Cancelling this cancels the command."""
-        capture = Capture(request.max_output)
-        job = await self.start(request, {"out": capture.add})
-        return await job.result(capture)
+        run = self.runs.open(request, NOBODY.door)
+        try:
+            job = await self.start(request, {"out": ignore}, run=run)
+            result = await job.result()
+            return replace(result, output="".join(run.text()))
+        finally:
+            self.runs.answered(run)
 
     async def start(
-        self, request: ExecRequest, takes: Takes, fed: bool = False, watch: Watch = NOBODY
+        self,
+        request: ExecRequest,
+        takes: Takes,
+        fed: bool = False,
+        watch: Watch = NOBODY,
+        run: Run | None = None,
     ) -> Job:
         """Start a command; return when it runs.
 
         takes  {"out"} for both streams, or {"out", "err"}
         fed    its stdin is what the job's `feed` gets
-        Raises NoTerminal, and what `watch` raises.
+        run    of the list `runs`; None: a new one, whose output nobody needs from there
+        Raises NoTerminal, and what `watch` raises: then it is not in the list any more, unless it
+        outlives its caller.
         """
+        if run is None:
+            run = self.runs.open(request, watch.door)
+            self.runs.answered(run)
+
+        try:
+            return await self._start(run, request, takes, fed, watch)
+        except BaseException as failure:
+            self._never_started(run, failure)
+            raise
+
+    async def _start(
+        self, run: Run, request: ExecRequest, takes: Takes, fed: bool, watch: Watch
+    ) -> Job:
         terminal = self.terminal(request.agent_name)
-        run_id = secrets.token_hex(8)
         asked_at = time.monotonic()
         is_told = False
         job = None
@@ -4634,18 +6188,23 @@ class PocketCoderDriver:
                     shell=shell,
                     tmux=tmux,
                     request=request,
+                    run=run,
                     takes=takes,
                     fed=fed,
-                    run_id=run_id,
                     asked_at=asked_at,
-                    on_end=watch.end,
+                    on_place=partial(self.runs.placed, run),
+                    on_start=partial(self.runs.started, run),
+                    on_end=partial(self._on_end, run, watch),
                     on_release=self._forget,
+                    on_complete=partial(self.runs.complete, run),
                 )
-                self.running[run_id] = job
+                self.running[run.run_id] = job
+                if run.is_lasting and run.is_answered:
+                    job.leave()
 
                 try:
                     if not is_told:
-                        await watch.start(run_id)
+                        await watch.start(run.run_id)
                         is_told = True
 
                     problem = await self._try(job)
@@ -4666,17 +6225,67 @@ class PocketCoderDriver:
             raise NoTerminal(why)
         except BaseException as failure:
             if is_told and job and not job.over.is_set() and job.ending is None:
-                watch.end(
-                    CommandResult(
-                        output="",
-                        exit_code=ProxyError.exit_code,
-                        ended="cancelled",
-                        error=f"never started: {failure or 'cancelled'}",
-                        run_id=run_id,
-                    )
-                )
+                watch.end(never_started(run, failure))
 
             raise
+
+    def _on_end(self, run: Run, watch: Watch, result: CommandResult) -> None:
+        watch.end(result)
+        self.runs.end(run, result)
+
+    def _never_started(self, run: Run, failure: BaseException) -> None:
+        """Its request failed, or was cancelled before its start."""
+        job = self.running.get(run.run_id)
+        if run.state is RunState.ENDED or (job is not None and job.ending is not None):
+            # It has started after all, and is being ended.
+            return
+
+        if run.is_answered and run.is_lasting:
+            self.runs.end(run, never_started(run, failure))
+            self.runs.complete(run)
+        else:
+            self.runs.forget(run)
+
+    def launch(self, request: ExecRequest, watch: Watch) -> Run:
+        """Start a command that goes on without its caller; see `Run.over`, `failure`, `leave`."""
+        run = self.runs.open(request, watch.door)
+        task = asyncio.ensure_future(self._see_through(run, request, watch))
+        self.launched[run.run_id] = task
+        task.add_done_callback(lambda _: self.launched.pop(run.run_id, None))
+        return run
+
+    async def _see_through(self, run: Run, request: ExecRequest, watch: Watch) -> None:
+        """Start a run; its failure is noted for its caller."""
+        try:
+            await self.start(request, {"out": ignore}, watch=watch, run=run)
+        except ProxyError as failure:
+            run.fail(failure)
+        except asyncio.CancelledError:
+            run.fail(NoTerminal("cancelled before its start"))
+            raise
+
+    def leave(self, run: Run) -> None:
+        """The caller of a run that goes on has its answer, or has gone."""
+        self.runs.answered(run)
+        job = self.running.get(run.run_id)
+        if job is not None:
+            job.leave()
+
+    def end_run(self, run: Run, why: str = "") -> None:
+        """End a run, with TERM and then KILL, whether it has started or not."""
+        job = self.running.get(run.run_id)
+        starting = self.launched.get(run.run_id)
+        if job is not None and job.phase >= Phase.RUNNING:
+            job.end("cancelled", why)
+        elif starting is not None:
+            starting.cancel()
+
+    def signal_run(self, run: Run, number: int) -> None:
+        """Send a signal to the process group of a command that runs.  Raises BadMessage."""
+        job = self.running.get(run.run_id)
+        if job is None or job.phase is not Phase.RUNNING:
+            raise complain("run_id", run.run_id, "a command that runs now")
+        signal_group(job, number)
 
     async def _try(self, job: Job) -> str | None:
         """Start it in its pane; None if it runs, or has ended.
@@ -4708,6 +6317,133 @@ class PocketCoderDriver:
     def _forget(self, job: Job) -> None:
         """It holds no pane any more."""
         del self.running[job.run_id]
+
+    # --- Runs of servers that have gone.
+
+    async def adopt(self, watch_of: Callable[[Run], Watch] = lambda run: NOBODY) -> None:
+        """Go on with the lasting runs of servers of this socket that have gone.
+
+        watch_of  who follows a run from now on
+        """
+        found = self.runs.found()
+        if not found:
+            return
+
+        self.terminal(default_agent_name())
+        folders = dict[str, FoundFolder | None]()
+        for run in found:
+            path = os.path.dirname(str(run.place.get("path", "")))
+            if path not in folders:
+                folders[path] = FoundFolder.at(path, f"{self.socket_path}.d")
+            try:
+                await self._adopt_one(run, folders[path], watch_of(run))
+            except (NoTerminal, OSError, ValueError, LookupError, TypeError) as failure:
+                log.warning("run=%s cannot be taken over: %s", run.run_id, failure)
+                self._lose(run, watch_of(run), f"its files cannot be read ({failure})")
+
+        for folder in folders.values():
+            if folder is not None:
+                folder.start()
+
+    async def _adopt_one(self, run: Run, folder: FoundFolder | None, watch: Watch) -> None:
+        """Go on with one run.  Raises NoTerminal, OSError, ValueError, LookupError."""
+        if folder is None:
+            self._lose(run, watch, "its files are gone")
+            return
+
+        path = str(run.place["path"])
+        token = str(run.place["token"])
+        if not folder.has_files(path, token):
+            if run.result is None:
+                self._lose(run, watch, "its files belong to a later run")
+            self.runs.complete(run)
+            return
+
+        pid, exit_code, ended_at = folder.reports(path)
+        if pid is None:
+            folder.drop(path)
+            if run.result is None:
+                failure = NoTerminal("its server ended before it could start")
+                self._on_end(run, watch, never_started(run, failure))
+            self.runs.complete(run)
+            return
+
+        log.info("run=%s taken over state=%s", run.run_id, run.state.value)
+        if run.result is None and exit_code is None:
+            place = await self._place_of(run)
+            if place is not None:
+                self._resume(run, folder, watch, pid, *place)
+                return
+
+        Collector(run, folder, self.runs, watch, pid, exit_code, ended_at).start()
+
+    async def _place_of(self, run: Run) -> tuple[Terminal, PaneShell, Tmux] | None:
+        """Where a run goes on; None: its pane has died.  Raises NoTerminal, OSError."""
+        if has_ended(int(run.place["pane_pid"])):
+            return None
+        if not await asyncio.to_thread(self.sandbox.has_session, self.session_name):
+            return None
+        terminal = self.terminal(run.agent_name)
+        found = await terminal.find(str(run.place["pane_id"]), int(run.place["pane_pid"]))
+        return None if found is None else (terminal, *found)
+
+    def _resume(
+        self,
+        run: Run,
+        folder: FoundFolder,
+        watch: Watch,
+        pid: int,
+        terminal: Terminal,
+        shell: PaneShell,
+        tmux: Tmux,
+    ) -> None:
+        """Follow a run that goes on to its end."""
+        if run.started_at is None:
+            run.start()
+        # Of its time, some is over.
+        passed = time.time() - (run.started_at or time.time())
+        request = ExecRequest(
+            cmd=run.cmd,
+            cwd=run.cwd,
+            agent_name=run.agent_name,
+            session_id=run.session_id,
+            usage_id=run.usage_id,
+            timeout=run.timeout,
+            max_output=run.max_output,
+            wait=0,
+        )
+        job = Job(
+            terminal=terminal,
+            shell=shell,
+            tmux=tmux,
+            request=request,
+            run=run,
+            takes={"out": ignore},
+            fed=False,
+            asked_at=time.monotonic() - run.waited_ms() / 1000,
+            on_place=ignore,
+            on_start=ignore,
+            on_end=partial(self._on_end, run, watch),
+            on_release=self._forget,
+            on_complete=partial(self.runs.complete, run),
+        )
+        self.running[run.run_id] = job
+        job.resume(folder, pid, passed)
+
+    def _lose(self, run: Run, watch: Watch, why: str) -> None:
+        """Nothing more can be known of it."""
+        if run.result is None:
+            code, error = ENDINGS["lost"]
+            result = CommandResult(
+                output="",
+                exit_code=code or 0,
+                ended="lost",
+                error=error and error.format(why=why),
+                output_bytes=run.record.total,
+                run_id=run.run_id,
+            )
+            self._on_end(run, watch, result)
+        self.runs.complete(run)
 
     async def windows(self) -> dict[str, list[Pane]]:
         """The panes of each agent's window, by agent; makes nothing.  Raises NoTerminal."""
@@ -4835,7 +6571,17 @@ class PocketCoderDriver:
         for terminal in self.terminals.values():
             terminal.stop()
 
+        # Those that outlive us are left to the next server, and their callers are told so.
+        for job in self.jobs():
+            if job.record.is_lasting and job.phase >= Phase.TYPED and not job.over.is_set():
+                job.abandon()
+                self.runs.save(job.run)
+        for run in self.runs.alive():
+            run.let_callers_go()
+
         await asyncio.gather(*(over_within(job, grace) for job in self.jobs()))
+        for starting in [*self.launched.values()]:
+            starting.cancel()
 
         jobs = self.jobs()
         for job in jobs:
@@ -4847,6 +6593,7 @@ class PocketCoderDriver:
             await job.close()
 
         await self.sandbox.close()
+        self.runs.close()
         self._reset()
         self.sandbox.stopping = True
 
@@ -8317,7 +10064,7 @@ def key_of(session: Session, message: Message) -> str:
 # Reports progress: seconds since the start, and the newest line of output.
 Report = Callable[[float, str], None]
 # What a tool does; it gets the AppState, its arguments, and a Report if its client wants progress.
-Run = Callable[[Any, Message, "Report | None"], Awaitable[Message]]
+ToolWork = Callable[[Any, Message, "Report | None"], Awaitable[Message]]
 
 INSTRUCTIONS = (
     "Terminals of a sandbox. `exec` runs a bash command and answers with its output and exit code; "
@@ -8332,7 +10079,7 @@ class Tool:
     """What clients see of a tool, and what it does."""
 
     shown: Message
-    run: Run
+    run: ToolWork
 
 
 # By name, in the order in which clients see them.
@@ -8350,7 +10097,7 @@ def tool(
     needs: list[str],
     gives: Message | None = None,
     may_give: Message | None = None,
-) -> Callable[[Run], Run]:
+) -> Callable[[ToolWork], ToolWork]:
     """Register NAME_tool; its docstring is the description that a model reads.
 
     hints     those of HINTS that are true
@@ -8360,7 +10107,7 @@ def tool(
     may_give  the same of fields that may be missing
     """
 
-    def register(run: Run) -> Run:
+    def register(run: ToolWork) -> ToolWork:
         name = run.__name__.removesuffix("_tool")
         flags = {f"{hint}Hint": hint in hints.split() for hint in HINTS}
         shown: Message = {
@@ -8634,7 +10381,7 @@ class Metrics:
 # ==========================================================================
 # What handlers share, built once in `serve`; what is recorded of commands and calls.
 #
-# A1  `execute` is the only way to the driver for a command, whatever the door.
+# A1  Every command comes to the driver through `executed` or `launched`, whatever the door.
 @dataclass
 class AppState(SessionHost):
     """What the handlers share."""
@@ -8740,6 +10487,18 @@ class Notes(Watch):
         # One of DOORS.
         self.door = door
 
+    @classmethod
+    def of_run(cls, state: AppState, run: Run) -> Notes:
+        """Of a run that another server has started."""
+        request = ExecRequest(
+            cmd=run.cmd,
+            cwd=run.cwd,
+            agent_name=run.agent_name,
+            session_id=run.session_id,
+            usage_id=run.usage_id,
+        )
+        return cls(state, request, run.door)
+
     def _fields(self, run_id: str) -> Message:
         fields: Message = {
             "run_id": run_id,
@@ -8780,36 +10539,68 @@ class Notes(Watch):
         self._report("end", result.run_id, {name: facts[name] for name in reported})
 
 
-async def execute(
+@contextlib.asynccontextmanager
+async def executed(
     state: AppState,
     request: ExecRequest,
     door: str,
     takes: Takes,
-    capture: Capture | None = None,
     started: Callable[[Job], Awaitable[None]] | None = None,
     patience: float | None = None,
     fed: bool = False,
-) -> CommandResult:
-    """Run a command to its end; see `PocketCoderDriver.start` and `Job.result`.
+) -> AsyncIterator[Run]:
+    """Run a command to its end; its run, whose output is kept while this is open.
 
+    See `PocketCoderDriver.start` and `Job.result`.
     door  the way in which the command came, for the audit log
     Cancelling this cancels it.
     """
-    job = await state.driver.start(request, takes, fed, Notes(state, request, door))
+    run = state.driver.runs.open(request, door)
     try:
-        if started:
-            await started(job)
-        result = await job.result(capture, patience)
+        watch = Notes(state, request, door)
+        job = await state.driver.start(request, takes, fed, watch, run)
         try:
-            await state.audit.written()
-        except NoAudit as wrong:
-            raise ProxyError(
-                f"the command ended with {result.exit_code}, its answer is withheld: {wrong}"
-            ) from None
-        return result
+            if started:
+                await started(job)
+            await job.result(patience)
+        finally:
+            # If it has not ended yet, its caller has left.
+            job.end("cancelled")
+        await check_recorded(state, run)
+        yield run
     finally:
-        # If it has not ended yet, its caller has left.
-        job.end("cancelled")
+        state.driver.runs.answered(run)
+
+
+@contextlib.asynccontextmanager
+async def launched(
+    state: AppState, request: ExecRequest, door: str, wait: float
+) -> AsyncIterator[Run]:
+    """Run a command that goes on after `wait` seconds, or when its caller leaves.
+
+    Its run, ended or not, whose output is kept while this is open.
+    """
+    run = state.driver.launch(request, Notes(state, request, door))
+    try:
+        await set_within(run.news, wait)
+        if run.failure is not None:
+            raise run.failure
+        if run.result is not None:
+            await check_recorded(state, run)
+        yield run
+    finally:
+        state.driver.leave(run)
+
+
+async def check_recorded(state: AppState, run: Run) -> None:
+    """Wait until the end of a run is in the audit log.  Raises ProxyError if that fails."""
+    try:
+        await state.audit.written()
+    except NoAudit as wrong:
+        code = run.result.exit_code if run.result else None
+        raise ProxyError(
+            f"the command ended with {code}, its answer is withheld: {wrong}"
+        ) from None
 
 
 # ==========================================================================
@@ -8841,7 +10632,7 @@ PARAMETERS: dict[str, Message] = {
         "type": "number",
         "exclusiveMinimum": 0,
         "maximum": MAX_TIMEOUT,
-        "default": DEFAULT_TIMEOUT,
+        "default": MAX_TIMEOUT,
         "description": "Seconds until the command is ended.",
     },
     "stdin": {
@@ -8878,7 +10669,31 @@ PARAMETERS: dict[str, Message] = {
     "run_id": {
         "type": "string",
         "pattern": f"^{RUN_ID.pattern}$",
-        "description": "Into the terminal of this command.",
+        "description": "Of the command, as an answer of exec or list_runs names it.",
+    },
+    "wait": {
+        "type": "number",
+        "minimum": 0,
+        "maximum": MAX_TIMEOUT,
+        "default": TOOL_WAIT,
+        "description": "Seconds until the answer, also if the command still runs then.",
+    },
+    "offset": {
+        "type": "integer",
+        "minimum": 0,
+        "default": 0,
+        "description": "Bytes of output that you have already: `next_offset` of the last answer.",
+    },
+    "signal": {
+        "type": "string",
+        "enum": [*SIGNAL_NUMBERS],
+        "default": "TERM",
+        "description": "For its process group.",
+    },
+    "running": {
+        "type": "boolean",
+        "default": False,
+        "description": "Only those that run now.",
     },
 }
 
@@ -8886,16 +10701,31 @@ PARAMETERS: dict[str, Message] = {
 STRING = {"type": "string"}
 FLAG = {"type": "boolean"}
 COUNT = {"type": "integer", "minimum": 0}
+# Null while a command runs.
+STRING_IF_ENDED = {"type": ["string", "null"]}
+COUNT_IF_ENDED = {"type": ["integer", "null"], "minimum": 0}
 RESULT = {
     "output": STRING,
-    "exit_code": COUNT,
-    "ended": STRING,
+    "exit_code": COUNT_IF_ENDED,
+    "running": FLAG,
+    "run_id": STRING,
+    "next_offset": COUNT,
+    "ended": STRING_IF_ENDED,
     "truncated": FLAG,
+    "output_bytes": COUNT,
+}
+END_RESULT = {
+    "run_id": STRING,
+    "running": FLAG,
+    "exit_code": COUNT_IF_ENDED,
+    "ended": STRING_IF_ENDED,
     "output_bytes": COUNT,
 }
 # What its terminal showed last, when its time was over: a program may be asking there.
 AT_A_TIMEOUT = {"terminal": STRING}
 TERMINAL = {"agent_name": STRING, "busy": FLAG, "command": STRING, "columns": COUNT, "lines": COUNT}
+LISTED_RUN = {"run_id": STRING, "agent_name": STRING, "cmd": STRING, "state": STRING}
+LISTED_RUNS = {"runs": {"type": "array", "items": object_schema(LISTED_RUN, list(LISTED_RUN))}}
 LISTED = {"terminals": {"type": "array", "items": object_schema(TERMINAL, list(TERMINAL))}}
 
 
@@ -8904,35 +10734,28 @@ def parameters(names: str) -> Message:
     return {name: PARAMETERS[name] for name in names.split()}
 
 
-EXEC_PARAMETERS = parameters("cmd cwd agent_name timeout stdin max_output")
+EXEC_PARAMETERS = parameters("cmd cwd agent_name timeout stdin max_output wait")
 
 
 class Progress:
-    """Reports the newest line of a command's output, at most every PROGRESS_PAUSE seconds."""
+    """Reports the newest line of a run's output, at most every PROGRESS_PAUSE seconds."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, run: Run) -> None:
         self.report = report
+        self.record = run.record
         self.started_at = time.monotonic()
-        # The end of the output so far.
-        self.newest = bytearray()
-        self.news = asyncio.Event()
         self.reporting = asyncio.ensure_future(self._run())
-
-    def add(self, chunk: bytes) -> None:
-        self.newest.extend(chunk[-MAX_LINE:])
-        del self.newest[:-MAX_LINE]
-        self.news.set()
 
     async def _run(self) -> None:
         while True:
-            self.news.clear()
-            await set_within(self.news, PROGRESS_EVERY - PROGRESS_PAUSE)
+            await self.record.changed_within(PROGRESS_EVERY - PROGRESS_PAUSE)
             self.report(time.monotonic() - self.started_at, self._newest_line())
             await asyncio.sleep(PROGRESS_PAUSE)
 
     def _newest_line(self) -> str:
         """The last line that is not blank, or an empty one."""
-        lines = self.newest.decode(errors="replace").split("\n")
+        _, newest = self.record.read(max(0, self.record.total - MAX_LINE), MAX_LINE)
+        lines = newest.decode(errors="replace").split("\n")
         shown = [line.strip() for line in lines if line.strip()]
         return shown[-1] if shown else ""
 
@@ -8942,51 +10765,147 @@ class Progress:
 
 @tool("Run a command", "destructive openWorld", EXEC_PARAMETERS, ["cmd"], RESULT, AT_A_TIMEOUT)
 async def exec_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
-    """Run a bash command in the sandbox and wait for its end. Answers with stdout and stderr as
-    one text, in the order written, and with the exit code. Every command starts in a fresh shell:
-    `cd` and variables do not last. Start servers in the background (`cmd &`), or they end with the
-    timeout. A person may be watching, and can answer what a command asks on its terminal; programs
-    that ask are better driven with send_keys and read_terminal."""
+    """Run a bash command in the sandbox. Answers with stdout and stderr as one text, in the order
+    written, and with the exit code. A command that takes longer than `wait` seconds goes on: the
+    answer then says how to get the rest with wait_run. Every command starts in a fresh shell: `cd`
+    and variables do not last. A person may be watching, and can answer what a command asks on its
+    terminal; programs that ask are better driven with send_keys and read_terminal."""
     fields = {name: value for name, value in arguments.items() if name in EXEC_PARAMETERS}
-    request = ExecRequest.from_fields({"max_output": TOOL_OUTPUT, **fields}, state.workspace)
-    capture = Capture(request.max_output)
-    progress = Progress(report) if report else None
-
-    def take(chunk: bytes) -> None:
-        capture.add(chunk)
-        if progress:
-            progress.add(chunk)
-
+    fields = {"max_output": TOOL_OUTPUT, "wait": TOOL_WAIT, **fields}
+    wait = check_wait(fields["wait"])
+    request = ExecRequest.from_fields(fields, state.workspace)
+    run = state.driver.launch(request, Notes(state, request, "mcp"))
     try:
-        result = await execute(state, request, "mcp", {"out": take}, capture)
+        return await answer_of_run(state, run, wait, 0, request.max_output, report)
+    except asyncio.CancelledError:
+        state.driver.end_run(run)
+        raise
+    finally:
+        state.driver.leave(run)
+
+
+async def answer_of_run(
+    state: AppState, run: Run, wait: float, offset: int, limit: int, report: Report | None
+) -> Message:
+    """Wait for the end of a run, `wait` seconds at most; its output from `offset` on."""
+    progress = Progress(report, run) if report else None
+    try:
+        await set_within(run.news, wait)
     finally:
         if progress:
             progress.stop()
 
-    facts = {name: getattr(result, name) for name in RESULT}
-    if result.terminal is not None:
-        facts["terminal"] = result.terminal
+    if run.failure is not None:
+        raise run.failure
 
-    return content(text_of(result), facts, failed=result.ended != "exit")
+    end = run.printed()
+    if run.result is None:
+        end = run.record.boundary(end)
+    else:
+        await check_recorded(state, run)
+
+    answer = run.answer("".join(run.record.text(limit, end, offset)))
+    facts = {
+        "output": answer.stdout,
+        "exit_code": answer.exit_code,
+        "running": run.result is None,
+        "run_id": run.run_id,
+        "next_offset": end,
+        "ended": answer.ended,
+        "truncated": not run.record.is_whole(limit, end, offset),
+        "output_bytes": answer.output_bytes,
+    }
+    if answer.terminal is not None:
+        facts["terminal"] = answer.terminal
+
+    failed = run.result is not None and run.result.ended != "exit"
+    return content(text_of(answer, end), facts, failed=failed)
 
 
-def text_of(result: CommandResult) -> str:
+def text_of(answer: ExecResponse, next_offset: int) -> str:
     """A command's output for a model, and below it what it has to know of its end."""
     remarks = []
-    if result.exit_code:
-        remarks.append(f"[exit code {result.exit_code}]")
+    if answer.running:
+        remarks.append(
+            f"[still running: run {answer.run_id}. Call wait_run with run_id {answer.run_id!r} and"
+            f" offset {next_offset} to wait for the rest, end_run to end it.]"
+        )
 
-    if result.error:
-        remarks.append(f"[{result.error}]")
+    if answer.exit_code:
+        remarks.append(f"[exit code {answer.exit_code}]")
 
-    if result.terminal is not None:
-        remarks.append(f"[its terminal shows: {result.terminal}]")
+    if answer.error:
+        remarks.append(f"[{answer.error}]")
 
-    text = result.output
+    if answer.terminal is not None:
+        remarks.append(f"[its terminal shows: {answer.terminal}]")
+
+    text = answer.stdout or ""
     if remarks and text and not text.endswith("\n"):
         text += "\n"
 
     return text + "\n".join(remarks)
+
+
+WAIT_PARAMETERS = parameters("run_id wait offset max_output")
+
+
+@tool(
+    "Wait for a command", "readOnly idempotent", WAIT_PARAMETERS, ["run_id"], RESULT, AT_A_TIMEOUT
+)
+async def wait_run_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
+    """Wait for the end of a command that exec has left running, and get what it has printed since.
+    Give the `run_id` and the `offset` that the last answer named. It can be called again and again,
+    also for a command that has ended."""
+    run = state.driver.runs.find(check_run_id(arguments.get("run_id")))
+    wait = check_wait(arguments.get("wait", TOOL_WAIT))
+    limit = check_max_output(arguments.get("max_output", TOOL_OUTPUT))
+    offset = check_offset(arguments.get("offset", 0), run.printed())
+    return await answer_of_run(state, run, wait, offset, limit, report)
+
+
+END_PARAMETERS = parameters("run_id signal")
+
+
+@tool("End a command", "destructive", END_PARAMETERS, ["run_id"], END_RESULT)
+async def end_run_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
+    """End a command that runs: with the signal TERM, and KILL 2 seconds later, if no other signal
+    is named. Answers with how it ended."""
+    run = state.driver.runs.find(check_run_id(arguments.get("run_id")))
+    name = arguments.get("signal", "TERM")
+    if name not in SIGNAL_NUMBERS:
+        raise complain("signal", name, f"one of {', '.join(SIGNAL_NUMBERS)}")
+
+    if run.result is None and name == "TERM":
+        state.driver.end_run(run, ": end_run was called")
+    elif run.result is None:
+        state.driver.signal_run(run, SIGNAL_NUMBERS[name])
+
+    await set_within(run.news, END_PATIENCE)
+    answer = run.answer(None)
+    facts = {
+        "run_id": run.run_id,
+        "running": run.result is None,
+        "exit_code": answer.exit_code,
+        "ended": answer.ended,
+        "output_bytes": answer.output_bytes,
+    }
+    return content(text_of(answer, run.printed()) or "[exit code 0]", facts)
+
+
+@tool("List the commands", "readOnly idempotent", parameters("agent_name running"), [], LISTED_RUNS)
+async def list_runs_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
+    """List the newest 50 commands, with what they were, whether they run, and how they ended. Their
+    output is what wait_run answers with."""
+    running = arguments.get("running", False)
+    if not isinstance(running, bool):
+        raise complain("running", running, "true or false")
+
+    agent_name = arguments.get("agent_name")
+    state_wanted = "running" if running else None
+    query = RunQuery(agent_name=agent_name, state=state_wanted, limit=TOOL_LISTED)
+    found = {"runs": [run.facts() for run in state.driver.runs.newest(query)]}
+    return content(json.dumps(found), found)
 
 
 @tool("Read the terminal", "readOnly idempotent", parameters("agent_name lines"), [])
@@ -9237,11 +11156,21 @@ async def metrics_handler(state: AppState) -> str:
     return await state.measured()
 
 
+@contextlib.asynccontextmanager
+async def answering(state: AppState, request: ExecRequest) -> AsyncIterator[Run]:
+    """Run a command to its end, or for `wait` seconds.  Cancelling this cancels it, see `wait`."""
+    if request.wait is None:
+        async with executed(state, request, "exec", {"out": ignore}) as run:
+            yield run
+    else:
+        async with launched(state, request, "exec", request.wait) as run:
+            yield run
+
+
 async def exec_handler(state: AppState, request: ExecRequest) -> ExecResponse:
-    """Run a command to its end.  Cancelling this cancels the command."""
-    capture = Capture(request.max_output)
-    result = await execute(state, request, "exec", {"out": capture.add}, capture)
-    return ExecResponse.of(request, result, result.output)
+    """Run a command to its end, or for `wait` seconds.  Cancelling this cancels it, see `wait`."""
+    async with answering(state, request) as run:
+        return run.answer("".join(run.text()))
 
 
 async def stream_handler(
@@ -9260,7 +11189,7 @@ async def stream_handler(
         text = decoder.decode(chunk, final)
         await announced.wait()
         if text:
-            await send(f"event: output\ndata: {ExecResponse(stdout=text).to_wire()}\n\n")
+            await send(output_event(text))
 
     async def started(_: Job) -> None:
         try:
@@ -9268,16 +11197,79 @@ async def stream_handler(
         finally:
             announced.set()
 
-    result = await execute(
+    async with executed(
         state,
         request,
         "stream",
         {"out": output},
         started=started,
         patience=SLOW_READER_TIMEOUT,
-    )
-    await output(b"", final=True)
-    return ExecResponse.of(request, result, None)
+    ) as run:
+        await output(b"", final=True)
+        return run.answer(None)
+
+
+async def launched_stream_handler(
+    state: AppState, request: ExecRequest, send: Callable[[str], Awaitable[None]]
+) -> ExecResponse:
+    """The same for `wait` seconds: then the command goes on without its caller.
+
+    A slow `send` slows nothing: what is no longer kept is left out.
+    """
+    assert request.wait is not None
+    deadline = time.monotonic() + request.wait
+    run = state.driver.launch(request, Notes(state, request, "stream"))
+    sending = asyncio.ensure_future(send_output(run, 0, send))
+    try:
+        await send(": started\n\n")
+        await set_within(run.news, deadline - time.monotonic())
+        if run.failure is not None:
+            raise run.failure
+        if run.result is not None:
+            await asyncio.wait({sending}, timeout=SLOW_READER_TIMEOUT)
+            await check_recorded(state, run)
+        return run.answer(None)
+    finally:
+        sending.cancel()
+        state.driver.leave(run)
+
+
+def output_event(text: str, offset: int | None = None) -> str:
+    """A piece of output as Server-Sent Events have it; `offset` is that behind it."""
+    id_line = "" if offset is None else f"id: {offset}\n"
+    return f"event: output\n{id_line}data: {ExecResponse(stdout=text).to_wire()}\n\n"
+
+
+async def send_output(
+    run: Run, offset: int, send: Callable[[str], Awaitable[None]], is_numbered: bool = False
+) -> None:
+    """Send what a run prints from `offset` on, as it comes, until it has ended.
+
+    is_numbered  each event has the offset behind it, never inside a character
+    What is no longer kept is left out.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    at = offset
+    while True:
+        if run.result is None and run.record.total <= at:
+            await run.record.change()
+        end = run.printed()
+        start, chunk = run.record.read(at, TEXT_PIECE)
+        chunk = chunk[: max(0, end - start)]
+        if chunk:
+            if start != at:
+                decoder.reset()
+            at = start + len(chunk)
+            text = decoder.decode(chunk)
+            if text:
+                behind = at - len(decoder.getstate()[0])
+                await send(output_event(text, behind if is_numbered else None))
+        elif run.result is not None or run.failure is not None:
+            break
+
+    rest = decoder.decode(b"", True)
+    if rest:
+        await send(output_event(rest, at if is_numbered else None))
 
 
 async def channel_handler(
@@ -9296,9 +11288,12 @@ async def channel_handler(
     if not request.combined:
         takes["err"] = partial(send, 2)
 
+    if request.wait is not None:
+        raise complain("wait", request.wait, "none over a channel: its caller waits for the end")
+
     is_fed = request.stdin is None
-    result = await execute(state, request, "shell", takes, started=started, fed=is_fed)
-    return ExecResponse.of(request, result, None).to_wire()
+    async with executed(state, request, "shell", takes, started=started, fed=is_fed) as run:
+        return run.answer(None).to_wire()
 
 
 async def channel_input(job: Job, message: str | bytes) -> None:
@@ -9706,12 +11701,28 @@ class ExecEndpoint(EventsEndpoint):
             await self.perform(self.answer(request))
 
     async def answer(self, request: ExecRequest) -> None:
-        response = await exec_handler(self.state, request)
-        self.set_header("Content-Type", "application/json")
-        self.finish(response.to_wire())
+        async with answering(self.state, request) as run:
+            if run.result is None:
+                self.set_status(202)
+            self.set_header("Content-Type", "application/json")
+            if min(run.printed(), request.max_output) <= MAX_WRITTEN:
+                self.finish(run.answer("".join(run.text())).to_wire())
+            else:
+                await self.finish_in_pieces(run)
+
+    async def finish_in_pieces(self, run: Run) -> None:
+        """Write a large answer, so that other callers are answered meanwhile."""
+        rest = run.answer(None).to_wire()
+        self.write('{"stdout":"')
+        for text in run.text():
+            self.write(json.dumps(text, ensure_ascii=False)[1:-1])
+            await self.flush()
+            await asyncio.sleep(0)
+        self.finish(f'",{rest[1:]}')
 
     async def answer_stream(self, request: ExecRequest) -> None:
-        work = asyncio.ensure_future(stream_handler(self.state, request, self.send_event))
+        handler = stream_handler if request.wait is None else launched_stream_handler
+        work = asyncio.ensure_future(handler(self.state, request, self.send_event))
         try:
             while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
                 if self._headers_written and not self.sending.locked():
@@ -9730,7 +11741,129 @@ class ExecEndpoint(EventsEndpoint):
         finally:
             work.cancel()
 
-        await self.send_event(f"event: exit\ndata: {response.to_wire()}\n\n")
+        event = "running" if response.running else "exit"
+        await self.send_event(f"event: {event}\ndata: {response.to_wire()}\n\n")
+
+
+class RunsEndpoint(Endpoint):
+    """`GET /runs`: the newest runs."""
+
+    slash_too = True
+
+    async def get(self) -> None:
+        given = self.get_query_argument
+        query = RunQuery(
+            agent_name=given("agent_name", None),
+            session_id=given("session_id", None),
+            usage_id=given("usage_id", None),
+            state=given("state", None),
+            limit=number_of("limit", given("limit", str(DEFAULT_LISTED))),
+            before=given("before", None),
+        )
+        runs = self.state.driver.runs.newest(query)
+        self.finish_json({"runs": [run.facts() for run in runs]})
+
+
+def number_of(name: str, text: str) -> int:
+    """A number of a query.  Raises BadMessage."""
+    if not re.fullmatch(r"[0-9]{1,15}", text):
+        raise complain(name, text, "an integer, 0 or more")
+    return int(text)
+
+
+class RunEndpoint(Endpoint):
+    """`/runs/ID`: one run."""
+
+    slash_too = True
+
+    def run(self) -> Run:
+        """Raises NoSuchRun."""
+        return self.state.driver.runs.find(self.path_kwargs["run_id"])
+
+    async def get(self, run_id: str) -> None:
+        run = self.run()
+        wait = self.get_query_argument("wait", "0")
+        if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", wait):
+            raise complain("wait", wait, f"seconds, 0 <= wait <= {MAX_TIMEOUT}")
+        await self.perform(self.answer(run, check_wait(float(wait))))
+
+    async def answer(self, run: Run, wait: float) -> None:
+        await set_within(run.news, wait)
+        self.finish_json(run.facts())
+
+    async def delete(self, run_id: str) -> None:
+        run = self.run()
+        if run.result is not None:
+            self.state.driver.runs.forget(run)
+            self.set_status(204)
+        else:
+            self.state.driver.end_run(run, ": ended over DELETE /runs")
+            await self.perform(self.answer(run, END_PATIENCE))
+
+
+class RunSignalEndpoint(RunEndpoint):
+    """`POST /runs/ID/signal`: a signal to the process group of its command."""
+
+    async def post(self, run_id: str) -> None:
+        run = self.run()
+        got = read_object(self.whole_body())
+        name = got.get("signal")
+        if not isinstance(name, str) or name not in SIGNAL_NUMBERS:
+            raise complain("signal", name, f"one of {', '.join(SIGNAL_NUMBERS)}")
+        self.state.driver.signal_run(run, SIGNAL_NUMBERS[name])
+        self.finish_json(run.facts())
+
+
+class RunOutputEndpoint(EventsEndpoint):
+    """`GET /runs/ID/output`: what it has printed, or a stream of what it prints."""
+
+    slash_too = True
+
+    async def get(self, run_id: str) -> None:
+        run = self.state.driver.runs.find(run_id)
+        if self.accepts("text/event-stream", in_general=False):
+            last = self.request.headers.get("Last-Event-ID", "0")
+            offset = check_offset(number_of("Last-Event-ID", last), run.record.total)
+            await self.perform(self.follow(run, offset))
+            return
+
+        given = self.get_query_argument
+        offset = check_offset(number_of("offset", given("offset", "0")), run.record.total)
+        limit = number_of("limit", given("limit", str(sys.maxsize)[:15]))
+        await self.perform(self.answer(run, offset, limit))
+
+    async def answer(self, run: Run, offset: int, limit: int) -> None:
+        """Send one stretch of bytes: up to a gap, or to the end by now."""
+        record = run.record
+        end = record.total
+        self.set_header("Content-Type", "application/octet-stream")
+        self.set_header("Output-Bytes", str(end))
+        self.set_header("Output-Ended", "true" if record.is_complete else "false")
+        start, _ = record.read(offset, 1)
+        self.set_header("Output-Offset", str(start))
+        end = min(end, start + limit)
+        at = start
+        while at < end:
+            found, chunk = record.read(at, min(end - at, TEXT_PIECE))
+            if found != at or not chunk:
+                break
+            at += len(chunk)
+            self.write(chunk)
+            await self.flush()
+        self.finish()
+
+    async def follow(self, run: Run, offset: int) -> None:
+        await self.send_event(": following\n\n")
+        work = asyncio.ensure_future(send_output(run, offset, self.send_event, is_numbered=True))
+        try:
+            while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
+                if not self.sending.locked():
+                    await self.send_event(": keep-alive\n\n")
+            await work
+        finally:
+            work.cancel()
+
+        await self.send_event(f"event: exit\ndata: {run.answer(None).to_wire()}\n\n")
 
 
 class SocketEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
@@ -10079,6 +12212,10 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
     (r"/metrics", MetricsEndpoint),
     (r"/exec", ExecEndpoint),
     (r"/exec/ws", ChannelEndpoint),
+    (r"/runs", RunsEndpoint),
+    (r"/runs/(?P<run_id>[^/]+)", RunEndpoint),
+    (r"/runs/(?P<run_id>[^/]+)/signal", RunSignalEndpoint),
+    (r"/runs/(?P<run_id>[^/]+)/output", RunOutputEndpoint),
     (r"/servers", ServersEndpoint),
     *((f"{server}/mcp", McpEndpoint) for server in SERVERS),
     *((f"{server}/mcp/ws", McpSocket) for server in SERVERS),
@@ -10490,6 +12627,10 @@ class Commands:
     origins: tuple[str, ...] = ()
     servers: tuple[ServerConfig, ...] = ()
     audit_log: str = ""
+    # None: beside the socket.
+    runs_dir: str | None = None
+    # MiB.
+    keep: int = DEFAULT_KEEP
     # Seconds.
     mcp_idle: float = CHILD_IDLE
     # One of LOG_LEVELS.
@@ -10686,6 +12827,18 @@ def add_server_options(server: Parser) -> None:
         help="append a JSON line for the start and the end of each command and relayed request",
     )
     server.add_argument(
+        "--runs-dir",
+        default=os.environ.get("POCKETCODER_RUNS") or None,
+        metavar="DIR",
+        help="where the output of runs is kept; default $POCKETCODER_RUNS, else SOCKET.d/runs",
+    )
+    server.add_argument(
+        "--keep-mib",
+        default=str(DEFAULT_KEEP),
+        metavar="N",
+        help="for all kept output together, default %(default)s; 0 keeps none",
+    )
+    server.add_argument(
         "--mcp-server",
         action="append",
         default=[],
@@ -10717,6 +12870,13 @@ def server_options(got: argparse.Namespace) -> Commands:
     if got.audit_log == "":
         raise wrong_option("--audit-log", got.audit_log, "a file")
 
+    if got.runs_dir == "":
+        raise wrong_option("--runs-dir", got.runs_dir, "a directory")
+
+    if not (re.fullmatch(r"[0-9]{1,7}", got.keep_mib) and int(got.keep_mib) <= MAX_KEEP):
+        expected = f"a number of MiB from 0 to {MAX_KEEP}"
+        raise wrong_option("--keep-mib", got.keep_mib, expected)
+
     for origin in got.allow_origin:
         if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
             raise wrong_option("--allow-origin", origin, "one like http://name:port")
@@ -10735,6 +12895,8 @@ def server_options(got: argparse.Namespace) -> Commands:
         origins=tuple(got.allow_origin),
         servers=read_servers(got.mcp_server, got.mcp_config),
         audit_log=got.audit_log or "",
+        runs_dir=got.runs_dir,
+        keep=int(got.keep_mib),
         mcp_idle=float(got.mcp_idle),
         log_level=got.log_level,
     )
@@ -10807,6 +12969,7 @@ async def serve(options: Commands, token: str) -> None:
         set_user_timeout(listener, SLOW_READER_TIMEOUT)
         server.listen_on(listener)
 
+    await state.driver.adopt(partial(Notes.of_run, state))
     say_where(listeners[0], state)
 
     log.info("stopping %s", key_values(signal=(await stop).name))
@@ -10863,6 +13026,8 @@ def make_state(options: Commands) -> AppState:
             os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET,
             os.environ.get("TMUX_SESSION") or DEFAULT_SESSION,
             options.workspace,
+            runs_dir=options.runs_dir,
+            keep=options.keep * MIB,
         )
     except BadMessage as wrong:
         text = str(wrong).replace("`session_name`", "TMUX_SESSION")

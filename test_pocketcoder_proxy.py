@@ -2211,7 +2211,11 @@ def test_sections_use_only_what_stands_above_them() -> None:
 def test_the_map_lists_every_section_route_and_variable() -> None:
     head = ast.get_docstring(ast.parse(SOURCE)) or ""
     assert [name for name, _ in SECTIONS if name not in head] == []
-    assert [path for path, _ in pp.ROUTES if "<name>" not in path and path not in head] == []
+    paths = [
+        re.sub(r"\(\?P<(\w+)>[^)]*\)", lambda found: found[1].upper(), path)
+        for path, _ in pp.ROUTES
+    ]
+    assert [path for path in paths if "/NAME/" not in path and path not in head] == []
     assert [
         name
         for name in re.findall(r"\"(POCKETCODER_[A-Z_]+|TMUX_S[A-Z]+)\"", SOURCE)
@@ -4540,15 +4544,16 @@ def test_output_beyond_the_limit_keeps_both_ends(proxy: Proxy, agent: str) -> No
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 10, 11, 64], ids="{}-bytes".format)
-def test_a_limit_never_splits_a_character(limit: int) -> None:
+def test_a_limit_never_splits_a_character(tmp_path: pathlib.Path, limit: int) -> None:
     whole = "é漢🙂x" * 50
     for chunks in (1, 3, 1000):
-        capture = pp.Capture(limit)
+        record = pp.Shelf(f"{tmp_path}/runs", pp.MIB, "s").record("0" * 16, limit, False)
         data = whole.encode()
         for start in range(0, len(data), chunks):
-            capture.add(data[start : start + chunks])
+            record.add(data[start : start + chunks])
+        text = "".join(record.text(limit, len(data)))
         head, gap, tail = re.fullmatch(
-            r"(.*)\n\[pocketcoder: (\d+) bytes left out\]\n(.*)", capture.text(len(data))
+            r"(.*)\n\[pocketcoder: (\d+) bytes left out\]\n(.*)", text
         ).groups()  # type: ignore[union-attr]
         assert whole.startswith(head)
         assert whole.endswith(tail)
@@ -4718,8 +4723,9 @@ def test_output_neither_floods_nor_attacks_a_person(proxy: Proxy, agent: str) ->
     )
 
 
-def test_captured_output_is_the_same_however_it_is_cut() -> None:
+def test_recorded_output_is_the_same_however_it_is_cut(tmp_path: pathlib.Path) -> None:
     dice = random.Random(8)
+    shelf = pp.Shelf(f"{tmp_path}/runs", pp.MIB, "s")
     for _ in range(500 * FUZZ):
         limit = dice.choice((1, 2, 3, 5, 10, 20, 50))
         data = "".join(dice.choices("ab\né漢🙂", k=dice.randrange(40))).encode()
@@ -4728,12 +4734,10 @@ def test_captured_output_is_the_same_however_it_is_cut() -> None:
         texts = set()
 
         for pieces in cuts(dice, data):
-            capture = pp.Capture(limit)
+            record = shelf.record("0" * 16, limit, False)
             for piece in pieces:
-                capture.add(piece)
-            assert len(capture.head) <= limit // 2, pieces
-            assert len(capture.tail) <= 2 * limit + max(map(len, pieces), default=0), pieces
-            texts.add(capture.text(len(data)))
+                record.add(piece)
+            texts.add("".join(record.text(limit, len(data))))
 
         assert len(texts) == 1, (limit, data)
         text = texts.pop()
@@ -9660,6 +9664,9 @@ def test_the_tools_are_described_for_models_and_programs(proxy: Proxy) -> None:
     tools = mcp_result(proxy, modern("tools/list"))["tools"]
     assert [tool["name"] for tool in tools] == [
         "exec",
+        "wait_run",
+        "end_run",
+        "list_runs",
         "read_terminal",
         "send_keys",
         "list_terminals",
@@ -9680,24 +9687,33 @@ def test_the_tools_are_described_for_models_and_programs(proxy: Proxy) -> None:
     reads = {tool["name"]: tool["annotations"]["readOnlyHint"] for tool in tools}
     assert reads == {
         "exec": False,
+        "wait_run": True,
+        "end_run": False,
+        "list_runs": True,
         "read_terminal": True,
         "send_keys": False,
         "list_terminals": True,
     }
-    assert {tool["name"] for tool in tools if "outputSchema" in tool} == {"exec", "list_terminals"}
+    assert {tool["name"] for tool in tools if "outputSchema" not in tool} == {
+        "read_terminal",
+        "send_keys",
+    }
 
 
 def test_exec_answers_in_text_for_models_and_data_for_programs(proxy: Proxy, agent: str) -> None:
     result = call(proxy, "exec", cmd="printf 'ä\\n'; printf oops >&2; exit 3", agent_name=agent)
     assert text_of(result) == "ä\noops\n[exit code 3]"
-    expected = {
+    facts = result["structuredContent"]
+    assert re.fullmatch("[0-9a-f]{16}", facts.pop("run_id"))
+    assert facts == {
         "output": "ä\noops",
         "exit_code": 3,
+        "running": False,
+        "next_offset": 7,
         "ended": "exit",
         "truncated": False,
         "output_bytes": 7,
     }
-    assert result["structuredContent"] == expected
     assert result["isError"] is False
     assert text_of(call(proxy, "exec", cmd="printf ok", agent_name=agent)) == "ok"
 
@@ -13058,7 +13074,7 @@ def comparison(request: pytest.FixtureRequest, doors: Doors) -> Iterator[Compari
     cases = [
         (call.params["line"], call.params["door"])
         for call in calls
-        if call and "line" in call.params
+        if call and {"line", "door"} <= call.params.keys()
     ]
     started = Comparison(doors, cases)
     yield started
