@@ -12536,6 +12536,7 @@ VARIABLES = {
     "PROXY_URL": f"the server: http://HOST:PORT or unix:/PATH; default http://localhost:{DEFAULT_PORT}",
     "POCKETCODER_TOKEN": "shared secret: the server demands it, the shell sends it",
     "POCKETCODER_HOST": "see `server --host`",
+    "POCKETCODER_RUNS": "see `server --runs-dir`",
     "POCKETCODER_WORKSPACE": "see `server --workspace`",
     "TMUX_SOCKET": f"tmux socket of the terminals; default {DEFAULT_SOCKET}",
     "TMUX_SESSION": f"tmux session of the terminals; default {DEFAULT_SESSION}",
@@ -12563,6 +12564,7 @@ SERVER_HELP = Level(
     variables=(
         "POCKETCODER_TOKEN",
         "POCKETCODER_HOST",
+        "POCKETCODER_RUNS",
         "POCKETCODER_WORKSPACE",
         "TMUX_SOCKET",
         "TMUX_SESSION",
