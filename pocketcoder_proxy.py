@@ -18,6 +18,7 @@ Sections, top to bottom; each uses only what stands above it:
   Shell Bridge      `pocketcoder shell`: arguments in; streams, signals, exit code through; `check`
   Errors            one hierarchy, and what each error answers
   Log               lines on stderr, and how many of refused requests
+  Fields            what each value from outside may be, and what it means
   Wire types        what callers send and get
   Processes         what /proc tells, and which shell there is
   Places            directories that others share: whom they belong to, whether they take files
@@ -45,16 +46,17 @@ Sections, top to bottom; each uses only what stands above it:
   State             what handlers share, and what is recorded of commands and calls
   Tools             the tools of MCP
   HTTP gate         who may call: pure functions
+  Interface         what each route takes and gives, as OpenAPI describes it
   Endpoints         handlers, what Tornado calls, ROUTES
   Install           what `install` writes
   MCP configuration which stdio servers are relayed
   Command line      options, mistakes, help
   Application       start and stop
 
-Routes:     GET /health, GET /ready, GET /metrics, POST /exec, GET /exec/ws; GET /servers;
+Routes:     GET /health, GET /ready, GET /metrics, GET /openapi.json, POST /exec, GET /exec/ws;
             GET /runs, GET DELETE /runs/RUN_ID, GET /runs/RUN_ID/output, POST /runs/RUN_ID/signal;
-            of MCP POST GET DELETE /mcp, GET /mcp/ws, GET /sse, POST /messages, the same under
-            /servers/NAME
+            GET /servers; of MCP POST GET DELETE /mcp, GET /mcp/ws, GET /sse, POST /messages,
+            the same under /servers/NAME
 MCP:        initialize, ping, logging/setLevel (legacy); server/discover (modern); tools/list,
             tools/call, notifications/cancelled; to the client notifications/progress, …/message;
             the relay knows those of ASKING, MAY_ASK, REMOVED, CHANGED, and passes on all others
@@ -1131,7 +1133,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import product
 from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn, TypeGuard, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeGuard, TypeVar
 from urllib.parse import quote as percent_encoded
 from urllib.parse import quote_plus, urlsplit
 
@@ -1475,16 +1477,36 @@ class Refusals:
 
 
 # ==========================================================================
-# Wire types
+# Fields
 # ==========================================================================
-# W1  A request that exists is valid: it is checked when it is made.
-# W2  A complaint names the field, what was got and what was expected.
+# What comes from outside, each value described once: checks, the schemas of tools and the OpenAPI
+# document are made of this.
+#
+# V1  A complaint names the field, what was got and what was expected.
+# V2  What is accepted fits the schema; the reverse holds but for NUL, halves of characters, and
+#     what a description says in words.
 Message = dict[str, Any]
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 SESSION_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+KEY = re.compile(
+    r"(?:[CMS]-)*(?:[!-~]|Enter|Escape|B?Tab|Space|BSpace|Up|Down|Left|Right|Home|End|Insert|Delete"
+    r"|IC|DC|[PN]Page|Page(?:Up|Down)|Pg(?:Up|Dn)|F(?:[1-9]|1[0-2]))"
+)
 # The ways in which a command may come.
 DOORS = ("exec", "stream", "shell", "mcp", "page")
+
+
+# How a command that was started may end.
+ENDED = ("exit", "timeout", "cancelled", "lost")
+
+
+class RunState(enum.Enum):
+    """How far a run is, for its callers."""
+
+    WAITING = "waiting"  # for a pane
+    RUNNING = "running"
+    ENDED = "ended"
 
 
 def complain(name: str, got: object, expected: str) -> BadMessage:
@@ -1499,25 +1521,6 @@ def wrong_option(option: str, got: str, expected: str) -> BadMessage:
     """A fault of the command line or of a variable, as a person typed it."""
     shown = in_quotes(got) if got else "nothing (is a variable empty?)"
     return BadMessage(f"{option}: got {shown}, expected {expected}")
-
-
-def whole(text: str) -> float:
-    """An integer of JSON; inf if it has too many digits for int()."""
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
-
-
-def read_object(body: bytes) -> Message:
-    """The JSON object in a body.  Raises BadMessage."""
-    try:
-        got = json.loads(body.decode(), parse_constant=float, parse_int=whole)
-    except (ValueError, RecursionError) as wrong:
-        raise BadMessage(f"body: expected a JSON object in UTF-8, got: {wrong}") from None
-    if not isinstance(got, dict):
-        raise complain("body", got, "a JSON object")
-    return got
 
 
 def check_text(
@@ -1543,30 +1546,452 @@ def check_text(
     return got
 
 
-def check_argv(got: object) -> tuple[str, ...]:
-    """Return `got`, arguments of bash; raise BadMessage.
+@dataclass(frozen=True)
+class Field:
+    """What a value from outside may be, and what it means.
 
-    Bytes that are not UTF-8 are U+DC80 to U+DCFF in them, as Python has them.
+    This class is for values that are true or false; each type of JSON has a subclass.
     """
-    expected = "an array of strings, the arguments of bash"
-    if not isinstance(got, (list, tuple)):
-        raise complain("argv", got, expected)
 
-    for word in got:
-        if not isinstance(word, str):
-            raise complain("argv", word, expected)
-        if "\0" in word:
-            raise complain("argv", word, f"{expected}, without NUL")
+    # The name of the type in JSON Schema.
+    kind: ClassVar[str] = "boolean"
 
-        try:
-            size = len(word.encode(errors="surrogateescape"))
-        except UnicodeEncodeError:
-            raise complain("argv", word, f"{expected}, in UTF-8 or as U+DC80 to U+DCFF") from None
+    name: str
+    # For people and models.
+    about: str
+    # What holds where it is not given, if a value says that.
+    default: Any = None
+    # Whether null may stand for the default.
+    nullable: bool = False
+    # One that is right.
+    example: Any = None
 
-        if size > MAX_COMMAND:
-            raise complain("argv", word, f"at most {MAX_COMMAND} bytes a string (it has {size})")
+    def check(self, got: Any) -> Any:
+        """Return `got`, a value of JSON.  Raises BadMessage."""
+        return None if got is None and self.nullable else self.check_value(got)
 
-    return tuple(got)
+    def check_value(self, got: Any) -> Any:
+        """The same for a value that is not null."""
+        if not isinstance(got, bool):
+            raise complain(self.name, got, "true or false")
+        return got
+
+    def read(self, text: str) -> Any:
+        """The value of a text in a query or a header.  Raises BadMessage."""
+        return self.check_value({"true": True, "false": False}.get(text, text))
+
+    def schema(self) -> Message:
+        """Its JSON Schema."""
+        shown: Message = {"type": [self.kind, "null"] if self.nullable else self.kind}
+        shown.update(self.bounds())
+        if self.default is not None:
+            shown["default"] = self.default
+        if self.example is not None:
+            shown["examples"] = [self.example]
+        return {**shown, "description": self.about}
+
+    def bounds(self) -> Message:
+        """What the schema says of this type only."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Text(Field):
+    """A string that a process can take."""
+
+    kind: ClassVar[str] = "string"
+
+    expected: str = "a string"
+    # Bytes of UTF-8; None: those of the body are limited.
+    limit: int | None = None
+    may_be_empty: bool = True
+    # All of it; then the other rules here do not matter.
+    pattern: re.Pattern[str] | None = None
+    # One of these; likewise.
+    choices: tuple[str, ...] = ()
+    # See `check_text`.
+    nul: bool = False
+    raw: bool = False
+
+    def check_value(self, got: Any) -> str:
+        if self.choices:
+            if not isinstance(got, str) or got not in self.choices:
+                raise complain(self.name, got, f"one of {', '.join(self.choices)}")
+            return got
+
+        if self.pattern is not None:
+            if not isinstance(got, str) or not self.pattern.fullmatch(got):
+                raise complain(self.name, got, self.expected)
+            return got
+
+        limit = sys.maxsize if self.limit is None else self.limit
+        text = check_text(self.name, got, self.expected, limit, self.nul, self.raw)
+        if not text and not self.may_be_empty:
+            raise complain(self.name, got, f"{self.expected}, not an empty string")
+
+        return text
+
+    def read(self, text: str) -> str:
+        return self.check_value(text)
+
+    def bounds(self) -> Message:
+        if self.choices:
+            # Null is not one of them.
+            return {"enum": [*self.choices, *([None] if self.nullable else [])]}
+        if self.pattern is not None:
+            return {"pattern": f"^({self.pattern.pattern})$"}
+
+        shown: Message = {} if self.may_be_empty else {"minLength": 1}
+        if self.limit is not None:
+            # No character has less than a byte.
+            shown["maxLength"] = self.limit
+        return shown
+
+
+@dataclass(frozen=True)
+class Seconds(Field):
+    """A number up to MAX_TIMEOUT."""
+
+    kind: ClassVar[str] = "number"
+
+    may_be_zero: bool = True
+
+    def check_value(self, got: Any) -> float:
+        # NaN is not within any bounds.
+        is_within = type(got) in (int, float) and 0 <= got <= MAX_TIMEOUT
+        if not is_within or (got == 0 and not self.may_be_zero):
+            sign = "<=" if self.may_be_zero else "<"
+            raise complain(self.name, got, f"seconds, 0 {sign} {self.name} <= {MAX_TIMEOUT}")
+        seconds: float = got
+        return seconds
+
+    def read(self, text: str) -> float:
+        is_decimal = re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text)
+        return self.check_value(float(text) if is_decimal else text)
+
+    def bounds(self) -> Message:
+        least = "minimum" if self.may_be_zero else "exclusiveMinimum"
+        return {least: 0, "maximum": MAX_TIMEOUT}
+
+
+@dataclass(frozen=True)
+class Whole(Field):
+    """An integer."""
+
+    kind: ClassVar[str] = "integer"
+
+    least: int = 0
+    # None: where it is used, that is known.
+    most: int | None = None
+    unit: str = ""
+
+    def check_value(self, got: Any) -> int:
+        most = math.inf if self.most is None else self.most
+        if type(got) is not int or not self.least <= got <= most:
+            end = "or more" if self.most is None else f"to {self.most}"
+            unit = f" ({self.unit})" if self.unit else ""
+            raise complain(self.name, got, f"an integer, {self.least} {end}{unit}")
+        return int(got)
+
+    def read(self, text: str) -> int:
+        return self.check_value(int(text) if re.fullmatch(r"[0-9]{1,15}", text) else text)
+
+    def bounds(self) -> Message:
+        shown: Message = {"minimum": self.least}
+        if self.most is not None:
+            shown["maximum"] = self.most
+        return shown
+
+
+@dataclass(frozen=True)
+class Texts(Field):
+    """An array of strings, which becomes a tuple."""
+
+    kind: ClassVar[str] = "array"
+
+    # Of each string.
+    item: Text | None = None
+    expected: str = "an array of strings"
+    most: int | None = None
+
+    def check_value(self, got: Any) -> tuple[str, ...]:
+        most = math.inf if self.most is None else self.most
+        if not isinstance(got, (list, tuple)) or len(got) > most:
+            raise complain(self.name, got, self.expected)
+
+        assert self.item is not None
+        for word in got:
+            self.item.check(word)
+
+        return tuple(got)
+
+    def bounds(self) -> Message:
+        assert self.item is not None
+        shown: Message = {"items": {"type": "string", **self.item.bounds()}}
+        if self.most is not None:
+            shown["maxItems"] = self.most
+        return shown
+
+
+@dataclass(frozen=True)
+class Variables(Field):
+    """An object of strings: variables that a process can take."""
+
+    kind: ClassVar[str] = "object"
+
+    def check_value(self, got: Any) -> Mapping[str, str]:
+        if not isinstance(got, dict):
+            raise complain(self.name, got, "an object of strings")
+
+        size = 0
+
+        for name, value in got.items():
+            check_text(self.name, name, "names of variables", MAX_PATH)
+            if not name or "=" in name:
+                raise complain(self.name, name, "names of variables, not empty, without `=`")
+
+            check_text(f"{self.name}.{name[:40]}", value, "a string", MAX_VARIABLE, raw=True)
+            size += len(name.encode()) + len(value.encode(errors="surrogateescape"))
+
+        if size > MAX_ENVIRONMENT:
+            raise complain(self.name, f"{size} bytes", f"at most {MAX_ENVIRONMENT}")
+
+        return got
+
+    def bounds(self) -> Message:
+        return {
+            "propertyNames": {"pattern": "^[^=]+$", "maxLength": MAX_PATH},
+            "additionalProperties": {"type": "string", "maxLength": MAX_VARIABLE},
+        }
+
+
+ARGUMENT = Text(
+    "argv",
+    "An argument of bash.",
+    expected="an array of strings, the arguments of bash",
+    limit=MAX_COMMAND,
+    raw=True,
+)
+KEY_NAME = Text(
+    "keys",
+    "The name of a key.",
+    expected="tmux names of keys such as Enter, C-c, Up; words to type go in `text`",
+    pattern=KEY,
+)
+# By name.  Where one means the same elsewhere but for its default, it is a `replace` of this one.
+FIELDS: dict[str, Field] = {
+    each.name: each
+    for each in (
+        # A command.
+        Text(
+            "cmd",
+            "A bash command; pipes, loops and newlines are fine.",
+            example="echo hi",
+            expected="a bash command",
+            limit=MAX_COMMAND,
+            may_be_empty=False,
+        ),
+        Texts(
+            "argv",
+            'In place of `cmd`: arguments of bash, as ["-lc", "make"].',
+            example=["-c", "echo $0", "hi"],
+            item=ARGUMENT,
+            expected=ARGUMENT.expected,
+        ),
+        Text(
+            "cwd",
+            "A directory in the workspace; by default the workspace itself.",
+            default="",
+            example=".",
+            expected="a directory in the workspace",
+            limit=MAX_PATH,
+            raw=True,
+        ),
+        Text(
+            "agent_name",
+            "Whose terminal.",
+            default=default_agent_name(),
+            example="alice",
+            expected=f"a name like {AGENT_NAME.pattern}",
+            pattern=AGENT_NAME,
+        ),
+        Seconds(
+            "timeout",
+            "Seconds until the command is ended.",
+            default=DEFAULT_TIMEOUT,
+            example=60,
+            may_be_zero=False,
+        ),
+        Text(
+            "stdin",
+            "Fed to the command; by default it reads nothing.",
+            nullable=True,
+            example="text",
+            expected="a string or null",
+            nul=True,
+        ),
+        Variables(
+            "env",
+            f"Variables of the command; {MAX_ENVIRONMENT} bytes in all.",
+            default={},
+            example={"GREETING": "hello"},
+        ),
+        Whole(
+            "max_output",
+            "Bytes kept of the output: the first and the last half.",
+            default=DEFAULT_OUTPUT,
+            example=1000,
+            least=1,
+            most=MAX_OUTPUT,
+            unit="bytes",
+        ),
+        Seconds(
+            "wait",
+            "Seconds until the answer, also if the command still runs then.",
+            nullable=True,
+            example=10,
+        ),
+        Text(
+            "usage_id",
+            "For your records.",
+            nullable=True,
+            example="usage-1",
+            expected="a string or null",
+            limit=MAX_ID,
+        ),
+        Text(
+            "session_id",
+            "The session that the command belongs to; an open MCP session of this id hears of it.",
+            nullable=True,
+            example="session-1",
+            expected="a string or null",
+            limit=MAX_ID,
+        ),
+        Field(
+            "combined",
+            "On a channel: stdout and stderr as one stream, in the order written.",
+            default=False,
+        ),
+        # Runs.
+        Text(
+            "run_id",
+            "Of the command, as an answer of exec or list_runs names it.",
+            example="0123456789abcdef",
+            expected="the `run_id` of a command: 16 of 0-9 a-f",
+            pattern=RUN_ID,
+        ),
+        Whole(
+            "offset",
+            "Bytes of output that you have already: `next_offset` of the last answer.",
+            default=0,
+        ),
+        Text(
+            "signal",
+            "For its process group.",
+            default="TERM",
+            choices=tuple(SIGNAL_NUMBERS),
+        ),
+        Field("running", "Only those that run now.", default=False),
+        Text("state", "Only those.", choices=tuple(state.value for state in RunState)),
+        Whole("limit", "At most so many.", default=DEFAULT_LISTED, most=MAX_RUNS),
+        Text(
+            "before",
+            "A `run_id`: only older ones.",
+            expected="the `run_id` of a command: 16 of 0-9 a-f",
+            pattern=RUN_ID,
+        ),
+        # Terminals.
+        Whole("lines", "At most.", default=100, least=1, most=MAX_LINES),
+        Text(
+            "text",
+            "Typed as it is; no Enter is added.",
+            default="",
+            example="yes",
+            limit=MAX_KEYS,
+        ),
+        Texts(
+            "keys",
+            "Pressed after the text; tmux names such as Enter, C-c, Up, Escape, Tab, BSpace, F1.",
+            default=[],
+            example=["Enter"],
+            item=KEY_NAME,
+            expected=f"an array of names of keys, {MAX_KEYS} at most",
+            most=MAX_KEYS,
+        ),
+    )
+}
+
+
+def fields_of(names: str, **defaults: Any) -> dict[str, Field]:
+    """The fields of these names, some with other defaults, which are not null."""
+    found = {name: FIELDS[name] for name in names.split()}
+    for name, default in defaults.items():
+        found[name] = replace(found[name], default=default, nullable=False)
+    return found
+
+
+def schemas(fields: Mapping[str, Field]) -> Message:
+    """The JSON Schema of each field."""
+    return {name: each.schema() for name, each in fields.items()}
+
+
+def object_schema(properties: Message, required: Sequence[str] = ()) -> Message:
+    """The JSON Schema of an object."""
+    return {"type": "object", "properties": properties, "required": [*required]}
+
+
+def checked(got: Message, fields: Mapping[str, Field], required: Sequence[str] = ()) -> Message:
+    """A value for each field: what was got, else the default.  Raises BadMessage."""
+    found: Message = {}
+    for name, each in fields.items():
+        if name in got or name in required:
+            found[name] = each.check(got.get(name))
+        else:
+            found[name] = each.default
+
+    return found
+
+
+# ==========================================================================
+# Wire types
+# ==========================================================================
+# W1  A request that exists is valid: it is checked when it is made.
+EXEC_FIELDS = fields_of(
+    "cmd argv cwd agent_name timeout stdin env max_output wait usage_id session_id combined"
+)
+LIST_FIELDS = fields_of("agent_name session_id usage_id state limit before", agent_name=None)
+SIGNAL_FIELDS = {"signal": replace(FIELDS["signal"], default=None)}
+OUTPUT_FIELDS: dict[str, Field] = {
+    "offset": Whole("offset", "Bytes to leave out.", default=0),
+    "limit": Whole("limit", "Bytes at most; by default all."),
+}
+# Of a session over SSE.
+SESSION_NAME = Text(
+    "session_id",
+    "The session's name; by default the server mints one.",
+    example="my-session",
+    expected="1 to 128 of A-Z a-z 0-9 _ . -",
+    pattern=SESSION_ID,
+)
+
+
+def whole(text: str) -> float:
+    """An integer of JSON; inf if it has too many digits for int()."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def read_object(body: bytes) -> Message:
+    """The JSON object in a body.  Raises BadMessage."""
+    try:
+        got = json.loads(body.decode(), parse_constant=float, parse_int=whole)
+    except (ValueError, RecursionError) as wrong:
+        raise BadMessage(f"body: expected a JSON object in UTF-8, got: {wrong}") from None
+    if not isinstance(got, dict):
+        raise complain("body", got, "a JSON object")
+    return got
 
 
 def command_text(argv: Sequence[str]) -> str:
@@ -1575,41 +2000,6 @@ def command_text(argv: Sequence[str]) -> str:
     if "c" in letters and operands:
         return operands[0]
     return shlex.join(["bash", *argv])
-
-
-def check_agent(got: object) -> str:
-    """Return `got`, the name of an agent; raise BadMessage."""
-    if not (isinstance(got, str) and AGENT_NAME.fullmatch(got)):
-        raise complain("agent_name", got, f"a name like {AGENT_NAME.pattern}")
-    return got
-
-
-def check_run_id(got: object) -> str:
-    """Return `got`, the id of a run; raise BadMessage."""
-    if not (isinstance(got, str) and RUN_ID.fullmatch(got)):
-        raise complain("run_id", got, "the `run_id` of a command: 16 of 0-9 a-f")
-    return got
-
-
-def check_wait(got: object) -> float:
-    """Return `got`, seconds to wait for the end of a command; raise BadMessage."""
-    if not isinstance(got, (int, float)) or isinstance(got, bool) or not 0 <= got <= MAX_TIMEOUT:
-        raise complain("wait", got, f"seconds, 0 <= wait <= {MAX_TIMEOUT}")
-    return got
-
-
-def check_max_output(got: object) -> int:
-    """Return `got`, bytes of output in an answer; raise BadMessage."""
-    if type(got) is not int or not 1 <= got <= MAX_OUTPUT:
-        raise complain("max_output", got, f"an integer, 1 to {MAX_OUTPUT} (bytes)")
-    return got
-
-
-def check_offset(got: object, printed: int) -> int:
-    """Return `got`, an offset in the output of a run; raise BadMessage."""
-    if type(got) is not int or not 0 <= got <= printed:
-        raise complain("offset", got, f"an integer, 0 to {printed} (bytes of output so far)")
-    return got
 
 
 def inside(workspace: str, cwd: str) -> str:
@@ -1633,25 +2023,6 @@ def inside(workspace: str, cwd: str) -> str:
     return named
 
 
-def check_environment(got: object) -> None:
-    """Raise BadMessage unless it is an object of variables that a process can take."""
-    if not isinstance(got, dict):
-        raise complain("env", got, "an object of strings")
-
-    size = 0
-
-    for name, value in got.items():
-        check_text("env", name, "names of variables", MAX_PATH)
-        if not name or "=" in name:
-            raise complain("env", name, "names of variables, not empty, without `=`")
-
-        check_text(f"env.{name[:40]}", value, "a string", MAX_VARIABLE, raw=True)
-        size += len(name.encode()) + len(value.encode(errors="surrogateescape"))
-
-    if size > MAX_ENVIRONMENT:
-        raise complain("env", f"{size} bytes", f"at most {MAX_ENVIRONMENT}")
-
-
 @dataclass(frozen=True)
 class McpQuery:
     """Query parameters for established sessions.  Raises BadMessage."""
@@ -1659,8 +2030,8 @@ class McpQuery:
     session_id: str | None = None
 
     def __post_init__(self) -> None:
-        if self.session_id is not None and not SESSION_ID.fullmatch(self.session_id):
-            raise complain("session_id", self.session_id, "1 to 128 of A-Z a-z 0-9 _ . -")
+        if self.session_id is not None:
+            SESSION_NAME.check(self.session_id)
 
 
 @dataclass(frozen=True)
@@ -1674,11 +2045,11 @@ class ExecRequest:
     session_id: str | None = None
     agent_name: str = field(default_factory=default_agent_name)
     # Seconds from the start of the command.
-    timeout: float = DEFAULT_TIMEOUT
+    timeout: float = EXEC_FIELDS["timeout"].default
     stdin: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     # Bytes.
-    max_output: int = DEFAULT_OUTPUT
+    max_output: int = EXEC_FIELDS["max_output"].default
     # Seconds until its caller is answered, while it goes on; None: it is waited for.
     wait: float | None = None
     # Arguments of bash, which are run in place of `cmd`: that is their text for people then.
@@ -1689,35 +2060,14 @@ class ExecRequest:
     ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self._check_command()
-        check_text("cwd", self.cwd, "a directory in the workspace", MAX_PATH, raw=True)
-        if self.usage_id is not None:
-            check_text("usage_id", self.usage_id, "a string or null", MAX_ID)
+        if self.argv is None:
+            EXEC_FIELDS["cmd"].check(self.cmd)
+        elif self.cmd != command_text(EXEC_FIELDS["argv"].check(self.argv)):
+            raise complain("cmd", self.cmd, "no `cmd` beside `argv`")
 
-        if self.session_id is not None:
-            check_text("session_id", self.session_id, "a string or null", MAX_ID)
-
-        check_agent(self.agent_name)
-        if type(self.timeout) not in (int, float) or not 0 < self.timeout <= MAX_TIMEOUT:
-            raise complain("timeout", self.timeout, f"seconds, 0 < timeout <= {MAX_TIMEOUT}")
-
-        if self.stdin is not None:
-            check_text("stdin", self.stdin, "a string or null", MAX_BODY, nul=True)
-
-        check_environment(self.env)
-        check_max_output(self.max_output)
-        if self.wait is not None:
-            check_wait(self.wait)
-
-        if not isinstance(self.combined, bool):
-            raise complain("combined", self.combined, "true or false")
-
-    def _check_command(self) -> None:
-        if self.argv is not None:
-            if self.cmd != command_text(check_argv(self.argv)):
-                raise complain("cmd", self.cmd, "no `cmd` beside `argv`")
-        elif not check_text("cmd", self.cmd, "a bash command", MAX_COMMAND):
-            raise complain("cmd", self.cmd, "a bash command, not an empty string")
+        for name, each in EXEC_FIELDS.items():
+            if name not in ("cmd", "argv"):
+                each.check(getattr(self, name))
 
     @classmethod
     def from_wire(cls, body: bytes, workspace: str) -> ExecRequest:
@@ -1731,13 +2081,12 @@ class ExecRequest:
             if "cmd" in got:
                 raise complain("cmd", got["cmd"], "no `cmd` beside `argv`")
 
-            got["argv"] = check_argv(got["argv"])
+            got["argv"] = EXEC_FIELDS["argv"].check(got["argv"])
             got["cmd"] = command_text(got["argv"])
         elif "cmd" not in got:
             raise BadMessage("`cmd`: got nothing, expected a bash command, or `argv`")
 
-        cwd = check_text("cwd", got.get("cwd", ""), "a directory", MAX_PATH, raw=True)
-        got["cwd"] = inside(workspace, cwd)
+        got["cwd"] = inside(workspace, EXEC_FIELDS["cwd"].check(got.get("cwd", "")))
         known = cls.__dataclass_fields__.keys() - {"ignored"}
         unknown = [name[:80].encode(errors="replace").decode() for name in got if name not in known]
         given = {name: got[name] for name in known if name in got}
@@ -1776,17 +2125,81 @@ class RunQuery:
     usage_id: str | None = None
     # A value of RunState.
     state: str | None = None
-    limit: int = DEFAULT_LISTED
+    limit: int = LIST_FIELDS["limit"].default
     # A run_id: only older ones.
     before: str | None = None
 
     def __post_init__(self) -> None:
-        if self.agent_name is not None:
-            check_agent(self.agent_name)
-        if self.state not in (None, "waiting", "running", "ended"):
-            raise complain("state", self.state, "waiting, running or ended")
-        if type(self.limit) is not int or not 0 <= self.limit <= MAX_RUNS:
-            raise complain("limit", self.limit, f"an integer, 0 to {MAX_RUNS}")
+        for name, each in LIST_FIELDS.items():
+            if getattr(self, name) is not None:
+                each.check(getattr(self, name))
+
+
+def check_offset(name: str, got: int, printed: int) -> int:
+    """Return `got`, an offset in the output of a run; raise BadMessage."""
+    if got > printed:
+        raise complain(name, got, f"an integer, 0 to {printed} (bytes of output so far)")
+    return got
+
+
+def shape(kind: str, about: str, **more: Any) -> Message:
+    """The JSON Schema of a value that we send."""
+    return {"type": kind, **more, "description": about}
+
+
+def or_null(schema: Message) -> Message:
+    """The same, or null."""
+    more = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
+    return {**schema, **more, "type": [schema["type"], "null"]}
+
+
+# What is said of a command, in an answer of whatever route or tool.
+SHAPES: dict[str, Message] = {
+    "stdout": shape(
+        "string",
+        "stdout and stderr in the order written; bytes that are not UTF-8 are U+FFFD. Of more than"
+        " `max_output` bytes the first and the last half, and a line between them.",
+    ),
+    "running": shape("boolean", "The command goes on: this is what is known so far."),
+    "exit_code": shape(
+        "integer",
+        "What the shell reported: 128+n after signal n. 124: timeout. 125: the proxy could not run"
+        " it. 137: its terminal died.",
+        minimum=0,
+        maximum=255,
+    ),
+    "error": shape("string", "What the proxy did or could not do, in one sentence."),
+    "ended": shape(
+        "string",
+        "`exit`: by itself, a signal included. `lost`: its terminal died.",
+        enum=[*ENDED],
+    ),
+    "truncated": shape("boolean", "Whether bytes of the output are missing here."),
+    "output_bytes": shape("integer", "Bytes that the command has written.", minimum=0),
+    "duration_ms": shape("integer", "From its start to its end.", minimum=0),
+    "waited_ms": shape("integer", "How long it waited for a terminal.", minimum=0),
+    "terminal": shape(
+        "string", "The last line of its terminal, if that is no output: it may ask something there."
+    ),
+    "run_id": shape("string", "Names the run.", pattern=f"^{RUN_ID.pattern}$"),
+    "ignored": shape(
+        "array", "Fields of the request that mean nothing here.", items={"type": "string"}
+    ),
+}
+# And where it was not just asked for.
+RUN_SHAPES: dict[str, Message] = {
+    "run_id": SHAPES["run_id"],
+    "door": shape("string", "The way in which it came.", enum=[*DOORS]),
+    "agent_name": shape("string", "Whose terminal."),
+    "session_id": or_null(shape("string", "As in the request.")),
+    "usage_id": or_null(shape("string", "As in the request.")),
+    "cmd": shape("string", f"The command, {MAX_LISTED_COMMAND} bytes of it."),
+    "cwd": shape("string", "Its directory."),
+    "state": shape(
+        "string", "`waiting`: for a terminal.", enum=[state.value for state in RunState]
+    ),
+    "started": or_null(shape("string", "When, as RFC 3339 has it.", format="date-time")),
+}
 
 
 @dataclass(frozen=True)
@@ -2160,11 +2573,6 @@ NO_MODE = "#{==:#{pane_in_mode}#{pane_synchronized},00}"
 # Tmux answers that there is no such command, and keeps no record of it, as it does of commands: a
 # person reads them with `show-messages`.
 NO_COMMAND = "pocketcoder-ready"
-
-KEY = re.compile(
-    r"(?:[CMS]-)*(?:[!-~]|Enter|Escape|B?Tab|Space|BSpace|Up|Down|Left|Right|Home|End|Insert|Delete"
-    r"|IC|DC|[PN]Page|Page(?:Up|Down)|Pg(?:Up|Dn)|F(?:[1-9]|1[0-2]))"
-)
 
 
 class Pane(NamedTuple):
@@ -4961,14 +5369,6 @@ class Terminal:
 #
 # Q1  A run is in the list from its request on, until newer ones push it out or it is forgotten.
 # Q2  What is known of a lasting run is on disk before its command can start.
-
-
-class RunState(enum.Enum):
-    """How far a run is, for its callers."""
-
-    WAITING = "waiting"  # for a pane
-    RUNNING = "running"
-    ENDED = "ended"
 
 
 class Run:
@@ -10079,6 +10479,8 @@ class Tool:
     """What clients see of a tool, and what it does."""
 
     shown: Message
+    takes: Mapping[str, Field]
+    needs: Sequence[str]
     run: ToolWork
 
 
@@ -10086,23 +10488,19 @@ class Tool:
 TOOLS: dict[str, Tool] = {}
 
 
-def object_schema(properties: Message, required: list[str]) -> Message:
-    return {"type": "object", "properties": properties, "required": required}
-
-
 def tool(
     title: str,
     hints: str,
-    takes: Message,
-    needs: list[str],
+    takes: Mapping[str, Field],
+    needs: Sequence[str] = (),
     gives: Message | None = None,
     may_give: Message | None = None,
 ) -> Callable[[ToolWork], ToolWork]:
     """Register NAME_tool; its docstring is the description that a model reads.
 
     hints     those of HINTS that are true
-    takes     the JSON schema of each argument
-    needs     the arguments that must be given
+    takes     the arguments; NAME_tool gets a checked value for each
+    needs     those that must be given
     gives     the JSON schema of each field of a structured result
     may_give  the same of fields that may be missing
     """
@@ -10115,13 +10513,13 @@ def tool(
             "title": title,
             "description": " ".join((run.__doc__ or "").split()),
             "annotations": {"title": title, **flags},
-            "inputSchema": object_schema(takes, needs),
+            "inputSchema": object_schema(schemas(takes), needs),
         }
         if gives:
             fields = {**gives, **(may_give or {})}
             shown["outputSchema"] = object_schema(fields, list(gives))
 
-        TOOLS[name] = Tool(shown=shown, run=run)
+        TOOLS[name] = Tool(shown=shown, takes=takes, needs=needs, run=run)
         return run
 
     return register
@@ -10181,8 +10579,9 @@ class BuiltInServer(McpServer):
 
         wants_progress = call.token is not None
         try:
-            run = TOOLS[call.name].run
-            return await run(self.state, call.arguments, report if wants_progress else None)
+            tool = TOOLS[call.name]
+            arguments = checked(call.arguments, tool.takes, tool.needs)
+            return await tool.run(self.state, arguments, report if wants_progress else None)
         except ProxyError as wrong:
             return content(str(wrong), failed=True)
 
@@ -10611,130 +11010,41 @@ async def check_recorded(state: AppState, run: Run) -> None:
 # O1  Every tool checks its arguments before it does anything.
 # O2  What a tool types or runs is in the audit log before it happens.
 
-# The JSON schemas of arguments.
-PARAMETERS: dict[str, Message] = {
-    "cmd": {
-        "type": "string",
-        "minLength": 1,
-        "description": "A bash command; pipes, loops and newlines are fine.",
-    },
-    "cwd": {
-        "type": "string",
-        "description": "A directory in the workspace; by default the workspace itself.",
-    },
-    "agent_name": {
-        "type": "string",
-        "pattern": f"^{AGENT_NAME.pattern}$",
-        "default": default_agent_name(),
-        "description": "Whose terminal.",
-    },
-    "timeout": {
-        "type": "number",
-        "exclusiveMinimum": 0,
-        "maximum": MAX_TIMEOUT,
-        "default": MAX_TIMEOUT,
-        "description": "Seconds until the command is ended.",
-    },
-    "stdin": {
-        "type": ["string", "null"],
-        "description": "Fed to the command; by default it reads nothing.",
-    },
-    "max_output": {
-        "type": "integer",
-        "minimum": 1,
-        "maximum": MAX_OUTPUT,
-        "default": TOOL_OUTPUT,
-        "description": "Bytes kept of the output: the first and the last half.",
-    },
-    "lines": {
-        "type": "integer",
-        "minimum": 1,
-        "maximum": MAX_LINES,
-        "default": 100,
-        "description": "At most.",
-    },
-    "text": {
-        "type": "string",
-        "maxLength": MAX_KEYS,
-        "description": "Typed as it is; no Enter is added.",
-    },
-    "keys": {
-        "type": "array",
-        "maxItems": MAX_KEYS,
-        "items": {"type": "string", "pattern": f"^{KEY.pattern}$"},
-        "description": (
-            "Pressed after the text; tmux names such as Enter, C-c, Up, Escape, Tab, BSpace, F1."
-        ),
-    },
-    "run_id": {
-        "type": "string",
-        "pattern": f"^{RUN_ID.pattern}$",
-        "description": "Of the command, as an answer of exec or list_runs names it.",
-    },
-    "wait": {
-        "type": "number",
-        "minimum": 0,
-        "maximum": MAX_TIMEOUT,
-        "default": TOOL_WAIT,
-        "description": "Seconds until the answer, also if the command still runs then.",
-    },
-    "offset": {
-        "type": "integer",
-        "minimum": 0,
-        "default": 0,
-        "description": "Bytes of output that you have already: `next_offset` of the last answer.",
-    },
-    "signal": {
-        "type": "string",
-        "enum": [*SIGNAL_NUMBERS],
-        "default": "TERM",
-        "description": "For its process group.",
-    },
-    "running": {
-        "type": "boolean",
-        "default": False,
-        "description": "Only those that run now.",
-    },
-}
-
 # The JSON schemas of results.
-STRING = {"type": "string"}
-FLAG = {"type": "boolean"}
-COUNT = {"type": "integer", "minimum": 0}
-# Null while a command runs.
-STRING_IF_ENDED = {"type": ["string", "null"]}
-COUNT_IF_ENDED = {"type": ["integer", "null"], "minimum": 0}
 RESULT = {
-    "output": STRING,
-    "exit_code": COUNT_IF_ENDED,
-    "running": FLAG,
-    "run_id": STRING,
-    "next_offset": COUNT,
-    "ended": STRING_IF_ENDED,
-    "truncated": FLAG,
-    "output_bytes": COUNT,
-}
-END_RESULT = {
-    "run_id": STRING,
-    "running": FLAG,
-    "exit_code": COUNT_IF_ENDED,
-    "ended": STRING_IF_ENDED,
-    "output_bytes": COUNT,
+    "output": SHAPES["stdout"],
+    "exit_code": or_null(SHAPES["exit_code"]),
+    "running": SHAPES["running"],
+    "run_id": SHAPES["run_id"],
+    "next_offset": shape("integer", "The `offset` for wait_run to go on from.", minimum=0),
+    "ended": or_null(SHAPES["ended"]),
+    "truncated": SHAPES["truncated"],
+    "output_bytes": SHAPES["output_bytes"],
 }
 # What its terminal showed last, when its time was over: a program may be asking there.
-AT_A_TIMEOUT = {"terminal": STRING}
-TERMINAL = {"agent_name": STRING, "busy": FLAG, "command": STRING, "columns": COUNT, "lines": COUNT}
-LISTED_RUN = {"run_id": STRING, "agent_name": STRING, "cmd": STRING, "state": STRING}
+AT_A_TIMEOUT = {"terminal": SHAPES["terminal"]}
+END_RESULT = {
+    name: RESULT[name] for name in ("run_id", "running", "exit_code", "ended", "output_bytes")
+}
+LISTED_RUN = {name: RUN_SHAPES[name] for name in ("run_id", "agent_name", "cmd", "state")}
 LISTED_RUNS = {"runs": {"type": "array", "items": object_schema(LISTED_RUN, list(LISTED_RUN))}}
+TERMINAL = {
+    "agent_name": shape("string", "Whose terminal."),
+    "busy": shape("boolean", "Whether something runs there."),
+    "command": shape("string", "What is in its foreground."),
+    "columns": shape("integer", "Its width.", minimum=0),
+    "lines": shape("integer", "Its height.", minimum=0),
+}
 LISTED = {"terminals": {"type": "array", "items": object_schema(TERMINAL, list(TERMINAL))}}
 
-
-def parameters(names: str) -> Message:
-    """The arguments of these names."""
-    return {name: PARAMETERS[name] for name in names.split()}
-
-
-EXEC_PARAMETERS = parameters("cmd cwd agent_name timeout stdin max_output wait")
+# Null means nothing here.
+EXEC_ARGUMENTS = fields_of(
+    "cmd cwd agent_name timeout stdin max_output wait",
+    timeout=MAX_TIMEOUT,
+    max_output=TOOL_OUTPUT,
+    wait=TOOL_WAIT,
+)
+WAIT_ARGUMENTS = fields_of("run_id wait offset max_output", wait=TOOL_WAIT, max_output=TOOL_OUTPUT)
 
 
 class Progress:
@@ -10763,17 +11073,15 @@ class Progress:
         self.reporting.cancel()
 
 
-@tool("Run a command", "destructive openWorld", EXEC_PARAMETERS, ["cmd"], RESULT, AT_A_TIMEOUT)
+@tool("Run a command", "destructive openWorld", EXEC_ARGUMENTS, ["cmd"], RESULT, AT_A_TIMEOUT)
 async def exec_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
     """Run a bash command in the sandbox. Answers with stdout and stderr as one text, in the order
     written, and with the exit code. A command that takes longer than `wait` seconds goes on: the
     answer then says how to get the rest with wait_run. Every command starts in a fresh shell: `cd`
     and variables do not last. A person may be watching, and can answer what a command asks on its
     terminal; programs that ask are better driven with send_keys and read_terminal."""
-    fields = {name: value for name, value in arguments.items() if name in EXEC_PARAMETERS}
-    fields = {"max_output": TOOL_OUTPUT, "wait": TOOL_WAIT, **fields}
-    wait = check_wait(fields["wait"])
-    request = ExecRequest.from_fields(fields, state.workspace)
+    wait = arguments["wait"]
+    request = ExecRequest.from_fields(arguments, state.workspace)
     run = state.driver.launch(request, Notes(state, request, "mcp"))
     try:
         return await answer_of_run(state, run, wait, 0, request.max_output, report)
@@ -10847,35 +11155,23 @@ def text_of(answer: ExecResponse, next_offset: int) -> str:
     return text + "\n".join(remarks)
 
 
-WAIT_PARAMETERS = parameters("run_id wait offset max_output")
-
-
-@tool(
-    "Wait for a command", "readOnly idempotent", WAIT_PARAMETERS, ["run_id"], RESULT, AT_A_TIMEOUT
-)
+@tool("Wait for a command", "readOnly idempotent", WAIT_ARGUMENTS, ["run_id"], RESULT, AT_A_TIMEOUT)
 async def wait_run_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
     """Wait for the end of a command that exec has left running, and get what it has printed since.
     Give the `run_id` and the `offset` that the last answer named. It can be called again and again,
     also for a command that has ended."""
-    run = state.driver.runs.find(check_run_id(arguments.get("run_id")))
-    wait = check_wait(arguments.get("wait", TOOL_WAIT))
-    limit = check_max_output(arguments.get("max_output", TOOL_OUTPUT))
-    offset = check_offset(arguments.get("offset", 0), run.printed())
-    return await answer_of_run(state, run, wait, offset, limit, report)
+    run = state.driver.runs.find(arguments["run_id"])
+    offset = check_offset("offset", arguments["offset"], run.printed())
+    limit = arguments["max_output"]
+    return await answer_of_run(state, run, arguments["wait"], offset, limit, report)
 
 
-END_PARAMETERS = parameters("run_id signal")
-
-
-@tool("End a command", "destructive", END_PARAMETERS, ["run_id"], END_RESULT)
+@tool("End a command", "destructive", fields_of("run_id signal"), ["run_id"], END_RESULT)
 async def end_run_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
     """End a command that runs: with the signal TERM, and KILL 2 seconds later, if no other signal
     is named. Answers with how it ended."""
-    run = state.driver.runs.find(check_run_id(arguments.get("run_id")))
-    name = arguments.get("signal", "TERM")
-    if name not in SIGNAL_NUMBERS:
-        raise complain("signal", name, f"one of {', '.join(SIGNAL_NUMBERS)}")
-
+    run = state.driver.runs.find(arguments["run_id"])
+    name = arguments["signal"]
     if run.result is None and name == "TERM":
         state.driver.end_run(run, ": end_run was called")
     elif run.result is None:
@@ -10893,66 +11189,41 @@ async def end_run_tool(state: AppState, arguments: Message, report: Report | Non
     return content(text_of(answer, run.printed()) or "[exit code 0]", facts)
 
 
-@tool("List the commands", "readOnly idempotent", parameters("agent_name running"), [], LISTED_RUNS)
+@tool(
+    "List the commands",
+    "readOnly idempotent",
+    fields_of("agent_name running", agent_name=None),
+    gives=LISTED_RUNS,
+)
 async def list_runs_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
     """List the newest 50 commands, with what they were, whether they run, and how they ended. Their
     output is what wait_run answers with."""
-    running = arguments.get("running", False)
-    if not isinstance(running, bool):
-        raise complain("running", running, "true or false")
-
-    agent_name = arguments.get("agent_name")
-    state_wanted = "running" if running else None
-    query = RunQuery(agent_name=agent_name, state=state_wanted, limit=TOOL_LISTED)
+    state_wanted = "running" if arguments["running"] else None
+    query = RunQuery(agent_name=arguments["agent_name"], state=state_wanted, limit=TOOL_LISTED)
     found = {"runs": [run.facts() for run in state.driver.runs.newest(query)]}
     return content(json.dumps(found), found)
 
 
-@tool("Read the terminal", "readOnly idempotent", parameters("agent_name lines"), [])
+@tool("Read the terminal", "readOnly idempotent", fields_of("agent_name lines"))
 async def read_terminal_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
     """Read the last lines of an agent's terminal, as a person would see them there: prompts,
     commands, output, and what programs draw. Use it to see where an interactive program is, after
     send_keys."""
-    lines = arguments.get("lines", PARAMETERS["lines"]["default"])
-    if type(lines) is not int or not 1 <= lines <= MAX_LINES:
-        raise complain("lines", lines, f"an integer, 1 to {MAX_LINES}")
-    agent_name = check_agent(arguments.get("agent_name", default_agent_name()))
-    return content(await state.driver.read_terminal(agent_name, lines))
+    return content(await state.driver.read_terminal(arguments["agent_name"], arguments["lines"]))
 
 
-def keys_of(arguments: Message) -> tuple[str, list[str]]:
-    """The text to type, and the keys to press after it.  Raises BadMessage."""
-    text = check_text("text", arguments.get("text", ""), "a string", MAX_KEYS)
-    keys = arguments.get("keys", [])
-    if not isinstance(keys, list) or len(keys) > MAX_KEYS:
-        raise complain("keys", keys, f"a list of names of keys, {MAX_KEYS} at most")
-
-    for key in keys:
-        if not isinstance(key, str) or not KEY.fullmatch(key):
-            raise complain(
-                "keys", key, "tmux names of keys such as Enter, C-c, Up; words to type go in `text`"
-            )
-
-    if not text and not keys:
-        raise BadMessage("`text`, `keys`: got neither, expected one of them")
-    return text, keys
-
-
-SEND_PARAMETERS = parameters("agent_name text keys run_id")
-
-
-@tool("Type into the terminal", "destructive openWorld", SEND_PARAMETERS, [])
+@tool("Type into the terminal", "destructive openWorld", fields_of("agent_name text keys run_id"))
 async def send_keys_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
     """Type text and press keys in an agent's terminal, as a person would: to answer a program that
     waits for input, or to end one (`keys` of `C-c`). They go to the program that was started there
     with keys, else to the newest command, or with `run_id` to that command. Returns what the
     terminal shows a moment later. To run a command, use exec instead."""
-    text, keys = keys_of(arguments)
-    run_id = arguments.get("run_id")
-    if run_id is not None:
-        check_run_id(run_id)
-
-    agent_name = check_agent(arguments.get("agent_name", default_agent_name()))
+    text = arguments["text"]
+    keys = [*arguments["keys"]]
+    run_id = arguments["run_id"]
+    agent_name = arguments["agent_name"]
+    if not text and not keys:
+        raise BadMessage("`text`, `keys`: got neither, expected one of them")
 
     record: Message = {
         "run_id": secrets.token_hex(8),
@@ -10995,7 +11266,7 @@ def keys_outcome(error: str | None, seconds: float) -> Message:
     }
 
 
-@tool("List the terminals", "readOnly idempotent", {}, [], LISTED)
+@tool("List the terminals", "readOnly idempotent", {}, gives=LISTED)
 async def list_terminals_tool(
     state: AppState, arguments: Message, report: Report | None
 ) -> Message:
@@ -11126,6 +11397,429 @@ def accepts(accept: str, kind: str, in_general: bool) -> bool:
 def media_type(content_type: str) -> str:
     """Without its parameters."""
     return content_type.partition(";")[0].strip().lower()
+
+
+# ==========================================================================
+# Interface
+# ==========================================================================
+# What each route takes and gives, as OpenAPI 3.1 describes it.
+#
+# X1  Each method of a route has an Operation; its `query` is what reads the query.
+TEXT = {"type": "string"}
+SERVER_NAME = Text(
+    "name", "Of a relayed server, see `GET /servers`.", example="everything", limit=MAX_NAME
+)
+# In paths.
+PATH_FIELDS = {"name": SERVER_NAME, "run_id": FIELDS["run_id"]}
+# What no table of fields says of requests that are refused.
+REFUSED = {
+    400: "A value is missing or wrong: `error` names it.",
+    401: "The token is missing or wrong.",
+    403: "`Host` or `Origin` is not one of ours.",
+    404: "There is none of this name.",
+    413: f"The body has more than {MAX_BODY} bytes.",
+    415: "The body is not `application/json`.",
+    503: "Nothing was run: tmux or the audit log refuses, or too many wait.",
+}
+ERROR = object_schema(
+    {
+        "error": SHAPES["error"],
+        "exit_code": shape("integer", "2 for a 400, otherwise 125.", enum=[2, 125]),
+    },
+    ["error", "exit_code"],
+)
+RPC_ERROR = object_schema(
+    {
+        "jsonrpc": {"const": "2.0"},
+        "id": {"type": ["string", "integer", "null"]},
+        "error": object_schema(
+            {"code": {"type": "integer"}, "message": TEXT, "data": {}}, ["code", "message"]
+        ),
+    },
+    ["jsonrpc", "id", "error"],
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer of a route."""
+
+    about: str
+    # The JSON Schema of each media type; none: it has no body.
+    content: Mapping[str, Message] = field(default_factory=dict)
+    # By name.
+    headers: Mapping[str, Message] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a method of a route takes and gives."""
+
+    summary: str
+    answers: Mapping[int, Answer]
+    # In words, what no schema says.
+    about: str = ""
+    query: Mapping[str, Field] = field(default_factory=dict)
+    headers: Mapping[str, Field] = field(default_factory=dict)
+    # The JSON Schema of the body; None: it takes none.
+    body: Message | None = None
+    # Statuses with which it refuses a request, besides those that all have.
+    refuses: tuple[int, ...] = ()
+
+
+# By method, in lower case.
+Operations = Mapping[str, Operation]
+
+
+@dataclass(frozen=True)
+class Described:
+    """A method of a route."""
+
+    path: str
+    method: str
+    operation: Operation
+    # Whether it needs no token, and whether the address may have it.
+    is_open: bool
+    token_in_query: bool
+    # Whether its errors are those of JSON-RPC.
+    of_mcp: bool
+
+
+def json_answer(about: str, schema: Message) -> Answer:
+    return Answer(about, {"application/json": schema})
+
+
+def path_template(pattern: str) -> str:
+    """`/runs/{run_id}` for a pattern of ROUTES."""
+    return re.sub(r"\(\?P<(\w+)>[^)]*\)", r"{\1}", pattern)
+
+
+def openapi(described: Sequence[Described], has_token: bool) -> Message:
+    """The OpenAPI document of these routes."""
+    paths: dict[str, Message] = {}
+    for each in described:
+        paths.setdefault(each.path, {})[each.method] = shown_operation(each, has_token)
+
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "pocketcoder-proxy",
+            "version": VERSION,
+            "description": "Commands in terminals of a sandbox. Fields of a request that mean"
+            " nothing are ignored. Paths of MCP may end with a slash. With `Origin`, every path"
+            " answers OPTIONS as CORS asks.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": {"Error": ERROR, "RpcError": RPC_ERROR},
+            "responses": refused_answers(),
+            "securitySchemes": {
+                "token": {"type": "http", "scheme": "bearer"},
+                "query": {"type": "apiKey", "in": "query", "name": "token"},
+            },
+        },
+    }
+
+
+def refused_answers() -> Message:
+    """The answers of REFUSED, each for routes with JSON and for those with JSON-RPC."""
+    found: Message = {}
+    for prefix, name in (("", "Error"), ("rpc", "RpcError")):
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+        for status, about in REFUSED.items():
+            found[f"{prefix}{status}"] = {"description": about, "content": content}
+
+    return found
+
+
+def shown_operation(described: Described, has_token: bool) -> Message:
+    """As it stands below its path."""
+    operation = described.operation
+    names = re.findall(r"{(\w+)}", described.path)
+    places = {
+        "path": {name: PATH_FIELDS[name] for name in names},
+        "query": operation.query,
+        "header": operation.headers,
+    }
+    parameters = [
+        shown_parameter(place, each) for place, found in places.items() for each in found.values()
+    ]
+    shown: Message = {
+        "operationId": "_".join(re.findall(r"\w+", f"{described.method} {described.path}")),
+        "summary": operation.summary,
+    }
+    if operation.about:
+        shown["description"] = operation.about
+    if parameters:
+        shown["parameters"] = parameters
+    if operation.body is not None:
+        content = {"application/json": {"schema": operation.body}}
+        shown["requestBody"] = {"required": True, "content": content}
+
+    shown["responses"] = {
+        str(status): shown_answer(answer) for status, answer in operation.answers.items()
+    }
+    prefix = "rpc" if described.of_mcp else ""
+    for status in refusals_of(described):
+        reference = {"$ref": f"#/components/responses/{prefix}{status}"}
+        shown["responses"].setdefault(str(status), reference)
+
+    if has_token and not described.is_open:
+        in_query: list[Message] = [{"query": []}] if described.token_in_query else []
+        shown["security"] = [{"token": []}, *in_query]
+
+    return shown
+
+
+def refusals_of(described: Described) -> list[int]:
+    """The statuses of REFUSED that a method may answer with."""
+    operation = described.operation
+    found = {403, *operation.refuses}
+    if not described.is_open:
+        found.add(401)
+    if operation.query or operation.headers:
+        found.add(400)
+    if operation.body is not None:
+        found |= {400, 413, 415}
+    if "{" in described.path:
+        found.add(404)
+    return sorted(found)
+
+
+def shown_parameter(place: str, each: Field) -> Message:
+    """A value in the path, the query or a header, where nothing can be null."""
+    schema = replace(each, nullable=False).schema()
+    about = schema.pop("description")
+    return {
+        "name": each.name,
+        "in": place,
+        "required": place == "path",
+        "description": about,
+        "schema": schema,
+    }
+
+
+def shown_answer(answer: Answer) -> Message:
+    shown: Message = {"description": answer.about}
+    if answer.headers:
+        shown["headers"] = {
+            name: {"description": schema["description"], "schema": schema}
+            for name, schema in answer.headers.items()
+        }
+    if answer.content:
+        shown["content"] = {kind: {"schema": schema} for kind, schema in answer.content.items()}
+    return shown
+
+
+EVENTS = "text/event-stream"
+RUN = object_schema({**RUN_SHAPES, **SHAPES}, [*RUN_SHAPES])
+# Of a command that was started, and has ended or not.
+STARTED = ("output_bytes", "run_id", "truncated", "waited_ms")
+ENDED_COMMAND = object_schema(SHAPES, ["stdout", "exit_code", "ended", "duration_ms", *STARTED])
+RUNNING_COMMAND = object_schema(SHAPES, ["stdout", "running", "run_id"])
+
+HEALTH = Operation(
+    "Whether the server lives",
+    {200: Answer("It does.", {"text/plain": {"const": "ok"}})},
+    about="It answers while commands run.",
+)
+READINESS = Operation(
+    "Whether a command could run now",
+    {
+        200: json_answer(
+            "It could.",
+            object_schema({"ready": {"const": True}, "version": TEXT}, ["ready", "version"]),
+        ),
+        503: json_answer(
+            "It could not: `error` is the reason.",
+            object_schema(
+                {"ready": {"const": False}, "version": TEXT, **ERROR["properties"]},
+                ["ready", "version", "error", "exit_code"],
+            ),
+        ),
+    },
+    about=f"Changes nothing. Answers of the last {READY_KEPT:g} s are given again.",
+)
+METRICS = Operation(
+    "Metrics for Prometheus",
+    {200: Answer("Its text format.", {"text/plain; version=0.0.4; charset=utf-8": TEXT})},
+)
+OPENAPI = Operation(
+    "This document", {200: json_answer("OpenAPI 3.1.", {"type": "object", "required": ["openapi"]})}
+)
+EXEC = Operation(
+    "Run a command",
+    {
+        200: Answer(
+            "The command was started, and has ended: how, is in the body.",
+            {"application/json": ENDED_COMMAND, EVENTS: TEXT},
+        ),
+        202: json_answer("`wait` is over, and the command goes on.", RUNNING_COMMAND),
+        500: json_answer("The command ran, but its end cannot be recorded.", ERROR),
+    },
+    about="With `Accept: text/event-stream` the answer is a stream: events `output` with"
+    ' `{"stdout": "..."}` as the command writes, comments while it is silent, and at its end `exit`'
+    " with the object of a 200 without `stdout`. With `wait` it may end with `running` and the"
+    " object of a 202 without `stdout`. A caller that leaves cancels its command, but not with"
+    f" `wait`, whose command may take {MAX_TIMEOUT} s where `timeout` is not given.",
+    body={
+        **object_schema(schemas(EXEC_FIELDS)),
+        # Without its `required`, which may not be empty everywhere.
+        "oneOf": [{"required": ["cmd"]}, {"required": ["argv"]}],
+    },
+    refuses=(503,),
+)
+CHANNEL = Operation(
+    "Run a command with stdin, stdout and stderr apart",
+    {101: Answer("The WebSocket is open.")},
+    about=f"A WebSocket with the framing of `kubectl exec`, subprotocol `{CHANNELS}`. The first"
+    " message is the body of `POST /exec` as text. Then binary messages, whose first byte is the"
+    " channel: 0 stdin (sent), 1 stdout, 2 stderr, 3 the object of a 200 of `POST /exec` without"
+    " `stdout`; 255, 0 ends stdin. Text messages"
+    f' `{{"signal": "INT"}}` ({", ".join(SIGNAL_NUMBERS)}) go to the whole process group. Closing'
+    " the socket cancels the command.",
+    refuses=(400,),
+)
+LIST_RUNS = Operation(
+    "List the newest runs",
+    {
+        200: json_answer(
+            "The newest first.", object_schema({"runs": {"type": "array", "items": RUN}}, ["runs"])
+        )
+    },
+    query=LIST_FIELDS,
+)
+ONE_RUN = json_answer("The run.", RUN)
+GET_RUN = Operation(
+    "What is known of a run",
+    {200: ONE_RUN},
+    about="With `wait` the answer comes when it has ended, or after so many seconds.",
+    query=fields_of("wait", wait=0),
+)
+DELETE_RUN = Operation(
+    "End or forget a run",
+    {200: json_answer("It ran, and has been ended.", RUN), 204: Answer("It is forgotten.")},
+)
+SIGNAL_RUN = Operation(
+    "Send a signal to a run",
+    {200: ONE_RUN},
+    body=object_schema(schemas(SIGNAL_FIELDS), ["signal"]),
+)
+RUN_OUTPUT = Operation(
+    "What a run has printed",
+    {
+        200: Answer(
+            "The bytes, up to the next gap.",
+            {"application/octet-stream": {}, EVENTS: TEXT},
+            headers={
+                "Output-Offset": shape("integer", "Of the first byte: a gap is skipped."),
+                "Output-Bytes": shape("integer", "Bytes written so far."),
+                "Output-Ended": shape("string", "Whether that is all.", enum=["true", "false"]),
+            },
+        )
+    },
+    about="With `Accept: text/event-stream` it follows: events `output` as `POST /exec` streams"
+    " them, each with the offset behind it as `id`, then `exit`; `Last-Event-ID` goes on from"
+    " there.",
+    query=OUTPUT_FIELDS,
+    headers={"Last-Event-ID": Whole("Last-Event-ID", "Of a stream: the offset to go on from.")},
+)
+LIST_SERVERS = Operation(
+    "List the relayed MCP servers",
+    {
+        200: json_answer(
+            "Never their environment.",
+            {
+                "type": "array",
+                "items": object_schema(
+                    {
+                        "name": TEXT,
+                        "state": shape(
+                            "string", "How it is.", enum=[state.value for state in RelayState]
+                        ),
+                        "era": or_null(
+                            shape("string", "What it speaks.", enum=[era.value for era in Era])
+                        ),
+                        "pid": or_null(shape("integer", "Of its oldest process.")),
+                        "restarts": shape("integer", "How often it was started anew.", minimum=0),
+                        "error": shape("string", "Why its last process has ended."),
+                    },
+                    ["name", "state", "era", "pid", "restarts"],
+                ),
+            },
+        )
+    },
+)
+RPC_MESSAGE = {
+    "type": "object",
+    "description": "A message of JSON-RPC 2.0, as MCP has it.",
+    "properties": {"jsonrpc": {"const": "2.0"}},
+    "required": ["jsonrpc"],
+    "examples": [
+        {
+            "jsonrpc": "2.0",
+            "id": 1,
+            "method": "initialize",
+            "params": {
+                "protocolVersion": LEGACY[-1],
+                "capabilities": {},
+                "clientInfo": {"name": "example", "version": "1"},
+            },
+        }
+    ],
+}
+MCP_POST = Operation(
+    "Send a message of MCP, over Streamable HTTP",
+    {
+        200: Answer("The answer.", {"application/json": {"type": "object"}, EVENTS: TEXT}),
+        202: Answer("It was no request."),
+        406: json_answer("`Accept` lacks a media type.", RPC_ERROR),
+    },
+    about="The answer is a stream of messages where something comes before it. A session of a"
+    " revision before 2026-07-28 has the header `Mcp-Session-Id`.",
+    body=RPC_MESSAGE,
+    refuses=(404, 503),
+)
+MCP_STREAM = Operation(
+    "Hear what an MCP server says, over Streamable HTTP",
+    {200: Answer("A stream of messages.", {EVENTS: TEXT})},
+    about="It needs the header `Mcp-Session-Id`; without it the method is not allowed.",
+    refuses=(404,),
+)
+MCP_END = Operation(
+    "End a session of MCP",
+    {204: Answer("It has ended.")},
+    about="It needs the header `Mcp-Session-Id`; without it the method is not allowed.",
+    refuses=(404,),
+)
+MCP_SOCKET = Operation(
+    "MCP over a WebSocket",
+    {101: Answer("The WebSocket is open.")},
+    about="With the subprotocol `mcp`. Each text message is a message of JSON-RPC; the session"
+    " lasts as long as the socket.",
+    refuses=(400,),
+)
+MCP_SSE = Operation(
+    "Hear what an MCP server says, over HTTP+SSE",
+    {
+        200: Answer(
+            "A stream: `endpoint` with the address to post to, then messages.", {EVENTS: TEXT}
+        )
+    },
+    about="A session that the client names outlives its stream by"
+    f" {SESSION_KEPT:g} s: a second stream of that name gets what was missed.",
+    query={"session_id": SESSION_NAME, "sessionId": replace(SESSION_NAME, name="sessionId")},
+    refuses=(404, 503),
+)
+MCP_MESSAGES = Operation(
+    "Send a message of MCP, over HTTP+SSE",
+    {202: Answer("Taken: the answer comes on the stream.", {"text/html": {"const": "Accepted"}})},
+    query={"session_id": SESSION_NAME, "sessionId": replace(SESSION_NAME, name="sessionId")},
+    body=RPC_MESSAGE,
+    refuses=(404,),
+)
 
 
 # ==========================================================================
@@ -11384,6 +12078,8 @@ class Endpoint(tornado.web.RequestHandler):
     of_mcp = False
     # Whether its path may end with a slash.
     slash_too = False
+    # By method, in lower case.
+    operations: ClassVar[Operations] = {}
     # The work that a caller waits for.
     task: asyncio.Task[Any] | None = None
 
@@ -11464,9 +12160,25 @@ class Endpoint(tornado.web.RequestHandler):
             raise TooLarge(f"body: got {self.received} bytes, expected at most {MAX_BODY}")
         return bytes(self.body)
 
+    def given(self) -> Message:
+        """The values of the query, else their defaults.  Raises BadMessage."""
+        found: Message = {}
+        for name, each in self.operations[(self.request.method or "").lower()].query.items():
+            text = self.get_query_argument(name, None)
+            found[name] = each.default if text is None else each.read(text)
+
+        return found
+
     def query(self) -> McpQuery:
         given = self.get_query_argument
         return McpQuery(given("session_id", None) or given("sessionId", None))
+
+    @classmethod
+    def methods(cls) -> list[str]:
+        """Those that it serves, and not only for CORS."""
+        missing = tornado.web.RequestHandler._unimplemented_method
+        names = [name for name in cls.SUPPORTED_METHODS if name != "OPTIONS"]
+        return [name for name in names if getattr(cls, name.lower()) is not missing]
 
     def options(self, name: str = "") -> None:
         self.set_header("Access-Control-Allow-Methods", ", ".join(self._allowed()))
@@ -11657,6 +12369,7 @@ class HttpServer(tornado.httpserver.HTTPServer):
 
 
 class HealthEndpoint(Endpoint):
+    operations: ClassVar[Operations] = {"get": HEALTH, "head": HEALTH}
     open_to_all = True
 
     async def get(self) -> None:
@@ -11667,6 +12380,7 @@ class HealthEndpoint(Endpoint):
 
 
 class ReadyEndpoint(Endpoint):
+    operations: ClassVar[Operations] = {"get": READINESS, "head": READINESS}
     open_to_all = True
 
     async def get(self) -> None:
@@ -11680,6 +12394,8 @@ class ReadyEndpoint(Endpoint):
 
 
 class MetricsEndpoint(Endpoint):
+    operations: ClassVar[Operations] = {"get": METRICS}
+
     async def get(self) -> None:
         await self.perform(self.answer())
 
@@ -11690,6 +12406,7 @@ class MetricsEndpoint(Endpoint):
 
 
 class ExecEndpoint(EventsEndpoint):
+    operations: ClassVar[Operations] = {"post": EXEC}
     # A slow reader slows the command.
     patience = 0.0
 
@@ -11748,32 +12465,18 @@ class ExecEndpoint(EventsEndpoint):
 class RunsEndpoint(Endpoint):
     """`GET /runs`: the newest runs."""
 
+    operations: ClassVar[Operations] = {"get": LIST_RUNS}
     slash_too = True
 
     async def get(self) -> None:
-        given = self.get_query_argument
-        query = RunQuery(
-            agent_name=given("agent_name", None),
-            session_id=given("session_id", None),
-            usage_id=given("usage_id", None),
-            state=given("state", None),
-            limit=number_of("limit", given("limit", str(DEFAULT_LISTED))),
-            before=given("before", None),
-        )
-        runs = self.state.driver.runs.newest(query)
+        runs = self.state.driver.runs.newest(RunQuery(**self.given()))
         self.finish_json({"runs": [run.facts() for run in runs]})
-
-
-def number_of(name: str, text: str) -> int:
-    """A number of a query.  Raises BadMessage."""
-    if not re.fullmatch(r"[0-9]{1,15}", text):
-        raise complain(name, text, "an integer, 0 or more")
-    return int(text)
 
 
 class RunEndpoint(Endpoint):
     """`/runs/ID`: one run."""
 
+    operations: ClassVar[Operations] = {"get": GET_RUN, "delete": DELETE_RUN}
     slash_too = True
 
     def run(self) -> Run:
@@ -11781,11 +12484,7 @@ class RunEndpoint(Endpoint):
         return self.state.driver.runs.find(self.path_kwargs["run_id"])
 
     async def get(self, run_id: str) -> None:
-        run = self.run()
-        wait = self.get_query_argument("wait", "0")
-        if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", wait):
-            raise complain("wait", wait, f"seconds, 0 <= wait <= {MAX_TIMEOUT}")
-        await self.perform(self.answer(run, check_wait(float(wait))))
+        await self.perform(self.answer(self.run(), self.given()["wait"]))
 
     async def answer(self, run: Run, wait: float) -> None:
         await set_within(run.news, wait)
@@ -11801,35 +12500,36 @@ class RunEndpoint(Endpoint):
             await self.perform(self.answer(run, END_PATIENCE))
 
 
-class RunSignalEndpoint(RunEndpoint):
+class RunSignalEndpoint(Endpoint):
     """`POST /runs/ID/signal`: a signal to the process group of its command."""
 
+    operations: ClassVar[Operations] = {"post": SIGNAL_RUN}
+
     async def post(self, run_id: str) -> None:
-        run = self.run()
-        got = read_object(self.whole_body())
-        name = got.get("signal")
-        if not isinstance(name, str) or name not in SIGNAL_NUMBERS:
-            raise complain("signal", name, f"one of {', '.join(SIGNAL_NUMBERS)}")
-        self.state.driver.signal_run(run, SIGNAL_NUMBERS[name])
+        run = self.state.driver.runs.find(run_id)
+        got = checked(read_object(self.whole_body()), SIGNAL_FIELDS, ["signal"])
+        self.state.driver.signal_run(run, SIGNAL_NUMBERS[got["signal"]])
         self.finish_json(run.facts())
 
 
 class RunOutputEndpoint(EventsEndpoint):
     """`GET /runs/ID/output`: what it has printed, or a stream of what it prints."""
 
+    operations: ClassVar[Operations] = {"get": RUN_OUTPUT}
     slash_too = True
 
     async def get(self, run_id: str) -> None:
         run = self.state.driver.runs.find(run_id)
         if self.accepts("text/event-stream", in_general=False):
-            last = self.request.headers.get("Last-Event-ID", "0")
-            offset = check_offset(number_of("Last-Event-ID", last), run.record.total)
+            name = "Last-Event-ID"
+            last = RUN_OUTPUT.headers[name].read(self.request.headers.get(name, "0"))
+            offset = check_offset(name, last, run.record.total)
             await self.perform(self.follow(run, offset))
             return
 
-        given = self.get_query_argument
-        offset = check_offset(number_of("offset", given("offset", "0")), run.record.total)
-        limit = number_of("limit", given("limit", str(sys.maxsize)[:15]))
+        given = self.given()
+        offset = check_offset("offset", given["offset"], run.record.total)
+        limit = sys.maxsize if given["limit"] is None else given["limit"]
         await self.perform(self.answer(run, offset, limit))
 
     async def answer(self, run: Run, offset: int, limit: int) -> None:
@@ -11897,6 +12597,7 @@ class SocketEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
 class ChannelEndpoint(SocketEndpoint):
     """`GET /exec/ws`: a command with stdin, stdout, stderr and signals apart."""
 
+    operations: ClassVar[Operations] = {"get": CHANNEL}
     subprotocol = CHANNELS
     work: asyncio.Task[None] | None = None
 
@@ -11986,6 +12687,11 @@ def is_established(sock: socket.socket) -> bool:
 class McpEndpoint(EventsEndpoint):
     """`/mcp`: Streamable HTTP.  A modern request stands for itself, a legacy one has a session."""
 
+    operations: ClassVar[Operations] = {
+        "post": MCP_POST,
+        "get": MCP_STREAM,
+        "delete": MCP_END,
+    }
     of_mcp = True
     slash_too = True
 
@@ -12103,6 +12809,7 @@ class McpEndpoint(EventsEndpoint):
 class SseEndpoint(EventsEndpoint):
     """`GET /sse`: what the server says; the client posts to `/messages`."""
 
+    operations: ClassVar[Operations] = {"get": MCP_SSE}
     of_mcp = True
     slash_too = True
     token_in_query = True
@@ -12122,6 +12829,7 @@ class SseEndpoint(EventsEndpoint):
 
 
 class MessagesEndpoint(Endpoint):
+    operations: ClassVar[Operations] = {"post": MCP_MESSAGES}
     of_mcp = True
     slash_too = True
     token_in_query = True
@@ -12138,6 +12846,7 @@ class MessagesEndpoint(Endpoint):
 class McpSocket(SocketEndpoint):
     """`GET /mcp/ws`: a session that lasts as long as the socket."""
 
+    operations: ClassVar[Operations] = {"get": MCP_SOCKET}
     of_mcp = True
     slash_too = True
     token_in_query = True
@@ -12185,12 +12894,20 @@ class McpSocket(SocketEndpoint):
 
 
 class ServersEndpoint(Endpoint):
+    operations: ClassVar[Operations] = {"get": LIST_SERVERS}
     slash_too = True
 
     async def get(self) -> None:
         relays = [server for server in self.state.servers.values() if isinstance(server, Relay)]
         self.set_header("Content-Type", "application/json")
         self.finish(json.dumps([relay.shown() for relay in relays]))
+
+
+class OpenapiEndpoint(Endpoint):
+    operations: ClassVar[Operations] = {"get": OPENAPI}
+
+    async def get(self) -> None:
+        self.finish_json(openapi(described_routes(), self.gate.token != ""))
 
 
 class UnknownEndpoint(Endpoint):
@@ -12210,6 +12927,7 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
     (r"/health", HealthEndpoint),
     (r"/ready", ReadyEndpoint),
     (r"/metrics", MetricsEndpoint),
+    (r"/openapi.json", OpenapiEndpoint),
     (r"/exec", ExecEndpoint),
     (r"/exec/ws", ChannelEndpoint),
     (r"/runs", RunsEndpoint),
@@ -12222,6 +12940,22 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
     *((f"{server}/sse", SseEndpoint) for server in SERVERS),
     *((f"{server}/messages", MessagesEndpoint) for server in SERVERS),
 ]
+
+
+def described_routes() -> list[Described]:
+    """All methods of ROUTES."""
+    return [
+        Described(
+            path=path_template(pattern),
+            method=method.lower(),
+            operation=endpoint.operations[method.lower()],
+            is_open=endpoint.open_to_all,
+            token_in_query=endpoint.token_in_query,
+            of_mcp=endpoint.of_mcp,
+        )
+        for pattern, endpoint in ROUTES
+        for method in endpoint.methods()
+    ]
 
 
 # ==========================================================================
