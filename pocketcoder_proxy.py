@@ -50,6 +50,7 @@ Sections, top to bottom; each uses only what stands above it:
   Endpoints         handlers, what Tornado calls, ROUTES
   Install           what `install` writes
   MCP configuration which stdio servers are relayed
+  Listening         a port, or a unix socket
   Command line      options, mistakes, help
   Application       start and stop
 
@@ -266,8 +267,10 @@ SLOW_READER_TIMEOUT = 60.0
 # callers are answered.
 MAX_WRITTEN = MIB
 GONE_CHECK = 0.5  # between looks whether the caller of a channel has left
-TCP_ESTABLISHED = 1  # include/net/tcp_states.h
-TCP_LISTEN = "0A"  # the same, as /proc/net/tcp has it
+BACKLOG = 128  # connections that wait to be accepted at a unix socket
+LOCK_TRIES = 40  # to be the only server that starts at a unix socket, each after LOCK_PAUSE
+LOCK_PAUSE = 0.05
+TCP_LISTEN = "0A"  # include/net/tcp_states.h, as /proc/net/tcp has it
 # Mcp-Param-* come to these, as asked for.
 CORS_HEADERS = (
     "Authorization, Content-Type, Accept, MCP-Protocol-Version, Mcp-Session-Id, Mcp-Method,"
@@ -1148,6 +1151,7 @@ except ModuleNotFoundError:
     tornado = SimpleNamespace(  # type: ignore[assignment]
         web=SimpleNamespace(RequestHandler=object),
         httpserver=SimpleNamespace(HTTPServer=object),
+        iostream=SimpleNamespace(IOStream=object),
         websocket=SimpleNamespace(WebSocketHandler=type("WebSocketHandler", (), {})),
     )
 
@@ -2451,8 +2455,11 @@ def check_place(path: str) -> None:
         raise NoTerminal(f"no directory for the socket {path}: {missing}") from None
 
 
-def check_owners(path: str) -> None:
-    """The same for a directory that is there.  Raises NoTerminal, OSError."""
+def check_owners(path: str, setting: str = "TMUX_SOCKET") -> None:
+    """The same for a directory that is there.  Raises NoTerminal, OSError.
+
+    setting  what chooses the path
+    """
     folder = os.path.dirname(path)
     user = os.geteuid()
     place = os.stat(folder)
@@ -2470,7 +2477,7 @@ def check_owners(path: str) -> None:
         if it.st_uid not in owners or (it is place and is_open(place)):
             raise NoTerminal(
                 f"{name}: got user {it.st_uid} and mode {stat.filemode(it.st_mode)}, expected user"
-                f" {user} or root, and that no other may write there: set TMUX_SOCKET to a path in"
+                f" {user} or root, and that no other may write there: set {setting} to a path in"
                 " a safe directory"
             )
 
@@ -11301,6 +11308,8 @@ class Gate:
     token: str = ""
     # Those of browser pages that may call.
     origins: frozenset[str] = frozenset()
+    # At a unix socket, which no page and no name of a host leads to.
+    any_host: bool = False
 
     def admit(
         self, headers: Mapping[str, str], needs_token: bool = True, query_token: str | None = None
@@ -11332,7 +11341,7 @@ class Gate:
 
     def _check_host(self, host: str) -> None:
         """Without a token, a name that was bound to us anew (DNS rebinding) would open the door."""
-        if not self.token and not is_loopback(host):
+        if not self.token and not self.any_host and not is_loopback(host):
             raise Forbidden(
                 f"`Host`: got {in_quotes(host)}, expected localhost or a loopback address: another"
                 " name needs a token, POCKETCODER_TOKEN for the server and for the shell"
@@ -12108,7 +12117,9 @@ class Endpoint(tornado.web.RequestHandler):
 
     @property
     def address(self) -> str:
-        """Of the caller's machine."""
+        """Of the caller's machine; of a caller at a unix socket `unix`."""
+        if isinstance(self.stream, LocalStream):
+            return "unix"
         return self.request.remote_ip or ""
 
     def prepare(self) -> None:
@@ -12309,7 +12320,61 @@ class EventsEndpoint(Endpoint):
             raise tornado.iostream.StreamClosedError
         self.stream.set_nodelay(True)
         # A reader that has died without a word is noticed.
-        set_user_timeout(self.stream.socket, self.patience)
+        set_patience(self.stream, self.patience)
+
+
+class LocalStream(tornado.iostream.IOStream):
+    """A connection at a unix socket.
+
+    It ends if its reader takes nothing for a while, as `set_user_timeout` has it for TCP.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection)
+        # Seconds; 0: as long as it takes.
+        self.patience = SLOW_READER_TIMEOUT
+        # When its reader took something, and when to look again.
+        self.taken_at = time.monotonic()
+        self.timer: asyncio.TimerHandle | None = None
+
+    def be_patient(self, seconds: float) -> None:
+        self.patience = seconds
+
+    def write(self, data: bytes | memoryview) -> asyncio.Future[None]:
+        written = super().write(data)
+        if self.patience and self.timer is None and self.writing():
+            self.taken_at = time.monotonic()
+            self._look_later(self.patience)
+
+        return written
+
+    def write_to_fd(self, data: memoryview) -> int:
+        taken = super().write_to_fd(data)
+        if taken:
+            self.taken_at = time.monotonic()
+        return taken
+
+    def _look_later(self, seconds: float) -> None:
+        self.timer = asyncio.get_running_loop().call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        self.timer = None
+        if self.closed() or not self.writing() or not self.patience:
+            return
+
+        left = self.taken_at + self.patience - time.monotonic()
+        if left > 0:
+            self._look_later(left)
+        else:
+            self.close()
+
+
+def set_patience(stream: tornado.iostream.IOStream, seconds: float) -> None:
+    """Give up a reader that takes nothing so long; 0: as long as it takes."""
+    if isinstance(stream, LocalStream):
+        stream.be_patient(seconds)
+    else:
+        set_user_timeout(stream.socket, seconds)
 
 
 def set_user_timeout(sock: socket.socket, seconds: float) -> None:
@@ -12340,7 +12405,9 @@ class HttpServer(tornado.httpserver.HTTPServer):
             # They are counted in the next turn of the loop.
             for _ in range(ACCEPTED_AT_ONCE):
                 connection, address = listener.accept()
-                self.handle_stream(tornado.iostream.IOStream(connection), address)
+                is_local = connection.family == socket.AF_UNIX
+                kind = LocalStream if is_local else tornado.iostream.IOStream
+                self.handle_stream(kind(connection), address)
                 if len(self.waiting) >= most:
                     oldest = next(iter(self.waiting))
                     del self.waiting[oldest]
@@ -12609,7 +12676,7 @@ class ChannelEndpoint(SocketEndpoint):
         if not self.stream.closed():
             self.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             # The reader may be a pager, where a person rests.
-            set_user_timeout(self.stream.socket, 0)
+            set_patience(self.stream, 0)
         self.too_slow = asyncio.get_running_loop().call_later(BODY_TIMEOUT, self.close)
 
     async def on_message(self, message: str | bytes) -> None:
@@ -12668,7 +12735,7 @@ class ChannelEndpoint(SocketEndpoint):
         Nothing reads the socket meanwhile, so look at it now and then.
         """
         while not (await asyncio.wait({work}, timeout=GONE_CHECK))[0]:
-            if self.stream.closed() or not is_established(self.stream.socket):
+            if self.stream.closed() or has_left(self.stream.socket):
                 self.stream.close()
                 return None
 
@@ -12679,9 +12746,11 @@ class ChannelEndpoint(SocketEndpoint):
             self.work.cancel()
 
 
-def is_established(sock: socket.socket) -> bool:
-    """Whether the peer has not closed its side, tcp(7)."""
-    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_ESTABLISHED
+def has_left(sock: socket.socket) -> bool:
+    """Whether the peer has closed its side."""
+    look = select.poll()
+    look.register(sock, select.POLLRDHUP)
+    return bool(look.poll(0))
 
 
 class McpEndpoint(EventsEndpoint):
@@ -13002,7 +13071,8 @@ def installed_text() -> str:
 
     # The settings of the script above that are for a server stay behind.
     text = head[head.index('r"""') :].rstrip() + "\n"
-    code = marshal.dumps(compile(text, INSTALLED, "exec", dont_inherit=True))
+    # Without docstrings, which cost time at each start.
+    code = marshal.dumps(compile(text, INSTALLED, "exec", dont_inherit=True, optimize=2))
     return INSTALLED_FORM.format(first=first, text=text, code=code, python=sys.version)
 
 
@@ -13260,6 +13330,142 @@ def check_command(config: ServerConfig) -> None:
 
 
 # ==========================================================================
+# Listening
+# ==========================================================================
+# Where callers connect: a port, or the file of a unix socket.
+#
+# V1  A socket at which somebody listens is never replaced; one that a killed server left is.
+# V2  The file is never open to others, not for a moment; its own server removes it.
+class Listening:
+    """Where the server takes connections."""
+
+    def __init__(self, sockets: list[socket.socket], path: str = "") -> None:
+        self.sockets = sockets
+        # Of a unix socket; otherwise "".
+        self.path = path
+        self.made = os.lstat(path) if path else None
+
+    @property
+    def address(self) -> str:
+        """What PROXY_URL takes."""
+        if self.path:
+            return f"{UNIX}{self.path}"
+        host, port = self.sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def close(self) -> None:
+        """Take no more connections, and remove the file, if it is still the one that was made."""
+        if self.made is not None:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.lstat(self.path), self.made):
+                    os.unlink(self.path)
+
+        for each in self.sockets:
+            each.close()
+
+
+def listen_at_port(host: str, port: int) -> Listening:
+    """Listen there.  Raises ProxyError, with what to do."""
+    try:
+        sockets = tornado.netutil.bind_sockets(port, host)
+        # Connections inherit this limit.
+        for each in sockets:
+            set_user_timeout(each, SLOW_READER_TIMEOUT)
+
+        return Listening(sockets)
+    except UnicodeError:
+        why = "no name of a host"
+    except OSError as wrong:
+        why = str(wrong.strerror)
+        if wrong.errno == errno.EADDRINUSE:
+            raise port_taken(host, port) from None
+        if wrong.errno == errno.EADDRNOTAVAIL:
+            why = "this machine has no such address"
+        elif wrong.errno == errno.EACCES:
+            why = f"only root may listen on port {port}: take another with -p"
+
+    raise ProxyError(f"cannot listen on {host}:{port}: {why}")
+
+
+def port_taken(host: str, port: int) -> ProxyError:
+    """An error that says what is known of whoever has the port."""
+    holders = list[str]()
+    for pid in listeners_on(port):
+        with contextlib.suppress(OSError):
+            words = read_proc(pid, "cmdline").split(b"\0")
+            is_ours = b"server" in words and b"pocketcoder" in b" ".join(words[:2])
+            name = read_proc(pid, "comm").decode(errors="replace").strip()
+            what = "another pocketcoder server" if is_ours else name
+            holders.append(f"{what} (process {pid})")
+
+    who = ", ".join(holders) or "another program"
+    other = port + 1 if port < 65535 else DEFAULT_PORT
+    return ProxyError(
+        f"port {port} on {host} is taken by {who}: stop that, or take another with `-p {other}`,"
+        f" and PROXY_URL=http://localhost:{other} for the shell"
+    )
+
+
+async def listen_at_path(path: str) -> Listening:
+    """Listen at a unix socket of mode 0600.  Raises ProxyError, with what to do."""
+    folder = os.path.dirname(path)
+    try:
+        close_to_others(folder)
+        check_owners(path, "--unix")
+        async with locked(folder):
+            remove_stale(path)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.setblocking(False)
+            # The file gets this mode when it is made, see unix(7).
+            os.fchmod(listener.fileno(), 0o600)
+            listener.bind(path)
+            listener.listen(BACKLOG)
+            return Listening([listener], path)
+    except OSError as wrong:
+        raise ProxyError(f"cannot listen at {path}: {wrong.strerror}") from None
+
+
+@contextlib.asynccontextmanager
+async def locked(folder: str) -> AsyncIterator[None]:
+    """Be the only server that starts at a socket there.  Raises ProxyError, OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for _ in range(LOCK_TRIES):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await asyncio.sleep(LOCK_PAUSE)
+        else:
+            raise ProxyError(f"another program holds a lock on {folder}: try again later")
+
+        yield
+    finally:
+        os.close(fd)
+
+
+def remove_stale(path: str) -> None:
+    """Make room for a socket.  Raises ProxyError if something else is there, OSError."""
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise ProxyError(f"--unix: {path} is there, and no socket: give another path")
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        outcome = probe.connect_ex(path)
+
+    if outcome in (0, errno.EAGAIN):
+        raise ProxyError(
+            f"--unix: another server listens at {path}: stop that, or give another path"
+        )
+    if outcome != errno.ECONNREFUSED:
+        raise OSError(outcome, os.strerror(outcome))
+
+    os.unlink(path)
+
+
+# ==========================================================================
 # Command line
 # ==========================================================================
 # Words in, options out; every mistake is a sentence.  The shell's words are read above the line.
@@ -13306,6 +13512,7 @@ SERVER_HELP = Level(
     examples={
         "pocketcoder server --workspace .": "commands run in this directory or below",
         "POCKETCODER_TOKEN=… pocketcoder server --host 0.0.0.0": "for other machines too",
+        "pocketcoder server --unix /tmp/pocketcoder.socket": "for this user, without a port",
     },
 )
 SHELL_HELP = Level(
@@ -13332,6 +13539,7 @@ CHECK_HELP = Level(
     examples={
         "pocketcoder check": f"ask the server at http://localhost:{DEFAULT_PORT}",
         "until pocketcoder check; do sleep 1; done": "wait until it is ready",
+        "PROXY_URL=unix:/tmp/pocketcoder.socket pocketcoder check": "by its unix socket",
     },
 )
 INSTALL_HELP = Level(
@@ -13359,6 +13567,8 @@ class Commands:
     arguments: tuple[str, ...] = ()
     port: str = str(DEFAULT_PORT)
     host: str = "127.0.0.1"
+    # Of a unix socket in place of the port; "": there is none.
+    unix_path: str = ""
     workspace: str = "/"
     origins: tuple[str, ...] = ()
     servers: tuple[ServerConfig, ...] = ()
@@ -13545,6 +13755,11 @@ def add_server_options(server: Parser) -> None:
         help="default $POCKETCODER_HOST, else 127.0.0.1; beyond loopback only with a token",
     )
     server.add_argument(
+        "--unix",
+        metavar="PATH",
+        help="listen on a unix socket of mode 0600 instead of a port; no token is needed there",
+    )
+    server.add_argument(
         "--workspace",
         metavar="DIR",
         help="root of all `cwd`; default $POCKETCODER_WORKSPACE, else /workspace where it exists,"
@@ -13627,6 +13842,7 @@ def server_options(got: argparse.Namespace) -> Commands:
         name="server",
         port=port_of(got),
         host=host_of(got),
+        unix_path=unix_path_of(got),
         workspace=workspace_of(got),
         origins=tuple(got.allow_origin),
         servers=read_servers(got.mcp_server, got.mcp_config),
@@ -13654,6 +13870,26 @@ def host_of(got: argparse.Namespace) -> str:
     if not got.host:
         raise wrong_option("--host", got.host, "a name or address of this machine")
     return str(got.host)
+
+
+def unix_path_of(got: argparse.Namespace) -> str:
+    """An absolute path; "": a port.  Raises BadMessage."""
+    if got.unix is None:
+        return ""
+    if got.port is not None or got.host is not None:
+        raise BadMessage(
+            "--unix: got a port or host too, expected one of --unix and --port, --host"
+        )
+
+    path: str = os.path.abspath(got.unix)
+    size = len(os.fsencode(path))
+    if not got.unix or not path.isprintable():
+        raise wrong_option("--unix", got.unix, "a path that can be shown")
+    if size > MAX_SOCKET_PATH:
+        raise wrong_option("--unix", path, f"at most {MAX_SOCKET_PATH} bytes (it has {size})")
+
+    check_directory("--unix", os.path.dirname(path))
+    return path
 
 
 def workspace_of(got: argparse.Namespace) -> str:
@@ -13687,7 +13923,8 @@ async def serve(options: Commands, token: str) -> None:
         state.audit.flush()
         loop.add_signal_handler(signal.SIGHUP, state.audit.reopen)
 
-    server = make_server(state, Gate(token=token, origins=frozenset(options.origins)))
+    gate = Gate(token=token, origins=frozenset(options.origins), any_host=options.unix_path != "")
+    server = make_server(state, gate)
 
     # The signal.
     stop: asyncio.Future[signal.Signals] = loop.create_future()
@@ -13699,60 +13936,25 @@ async def serve(options: Commands, token: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
 
-    listeners = open_port(options.host, int(options.port))
-    for listener in listeners:
-        # Connections inherit this limit.
-        set_user_timeout(listener, SLOW_READER_TIMEOUT)
-        server.listen_on(listener)
+    if options.unix_path:
+        listening = await listen_at_path(options.unix_path)
+    else:
+        listening = listen_at_port(options.host, int(options.port))
+
+    for each in listening.sockets:
+        server.listen_on(each)
 
     await state.driver.adopt(partial(Notes.of_run, state))
-    say_where(listeners[0], state)
+    say_where(listening.address, state)
 
     log.info("stopping %s", key_values(signal=(await stop).name))
-    for listener in listeners:
-        loop.remove_reader(listener)
-        listener.close()
+    for each in listening.sockets:
+        loop.remove_reader(each)
 
+    listening.close()
     await shut_down(state)
     await server.close_all_connections()
     log.info("stopped")
-
-
-def open_port(host: str, port: int) -> list[socket.socket]:
-    """Listen there.  Raises ProxyError, with what to do."""
-    try:
-        return tornado.netutil.bind_sockets(port, host)
-    except UnicodeError:
-        why = "no name of a host"
-    except OSError as wrong:
-        why = str(wrong.strerror)
-        if wrong.errno == errno.EADDRINUSE:
-            raise port_taken(host, port) from None
-        if wrong.errno == errno.EADDRNOTAVAIL:
-            why = "this machine has no such address"
-        elif wrong.errno == errno.EACCES:
-            why = f"only root may listen on port {port}: take another with -p"
-
-    raise ProxyError(f"cannot listen on {host}:{port}: {why}")
-
-
-def port_taken(host: str, port: int) -> ProxyError:
-    """An error that says what is known of whoever has the port."""
-    holders = list[str]()
-    for pid in listeners_on(port):
-        with contextlib.suppress(OSError):
-            words = read_proc(pid, "cmdline").split(b"\0")
-            is_ours = b"server" in words and b"pocketcoder" in b" ".join(words[:2])
-            name = read_proc(pid, "comm").decode(errors="replace").strip()
-            what = "another pocketcoder server" if is_ours else name
-            holders.append(f"{what} (process {pid})")
-
-    who = ", ".join(holders) or "another program"
-    other = port + 1 if port < 65535 else DEFAULT_PORT
-    return ProxyError(
-        f"port {port} on {host} is taken by {who}: stop that, or take another with `-p {other}`,"
-        f" and PROXY_URL=http://localhost:{other} for the shell"
-    )
 
 
 def make_state(options: Commands) -> AppState:
@@ -13820,13 +14022,8 @@ def make_server(state: AppState, gate: Gate) -> HttpServer:
     return server
 
 
-def say_where(listener: socket.socket, state: AppState) -> None:
+def say_where(address: str, state: AppState) -> None:
     """Print the address for programs, and how a person watches; log the same."""
-    host, port = listener.getsockname()[:2]
-    if ":" in host:
-        host = f"[{host}]"
-
-    address = f"http://{host}:{port}"
     driver = state.driver
     attach = attach_command(driver.socket_path, driver.session_name)
     start = key_values(
@@ -13869,7 +14066,7 @@ def why_not(options: Commands, token: str) -> str | None:
     """What is wrong with this machine or these settings, in a sentence."""
     if isinstance(tornado, SimpleNamespace):
         return "needs the Python package tornado: `pip install tornado`"
-    if not token and not is_loopback(options.host):
+    if not options.unix_path and not token and not is_loopback(options.host):
         return (
             f"the address {options.host} is reached from elsewhere: set POCKETCODER_TOKEN to a"
             " secret, here and for the shell, or listen on 127.0.0.1 (--host, POCKETCODER_HOST)"

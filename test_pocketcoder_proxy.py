@@ -1015,6 +1015,7 @@ from typing import ClassVar, NamedTuple, TypeVar, cast
 
 import pytest
 import tornado.httpclient
+import tornado.iostream
 import tornado.websocket
 
 import pocketcoder_proxy as pp
@@ -1139,10 +1140,34 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-class Proxy:
-    """A server in a process of its own, with its own tmux socket, workspace and home."""
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP at a unix socket."""
 
-    def __init__(self, *words: str, port: str = "0", folder: str = "", **variables: str) -> None:
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=60)
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = connected_to(self.path)
+
+
+def connected_to(path: str) -> socket.socket:
+    """A connection to a unix socket."""
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    peer.settimeout(10)
+    peer.connect(path)
+    return peer
+
+
+class Proxy:
+    """A server in a process of its own, with its own tmux socket, workspace and home.
+
+    unix  a path to listen at, in place of a port
+    """
+
+    def __init__(
+        self, *words: str, port: str = "0", unix: str = "", folder: str = "", **variables: str
+    ) -> None:
         self.folder = folder or tempfile.mkdtemp(prefix="pc")
         self.workspace = f"{self.folder}/work"
         self.socket = f"{self.folder}/tmux/s"
@@ -1158,12 +1183,12 @@ class Proxy:
             **variables,
         }
         self.token = variables.get("POCKETCODER_TOKEN", "")
+        self.unix = unix
         self.words = [
             sys.executable,
             str(MODULE),
             "server",
-            "-p",
-            port,
+            *(["--unix", unix] if unix else ["-p", port]),
             "--workspace",
             self.workspace,
             *words,
@@ -1191,12 +1216,20 @@ class Proxy:
 
         self.said = self.process.stdout.readline()
         assert self.said, pathlib.Path(f"{self.folder}/log").read_text()
-        self.port = int(self.said.rsplit(":", 1)[1])
+        if self.unix:
+            self.url = f"unix:{self.unix}"
+        else:
+            self.port = int(self.said.rsplit(":", 1)[1])
+            self.url = f"http://127.0.0.1:{self.port}"
 
     def connect(self) -> http.client.HTTPConnection:
+        if self.unix:
+            return UnixConnection(self.unix)
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
 
     def raw_connection(self) -> socket.socket:
+        if self.unix:
+            return connected_to(self.unix)
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 
     def request(
@@ -1550,7 +1583,7 @@ class Caller:
         self.cwd = proxy.workspace
         self.env = {
             **proxy.env,
-            "PROXY_URL": f"http://127.0.0.1:{proxy.port}",
+            "PROXY_URL": proxy.url,
             "OPENCODE_AGENT": "engine",
         }
         if proxy.token:
@@ -11566,6 +11599,264 @@ def test_both_common_layouts_of_a_config_file_are_read(
 
 
 # ==========================================================================
+# Listening
+# ==========================================================================
+def is_there(path: str) -> bool:
+    return os.path.lexists(path)
+
+
+@pytest.fixture
+def place() -> Iterator[str]:
+    """A path for a unix socket, short enough for one."""
+    folder = tempfile.mkdtemp(prefix="pc")
+    yield f"{folder}/socket"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def nearby(own: StartServer, place: str) -> Proxy:
+    """A server at a unix socket."""
+    return own(unix=place)
+
+
+def test_a_server_at_a_unix_socket_says_so_and_removes_it_at_its_end(nearby: Proxy) -> None:
+    assert nearby.said == f"pocketcoder: listening on unix:{nearby.unix}\n"
+    found = os.lstat(nearby.unix)
+    assert stat.S_ISSOCK(found.st_mode)
+    assert stat.S_IMODE(found.st_mode) == 0o600
+    eventually(lambda: f" address=unix:{nearby.unix} " in nearby.logged())
+    assert nearby.stop() == 0
+    assert not is_there(nearby.unix)
+
+
+def test_the_mode_of_a_unix_socket_depends_on_no_umask(own: StartServer, place: str) -> None:
+    before = os.umask(0)
+    try:
+        own(unix=place)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.lstat(place).st_mode) == 0o600
+
+
+def test_a_unix_socket_needs_no_token_and_takes_any_host(nearby: Proxy) -> None:
+    assert nearby.exec("echo in")["stdout"] == "in\n"
+    status, answer = nearby.post({"cmd": "echo in"}, Host="sandbox")
+    assert status == 200
+    assert answer["stdout"] == "in\n"
+    assert nearby.post({"cmd": "true"}, Origin="http://evil.example")[0] == 403
+    assert nearby.status("GET", "/servers", None, {"Sec-Fetch-Site": "cross-site"}) == 403
+    eventually(lambda: "address=unix reason=" in nearby.logged())
+
+
+def test_a_token_is_demanded_at_a_unix_socket_too_if_there_is_one(
+    own: StartServer, place: str
+) -> None:
+    server = own(unix=place, POCKETCODER_TOKEN="t0k", POCKETCODER_HOST="0.0.0.0")
+    assert server.status("POST", "/exec", b"{}", JSON_TYPE) == 401
+    assert server.exec("echo in")["stdout"] == "in\n"
+
+
+def test_the_shell_and_check_reach_a_unix_socket(nearby: Proxy, names: str) -> None:
+    engine = Caller(nearby, names)
+    done = engine.run("-c", "cat; echo err >&2; exit 7", input=b"in\xff")
+    assert done == (7, b"in\xff", b"err\n")
+    ready = check(nearby.url)
+    assert ready.stdout == f"pocketcoder: {nearby.url} is ready\n"
+    assert ready.returncode == 0
+
+    big = engine.run("-c", "head -c 30000000 /dev/zero | tee >(wc -c >&2)")
+    assert len(big[1]) == 30_000_000
+    assert engine.run("-c", "wc -c", input=bytes(5_000_000))[1] == b"5000000\n"
+
+
+def test_streams_and_mcp_work_at_a_unix_socket(nearby: Proxy) -> None:
+    events = [name for name, _, _ in nearby.stream("echo one; sleep 0.3; echo two")]
+    assert [name for name in events if name != ":"] == ["output", "output", "exit"]
+    assert text_of(call(nearby, "exec", cmd="echo tool")) == "tool\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_shell_at_a_unix_socket_that_ends_takes_its_command_along(
+    nearby: Proxy, names: str, number: int
+) -> None:
+    engine = Caller(nearby, names)
+    # Nobody reads this stdin, so after a while nobody reads the connection either.
+    with open("/dev/zero", "rb") as zeros:
+        process = engine.start(
+            "-c", "(setsid sleep 68.1 &); echo ready; exec sleep 68.2", stdin=zeros
+        )
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.3)
+        process.send_signal(number)
+        process.communicate(timeout=10)
+    assert process.returncode == (143 if number == signal.SIGTERM else -9)
+    wait_until_gone("sleep\x0068.", 6)
+
+
+def test_a_socket_that_a_killed_server_left_is_replaced(nearby: Proxy) -> None:
+    nearby.stop(signal.SIGKILL)
+    assert is_there(nearby.unix)
+    done = check(nearby.url)
+    assert "Connection refused; is it running?" in done.stderr
+
+    nearby.start()
+    assert nearby.exec("echo again")["stdout"] == "again\n"
+
+
+def test_a_socket_at_which_a_server_listens_is_left_alone(nearby: Proxy) -> None:
+    done = run("server", "--unix", nearby.unix, TMUX_SOCKET=f"{nearby.folder}/other/s")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"pocketcoder: --unix: another server listens at {nearby.unix}: stop that, or give another"
+        " path\n"
+    )
+    assert nearby.exec("echo still")["stdout"] == "still\n"
+
+
+def test_a_socket_of_a_stopped_server_with_a_full_backlog_is_left_alone(place: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(place)
+        listener.listen(0)
+        with connected_to(place):
+            done = run("server", "--unix", place, TMUX_SOCKET=f"{place}.d/s")
+    assert done.returncode == 1
+    assert "another server listens" in done.stderr
+    assert is_there(place)
+
+
+def test_of_servers_that_start_at_once_at_a_stale_socket_one_listens(place: str) -> None:
+    stale = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    stale.bind(place)
+    stale.close()
+    env = outer_environment() | {"TMUX_SOCKET": f"{place}.tmux/s"}
+    words = [sys.executable, str(MODULE), "server", "--unix", place]
+    servers = [
+        subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(6)
+    ]
+    ended = eventually(
+        lambda: [each for each in servers if each.poll() is not None][4:] and servers
+    )
+    living = [each for each in ended if each.poll() is None]
+    assert len(living) == 1
+    assert check(f"unix:{place}").returncode == 0
+
+    living[0].terminate()
+    said = [each.communicate(timeout=20) for each in servers]
+    assert sorted(each.returncode for each in servers) == [0, 1, 1, 1, 1, 1]
+    assert sum(b"another server listens" in err for _, err in said) == 5
+    assert not is_there(place)
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link", "link-to-nowhere", "fifo"])
+def test_what_is_no_socket_is_left_alone(place: str, kind: str) -> None:
+    if kind == "file":
+        pathlib.Path(place).write_text("mine")
+    elif kind == "directory":
+        os.mkdir(place)
+    elif kind == "fifo":
+        os.mkfifo(place)
+    else:
+        os.symlink("/etc/passwd" if kind == "link" else "/no/where", place)
+
+    before = os.lstat(place)
+    done = run("server", "--unix", place, TMUX_SOCKET=f"{place}.d/s")
+    assert done.returncode == 1
+    assert (
+        done.stderr == f"pocketcoder: --unix: {place} is there, and no socket: give another path\n"
+    )
+    assert os.path.samestat(os.lstat(place), before)
+
+
+def test_a_stopping_server_leaves_a_file_that_another_has_put_there(nearby: Proxy) -> None:
+    os.unlink(nearby.unix)
+    pathlib.Path(nearby.unix).write_text("mine")
+    assert nearby.stop() == 0
+    assert pathlib.Path(nearby.unix).read_text() == "mine"
+
+
+def test_a_relative_path_and_linked_directories_are_fine(own: StartServer, place: str) -> None:
+    folder = os.path.dirname(place)
+    os.mkdir(f"{folder}/real")
+    os.symlink("real", f"{folder}/link")
+    server = own(unix=f"{folder}/link/s")
+    assert stat.S_ISSOCK(os.lstat(f"{folder}/real/s").st_mode)
+    assert check(server.url).returncode == 0
+
+
+def test_the_longest_path_works(own: StartServer, names: str) -> None:
+    folder = tempfile.mkdtemp(prefix="pc")
+    server = own(unix=f"{folder}/{'x' * (pp.MAX_SOCKET_PATH - len(folder) - 1)}")
+    assert Caller(server, names).run("-c", "echo hi")[:2] == (0, b"hi\n")
+    server.stop()
+    shutil.rmtree(folder)
+
+
+def test_another_user_cannot_use_a_unix_socket(nearby: Proxy) -> None:
+    os.chmod(os.path.dirname(nearby.unix), 0o755)
+    script = "import os, socket, sys; os.setuid(65534)\n"
+    script += "socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", script, nearby.unix], capture_output=True, text=True
+    )
+    assert "PermissionError" in done.stderr
+
+
+def test_a_directory_that_others_could_change_is_refused(place: str) -> None:
+    folder = os.path.dirname(place)
+    os.chown(folder, 65534, 65534)
+    os.chmod(folder, 0o777)
+    done = run("server", "--unix", place, TMUX_SOCKET=f"{place}.d/s")
+    os.chown(folder, os.getuid(), os.getgid())
+    assert done.returncode == 1
+    assert "set --unix to a path in a safe directory" in done.stderr
+    assert not is_there(place)
+
+
+@pytest.mark.slow
+def test_a_lock_of_another_program_on_the_directory_is_not_waited_for_long(place: str) -> None:
+    fd = os.open(os.path.dirname(place), os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    done = run("server", "--unix", place, TMUX_SOCKET=f"{place}.d/s")
+    os.close(fd)
+    assert done.returncode == 1
+    assert "another program holds a lock" in done.stderr
+
+
+async def written_to(reads: Callable[[socket.socket], Any]) -> bool:
+    """Whether a connection at a unix socket is kept while its peer does this for a second."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.setblocking(False)
+        stream = pp.LocalStream(ours)
+        stream.be_patient(0.3)
+        with contextlib.suppress(tornado.iostream.StreamClosedError):
+            written = stream.write(bytes(3_000_000))
+            await asyncio.get_running_loop().run_in_executor(None, reads, theirs)
+            if not stream.closed():
+                await asyncio.wait({written}, timeout=0)
+        kept = not stream.closed()
+        stream.close()
+        with contextlib.suppress(tornado.iostream.StreamClosedError):
+            await written
+        return kept
+
+
+def test_a_reader_at_a_unix_socket_that_takes_nothing_is_given_up() -> None:
+    assert not asyncio.run(written_to(lambda peer: time.sleep(1)))
+
+
+def test_a_slow_reader_at_a_unix_socket_is_waited_for() -> None:
+    def reads(peer: socket.socket) -> None:
+        for _ in range(10):
+            time.sleep(0.1)
+            peer.recv(100_000)
+
+    assert asyncio.run(written_to(reads))
+
+
+# ==========================================================================
 # Command line
 # ==========================================================================
 def level_words(words: list[str]) -> list[str]:
@@ -11747,6 +12038,48 @@ MISTAKES = [
         1,
         "POCKETCODER_TOKEN: expected letters, digits and marks of ASCII without blanks",
         id="token-with-a-blank",
+    ),
+    pytest.param(
+        ["server", "--unix", "/no/such/socket"],
+        {},
+        2,
+        "--unix: no such directory: /no/such",
+        id="unix-nowhere",
+    ),
+    pytest.param(
+        ["server", "--unix", LONG_PATH],
+        {},
+        2,
+        f'--unix: got "{LONG_PATH[:80]}"..., expected at most 107 bytes (it has 125)',
+        id="unix-too-long",
+    ),
+    pytest.param(
+        ["server", "--unix="],
+        {},
+        2,
+        "--unix: got nothing (is a variable empty?), expected a path that can be shown",
+        id="unix-empty",
+    ),
+    pytest.param(
+        ["server", "--unix", "/tmp/a\nb"],
+        {},
+        2,
+        '--unix: got "/tmp/a\\u000ab", expected a path that can be shown',
+        id="unix-with-a-newline",
+    ),
+    pytest.param(
+        ["server", "--unix", "/tmp/x", "-p", "3001"],
+        {},
+        2,
+        "--unix: got a port or host too, expected one of --unix and --port, --host",
+        id="unix-and-a-port",
+    ),
+    pytest.param(
+        ["server", "--unix", "/etc/passwd"],
+        {},
+        1,
+        "--unix: /etc/passwd is there, and no socket: give another path",
+        id="unix-at-a-file",
     ),
     pytest.param(
         ["server", "--workspace", "/no/such"],
@@ -13471,6 +13804,43 @@ def peak_memory(
         time.sleep(0.05)
 
     return time.perf_counter() - started, most
+
+
+@pytest.mark.bench
+def test_bench_a_unix_socket_beside_a_port(
+    warm: StartServer, names: str, tmp_path: pathlib.Path
+) -> None:
+    assert run("install", str(tmp_path)).returncode == 0
+    installed = str(tmp_path / pp.INSTALLED)
+    folder = tempfile.mkdtemp(prefix="pc")
+    servers = {"a port": warm(), "a unix socket": warm(unix=f"{folder}/s")}
+    kept = [Kept(server) for server in servers.values()]
+    engines = [Caller(server, names) for server in servers.values()]
+    for each in kept:
+        each()
+
+    def shell(engine: Caller) -> None:
+        words = [installed, "-c", "true"]
+        subprocess.run(words, env=engine.env, cwd=engine.cwd, stdin=subprocess.DEVNULL, check=True)
+
+    ways: dict[str, tuple[int, list[Callable[[], Any]]]] = {
+        "POST /exec true": (500, [*kept]),
+        "the installed shell": (200, [partial(shell, engine) for engine in engines]),
+        "100 MB of output": (
+            5,
+            [partial(each, "head -c 100000000 /dev/zero | tr '\\0' x") for each in kept],
+        ),
+    }
+    for way, (count, calls) in ways.items():
+        times = [[timed(each) for each in calls] for _ in range(count)]
+        medians = [statistics.median(column) * 1000 for column in zip(*times, strict=True)]
+        shown = ", ".join(f"{name} {ms:.2f} ms" for name, ms in zip(servers, medians, strict=True))
+        print(f"\n{way}: {shown}, ratio {medians[1] / medians[0]:.2f}", end="")
+
+    print()
+    for each in kept:
+        each.close()
+    shutil.rmtree(folder)
 
 
 @pytest.mark.bench
