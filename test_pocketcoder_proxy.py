@@ -9862,6 +9862,12 @@ def test_a_model_sees_what_a_command_asks_on_its_terminal(proxy: Proxy, agent: s
     assert result["structuredContent"]["terminal"] == "Go on?"
 
 
+def is_busy(server: Proxy, agent: str) -> bool:
+    """Whether a command or a program runs in the terminal of this agent."""
+    listed = call(server, "list_terminals")["structuredContent"]["terminals"]
+    return any(each["busy"] for each in listed if each["agent_name"] == agent)
+
+
 def test_keys_go_to_the_program_a_person_started(proxy: Proxy, agent: str) -> None:
     call(proxy, "send_keys", agent_name=agent, text=f"{sys.executable} -q", keys=["Enter"])
     eventually(lambda: ">>>" in text_of(call(proxy, "read_terminal", agent_name=agent)))
@@ -9888,6 +9894,8 @@ def test_keys_go_to_the_program_a_person_started(proxy: Proxy, agent: str) -> No
     assert "run_id" in text_of(refused)
 
     call(proxy, "send_keys", agent_name=agent, keys=["C-d"])
+    # Until it has ended, keys go to it.
+    eventually(lambda: not is_busy(proxy, agent))
     again = proxy.start_exec("read -r x </dev/tty; echo got $x", agent_name=agent)
     wait_until_running("read -r x </dev/tty; echo got")
     call(proxy, "send_keys", agent_name=agent, text="newest", keys=["Enter"])
@@ -12374,6 +12382,57 @@ def test_the_server_says_where_it_listens_and_how_to_watch(own: StartServer) -> 
     assert server.said == f"pocketcoder: listening on http://127.0.0.1:{server.port}\n"
     attach = f"tmux -S {server.socket} new-session -A -s pocketcoder"
     eventually(lambda: attach in server.logged())
+
+
+def test_a_server_keeps_nothing_in_memory_that_only_compiling_needed(own: StartServer) -> None:
+    server = own()
+    assert server.memory() < 40 * pp.MIB
+    assert [path for path in descriptors_of(server.process.pid) if "memfd" in path] == []
+
+
+def test_a_server_is_found_by_its_command_line(own: StartServer) -> None:
+    server = own()
+    command = pathlib.Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+    assert command.replace(b"\0", b" ").endswith(
+        b" " + os.fsencode(shlex.join(server.words[1:])) + b" "
+    )
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param("exec {python} {script}", id="by-python"),
+        pytest.param("exec {python} -u {script}", id="by-python-with-an-option"),
+        pytest.param("cd {folder}; exec {python} pocketcoder_proxy.py", id="by-a-relative-path"),
+        pytest.param("ln -s {script} pocketcoder; exec {python} pocketcoder", id="by-a-link"),
+        pytest.param("ulimit -v 100000; exec {python} {script}", id="with-little-memory"),
+    ],
+)
+def test_a_server_starts_from_a_file_that_cannot_be_written(
+    own: StartServer, tmp_path: pathlib.Path, start: str
+) -> None:
+    folder = tmp_path / "read only"
+    folder.mkdir()
+    script = folder / "pocketcoder_proxy.py"
+    script.write_text(SOURCE)
+    script.chmod(0o555)
+    folder.chmod(0o555)
+    # No module of the directory where it is started takes the place of another.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("marshal", "os", "argparse"):
+        (elsewhere / f"{name}.py").write_text("raise SystemExit('not this one')\n")
+
+    command = start.format(
+        python=sys.executable, script=shlex.quote(str(script)), folder=shlex.quote(str(folder))
+    )
+    server = own()
+    server.stop()
+    rest = server.words[server.words.index("server") :]
+    server.words = ["bash", "-c", f'cd {elsewhere}; {command} "$@"', "start", *rest]
+    server.start()
+    assert server.exec("echo ok")["stdout"] == "ok\n"
+    assert list(folder.iterdir()) == [script]
 
 
 def test_a_server_makes_no_session_before_it_is_needed(own: StartServer) -> None:
