@@ -2781,8 +2781,9 @@ class Tmux(asyncio.SubprocessProtocol):
         variables = {name: value for name, value in os.environ.items() if name not in hidden}
         # Tmux takes default-shell from SHELL, which may be this very file.
         variables["SHELL"] = find_shell()
+        # -u: whatever the locale, replies are UTF-8.
         words = [
-            *("tmux", "-S", path, "-C"),
+            *("tmux", "-u", "-S", path, "-C"),
             *("new-session", "-A", "-s", session, "-x", "200", "-y", "50"),
             *("-P", "-F", PANE_FORMAT, "-f", "no-output,ignore-size"),
             *window,
