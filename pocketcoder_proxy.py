@@ -3503,9 +3503,7 @@ class Shelf:
             self._unlock()
 
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
-        found = os.lstat(self.folder)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            raise PermissionError(errno.EPERM, "expected a directory of our own", self.folder)
+        found = self._found_folder()
         if found.st_mode & 0o077:
             os.chmod(self.folder, 0o700)
 
@@ -3520,6 +3518,19 @@ class Shelf:
             raise
 
         self.lock = lock
+
+    def _found_folder(self) -> os.stat_result:
+        """The directory.  Raises OSError if it is none of ours."""
+        found = os.lstat(self.folder)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "expected a directory of our own", self.folder)
+        return found
+
+    def check(self) -> None:
+        """Raise OSError if nothing could be written now.  Makes nothing."""
+        if os.path.lexists(self.folder):
+            self._found_folder()
+        try_folder(nearest_folder(self.folder))
 
     def create(self, path: str) -> int:
         """A new file.  Raises OSError."""
@@ -5086,7 +5097,7 @@ class Sandbox:
 
             return self.tmux
 
-    def check_runs(self) -> None:
+    def check_files(self) -> None:
         """Raise NoTerminal or OSError if no run could have its files now.  Makes nothing."""
         base = f"{self.socket_path}.d"
         wanted = base if self.folder is None else self.folder.path
@@ -7041,7 +7052,7 @@ class PocketCoderDriver:
 
     def running_now(self) -> int:
         """How many commands run."""
-        return sum(Phase.TYPED <= job.phase < Phase.OVER for job in self.jobs())
+        return len([job for job in self.jobs() if Phase.TYPED <= job.phase < Phase.OVER])
 
     def waiting_now(self) -> int:
         """How many commands wait for a pane."""
@@ -7049,11 +7060,15 @@ class PocketCoderDriver:
 
     def terminals_now(self) -> int:
         """How many agents' terminals were used."""
-        return sum(terminal.shells != [] for terminal in self.terminals.values())
+        return len([terminal for terminal in self.terminals.values() if terminal.shells])
+
+    def check_files(self) -> None:
+        """Raise NoTerminal or OSError if no run could have its files now.  Makes nothing."""
+        self.sandbox.check_files()
 
     def check_runs(self) -> None:
-        """Raise NoTerminal or OSError if no run could have its files now.  Makes nothing."""
-        self.sandbox.check_runs()
+        """Raise OSError if no output of a run could be kept now.  Makes nothing."""
+        self.runs.shelf.check()
 
     async def check_tmux(self) -> None:
         """Raise NoTerminal if tmux is missing or does not answer soon.  Makes nothing."""
@@ -7290,6 +7305,7 @@ class Readiness:
             "descriptors": check_descriptors,
             "the workspace": partial(check_workspace, self.workspace),
             "the audit log": self.audit.check,
+            "the directory of the socket": self.driver.check_files,
             "the directory for runs": self.driver.check_runs,
         }
 

@@ -6873,25 +6873,26 @@ TROUBLES = [
     pytest.param(full_audit_log, "the audit log: File too large", id="audit-log-full"),
     pytest.param(
         lambda proxy: replaced(proxy.run_folder, pathlib.Path.touch),
-        "the directory for runs: expected one that only this user may write to",
-        id="runs-a-file",
+        "the directory of the socket: expected one that only this user may write to",
+        id="files-a-file",
     ),
     pytest.param(
         lambda proxy: replaced(proxy.run_folder, open_to_all),
-        "the directory for runs: expected one that only this user may write to",
-        id="runs-open-to-all",
+        "the directory of the socket: expected one that only this user may write to",
+        id="files-open-to-all",
         marks=pytest.mark.slow,
     ),
     pytest.param(
         lambda proxy: replaced(proxy.run_folder.parent, pathlib.Path.touch),
-        "the directory for runs: Not a directory",
-        id="runs-without-a-place",
+        "the directory of the socket: Not a directory",
+        id="files-without-a-place",
         marks=pytest.mark.slow,
     ),
     pytest.param(
         lambda proxy: limited(proxy.process, resource.RLIMIT_FSIZE, 0),
-        "the audit log: File too large; the directory for runs: File too large",
-        id="runs-full",
+        "the audit log: File too large; the directory of the socket: File too large;"
+        " the directory for runs: File too large",
+        id="everything-full",
     ),
 ]
 
@@ -6901,7 +6902,9 @@ def troubled() -> Iterator[Proxy]:
     """A server with an audit log, for troubles that are over before the next."""
     folder = tempfile.mkdtemp(prefix="pc")
     os.mkdir(f"{folder}/audit")
-    server = Proxy("--audit-log", f"{folder}/audit/log", folder=folder)
+    server = Proxy(
+        "--audit-log", f"{folder}/audit/log", "--runs-dir", f"{folder}/runs", folder=folder
+    )
     server.exec("true")
     yield server
     server.remove()
@@ -6922,6 +6925,31 @@ def test_a_trouble_makes_the_server_unready_while_it_lasts(
 
     eventually(lambda: troubled.ready() == (200, {"ready": True, "version": pp.VERSION}))
     assert troubled.exec("echo ok")["stdout"] == "ok\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        pytest.param(pathlib.Path.touch, "expected a directory of our own", id="a-file"),
+        pytest.param(
+            lambda path: path.symlink_to(path.parent),
+            "expected a directory of our own",
+            id="a-link",
+        ),
+        pytest.param(pathlib.Path.mkdir, "", id="empty"),
+    ],
+)
+def test_a_directory_for_runs_that_cannot_be_used_makes_the_server_unready(
+    troubled: Proxy, make: Callable[[pathlib.Path], object], reason: str
+) -> None:
+    runs = pathlib.Path(troubled.folder, "runs")
+    runs.mkdir(exist_ok=True)
+    eventually(lambda: troubled.ready()[0] == 200)
+    with replaced(runs, make):
+        expected = f"the directory for runs: {reason}" if reason else ""
+        eventually(lambda: troubled.unready() == expected)
+
+    eventually(lambda: troubled.ready()[0] == 200)
 
 
 def test_an_unready_answer_has_the_shape_of_an_error_and_no_path(troubled: Proxy) -> None:
@@ -6952,16 +6980,20 @@ def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path | None]:
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-@pytest.mark.parametrize("place", ["tmux", "audit"])
+@pytest.mark.parametrize("place", ["tmux", "audit", "runs"])
 def test_a_full_disk_makes_the_server_unready_until_there_is_space(
     own: StartServer, tmp_path: pathlib.Path, small_disk: pathlib.Path | None, place: str
 ) -> None:
     if small_disk is None:
         return
 
-    words = ("--audit-log", f"{small_disk}/log") if place == "audit" else ()
+    words = {
+        "tmux": [],
+        "audit": ["--audit-log", f"{small_disk}/log"],
+        "runs": ["--runs-dir", f"{small_disk}/runs"],
+    }
     variables = {"TMUX_SOCKET": f"{small_disk}/s"} if place == "tmux" else {}
-    server = own(*words, **variables)
+    server = own(*words[place], **variables)
     server.socket = variables.get("TMUX_SOCKET", server.socket)
     assert server.exec("true")["exit_code"] == 0
 
@@ -6969,8 +7001,9 @@ def test_a_full_disk_makes_the_server_unready_until_there_is_space(
     with pytest.raises(OSError, match="No space"):
         filler.write_bytes(bytes(pp.MIB))
     eventually(lambda: "No space left on device" in server.unready())
-    # A short one may fit into files that are there.
-    assert server.post({"cmd": f"true {'x' * 40_000}"})[0] == 503
+    # A short one may fit into files that are there; and output may be lost, but no command is.
+    status = server.post({"cmd": f"true {'x' * 40_000}"})[0]
+    assert status == (200 if place == "runs" else 503)
 
     filler.unlink()
     eventually(lambda: server.ready()[0] == 200)
