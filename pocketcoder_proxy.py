@@ -105,7 +105,8 @@ Verbs:
   adopt     read to its end what a killed server left
   take      a callback gets a piece of output; a command gets a pane
 
-To add a route: a coroutine `…_handler`, an `Endpoint`, a row in ROUTES, a line here.
+To add a route: a coroutine `…_handler`, an Operation, an `Endpoint`, a row in ROUTES, a line here.
+To add a field of a request or a tool: a row in FIELDS; checks and schemas come from it.
 To add a tool: a function NAME_tool under @tool; its docstring is what models read.
 """
 
@@ -12221,7 +12222,7 @@ class Endpoint(tornado.web.RequestHandler):
         """The values of the query, else their defaults.  Raises BadMessage."""
         found: Message = {}
         for name, each in self.operations[(self.request.method or "").lower()].query.items():
-            text = self.get_query_argument(name, None)
+            text = self.get_query_argument(name, None, strip=False)
             found[name] = each.default if text is None else each.read(text)
 
         return found
@@ -13070,6 +13071,7 @@ def described_routes() -> list[Described]:
         )
         for pattern, endpoint in ROUTES
         for method in endpoint.methods()
+        if method.lower() in endpoint.operations
     ]
 
 

@@ -1007,6 +1007,7 @@ import subprocess
 import tempfile
 import textwrap
 import traceback
+import urllib.parse
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -1016,6 +1017,7 @@ from typing import ClassVar, NamedTuple, TypeVar, cast
 import pytest
 import tornado.httpclient
 import tornado.iostream
+import tornado.web
 import tornado.websocket
 
 import pocketcoder_proxy as pp
@@ -2202,6 +2204,87 @@ class Kept:
 
     def close(self) -> None:
         self.connection.close()
+
+
+def resolved(document: Any, part: Any) -> Any:
+    """What a reference of an OpenAPI document means; what is none, means itself."""
+    while "$ref" in part:
+        found = document
+        for name in part["$ref"].removeprefix("#/").split("/"):
+            found = found[name]
+        part = found
+    return part
+
+
+def fits(value: Any, schema: Any) -> bool:
+    """Whether a value is what its JSON Schema describes, as a public validator sees it."""
+    from openapi_schema_validator import OAS31Validator
+
+    return bool(OAS31Validator(schema).is_valid(value))
+
+
+def types_of(schema: Any) -> list[str]:
+    kind = schema.get("type", [])
+    return [kind] if isinstance(kind, str) else list(kind)
+
+
+# A value of each type.
+OF_TYPES: list[Any] = [None, True, 7, 1.5, "no such value", ["x"], {"x": "y"}]
+
+
+def bounds_of(schema: Any) -> Iterator[tuple[str, Any]]:
+    """Values at the bounds of a JSON Schema, and just beyond them, each with a name."""
+    if "minimum" in schema:
+        yield "minimum", schema["minimum"]
+        yield "below-minimum", schema["minimum"] - 1
+    if "exclusiveMinimum" in schema:
+        yield "at-exclusive-minimum", schema["exclusiveMinimum"]
+        yield "above-exclusive-minimum", schema["exclusiveMinimum"] + 0.001
+    if "maximum" in schema:
+        yield "maximum", schema["maximum"]
+        yield "above-maximum", schema["maximum"] + 1
+    if "minLength" in schema:
+        yield "min-length", "x" * schema["minLength"]
+        yield "below-min-length", "x" * (schema["minLength"] - 1)
+    if "maxLength" in schema:
+        yield "max-length", "x" * schema["maxLength"]
+        yield "above-max-length", "x" * (schema["maxLength"] + 1)
+    if "pattern" in schema:
+        yield "empty", ""
+        yield "other-characters", "a b/c"
+        yield "newline", "a\n"
+    if "maxItems" in schema:
+        item = schema["examples"][0][0]
+        yield "max-items", [item] * schema["maxItems"]
+        yield "above-max-items", [item] * (schema["maxItems"] + 1)
+    if "items" in schema:
+        yield "no-items", []
+        for name, value in bounds_of(schema["items"]):
+            yield f"item-{name}", [value]
+        for value in OF_TYPES:
+            yield f"item-{type(value).__name__}", [value]
+    if "additionalProperties" in schema:
+        yield "no-properties", {}
+        yield "property-without-a-name", {"": "x"}
+        yield "property-with-an-equals-sign", {"a=b": "x"}
+        for name, value in bounds_of(schema["additionalProperties"]):
+            yield f"property-{name}", {"NAME": value}
+        for value in OF_TYPES:
+            yield f"property-{type(value).__name__}", {"NAME": value}
+
+
+def values_of(schema: Any) -> list[tuple[str, Any, bool]]:
+    """Values of a JSON Schema, right and wrong ones: a name, the value, whether it is right."""
+    found = [(f"example-{at}", value) for at, value in enumerate(schema.get("examples", []))]
+    found += [(f"choice-{value}", value) for value in schema.get("enum", [])]
+    if "default" in schema:
+        found.append(("default", schema["default"]))
+    found += bounds_of(schema)
+    found += [(f"a-{type(value).__name__}", value) for value in OF_TYPES]
+    # That validator's `$` also stands before a newline at the end, unlike that of JSON Schema.
+    return [
+        (name, value, fits(value, schema) and not name.endswith("newline")) for name, value in found
+    ]
 
 
 # ==========================================================================
@@ -10368,6 +10451,284 @@ def test_an_allowed_browser_sees_the_session_header(own: StartServer) -> None:
     assert {"Mcp-Method", "Mcp-Name", "MCP-Protocol-Version"} <= set(
         headers["access-control-allow-headers"].split(", ")
     )
+
+
+# ==========================================================================
+# Interface
+# ==========================================================================
+DOCUMENT = pp.openapi(pp.described_routes(), has_token=False)
+
+
+def operations_of(document: Any) -> Iterator[tuple[str, str, Any]]:
+    """Path, method and what the document says of it."""
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            yield path, method, operation
+
+
+def test_the_document_is_openapi_by_a_public_validator(proxy: Proxy, guarded: Proxy) -> None:
+    from openapi_spec_validator import OpenAPIV31SpecValidator
+
+    status, headers, text = proxy.request("GET", "/openapi.json")
+    assert status == 200
+    assert headers["content-type"] == "application/json"
+    assert guarded.status("GET", "/openapi.json") == 401
+    _, _, with_token = guarded.request(
+        "GET", "/openapi.json", headers={"Authorization": f"Bearer {guarded.token}"}
+    )
+
+    for document in map(json.loads, (text, with_token)):
+        assert list(OpenAPIV31SpecValidator(document).iter_errors()) == []
+        assert document["info"]["version"] == pp.VERSION
+    assert json.loads(text) == json.loads(json.dumps(DOCUMENT))
+
+
+def test_the_document_has_every_method_of_every_route(guarded: Proxy) -> None:
+    for pattern, endpoint in pp.ROUTES:
+        documented = DOCUMENT["paths"][pp.path_template(pattern)]
+        served = {name.lower() for name in endpoint.SUPPORTED_METHODS} - {"options"}
+        missing = tornado.web.RequestHandler._unimplemented_method
+        served = {name for name in served if getattr(endpoint, name) is not missing}
+        assert documented.keys() == served, pattern
+        assert endpoint.operations.keys() == served, pattern
+
+    # Those without a token say so, and only those.
+    with_token = pp.openapi(pp.described_routes(), has_token=True)
+    for path, method, operation in operations_of(with_token):
+        concrete = re.sub(r"{\w+}", "x", path)
+        status = guarded.status(method.upper(), concrete)
+        assert (status == 401) == ("security" in operation), path
+        assert (status == 401) == ("401" in operation["responses"]), path
+
+
+def test_every_operation_is_described_in_words(proxy: Proxy) -> None:
+    ids = [operation["operationId"] for _, _, operation in operations_of(DOCUMENT)]
+    assert len(set(ids)) == len(ids)
+    for path, _, operation in operations_of(DOCUMENT):
+        assert operation["summary"]
+        assert all(each["description"] for each in operation.get("parameters", [])), path
+        kinds = {
+            kind
+            for answer in operation["responses"].values()
+            for kind in resolved(DOCUMENT, answer).get("content", {})
+        }
+        if "text/event-stream" in kinds or "101" in operation["responses"]:
+            assert operation["description"] or "stream" in operation["summary"], path
+
+
+def check_answer(path: str, method: str, answer: tuple[int, dict[str, str], bytes]) -> None:
+    """Assert that an answer of the server is one that the document describes."""
+    status, headers, body = answer
+    responses = DOCUMENT["paths"][path][method]["responses"]
+    assert str(status) in responses, (path, status, body)
+    content = resolved(DOCUMENT, responses[str(status)]).get("content")
+    if content is None:
+        assert body == b""
+        return
+
+    kind = headers["content-type"]
+    described = next((content[name] for name in content if kind.startswith(name)), None)
+    assert described is not None, (path, status, kind)
+    schema = {**described["schema"], "components": DOCUMENT["components"]}
+    value = json.loads(body) if kind == "application/json" else body.decode("latin-1")
+    assert fits(value, schema), (path, status, value)
+    for name in resolved(DOCUMENT, responses[str(status)]).get("headers", {}):
+        assert name.lower() in headers
+
+
+BODY_FIELDS = DOCUMENT["paths"]["/exec"]["post"]["requestBody"]["content"]["application/json"][
+    "schema"
+]["properties"]
+# What no schema can say: whether there is such a directory.
+IN_WORDS = {("cwd", "max-length"), ("cwd", "a-str")}
+EXEC_CASES = [
+    pytest.param(field, value, right, id=f"{field}-{name}")
+    for field, schema in BODY_FIELDS.items()
+    for name, value, right in values_of(schema)
+    if (field, name) not in IN_WORDS
+]
+
+
+@pytest.mark.parametrize(("field", "value", "right"), EXEC_CASES)
+def test_exec_takes_what_the_document_allows_and_nothing_else(
+    proxy: Proxy, agent: str, field: str, value: Any, right: bool
+) -> None:
+    body = {"cmd": "true", "agent_name": "documented", field: value}
+    if field == "argv":
+        del body["cmd"]
+        # Otherwise bash may wait for what it reads.
+        body["timeout"] = 5
+
+    answer = proxy.request("POST", "/exec", json.dumps(body).encode(), JSON_TYPE)
+    check_answer("/exec", "post", answer)
+    assert answer[0] in ((200, 202) if right else (400,)), answer
+    if not right:
+        assert field in json.loads(answer[2])["error"]
+
+
+@pytest.mark.parametrize(
+    ("body", "right"),
+    [
+        pytest.param({"cmd": "true", "argv": ["-c", "true"]}, False, id="both"),
+        pytest.param({"cwd": "."}, False, id="neither"),
+        pytest.param({"cmd": "true", "other": 1}, True, id="unknown-field"),
+        pytest.param([], False, id="no-object"),
+    ],
+)
+def test_exec_takes_bodies_that_the_document_allows_and_no_others(
+    proxy: Proxy, body: Any, right: bool
+) -> None:
+    schema = DOCUMENT["paths"]["/exec"]["post"]["requestBody"]["content"]["application/json"]
+    assert fits(body, schema["schema"]) == right
+    answer = proxy.request("POST", "/exec", json.dumps(body).encode(), JSON_TYPE)
+    check_answer("/exec", "post", answer)
+    assert (answer[0] == 200) == right
+
+
+@pytest.fixture(scope="module")
+def ended_run(proxy: Proxy) -> str:
+    """The id of a run that has printed something."""
+    return str(proxy.exec("echo documented", agent_name="documented")["run_id"])
+
+
+QUERIES = [
+    pytest.param(path, each["name"], value, right, id=f"{path[1:]}-{each['name']}-{name}")
+    for path, method, operation in operations_of(DOCUMENT)
+    for each in operation.get("parameters", [])
+    for name, value, right in values_of(each["schema"])
+    # In a query all is text.
+    if each["in"] == "query"
+    and method == "get"
+    and path.startswith("/runs")
+    and isinstance(value, (int, float, str))
+    and not isinstance(value, bool)
+    and not (types_of(each["schema"]) == ["string"] and not isinstance(value, str))
+]
+
+
+@pytest.mark.parametrize(("path", "name", "value", "right"), QUERIES)
+def test_queries_take_what_the_document_allows_and_nothing_else(
+    proxy: Proxy, ended_run: str, path: str, name: str, value: Any, right: bool
+) -> None:
+    given = urllib.parse.urlencode({name: value})
+    concrete = path.replace("{run_id}", ended_run)
+    answer = proxy.request("GET", f"{concrete}?{given}")
+    check_answer(path, "get", answer)
+    assert answer[0] == (200 if right else 400), answer
+    if not right:
+        assert name in json.loads(answer[2])["error"]
+
+
+@pytest.mark.parametrize(
+    ("value", "right"),
+    [
+        pytest.param(value, right, id=name)
+        for name, value, right in values_of(
+            DOCUMENT["paths"]["/runs/{run_id}/signal"]["post"]["requestBody"]["content"][
+                "application/json"
+            ]["schema"]["properties"]["signal"]
+        )
+    ],
+)
+def test_signals_are_those_of_the_document(
+    proxy: Proxy, agent: str, ended_run: str, value: Any, right: bool
+) -> None:
+    run_id = ended_run
+    if right:
+        run_id = proxy.post({"cmd": "sleep 60", "wait": 0.2, "agent_name": agent})[1]["run_id"]
+
+    path = f"/runs/{run_id}"
+    answer = proxy.request("POST", f"{path}/signal", json.dumps({"signal": value}), JSON_TYPE)
+    check_answer("/runs/{run_id}/signal", "post", answer)
+    assert answer[0] == (200 if right else 400)
+    if right:
+        check_answer("/runs/{run_id}", "delete", proxy.request("DELETE", path))
+
+
+PLAIN = [
+    (path, method)
+    for path, method, operation in operations_of(DOCUMENT)
+    if "requestBody" not in operation
+    and not {"101", "204"} & operation["responses"].keys()
+    and "text/event-stream" not in str(operation["responses"].get("200"))
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "method"), [pytest.param(*each, id=" ".join(each)) for each in PLAIN]
+)
+def test_other_answers_are_as_documented(relay: Proxy, path: str, method: str) -> None:
+    run_id = relay.exec("true")["run_id"]
+    concrete = path.replace("{run_id}", run_id).replace("{name}", "legacy")
+    answer = relay.request(method.upper(), concrete)
+    if method != "head":
+        check_answer(path, method, answer)
+    assert answer[0] == 200
+    if "{" in path:
+        check_answer(path, method, relay.request(method.upper(), re.sub(r"{\w+}", "x", path)))
+
+
+@pytest.mark.parametrize("path", ["/mcp", "/servers/{name}/mcp"])
+def test_the_documents_message_of_mcp_is_answered(relay: Proxy, path: str) -> None:
+    content = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    for message in content["schema"]["examples"]:
+        assert fits(message, content["schema"])
+        headers = {**JSON_TYPE, "Accept": "application/json, text/event-stream"}
+        concrete = path.replace("{name}", "legacy")
+        answer = relay.request("POST", concrete, json.dumps(message), headers)
+        check_answer(path, "post", answer)
+        assert answer[0] == 200
+
+    for body in (b"{", b"[]", b"{}"):
+        answer = relay.request("POST", path.replace("{name}", "legacy"), body, headers)
+        check_answer(path, "post", answer)
+        assert answer[0] == 400
+
+
+def test_documented_ways_to_end_a_command_are_those_that_there_are() -> None:
+    assert [*pp.ENDINGS] == [*pp.ENDED]
+
+
+TOOL_CASES = [
+    pytest.param(
+        tool["name"],
+        argument,
+        value,
+        right,
+        id=f"{tool['name']}-{argument}-{name}",
+        # Keys wait until the screen shows what they did.
+        marks=[pytest.mark.slow] if right and tool["name"] == "send_keys" else [],
+    )
+    for tool in (each.shown for each in pp.TOOLS.values())
+    for argument, schema in tool["inputSchema"]["properties"].items()
+    for name, value, right in values_of(schema)
+    if (argument, name) not in IN_WORDS
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "value", "right"), TOOL_CASES)
+def test_tools_take_what_their_schema_allows_and_nothing_else(
+    proxy: Proxy, ended_run: str, name: str, argument: str, value: Any, right: bool
+) -> None:
+    needed = {"cmd": "true", "run_id": ended_run}
+    required = pp.TOOLS[name].shown["inputSchema"]["required"]
+    arguments: dict[str, Any] = {each: needed[each] for each in required}
+    if name in ("exec", "read_terminal", "send_keys"):
+        arguments["agent_name"] = "documented"
+    if name == "send_keys":
+        arguments |= {"text": " ", "keys": ["Enter"]}
+    arguments[argument] = value
+
+    # Facts of the sandbox, which no schema knows: no such run, no such terminal, no such offset.
+    unknown = r"no run|has no terminal yet|runs in this agent's terminal now|bytes of output so far"
+    result = call(proxy, name, **arguments)
+    if right:
+        refused = re.search(r"got .*, expected", text_of(result))
+        assert not refused or re.search(unknown, text_of(result)), text_of(result)
+    else:
+        assert result["isError"] is True
+        assert argument in text_of(result)
+        assert "expected" in text_of(result)
 
 
 # ==========================================================================
