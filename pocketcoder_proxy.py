@@ -3173,7 +3173,9 @@ class Record:
     def _has_room(self, start: int) -> bool:
         """Have a file to write to; a new one has what comes from the offset `start` on."""
         if self.fd is not None and self.pieces[-1].size < PIECE_SIZE:
-            return True
+            # Somebody may have removed it.
+            if os.fstat(self.fd).st_nlink:
+                return True
 
         self._close_file()
         self._drop_middle()
@@ -4956,6 +4958,13 @@ class PaneShell:
         """Whether the cursor is in the column where the known prompt ends, and in no mode."""
         return now.split()[0] == self.last.partition(" ")[0] and now.endswith(" 0 0")
 
+    async def empty_state(self, tmux: Tmux) -> str | None:
+        """PANE_STATE, if its shell waits for a command and nothing is typed there."""
+        if not self.last or self.look() is not Look.READY:
+            return None
+        now = await tmux.state(self.pane)
+        return now if self._is_empty(now) else None
+
     def _is_behind_prompt(self, now: str) -> bool:
         """Whether the cursor is right of where the known prompt ends, in the same line.
 
@@ -5265,17 +5274,19 @@ class Terminal:
                 if len(self.shells) <= MAX_PANES or self.sandbox.stopping:
                     break
                 async with self.lock:
-                    self._close_one(await self._look())
+                    await self._close_one(await self._look())
         except NoTerminal as gone:
             log.debug("panes of %s: %s", self.name, gone)
         finally:
             self.closing = None
 
-    def _close_one(self, tmux: Tmux) -> None:
+    async def _close_one(self, tmux: Tmux) -> None:
         for shell in reversed(self.shells):
-            is_idle = shell.pane.pane_id not in self.used and shell.prompt is Prompt.KNOWN
-            if is_idle and shell.is_ours and len(self.shells) > MAX_PANES:
-                tmux.close_pane(shell.pane, shell.last)
+            if shell.pane.pane_id in self.used or not shell.is_ours:
+                continue
+            state = await shell.empty_state(tmux)
+            if state and len(self.shells) > MAX_PANES:
+                tmux.close_pane(shell.pane, state)
                 self.forget()
                 return
 
@@ -6713,6 +6724,12 @@ class PocketCoderDriver:
             run.fail(NoTerminal("cancelled before its start"))
             raise
 
+    def promise(self, run: Run) -> None:
+        """The caller will be told to come back for it: then it must be known, whatever becomes of
+        this server."""
+        if run.state is RunState.WAITING and run.failure is None:
+            self.runs.save(run)
+
     def leave(self, run: Run) -> None:
         """The caller of a run that goes on has its answer, or has gone."""
         self.runs.answered(run)
@@ -6796,6 +6813,10 @@ class PocketCoderDriver:
 
     async def _adopt_one(self, run: Run, folder: FoundFolder | None, watch: Watch) -> None:
         """Go on with one run.  Raises NoTerminal, OSError, ValueError, LookupError."""
+        if not run.place:
+            self._was_never_started(run, watch)
+            return
+
         if folder is None:
             self._lose(run, watch, "its files are gone")
             return
@@ -6811,10 +6832,7 @@ class PocketCoderDriver:
         pid, exit_code, ended_at = folder.reports(path)
         if pid is None:
             folder.drop(path)
-            if run.result is None:
-                failure = NoTerminal("its server ended before it could start")
-                self._on_end(run, watch, never_started(run, failure))
-            self.runs.complete(run)
+            self._was_never_started(run, watch)
             return
 
         log.info("run=%s taken over state=%s", run.run_id, run.state.value)
@@ -6825,6 +6843,12 @@ class PocketCoderDriver:
                 return
 
         Collector(run, folder, self.runs, watch, pid, exit_code, ended_at).start()
+
+    def _was_never_started(self, run: Run, watch: Watch) -> None:
+        if run.result is None:
+            failure = NoTerminal("its server ended before it could start")
+            self._on_end(run, watch, never_started(run, failure))
+        self.runs.complete(run)
 
     async def _place_of(self, run: Run) -> tuple[Terminal, PaneShell, Tmux] | None:
         """Where a run goes on; None: its pane has died.  Raises NoTerminal, OSError."""
@@ -11040,6 +11064,7 @@ async def launched(
             raise run.failure
         if run.result is not None:
             await check_recorded(state, run)
+        state.driver.promise(run)
         yield run
     finally:
         state.driver.leave(run)
@@ -11165,6 +11190,7 @@ async def answer_of_run(
         end = run.record.boundary(end)
     else:
         await check_recorded(state, run)
+    state.driver.promise(run)
 
     answer = run.answer("".join(run.record.text(limit, end, offset)))
     facts = {
@@ -11978,6 +12004,7 @@ async def launched_stream_handler(
         if run.result is not None:
             await asyncio.wait({sending}, timeout=SLOW_READER_TIMEOUT)
             await check_recorded(state, run)
+        state.driver.promise(run)
         return run.answer(None)
     finally:
         sending.cancel()

@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlencode
 
 # ==========================================================================
 # MCP fixture
@@ -1300,6 +1301,59 @@ class Proxy:
         """The same in a thread."""
         return Background(lambda: self.exec(cmd, **fields))
 
+    def launch(self, cmd: str, **fields: Any) -> str:
+        """Start a command that goes on without us; its run_id."""
+        status, answer = self.post({"cmd": cmd, "wait": 0, **fields})
+        assert status in (200, 202), answer
+        return str(answer["run_id"])
+
+    def runs(self, **query: Any) -> list[dict[str, Any]]:
+        """The list of runs."""
+        status, _, answer = self.request("GET", f"/runs?{urlencode(query)}")
+        assert status == 200, answer
+        found: list[dict[str, Any]] = json.loads(answer)["runs"]
+        return found
+
+    def run(self, run_id: str, wait: float = 0) -> dict[str, Any]:
+        """One run, when it has ended or after `wait` seconds."""
+        status, _, answer = self.request("GET", f"/runs/{run_id}?wait={wait}")
+        assert status == 200, answer
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+    def output(self, run_id: str, **query: Any) -> bytes:
+        """What a run has printed, from `offset` on, `limit` bytes at most."""
+        return self.output_and_headers(run_id, **query)[0]
+
+    def output_and_headers(self, run_id: str, **query: Any) -> tuple[bytes, dict[str, str]]:
+        status, headers, data = self.request("GET", f"/runs/{run_id}/output?{urlencode(query)}")
+        assert status == 200, data
+        return data, headers
+
+    def follow(self, run_id: str, last_id: int = 0) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        """Events of a run's output: name, id, data."""
+        connection = self.connect()
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(last_id)}
+        connection.request("GET", f"/runs/{run_id}/output", headers=headers)
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        try:
+            fields = {"id": "-1"}
+            while line := answer.readline().decode():
+                name, _, value = line.rstrip("\n").partition(": ")
+                fields[name] = value
+                if line == "\n" and "data" in fields:
+                    yield fields["event"], int(fields["id"]), json.loads(fields["data"])
+                    fields = {"id": "-1"}
+        finally:
+            answer.close()
+            connection.close()
+
+    def kill_and_start(self, number: int = signal.SIGKILL) -> None:
+        """End the server, and start another one at the same socket."""
+        self.stop(number)
+        self.start()
+
     def stream(
         self, cmd: str, **fields: Any
     ) -> Generator[tuple[str, dict[str, Any], float], None, None]:
@@ -1381,7 +1435,7 @@ class Proxy:
     def run_files(self) -> int:
         """Open ends of the files of runs."""
         return sum(
-            bool(re.search(r"/s\.d/\w+/\w+\.\w+", path))
+            bool(re.search(r"/s\.d/[0-9a-f]{4}/\w+\.\w+", path))
             for path in descriptors_of(self.process.pid)
         )
 
@@ -4633,6 +4687,209 @@ def test_a_session_name_that_tmux_would_change_is_refused() -> None:
 
 
 # ==========================================================================
+# Records
+# ==========================================================================
+@pytest.fixture
+def shelf(tmp_path: pathlib.Path) -> pp.Shelf:
+    return pp.Shelf(f"{tmp_path}/runs", 64 * pp.MIB, "s")
+
+
+@pytest.fixture
+def full_disk(tmp_path: pathlib.Path) -> Iterator[str]:
+    """A directory with room for 4 MiB; where we may not mount one, files have no room at all."""
+    folder = str(tmp_path / "disk")
+    os.mkdir(folder)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder])
+    if mounted.returncode == 0:
+        yield folder
+        subprocess.run(["umount", "-l", folder], check=True)
+    else:
+        with limited(os.getpid(), resource.RLIMIT_FSIZE, 0):
+            yield folder
+
+
+def kept_of(record: pp.Record) -> list[tuple[int, bytes]]:
+    """All that a record has kept, by offset; stretches without a gap are one."""
+    found: list[tuple[int, bytes]] = []
+    at = 0
+    while True:
+        start, chunk = record.read(at, pp.MIB)
+        if not chunk:
+            return found
+        if found and start == at:
+            found[-1] = (found[-1][0], found[-1][1] + chunk)
+        else:
+            found.append((start, chunk))
+        at = start + len(chunk)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [0, 1, pp.SMALL_OUTPUT, pp.SMALL_OUTPUT + 1, pp.PIECE_SIZE, 3 * pp.PIECE_SIZE + 17],
+    ids=["nothing", "a-byte", "small", "just-not-small", "a-file", "files"],
+)
+@pytest.mark.parametrize("chunk_size", [1000, 65536, pp.MIB], ids=["bits", "pipes", "chunks"])
+def test_a_record_keeps_every_byte_of_what_has_room(
+    shelf: pp.Shelf, size: int, chunk_size: int
+) -> None:
+    data = random.Random(size).randbytes(size)
+    record = shelf.record("0" * 16, pp.MIB, False)
+    for start in range(0, size, chunk_size):
+        record.add(data[start : start + chunk_size])
+
+    assert record.total == size
+    assert b"".join(chunk for _, chunk in kept_of(record)) == data
+    for offset in {0, 1, size // 2, size - 1} & set(range(size)):
+        assert record.read(offset, 10) == (offset, data[offset : offset + 10])
+
+
+def test_a_small_record_makes_no_file(shelf: pp.Shelf) -> None:
+    shelf.record("0" * 16, pp.MIB, False).add(bytes(pp.SMALL_OUTPUT))
+    assert not os.path.exists(shelf.folder)
+
+
+def test_of_a_large_record_the_first_and_the_last_8_mib_are_kept(shelf: pp.Shelf) -> None:
+    size = 40 * pp.MIB + 5
+    data = random.Random(1).randbytes(size)
+    record = shelf.record("0" * 16, pp.MIB, False)
+    for start in range(0, size, 300_000):
+        record.add(data[start : start + 300_000])
+
+    (first, head), (second, tail) = kept_of(record)
+    assert first == 0
+    assert data.startswith(head)
+    assert data.endswith(tail)
+    assert second + len(tail) == size
+    assert 8 * pp.MIB <= len(head) <= 9 * pp.MIB
+    assert 8 * pp.MIB <= len(tail) <= 10 * pp.MIB
+    assert shelf.used == len(head) + len(tail)
+    assert record.read(20 * pp.MIB, 3) == (second, tail[:3])
+
+
+def test_an_answer_of_64_mib_is_kept_whole(tmp_path: pathlib.Path) -> None:
+    shelf = pp.Shelf(f"{tmp_path}/runs", 256 * pp.MIB, "s")
+    record = shelf.record("0" * 16, pp.MAX_OUTPUT, False)
+    for number in range(64):
+        record.add(bytes([number]) * pp.MIB)
+
+    assert record.is_whole(pp.MAX_OUTPUT, record.total)
+    assert sum(map(len, record.text(pp.MAX_OUTPUT, record.total))) == pp.MAX_OUTPUT
+
+
+def test_when_there_is_no_room_the_oldest_output_goes_first(tmp_path: pathlib.Path) -> None:
+    shelf = pp.Shelf(f"{tmp_path}/runs", 10 * pp.MIB, "s")
+    records = [shelf.record(f"{number:016x}", pp.MIB, False) for number in range(5)]
+    for record in records:
+        record.add(bytes(3 * pp.MIB))
+        record.finish()
+        shelf.retire(record)
+
+    assert [record.size() // pp.MIB for record in records] == [0, 0, 3, 3, 3]
+    assert records[0].total == 3 * pp.MIB
+    assert shelf.used <= shelf.limit
+
+
+def test_floods_share_the_room_and_keep_their_ends(tmp_path: pathlib.Path) -> None:
+    shelf = pp.Shelf(f"{tmp_path}/runs", 100 * pp.MIB, "s")
+    records = [shelf.record(f"{number:016x}", pp.MIB, False) for number in range(20)]
+    for round_ in range(30):
+        for number, record in enumerate(records):
+            record.add(bytes([number, round_]) * (pp.MIB // 2))
+
+    assert shelf.used <= shelf.limit
+    on_disk = sum(os.stat(f"{shelf.folder}/{name}").st_size for name in os.listdir(shelf.folder))
+    assert on_disk <= shelf.limit + len(shelf.place)
+    for number, record in enumerate(records):
+        text = b"".join(chunk for _, chunk in kept_of(record))
+        assert text.startswith(bytes([number, 0]) * (pp.MIB // 2))
+        assert text.endswith(bytes([number, 29]) * (pp.MIB // 2))
+
+
+def test_a_full_disk_costs_old_output_and_then_the_middle_of_new_output(full_disk: str) -> None:
+    shelf = pp.Shelf(f"{full_disk}/runs", 64 * pp.MIB, "s")
+    old = shelf.record("0" * 16, pp.MIB, False)
+    old.add(bytes(2 * pp.MIB))
+    old.finish()
+    shelf.retire(old)
+
+    new = shelf.record("1" * 16, pp.MIB, False)
+    data = random.Random(2).randbytes(9 * pp.MIB)
+    for start in range(0, len(data), 100_000):
+        new.add(data[start : start + 100_000])
+
+    assert old.size() == 0
+    assert new.total == len(data)
+    stretches = kept_of(new)
+    assert stretches[0] == (0, data[: len(stretches[0][1])])
+    assert len(stretches[0][1]) >= pp.MIB // 2
+    assert data.endswith(stretches[-1][1])
+    assert len(stretches[-1][1]) >= pp.MIB // 2
+    for start, chunk in stretches:
+        assert data[start : start + len(chunk)] == chunk
+
+
+@pytest.mark.parametrize("obstacle", ["file", "missing-parent"])
+def test_without_a_directory_the_answer_is_kept_in_memory(
+    tmp_path: pathlib.Path, obstacle: str
+) -> None:
+    folder = tmp_path / "place"
+    folder.write_text("")
+    shelf = pp.Shelf(str(folder if obstacle == "file" else folder / "runs"), 64 * pp.MIB, "s")
+    record = shelf.record("0" * 16, 100_000, False)
+    data = random.Random(3).randbytes(500_000)
+    for start in range(0, len(data), 7_000):
+        record.add(data[start : start + 7_000])
+
+    (_, head), (_, tail) = kept_of(record)
+    assert data[:50_000] == head
+    assert data[-50_000:] == tail
+
+
+def test_what_somebody_removes_is_a_gap(shelf: pp.Shelf) -> None:
+    record = shelf.record("0" * 16, 10 * pp.MIB, False)
+    record.add(bytes(pp.MIB) + b"\1" * pp.MIB + b"\2" * pp.MIB)
+    os.unlink(record.pieces[1].path or "")
+    assert record.read(pp.MIB, 1) == (2 * pp.MIB, b"\2")
+    text = "".join(record.text(10 * pp.MIB, record.total))
+    assert f"[pocketcoder: {pp.MIB} bytes left out]" in text
+
+
+def test_a_wiped_directory_is_made_again(shelf: pp.Shelf) -> None:
+    first = shelf.record("0" * 16, pp.MIB, False)
+    first.add(bytes(pp.MIB))
+    shutil.rmtree(shelf.folder)
+    second = shelf.record("1" * 16, pp.MIB, False)
+    second.add(b"x" * 2 * pp.MIB)
+    assert second.read(0, 3) == (0, b"xxx")
+    assert os.stat(shelf.folder).st_mode & 0o777 == 0o700
+
+
+def test_a_lasting_record_moves_bytes_from_the_fifo_to_its_file(shelf: pp.Shelf) -> None:
+    record = shelf.record("0" * 16, pp.MIB, True)
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    data = random.Random(4).randbytes(3 * pp.MIB)
+    try:
+        for start in range(0, len(data), 60_000):
+            os.write(writer, data[start : start + 60_000])
+            wanted = start + len(data[start : start + 60_000])
+            while record.total < wanted:
+                record.fill(reader)
+        with pytest.raises(BlockingIOError):
+            record.fill(reader)
+        os.close(writer)
+        assert record.fill(reader) == 0
+    finally:
+        os.close(reader)
+
+    names = sorted(os.listdir(shelf.folder))
+    files = [name for name in names if not name.endswith(".lock")]
+    assert [name.partition(".")[0] for name in files] == ["0" * 16] * len(files)
+    stored = sorted(files, key=lambda name: int(name.partition(".")[2]))
+    assert b"".join(pathlib.Path(shelf.folder, name).read_bytes() for name in stored) == data
+
+
+# ==========================================================================
 # Streams
 # ==========================================================================
 def test_stdin_arrives_byte_for_byte(proxy: Proxy, agent: str) -> None:
@@ -6011,6 +6268,97 @@ def test_a_pane_held_by_another_driver_is_left_alone(proxy: Proxy, agent: str) -
 
 
 # ==========================================================================
+# Run list
+# ==========================================================================
+def test_the_list_has_every_run_whatever_its_door_newest_first(
+    own: StartServer, names: str
+) -> None:
+    server = own()
+    server.exec("echo one", usage_id="u1")
+    list(server.stream("echo two", session_id="s1"))
+    Caller(server, names).run("-c", "echo three")
+    call(server, "exec", cmd="echo four; exit 4", agent_name="alice")
+
+    runs = server.runs()
+    assert [run["door"] for run in runs] == ["mcp", "shell", "stream", "exec"]
+    assert [run["cmd"] for run in runs] == [
+        "echo four; exit 4",
+        "echo three",
+        "echo two",
+        "echo one",
+    ]
+    assert [server.output(run["run_id"]) for run in runs] == [
+        b"four\n",
+        b"three\n",
+        b"two\n",
+        b"one\n",
+    ]
+    assert {run["state"] for run in runs} == {"ended"}
+    assert [run["exit_code"] for run in runs] == [4, 0, 0, 0]
+    assert server.run(runs[0]["run_id"]) == runs[0]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", runs[0]["started"])
+
+    assert [run["cmd"] for run in server.runs(agent_name="alice")] == ["echo four; exit 4"]
+    assert [run["cmd"] for run in server.runs(session_id="s1")] == ["echo two"]
+    assert [run["cmd"] for run in server.runs(usage_id="u1")] == ["echo one"]
+    assert server.runs(state="running") == []
+    assert [run["door"] for run in server.runs(limit=2)] == ["mcp", "shell"]
+    assert [run["door"] for run in server.runs(before=runs[1]["run_id"])] == ["stream", "exec"]
+    assert server.runs(limit=0) == []
+
+
+def test_a_run_waits_runs_and_ends(proxy: Proxy, agent: str) -> None:
+    first = [proxy.start_exec("read x </dev/tty", agent_name=agent) for _ in range(pp.MAX_PANES)]
+    eventually(lambda: len(proxy.runs(agent_name=agent, state="running")) == pp.MAX_PANES)
+    last = proxy.start_exec("echo last", agent_name=agent)
+    (waiting,) = eventually(lambda: proxy.runs(agent_name=agent, state="waiting"))
+    assert waiting["started"] is None
+    assert "exit_code" not in waiting
+    assert waiting["running"] is True
+
+    for run in proxy.runs(agent_name=agent, state="running"):
+        proxy.request("DELETE", f"/runs/{run['run_id']}")
+    assert {each.result()["ended"] for each in first} == {"cancelled"}
+    assert last.result()["stdout"] == "last\n"
+    assert proxy.run(waiting["run_id"])["state"] == "ended"
+
+
+def test_the_newest_thousand_runs_are_remembered(tmp_path: pathlib.Path) -> None:
+    shelf = pp.Shelf(f"{tmp_path}/runs", 64 * pp.MIB, "s")
+    runs = pp.RunList(shelf)
+    request = pp.ExecRequest("true")
+    made = []
+    for number in range(pp.MAX_RUNS + 10):
+        run = runs.open(request, "exec")
+        made.append(run.run_id)
+        runs.started(run)
+        run.record.add(b"x" * 100)
+        # The third one never ends.
+        if number != 2:
+            result = pp.CommandResult("", 0, output_bytes=100, run_id=run.run_id)
+            runs.end(run, result)
+            runs.complete(run)
+            runs.answered(run)
+
+    assert list(runs.runs) == [made[2], *made[11:]]
+    assert shelf.used == 100 * pp.MAX_RUNS
+    with pytest.raises(pp.NoSuchRun):
+        runs.find(made[0])
+
+
+def test_a_long_command_is_cut_in_the_list_between_characters(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true #" + "é" * 5000, agent_name=agent)
+    (run,) = proxy.runs(agent_name=agent)
+    assert len(run["cmd"].encode()) == pp.MAX_LISTED_COMMAND
+    assert run["cmd"].endswith("é")
+
+
+def test_a_refused_command_is_no_run(proxy: Proxy, agent: str) -> None:
+    assert proxy.post({"cmd": "true", "agent_name": agent, "timeout": 0})[0] == 400
+    assert proxy.runs(agent_name=agent) == []
+
+
+# ==========================================================================
 # Runs
 # ==========================================================================
 
@@ -6499,6 +6847,395 @@ def test_a_workspace_may_have_any_name(own: StartServer, tmp_path: pathlib.Path)
         assert path == str(workspace)
 
     assert "PWNED" not in server.tmux("show-environment", "-g")
+
+
+# --- Runs that outlive their callers.
+
+
+def test_wait_answers_202_and_the_command_goes_on(proxy: Proxy, agent: str) -> None:
+    cmd = "echo first; read x </dev/tty; echo second; exit 5"
+    status, answer = proxy.post({"cmd": cmd, "agent_name": agent, "wait": 0.5})
+    assert status == 202
+    assert answer["stdout"] == "first\n"
+    assert answer["running"] is True
+    assert "exit_code" not in answer
+
+    run_id = answer["run_id"]
+    assert proxy.run(run_id)["state"] == "running"
+    call(proxy, "send_keys", agent_name=agent, keys=["Enter"], run_id=run_id)
+    ended = proxy.run(run_id, wait=10)
+    assert ended["exit_code"] == 5
+    assert ended["ended"] == "exit"
+    assert proxy.output(run_id) == b"first\nsecond\n"
+
+
+def test_wait_answers_200_as_soon_as_the_command_ends(proxy: Proxy, agent: str) -> None:
+    status, answer = proxy.post({"cmd": "echo done; exit 3", "agent_name": agent, "wait": 60})
+    assert status == 200
+    assert answer["stdout"] == "done\n"
+    assert answer["exit_code"] == 3
+    assert "running" not in answer
+
+
+def test_a_stream_with_wait_ends_with_an_event_that_says_so(proxy: Proxy, agent: str) -> None:
+    cmd = "echo first; read x </dev/tty; echo second"
+    events = list(proxy.stream(cmd, agent_name=agent, wait=0.5))
+    assert [name for name, _, _ in events if name != ":"] == ["output", "running"]
+    last = events[-1][1]
+    assert last["running"] is True
+    call(proxy, "send_keys", agent_name=agent, keys=["Enter"], run_id=last["run_id"])
+    assert proxy.run(last["run_id"], wait=10)["exit_code"] == 0
+
+    events = list(proxy.stream("echo all; exit 2", agent_name=agent, wait=30))
+    assert [name for name, _, _ in events if name != ":"] == ["output", "exit"]
+    assert events[-1][1]["exit_code"] == 2
+
+
+def test_a_caller_that_leaves_during_its_wait_cancels_nothing(proxy: Proxy, agent: str) -> None:
+    connection = proxy.connect()
+    body = json.dumps({"cmd": "sleep 1; echo on", "agent_name": agent, "wait": 30})
+    connection.request("POST", "/exec", body, {"Content-Type": "application/json"})
+    (run,) = eventually(lambda: proxy.runs(agent_name=agent, state="running"))
+    connection.close()
+    assert proxy.run(run["run_id"], wait=10)["exit_code"] == 0
+    assert proxy.output(run["run_id"]) == b"on\n"
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [-1, 86401, True, "1", float("nan"), [1]],
+    ids=["negative", "too-long", "true", "text", "nan", "list"],
+)
+def test_a_wrong_wait_is_refused(proxy: Proxy, wait: Any) -> None:
+    status, answer = proxy.post({"cmd": "true", "wait": wait})
+    assert status == 400
+    assert "`wait`" in answer["error"]
+
+
+def test_a_run_that_outlives_its_caller_has_a_day_unless_told_otherwise(
+    tmp_path: pathlib.Path,
+) -> None:
+    def timeout_of(**fields: Any) -> float:
+        return pp.ExecRequest.from_fields({"cmd": "true", **fields}, str(tmp_path)).timeout
+
+    assert timeout_of() == 300
+    assert timeout_of(wait=None) == 300
+    assert timeout_of(wait=1) == 86400
+    assert timeout_of(wait=1, timeout=5) == 5
+
+
+def test_runs_for_which_nobody_waits_block_no_agent(own: StartServer) -> None:
+    server = own()
+    ids = [server.launch("read x </dev/tty") for _ in range(pp.MAX_PANES + 2)]
+    eventually(lambda: len(server.runs(state="running")) == pp.MAX_PANES + 2)
+    assert server.exec("echo at once", timeout=20)["stdout"] == "at once\n"
+    assert len(server.panes("poco")) == pp.MAX_PANES + 3
+
+    for run_id in ids:
+        server.request("DELETE", f"/runs/{run_id}")
+    eventually(lambda: len(server.panes("poco")) == pp.MAX_PANES, 30)
+    assert server.exec("echo on")["stdout"] == "on\n"
+
+
+def test_a_pane_too_many_stays_while_somebody_types_there(own: StartServer) -> None:
+    server = own()
+    ids = [server.launch("read x </dev/tty") for _ in range(pp.MAX_PANES + 1)]
+    eventually(lambda: len(server.runs(state="running")) == pp.MAX_PANES + 1)
+    last = server.panes("poco")[-1].split()[0]
+    server.request("DELETE", f"/runs/{ids[-1]}")
+    server.tmux("send-keys", "-t", last, "half a line")
+    time.sleep(2 * pp.CLOSE_PAUSE)
+    assert len(server.panes("poco")) == pp.MAX_PANES + 1
+
+
+def test_sixteen_panes_are_the_most(own: StartServer) -> None:
+    server = own()
+    for _ in range(pp.MAX_ALL_PANES + 2):
+        server.launch("sleep 77.25")
+    eventually(lambda: len(server.runs(state="running")) == pp.MAX_ALL_PANES, 30)
+    assert len(server.runs(state="waiting")) == 2
+    assert len(server.panes("poco")) == pp.MAX_ALL_PANES
+
+
+def test_what_background_processes_print_later_belongs_to_their_run(
+    proxy: Proxy, agent: str
+) -> None:
+    go_on = f"{proxy.folder}/go-on-{agent}"
+    cmd = f"(until [ -e {go_on} ]; do sleep 0.01; done; echo LATE) & echo now"
+    answer = proxy.exec(cmd, agent_name=agent)
+    assert answer["stdout"] == "now\n"
+    data, headers = proxy.output_and_headers(answer["run_id"])
+    assert data == b"now\n"
+    assert headers["output-ended"] == "false"
+
+    pathlib.Path(go_on).touch()
+    eventually(lambda: proxy.output_and_headers(answer["run_id"])[1]["output-ended"] == "true")
+    assert proxy.output(answer["run_id"]) == b"now\nLATE\n"
+    assert proxy.run(answer["run_id"])["output_bytes"] == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
+def test_a_run_with_wait_outlives_the_server(own: StartServer, number: int) -> None:
+    server = own()
+    go_on = f"{server.folder}/go-on"
+    cmd = (
+        "echo start; seq 20000; until [ -e " + go_on + " ]; do sleep 0.01; done;"
+        " seq 20000 30000; exit 6"
+    )
+    run_id = server.launch(cmd, usage_id="u", session_id="s")
+    eventually(lambda: server.run(run_id)["output_bytes"] > 100_000)
+    server.kill_and_start(number)
+
+    run = server.run(run_id)
+    assert run["state"] == "running"
+    assert run["cmd"] == cmd
+    assert run["usage_id"] == "u"
+    pathlib.Path(go_on).touch()
+    run = server.run(run_id, wait=15)
+    assert run["exit_code"] == 6
+    assert run["ended"] == "exit"
+    numbers = [*range(1, 20001), *range(20000, 30001)]
+    assert server.output(run_id) == b"start\n" + b"".join(b"%d\n" % each for each in numbers)
+    assert server.exec("echo next")["stdout"] == "next\n"
+    assert len(server.panes("poco")) == 1
+
+
+def test_a_run_that_ends_while_no_server_is_there_is_known_to_the_next(own: StartServer) -> None:
+    server = own()
+    go_on = f"{server.folder}/go-on"
+    done = f"{server.folder}/done"
+    run_id = server.launch(
+        f"echo start; until [ -e {go_on} ]; do sleep 0.01; done; seq 5000; touch {done}; exit 7"
+    )
+    eventually(lambda: server.output(run_id) == b"start\n")
+    server.stop(signal.SIGKILL)
+    pathlib.Path(go_on).touch()
+    eventually(lambda: os.path.exists(done))
+    server.start()
+
+    run = server.run(run_id, wait=15)
+    assert run["exit_code"] == 7
+    assert run["ended"] == "exit"
+    assert server.output(run_id) == b"start\n" + b"".join(b"%d\n" % each for each in range(1, 5001))
+    eventually(lambda: server.run_files() == 0)
+    eventually(lambda: not list(server.run_folder.glob("[0-9a-f]*/[0-9]*.out")))
+
+
+def test_ended_runs_are_remembered_over_a_restart(own: StartServer) -> None:
+    server = own()
+    ended = server.post({"cmd": "seq 100000; exit 3", "wait": 20})[1]["run_id"]
+    plain = server.exec("echo plain")["run_id"]
+    before = server.run(ended)
+    output = server.output(ended)
+    server.kill_and_start()
+    assert server.run(ended) == before
+    assert server.output(ended) == output
+    assert server.status("GET", f"/runs/{plain}") == 404
+
+    assert server.status("DELETE", f"/runs/{ended}") == 204
+    assert server.status("GET", f"/runs/{ended}") == 404
+    server.kill_and_start()
+    assert server.runs() == []
+    assert [
+        path.name for path in (server.run_folder / "runs").iterdir() if path.suffix != ".lock"
+    ] == []
+
+
+def test_a_run_of_another_server_can_be_ended_signalled_and_typed_to(own: StartServer) -> None:
+    server = own()
+    ended = server.launch("sleep 77.5")
+    signalled = server.launch("trap 'echo got; exit 9' USR1; while :; do sleep 0.01; done")
+    asked = server.launch("read x </dev/tty; echo got $x")
+    eventually(lambda: len(server.runs(state="running")) == 3)
+    server.kill_and_start()
+
+    status, _, answer = server.request("DELETE", f"/runs/{ended}")
+    assert status == 200
+    assert json.loads(answer)["ended"] == "cancelled"
+    wait_until_gone("sleep 77.5")
+
+    assert server.post({"signal": "USR1"}, f"/runs/{signalled}/signal")[0] == 200
+    assert server.run(signalled, wait=10)["exit_code"] == 9
+    assert server.output(signalled).endswith(b"got\n")
+
+    call(server, "send_keys", text="me", keys=["Enter"], run_id=asked)
+    assert server.run(asked, wait=10)["exit_code"] == 0
+    assert server.output(asked) == b"got me\n"
+
+
+def test_a_run_of_another_server_keeps_its_time_limit(own: StartServer) -> None:
+    server = own()
+    run_id = server.launch("sleep 77.75", timeout=2)
+    eventually(lambda: server.runs(state="running"))
+    server.kill_and_start()
+    run = server.run(run_id, wait=15)
+    assert run["ended"] == "timeout"
+    assert run["exit_code"] == 124
+    wait_until_gone("sleep 77.75")
+
+
+def test_a_run_whose_terminal_died_without_a_server_is_lost(own: StartServer) -> None:
+    server = own()
+    run_id = server.launch("echo before; trap '' HUP; sleep 78.25")
+    eventually(lambda: server.output(run_id) == b"before\n")
+    server.stop(signal.SIGKILL)
+    kill_tmux(server.socket)
+    server.start()
+    run = server.run(run_id, wait=15)
+    assert run["ended"] == "lost"
+    assert run["exit_code"] == 137
+    assert server.output(run_id) == b"before\n"
+    wait_until_gone("sleep 78.25")
+    assert server.exec("echo next")["stdout"] == "next\n"
+
+
+def test_background_processes_of_a_run_go_on_over_a_restart(own: StartServer) -> None:
+    server = own()
+    go_on = f"{server.folder}/go-on"
+    cmd = f"(until [ -e {go_on} ]; do echo tick; sleep 0.01; done; echo LATE) & echo now"
+    status, answer = server.post({"cmd": cmd, "wait": 20})
+    assert status == 200
+    run_id = answer["run_id"]
+    server.kill_and_start()
+    assert server.output_and_headers(run_id)[1]["output-ended"] == "false"
+    pathlib.Path(go_on).touch()
+    eventually(lambda: server.output_and_headers(run_id)[1]["output-ended"] == "true")
+    output = server.output(run_id).split(b"\n")
+    assert output[-2:] == [b"LATE", b""]
+    assert set(output) == {b"now", b"tick", b"LATE", b""}
+    assert server.run(run_id)["output_bytes"] == answer["output_bytes"]
+
+
+def test_two_servers_at_one_socket_leave_each_others_runs_alone(own: StartServer) -> None:
+    first = own()
+    run_id = first.launch("read x </dev/tty; echo $x")
+    eventually(lambda: first.runs(state="running"))
+    second = own(folder=first.folder)
+    assert second.runs() == []
+    assert second.exec("echo second")["stdout"] == "second\n"
+    call(first, "send_keys", text="mine", keys=["Enter"], run_id=run_id)
+    assert first.run(run_id, wait=10)["exit_code"] == 0
+    assert first.output(run_id) == b"mine\n"
+
+
+def test_servers_of_different_sockets_can_share_a_directory(
+    own: StartServer, tmp_path: pathlib.Path
+) -> None:
+    first = own("--runs-dir", f"{tmp_path}/runs")
+    run_id = first.launch("seq 5000; sleep 78.5")
+    eventually(lambda: first.run(run_id)["output_bytes"] > 20_000)
+    first.stop(signal.SIGKILL)
+    second = own("--runs-dir", f"{tmp_path}/runs")
+    assert second.runs() == []
+    first.start()
+    assert first.run(run_id)["state"] == "running"
+    first.request("DELETE", f"/runs/{run_id}")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"[]", b"{}", b"\xff", None, b'{"run_id": "0", "owner": "x", "place": "y"}'],
+    ids=["empty", "half", "list", "no-fields", "no-text", "link", "another-run"],
+)
+def test_a_damaged_record_is_skipped_with_a_line_in_the_log(
+    own: StartServer, damage: bytes | None
+) -> None:
+    server = own()
+    good = server.post({"cmd": "echo good", "wait": 20})[1]["run_id"]
+    bad = server.post({"cmd": "echo bad", "wait": 20})[1]["run_id"]
+    server.stop(signal.SIGKILL)
+    file = server.run_folder / "runs" / f"{bad}.json"
+    file.unlink()
+    if damage is None:
+        file.symlink_to("/etc/passwd")
+    else:
+        file.write_bytes(damage)
+
+    server.start()
+    assert [run["run_id"] for run in server.runs()] == [good]
+    assert f"{bad}.json" in server.logged()
+
+
+def test_fields_of_a_record_that_make_no_sense_are_skipped_too(own: StartServer) -> None:
+    server = own()
+    ids = [server.post({"cmd": f"echo {number}", "wait": 20})[1]["run_id"] for number in range(4)]
+    server.stop(signal.SIGKILL)
+    changes: list[dict[str, Any]] = [{"cmd": 7}, {"asked_at": "x"}, {"result": {"a": 1}}]
+    for run_id, change in zip(ids, changes, strict=False):
+        file = server.run_folder / "runs" / f"{run_id}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+    server.start()
+    assert [run["run_id"] for run in server.runs()] == [ids[3]]
+    assert server.logged().count("runs skipped=") == 3
+
+
+def test_a_directory_for_runs_that_goes_away_costs_no_command(
+    own: StartServer, tmp_path: pathlib.Path
+) -> None:
+    server = own("--runs-dir", f"{tmp_path}/runs")
+    go_on = f"{server.folder}/go-on"
+    run_id = server.launch(
+        f"seq 100000; until [ -e {go_on} ]; do sleep 0.01; done; echo end; exit 4"
+    )
+    eventually(lambda: server.run(run_id)["output_bytes"] > 500_000)
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").write_text("in the way")
+    pathlib.Path(go_on).touch()
+    assert server.run(run_id, wait=10)["exit_code"] == 4
+    assert server.output(run_id).endswith(b"end\n")
+    assert server.exec("seq 100000")["output_bytes"] == 588895
+
+
+def test_a_full_disk_for_runs_costs_no_command(own: StartServer, full_disk: str) -> None:
+    server = own("--runs-dir", f"{full_disk}/runs")
+    run_id = server.launch("seq 2000000; exit 4")
+    run = server.run(run_id, wait=30)
+    assert run["exit_code"] == 4
+    assert run["output_bytes"] == 14888896
+    output = server.output(run_id)
+    assert output.startswith(b"1\n2\n3\n")
+    assert server.exec("seq 100000")["stdout"].endswith("\n99999\n100000\n")
+
+
+def test_without_room_for_output_answers_are_whole_all_the_same(own: StartServer) -> None:
+    server = own("--keep-mib", "0")
+    answer = server.exec("seq 100000")
+    assert answer["stdout"].endswith("\n99999\n100000\n")
+    assert answer["truncated"] is False
+    data, headers = server.output_and_headers(answer["run_id"])
+    assert data == b""
+    assert headers["output-bytes"] == "588895"
+    assert not list((server.run_folder / "runs").glob("*.[0-9]*"))
+
+
+@pytest.mark.slow
+def test_whenever_the_server_is_killed_nothing_is_lost_and_nothing_comes_twice(
+    own: StartServer,
+) -> None:
+    server = own()
+    dice = random.Random(16)
+    for number in range(200):
+        lines = dice.choice((1, 50, 3000, 40_000))
+        cmd = f"seq {lines}; sleep {dice.choice((0, 0.02, 0.2))}; seq {lines}; exit {number % 100}"
+        try:
+            run_id = server.launch(cmd)
+        except http.client.HTTPException:
+            pytest.fail("the server went away by itself")
+        time.sleep(dice.choice((0, 0.001, 0.01, 0.03, 0.1, 0.3)) * dice.random())
+        server.kill_and_start()
+        if dice.random() < 0.3:
+            time.sleep(0.1 * dice.random())
+            server.kill_and_start()
+
+        run = server.run(run_id, wait=20)
+        assert run["state"] == "ended", number
+        if run["ended"] == "cancelled":
+            # It was killed before the command could start.
+            assert "never started" in run["error"], number
+            continue
+        assert run["exit_code"] == number % 100, (number, run)
+        assert server.output(run_id) == b"".join(b"%d\n" % each for each in range(1, lines + 1)) * 2
 
 
 # ==========================================================================
