@@ -5642,7 +5642,8 @@ class RunList:
         """Raises NoSuchRun."""
         run = self.runs.get(run_id)
         if run is None:
-            raise NoSuchRun(f"no run {run_id[:80]!r}: it was never started, or is forgotten")
+            got = ascii(run_id[:80])
+            raise NoSuchRun(f"`run_id`: got {got}, which was never started, or is forgotten")
         return run
 
     def newest(self, query: RunQuery) -> list[Run]:
