@@ -7052,7 +7052,7 @@ def test_a_run_of_another_server_can_be_ended_signalled_and_typed_to(own: StartS
     status, _, answer = server.request("DELETE", f"/runs/{ended}")
     assert status == 200
     assert json.loads(answer)["ended"] == "cancelled"
-    wait_until_gone("sleep 77.5")
+    wait_until_gone("77.5")
 
     assert server.post({"signal": "USR1"}, f"/runs/{signalled}/signal")[0] == 200
     assert server.run(signalled, wait=10)["exit_code"] == 9
@@ -7071,7 +7071,7 @@ def test_a_run_of_another_server_keeps_its_time_limit(own: StartServer) -> None:
     run = server.run(run_id, wait=15)
     assert run["ended"] == "timeout"
     assert run["exit_code"] == 124
-    wait_until_gone("sleep 77.75")
+    wait_until_gone("77.75")
 
 
 def test_a_run_whose_terminal_died_without_a_server_is_lost(own: StartServer) -> None:
@@ -7085,7 +7085,7 @@ def test_a_run_whose_terminal_died_without_a_server_is_lost(own: StartServer) ->
     assert run["ended"] == "lost"
     assert run["exit_code"] == 137
     assert server.output(run_id) == b"before\n"
-    wait_until_gone("sleep 78.25")
+    wait_until_gone("78.25")
     assert server.exec("echo next")["stdout"] == "next\n"
 
 
@@ -10914,7 +10914,7 @@ def test_end_run_ends_a_command_and_says_how_it_ended(proxy: Proxy, agent: str) 
     ended = call(proxy, "end_run", run_id=run_id)
     assert ended["structuredContent"]["ended"] == "cancelled"
     assert ended["structuredContent"]["exit_code"] == 143
-    wait_until_gone("sleep 79.25")
+    wait_until_gone("79.25")
 
     other = proxy.launch("trap 'exit 7' USR1; while :; do sleep 0.01; done", agent_name=agent)
     eventually(lambda: proxy.run(other)["state"] == "running")
@@ -10947,23 +10947,23 @@ def test_a_cancelled_call_ends_its_command_and_a_call_that_was_answered_does_not
     def say(message: dict[str, Any]) -> None:
         assert proxy.status("POST", path, json.dumps(message), JSON_TYPE) == 202
 
-    say(request("initialize", {"protocolVersion": "2025-11-25"}))
+    say(request("initialize", INITIALIZE))
     events.next()
     params = {"name": "exec", "arguments": {"cmd": "sleep 77.1", "agent_name": agent}}
     say(request("tools/call", params, 2))
-    wait_until_running("sleep 77.1")
+    wait_until_running("77.1")
     cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 2}}
     say(cancel)
-    wait_until_gone("sleep 77.1")
+    wait_until_gone("77.1")
 
     params["arguments"] = {"cmd": "sleep 77.2", "agent_name": agent, "wait": 0}
     say(request("tools/call", params, 3))
     run_id = events.next()["result"]["structuredContent"]["run_id"]
-    wait_until_running("sleep 77.2")
+    wait_until_running("77.2")
     events.close()
     assert proxy.run(run_id)["state"] == "running"
     call(proxy, "end_run", run_id=run_id)
-    wait_until_gone("sleep 77.2")
+    wait_until_gone("77.2")
 
 
 # ==========================================================================
