@@ -394,6 +394,7 @@ BLOCKED = "[Firewall Blocked] Interactive or raw shell invocation is restricted 
 BLOCKED += "Always execute commands via 'bash -c \"command\"'."
 UNIX = "unix:"  # what stands before the path of a unix socket in PROXY_URL
 URL_FORMS = "expected http://HOST:PORT, without a user, a password or a path, or unix:/PATH"
+TOKEN_FORM = "expected letters, digits and marks of ASCII, without blanks and ends of lines"
 CHANNELS = "v5.channel.k8s.io"  # the framing of `kubectl exec`
 
 # RFC 6455, 1.3: one pair will do.
@@ -670,8 +671,9 @@ def parse_path(url: str) -> str:
 
 
 def in_quotes(text: str) -> str:
-    """The start of what was got, for a message."""
-    return json_text(text[:80]) + ("..." if len(text) > 80 else "")
+    """The start of what was got, for a message in one line."""
+    shown = "".join(each if each.isprintable() else "?" for each in json_text(text[:80]))
+    return shown + ("..." if len(text) > 80 else "")
 
 
 def one_line(text: str) -> str:
@@ -686,6 +688,9 @@ def connect_to(url: str) -> tuple[Any, str]:
     Raises Failed; OSError, UnicodeError, see `unreachable`.
     """
     import _socket
+
+    if not url.isprintable():
+        raise Failed(f"PROXY_URL: got {in_quotes(url)}, {URL_FORMS}", 125)
 
     if url.startswith(UNIX):
         sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
@@ -705,6 +710,12 @@ def connect_to(url: str) -> tuple[Any, str]:
             return sock, f"{host}:{port}"
 
     raise OSError(failure, os.strerror(failure))
+
+
+def check_token(token: str) -> None:
+    """Raise Failed for what no header can hold."""
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise Failed(f"POCKETCODER_TOKEN: {TOKEN_FORM}", 125)
 
 
 def unreachable(url: str, wrong: Exception) -> str:
@@ -842,6 +853,7 @@ class Bridge:
         ]
         token = os.environ.get("POCKETCODER_TOKEN")
         if token:
+            check_token(token)
             lines.append(f"Authorization: Bearer {token}")
 
         sock.sendall("\r\n".join([*lines, "", ""]).encode())
@@ -13726,7 +13738,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_all(self, words: list[str]) -> argparse.Namespace:
         """Exits where a word means nothing."""
-        got, unknown = self.parse_known_args(words)
+        got, rest = self.parse_known_args(words)
+        unknown = [word for word in rest if word != "--"]
         if unknown:
             self.error(self.unknown_word(unknown[0]))
         return got
@@ -14017,17 +14030,19 @@ async def serve(options: Commands, token: str) -> None:
     else:
         listening = listen_at_port(options.host, int(options.port))
 
-    for each in listening.sockets:
-        server.listen_on(each)
+    try:
+        for each in listening.sockets:
+            server.listen_on(each)
 
-    await state.driver.adopt(partial(Notes.of_run, state))
-    say_where(listening.address, state)
+        await state.driver.adopt(partial(Notes.of_run, state))
+        say_where(listening.address, state)
+        log.info("stopping %s", key_values(signal=(await stop).name))
+    finally:
+        for each in listening.sockets:
+            loop.remove_reader(each)
 
-    log.info("stopping %s", key_values(signal=(await stop).name))
-    for each in listening.sockets:
-        loop.remove_reader(each)
+        listening.close()
 
-    listening.close()
     await shut_down(state)
     await server.close_all_connections()
     log.info("stopped")
@@ -14148,7 +14163,7 @@ def why_not(options: Commands, token: str) -> str | None:
             " secret, here and for the shell, or listen on 127.0.0.1 (--host, POCKETCODER_HOST)"
         )
     if not re.fullmatch(r"[!-~]*", token):
-        return "POCKETCODER_TOKEN: expected letters, digits and marks of ASCII without blanks"
+        return f"POCKETCODER_TOKEN: {TOKEN_FORM}"
     if process(os.getpid()) is None:
         return "needs /proc, which is missing or not readable: it shows what runs in a terminal"
 
