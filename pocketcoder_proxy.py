@@ -1402,8 +1402,8 @@ class NoAudit(ProxyError):
 #
 # L1  An event is one line, whatever it shows; lines of a traceback follow it, and are indented.
 # L2  Writing a line never blocks.
-# L3  No line holds a token, a session's id, a command, or what a body held; a command may be there
-#     at `debug`.
+# L3  No line of ours holds a token, a command, a value of a body, or the id of a living session.
+#     What relayed servers write on stderr is logged as it is.
 UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 
 
