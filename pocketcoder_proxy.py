@@ -3190,19 +3190,39 @@ class Record:
                 return True
 
         self._close_file()
-        self._drop_middle()
-        while True:
+        path = f"{self.path}.{start}"
+        self.fd = self._recycle(path)
+        while self.fd is None:
             try:
                 self.shelf.make_room(PIECE_SIZE)
-                self.fd = self.shelf.create(f"{self.path}.{start}")
+                self.fd = self.shelf.create(path)
             except OSError as full:
                 if self.shelf.free_space():
                     continue
                 self.shelf.complain(full)
                 return False
 
-            self.pieces.append(Piece(start, f"{self.path}.{start}"))
-            return True
+        self.pieces.append(Piece(start, path))
+        return True
+
+    def _recycle(self, path: str) -> int | None:
+        """Drop what is neither in the first nor in the last `end_size` bytes; reuse its file.
+
+        To overwrite a file costs a tenth of making one.  That of a lasting record must be as long
+        as what it holds.
+        """
+        fd = None
+        for piece in [*self.pieces]:
+            if piece.start < self.end_size or piece.end > self.total - self.end_size:
+                continue
+            # Somebody has removed it.
+            with contextlib.suppress(OSError):
+                if fd is None and piece.path is not None and not self.is_lasting:
+                    os.rename(piece.path, path)
+                    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            self._drop(piece)
+
+        return fd
 
     def _move_to_file(self) -> None:
         """Write the last piece, which is in memory, to a file."""
@@ -3267,12 +3287,6 @@ class Record:
         self.stir()
 
     # --- Dropping.
-
-    def _drop_middle(self) -> None:
-        """Drop what is neither in the first nor in the last `end_size` bytes."""
-        for piece in [*self.pieces]:
-            if piece.start >= self.end_size and piece.end <= self.total - self.end_size:
-                self._drop(piece)
 
     def spare(self) -> list[Piece]:
         """The pieces that its answer does not need, by offset."""
