@@ -28,7 +28,8 @@ Sections, top to bottom; each uses only what stands above it:
   Run files         the go script, the FIFOs, their directory, what a killed server left
   Terminals         panes, prompts, who may type
   Run list          the newest runs: what was asked, how it ended, what it printed
-  Runs              one run from files to prompt; PocketCoderDriver
+  Runs              one run from files to prompt
+  Driver            PocketCoderDriver; runs of servers that have gone
   Audit log         one line before a command starts, one before its end is answered
   Readiness         whether a command could run now
   MCP messages      JSON-RPC, both eras: messages in, decisions out
@@ -3496,8 +3497,10 @@ class Shelf:
     # --- Room.
 
     def make_room(self, size: int) -> None:
-        """Drop old output, then the middle of new output, until there is room; what the answers of
-        running commands need stays in any case."""
+        """Drop old output, then the middle of new output, until there is room.
+
+        What the answers of running commands need stays in any case.
+        """
         while self.used + size > self.limit and self.free_space():
             pass
 
@@ -5534,6 +5537,10 @@ class Run:
         self.news.set()
         self.record.stir()
 
+    def answer_given(self) -> None:
+        """Its caller has the answer, or has gone."""
+        self.is_answered = True
+
     def let_callers_go(self) -> None:
         """The server stops: answer with what is known."""
         self.news.set()
@@ -5552,11 +5559,12 @@ class Run:
 
     def waited_ms(self) -> int:
         """Milliseconds that it waited for a pane, by now."""
-        return round(((self.started_at or time.time()) - self.asked_at) * 1000)
+        until = time.time() if self.started_at is None else self.started_at
+        return round((until - self.asked_at) * 1000)
 
     def duration(self) -> float:
         """Seconds, so far."""
-        return time.time() - self.started_at if self.started_at else 0.0
+        return 0.0 if self.started_at is None else time.time() - self.started_at
 
     def answer(self, stdout: str | None) -> ExecResponse:
         """The answer to its caller, by now; `stdout` is None where that is not wanted."""
@@ -5623,15 +5631,19 @@ class Run:
             wait=0,
         )
         run = cls(saved["run_id"], request, saved["door"], record)
-        run.asked_at = float(saved["asked_at"])
-        run.place = saved["files"]
-        run.is_answered = True
-        if saved["started_at"] is not None:
-            run.state = RunState.RUNNING
-            run.started_at = float(saved["started_at"])
-        if saved["result"] is not None:
-            run.end(CommandResult(**saved["result"]))
+        run._restore(saved)
         return run
+
+    def _restore(self, saved: Message) -> None:
+        """Be as far as it was when it was saved."""
+        self.asked_at = float(saved["asked_at"])
+        self.place = saved["files"]
+        self.is_answered = True
+        if saved["started_at"] is not None:
+            self.state = RunState.RUNNING
+            self.started_at = float(saved["started_at"])
+        if saved["result"] is not None:
+            self.end(CommandResult(**saved["result"]))
 
 
 def cut_to_bytes(text: str, limit: int) -> str:
@@ -5701,7 +5713,7 @@ class RunList:
 
     def answered(self, run: Run) -> None:
         """Its caller has the answer, or has gone: its output may be dropped if there is no room."""
-        run.is_answered = True
+        run.answer_given()
         if run.state is RunState.ENDED and run.run_id in self.runs:
             self.shelf.retire(run.record)
 
@@ -5804,7 +5816,7 @@ class RunList:
 # ==========================================================================
 # Runs
 # ==========================================================================
-# One command from its files to the prompt after it, and the driver that callers use.
+# One command from its files to the prompt after it.
 #
 # D1  A run ends exactly once (by itself, timed out, cancelled, lost), or it never starts.
 # D2  The exit code of a command that ended by itself is what its shell reported.
@@ -5812,6 +5824,7 @@ class RunList:
 #
 # To add a way to end a run: a row in ENDINGS and a test named after it.
 #
+LOST = "lost: {why}; the next command starts a new terminal"
 # Exit code and error; None: as reported.
 ENDINGS: dict[str, tuple[int | None, str | None]] = {
     "exit": (None, None),
@@ -5820,7 +5833,7 @@ ENDINGS: dict[str, tuple[int | None, str | None]] = {
         "ended after {timeout:g} s: ask for a longer `timeout`, or start it in the background",
     ),
     "cancelled": (None, "cancelled before its end{why}"),
-    "lost": (137, "lost: {why}; the next command starts a new terminal"),
+    "lost": (137, LOST),
 }
 # Signals, and seconds until the next one.
 KILL_AT_ONCE = ((signal.SIGKILL, 0.2), (signal.SIGKILL, 0.8))
@@ -6463,6 +6476,13 @@ async def climb(job: Job, ladder: tuple[tuple[int, float], ...]) -> None:
         job.end("lost", "its shell does not report the end")
 
 
+# ==========================================================================
+# Driver
+# ==========================================================================
+# What embedders and handlers use: it starts runs, ends them, and goes on with those of servers that
+# have gone.
+
+
 def never_started(run: Run, failure: BaseException) -> CommandResult:
     """How a run ended whose command was never run."""
     return CommandResult(
@@ -6470,6 +6490,20 @@ def never_started(run: Run, failure: BaseException) -> CommandResult:
         exit_code=ProxyError.exit_code,
         ended="cancelled",
         error=f"never started: {failure or 'cancelled'}",
+        run_id=run.run_id,
+    )
+
+
+def lost_result(run: Run, why: str) -> CommandResult:
+    """How a run ended of which nothing more can be known."""
+    return CommandResult(
+        output="",
+        exit_code=128 + signal.SIGKILL,
+        ended="lost",
+        error=LOST.format(why=why),
+        truncated=not run.record.is_whole(run.max_output, run.record.total),
+        output_bytes=run.record.total,
+        waited_ms=run.waited_ms(),
         run_id=run.run_id,
     )
 
@@ -6528,14 +6562,13 @@ class Collector:
 
     def _result(self) -> CommandResult:
         run = self.run
-        ended = "lost" if self.exit_code is None else "exit"
-        code, error = ENDINGS[ended]
-        started_at = run.started_at or self.ended_at
+        if self.exit_code is None:
+            return lost_result(run, "its terminal died while no server was there")
+
+        started_at = self.ended_at if run.started_at is None else run.started_at
         return CommandResult(
             output="",
-            exit_code=(self.exit_code or 0) if code is None else code,
-            ended=ended,
-            error=error and error.format(why="its terminal died while no server was there"),
+            exit_code=self.exit_code,
             truncated=not run.record.is_whole(run.max_output, run.record.total),
             output_bytes=run.record.total,
             duration_ms=max(0, round((self.ended_at - started_at) * 1000)),
@@ -6752,8 +6785,7 @@ class PocketCoderDriver:
             raise
 
     def promise(self, run: Run) -> None:
-        """The caller will be told to come back for it: then it must be known, whatever becomes of
-        this server."""
+        """Its caller is told to come back: save it, so that the next server knows it as well."""
         if run.state is RunState.WAITING and run.failure is None:
             self.runs.save(run)
 
@@ -6900,8 +6932,6 @@ class PocketCoderDriver:
         """Follow a run that goes on to its end."""
         if run.started_at is None:
             run.start()
-        # Of its time, some is over.
-        passed = time.time() - (run.started_at or time.time())
         request = ExecRequest(
             cmd=run.cmd,
             cwd=run.cwd,
@@ -6928,21 +6958,13 @@ class PocketCoderDriver:
             on_complete=partial(self.runs.complete, run),
         )
         self.running[run.run_id] = job
-        job.resume(folder, pid, passed)
+        # Of its time, some is over.
+        job.resume(folder, pid, run.duration())
 
     def _lose(self, run: Run, watch: Watch, why: str) -> None:
         """Nothing more can be known of it."""
         if run.result is None:
-            code, error = ENDINGS["lost"]
-            result = CommandResult(
-                output="",
-                exit_code=code or 0,
-                ended="lost",
-                error=error and error.format(why=why),
-                output_bytes=run.record.total,
-                run_id=run.run_id,
-            )
-            self._on_end(run, watch, result)
+            self._on_end(run, watch, lost_result(run, why))
         self.runs.complete(run)
 
     async def windows(self) -> dict[str, list[Pane]]:
