@@ -3344,11 +3344,6 @@ class Record:
 
         return self.total, b""
 
-    async def more(self, offset: int) -> None:
-        """Wait until there is anything behind `offset`, or nothing more will come."""
-        while self.total <= offset and not self.is_complete:
-            await self.change()
-
     async def change(self) -> None:
         """Wait until something was added, or `stir` is called."""
         waiter = asyncio.get_running_loop().create_future()
@@ -3384,50 +3379,43 @@ class Record:
     def text(self, limit: int, end: int, start: int = 0) -> Iterator[str]:
         """The bytes from `start` to `end` as text, in pieces of some 64 KiB.
 
-        If they are more than `limit`, or there is a gap, the first and the last half, with a line
-        between them that says how much was left out.  Never half a character.
+        If they are more than `limit`, only the first and the last half.  A line stands for what is
+        left out, or is no longer kept, and says how much that is.  Never half a character.
         """
-        size = end - start
-        head_end = end if size <= limit else start + limit // 2
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        at = start
-        ends_line = False
-        while at < head_end:
-            found, chunk = self.read(at, min(head_end - at, TEXT_PIECE))
-            if found != at or not chunk:
-                break
-            at += len(chunk)
-            text = decoder.decode(chunk)
-            ends_line = text.endswith("\n")
-            yield text
+        wanted = [(start, end)]
+        if end - start > limit:
+            half = limit // 2
+            wanted = [(start, start + half), (end - (limit - half), end)]
 
-        if at == end:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # Behind what was read last.
+        behind = start
+        newline = "\n"
+        for first, last in wanted:
+            at = first
+            while at < last:
+                found, chunk = self.read(at, min(last - at, TEXT_PIECE))
+                chunk = chunk[: max(0, last - found)]
+                if not chunk:
+                    break
+
+                at = found + len(chunk)
+                if found != behind:
+                    # The start of a character, and the rest of another one.
+                    cut = len(decoder.getstate()[0])
+                    decoder.reset()
+                    chunk = re.sub(rb"\A[\x80-\xbf]{1,3}", b"", chunk)
+                    yield f"{newline}{left_out(at - len(chunk) - behind + cut)}"
+
+                behind = at
+                text = decoder.decode(chunk)
+                newline = "" if text.endswith("\n") else "\n"
+                yield text
+
+        if behind < end:
+            yield f"{newline}{left_out(end - behind + len(decoder.getstate()[0]))}"
+        else:
             yield decoder.decode(b"", True)
-            return
-
-        # The start of a character, which is left out.
-        at -= len(decoder.getstate()[0])
-        tail_size = limit - limit // 2
-        found, chunk = self.read(max(at, end - tail_size), TEXT_PIECE)
-        found = min(found, end)
-        chunk = chunk[: end - found]
-        # The rest of a character that started before.
-        whole = re.sub(rb"\A[\x80-\xbf]{1,3}", b"", chunk)
-        found += len(chunk) - len(whole)
-
-        newline = "" if ends_line else "\n"
-        yield f"{newline}[pocketcoder: {found - at} bytes left out]\n"
-
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        at = found + len(whole)
-        yield decoder.decode(whole)
-        while at < end:
-            found, chunk = self.read(at, min(end - at, TEXT_PIECE))
-            if found >= end or not chunk:
-                break
-            at = found + len(chunk)
-            yield decoder.decode(chunk)
-        yield decoder.decode(b"", True)
 
     def is_whole(self, limit: int, end: int, start: int = 0) -> bool:
         """Whether `text` leaves out nothing."""
@@ -3436,6 +3424,11 @@ class Record:
             if piece.start <= at:
                 at = max(at, piece.end)
         return end - start <= limit and at >= end
+
+
+def left_out(count: int) -> str:
+    """The line that stands for so many bytes."""
+    return f"[pocketcoder: {count} bytes left out]\n"
 
 
 def splice(fifo: int, fd: int, limit: int, offset: int) -> int:
