@@ -30,6 +30,7 @@ Sections, top to bottom; each uses only what stands above it:
   Run list          the newest runs: what was asked, how it ended, what it printed
   Runs              one run from files to prompt
   Driver            PocketCoderDriver; runs of servers that have gone
+  Screens           what terminals show, for people who watch them from elsewhere
   Audit log         one line before a command starts, one before its end is answered
   Readiness         whether a command could run now
   MCP messages      JSON-RPC, both eras: messages in, decisions out
@@ -48,17 +49,20 @@ Sections, top to bottom; each uses only what stands above it:
   Tools             the tools of MCP
   HTTP gate         who may call: pure functions
   Interface         what each route takes and gives, as OpenAPI describes it
+  Page              what a browser shows: terminals and runs
   Endpoints         handlers, what Tornado calls, ROUTES
   Install           what `install` writes
+  Attach            a person's own view of a terminal
   MCP configuration which stdio servers are relayed
   Listening         a port, or a unix socket
   Command line      options, mistakes, help
   Application       start and stop
 
-Routes:     GET /health, GET /ready, GET /metrics, GET /openapi.json, POST /exec, GET /exec/ws;
-            GET /runs, GET DELETE /runs/RUN_ID, GET /runs/RUN_ID/output, POST /runs/RUN_ID/signal;
-            GET /servers; of MCP POST GET DELETE /mcp, GET /mcp/ws, GET /sse, POST /messages,
-            the same under /servers/NAME
+Routes:     GET /, GET /health, GET /ready, GET /metrics, GET /openapi.json, POST /exec,
+            GET /exec/ws; GET /runs, GET DELETE /runs/RUN_ID, GET /runs/RUN_ID/output,
+            POST /runs/RUN_ID/signal; GET /terminals, GET /terminals/AGENTS (names with commas
+            between), POST /terminals/AGENT/keys; GET /servers; of MCP POST GET DELETE /mcp,
+            GET /mcp/ws, GET /sse, POST /messages, the same under /servers/NAME
 MCP:        initialize, ping, logging/setLevel (legacy); server/discover (modern); tools/list,
             tools/call, notifications/cancelled; to the client notifications/progress, …/message;
             the relay knows those of ASKING, MAY_ASK, REMOVED, CHANGED, and passes on all others
@@ -77,7 +81,9 @@ tmux:       new-session -A      the one long-lived control connection
             if-shell send-keys  type the line, but only if nobody did; C-c; copy-mode -q
             kill-pane           close one of more than four, once nothing runs there
             has-session         `session_exists`
-            capture-pane        `read_terminal`, in a process of its own
+            capture-pane        `read_terminal`, pictures, in a process of its own
+            attach-session refresh-client   learn that a watched pane has printed something
+            new-session -t select-window    a person's view, by `attach`
             pocketcoder-ready   `/ready`: no command of tmux, but it answers
 Files of a run, SOCKET.d/DRIVER/RUN.*:
             go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
@@ -197,6 +203,18 @@ QUEUE_CHECK = 0.5  # between looks whether a person's program has ended
 WATCH_PAUSE = 0.5
 SHOW_PAUSE = 0.2  # from keys to the screen that shows what they did
 QUESTION_TIMEOUT = 0.5  # to look at the screen of a command whose time is over
+
+# --- People who watch terminals.
+MAX_WATCHERS = 100  # streams of screens
+MAX_WATCHED = 16  # terminals in one stream
+# From the first sign that a terminal has changed to its picture: what belongs together comes at
+# once.  With the pause behind each picture that makes ten a second at most.
+SCREEN_SETTLE = 0.02
+SCREEN_PAUSE = 0.08
+SCREENS_AT_ONCE = 2  # processes of tmux that take pictures
+# Between looks, although tmux told of no change: at a terminal, and for one that is not there.
+SCREEN_CHECK = 10.0
+ABSENT_CHECK = 1.0
 
 # --- Streams of a command.
 CHUNK = MIB  # bytes read at once; also the wanted size of a pipe
@@ -364,7 +382,7 @@ def default_agent_name() -> str:
 # B2  It always exits, and never dies of a signal: some callers hang on that.
 # B3  stdout and stderr are the command's.  If something goes wrong here, one line goes to stderr.
 SHELL_NAMES = ("sh", "bash", "dash", "ash", "zsh", "ksh")
-SUBCOMMANDS = ("server", "shell", "check", "install")
+SUBCOMMANDS = ("server", "shell", "attach", "check", "install")
 SIGNALS = {1: "HUP", 2: "INT", 3: "QUIT", 10: "USR1", 12: "USR2", 15: "TERM"}
 
 # Options of bash with which it reads commands from stdin, where it gets no others.
@@ -1174,6 +1192,7 @@ from collections.abc import (
     Iterator,
     Mapping,
     Sequence,
+    Set,
 )
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -1345,7 +1364,7 @@ class Unauthorized(Refused):
 
 
 class NoSuchPath(Refused):
-    """There is no such path, or no such MCP server."""
+    """There is no such path, MCP server or terminal."""
 
     http_status = 404
 
@@ -1386,6 +1405,12 @@ class NoTerminal(ProxyError):
 
     Tmux refuses, no shell answers, or the queue is full.
     """
+
+    http_status = 503
+
+
+class TooMany(ProxyError):
+    """As many as there may be are there already."""
 
     http_status = 503
 
@@ -1568,6 +1593,12 @@ def wrong_option(option: str, got: str, expected: str) -> BadMessage:
     """A fault of the command line or of a variable, as a person typed it."""
     shown = in_quotes(got) if got else "nothing (is a variable empty?)"
     return BadMessage(f"{option}: got {shown}, expected {expected}")
+
+
+def ignored_names(got: Message, known: Set[str]) -> tuple[str, ...]:
+    """Names of fields that a caller sent and that mean nothing here, to be shown to it."""
+    unknown = [name[:80].encode(errors="replace").decode() for name in got if name not in known]
+    return tuple(unknown[:MAX_IGNORED])
 
 
 def check_text(
@@ -2007,6 +2038,10 @@ EXEC_FIELDS = fields_of(
     "cmd argv cwd agent_name timeout stdin env max_output wait usage_id session_id combined"
 )
 LIST_FIELDS = fields_of("agent_name session_id usage_id state limit before", agent_name=None)
+KEYS_FIELDS: dict[str, Field] = {
+    **fields_of("text keys run_id"),
+    "show": Field("show", "Whether to answer with what the terminal shows then.", default=True),
+}
 SIGNAL_FIELDS = {"signal": replace(FIELDS["signal"], default=None)}
 OUTPUT_FIELDS: dict[str, Field] = {
     "offset": Whole("offset", "Bytes to leave out.", default=0),
@@ -2135,12 +2170,11 @@ class ExecRequest:
 
         got["cwd"] = inside(workspace, EXEC_FIELDS["cwd"].check(got.get("cwd", "")))
         known = cls.__dataclass_fields__.keys() - {"ignored"}
-        unknown = [name[:80].encode(errors="replace").decode() for name in got if name not in known]
         given = {name: got[name] for name in known if name in got}
         if given.get("wait") is not None:
             # Nobody need wait for it: it may take its time.
             given.setdefault("timeout", MAX_TIMEOUT)
-        return cls(**given, ignored=tuple(unknown[:MAX_IGNORED]))
+        return cls(**given, ignored=ignored_names(got, known))
 
 
 @dataclass(frozen=True)
@@ -2623,6 +2657,11 @@ NO_MODE = "#{==:#{pane_in_mode}#{pane_synchronized},00}"
 # Tmux answers that there is no such command, and keeps no record of it, as it does of commands: a
 # person reads them with `show-messages`.
 NO_COMMAND = "pocketcoder-ready"
+# Of a pane, before what it shows; one behind a zoomed pane too.
+PICTURE_FORMAT = (
+    "#{pane_id} #{pane_left} #{pane_top} #{pane_width} #{pane_height} #{cursor_x} #{cursor_y}"
+    " #{cursor_flag} #{pane_active}"
+)
 
 
 class Pane(NamedTuple):
@@ -2654,6 +2693,15 @@ class Pane(NamedTuple):
             tty=tty,
             window_name=name,
         )
+
+
+def tmux_environment() -> dict[str, str]:
+    """Our environment, as tmux gets it."""
+    hidden = ("POCKETCODER_TOKEN", "POCKETCODER_RUN_ID", "TMUX", "TMUX_PANE")
+    variables = {name: value for name, value in os.environ.items() if name not in hidden}
+    # Tmux takes default-shell from SHELL, which may be this very file.
+    variables["SHELL"] = find_shell()
+    return variables
 
 
 def tmux_version() -> str:
@@ -2709,7 +2757,14 @@ async def capture_pane(
     Wrapped lines are joined; blanks at the end of lines and of the text are cut.
     """
     target = ["-S", f"-{lines}", "-t", pane_id]
-    command = ["tmux", "-S", socket_path, "capture-pane", "-p", "-J", *target]
+    text = await tmux_output(socket_path, ["capture-pane", "-p", "-J", *target], timeout)
+    return "\n".join(line.rstrip() for line in text.rstrip().split("\n"))
+
+
+async def tmux_output(socket_path: str, words: list[str], timeout: float = TMUX_TIMEOUT) -> str:
+    """What tmux prints for a command, in a process of its own.  Raises NoTerminal."""
+    # -u: whatever the locale, that is UTF-8.
+    command = ["tmux", "-u", "-S", socket_path, *words]
 
     try:
         done = await asyncio.to_thread(
@@ -2722,8 +2777,76 @@ async def capture_pane(
     if done.returncode:
         raise NoTerminal(f"tmux: {done.stderr.decode(errors='replace').strip()}")
 
-    text = done.stdout.decode(errors="replace").rstrip()
-    return "\n".join(line.rstrip() for line in text.split("\n"))
+    return done.stdout.decode(errors="replace")
+
+
+class Picture(NamedTuple):
+    """What a pane shows, as tmux described it when asked."""
+
+    pane_id: str
+    # Its place in the window and its size, in characters.
+    left: int
+    top: int
+    width: int
+    height: int
+    cursor_x: int
+    cursor_y: int
+    has_cursor: bool
+    is_active: bool
+    # With escape sequences for colours.
+    rows: list[str]
+
+
+async def capture_pictures(socket_path: str, pane_ids: Sequence[str]) -> list[Picture]:
+    """What these panes of one window show, by one process.  Raises NoTerminal."""
+    words = list[str]()
+    for pane_id in pane_ids:
+        target = ["-t", pane_id]
+        words += ["display-message", "-p", *target, PICTURE_FORMAT, ";"]
+        words += ["capture-pane", "-e", "-N", "-p", *target, ";"]
+
+    text = await tmux_output(socket_path, words[:-1])
+    return read_pictures(text)
+
+
+def read_pictures(text: str) -> list[Picture]:
+    """What `capture_pictures` got; nothing that a pane shows can pass for anything else.
+
+    Raises NoTerminal.
+    """
+    lines = text.split("\n")
+    found = []
+    at = 0
+
+    while at < len(lines) - 1:
+        pane_id, *fields = lines[at].split(" ")
+        try:
+            left, top, width, height, x, y, flag, active = map(int, fields)
+        except ValueError:
+            # A pane that has just gone is described by nothing.
+            raise NoTerminal(f"tmux described no pane: {lines[at][:80]!a}") from None
+
+        at += 1
+        found.append(
+            Picture(
+                pane_id=pane_id,
+                left=left,
+                top=top,
+                width=width,
+                height=height,
+                cursor_x=x,
+                cursor_y=y,
+                has_cursor=flag == 1,
+                is_active=active == 1,
+                rows=lines[at : at + height],
+            )
+        )
+        at += height
+
+    return found
+
+
+TmuxT = TypeVar("TmuxT", bound="Tmux")
 
 
 class Tmux(asyncio.SubprocessProtocol):
@@ -2791,23 +2914,37 @@ class Tmux(asyncio.SubprocessProtocol):
     async def _start(
         cls, path: str, session: str, window: list[str], on_notice: Callable[[], object]
     ) -> Tmux:
-        hidden = ("POCKETCODER_TOKEN", "POCKETCODER_RUN_ID", "TMUX", "TMUX_PANE")
-        variables = {name: value for name, value in os.environ.items() if name not in hidden}
-        # Tmux takes default-shell from SHELL, which may be this very file.
-        variables["SHELL"] = find_shell()
-        # -u: whatever the locale, replies are UTF-8.
         words = [
-            *("tmux", "-u", "-S", path, "-C"),
             *("new-session", "-A", "-s", session, "-x", "200", "-y", "50"),
             *("-P", "-F", PANE_FORMAT, "-f", "no-output,ignore-size"),
             *window,
         ]
-        # A `;` at the end of a word would end the command.
-        words = [re.sub(r";\Z", r"\;", word) for word in words]
+        return await cls._spawn(path, words, lambda: cls(session, on_notice))
+
+    @classmethod
+    async def join(cls, path: str, session: str, flags: str, make: Callable[[], TmuxT]) -> TmuxT:
+        """Attach the connection that `make` makes to a session that is there."""
+        self = await cls._spawn(path, ["attach-session", "-t", f"={session}", "-f", flags], make)
 
         try:
-            _, self = await asyncio.get_running_loop().subprocess_exec(
-                lambda: cls(session, on_notice), *words, env=variables
+            await self.reply(self.attached)
+        except BaseException:
+            self.close()
+            raise
+
+        return self
+
+    @staticmethod
+    async def _spawn(path: str, words: list[str], make: Callable[[], TmuxT]) -> TmuxT:
+        """Start a process of tmux for one that `make` makes."""
+        # A `;` at the end of a word would end the command.
+        words = [re.sub(r";\Z", r"\;", word) for word in words]
+        # -u: whatever the locale, replies are UTF-8.
+        command = ["tmux", "-u", "-S", path, "-C", *words]
+
+        try:
+            _, connection = await asyncio.get_running_loop().subprocess_exec(
+                make, *command, env=tmux_environment()
             )
         except FileNotFoundError as missing:
             raise NoTerminal(f"cannot run tmux ({missing}): install tmux 3.2 or later") from None
@@ -2815,7 +2952,7 @@ class Tmux(asyncio.SubprocessProtocol):
             # RuntimeError: no thread.
             raise NoTerminal(f"cannot run tmux at {path}: {refused}") from None
 
-        return self
+        return connection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.process = transport
@@ -2996,6 +3133,55 @@ class Tmux(asyncio.SubprocessProtocol):
         """Keep programs from renaming its window."""
         rename = ["set-option", "-w", "-t", pane.window_id]
         self.send([*rename, "automatic-rename", "off"], [*rename, "allow-rename", "off"])
+
+
+class OutputWatch(Tmux):
+    """One more control connection, which reports that a pane of the session has printed something.
+
+    After its first piece the pane's output is paused, until `resume`: so a flood costs little.  Its
+    reader never keeps the pane waiting.
+    on_output  called with the id of the pane
+    """
+
+    def __init__(
+        self, session: str, on_output: Callable[[str], object], on_notice: Callable[[], object]
+    ) -> None:
+        super().__init__(session, on_notice)
+        self.on_output = on_output
+        # Panes whose output is not reported.
+        self.paused: set[str] = set()
+
+    @classmethod
+    async def open(
+        cls,
+        path: str,
+        session: str,
+        on_output: Callable[[str], object],
+        on_notice: Callable[[], object],
+    ) -> OutputWatch:
+        """Attach to a session that is there.  Raises NoTerminal."""
+        return await cls.join(
+            path, session, "ignore-size", lambda: cls(session, on_output, on_notice)
+        )
+
+    def _take_line(self, fd: int, line: str) -> None:
+        word, _, rest = line.partition(" ")
+        if word == "%output":
+            pane_id = rest.partition(" ")[0]
+            if pane_id not in self.paused:
+                self.paused.add(pane_id)
+                self.send(["refresh-client", "-A", f"{pane_id}:pause"])
+                self.on_output(pane_id)
+        elif word not in ("%pause", "%continue"):
+            super()._take_line(fd, line)
+
+    async def resume(self, pane_ids: list[str]) -> None:
+        """Report these panes again: whatever they print after this has returned."""
+        paused = [pane_id for pane_id in pane_ids if pane_id in self.paused]
+        self.paused.difference_update(paused)
+        if paused:
+            commands = [["refresh-client", "-A", f"{pane_id}:continue"] for pane_id in paused]
+            await self.reply(self.send(*commands))
 
 
 # ==========================================================================
@@ -5324,6 +5510,11 @@ class Terminal:
             if shell.prompt is Prompt.STARTING and await shell.at_prompt():
                 await shell.clear(tmux)
 
+    async def make(self) -> None:
+        """Make the window if it is missing."""
+        async with self.lock:
+            await self._look()
+
     def stop(self) -> None:
         """Wait for nothing any more."""
         self.freed.set()
@@ -6609,6 +6800,8 @@ class PocketCoderDriver:
         self.directory = directory
         folder = os.path.abspath(runs_dir or f"{self.socket_path}.d/runs")
         self.runs = RunList(Shelf(folder, keep, self.socket_path))
+        # Called with the name of an agent when a command has given back one of its panes.
+        self.release_listeners: list[Callable[[str], object]] = []
         self._reset()
 
     def _reset(self) -> None:
@@ -6835,6 +7028,12 @@ class PocketCoderDriver:
     def _forget(self, job: Job) -> None:
         """It holds no pane any more."""
         del self.running[job.run_id]
+        for listener in self.release_listeners:
+            listener(job.request.agent_name)
+
+    def listen(self, on_release: Callable[[str], object]) -> None:
+        """Have the names of agents reported that have got back a pane from a command."""
+        self.release_listeners.append(on_release)
 
     # --- Runs of servers that have gone.
 
@@ -7037,6 +7236,18 @@ class PocketCoderDriver:
                 terminal, else into the newest command, else at the prompt
         Raises NoTerminal, BadMessage.
         """
+        pane = await self.type_keys(agent_name, text, keys, run_id)
+        await asyncio.sleep(SHOW_PAUSE)
+
+        try:
+            return await capture_pane(self.socket_path, pane.pane_id)
+        except NoTerminal:
+            return f"[pane {pane.pane_id} has ended]"
+
+    async def type_keys(
+        self, agent_name: str, text: str, keys: list[str], run_id: str | None = None
+    ) -> Pane:
+        """Type `text`, then press `keys`, as `send_keys`; the pane that took them."""
         terminal = self.terminal(agent_name)
 
         # Otherwise it might wait behind commands that wait for keys.
@@ -7046,13 +7257,7 @@ class PocketCoderDriver:
         pane = self._target(await self.window(agent_name), self.jobs_of(agent_name), run_id)
         tmux = await self.sandbox.connect(terminal.name)
         await tmux.type(pane, text, keys)
-
-        await asyncio.sleep(SHOW_PAUSE)
-
-        try:
-            return await capture_pane(self.socket_path, pane.pane_id)
-        except NoTerminal:
-            return f"[pane {pane.pane_id} has ended]"
+        return pane
 
     @staticmethod
     def _target(panes: list[Pane], jobs: dict[str, Job], run_id: str | None) -> Pane:
@@ -7144,6 +7349,285 @@ class PocketCoderDriver:
     def jobs(self) -> list[Job]:
         """All that hold a pane."""
         return [*self.running.values()]
+
+
+# ==========================================================================
+# Screens
+# ==========================================================================
+# What terminals show, for people who watch them from elsewhere.
+#
+# X1  While nobody watches, nothing runs for it.  One picture serves all who watch a terminal.
+# X2  A picture is taken only after something changed, and ten times a second at most.
+# X3  A slow reader misses pictures; of each terminal only the newest waits for it.
+# X4  Of the escape sequences in a picture only those for colours are left.
+
+# One for colours and the like; the two that switch to line drawing and back; any other sequence,
+# and control characters.
+SEQUENCE = re.compile(
+    r"(?P<colour>\x1b\[[0-9;:]{0,80}m)"
+    r"|(?P<shift>[\x0e\x0f])"
+    r"|\x1b\[[0-?]*[ -/]*[@-~]?"
+    r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?"
+    r"|\x1b[ -/]*[0-~]?"
+    r"|[\0-\x1f\x7f-\x9f]"
+)
+# What stands for what in the character set for line drawing, terminfo(5), acsc.
+LINE_DRAWING = str.maketrans("`afgijklmnopqrstuvwxyz{|}~+,-.0", "◆▒°±␋┘┐┌└┼⎺⎻─⎼⎽├┤┴┬│≤≥π≠£·→←↑↓█")
+
+
+def plain_text(rows: list[str]) -> str:
+    """Rows of a picture as one text, with no escape sequences but those for colours.
+
+    What a colour is set to goes on into the next row.
+    """
+    draws_lines = False
+    shown = []
+
+    for row in rows:
+        parts = []
+        at = 0
+        for found in SEQUENCE.finditer(row):
+            piece = row[at : found.start()]
+            parts.append(piece.translate(LINE_DRAWING) if draws_lines else piece)
+            parts.append(found["colour"] or "")
+            at = found.end()
+            if found["shift"]:
+                draws_lines = found["shift"] == "\x0e"
+
+        piece = row[at:]
+        parts.append(piece.translate(LINE_DRAWING) if draws_lines else piece)
+        shown.append("".join(parts))
+
+    return "\n".join(shown).rstrip("\n")
+
+
+def screen_of(agent_name: str, panes: list[Message], pictures: list[Picture]) -> Message:
+    """What all who watch an agent's terminal get.
+
+    panes  what else is known of the pane of each picture
+    """
+    shown = []
+    cursor: Message | None = None
+
+    for pane, picture in zip(panes, pictures):
+        shown.append(
+            {
+                "pane_id": picture.pane_id,
+                "left": picture.left,
+                "top": picture.top,
+                "columns": picture.width,
+                "lines": picture.height,
+                **pane,
+                "text": plain_text(picture.rows),
+            }
+        )
+        if picture.is_active and picture.has_cursor:
+            cursor = {
+                "pane_id": picture.pane_id,
+                "column": picture.cursor_x,
+                "line": picture.cursor_y,
+            }
+
+    return {
+        "agent_name": agent_name,
+        "columns": max((each.left + each.width for each in pictures), default=0),
+        "lines": max((each.top + each.height for each in pictures), default=0),
+        "cursor": cursor,
+        "panes": shown,
+    }
+
+
+class ScreenReader:
+    """One who watches terminals: of each the newest picture that has not been read yet."""
+
+    def __init__(self) -> None:
+        # Events of a stream, by agent.
+        self.unread: dict[str, str] = {}
+        self.came = asyncio.Event()
+        # No more will come.
+        self.ended = False
+
+    def show(self, agent_name: str, event: str) -> None:
+        """A new picture takes the place of one that has not been read."""
+        self.unread[agent_name] = event
+        self.came.set()
+
+    def end(self) -> None:
+        self.ended = True
+        self.came.set()
+
+    async def next(self, seconds: float) -> list[str]:
+        """The pictures that are new, after `seconds` none."""
+        await set_within(self.came, seconds)
+        self.came.clear()
+        events = [*self.unread.values()]
+        self.unread.clear()
+        return events
+
+
+class Screen:
+    """What one agent's terminal shows, while somebody watches it."""
+
+    def __init__(self, screens: Screens, agent_name: str) -> None:
+        self.screens = screens
+        self.agent_name = agent_name
+        self.readers: set[ScreenReader] = set()
+        # The ids of its panes when they were looked at.
+        self.pane_ids: set[str] = set()
+        # The newest picture, as an event of a stream; "": there is none yet.
+        self.event = ""
+        self.changed = asyncio.Event()
+        self.changed.set()
+        self.following = asyncio.ensure_future(self._follow())
+
+    def add(self, reader: ScreenReader) -> None:
+        self.readers.add(reader)
+        if self.event:
+            reader.show(self.agent_name, self.event)
+
+    async def _follow(self) -> None:
+        while True:
+            await set_within(self.changed, SCREEN_CHECK if self.pane_ids else ABSENT_CHECK)
+            await asyncio.sleep(SCREEN_SETTLE)
+            self.changed.clear()
+
+            screen = await self._look()
+            event = f"event: screen\ndata: {json.dumps(screen, ensure_ascii=False)}\n\n"
+            if event != self.event:
+                self.event = event
+                for reader in self.readers:
+                    reader.show(self.agent_name, event)
+
+            await asyncio.sleep(SCREEN_PAUSE)
+
+    async def _look(self) -> Message:
+        """The screen now; one without panes where there is no terminal."""
+        try:
+            panes = (await self.screens.driver.windows()).get(self.agent_name, [])
+            self.pane_ids = {pane.pane_id for pane in panes}
+            if not panes:
+                return screen_of(self.agent_name, [], [])
+
+            # Before the picture: what comes later is reported.
+            await self.screens.listen_to(self.pane_ids)
+            pictures = await self.screens.pictures(panes)
+        except (NoTerminal, ValueError) as failure:
+            # It is just ending, or changing: ValueError is a pane that tmux cannot describe.
+            log.debug("no picture agent_name=%s: %s", self.agent_name, failure)
+            self.pane_ids = set()
+            return screen_of(self.agent_name, [], [])
+
+        by_id = {pane.pane_id: pane for pane in panes}
+        known = [self._known(by_id[picture.pane_id]) for picture in pictures]
+        return screen_of(self.agent_name, known, pictures)
+
+    def _known(self, pane: Pane) -> Message:
+        """What runs in a pane."""
+        job = self.screens.driver.jobs_of(self.agent_name).get(pane.pane_id)
+        front = foreground_of(pane)
+        return {
+            "command": front.name if front else "",
+            "run_id": job.run_id if job else None,
+        }
+
+    def stop(self) -> None:
+        self.following.cancel()
+
+
+class Screens:
+    """The terminals that somebody watches, and the connection that reports their changes."""
+
+    def __init__(self, driver: PocketCoderDriver) -> None:
+        self.driver = driver
+        self.readers: set[ScreenReader] = set()
+        # By agent.
+        self.screens: dict[str, Screen] = {}
+        self.output: OutputWatch | None = None
+        self.opening = asyncio.Lock()
+        self.taking = asyncio.Semaphore(SCREENS_AT_ONCE)
+        # The last thing that a terminal prints comes a moment before that.
+        driver.listen(self._on_release)
+
+    @contextlib.asynccontextmanager
+    async def watch(self, agent_names: Sequence[str]) -> AsyncIterator[ScreenReader]:
+        """Watch the terminals of these agents.  Raises TooMany, NoSuchPath, NoTerminal."""
+        if len(self.readers) >= MAX_WATCHERS:
+            raise TooMany(f"{MAX_WATCHERS} watch terminals already: close another page")
+
+        reader = ScreenReader()
+        # It counts while we look, since others come meanwhile.
+        self.readers.add(reader)
+
+        try:
+            windows = await self.driver.windows()
+            for agent_name in agent_names:
+                if agent_name not in windows:
+                    raise NoSuchPath(
+                        f"agent {agent_name} has no terminal yet: see GET /terminals, or run a"
+                        " command there"
+                    )
+
+            for agent_name in agent_names:
+                if agent_name not in self.screens:
+                    self.screens[agent_name] = Screen(self, agent_name)
+
+                self.screens[agent_name].add(reader)
+
+            yield reader
+        finally:
+            self._remove(reader)
+
+    def _remove(self, reader: ScreenReader) -> None:
+        self.readers.discard(reader)
+        for agent_name, screen in [*self.screens.items()]:
+            screen.readers.discard(reader)
+            if not screen.readers:
+                screen.stop()
+                del self.screens[agent_name]
+
+        if not self.screens and self.output is not None:
+            self.output.close()
+            self.output = None
+
+    async def listen_to(self, pane_ids: set[str]) -> None:
+        """From now on have it reported when these panes print something.  Raises NoTerminal."""
+        async with self.opening:
+            if self.output is None or self.output.closed:
+                self.output = await OutputWatch.open(
+                    self.driver.socket_path,
+                    self.driver.session_name,
+                    self._on_output,
+                    self._on_notice,
+                )
+
+            output = self.output
+
+        await output.resume([*pane_ids])
+
+    async def pictures(self, panes: list[Pane]) -> list[Picture]:
+        """What these panes of one window show.  Raises NoTerminal."""
+        async with self.taking:
+            return await capture_pictures(self.driver.socket_path, [pane.pane_id for pane in panes])
+
+    def _on_release(self, agent_name: str) -> None:
+        screen = self.screens.get(agent_name)
+        if screen is not None:
+            screen.changed.set()
+
+    def _on_output(self, pane_id: str) -> None:
+        for screen in self.screens.values():
+            if pane_id in screen.pane_ids:
+                screen.changed.set()
+
+    def _on_notice(self) -> None:
+        """Windows or panes came or went, or the connection has ended."""
+        for screen in self.screens.values():
+            screen.changed.set()
+
+    def close(self) -> None:
+        """Nobody can watch any more."""
+        for reader in self.readers:
+            reader.end()
 
 
 # ==========================================================================
@@ -10900,7 +11384,9 @@ class Metrics:
 # ==========================================================================
 # What handlers share, built once in `serve`; what is recorded of commands and calls.
 #
-# A1  Every command comes to the driver through `executed` or `launched`, whatever the door.
+# A1  Every command comes to the driver through `executed` or `launched`, whatever the door; keys
+#     through `type_keys`.
+# A2  What is typed or run is in the audit log before it happens.
 @dataclass
 class AppState(SessionHost):
     """What the handlers share."""
@@ -10922,6 +11408,7 @@ class AppState(SessionHost):
     def __post_init__(self) -> None:
         self.readiness = Readiness(self.workspace, self.driver, self.audit)
         self.servers[""] = BuiltInServer(self)
+        self.screens = Screens(self.driver)
         # Tests may pass a plain dict.
         if not isinstance(self.sessions, SessionMap):
             self.sessions = SessionMap(self.sessions)
@@ -11123,13 +11610,72 @@ async def check_recorded(state: AppState, run: Run) -> None:
         ) from None
 
 
+async def type_keys(state: AppState, door: str, arguments: Message, shows: bool = True) -> str:
+    """Type into an agent's terminal, as the checked `agent_name`, `text`, `keys` and `run_id` say.
+
+    door   the way in which they came, for the audit log
+    shows  whether to wait for what the terminal shows a moment later, and to return it
+    Raises BadMessage, NoTerminal, NoAudit.
+    """
+    agent_name = arguments["agent_name"]
+    text = arguments["text"]
+    keys = [*arguments["keys"]]
+    run_id = arguments["run_id"]
+    if not text and not keys:
+        raise BadMessage("`text`, `keys`: got neither, expected one of them")
+
+    record: Message = {
+        "run_id": secrets.token_hex(8),
+        "door": door,
+        "usage_id": None,
+        "session_id": None,
+        "agent_name": agent_name,
+        "cwd": None,
+        "cmd": None,
+        "text": text,
+        "keys": keys,
+        "into_run_id": run_id,
+    }
+    started_at = time.monotonic()
+    error: str | None = "cancelled"
+    await state.audit.start(record)
+
+    try:
+        if shows:
+            screen = await state.driver.send_keys(agent_name, text, keys, run_id)
+        else:
+            screen = ""
+            await state.driver.type_keys(agent_name, text, keys, run_id)
+
+        error = None
+    except ProxyError as wrong:
+        error = str(wrong)
+        raise
+    finally:
+        state.audit.end({**record, **keys_outcome(error, time.monotonic() - started_at)})
+
+    await state.audit.written()
+    return screen
+
+
+def keys_outcome(error: str | None, seconds: float) -> Message:
+    """How typing ended, in the words of the audit log for commands."""
+    return {
+        "exit_code": ProxyError.exit_code if error else 0,
+        "ended": "cancelled" if error else "exit",
+        "error": error,
+        "waited_ms": 0,
+        "duration_ms": round(seconds * 1000),
+        "output_bytes": 0,
+    }
+
+
 # ==========================================================================
 # Tools
 # ==========================================================================
 # The tools of the built-in MCP server.
 #
 # O1  Every tool checks its arguments before it does anything.
-# O2  What a tool types or runs is in the audit log before it happens.
 
 # The JSON schemas of results.
 RESULT = {
@@ -11340,52 +11886,7 @@ async def send_keys_tool(state: AppState, arguments: Message, report: Report | N
     waits for input, or to end one (`keys` of `C-c`). They go to the program that was started there
     with keys, else to the newest command, or with `run_id` to that command. Returns what the
     terminal shows a moment later. To run a command, use exec instead."""
-    text = arguments["text"]
-    keys = [*arguments["keys"]]
-    run_id = arguments["run_id"]
-    agent_name = arguments["agent_name"]
-    if not text and not keys:
-        raise BadMessage("`text`, `keys`: got neither, expected one of them")
-
-    record: Message = {
-        "run_id": secrets.token_hex(8),
-        "door": "mcp",
-        "usage_id": None,
-        "session_id": None,
-        "agent_name": agent_name,
-        "cwd": None,
-        "cmd": None,
-        "text": text,
-        "keys": keys,
-        "into_run_id": run_id,
-    }
-    started_at = time.monotonic()
-    error: str | None = "cancelled"
-    await state.audit.start(record)
-
-    try:
-        screen = await state.driver.send_keys(agent_name, text, keys, run_id)
-        error = None
-    except ProxyError as wrong:
-        error = str(wrong)
-        raise
-    finally:
-        state.audit.end({**record, **keys_outcome(error, time.monotonic() - started_at)})
-
-    await state.audit.written()
-    return content(screen)
-
-
-def keys_outcome(error: str | None, seconds: float) -> Message:
-    """How typing ended, in the words of the audit log for commands."""
-    return {
-        "exit_code": ProxyError.exit_code if error else 0,
-        "ended": "cancelled" if error else "exit",
-        "error": error,
-        "waited_ms": 0,
-        "duration_ms": round(seconds * 1000),
-        "output_bytes": 0,
-    }
+    return content(await type_keys(state, "mcp", arguments))
 
 
 @tool("List the terminals", "readOnly idempotent", {}, gives=LISTED)
@@ -11415,6 +11916,16 @@ def is_loopback(host: str) -> bool:
     return False
 
 
+def is_same_place(origin: str, host: str) -> bool:
+    """Whether an `Origin` and a `Host` are of one host and port; a scheme has a port of its own."""
+    scheme, _, place = origin.lower().partition("://")
+    port = {"http": ":80", "https": ":443"}.get(scheme)
+    if port is None or not place:
+        return False
+
+    return place.removesuffix(port) == host.lower().removesuffix(port)
+
+
 @dataclass(frozen=True)
 class Gate:
     """What decides who may call."""
@@ -11427,16 +11938,21 @@ class Gate:
     any_host: bool = False
 
     def admit(
-        self, headers: Mapping[str, str], needs_token: bool = True, query_token: str | None = None
+        self,
+        headers: Mapping[str, str],
+        needs_token: bool = True,
+        query_token: str | None = None,
+        may_be_linked: bool = False,
     ) -> str:
         """The credential that the caller showed.  Raises Forbidden, Unauthorized.
 
-        query_token  of the address, for clients that cannot set headers
+        query_token    of the address, for clients that cannot set headers
+        may_be_linked  whether a link of another site may lead a person here
         """
         # HTTP/1.0 has no `Host`.
         host = headers.get("Host", "127.0.0.1")
         self._check_host(host)
-        self._check_origin(headers, host)
+        self._check_origin(headers, host, may_be_linked)
 
         scheme, _, credential = headers.get("Authorization", "").partition(" ")
         if query_token is not None and not scheme:
@@ -11462,21 +11978,32 @@ class Gate:
                 " name needs a token, POCKETCODER_TOKEN for the server and for the shell"
             )
 
-    def _check_origin(self, headers: Mapping[str, str], host: str) -> None:
+    def _check_origin(self, headers: Mapping[str, str], host: str, may_be_linked: bool) -> None:
         """A page of another site may not call."""
         origin = headers.get("Origin")
-        own = f"http://{host}" if is_loopback(host) else None
-        if origin is not None and origin != own and origin not in self.origins:
+        is_ours = origin is None or origin in self.origins or self._is_own(origin, host)
+        if origin is not None and not is_ours:
             raise Forbidden(
                 f"`Origin`: got {in_quotes(origin)}, expected none, or one of --allow-origin"
             )
 
         # Browsers send no `Origin` for an <img>, for instance.
         site = headers.get("Sec-Fetch-Site", "none")
-        if origin is None and site not in ("none", "same-origin"):
+        is_linked = may_be_linked and headers.get("Sec-Fetch-Mode") == "navigate"
+        if origin is None and site not in ("none", "same-origin") and not is_linked:
             raise Forbidden(
                 f"`Sec-Fetch-Site`: got {in_quotes(site)}, expected a request with an `Origin`"
             )
+
+    def _is_own(self, origin: str, host: str) -> bool:
+        """Whether an `Origin` is our own page, by whatever name of ours.
+
+        The token keeps out a name that was bound to us anew.  A proxy before us may speak TLS.
+        """
+        if is_loopback(host) and origin == f"http://{host}":
+            return True
+
+        return self.token != "" and is_same_place(origin, host)
 
     def cors(self, headers: Mapping[str, str]) -> dict[str, str]:
         """What lets the page of an allowed origin read the answer."""
@@ -11534,7 +12061,18 @@ SERVER_NAME = Text(
     "name", "Of a relayed server, see `GET /servers`.", example="everything", limit=MAX_NAME
 )
 # In paths.
-PATH_FIELDS = {"name": SERVER_NAME, "run_id": FIELDS["run_id"]}
+PATH_FIELDS = {
+    "name": SERVER_NAME,
+    "run_id": FIELDS["run_id"],
+    "agent": replace(FIELDS["agent_name"], name="agent", default=None),
+    "agents": Text(
+        "agents",
+        f"Whose terminals: names with commas between them, {MAX_WATCHED} at most.",
+        example="alice,bob",
+        expected=f"names like {AGENT_NAME.pattern} with commas between, at most {MAX_WATCHED}",
+        pattern=re.compile(f"{AGENT_NAME.pattern}(,{AGENT_NAME.pattern}){{0,{MAX_WATCHED - 1}}}"),
+    ),
+}
 # What no table of fields says of requests that are refused.
 REFUSED = {
     400: "A value is missing or wrong: `error` names it.",
@@ -11850,6 +12388,42 @@ RUN_OUTPUT = Operation(
     query=OUTPUT_FIELDS,
     headers={"Last-Event-ID": Whole("Last-Event-ID", "Of a stream: the offset to go on from.")},
 )
+SHOW_PAGE = Operation(
+    "The page for people: terminals and runs",
+    {200: Answer("It holds no data.", {"text/html; charset=utf-8": TEXT})},
+)
+LIST_TERMINALS = Operation(
+    "List the terminals",
+    {200: json_answer("By name of the agent.", object_schema(LISTED, [*LISTED]))},
+    refuses=(503,),
+)
+WATCH_TERMINALS = Operation(
+    "Watch terminals",
+    {200: Answer("A stream of pictures.", {EVENTS: TEXT})},
+    about="Events `screen`, ten a second at most and only when something has changed, with"
+    " `agent_name`, `columns`, `lines`, `cursor` (null, or its `pane_id`, `column` and `line`) and"
+    " `panes`, of each `pane_id`, `left`, `top`, `columns`, `lines`, `command`, `run_id`, `text`,"
+    " where the only escape sequences are those for colours (SGR). A reader that is slow misses"
+    f" pictures. A terminal that is closed has no panes. {MAX_WATCHERS} streams at most.",
+    refuses=(400, 503),
+)
+TYPE_KEYS = Operation(
+    "Type into a terminal",
+    {
+        200: json_answer(
+            "They are typed.",
+            object_schema(
+                {
+                    "screen": shape("string", "What the terminal shows a moment later."),
+                    "ignored": SHAPES["ignored"],
+                }
+            ),
+        )
+    },
+    about="As the tool `send_keys`.",
+    body=object_schema(schemas(KEYS_FIELDS)),
+    refuses=(503,),
+)
 LIST_SERVERS = Operation(
     "List the relayed MCP servers",
     {
@@ -11944,6 +12518,1813 @@ MCP_MESSAGES = Operation(
     body=RPC_MESSAGE,
     refuses=(404,),
 )
+
+
+# ==========================================================================
+# Page
+# ==========================================================================
+# What `GET /` answers: one file, with nothing loaded from elsewhere.
+#
+# G1  The page holds no data, and takes none but from the routes below, with the token.
+# G2  Text from terminals and commands goes in as text nodes only; the policy forbids all else.
+NONCE = "@nonce@"
+# `trusted-types 'none'`: no text can become markup or script, even by mistake.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self';"
+    " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+    " require-trusted-types-for 'script'; trusted-types 'none'"
+)
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>pocketcoder</title>
+<meta name="viewport"
+ content="width=device-width, initial-scale=1, interactive-widget=resizes-content">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16
+ 16'%3E%3Crect width='16' height='16' rx='4' fill='%23357a5b'/%3E%3Cpath d='M4 5l3 3-3 3M8.5
+ 11.5H12' fill='none' stroke='white' stroke-width='1.6'/%3E%3C/svg%3E">
+<style nonce="@nonce@">
+:root {
+  color-scheme: light dark;
+  --page: #f4f5f6; --panel: #fff; --raised: #eceef1; --line: #dcdfe4; --edge: #c3c8d0;
+  --text: #1d2127; --muted: #5f6772; --accent: #1f5fbf; --chosen: #e3edfb;
+  --good: #19794a; --bad: #bf2d35; --busy: #9a6200; --bad-back: #fcebec; --away: #fff4d6;
+  --back: #fff; --fore: #24292f; --cursor: #1f5fbf;
+  --c0: #24292f; --c1: #c0262d; --c2: #1a7f37; --c3: #946000;
+  --c4: #1a5fc4; --c5: #8a3fb8; --c6: #10707f; --c7: #6a727c;
+  --c8: #57606a; --c9: #d93a40; --c10: #2a9147; --c11: #a97300;
+  --c12: #3273dc; --c13: #a156cf; --c14: #1b8596; --c15: #8a929c;
+  --mono: ui-monospace, "SF Mono", SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #15171b; --panel: #1b1e23; --raised: #24282f; --line: #2c3138; --edge: #454c57;
+    --text: #d9dce1; --muted: #929aa6; --accent: #7cb0ff; --chosen: #22324a;
+    --good: #62c088; --bad: #f47c7c; --busy: #e2b04a; --bad-back: #3a2125; --away: #3a3016;
+    --back: #0f1114; --fore: #d3d7dd; --cursor: #7cb0ff;
+    --c0: #4a515c; --c1: #f07178; --c2: #7fc98b; --c3: #e2b86b;
+    --c4: #79aef5; --c5: #c79bf0; --c6: #6cc7cf; --c7: #c5cad2;
+    --c8: #7d8590; --c9: #ff8f93; --c10: #9bdca4; --c11: #f2cf8b;
+    --c12: #9dc5ff; --c13: #dab8f8; --c14: #93dde3; --c15: #f0f2f5;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
+body {
+  margin: 0; height: 100vh; height: 100dvh; overflow: hidden; display: flex;
+  flex-direction: column; background: var(--page); color: var(--text);
+  font: 14px/1.4 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
+  font-variant-numeric: tabular-nums;
+}
+h1, h2, p, ol, pre { margin: 0; padding: 0; font: inherit; }
+ol { list-style: none; }
+button, input, textarea { font: inherit; color: inherit; }
+button {
+  min-height: 30px; min-width: 30px; padding: 3px 10px; border: 1px solid var(--line);
+  border-radius: 6px; background: var(--panel); cursor: pointer; white-space: nowrap;
+}
+button:hover { background: var(--raised); }
+button:disabled { opacity: .5; cursor: default; }
+button.quiet { border-color: transparent; background: none; color: var(--muted); }
+button.quiet:hover { background: var(--raised); color: var(--text); }
+button[aria-pressed="true"] { background: var(--chosen); color: var(--accent); }
+button.danger { color: var(--bad); border-color: currentColor; }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--panel); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
+.unseen {
+  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap;
+}
+.muted { color: var(--muted); }
+.mark { width: 1.2em; flex: none; text-align: center; color: var(--muted); }
+.mark.busy { color: var(--busy); }
+.mark.good { color: var(--good); }
+.mark.bad, .bad-text { color: var(--bad); }
+
+/* The bar on top: what goes on, and whose terminal is shown. */
+.bar {
+  display: flex; align-items: center; gap: 4px 14px; padding: 6px 12px; flex: none;
+  background: var(--panel); border-bottom: 1px solid var(--line);
+}
+.bar h1 { font-weight: 600; letter-spacing: -.01em; }
+#running { min-width: 6.2em; color: var(--muted); white-space: nowrap; }
+#running.busy { color: var(--busy); font-weight: 600; }
+.tabs {
+  display: flex; gap: 2px; flex: 1; min-width: 0; overflow-x: auto; scrollbar-width: thin;
+}
+.tabs button {
+  border-color: transparent; background: none; display: flex; gap: 6px; align-items: center;
+  padding: 3px 10px; color: var(--muted); flex: none;
+}
+.tabs button:hover { background: var(--raised); }
+.tabs button[aria-selected="true"] {
+  background: var(--chosen); color: var(--text); font-weight: 600;
+}
+.dot { width: 8px; height: 8px; border-radius: 50%; border: 1.5px solid var(--edge); flex: none; }
+.dot.busy { background: var(--busy); border-color: var(--busy); }
+.dot.used { border-color: var(--busy); }
+#drawer { display: none; }
+#banner {
+  flex: none; padding: 6px 12px; background: var(--away); border-bottom: 1px solid var(--line);
+}
+
+/* Below it: terminals, and beside them the runs. */
+main {
+  flex: 1; min-height: 0; display: grid; gap: 8px; padding: 8px;
+  grid-template-columns: minmax(0, 1fr) clamp(330px, 33vw, 540px);
+  grid-template-rows: minmax(0, 1fr);
+}
+main.wide { grid-template-columns: minmax(0, 1fr); }
+main.wide #left { display: none; }
+#left { display: flex; flex-direction: column; gap: 8px; min-height: 0; min-width: 0; }
+#terminals {
+  flex: 1; min-height: 0; display: flex; flex-wrap: wrap; gap: 8px; overflow: auto;
+}
+/* Side by side where there is room; what they show has no say in their size. */
+#terminals > .card { flex: 1 1 430px; contain: size; contain-intrinsic-size: 200px; }
+.card {
+  display: flex; flex-direction: column; min-width: 0; min-height: 0; overflow: hidden;
+  background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
+}
+.head {
+  display: flex; align-items: center; gap: 8px; padding: 3px 4px 3px 12px; min-height: 38px;
+  border-bottom: 1px solid var(--line); flex: none;
+}
+.head h2 { font-weight: 600; white-space: nowrap; }
+.head .grow { flex: 1; min-width: 0; }
+.cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.empty { margin: auto; padding: 24px; max-width: 34em; text-align: center; color: var(--muted); }
+#terminals > .empty { flex: 0 1 34em; }
+.empty code { font: 12px/1.5 var(--mono); overflow-wrap: anywhere; color: var(--text); }
+
+/* A terminal: its panes, one below the other. */
+.panes {
+  flex: 1; min-height: 0; display: flex; flex-direction: column; background: var(--back);
+  color: var(--fore);
+}
+.pane { flex: 0 1 auto; min-height: 64px; display: flex; flex-direction: column; }
+.pane.main { flex: 1 1 0; }
+.pane + .pane { border-top: 1px solid var(--edge); }
+.pane > p {
+  font-size: 12px; padding: 2px 12px; color: var(--muted); background: var(--panel);
+  border-bottom: 1px solid var(--line); flex: none;
+}
+.view {
+  flex: 1; min-height: 0; overflow: auto; padding: 6px 10px; scrollbar-width: thin;
+  --size: 13px; --row: 16px; font: var(--size)/var(--row) var(--mono);
+}
+.grid { position: relative; width: max-content; min-width: 100%; }
+.row { height: var(--row); white-space: pre; unicode-bidi: isolate; direction: ltr; }
+.cursor {
+  position: absolute; width: 1ch; height: var(--row); pointer-events: none;
+  border: 1px solid var(--cursor); border-radius: 1px; opacity: .8;
+}
+.typing .cursor { background: var(--cursor); opacity: .55; }
+.typing .panes { outline: 2px solid var(--accent); outline-offset: -2px; }
+.stale .panes, .stale #out { opacity: .55; }
+
+/* What escape sequences may change. */
+.b { font-weight: 700; } .d { opacity: .65; } .i { font-style: italic; }
+.u { text-decoration: underline; } .s { text-decoration: line-through; }
+.u.s { text-decoration: underline line-through; } .h { opacity: .3; }
+.w { display: inline-block; width: 2ch; height: var(--row); overflow: hidden; vertical-align: top; }
+.f0 { color: var(--c0); } .g0 { background: var(--c0); }
+.f1 { color: var(--c1); } .g1 { background: var(--c1); }
+.f2 { color: var(--c2); } .g2 { background: var(--c2); }
+.f3 { color: var(--c3); } .g3 { background: var(--c3); }
+.f4 { color: var(--c4); } .g4 { background: var(--c4); }
+.f5 { color: var(--c5); } .g5 { background: var(--c5); }
+.f6 { color: var(--c6); } .g6 { background: var(--c6); }
+.f7 { color: var(--c7); } .g7 { background: var(--c7); }
+.f8 { color: var(--c8); } .g8 { background: var(--c8); }
+.f9 { color: var(--c9); } .g9 { background: var(--c9); }
+.f10 { color: var(--c10); } .g10 { background: var(--c10); }
+.f11 { color: var(--c11); } .g11 { background: var(--c11); }
+.f12 { color: var(--c12); } .g12 { background: var(--c12); }
+.f13 { color: var(--c13); } .g13 { background: var(--c13); }
+.f14 { color: var(--c14); } .g14 { background: var(--c14); }
+.f15 { color: var(--c15); } .g15 { background: var(--c15); }
+.ff { color: var(--fore); } .gf { background: var(--fore); }
+.fb { color: var(--back); } .gb { background: var(--back); }
+/* On a back of its own, black and white are what they are, on light pages and dark ones. */
+.on.f0 { color: #14161a; } .on.f8 { color: #3f464f; } .on.f7 { color: #e4e7eb; }
+.on.f15 { color: #fff; }
+
+/* Typing. */
+#typing { display: flex; flex-wrap: wrap; align-items: center; gap: 4px; flex: none; }
+#typing button { min-width: 36px; }
+#keys { display: flex; align-items: center; gap: 8px; }
+#keys::before {
+  content: ""; width: 26px; height: 14px; border-radius: 7px; background: var(--edge);
+  background-image: radial-gradient(circle at 7px 7px, var(--panel) 5px, transparent 5.5px);
+}
+#keys[aria-checked="true"]::before {
+  background-color: var(--accent);
+  background-image: radial-gradient(circle at 19px 7px, var(--panel) 5px, transparent 5.5px);
+}
+#row { display: flex; flex-wrap: wrap; gap: 4px; }
+#hint { padding: 0 6px; font-size: 12px; color: var(--muted); }
+#typed {
+  position: fixed; left: 0; bottom: 0; width: 1px; height: 1px; padding: 0; border: 0; opacity: 0;
+  resize: none; font-size: 16px;
+}
+
+/* Runs, and the output of one. */
+#side { display: flex; flex-direction: column; gap: 8px; min-height: 0; min-width: 0; }
+#list { flex: 1 1 0; }
+#list.short { flex: 0 1 38%; }
+#shown { flex: 1 1 62%; }
+main.wide #list { display: none; }
+#runs { flex: 1; min-height: 0; overflow-y: auto; scrollbar-width: thin; }
+#runs button {
+  display: flex; gap: 6px; width: 100%; padding: 5px 12px 5px 8px; border: 0; border-radius: 0;
+  background: none; text-align: left; align-items: baseline;
+}
+#runs li + li { border-top: 1px solid var(--line); }
+#runs button:hover { background: var(--raised); }
+#runs button[aria-current="true"] { background: var(--chosen); }
+#runs .what { flex: 1; min-width: 0; }
+#runs .what > span { display: block; }
+#runs .command { font: 12.5px/1.45 var(--mono); }
+#runs .facts { font-size: 12px; color: var(--muted); }
+#runs .time { flex: none; color: var(--muted); }
+#older { margin: 6px auto; display: block; }
+#command {
+  font: 12.5px/1.45 var(--mono); padding: 6px 12px 2px; white-space: pre-wrap; max-height: 6.2em;
+  overflow: auto; overflow-wrap: anywhere; flex: none;
+}
+#facts { padding: 0 12px 6px; font-size: 12px; color: var(--muted); flex: none; }
+#facts, .facts { overflow-wrap: anywhere; }
+#out {
+  flex: 1; min-height: 0; overflow: auto; padding: 6px 12px; background: var(--back);
+  color: var(--fore); border-top: 1px solid var(--line); scrollbar-width: thin;
+  --row: 17px; font: 12.5px/var(--row) var(--mono);
+}
+#out .block { content-visibility: auto; contain-intrinsic-size: auto 1700px; }
+#out .line {
+  min-height: var(--row); white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate;
+  direction: ltr;
+}
+#earlier { margin-bottom: 6px; font: 13px/1.4 system-ui, sans-serif; }
+
+/* Token and questions. */
+#login { margin: auto; width: min(100% - 32px, 380px); padding: 24px; gap: 12px; }
+#login h2 { font-weight: 600; font-size: 16px; }
+#login input {
+  width: 100%; min-height: 36px; padding: 4px 10px; font-size: 16px; border-radius: 6px;
+  border: 1px solid var(--edge); background: var(--back);
+}
+dialog {
+  width: min(100% - 32px, 460px); padding: 18px; color: var(--text); background: var(--panel);
+  border: 1px solid var(--edge); border-radius: 10px;
+}
+dialog::backdrop { background: rgb(0 0 0 / .45); }
+dialog h2 { font-weight: 600; margin-bottom: 8px; }
+dialog p { overflow-wrap: anywhere; }
+dialog .cited {
+  font: 12.5px/1.45 var(--mono); white-space: pre-wrap; max-height: 9em; overflow: auto;
+  padding: 8px; margin: 8px 0; background: var(--page); border-radius: 6px;
+}
+dialog textarea {
+  width: 100%; height: 9em; padding: 8px; font: 13px/1.4 var(--mono); border-radius: 6px;
+  border: 1px solid var(--edge); background: var(--back); resize: vertical;
+}
+.choices { display: flex; gap: 8px; justify-content: flex-end; margin-top: 12px; }
+
+/* A phone: one thing at a time. */
+@media (max-width: 760px) {
+  .bar { flex-wrap: wrap; padding: 4px 8px; }
+  .bar h1 { flex: 1; }
+  .tabs { order: 1; flex-basis: 100%; }
+  #drawer { display: block; }
+  main, main.wide { grid-template-columns: minmax(0, 1fr); padding: 6px; }
+  #side { display: none; }
+  body.drawn #side { display: flex; }
+  body.drawn #left { display: none; }
+  #list.short { display: none; }
+  #shown { flex: 1; }
+  #wide { display: none; }
+  #terminals > .card { flex-basis: 100%; contain-intrinsic-size: 160px; }
+  #row { display: contents; }
+  .view { --size: 12px; --row: 15px; padding: 6px 8px; }
+  #hint { display: none; }
+  #typing button { min-height: 36px; min-width: 36px; padding: 3px 8px; }
+}
+</style>
+</head>
+<body>
+<noscript><p class="empty">This page needs JavaScript.</p></noscript>
+<header class="bar">
+  <h1>pocketcoder</h1>
+  <p id="running" role="status"></p>
+  <div class="tabs" id="tabs" role="tablist" aria-label="Agents"></div>
+  <button id="drawer" aria-expanded="false" aria-controls="side">Runs</button>
+</header>
+<p id="banner" role="alert" hidden></p>
+<p id="told" class="unseen" role="status"></p>
+<form id="login" class="card" hidden>
+  <h2>This server wants a token</h2>
+  <p class="muted" id="why">It is in POCKETCODER_TOKEN where the server runs.
+    It is kept for this tab only.</p>
+  <label for="token">Token</label>
+  <input id="token" type="password" autocomplete="current-password" spellcheck="false" required
+   aria-describedby="why">
+  <button class="main">Enter</button>
+</form>
+<main id="main" hidden>
+  <div id="left">
+    <section id="terminals" role="tabpanel" aria-label="Terminals"></section>
+    <div id="typing" role="toolbar" aria-label="Typing" hidden>
+      <button id="keys" role="switch" aria-checked="false">Keys</button>
+      <span id="row" hidden>
+        <button data-key="Escape" aria-label="Escape">Esc</button>
+        <button data-key="Tab">Tab</button>
+        <button data-key="C-c" aria-label="Control C">^C</button>
+        <button data-key="Left" aria-label="Left">←</button>
+        <button data-key="Up" aria-label="Up">↑</button>
+        <button data-key="Down" aria-label="Down">↓</button>
+        <button data-key="Right" aria-label="Right">→</button>
+        <button data-key="Enter" aria-label="Enter">⏎</button>
+        <button id="paste">Paste…</button>
+      </span>
+      <span id="hint" role="status"></span>
+    </div>
+  </div>
+  <aside id="side" aria-label="Runs">
+    <section id="list" class="card" aria-labelledby="runs-head">
+      <div class="head">
+        <h2 id="runs-head">Runs</h2>
+        <span id="count" class="muted cut grow"></span>
+      </div>
+      <ol id="runs" aria-labelledby="runs-head"></ol>
+    </section>
+    <section id="shown" class="card" aria-labelledby="shown-head" hidden>
+      <div class="head">
+        <span class="mark" id="mark" aria-hidden="true"></span>
+        <h2 class="cut grow"><span id="shown-head" class="unseen">Output</span>
+          <span id="state"></span></h2>
+        <button id="end" class="danger">End…</button>
+        <button id="wide" class="quiet" aria-pressed="false">Wide</button>
+        <button id="close" class="quiet" aria-label="Close the output">✕</button>
+      </div>
+      <p id="command"></p>
+      <p id="facts"></p>
+      <div id="out" tabindex="0" role="region" aria-label="Output of the run"></div>
+    </section>
+  </aside>
+</main>
+<textarea id="typed" aria-label="Keys for the terminal" autocapitalize="off" autocomplete="off"
+ autocorrect="off" spellcheck="false" tabindex="-1"></textarea>
+<dialog id="ask" aria-labelledby="ask-head">
+  <h2 id="ask-head"></h2>
+  <p id="ask-why"></p>
+  <p class="cited" id="ask-cited"></p>
+  <textarea id="ask-text" aria-label="Text to paste" spellcheck="false"></textarea>
+  <div class="choices">
+    <button id="ask-no">Cancel</button>
+    <button id="ask-yes"></button>
+  </div>
+</dialog>
+<script nonce="@nonce@">
+"use strict";
+
+// ---- Limits, in milliseconds where nothing else is said.
+const POLL = 2000;
+const HIDDEN_POLL = 5000;
+const SOONEST_POLL = 400;
+const LONGEST_WAIT = 8000;
+// The server says something every 15 seconds.
+const SILENCE = 40000;
+const WATCHED = 16; // terminals at once
+const LISTED = 100; // runs in one answer
+const OUTPUT_SHOWN = 512 * 1024; // bytes of a run's output, before more is asked for
+const OUTPUT_LINES = 20000;
+const BLOCK_LINES = 100;
+const LONGEST_LINE = 4000; // characters
+const BREATH = 64 * 1024; // characters of output between two frames
+const TYPED_AT_ONCE = 1000; // characters, 4 bytes each at most
+const PRESSED_AT_ONCE = 100; // keys
+
+const byId = (id) => document.getElementById(id);
+const pause = (time) => new Promise((done) => setTimeout(done, time));
+
+// ---- Text.  It is only ever put into text nodes.
+const UNSEEN = new RegExp("[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f"
+  + "\\u061c\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]", "g");
+
+// Shows control characters, and those that would reorder the text around them.
+function visible(text) {
+  return text.replace(UNSEEN, (each) =>
+    each < " " ? String.fromCharCode(0x2400 + each.charCodeAt(0)) : "\ufffd");
+}
+
+function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+function setAttribute(node, name, value) {
+  if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+}
+
+function element(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text) made.textContent = text;
+  return made;
+}
+
+function duration(time) {
+  const seconds = Math.max(0, time) / 1000;
+  if (seconds < 0.1) return `${Math.round(seconds * 1000)} ms`;
+  if (seconds < 10) return `${seconds.toFixed(1)} s`;
+  if (seconds < 60) return `${Math.floor(seconds)} s`;
+  const minutes = Math.floor(seconds / 60);
+  if (minutes < 60) return `${minutes} min ${Math.floor(seconds % 60)} s`;
+  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+function bytes(count) {
+  if (count < 1024) return `${count} bytes`;
+  const unit = count < 1024 * 1024 ? "KiB" : "MiB";
+  const size = unit === "KiB" ? count / 1024 : count / 1024 / 1024;
+  return `${size < 10 ? size.toFixed(1) : Math.round(size)} ${unit}`;
+}
+
+function clock(date) {
+  const twoDigits = {hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false};
+  const time = date.toLocaleTimeString([], twoDigits);
+  if (date.toDateString() === new Date().toDateString()) return time;
+  return `${date.toLocaleDateString([], {month: "short", day: "numeric"})} ${time}`;
+}
+
+// ---- Colours.  A style is made once for all that looks the same.
+const styles = new Map();
+
+function styleOf(fields) {
+  const key = JSON.stringify(fields);
+  if (!styles.has(key)) {
+    // What a command prints must not fill the memory.
+    if (styles.size > 5000) styles.clear();
+    styles.set(key, Object.freeze({...fields, key}));
+  }
+  return styles.get(key);
+}
+
+const PLAIN = styleOf({flags: "", fore: null, back: null});
+const FLAGS = {1: "b", 2: "d", 3: "i", 4: "u", 7: "v", 8: "h", 9: "s", 21: "u"};
+const UNSET = {22: "bd", 23: "i", 24: "u", 27: "v", 28: "h", 29: "s"};
+
+function paletteColour(index) {
+  if (index < 16) return index;
+  if (index < 232) {
+    const level = (step) => (step === 0 ? 0 : 55 + 40 * step);
+    const cube = index - 16;
+    return [level(Math.floor(cube / 36)), level(Math.floor(cube / 6) % 6), level(cube % 6)];
+  }
+  const grey = 8 + 10 * (index - 232);
+  return [grey, grey, grey];
+}
+
+// The colour behind a 38 or 48, and how many numbers it takes.
+function longColour(numbers) {
+  const inRange = (each) => Number.isInteger(each) && each >= 0 && each < 256;
+  if (numbers[0] === 5 && inRange(numbers[1])) return [paletteColour(numbers[1]), 2];
+  const parts = numbers.slice(1, 4);
+  if (numbers[0] === 2 && parts.length === 3 && parts.every(inRange)) return [parts, 4];
+  return [undefined, numbers[0] === 2 ? 4 : 2];
+}
+
+// The style after the numbers of an SGR sequence.
+function restyled(style, words) {
+  let {flags, fore, back} = style;
+  const numbers = [];
+  for (const word of (words || "0").split(";")) {
+    // With colons: 38:2::R:G:B, 38:5:N, 4:3.
+    const parts = word.split(":");
+    if (parts.length === 1) numbers.push(Number(word || 0));
+    else if (parts[0] === "4") numbers.push(parts[1] === "0" ? 24 : 4);
+    else if (parts.length > 5) numbers.push(Number(parts[0]), 2, ...parts.slice(3, 6).map(Number));
+    else numbers.push(...parts.map(Number));
+  }
+  for (let at = 0; at < numbers.length; at++) {
+    const number = numbers[at];
+    if (number === 0) ({flags, fore, back} = PLAIN);
+    else if (FLAGS[number]) flags = flags.includes(FLAGS[number]) ? flags : flags + FLAGS[number];
+    else if (UNSET[number]) {
+      flags = [...flags].filter((flag) => !UNSET[number].includes(flag)).join("");
+    } else if (number >= 30 && number <= 37) fore = number - 30;
+    else if (number >= 90 && number <= 97) fore = number - 82;
+    else if (number >= 40 && number <= 47) back = number - 40;
+    else if (number >= 100 && number <= 107) back = number - 92;
+    else if (number === 39) fore = null;
+    else if (number === 49) back = null;
+    else if (number === 38 || number === 48 || number === 58) {
+      const [colour, taken] = longColour(numbers.slice(at + 1));
+      if (colour !== undefined && number === 38) fore = colour;
+      if (colour !== undefined && number === 48) back = colour;
+      at += taken;
+    }
+  }
+  return styleOf({flags: [...flags].sort().join(""), fore, back});
+}
+
+const rgb = (parts) => `rgb(${parts.map(Math.round).join(" ")})`;
+
+// A text colour that can be read on the page's own back, light or dark.
+function readable(parts) {
+  const [red, green, blue] = parts;
+  const light = (0.3 * red + 0.59 * green + 0.11 * blue) / 255;
+  const darker = light > 0.5 ? parts.map((each) => each * (0.5 / light) * 0.9) : parts;
+  const lift = light < 0.35 ? 0.35 - light : 0;
+  const lighter = parts.map((each) => each + (255 - each) * lift * 1.3);
+  return `light-dark(${rgb(darker)}, ${rgb(lighter)})`;
+}
+
+const WIDE = new RegExp("([\\u1100-\\u115f\\u2e80-\\u303e\\u3041-\\ua4cf\\uac00-\\ud7a3"
+  + "\\uf900-\\ufaff\\ufe30-\\ufe6f\\uff00-\\uff60\\uffe0-\\uffe6]"
+  + "|\\p{Emoji_Presentation}\\ufe0f?)", "u");
+
+// The text in this style; with `cells`, wide characters take two columns, as in a terminal.
+function styledNode(text, style, cells) {
+  let node = document.createTextNode(text);
+  if (cells && WIDE.test(text)) {
+    node = document.createElement("span");
+    text.split(WIDE).forEach((part, at) => {
+      if (part) node.append(at % 2 ? element("span", "w", part) : part);
+    });
+  }
+  if (style === PLAIN) return node;
+
+  const span = document.createElement("span");
+  let {fore, back} = style;
+  const isInverse = style.flags.includes("v");
+  if (isInverse) [fore, back] = [back ?? "b", fore ?? "f"];
+  const names = [...style.flags].filter((flag) => flag !== "v");
+  if (Array.isArray(fore)) span.style.color = back === null ? readable(fore) : rgb(fore);
+  else if (fore !== null) names.push(`f${fore}`);
+  if (Array.isArray(back)) span.style.backgroundColor = rgb(back);
+  else if (back !== null) names.push(`g${back}`, "on");
+  // A back of its own is as it is on light and dark pages; so must be what stands on it.
+  if (Array.isArray(back) && fore === null) {
+    const light = 0.3 * back[0] + 0.59 * back[1] + 0.11 * back[2] > 140;
+    span.style.color = light ? "#111" : "#eee";
+  }
+  if (names.length) span.className = names.join(" ");
+  span.append(node);
+  return span;
+}
+
+// A colour; a movement in the line; what else begins with Escape; a tab, return or backspace.
+const SEQUENCE = new RegExp("\\x1b\\[([0-9;:]{0,80})([mKGCD])|\\x1b\\[[0-?]*[ -/]*[@-~]?"
+  + "|\\x1b[\\]PX^_][^\\x07\\x1b]*(?:\\x07|\\x1b\\\\)?|\\x1b[ -/]*[0-~]?|[\\r\\b]", "g");
+
+// Puts a line that has nothing but colours in it into `row`; the style at its end.
+function showScreenRow(row, text, style) {
+  const nodes = [];
+  let at = 0;
+  for (const found of text.matchAll(SEQUENCE)) {
+    if (found.index > at) nodes.push(styledNode(visible(text.slice(at, found.index)), style, true));
+    if (found[2] === "m") style = restyled(style, found[1]);
+    at = found.index + found[0].length;
+  }
+  if (at < text.length) nodes.push(styledNode(visible(text.slice(at)), style, true));
+  row.replaceChildren(...nodes);
+  return style;
+}
+
+// The same for a line of output, where the cursor may go back: progress bars do that.
+function showLine(row, text, style) {
+  if (!/[\x1b\r\b]/.test(text)) {
+    row.replaceChildren(...(text ? [styledNode(visible(text), style, false)] : []));
+    return style;
+  }
+
+  const cells = [];
+  let column = 0;
+  let at = 0;
+  const put = (piece) => {
+    for (const character of piece) cells[column++] = [character, style];
+  };
+  for (const found of text.matchAll(SEQUENCE)) {
+    put(text.slice(at, found.index));
+    at = found.index + found[0].length;
+    const count = Math.min(parseInt(found[1], 10) || 0, LONGEST_LINE);
+    if (found[2] === "m") style = restyled(style, found[1]);
+    else if (found[2] === "K" && count === 0) cells.length = Math.min(cells.length, column);
+    else if (found[2] === "K" && count === 2) cells.length = 0;
+    else if (found[2] === "K") cells.fill([" ", PLAIN], 0, Math.min(column + 1, cells.length));
+    else if (found[2] === "G") column = Math.max(count, 1) - 1;
+    else if (found[2] === "C") column = Math.min(column + Math.max(count, 1), LONGEST_LINE);
+    else if (found[2] === "D") column = Math.max(column - Math.max(count, 1), 0);
+    else if (found[0] === "\r") column = 0;
+    else if (found[0] === "\b") column = Math.max(column - 1, 0);
+  }
+  put(text.slice(at));
+
+  const nodes = [];
+  let piece = "";
+  let shown = PLAIN;
+  for (const cell of Array.from(cells, (each) => each ?? [" ", PLAIN])) {
+    if (cell[1] !== shown && piece) {
+      nodes.push(styledNode(visible(piece), shown, false));
+      piece = "";
+    }
+    shown = cell[1];
+    piece += cell[0];
+  }
+  if (piece) nodes.push(styledNode(visible(piece), shown, false));
+  row.replaceChildren(...nodes);
+  return style;
+}
+
+// ---- The server.
+class Refusal extends Error {
+  constructor(status, text) {
+    super(text);
+    this.status = status;
+  }
+}
+
+let token = "";
+// The server's clock less ours.
+let skew = 0;
+
+async function ask(path, options = {}) {
+  const headers = {...options.headers};
+  if (token) headers.Authorization = `Bearer ${token}`;
+  const answer = await fetch(path, {...options, headers, cache: "no-store", redirect: "error"});
+  const date = Date.parse(answer.headers.get("Date"));
+  if (date) skew = date - Date.now();
+  if (answer.ok) return answer;
+  let text = `${answer.status} ${answer.statusText}`;
+  try {
+    text = (await answer.json()).error || text;
+  } catch {
+    // It is no JSON: something between us and the server has answered.
+  }
+  throw new Refusal(answer.status, text);
+}
+
+const askJson = async (path, options) => (await ask(path, options)).json();
+
+function post(path, body) {
+  const headers = {"Content-Type": "application/json"};
+  return askJson(path, {method: "POST", headers, body: JSON.stringify(body)});
+}
+
+// Reads a stream of events to its end.  EventSource would put the token into the address.
+async function readEvents(path, headers, abort, take) {
+  const options = {headers: {...headers, Accept: "text/event-stream"}, signal: abort.signal};
+  let timer = setTimeout(() => abort.abort(), SILENCE);
+  try {
+    const answer = await ask(path, options);
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    let unread = "";
+    for (;;) {
+      const {value, done} = await reader.read();
+      if (done) return;
+      clearTimeout(timer);
+      timer = setTimeout(() => abort.abort(), SILENCE);
+      unread += value;
+      const texts = unread.split("\n\n");
+      unread = texts.pop();
+      for (const text of texts) {
+        const event = {};
+        for (const line of text.split("\n")) {
+          const at = line.indexOf(": ");
+          if (at > 0) event[line.slice(0, at)] = line.slice(at + 2);
+        }
+        if (event.data !== undefined) await take(event.event, JSON.parse(event.data), event.id);
+      }
+    }
+  } finally {
+    clearTimeout(timer);
+    abort.abort();
+  }
+}
+
+// ---- What is known.
+const ALL = ""; // no agent has this name
+const state = {
+  // As the server lists them; null: nothing has come yet.
+  agents: null,
+  chosen: sessionStorage.getItem("agent") ?? ALL,
+  // By id.
+  runs: new Map(),
+  // Of the list that is shown, the newest first.
+  listed: [],
+  hasOlder: false,
+  // Those that run now, of all agents.
+  running: [],
+  // The id of the run whose output is shown.
+  run: null,
+  isAway: false,
+};
+const terminals = new Map(); // by agent
+
+const isOver = (run) => run.state === "ended";
+const isWell = (run) => run.exit_code === 0 && run.ended === "exit";
+
+function markOf(run) {
+  if (run.state === "waiting") return ["◌", "", "waiting"];
+  if (!isOver(run)) return ["●", "busy", "running"];
+  return isWell(run) ? ["✓", "good", "ended well"] : ["✗", "bad", "failed"];
+}
+
+function endOf(run) {
+  if (run.state === "waiting") return "waits for a pane";
+  if (!isOver(run) || isWell(run)) return "";
+  const how = {timeout: "timed out", cancelled: "cancelled", lost: "lost"}[run.ended];
+  return how || `exit ${run.exit_code}`;
+}
+
+function timeOf(run) {
+  if (isOver(run)) return duration(run.duration_ms ?? 0);
+  return run.started ? duration(Date.now() + skew - Date.parse(run.started)) : "";
+}
+
+const firstLine = (text) => visible(String(text ?? "").trim().split("\n", 1)[0].slice(0, 300));
+
+// ---- Terminals.
+const CHARACTER = (() => {
+  const ruler = element("span", "", "0".repeat(100));
+  ruler.style.cssText = "position:absolute;visibility:hidden;font:100px var(--mono)";
+  document.body.append(ruler);
+  const width = ruler.getBoundingClientRect().width / 10000;
+  ruler.remove();
+  return width || 0.6; // of the size of the font
+})();
+
+class PaneView {
+  constructor(card) {
+    this.card = card;
+    this.box = element("div", "pane");
+    this.title = element("p", "cut");
+    this.view = element("div", "view");
+    this.view.tabIndex = 0;
+    this.view.setAttribute("role", "region");
+    this.grid = element("div", "grid");
+    this.cursor = element("div", "cursor");
+    this.cursor.hidden = true;
+    this.grid.append(this.cursor);
+    this.view.append(this.grid);
+    this.box.append(this.title, this.view);
+    this.rows = [];
+    this.runId = null;
+    this.columns = 80;
+    // Whether the view goes where the cursor goes, and where it was put last.
+    this.follows = true;
+    this.placed = 0;
+    this.view.addEventListener("scroll", () => this.onScroll());
+    this.view.addEventListener("click", () => card.onClick(this));
+  }
+
+  onScroll() {
+    if (Math.abs(this.view.scrollTop - this.placed) < 3) return;
+    const {scrollHeight, scrollTop, clientHeight} = this.view;
+    this.follows = scrollHeight - scrollTop - clientHeight < 8;
+  }
+
+  show(pane, cursor) {
+    this.runId = pane.run_id;
+    this.command = pane.command;
+    this.columns = pane.columns;
+    const texts = pane.text.split("\n");
+    const height = Math.max(texts.length, cursor ? cursor.line + 1 : 1);
+    let style = PLAIN;
+
+    for (let at = 0; at < height; at++) {
+      const text = texts[at] ?? "";
+      if (!this.rows[at]) {
+        const node = element("div", "row");
+        this.rows[at] = {node, text: null, before: null, after: PLAIN};
+        this.grid.append(node);
+      }
+      const row = this.rows[at];
+      if (row.text !== text || row.before !== style) {
+        row.text = text;
+        row.before = style;
+        row.after = showScreenRow(row.node, text, style);
+      }
+      style = row.after;
+    }
+    for (const row of this.rows.splice(height)) row.node.remove();
+
+    this.cursor.hidden = !cursor;
+    if (cursor) {
+      this.cursor.style.left = `${cursor.column}ch`;
+      this.cursor.style.top = `calc(${cursor.line} * var(--row))`;
+    }
+    this.line = cursor ? cursor.line : height - 1;
+    this.place();
+  }
+
+  // Shows the end, or what is around a cursor above it.
+  place() {
+    if (!this.follows) return;
+    const {scrollHeight, clientHeight} = this.view;
+    const rowHeight = this.rows.length ? this.rows[0].node.offsetHeight : 16;
+    const end = Math.max(0, scrollHeight - clientHeight);
+    const above = Math.max(0, this.line * rowHeight - clientHeight / 3);
+    this.placed = Math.min(end, this.line * rowHeight < end ? above : end);
+    if (Math.abs(this.view.scrollTop - this.placed) > 1) this.view.scrollTop = this.placed;
+    this.placed = this.view.scrollTop;
+  }
+
+  fit(isFitted) {
+    const room = this.view.clientWidth - 22;
+    const size = Math.max(3, Math.min(13, room / (this.columns * CHARACTER)));
+    const name = isFitted && room > 0 ? `${size.toFixed(2)}px` : "";
+    if (this.view.style.getPropertyValue("--size") === name) return;
+    this.view.style.setProperty("--size", name);
+    this.view.style.setProperty("--row", name && `${Math.round(size * 1.25)}px`);
+    this.place();
+  }
+}
+
+class TerminalCard {
+  constructor(agentName) {
+    this.agentName = agentName;
+    this.card = element("article", "card");
+    const head = element("div", "head");
+    this.dot = element("span", "dot");
+    this.dot.setAttribute("aria-hidden", "true");
+    this.name = element("h2", "", agentName);
+    this.what = element("span", "muted cut grow");
+    this.time = element("span", "muted");
+    this.fitter = element("button", "quiet", "Fit");
+    this.fitter.title = "Show all columns";
+    this.fitter.setAttribute("aria-label", `Fit the columns of ${agentName}`);
+    this.fitter.setAttribute("aria-pressed", "false");
+    this.fitter.addEventListener("click", () => this.toggleFit());
+    head.append(this.dot, this.name, this.what, this.time, this.fitter);
+    this.panes = element("div", "panes");
+    this.waiting = element("p", "empty", "…");
+    this.panes.append(this.waiting);
+    this.card.append(head, this.panes);
+    this.views = new Map(); // by pane id
+    this.isFitted = false;
+    this.target = null; // the pane that was clicked last
+    this.runs = null; // what runs in its panes, as text
+    this.resized = new ResizeObserver(() => this.layOut());
+    this.resized.observe(this.panes);
+    setAttribute(this.card, "aria-label", `Terminal of ${agentName}`);
+  }
+
+  onClick(view) {
+    this.target = view;
+    if (String(getSelection())) return;
+    if (typing.isOn) typing.focus();
+  }
+
+  toggleFit() {
+    this.isFitted = !this.isFitted;
+    this.fitter.setAttribute("aria-pressed", String(this.isFitted));
+    this.layOut();
+  }
+
+  layOut() {
+    for (const view of this.views.values()) {
+      view.fit(this.isFitted);
+      view.place();
+    }
+  }
+
+  show(screen) {
+    const ids = new Set(screen.panes.map((pane) => pane.pane_id));
+    for (const [id, view] of this.views) {
+      if (!ids.has(id)) {
+        view.box.remove();
+        this.views.delete(id);
+      }
+    }
+    this.waiting.hidden = ids.size > 0;
+    setText(this.waiting, "This terminal is closed. The next command opens a new one.");
+
+    // Where nothing runs, a pane is as small as what it shows, unless all are like that.
+    const active = screen.panes.filter((pane) => pane.run_id || !isShell(pane.command));
+    const large = new Set((active.length ? active : screen.panes.slice(0, 1)).map(
+      (pane) => pane.pane_id));
+    for (const pane of screen.panes) {
+      let view = this.views.get(pane.pane_id);
+      if (!view) {
+        view = new PaneView(this);
+        this.views.set(pane.pane_id, view);
+        this.panes.append(view.box);
+      }
+      view.box.classList.toggle("main", large.has(pane.pane_id));
+      view.title.hidden = screen.panes.length < 2;
+      const cursor = screen.cursor?.pane_id === pane.pane_id ? screen.cursor : null;
+      view.show(pane, cursor);
+      const name = screen.panes.length < 2 ? this.agentName : `${this.agentName}, ${pane.pane_id}`;
+      setAttribute(view.view, "aria-label", `Screen of ${name}`);
+    }
+    // Another run: the lists are no longer right.
+    const runs = screen.panes.map((pane) => pane.run_id).join();
+    if (runs !== this.runs) pollSoon();
+    this.runs = runs;
+    this.layOut();
+    this.tick();
+  }
+
+  // The newest command of ours, or a person's program, in the pane's or the card's title.
+  tick() {
+    let shown = ["idle", ""];
+    for (const view of this.views.values()) {
+      const run = state.runs.get(view.runId);
+      let text = isShell(view.command) ? "idle" : view.command;
+      let time = "";
+      if (view.runId) {
+        text = run ? firstLine(run.cmd) : view.command;
+        time = run ? timeOf(run) : "";
+      }
+      setText(view.title, `${text}${time && "   "}${time}`);
+      if (text !== "idle") shown = [text, time];
+    }
+    setText(this.what, shown[0]);
+    setText(this.time, shown[1]);
+    showDot(this.dot, this.agentName);
+  }
+
+  remove() {
+    this.resized.disconnect();
+    this.card.remove();
+  }
+}
+
+const isShell = (command) => /^(ba|da|z|k|a)?sh$/.test(command) || command === "";
+
+function showDot(dot, agentName) {
+  const isRunning = state.running.some((run) => run.agent_name === agentName);
+  const listed = (state.agents ?? []).find((each) => each.agent_name === agentName);
+  dot.className = isRunning ? "dot busy" : listed?.busy ? "dot used" : "dot";
+}
+
+function watchedNames() {
+  const names = (state.agents ?? []).map((each) => each.agent_name);
+  if (state.chosen === ALL) return names.slice(0, WATCHED);
+  return names.filter((each) => each === state.chosen);
+}
+
+let watching = {names: "", abort: null};
+
+// Keeps one stream open for the terminals that are shown, while the page can be seen.
+function watch() {
+  const names = document.hidden || state.isAway || !isOpen ? "" : watchedNames().join(",");
+  if (names === watching.names) return;
+  watching.abort?.abort();
+  const abort = names ? new AbortController() : null;
+  watching = {names, abort};
+  if (!abort) return;
+
+  const path = `/terminals/${names}`;
+  readEvents(path, {}, abort, (kind, screen) => {
+    if (kind === "screen") terminals.get(screen.agent_name)?.show(screen);
+  })
+    .catch((failure) => failure.status === 404 || failed(failure, abort))
+    .finally(async () => {
+      await pause(1000);
+      if (watching.abort === abort) watching = {names: "", abort: null};
+      watch();
+    });
+}
+
+function showTerminals() {
+  const box = byId("terminals");
+  const names = watchedNames();
+  for (const [name, card] of terminals) {
+    if (!names.includes(name)) {
+      card.remove();
+      terminals.delete(name);
+    }
+  }
+  for (const [at, name] of names.entries()) {
+    if (!terminals.has(name)) terminals.set(name, new TerminalCard(name));
+    const {card} = terminals.get(name);
+    if (box.children[at] !== card) box.insertBefore(card, box.children[at] ?? null);
+  }
+  let empty = box.querySelector(":scope > .empty");
+  const left = (state.agents ?? []).length - names.length;
+  let text = "";
+  if (names.length === 0) {
+    text = state.chosen === ALL
+      ? "No terminals yet. An agent's terminal opens with its first command."
+      : `The terminal of ${state.chosen} is closed. Its next command opens a new one.`;
+  } else if (state.chosen === ALL && left > 0) {
+    text = `${left} more: choose one above.`;
+  }
+  if (!text) empty?.remove();
+  else {
+    if (!empty) empty = element("p", "empty");
+    setText(empty, text);
+    box.append(empty);
+  }
+  typing.update();
+}
+
+// ---- Agents, as tabs.
+function showTabs() {
+  const box = byId("tabs");
+  const names = (state.agents ?? []).map((each) => each.agent_name);
+  // One that has gone stays until another is chosen.
+  if (state.chosen !== ALL && !names.includes(state.chosen)) names.push(state.chosen);
+  const wanted = names.length === 1 && state.chosen === ALL ? [ALL] : [ALL, ...names];
+  const tabs = new Map([...box.children].map((tab) => [tab.dataset.agent, tab]));
+  for (const [name, tab] of tabs) if (!wanted.includes(name)) tab.remove();
+  wanted.forEach((name, at) => {
+    let tab = tabs.get(name);
+    if (!tab) {
+      tab = element("button");
+      tab.dataset.agent = name;
+      tab.setAttribute("role", "tab");
+      tab.setAttribute("aria-controls", "terminals");
+      tab.addEventListener("click", () => choose(name));
+      const dot = element("span", "dot");
+      dot.setAttribute("aria-hidden", "true");
+      if (name !== ALL) tab.append(dot);
+      tab.append(element("span", "", name === ALL ? "All" : name));
+    }
+    const isChosen = name === state.chosen;
+    setAttribute(tab, "aria-selected", String(isChosen));
+    tab.tabIndex = isChosen ? 0 : -1;
+    if (name !== ALL) {
+      showDot(tab.firstChild, name);
+      const isRunning = tab.firstChild.className === "dot busy";
+      setAttribute(tab, "aria-label", isRunning ? `${name}, running` : name);
+    }
+    if (box.children[at] !== tab) box.insertBefore(tab, box.children[at] ?? null);
+  });
+}
+
+function choose(name) {
+  if (state.chosen === name) return;
+  state.chosen = name;
+  sessionStorage.setItem("agent", name);
+  state.listed = [];
+  state.hasOlder = false;
+  typing.turn(false);
+  showAll();
+  watch();
+  pollSoon(0);
+}
+
+byId("tabs").addEventListener("keydown", (event) => {
+  const tabs = [...byId("tabs").children];
+  const at = tabs.indexOf(document.activeElement);
+  const next = {ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: tabs.length - 1}[event.key];
+  if (next === undefined || at < 0) return;
+  event.preventDefault();
+  const tab = tabs[(next + tabs.length) % tabs.length];
+  choose(tab.dataset.agent);
+  tab.focus();
+});
+
+// ---- Runs.
+const rows = new Map(); // by id: the parts of a row that change
+
+function rowOf(run) {
+  if (rows.has(run.run_id)) return rows.get(run.run_id);
+  const item = element("li");
+  const button = element("button");
+  const mark = element("span", "mark");
+  mark.setAttribute("aria-hidden", "true");
+  const kind = element("span", "unseen");
+  const what = element("span", "what");
+  const command = element("span", "command cut", firstLine(run.cmd));
+  const facts = element("span", "facts cut");
+  const time = element("span", "time");
+  what.append(command, facts);
+  button.append(mark, kind, what, time);
+  button.addEventListener("click", () => output.open(run.run_id));
+  item.append(button);
+  const row = {item, button, mark, kind, facts, time};
+  rows.set(run.run_id, row);
+  return row;
+}
+
+function showRunRow(run) {
+  const row = rowOf(run);
+  const [sign, kind, words] = markOf(run);
+  setText(row.mark, sign);
+  if (row.mark.className !== `mark ${kind}`) row.mark.className = `mark ${kind}`;
+  setText(row.kind, `${words}: `);
+  const started = run.started ? clock(new Date(run.started)) : "";
+  const agent = state.chosen === ALL ? run.agent_name : "";
+  setText(row.facts, [started, agent, endOf(run)].filter(Boolean).join(" · "));
+  row.facts.classList.toggle("bad-text", isOver(run) && !isWell(run));
+  setText(row.time, timeOf(run));
+  setAttribute(row.button, "aria-current", String(run.run_id === state.run));
+  return row.item;
+}
+
+function showRuns() {
+  const box = byId("runs");
+  const items = state.listed.map((id) => showRunRow(state.runs.get(id)));
+  const known = new Set(items);
+  for (const child of [...box.children]) if (!known.has(child)) child.remove();
+  items.forEach((item, at) => {
+    if (box.children[at] !== item) box.insertBefore(item, box.children[at] ?? null);
+  });
+  for (const id of rows.keys()) if (!state.runs.has(id)) rows.delete(id);
+
+  const failures = state.listed.filter((id) => {
+    const run = state.runs.get(id);
+    return isOver(run) && !isWell(run);
+  }).length;
+  const whose = state.chosen === ALL ? "" : ` of ${state.chosen}`;
+  const more = state.hasOlder ? "+" : "";
+  setText(byId("count"), items.length
+    ? `${items.length}${more}${whose}${failures ? ` · ${failures} failed` : ""}`
+    : "");
+
+  if (state.hasOlder) {
+    const item = element("li");
+    const older = element("button", "", "Older…");
+    older.id = "older";
+    older.addEventListener("click", loadOlder);
+    item.append(older);
+    box.append(item);
+  } else if (items.length === 0) {
+    box.append(element("li", "empty", state.agents === null ? "…" : `No runs${whose} yet.`));
+  }
+}
+
+const runsPath = (more) => {
+  const query = new URLSearchParams({limit: LISTED, ...more});
+  if (state.chosen !== ALL) query.set("agent_name", state.chosen);
+  return `/runs?${query}`;
+};
+
+async function loadOlder() {
+  const chosen = state.chosen;
+  const last = state.listed.at(-1);
+  try {
+    const {runs} = await askJson(runsPath({before: last}));
+    if (chosen !== state.chosen) return;
+    learn(runs);
+    state.listed.push(...runs.map((run) => run.run_id).filter((id) => !state.listed.includes(id)));
+    state.hasOlder = runs.length === LISTED;
+    showRuns();
+  } catch (failure) {
+    failed(failure);
+  }
+}
+
+// Takes over what the server says of runs; tells a screen reader of those that have ended.
+function learn(runs) {
+  const ended = [];
+  for (const run of runs) {
+    const before = state.runs.get(run.run_id);
+    if (before && !isOver(before) && isOver(run)) ended.push(run);
+    state.runs.set(run.run_id, run);
+  }
+  if (ended.length === 1) {
+    const [run] = ended;
+    const how = isWell(run) ? "ended well" : `failed: ${endOf(run)}`;
+    setText(byId("told"), `${run.agent_name}: ${firstLine(run.cmd)} ${how}`);
+  } else if (ended.length > 1) {
+    setText(byId("told"), `${ended.length} runs have ended`);
+  }
+}
+
+// Puts the newest runs before those that are listed already.
+function list(newest) {
+  const ids = newest.map((run) => run.run_id);
+  const isWhole = newest.length < LISTED;
+  const overlap = state.listed.indexOf(ids.at(-1));
+  if (isWhole) {
+    state.listed = ids;
+    state.hasOlder = false;
+  } else if (overlap < 0 || state.listed.length <= LISTED) {
+    state.listed = ids;
+    state.hasOlder = true;
+  } else {
+    state.listed = [...ids, ...state.listed.slice(overlap + 1)];
+  }
+  const kept = new Set([...state.listed, ...state.running.map((run) => run.run_id), state.run]);
+  for (const id of state.runs.keys()) if (!kept.has(id)) state.runs.delete(id);
+}
+
+// ---- The output of a run.
+const output = {
+  abort: null,
+  // Of the bytes that are shown.
+  start: 0,
+  end: 0,
+  style: PLAIN,
+  unfinished: "",
+
+  open(id, start) {
+    this.abort?.abort();
+    const isSame = state.run === id;
+    state.run = id;
+    const run = state.runs.get(id);
+    this.start = start ?? Math.max(0, (run?.output_bytes ?? 0) - OUTPUT_SHOWN);
+    this.end = this.start;
+    this.style = PLAIN;
+    this.unfinished = "";
+    this.tail = null;
+    this.block = null;
+    this.lines = 0;
+    this.isCut = this.start > 0;
+    this.isComplete = false;
+    this.follows = start === undefined;
+    byId("out").replaceChildren();
+    byId("shown").hidden = false;
+    byId("list").classList.add("short");
+    if (!isSame) setText(byId("command"), visible(String(run?.cmd ?? "")));
+    document.body.classList.add("drawn");
+    showDrawer();
+    this.show();
+    showRuns();
+    this.follow(id);
+  },
+
+  close() {
+    this.abort?.abort();
+    this.abort = null;
+    const id = state.run;
+    state.run = null;
+    byId("shown").hidden = true;
+    byId("list").classList.remove("short");
+    this.widen(false);
+    showRuns();
+    rows.get(id)?.button.focus();
+  },
+
+  widen(isWide) {
+    byId("main").classList.toggle("wide", isWide);
+    setAttribute(byId("wide"), "aria-pressed", String(isWide));
+  },
+
+  async follow(id) {
+    for (let wait = 500; state.run === id && !this.isComplete; wait = Math.min(wait * 2, 8000)) {
+      const abort = new AbortController();
+      this.abort = abort;
+      let taken = 0;
+      try {
+        const headers = this.end ? {"Last-Event-ID": String(this.end)} : {};
+        await readEvents(`/runs/${id}/output`, headers, abort, async (kind, data, eventId) => {
+          if (abort !== this.abort) return;
+          if (kind === "output") {
+            this.add(data.stdout, Number(eventId));
+            wait = 500;
+            taken += data.stdout.length;
+            if (taken > BREATH) {
+              taken = 0;
+              await Promise.race([new Promise(requestAnimationFrame), pause(100)]);
+            }
+          } else if (kind === "exit") {
+            this.isComplete = true;
+            pollSoon();
+          }
+        });
+      } catch (failure) {
+        if (abort !== this.abort) return;
+        if (failure.status === 404) {
+          this.isComplete = true;
+          this.isLost = true;
+        } else failed(failure, abort);
+      }
+      if (abort !== this.abort) return;
+      this.show();
+      if (!this.isComplete) await pause(wait);
+    }
+  },
+
+  add(text, end) {
+    const size = new TextEncoder().encode(text).length;
+    if (end - size > this.end && this.end > this.start) {
+      this.finish();
+      this.put(`… ${bytes(end - size - this.end)} are left out …`, true);
+      this.style = PLAIN;
+    } else if (this.end === this.start && end - size > this.start) {
+      this.start = end - size;
+      this.isCut = this.start > 0;
+    }
+    this.end = end;
+
+    const pieces = (this.unfinished + text).split("\n");
+    this.unfinished = pieces.pop();
+    for (const piece of pieces) {
+      this.put(piece.endsWith("\r") ? piece.slice(0, -1) : piece, true);
+    }
+    // A line without an end must not grow for ever.
+    while (this.unfinished.length > LONGEST_LINE) {
+      this.put(this.unfinished.slice(0, LONGEST_LINE), true);
+      this.unfinished = this.unfinished.slice(LONGEST_LINE);
+    }
+    if (this.unfinished) this.put(this.unfinished, false);
+    this.show();
+  },
+
+  finish() {
+    if (this.unfinished) this.put(this.unfinished, true);
+    this.unfinished = "";
+  },
+
+  put(text, isWhole) {
+    for (let at = 0; at === 0 || at < text.length; at += LONGEST_LINE) {
+      this.putLine(text.slice(at, at + LONGEST_LINE), isWhole);
+    }
+  },
+
+  putLine(text, isWhole) {
+    const box = byId("out");
+    if (!this.tail) {
+      if (!this.block || this.block.childElementCount >= BLOCK_LINES) {
+        this.block = element("div", "block");
+        box.append(this.block);
+      }
+      this.tail = element("div", "line");
+      this.block.append(this.tail);
+      this.lines++;
+    }
+    const style = showLine(this.tail, text, this.style);
+    if (!isWhole) return;
+    this.style = style;
+    this.tail = null;
+    while (this.lines > OUTPUT_LINES) {
+      const first = box.querySelector(".block");
+      this.lines -= first.childElementCount;
+      first.remove();
+      this.isCut = true;
+    }
+  },
+
+  // All around the text itself.
+  show() {
+    const run = state.runs.get(state.run);
+    if (!state.run) return;
+    const box = byId("out");
+    if (run) {
+      const [sign, kind, words] = markOf(run);
+      setText(byId("mark"), sign);
+      byId("mark").className = `mark ${kind}`;
+      setText(byId("state"), [endOf(run) || words, timeOf(run)].filter(Boolean).join(" · "));
+      const started = run.started ? clock(new Date(run.started)) : "";
+      const size = run.output_bytes ?? this.end;
+      setText(byId("facts"), [run.agent_name, started, visible(run.cwd ?? ""),
+        size ? bytes(size) : "no output", run.door, visible(run.error ?? "")]
+        .filter(Boolean).join(" · "));
+      byId("end").hidden = isOver(run);
+    }
+
+    let earlier = byId("earlier");
+    if (this.isCut && !earlier) {
+      earlier = element("button", "", "Earlier output…");
+      earlier.id = "earlier";
+      earlier.addEventListener("click", () => {
+        this.open(state.run, Math.max(0, this.start - 2 * OUTPUT_SHOWN));
+      });
+      box.prepend(earlier);
+    } else if (!this.isCut) earlier?.remove();
+
+    let empty = box.querySelector(".empty");
+    if (this.lines > 0) empty?.remove();
+    else {
+      if (!empty) {
+        empty = element("p", "empty");
+        box.append(empty);
+      }
+      let text = "No output yet.";
+      if (this.isLost) text = "This output is no longer kept.";
+      else if (this.isComplete) text = "No output.";
+      setText(empty, text);
+    }
+    if (this.follows) {
+      box.scrollTop = box.scrollHeight;
+      this.placed = box.scrollTop;
+    }
+  },
+};
+
+byId("out").addEventListener("scroll", () => {
+  const {scrollHeight, scrollTop, clientHeight} = byId("out");
+  if (Math.abs(scrollTop - output.placed) < 3) return;
+  output.follows = scrollHeight - scrollTop - clientHeight < 8;
+});
+byId("close").addEventListener("click", () => output.close());
+byId("wide").addEventListener("click", () => {
+  output.widen(byId("wide").getAttribute("aria-pressed") !== "true");
+});
+byId("end").addEventListener("click", async () => {
+  const run = state.runs.get(state.run);
+  if (!run) return;
+  const question = {
+    head: "End this run?",
+    why: `${run.agent_name} has been running it for ${timeOf(run)}. It gets TERM, then KILL.`,
+    cited: visible(String(run.cmd).slice(0, 2000)),
+    yes: "End it",
+  };
+  if ((await confirmed(question)) === null) return;
+  byId("end").disabled = true;
+  try {
+    await ask(`/runs/${run.run_id}`, {method: "DELETE"});
+  } catch (failure) {
+    failed(failure);
+  }
+  byId("end").disabled = false;
+  pollSoon(0);
+});
+
+// ---- Questions.  The text of the answer; null: no.
+function confirmed({head, why = "", cited = "", text, yes}) {
+  const dialog = byId("ask");
+  setText(byId("ask-head"), head);
+  for (const [id, content] of [["ask-why", why], ["ask-cited", cited]]) {
+    setText(byId(id), content);
+    byId(id).hidden = !content;
+  }
+  const field = byId("ask-text");
+  field.hidden = text === undefined;
+  field.value = text ?? "";
+  setText(byId("ask-yes"), yes);
+  byId("ask-yes").className = text === undefined ? "danger" : "main";
+  dialog.returnValue = "";
+  dialog.showModal();
+  (text === undefined ? byId("ask-no") : field).focus();
+  return new Promise((answer) => {
+    const onClose = () => answer(dialog.returnValue === "yes" ? field.value : null);
+    dialog.addEventListener("close", onClose, {once: true});
+  });
+}
+byId("ask-yes").addEventListener("click", () => byId("ask").close("yes"));
+byId("ask-no").addEventListener("click", () => byId("ask").close());
+
+// ---- Typing.
+const NAMED = {
+  Enter: "Enter", Escape: "Escape", Tab: "Tab", Backspace: "BSpace", Delete: "DC", Insert: "IC",
+  ArrowUp: "Up", ArrowDown: "Down", ArrowLeft: "Left", ArrowRight: "Right", Home: "Home",
+  End: "End", PageUp: "PPage", PageDown: "NPage",
+};
+// So that a phone's keyboard has something to delete.
+const FILLING = "\u200b";
+
+// The name that tmux has for a key; null: it is text, or for the browser.
+function keyName(event) {
+  if (event.isComposing || event.metaKey || event.key === "Unidentified") return null;
+  const control = event.ctrlKey ? "C-" : "";
+  const alt = event.altKey ? "M-" : "";
+  let name = NAMED[event.key];
+  if (/^F([1-9]|1[0-2])$/.test(event.key)) name = event.key;
+  if (name === "Tab" && event.shiftKey) return "BTab";
+  if (name) {
+    const isPlain = ["Enter", "Escape", "Tab", "BSpace"].includes(name);
+    return control + alt + (event.shiftKey && !isPlain ? "S-" : "") + name;
+  }
+  if (!/^[ -~]$/.test(event.key) || event.getModifierState("AltGraph")) return null;
+  if (!control && !alt) return null;
+  // The browser's own: to copy and to paste.
+  if (control && event.shiftKey) return null;
+  if (control && event.key === "v") return null;
+  if (control && event.key === "c" && String(getSelection())) return null;
+  return control + alt + (event.key === " " ? "Space" : event.key);
+}
+
+const typing = {
+  isOn: false,
+  isSending: false,
+  queue: [],
+
+  card() {
+    return terminals.size === 1 ? [...terminals.values()][0] : null;
+  },
+
+  update() {
+    const card = this.card();
+    byId("typing").hidden = !card;
+    if (!card && this.isOn) this.turn(false);
+  },
+
+  turn(isOn) {
+    if (this.isOn === isOn) return;
+    this.isOn = isOn;
+    this.queue = [];
+    setAttribute(byId("keys"), "aria-checked", String(isOn));
+    byId("row").hidden = !isOn;
+    this.tell(isOn ? "Click the terminal to type. Ctrl+Alt+Enter leaves it." : "");
+    if (isOn) this.focus();
+  },
+
+  tell(text) {
+    setText(byId("hint"), text);
+  },
+
+  focus() {
+    byId("typed").value = FILLING;
+    byId("typed").focus({preventScroll: true});
+  },
+
+  text(text) {
+    const characters = [...text];
+    for (let at = 0; at < characters.length; at += TYPED_AT_ONCE) {
+      this.queue.push({text: characters.slice(at, at + TYPED_AT_ONCE).join(""), keys: []});
+    }
+    this.send();
+  },
+
+  key(name) {
+    this.queue.push({text: "", keys: [name]});
+    this.send();
+  },
+
+  // What has come together meanwhile leaves together: texts, then keys.
+  next() {
+    const first = this.queue.shift();
+    while (this.queue.length) {
+      const {text, keys} = this.queue[0];
+      const isLong = first.text.length + text.length > TYPED_AT_ONCE;
+      if ((text && (first.keys.length || isLong)) || first.keys.length >= PRESSED_AT_ONCE) break;
+      first.text += text;
+      first.keys.push(...keys);
+      this.queue.shift();
+    }
+    return first;
+  },
+
+  async send() {
+    if (this.isSending) return;
+    this.isSending = true;
+    try {
+      while (this.queue.length && this.isOn) {
+        const card = this.card();
+        const body = {...this.next(), show: false};
+        const target = card.target;
+        if (target && card.views.size > 1 && target.runId) body.run_id = target.runId;
+        await post(`/terminals/${card.agentName}/keys`, body);
+      }
+    } catch (failure) {
+      this.queue = [];
+      this.tell(`Not typed: ${failure.message}`);
+    } finally {
+      this.isSending = false;
+    }
+  },
+
+  async paste(text) {
+    const isLong = /[\n\r]/.test(text.trimEnd()) || text.length > 500;
+    let sent = text;
+    if (isLong || !text) {
+      const why = "Each line break is an Enter.";
+      sent = await confirmed({head: "Paste into the terminal", why, text, yes: "Paste"});
+      this.focus();
+    }
+    if (sent) this.text(sent.replace(/\r?\n/g, "\r").replaceAll(FILLING, ""));
+  },
+};
+
+byId("keys").addEventListener("click", () => typing.turn(!typing.isOn));
+byId("paste").addEventListener("click", () => typing.paste(""));
+for (const button of document.querySelectorAll("#row [data-key]")) {
+  // The keyboard of a phone stays as it is.
+  button.addEventListener("pointerdown", (event) => event.preventDefault());
+  button.addEventListener("click", () => typing.key(button.dataset.key));
+}
+byId("typed").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && event.ctrlKey && event.altKey) {
+    event.preventDefault();
+    byId("keys").focus();
+    return;
+  }
+  const name = keyName(event);
+  if (name === null) return;
+  event.preventDefault();
+  typing.key(name);
+});
+function takeTyped(event) {
+  if (event.isComposing) return;
+  const field = byId("typed");
+  const text = field.value.replaceAll(FILLING, "");
+  const isErased = field.value === "" && String(event.inputType).startsWith("delete");
+  field.value = FILLING;
+  if (isErased) typing.key("BSpace");
+  else if (text) typing.text(text.replace(/\n/g, "\r"));
+}
+byId("typed").addEventListener("input", takeTyped);
+byId("typed").addEventListener("compositionend", takeTyped);
+byId("typed").addEventListener("paste", (event) => {
+  event.preventDefault();
+  typing.paste(event.clipboardData.getData("text/plain"));
+});
+for (const kind of ["focus", "blur"]) {
+  byId("typed").addEventListener(kind, () => {
+    typing.card()?.card.classList.toggle("typing", kind === "focus" && typing.isOn);
+  });
+}
+
+// ---- All together.
+// Whether the server lets us in.
+let isOpen = false;
+let timer = null;
+let isPolling = false;
+let polledAt = 0;
+let isWanted = false;
+let wait = 500;
+
+function showRunning() {
+  const count = state.running.length;
+  const text = count ? `● ${count} running` : "idle";
+  setText(byId("running"), isOpen && !state.isAway ? text : "");
+  byId("running").classList.toggle("busy", count > 0);
+  const title = count ? `(${count}) pocketcoder` : "pocketcoder";
+  if (document.title !== title) document.title = title;
+  showDrawer();
+}
+
+function showDrawer() {
+  const isDrawn = document.body.classList.contains("drawn");
+  setAttribute(byId("drawer"), "aria-expanded", String(isDrawn));
+  const count = state.running.length;
+  setText(byId("drawer"), isDrawn ? "Terminals" : `Runs${count ? ` · ${count}` : ""}`);
+}
+
+byId("drawer").addEventListener("click", () => {
+  document.body.classList.toggle("drawn");
+  showDrawer();
+  for (const card of terminals.values()) card.layOut();
+});
+
+function showAll() {
+  showRunning();
+  showTabs();
+  showTerminals();
+  showRuns();
+  output.show();
+}
+
+function banner(text) {
+  byId("banner").hidden = !text;
+  setText(byId("banner"), text);
+  document.body.classList.toggle("stale", Boolean(text));
+}
+
+// What a failure means for the whole page.
+function failed(failure, abort) {
+  const isRefusal = failure instanceof Refusal;
+  if (failure.name === "AbortError" || (abort?.signal.aborted && !isRefusal)) return;
+  if (failure.status === 401) {
+    logIn();
+  } else if (isRefusal) {
+    banner(`The server says: ${failure.message}`);
+  } else {
+    state.isAway = true;
+    banner("The server is away. Trying again…");
+    showRunning();
+    watch();
+  }
+}
+
+function logIn() {
+  const isWrong = token !== "";
+  isOpen = false;
+  sessionStorage.removeItem("token");
+  token = "";
+  state.running = [];
+  output.close();
+  watch();
+  banner("");
+  state.isAway = false;
+  if (byId("login").hidden || isWrong) {
+    setText(byId("why"), isWrong
+      ? "This token is wrong, or no longer right."
+      : "It is in POCKETCODER_TOKEN where the server runs. It is kept for this tab only.");
+    byId("why").className = isWrong ? "bad-text" : "muted";
+    setAttribute(byId("token"), "aria-invalid", String(isWrong));
+    byId("login").hidden = false;
+    byId("main").hidden = true;
+    byId("tabs").hidden = true;
+    byId("drawer").hidden = true;
+    byId("token").focus();
+    byId("token").select();
+  }
+  showRunning();
+}
+
+byId("login").addEventListener("submit", (event) => {
+  event.preventDefault();
+  token = byId("token").value.trim();
+  sessionStorage.setItem("token", token);
+  pollSoon(0);
+});
+
+function enter() {
+  if (isOpen) return;
+  isOpen = true;
+  byId("token").value = "";
+  byId("login").hidden = true;
+  byId("main").hidden = false;
+  byId("tabs").hidden = false;
+  byId("drawer").hidden = false;
+}
+
+async function poll() {
+  isPolling = true;
+  isWanted = false;
+  polledAt = Date.now();
+  const {chosen} = state;
+  try {
+    const asked = [askJson(`/runs?state=running&limit=${LISTED}`)];
+    if (!document.hidden) asked.push(askJson("/terminals"), askJson(runsPath({})));
+    const [running, found, listed] = await Promise.all(asked);
+    state.running = running.runs;
+    learn(running.runs);
+    if (found) {
+      state.agents = found.terminals;
+      learn(listed.runs);
+      if (chosen === state.chosen) list(listed.runs);
+      await learnOthers();
+    }
+    enter();
+    state.isAway = false;
+    wait = 500;
+    banner("");
+    showAll();
+    watch();
+  } catch (failure) {
+    failed(failure);
+    wait = Math.min(wait * 2, LONGEST_WAIT);
+  }
+  isPolling = false;
+  plan();
+}
+
+// Runs that are shown and on no list.
+async function learnOthers() {
+  const run = state.runs.get(state.run);
+  const isListed = state.listed.includes(state.run) || state.running.includes(run);
+  if (!run || isListed || isOver(run)) return;
+  try {
+    learn([await askJson(`/runs/${state.run}`)]);
+  } catch (failure) {
+    if (failure.status !== 404) throw failure;
+  }
+}
+
+function plan() {
+  clearTimeout(timer);
+  // Without a token there is nothing to ask for.
+  if (!isOpen && !byId("login").hidden) return;
+  let time = document.hidden ? HIDDEN_POLL : POLL;
+  if (state.isAway) time = wait;
+  else if (isWanted) time = SOONEST_POLL;
+  timer = setTimeout(poll, time);
+}
+
+// Something has changed: ask before it is time.
+function pollSoon(time = SOONEST_POLL) {
+  if (isPolling || state.isAway && time) {
+    isWanted = true;
+    return;
+  }
+  if (isWanted && time) return;
+  isWanted = true;
+  clearTimeout(timer);
+  timer = setTimeout(poll, Math.max(time, time && SOONEST_POLL - (Date.now() - polledAt)));
+}
+
+document.addEventListener("visibilitychange", () => {
+  watch();
+  if (!document.hidden) pollSoon(0);
+});
+
+setInterval(() => {
+  if (document.hidden || state.isAway) return;
+  for (const card of terminals.values()) card.tick();
+  for (const id of state.listed) {
+    const run = state.runs.get(id);
+    if (run && !isOver(run)) showRunRow(run);
+  }
+  output.show();
+}, 1000);
+
+// The token goes from the address into the tab at once.
+function takeToken() {
+  const found = /(?:^#|&)token=([^&]*)/.exec(location.hash);
+  if (!found) return;
+  history.replaceState(null, "", location.pathname + location.search);
+  try {
+    sessionStorage.setItem("token", decodeURIComponent(found[1]));
+  } catch {
+    sessionStorage.setItem("token", found[1]);
+  }
+}
+
+takeToken();
+token = sessionStorage.getItem("token") ?? "";
+window.addEventListener("hashchange", () => {
+  takeToken();
+  token = sessionStorage.getItem("token") ?? "";
+  pollSoon(0);
+});
+poll();
+</script>
+</body>
+</html>
+"""
 
 
 # ==========================================================================
@@ -12139,6 +14520,34 @@ async def channel_input(job: Job, message: str | bytes) -> None:
         raise complain("channel", [*message[:2]], "0 for stdin, or 255 and 0 for its end")
 
 
+async def screens_handler(
+    state: AppState, agent_names: Sequence[str], send: Callable[[str], Awaitable[None]]
+) -> None:
+    """Send what these terminals show, until the server stops.  Cancelling this ends it.
+
+    Raises TooMany, NoSuchPath, NoTerminal.
+    """
+    async with state.screens.watch(agent_names) as reader:
+        while not reader.ended:
+            events = await reader.next(KEEP_ALIVE)
+            for event in events or [": keep-alive\n\n"]:
+                await send(event)
+
+
+async def keys_handler(state: AppState, agent_name: str, body: bytes) -> Message:
+    """Type into a terminal; what it shows then, unless `show` is false."""
+    got = read_object(body)
+    arguments = {"agent_name": agent_name, **checked(got, KEYS_FIELDS)}
+    shows = arguments["show"]
+    screen = await type_keys(state, "page", arguments, shows)
+    answer: Message = {"screen": screen} if shows else {}
+    ignored = ignored_names(got, KEYS_FIELDS.keys())
+    if ignored:
+        answer["ignored"] = ignored
+
+    return answer
+
+
 async def sse_handler(
     state: AppState,
     query: McpQuery,
@@ -12205,6 +14614,8 @@ class Endpoint(tornado.web.RequestHandler):
     slash_too = False
     # By method, in lower case.
     operations: ClassVar[Operations] = {}
+    # Whether a link of another site may lead here.
+    may_be_linked = False
     # The work that a caller waits for.
     task: asyncio.Task[Any] | None = None
 
@@ -12249,7 +14660,7 @@ class Endpoint(tornado.web.RequestHandler):
         is_preflight = method == "OPTIONS" and "Origin" in headers
         needs_token = not (self.open_to_all or is_preflight)
         query_token = self.get_query_argument("token", "") if self.token_in_query else None
-        self.owner = self.gate.admit(headers, needs_token, query_token)
+        self.owner = self.gate.admit(headers, needs_token, query_token, self.may_be_linked)
 
         # Tornado refuses what is no number.
         length = headers.get("Content-Length", "")
@@ -12307,7 +14718,7 @@ class Endpoint(tornado.web.RequestHandler):
         names = [name for name in cls.SUPPORTED_METHODS if name != "OPTIONS"]
         return [name for name in names if getattr(cls, name.lower()) is not missing]
 
-    def options(self, name: str = "") -> None:
+    def options(self, **path: str) -> None:
         self.set_header("Access-Control-Allow-Methods", ", ".join(self._allowed()))
         self.set_status(204)
 
@@ -13095,6 +15506,55 @@ class OpenapiEndpoint(Endpoint):
         self.finish_json(openapi(described_routes(), self.gate.token != ""))
 
 
+class TerminalsEndpoint(Endpoint):
+    operations: ClassVar[Operations] = {"get": LIST_TERMINALS}
+    slash_too = True
+
+    async def get(self) -> None:
+        self.finish_json({"terminals": await self.state.driver.list_terminals()})
+
+
+class ScreensEndpoint(EventsEndpoint):
+    """What terminals show, as it changes; `agents` is a name, or several with commas between."""
+
+    operations: ClassVar[Operations] = {"get": WATCH_TERMINALS}
+
+    async def get(self, agents: str) -> None:
+        # A name twice is one.
+        names = [*dict.fromkeys(PATH_FIELDS["agents"].check(agents).split(","))]
+        await self.perform(screens_handler(self.state, names, self.send_event))
+
+
+class KeysEndpoint(Endpoint):
+    operations: ClassVar[Operations] = {"post": TYPE_KEYS}
+
+    async def post(self, agent: str) -> None:
+        name = PATH_FIELDS["agent"].check(agent)
+        await self.perform(self.answer(name, self.whole_body()))
+
+    async def answer(self, agent_name: str, body: bytes) -> None:
+        self.finish_json(await keys_handler(self.state, agent_name, body))
+
+
+class PageEndpoint(Endpoint):
+    """The page, which holds no data."""
+
+    operations: ClassVar[Operations] = {"get": SHOW_PAGE, "head": SHOW_PAGE}
+    open_to_all = True
+    may_be_linked = True
+
+    async def get(self) -> None:
+        nonce = secrets.token_urlsafe(16)
+        self.set_header("Content-Type", "text/html; charset=utf-8")
+        self.set_header("Content-Security-Policy", PAGE_POLICY.format(nonce=nonce))
+        self.set_header("Referrer-Policy", "no-referrer")
+        self.set_header("Cross-Origin-Opener-Policy", "same-origin")
+        self.set_header("Cross-Origin-Resource-Policy", "same-origin")
+        self.finish(PAGE.replace(NONCE, nonce))
+
+    head = get
+
+
 class UnknownEndpoint(Endpoint):
     """Every other path."""
 
@@ -13120,6 +15580,10 @@ ROUTES: list[tuple[str, type[Endpoint]]] = [
     (r"/runs/(?P<run_id>[^/]+)/signal", RunSignalEndpoint),
     (r"/runs/(?P<run_id>[^/]+)/output", RunOutputEndpoint),
     (r"/servers", ServersEndpoint),
+    (r"/", PageEndpoint),
+    (r"/terminals", TerminalsEndpoint),
+    (r"/terminals/(?P<agents>[^/]+)", ScreensEndpoint),
+    (r"/terminals/(?P<agent>[^/]+)/keys", KeysEndpoint),
     *((f"{server}/mcp", McpEndpoint) for server in SERVERS),
     *((f"{server}/mcp/ws", McpSocket) for server in SERVERS),
     *((f"{server}/sse", SseEndpoint) for server in SERVERS),
@@ -13260,6 +15724,64 @@ def install(folder: str, names: list[str]) -> str:
 
     beside = f", and beside it {', '.join(links)}" if links else ""
     return f"wrote {target}{beside}"
+
+
+# ==========================================================================
+# Attach
+# ==========================================================================
+# A person's own view of an agent's terminal.
+#
+# I1  The view is a session of its own, which ends when its person leaves.
+# I2  It has no say in the size of the agent's terminal.
+def attach(driver: PocketCoderDriver, agent_name: str, only_watches: bool) -> int:
+    """Show an agent's terminal until the person leaves; the exit status.  Raises ProxyError."""
+    if not (os.isatty(0) and os.isatty(1)):
+        raise ProxyError(
+            "attach: stdin and stdout must be a terminal, as with `docker exec -it`; to read one"
+            " from a program: GET /terminals"
+        )
+
+    around = os.environ.get("TMUX", "").partition(",")[0]
+    if around and os.path.realpath(around) == os.path.realpath(driver.socket_path):
+        raise ProxyError("attach: you are inside of this tmux already: C-b w lists its windows")
+
+    return asyncio.run(show_view(driver, agent_name, only_watches))
+
+
+async def show_view(driver: PocketCoderDriver, agent_name: str, only_watches: bool) -> int:
+    """The same, whether or not the terminal is there yet."""
+    try:
+        await driver.terminal(agent_name).make()
+        window_id = (await driver.window(agent_name))[0].window_id
+    finally:
+        await driver.close()
+
+    # Tmux heeds a client's wish to have no say only while there is one without such a wish.  This
+    # one has no size.
+    session = driver.session_name
+    beside = await Tmux.join(
+        driver.socket_path, session, "no-output", lambda: Tmux(session, ignore)
+    )
+
+    try:
+        view = await asyncio.create_subprocess_exec(
+            *view_command(driver, window_id, only_watches), env=tmux_environment()
+        )
+        return await view.wait()
+    finally:
+        beside.close()
+        await beside.ended.wait()
+
+
+def view_command(driver: PocketCoderDriver, window_id: str, only_watches: bool) -> list[str]:
+    """What shows a person one window in a session of its own."""
+    name = f"{driver.session_name}-view-{secrets.token_hex(4)}"
+    return [
+        *("tmux", "-S", driver.socket_path, "new-session", "-t", f"={driver.session_name}"),
+        *("-s", name, "-f", "ignore-size,read-only" if only_watches else "ignore-size"),
+        *(";", "set-option", "-t", f"={name}:", "destroy-unattached", "on"),
+        *(";", "select-window", "-t", f"={name}:{window_id}"),
+    ]
 
 
 # ==========================================================================
@@ -13650,6 +16172,14 @@ SHELL_HELP = Level(
     usage="pocketcoder shell {-c CMD [ARG0 ARG...], --command CMD, WORD..., -s [ARG...],"
     " FILE [ARG...]}",
 )
+ATTACH_HELP = Level(
+    summary="watch an agent's terminal and type there, in the sandbox; C-b d leaves",
+    variables=("TMUX_SOCKET", "TMUX_SESSION"),
+    examples={
+        "pocketcoder attach": f"the terminal of {default_agent_name()}, in a view of your own",
+        "pocketcoder attach -r alice": "that of another agent, only to watch",
+    },
+)
 CHECK_HELP = Level(
     summary="exit with 0 if the server is ready for commands, otherwise with 1 and the reason",
     variables=("PROXY_URL",),
@@ -13670,6 +16200,7 @@ INSTALL_HELP = Level(
 HELP = {
     "server": SERVER_HELP,
     "shell": SHELL_HELP,
+    "attach": ATTACH_HELP,
     "check": CHECK_HELP,
     "install": INSTALL_HELP,
 }
@@ -13680,8 +16211,10 @@ class Commands:
     """What the command line asks for: a subcommand, and its options."""
 
     name: str
-    # Of the shell; of `install` a directory and names.
+    # Of the shell; of `attach` an agent; of `install` a directory and names.
     arguments: tuple[str, ...] = ()
+    # Of `attach`: without typing.
+    only_watches: bool = False
     port: str = str(DEFAULT_PORT)
     host: str = "127.0.0.1"
     # Of a unix socket in place of the port; "": there is none.
@@ -13728,17 +16261,19 @@ class Cli:
             add_install_arguments(parser)
             if len(argv) == 2:
                 parser.exit_with_help()
+        elif name == "attach":
+            add_attach_arguments(parser)
         elif name == "server":
             add_server_options(parser)
 
         got = parser.parse_all(argv[2:])
         if name == "install":
             return cls(Commands(name=name, arguments=(got.folder, *got.names)))
-        if name != "server":
+        if name not in ("attach", "server"):
             return cls(Commands(name=name))
 
         try:
-            return cls(server_options(got))
+            return cls(attach_options(got) if name == "attach" else server_options(got))
         except BadMessage as wrong:
             parser.error(str(wrong))
 
@@ -13851,6 +16386,19 @@ def no_subcommand(words: list[str]) -> str:
     return f"no such subcommand: {words[0]}{guess}"
 
 
+def add_attach_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "-r", "--read-only", action="store_true", help="only watch: what you type does nothing"
+    )
+    parser.add_argument(
+        "agent",
+        metavar="AGENT",
+        nargs="?",
+        default=default_agent_name(),
+        help="default %(default)s",
+    )
+
+
 def add_install_arguments(parser: Parser) -> None:
     parser.add_argument("folder", metavar="DIR", help="where to write it")
     parser.add_argument(
@@ -13933,6 +16481,19 @@ def add_server_options(server: Parser) -> None:
     )
 
 
+def attach_options(got: argparse.Namespace) -> Commands:
+    """The options of `attach`, checked.  Raises BadMessage."""
+    if not AGENT_NAME.fullmatch(got.agent):
+        raise wrong_option("AGENT", got.agent, f"a name like {AGENT_NAME.pattern}")
+
+    return Commands(
+        name="attach",
+        arguments=(got.agent,),
+        only_watches=got.read_only,
+        workspace=workspace_of(None),
+    )
+
+
 def server_options(got: argparse.Namespace) -> Commands:
     """The options of `server`, checked.  Raises BadMessage."""
     # An unset variable maybe.
@@ -13961,7 +16522,7 @@ def server_options(got: argparse.Namespace) -> Commands:
         port=port_of(got),
         host=host_of(got),
         unix_path=unix_path_of(got),
-        workspace=workspace_of(got),
+        workspace=workspace_of(got.workspace),
         origins=tuple(got.allow_origin),
         servers=read_servers(got.mcp_server, got.mcp_config),
         audit_log=got.audit_log or "",
@@ -14010,10 +16571,9 @@ def unix_path_of(got: argparse.Namespace) -> str:
     return path
 
 
-def workspace_of(got: argparse.Namespace) -> str:
-    """A real path.  Raises BadMessage."""
+def workspace_of(path: str | None) -> str:
+    """A real path; of None that of the environment, or the default.  Raises BadMessage."""
     option = "--workspace"
-    path = got.workspace
     if path is None and os.environ.get("POCKETCODER_WORKSPACE"):
         option = "POCKETCODER_WORKSPACE"
         path = os.environ[option]
@@ -14077,10 +16637,10 @@ async def serve(options: Commands, token: str) -> None:
     log.info("stopped")
 
 
-def make_state(options: Commands) -> AppState:
-    """What the handlers share.  Raises NoTerminal, BadMessage."""
+def make_driver(options: Commands) -> PocketCoderDriver:
+    """The driver of the session that the environment names.  Raises BadMessage."""
     try:
-        driver = PocketCoderDriver(
+        return PocketCoderDriver(
             os.environ.get("TMUX_SOCKET") or DEFAULT_SOCKET,
             os.environ.get("TMUX_SESSION") or DEFAULT_SESSION,
             options.workspace,
@@ -14091,6 +16651,10 @@ def make_state(options: Commands) -> AppState:
         text = str(wrong).replace("`session_name`", "TMUX_SESSION")
         raise BadMessage(text.replace("`socket_path`", "TMUX_SOCKET")) from None
 
+
+def make_state(options: Commands) -> AppState:
+    """What the handlers share.  Raises NoTerminal, BadMessage."""
+    driver = make_driver(options)
     check_place(driver.socket_path)
 
     for folder in open_above(driver.socket_path):
@@ -14145,7 +16709,7 @@ def make_server(state: AppState, gate: Gate) -> HttpServer:
 def say_where(address: str, state: AppState) -> None:
     """Print the address for programs, and how a person watches; log the same."""
     driver = state.driver
-    attach = attach_command(driver.socket_path, driver.session_name)
+    watch = attach_command(driver.socket_path, driver.session_name)
     start = key_values(
         version=VERSION,
         address=address,
@@ -14158,13 +16722,19 @@ def say_where(address: str, state: AppState) -> None:
     with contextlib.suppress(OSError):
         print(f"pocketcoder: listening on {address}", flush=True)
     with contextlib.suppress(OSError):
-        print(f"pocketcoder: watch with: {attach}", file=sys.stderr, flush=True)
+        print(f"pocketcoder: watch with: {watch}", file=sys.stderr, flush=True)
+    if address.startswith("http:"):
+        # "Every address of this machine" is none that a browser can ask.
+        page = re.sub(r"//(0\.0\.0\.0|\[::\]):", "//localhost:", address)
+        with contextlib.suppress(OSError):
+            print(f"pocketcoder: or in a browser: {page}/", file=sys.stderr, flush=True)
 
 
 async def shut_down(state: AppState) -> None:
     """Take no more commands; give those that run STOP_GRACE seconds, and answer their callers."""
     # Callers that wait for the log are answered before the end.
     state.audit.hurry(STOP_GRACE / 2)
+    state.screens.close()
     await asyncio.gather(state.driver.close(STOP_GRACE), state.sessions.settle(STOP_GRACE))
 
     # The answers of commands that had to be ended leave now.
@@ -14196,6 +16766,11 @@ def why_not(options: Commands, token: str) -> str | None:
     if process(os.getpid()) is None:
         return "needs /proc, which is missing or not readable: it shows what runs in a terminal"
 
+    return what_tmux_lacks()
+
+
+def what_tmux_lacks() -> str | None:
+    """What is wrong with the tmux of this machine, in a sentence."""
     version = tmux_version()
     number = re.search(r"(\d+)\.(\d+)", version)
     is_old = number is not None and (int(number[1]), int(number[2])) < (3, 2)
@@ -14262,6 +16837,21 @@ def run_server(options: Commands) -> str | None:
     return None
 
 
+def run_attach(options: Commands) -> int:
+    """Show an agent's terminal to the person who calls; the exit status."""
+    wrong = what_tmux_lacks()
+    if wrong is None:
+        try:
+            return attach(make_driver(options), options.arguments[0], options.only_watches)
+        except (ProxyError, OSError) as failure:
+            wrong = str(failure)
+        except KeyboardInterrupt:
+            return 130
+
+    print(f"pocketcoder: {printable(wrong)}", file=sys.stderr)
+    return 1
+
+
 def run_install(folder: str, names: Sequence[str]) -> str | None:
     """Write the shell; otherwise what is wrong, in a sentence."""
     try:
@@ -14279,6 +16869,9 @@ def main() -> int:
     options = Cli.parse(sys.argv).command
     if options.name == "shell":
         return run_shell([*options.arguments])
+
+    if options.name == "attach":
+        return run_attach(options)
 
     if options.name == "install":
         wrong = run_install(options.arguments[0], options.arguments[1:])

@@ -991,12 +991,15 @@ import asyncio
 import contextlib
 import fcntl
 import http.client
+import http.server
 import inspect
 import logging
 import pathlib
+import pty
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -1006,6 +1009,7 @@ import statistics
 import struct
 import subprocess
 import tempfile
+import termios
 import textwrap
 import traceback
 import urllib.parse
@@ -1956,6 +1960,8 @@ class Stream:
         self.connection.request(
             "POST" if body else "GET", path, json.dumps(body) if body else None, given
         )
+        # An answer that ends with the connection takes it away.
+        self.socket = cast("socket.socket", self.connection.sock)
         self.answer = self.connection.getresponse()
         self.status = self.answer.status
 
@@ -1968,6 +1974,11 @@ class Stream:
             elif line == "\n" and data is not None:
                 return json.loads(data) if data[:1] == "{" else data
         return None
+
+    def break_off(self) -> None:
+        """End the connection, in the middle of a `next` too."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.answer.close()
@@ -2174,6 +2185,323 @@ async def close(connection: Any) -> None:
     with contextlib.suppress(asyncio.TimeoutError):
         while await asyncio.wait_for(connection.read_message(), 1) is not None:
             pass
+
+
+def screen_when(
+    watched: Stream, fact: Callable[[dict[str, Any]], Any], seconds: float = 20.0
+) -> dict[str, Any]:
+    """Read pictures until one has this fact."""
+    # The comments of a silent stream would keep the connection alive for ever.
+    timer = threading.Timer(seconds, watched.break_off)
+    timer.start()
+    screen: dict[str, Any] | None = None
+    try:
+        while (screen := watched.next()) is not None:
+            if fact(screen):
+                return dict(screen)
+    finally:
+        timer.cancel()
+    raise AssertionError(f"the stream has ended, or has not shown it within {seconds} s")
+
+
+def screen_text(screen: dict[str, Any]) -> str:
+    """What a screen shows, in all its panes."""
+    return "\n".join(pane["text"] for pane in screen["panes"])
+
+
+def shows(text: str, screen: dict[str, Any]) -> bool:
+    return text in screen_text(screen)
+
+
+def watch(proxy: Proxy, stream: OpenStream, agents: str, **headers: str) -> Stream:
+    """A stream of what terminals show, after its first picture."""
+    watched = stream(proxy, f"/terminals/{agents}", None, **headers)
+    assert watched.status == 200, watched.answer.read()
+    assert watched.next()["panes"]
+    return watched
+
+
+def count_pictures(proxy: Proxy, path: pathlib.Path) -> None:
+    """Have tmux add a line to a file for each picture that is taken."""
+    path.write_text("")
+    proxy.tmux("set-hook", "-g", "after-capture-pane", f"run-shell -b 'echo >> {path}'")
+
+
+class Browser:
+    """A Chromium of its own, driven over the DevTools protocol.
+
+    Its calls are those of a thread with an event loop: tests stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="pcb")
+        program = shutil.which("chromium") or shutil.which("chromium-browser")
+        assert program, "chromium is needed: install it, with `apt-get install chromium`"
+        words = [
+            program,
+            "--headless=new",
+            "--disable-gpu",
+            "--disable-quic",
+            "--disable-sync",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--remote-debugging-port=0",
+            f"--user-data-dir={self.folder}/profile",
+            "--lang=en-US",
+            "about:blank",
+        ]
+        if os.geteuid() == 0:
+            words.insert(1, "--no-sandbox")
+
+        self.log = open(f"{self.folder}/log", "wb")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            words,
+            stdout=self.log,
+            stderr=self.log,
+            env={**outer_environment(), "HOME": self.folder, "LANG": "C.UTF-8"},
+            start_new_session=True,
+        )
+        place = pathlib.Path(self.folder, "profile/DevToolsActivePort")
+        eventually(lambda: place.exists() and place.read_text().count("\n"), 60)
+        port, path = place.read_text().split("\n")[:2]
+
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.numbers = itertools.count(1)
+        self.answers: dict[int, asyncio.Future[Any]] = {}
+        # By session.
+        self.tabs: dict[str, Tab] = {}
+        self.await_(self._connect(f"ws://127.0.0.1:{port}{path}"))
+
+    def await_(self, work: Any, seconds: float = 30.0) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(seconds)
+
+    async def _connect(self, url: str) -> None:
+        request = tornado.httpclient.HTTPRequest(url, connect_timeout=20)
+        self.socket = await tornado.websocket.websocket_connect(
+            request, max_message_size=256 * 1024 * 1024
+        )
+        self.reading = asyncio.ensure_future(self._read())
+
+    async def _read(self) -> None:
+        while (message := await self.socket.read_message()) is not None:
+            got = json.loads(message)
+            if "id" in got:
+                future = self.answers.pop(got["id"])
+                if not future.done():
+                    future.set_result(got)
+            elif got.get("sessionId") in self.tabs:
+                self.tabs[got["sessionId"]].events.append((got["method"], got["params"]))
+
+    async def _call(self, method: str, session: str | None, params: dict[str, Any]) -> Any:
+        number = next(self.numbers)
+        answered: asyncio.Future[Any] = self.loop.create_future()
+        self.answers[number] = answered
+        message: dict[str, Any] = {"id": number, "method": method, "params": params}
+        if session:
+            message["sessionId"] = session
+
+        await self.socket.write_message(json.dumps(message))
+        answer = await answered
+        assert "error" not in answer, (method, answer)
+        return answer["result"]
+
+    async def _close(self) -> None:
+        await asyncio.wait({self.reading}, timeout=10)
+        self.socket.close()
+
+    def call(self, method: str, session: str | None = None, **params: Any) -> Any:
+        return self.await_(self._call(method, session, params))
+
+    def open(self, url: str, width: int = 1440, height: int = 900, scheme: str = "dark") -> Tab:
+        """A tab without cookies or memories of others."""
+        context = self.call("Target.createBrowserContext")["browserContextId"]
+        target = self.call("Target.createTarget", url="about:blank", browserContextId=context)
+        attached = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+        tab = Tab(self, attached["sessionId"], context)
+        self.tabs[tab.session] = tab
+        for domain in ("Page", "Runtime", "Log", "Network", "Accessibility", "DOM"):
+            tab.call(f"{domain}.enable")
+
+        tab.resize(width, height)
+        tab.prefer(scheme)
+        tab.go(url)
+        return tab
+
+    def close(self) -> None:
+        """Leave nothing behind.  Never raises: it would hide a failure."""
+        with contextlib.suppress(Exception):
+            self.call("Browser.close")
+            self.await_(self._close())
+
+        with contextlib.suppress(Exception):
+            self.process.wait(10)
+
+        with contextlib.suppress(Exception):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+        with contextlib.suppress(Exception):
+            self.process.wait(10)
+            for pid in processes_with(self.folder):
+                os.kill(pid, signal.SIGKILL)
+
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join(10)
+            self.loop.close()
+
+        self.log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Tab:
+    """A page in a browser, as a person has it."""
+
+    def __init__(self, browser: Browser, session: str, context: str) -> None:
+        self.browser = browser
+        self.session = session
+        self.context = context
+        # Method and parameters, in their order.
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def call(self, method: str, **params: Any) -> Any:
+        return self.browser.call(method, self.session, **params)
+
+    def go(self, url: str) -> None:
+        self.call("Page.navigate", url=url)
+        self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    def resize(self, width: int, height: int) -> None:
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+
+    def prefer(self, scheme: str) -> None:
+        """Light or dark."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", features=features)
+
+    def minimize(self, is_minimized: bool) -> None:
+        """Take its window away, or bring it back."""
+        window = self.call("Browser.getWindowForTarget")["windowId"]
+        state = "minimized" if is_minimized else "normal"
+        self.call("Browser.setWindowBounds", windowId=window, bounds={"windowState": state})
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression."""
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def wait_for(self, expression: str, seconds: float = 15.0) -> Any:
+        return eventually(lambda: self.evaluate(expression), seconds)
+
+    def text(self, selector: str) -> str:
+        """What a person reads there."""
+        found = self.evaluate(
+            f"[...document.querySelectorAll({json.dumps(selector)})]"
+            ".map((each) => each.innerText).join('\\n')"
+        )
+        return str(found)
+
+    def wait_for_text(self, selector: str, text: str, seconds: float = 15.0) -> None:
+        eventually(lambda: text in self.text(selector), seconds)
+
+    def click(self, selector: str) -> None:
+        """Press the mouse in the middle of an element."""
+        place = self.wait_for(
+            f"(() => {{ const found = document.querySelector({json.dumps(selector)});"
+            " if (!found) return null; found.scrollIntoView({block: 'nearest'});"
+            " const box = found.getBoundingClientRect();"
+            " return box.width && [box.x + box.width / 2, box.y + box.height / 2]; })()"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=place[0],
+                y=place[1],
+                button="left",
+                clickCount=1,
+            )
+
+    def press(self, key: str, code: int = 0, text: str = "", modifiers: int = 0) -> None:
+        """Press a key; `code` is what Windows calls it, modifiers 1 Alt, 2 Control, 8 Shift."""
+        fields: dict[str, Any] = {
+            "key": key,
+            "windowsVirtualKeyCode": code,
+            "modifiers": modifiers,
+        }
+        self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **fields)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **fields)
+
+    def type(self, text: str) -> None:
+        """Enter text as a keyboard does."""
+        self.call("Input.insertText", text=text)
+
+    def requests(self) -> list[str]:
+        """The addresses of all requests so far."""
+        return [
+            params["request"]["url"]
+            for method, params in self.events
+            if method == "Network.requestWillBeSent"
+        ]
+
+    def complaints(self) -> list[str]:
+        """What the browser has logged of faults: scripts that failed, policies that were hurt."""
+        found = [
+            params["entry"]["text"]
+            for method, params in self.events
+            if method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning")
+        ]
+        return found + [
+            json.dumps(params)
+            for method, params in self.events
+            if method == "Runtime.exceptionThrown"
+        ]
+
+    def picture(self, path: pathlib.Path | str) -> None:
+        data = self.call("Page.captureScreenshot", format="png")["data"]
+        pathlib.Path(path).write_bytes(base64.b64decode(data))
+
+    def close(self) -> None:
+        self.browser.call("Target.disposeBrowserContext", browserContextId=self.context)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    made = Browser()
+    yield made
+    made.close()
+
+
+# What the fixture `tab` gives.
+OpenTab = Callable[..., Tab]
+
+
+@pytest.fixture
+def tab(browser: Browser) -> Iterator[OpenTab]:
+    """Tabs that show the page of a server, of one agent if there is a name."""
+    made: list[Tab] = []
+
+    def make(proxy: Proxy, agent: str = "", fragment: str = "", **options: Any) -> Tab:
+        opened = browser.open(f"http://127.0.0.1:{proxy.port}/{fragment}", **options)
+        made.append(opened)
+        if agent:
+            opened.click(f"#tabs [data-agent={agent}]")
+            opened.wait_for(f"terminals.has({json.dumps(agent)}) && terminals.size === 1")
+        return opened
+
+    yield make
+    for each in made:
+        each.close()
 
 
 JSON_TYPE = {"Content-Type": "application/json"}
@@ -7276,6 +7604,242 @@ def test_whenever_the_server_is_killed_nothing_is_lost_and_nothing_comes_twice(
 
 
 # ==========================================================================
+# Screens
+# ==========================================================================
+ROWS = [
+    pytest.param(["\x1b[1;31mred\x1b[0m"], "\x1b[1;31mred\x1b[0m", id="colours-stay"),
+    pytest.param(["\x1b[38:2::1:2:3mx"], "\x1b[38:2::1:2:3mx", id="colours-with-colons-stay"),
+    pytest.param(["a\x1b[2Jb\x1b[5;5Hc\x1b[?1049hd"], "abcd", id="movements-go"),
+    pytest.param(["\x1b]0;title\x07a\x1b]2;title\x1b\\b"], "ab", id="titles-go"),
+    pytest.param(["\x1b]52;c;aGk=\x07a"], "a", id="the-clipboard-goes"),
+    pytest.param(
+        ["\x1b]8;;http://evil.example\x1b\\link\x1b]8;;\x1b\\"], "link", id="hyperlinks-go"
+    ),
+    pytest.param(["\x1bPq#0;2;0;0;0\x1b\\a\x1b_x\x1b\\b"], "ab", id="images-go"),
+    pytest.param(["a\0b\x08c\x7fd\x9be"], "abcde", id="control-characters-go"),
+    pytest.param(["\x1b[99999", "\x1b"], "", id="cut-sequences-go"),
+    pytest.param([f"\x1b[{'1;' * 60}mx"], "x", id="a-colour-that-is-too-long-goes"),
+    pytest.param(["\x0elqk", "x\x0fx"], "┌─┐\n│x", id="line-drawing-becomes-unicode"),
+    pytest.param(["a", "", ""], "a", id="empty-rows-at-the-end-go"),
+    pytest.param(["", "<b>&amp;"], "\n<b>&amp;", id="markup-is-text"),
+]
+
+
+@pytest.mark.parametrize(("rows", "text"), ROWS)
+def test_only_colours_are_left_of_escape_sequences(rows: list[str], text: str) -> None:
+    assert pp.plain_text(rows) == text
+
+
+def test_what_a_pane_shows_cannot_pass_for_another_pane() -> None:
+    row = "%9 0 0 80 24 0 0 1 1"
+    text = f"%1 0 0 80 2 5 1 1 1\n{row}\n\n%2 0 3 80 1 0 0 0 0\n{row}\n"
+    first, second = pp.read_pictures(text)
+    assert (first.pane_id, first.rows, first.has_cursor) == ("%1", [row, ""], True)
+    assert (second.pane_id, second.rows, second.has_cursor) == ("%2", [row], False)
+    with pytest.raises(pp.NoTerminal):
+        pp.read_pictures("\n\n")
+
+
+def test_a_watcher_sees_a_terminal_in_its_colours_and_size(
+    proxy: Proxy, agent: str, stream: OpenStream
+) -> None:
+    proxy.exec("printf '\\033[31mred\\033[0m plain\\n'", agent_name=agent)
+    eventually(lambda: proxy.screen(agent).rstrip().endswith("\n$"))
+    screen = stream(proxy, f"/terminals/{agent}").next()
+    assert screen["agent_name"] == agent
+    assert (screen["columns"], screen["lines"]) == (200, 50)
+
+    (pane,) = screen["panes"]
+    assert pane["pane_id"] == proxy.pane(agent)
+    assert (pane["left"], pane["top"], pane["columns"], pane["lines"]) == (0, 0, 200, 50)
+    assert (pane["command"], pane["run_id"]) == ("bash", None)
+    assert "\x1b[31mred\x1b[39m plain" in pane["text"]
+    last = pane["text"].count("\n")
+    assert screen["cursor"] == {"pane_id": pane["pane_id"], "column": 2, "line": last}
+
+
+def test_output_reaches_a_watcher_while_the_command_runs(
+    proxy: Proxy, agent: str, stream: OpenStream
+) -> None:
+    proxy.exec(f"mkfifo {agent}", agent_name=agent)
+    watched = watch(proxy, stream, agent)
+    running = proxy.start_exec(f"echo one; read -r word < {agent}; echo $word", agent_name=agent)
+    screen = screen_when(watched, lambda screen: "\none" in screen_text(screen))
+    assert re.fullmatch(pp.RUN_ID, screen["panes"][0]["run_id"])
+    assert "\ntwo" not in screen_text(screen)
+
+    pathlib.Path(proxy.workspace, agent).write_text("two\n")
+    screen_when(
+        watched,
+        lambda screen: "\ntwo" in screen_text(screen) and screen["panes"][0]["run_id"] is None,
+    )
+    assert running.result()["stdout"] == "one\ntwo\n"
+
+
+def test_panes_are_apart_also_behind_a_zoomed_one(
+    proxy: Proxy, agent: str, stream: OpenStream
+) -> None:
+    proxy.exec("true", agent_name=agent)
+    watched = watch(proxy, stream, agent)
+    running = proxy.start_exec("echo first; sleep 30", agent_name=agent)
+    screen_when(watched, lambda screen: "\nfirst" in screen_text(screen))
+    proxy.exec("echo second", agent_name=agent)
+    screen = screen_when(
+        watched,
+        lambda screen: len(screen["panes"]) == 2 and "\nsecond" in screen["panes"][1]["text"],
+    )
+    assert "\nfirst" in screen["panes"][0]["text"]
+    assert "second" not in screen["panes"][0]["text"]
+
+    pane = proxy.pane(agent)
+    proxy.tmux("resize-pane", "-Z", "-t", pane)
+    screen = screen_when(watched, lambda screen: screen["panes"][1]["top"] > 0)
+    assert (screen["columns"], screen["lines"]) == (200, 50)
+    proxy.tmux("kill-pane", "-t", screen["panes"][1]["pane_id"])
+    screen = screen_when(watched, lambda screen: len(screen["panes"]) == 1)
+    assert screen["panes"][0]["pane_id"] == pane
+    proxy.type(agent, "C-c")
+    running.result()
+
+
+def test_one_stream_shows_several_agents(proxy: Proxy, agent: str, stream: OpenStream) -> None:
+    names = [f"{agent}a", f"{agent}b"]
+    for name in names:
+        proxy.exec("true", agent_name=name)
+    watched = stream(proxy, f"/terminals/{','.join([*names, *names])}")
+    assert {watched.next()["agent_name"], watched.next()["agent_name"]} == set(names)
+    proxy.exec("echo b", agent_name=names[1])
+    screen = screen_when(watched, lambda screen: "\nb" in screen_text(screen))
+    assert screen["agent_name"] == names[1]
+
+
+def test_twenty_watchers_share_one_picture(
+    warm: StartServer, stream: OpenStream, tmp_path: pathlib.Path
+) -> None:
+    proxy = warm()
+    watchers = [watch(proxy, stream, "poco") for _ in range(20)]
+    count_pictures(proxy, tmp_path / "count")
+    proxy.exec("echo hi")
+    for watched in watchers:
+        screen_when(watched, lambda screen: "\nhi" in screen_text(screen))
+    # One or two for the command, and no more for 20 who watch.
+    assert len((tmp_path / "count").read_text()) < 6
+    # The driver, and one connection for all of them.
+    assert proxy.tmux("list-clients", "-F", "#{client_pid}").count("\n") == 1
+
+
+def test_a_flood_is_ten_pictures_a_second_at_most(
+    warm: StartServer, stream: OpenStream, tmp_path: pathlib.Path
+) -> None:
+    proxy = warm()
+    watched = watch(proxy, stream, "poco")
+    count_pictures(proxy, tmp_path / "count")
+    proxy.type("poco", "yes", "Enter")
+    screen_when(watched, lambda screen: "\ny\ny" in screen_text(screen))
+    started = time.monotonic()
+    before = len((tmp_path / "count").read_text())
+    for _ in range(10):
+        watched.next()
+    assert len((tmp_path / "count").read_text()) - before <= (time.monotonic() - started) * 10 + 2
+    assert proxy.status("GET", "/health") == 200
+
+
+def test_nothing_runs_while_nobody_watches(
+    warm: StartServer, stream: OpenStream, tmp_path: pathlib.Path
+) -> None:
+    proxy = warm()
+    watched = watch(proxy, stream, "poco")
+    assert proxy.tmux("list-clients", "-F", "#{client_pid}").count("\n") == 1
+
+    watched.close()
+    eventually(lambda: "\n" not in proxy.tmux("list-clients", "-F", "#{client_pid}"))
+    count_pictures(proxy, tmp_path / "count")
+    proxy.exec("echo hi")
+    proxy.exec("true")
+    assert (tmp_path / "count").read_text() == ""
+
+
+def test_a_watched_terminal_that_is_idle_is_left_alone(
+    warm: StartServer, stream: OpenStream, tmp_path: pathlib.Path
+) -> None:
+    proxy = warm()
+    watch(proxy, stream, "poco")
+    count_pictures(proxy, tmp_path / "count")
+    # There is no fact to wait for where nothing shall happen.
+    time.sleep(0.5)
+    before = (tmp_path / "count").read_text()
+    time.sleep(1)
+    assert (tmp_path / "count").read_text() == before
+
+
+def test_a_reader_that_does_not_read_costs_nothing_and_misses_pictures(
+    warm: StartServer, stream: OpenStream
+) -> None:
+    proxy = warm()
+    other = watch(proxy, stream, "poco")
+    with proxy.raw_connection() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.sendall(b"GET /terminals/poco HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        # More than the buffers of the connection take.
+        wide = "head -c 9000 /dev/urandom | od -An -tx1 -w64 | head -n 49"
+        before = proxy.memory()
+        for number in range(60):
+            proxy.exec(f"{wide}; echo number {number}")
+            shown = f"number {number}"
+            screen_when(other, partial(shows, shown))
+        assert proxy.memory() - before < 10_000_000
+
+
+def test_a_terminal_that_dies_is_shown_again_when_it_comes_back(
+    warm: StartServer, stream: OpenStream
+) -> None:
+    proxy = warm()
+    watched = watch(proxy, stream, "poco")
+    window = proxy.tmux("display-message", "-p", "-t", proxy.pane("poco"), "#{window_id}")
+    for end in (f"kill-window -t {window}", "kill-session -t pocketcoder", "kill-server"):
+        proxy.tmux(*end.split())
+        screen = screen_when(watched, lambda screen: not screen["panes"])
+        assert (screen["columns"], screen["cursor"]) == (0, None)
+        proxy.exec("echo back")
+        screen_when(watched, lambda screen: "\nback" in screen_text(screen))
+
+
+def test_who_cannot_be_watched_is_an_error(proxy: Proxy) -> None:
+    for path, status, said in (
+        ("/terminals/nobody", 404, "nobody"),
+        ("/terminals/poco,nobody", 404, "nobody"),
+        ("/terminals/no%20body", 400, "`agents`"),
+        ("/terminals/poco,", 400, "`agents`"),
+        ("/terminals/" + ",".join(f"a{number}" for number in range(99)), 400, "at most"),
+    ):
+        got, _, answer = proxy.request("GET", path)
+        assert (got, said in json.loads(answer)["error"]) == (status, True)
+
+
+def test_there_is_a_bound_to_watchers(warm: StartServer, stream: OpenStream) -> None:
+    proxy = warm()
+    watchers = [stream(proxy, "/terminals/poco") for _ in range(pp.MAX_WATCHERS)]
+    assert {watched.status for watched in watchers} == {200}
+    status, _, answer = proxy.request("GET", "/terminals/poco")
+    assert status == 503
+    assert "close another page" in json.loads(answer)["error"]
+
+    watchers[0].close()
+    eventually(lambda: stream(proxy, "/terminals/poco").status == 200)
+
+
+def test_a_stopping_server_ends_the_streams_of_watchers(
+    warm: StartServer, stream: OpenStream
+) -> None:
+    proxy = warm()
+    watched = watch(proxy, stream, "poco")
+    started = time.monotonic()
+    assert proxy.stop() == 0
+    assert time.monotonic() - started < pp.STOP_GRACE
+    assert watched.next() is None
+
+
+# ==========================================================================
 # Audit log
 # ==========================================================================
 def test_the_audit_log_has_the_start_and_the_end_of_each_command(
@@ -11055,7 +11619,7 @@ REFUSED = [
         "OPTIONS", "/exec", {"Origin": "http://evil.example"}, 403, id="preflight-from-elsewhere"
     ),
     pytest.param("OPTIONS", "/exec", {}, 405, id="options-without-origin"),
-    pytest.param("GET", "/", {}, 404, id="no-such-path"),
+    pytest.param("GET", "/nowhere", {}, 404, id="no-such-path"),
     pytest.param("POST", "/exec/", JSON_TYPE, 404, id="slash-after-exec"),
     pytest.param("GET", "/health", {"Host": "evil.example"}, 403, id="get-with-a-host-elsewhere"),
     pytest.param("GET", "/servers", {"Sec-Fetch-Site": "same-site"}, 403, id="same-site"),
@@ -11319,6 +11883,614 @@ def test_an_allowed_browser_sees_the_session_header(own: StartServer) -> None:
     assert {"Mcp-Method", "Mcp-Name", "MCP-Protocol-Version"} <= set(
         headers["access-control-allow-headers"].split(", ")
     )
+
+
+OWN_ORIGINS = [
+    pytest.param("http://sandbox:3001", "sandbox:3001", True, id="the-same"),
+    pytest.param("https://sandbox.example", "sandbox.example", True, id="behind-tls"),
+    pytest.param("https://sandbox.example", "sandbox.example:443", True, id="port-of-tls-in-host"),
+    pytest.param("http://Sandbox.example:80", "sandbox.example", True, id="port-in-origin"),
+    pytest.param("http://[fd00::1]:3001", "[fd00::1]:3001", True, id="ipv6"),
+    pytest.param("http://sandbox", "sandbox:3001", False, id="another-port"),
+    pytest.param("https://sandbox:80", "sandbox", False, id="port-of-another-scheme"),
+    pytest.param("http://evil.example", "sandbox:3001", False, id="another-host"),
+    pytest.param("http://sandbox:3001.evil.example", "sandbox:3001", False, id="begins-like-it"),
+    pytest.param("http://evil.sandbox:3001", "sandbox:3001", False, id="ends-like-it"),
+    pytest.param("http://user@sandbox:3001", "sandbox:3001", False, id="user"),
+    pytest.param("null", "null", False, id="null"),
+    pytest.param("file://sandbox:3001", "sandbox:3001", False, id="another-scheme"),
+    pytest.param("", "", False, id="empty"),
+]
+
+
+@pytest.mark.parametrize(("origin", "host", "is_own"), OWN_ORIGINS)
+def test_with_a_token_the_page_may_call_by_any_name_of_the_server(
+    origin: str, host: str, is_own: bool
+) -> None:
+    headers = {"Origin": origin, "Host": host, "Authorization": "Bearer t0k"}
+    gate = pp.Gate(token="t0k")
+    if is_own:
+        assert gate.admit(headers) == "t0k"
+        with pytest.raises(pp.Unauthorized):
+            gate.admit({**headers, "Authorization": "Bearer guess"})
+    else:
+        with pytest.raises(pp.Forbidden):
+            gate.admit(headers)
+
+    # Without a token a name may have been bound to us anew.
+    with pytest.raises(pp.Forbidden):
+        pp.Gate().admit(headers)
+
+
+@pytest.mark.parametrize("path", ["/terminals", "/terminals/poco", "/terminals/poco/keys"])
+def test_a_foreign_page_gets_nothing_of_terminals(guarded: Proxy, path: str) -> None:
+    method = "POST" if path.endswith("keys") else "GET"
+    token = {**JSON_TYPE, "Authorization": f"Bearer {guarded.token}"}
+    body = b'{"text": "touch pwned\\r"}' if method == "POST" else None
+    for headers, status in (
+        (JSON_TYPE, 401),
+        ({**token, "Origin": "http://evil.example"}, 403),
+        ({**token, "Origin": "null"}, 403),
+        ({**token, "Sec-Fetch-Site": "cross-site"}, 403),
+        ({**token, "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 403),
+    ):
+        got, answer_headers, answer = guarded.request(method, path, body, headers)
+        assert (got, b"panes" in answer) == (status, False)
+        assert "access-control-allow-origin" not in answer_headers
+
+    # Only clients that cannot set headers have it in the address.
+    assert guarded.status(method, f"{path}?token={guarded.token}", body, JSON_TYPE) == 401
+    assert not os.path.exists(f"{guarded.workspace}/pwned")
+
+
+# ==========================================================================
+# Page
+# ==========================================================================
+def test_the_page_needs_no_token_and_holds_no_data(guarded: Proxy) -> None:
+    given = {"Authorization": f"Bearer {guarded.token}"}
+    guarded.post({"cmd": "echo secret-command"})
+    status, headers, page = guarded.request("GET", "/", headers={"Host": "sandbox.example"})
+    assert status == 200
+    assert headers["content-type"] == "text/html; charset=utf-8"
+    for secret in (b"secret-command", guarded.token.encode(), guarded.workspace.encode()):
+        assert secret not in page
+
+    # It is the same for everybody, but for the nonce.
+    nonces = [re.findall(rb'nonce="([^"]+)"', page)]
+    other = guarded.request("GET", "/", headers=given)[2]
+    nonces.append(re.findall(rb'nonce="([^"]+)"', other))
+    assert [len(each) for each in nonces] == [2, 2]
+    assert len({each for found in nonces for each in found}) == 2
+    assert page.replace(nonces[0][0], b"") == other.replace(nonces[1][0], b"")
+
+
+def test_the_page_may_load_nothing_and_be_in_nothing(proxy: Proxy) -> None:
+    _, headers, page = proxy.request("GET", "/")
+    nonce = re.findall(rb'nonce="([^"]+)"', page)[0].decode()
+    rules = dict(
+        rule.strip().split(" ", 1) for rule in headers["content-security-policy"].split(";")
+    )
+    assert rules == {
+        "default-src": "'none'",
+        "script-src": f"'nonce-{nonce}'",
+        "style-src": f"'nonce-{nonce}'",
+        "connect-src": "'self'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "'none'",
+    }
+    assert headers["referrer-policy"] == "no-referrer"
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cache-control"] == "no-store"
+    # No address of another place is in it, but the name of a format.
+    assert set(re.findall(rb"https?://[\w.]+", page)) == {b"http://www.w3.org"}
+    assert not re.findall(rb"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", page)
+    assert proxy.request("HEAD", "/")[0] == 200
+
+
+def test_a_link_of_another_site_may_lead_to_the_page_only(proxy: Proxy) -> None:
+    linked = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert proxy.status("GET", "/", None, linked) == 200
+    assert proxy.status("GET", "/terminals", None, linked) == 403
+    assert proxy.status("GET", "/", None, {**linked, "Sec-Fetch-Mode": "no-cors"}) == 403
+    assert proxy.status("GET", "/", None, {**linked, "Host": "evil.example"}) == 403
+
+
+@pytest.mark.browser
+def test_live_output_appears_in_its_colours(proxy: Proxy, agent: str, tab: OpenTab) -> None:
+    proxy.exec(f"mkfifo {agent}", agent_name=agent)
+    page = tab(proxy, agent)
+    proxy.exec(
+        "printf '\\033[31mred\\033[0m \\033[48;5;21mblue\\033[0m \\033[1;38;2;1;200;3mgreen\\033[0m\\n'",
+        agent_name=agent,
+    )
+    running = proxy.start_exec(f"echo before; cat {agent}", agent_name=agent)
+    page.wait_for_text(".row", "\nbefore")
+
+    def style(text: str, name: str) -> Any:
+        return page.evaluate(
+            "getComputedStyle([...document.querySelectorAll('.row span')]"
+            f".find((each) => each.textContent === {text!r})).{name}"
+        )
+
+    assert style("red", "color") == "rgb(240, 113, 120)"
+    assert style("blue", "backgroundColor") == "rgb(0, 0, 255)"
+    assert style("green", "fontWeight") == "700"
+    assert style("green", "color") == "rgb(1, 200, 3)"
+
+    assert "\nafter" not in page.text(".row")
+    pathlib.Path(proxy.workspace, agent).write_text("after\n")
+    page.wait_for_text(".row", "\nafter")
+    assert running.result()["exit_code"] == 0
+    assert page.complaints() == []
+
+
+@pytest.mark.browser
+def test_a_run_is_seen_running_and_ended(warm: StartServer, tab: OpenTab) -> None:
+    proxy = warm()
+    proxy.exec("mkfifo go")
+    page = tab(proxy)
+    page.wait_for_text("#runs", "mkfifo go")
+    assert page.evaluate("document.title") == "pocketcoder"
+    assert page.text("#running") == "idle"
+
+    running = proxy.start_exec("cat go; exit 3")
+    page.wait_for_text("#runs li:first-child", "cat go; exit 3")
+    page.wait_for("document.title === '(1) pocketcoder'")
+    assert page.text("#running") == "● 1 running"
+    assert page.text("#runs li:first-child .mark") == "●"
+    page.wait_for_text(".card .head", "cat go; exit 3")
+
+    pathlib.Path(proxy.workspace, "go").write_text("done\n")
+    assert running.result()["exit_code"] == 3
+    page.wait_for_text("#runs li:first-child .mark", "✗")
+    assert "exit 3" in page.text("#runs li:first-child .facts")
+    page.wait_for("document.title === 'pocketcoder'")
+    # What a screen reader is told.
+    assert page.evaluate("byId('told').textContent") == "poco: cat go; exit 3 failed: exit 3"
+    assert page.text("#count") == "3 · 1 failed"
+
+
+@pytest.mark.browser
+def test_the_output_of_a_run_is_followed_while_it_comes(warm: StartServer, tab: OpenTab) -> None:
+    proxy = warm()
+    proxy.exec("mkfifo go")
+    running = proxy.start_exec("printf 'one\\033[32mgreen\\033[0m\\n10%%\\r100%%\\n'; cat go")
+    page = tab(proxy)
+    page.click("#runs li:first-child button")
+    page.wait_for_text("#out", "100%")
+    assert page.text("#out .line") == "onegreen\n100%"
+    assert page.evaluate("document.querySelector('#out .f2').textContent") == "green"
+    assert page.text("#command") == "printf 'one\\033[32mgreen\\033[0m\\n10%%\\r100%%\\n'; cat go"
+
+    with open(f"{proxy.workspace}/go", "w") as pipe:
+        pipe.write("two\nhalf")
+        pipe.flush()
+        page.wait_for_text("#out", "\nhalf")
+        pipe.write(" a line\n")
+    page.wait_for_text("#out", "\nhalf a line")
+    assert running.result()["exit_code"] == 0
+    page.wait_for_text("#state", "ended well")
+    assert page.evaluate("byId('end').hidden") is True
+    assert page.complaints() == []
+
+
+@pytest.mark.browser
+def test_of_a_long_output_the_end_is_shown_and_more_on_demand(
+    warm: StartServer, tab: OpenTab
+) -> None:
+    proxy = warm()
+    proxy.exec("seq 200000")
+    page = tab(proxy)
+    page.click("#runs li:first-child button")
+    page.wait_for("byId('out').innerText.endsWith('\\n200000')")
+    shown = page.evaluate("document.querySelectorAll('#out .line').length")
+    assert 10_000 < shown <= 20_000
+    page.click("#earlier")
+    page.wait_for("output.isComplete && output.start < 1000")
+    page.click("#close")
+    assert page.evaluate("byId('shown').hidden") is True
+    assert page.evaluate("document.activeElement.closest('#runs') !== null") is True
+
+
+@pytest.mark.browser
+def test_a_run_is_ended_only_after_it_was_asked_once_more(warm: StartServer, tab: OpenTab) -> None:
+    proxy = warm()
+    running = proxy.start_exec("echo started; sleep 600")
+    page = tab(proxy)
+    page.wait_for_text("#runs li:first-child", "sleep 600")
+    page.click("#runs li:first-child button")
+    page.wait_for_text("#out", "started")
+    page.click("#end")
+    page.wait_for("byId('ask').open")
+    assert "sleep 600" in page.text("#ask-cited")
+    # The answer that does no harm has the focus.
+    assert page.evaluate("document.activeElement.id") == "ask-no"
+    page.press("Enter", 13, "\r")
+    page.wait_for("!byId('ask').open")
+    assert not running.future.done()
+
+    page.click("#end")
+    page.click("#ask-yes")
+    assert running.result()["ended"] == "cancelled"
+    page.wait_for_text("#state", "cancelled")
+
+
+@pytest.mark.browser
+def test_keys_go_through_only_while_they_are_switched_on(
+    proxy: Proxy, agent: str, tab: OpenTab
+) -> None:
+    proxy.exec("true", agent_name=agent)
+    page = tab(proxy, agent)
+    page.click(".view")
+    page.type("echo no\r")
+    page.press("Enter", 13, "\r")
+
+    page.click("#keys")
+    assert page.evaluate("byId('keys').getAttribute('aria-checked')") == "true"
+    assert page.evaluate("document.activeElement.id") == "typed"
+    page.type("echo ab")
+    page.press("Backspace", 8)
+    page.type("ü\u4e2d")
+    page.press("Enter", 13, "\r")
+    page.wait_for_text(".row", "\naü\u4e2d")
+    page.type("cat")
+    page.press("Enter", 13, "\r")
+    page.wait_for_text(".card .head", "cat")
+    page.press("c", 67, modifiers=2)
+    page.wait_for_text(".row", "^C")
+
+    # By keyboard alone one gets out, and to the switch.
+    page.press("Enter", 13, modifiers=3)
+    page.wait_for("document.activeElement.id === 'keys'")
+    page.press(" ", 32, " ")
+    page.wait_for("byId('keys').getAttribute('aria-checked') === 'false'")
+    assert "echo no" not in proxy.screen(agent)
+    assert page.complaints() == []
+
+
+@pytest.mark.browser
+def test_a_phone_has_a_row_of_keys_and_pastes(proxy: Proxy, agent: str, tab: OpenTab) -> None:
+    proxy.exec("true", agent_name=agent)
+    page = tab(proxy, agent, width=360, height=740)
+    running = proxy.start_exec("cat -v </dev/tty", agent_name=agent)
+    page.wait_for_text(".row", "cat -v")
+    page.click("#keys")
+    for key in ("Escape", "Up", "Down", "Right", "Left", "Tab", "Enter"):
+        page.click(f"#row [data-key={key}]")
+    page.wait_for_text(".row", "\n^[^[[A^[[B^[[C^[[D")
+    page.click("#row [data-key=C-c]")
+    assert running.result()["exit_code"] == 130
+
+    page.click("#paste")
+    page.wait_for("byId('ask').open && document.activeElement.id === 'ask-text'")
+    page.type("echo pas''ted\necho tw''ice\n")
+    page.click("#ask-yes")
+    page.wait_for_text(".row", "\npasted")
+    page.wait_for_text(".row", "\ntwice")
+
+    # One line needs no question.
+    page.evaluate(
+        "(() => { const data = new DataTransfer(); data.setData('text/plain', 'echo o\\'\\'ne');"
+        " byId('typed').dispatchEvent(new ClipboardEvent('paste', {clipboardData: data})); })()"
+    )
+    page.click("#row [data-key=Enter]")
+    page.wait_for_text(".row", "\none")
+
+
+ATTACKS = [
+    pytest.param("<script>document.title='pwned'</script>", "<script>", id="script"),
+    pytest.param("<img src=x onerror=\"document.title='pwned'\">", "<img src=x", id="image"),
+    pytest.param("<svg onload=document.title=1><a href=//evil.example>", "<svg onload", id="svg"),
+    pytest.param("</div></textarea></script><iframe src=//evil.example>", "</div>", id="end-tags"),
+    pytest.param("&lt;b&gt; &#60;b&#62;", "&lt;b&gt;", id="entities"),
+    pytest.param(
+        "http://evil.example/ javascript:alert(1)", "http://evil.example/", id="addresses"
+    ),
+    pytest.param("data:text/html,<script>alert(1)</script>", "data:text/html", id="data"),
+    pytest.param("\x1b]8;;http://evil.example\x1b\\link\x1b]8;;\x1b\\.", "link.", id="hyperlink"),
+    pytest.param("\x1b]52;c;cHduZWQ=\x07clip", "clip", id="clipboard"),
+    pytest.param("\x1b]0;pwned\x07\x1b]2;pwned\x1b\\name", "name", id="title"),
+    pytest.param("\x1b[38;2;url(//evil);1;1mx\x1b[0my", "", id="colour-that-is-none"),
+    pytest.param("\x1b[38;2;999;-1;1mx\x1b[48;5;999my\x1b[0m", "xy", id="colour-out-of-range"),
+    pytest.param("\x1b[5i\x1b[4i\x1bPpwned\x1b\\print", "print", id="printer"),
+    pytest.param("abc\u202egnp.exe\u2066x", "abc", id="text-in-the-other-direction"),
+    pytest.param("a\0b\x01\x07\x7f\x9bc", "", id="control-characters"),
+    pytest.param("x" * 300_000, "x" * 50, id="a-long-line"),
+    pytest.param("\x1b[1m" * 20_000 + "many", "many", id="many-sequences"),
+    pytest.param("\n" * 20_000 + "below", "below", id="many-lines"),
+    pytest.param("\ud800".encode(errors="surrogatepass").decode(errors="replace"), "", id="utf-8"),
+]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("attack", "seen"), ATTACKS)
+def test_what_is_printed_never_becomes_markup_a_link_or_a_request(
+    proxy: Proxy, agent: str, tab: OpenTab, attack: str, seen: str
+) -> None:
+    path = pathlib.Path(proxy.workspace, agent)
+    path.write_bytes(attack.encode() + b"\n")
+    proxy.exec("true", agent_name=agent)
+    page = tab(proxy, agent)
+    elements = "[...document.querySelectorAll('*')].map((each) => each.localName)"
+    known = set(page.evaluate(elements)) | {"span", "div", "button", "p", "li"}
+    assert not known & {"a", "img", "iframe", "svg", "object", "embed"}
+    page.evaluate("window.opened = []; window.open = (...all) => opened.push(all); 0")
+
+    # In a command, on a terminal, in an output.
+    comment = re.sub(r"[\0\n\r]", " ", attack)[:2000]
+    proxy.exec(f"cat {agent} # {comment}", agent_name=agent)
+    proxy.exec(f"cat {agent} >/dev/tty; echo the end", agent_name=agent)
+    page.wait_for_text(".row", "\nthe end")
+    page.wait_for_text("#runs li:first-child", "echo the end")
+    assert len(page.text(".row")) < 200_000
+    page.click("#runs li:nth-child(2) button")
+    page.wait_for("output.isComplete")
+    page.wait_for_text("#out", seen)
+    assert seen[:40] in page.text(".row") or len(attack) > 10_000
+
+    assert set(page.evaluate(elements)) <= known
+    assert page.evaluate("document.scripts.length") == 1
+    assert re.fullmatch(r"(\(\d\) )?pocketcoder", page.evaluate("document.title"))
+    assert page.evaluate("opened.length") == 0
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth") is True
+    own = f"http://127.0.0.1:{proxy.port}/"
+    assert [url for url in page.requests() if not url.startswith((own, "data:image/svg"))] == []
+    assert [name for name, _ in page.events if name == "Page.javascriptDialogOpening"] == []
+    assert page.complaints() == []
+    for sign in "\u202e\u2066\0\x07\x1b":
+        assert sign not in page.text("body")
+
+
+@pytest.mark.browser
+def test_a_page_of_another_site_gets_nothing(
+    warm: StartServer, browser: Browser, tmp_path: pathlib.Path
+) -> None:
+    proxy = warm()
+    (tmp_path / "index.html").write_text("<p>elsewhere</p>")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        serving = Background(server.serve_forever)
+        foreign = browser.open(f"http://127.0.0.1:{server.server_port}/")
+        own = f"http://127.0.0.1:{proxy.port}"
+        for path in ("/", "/terminals", "/terminals/poco", "/runs"):
+            for mode in ("cors", "no-cors"):
+                got = foreign.evaluate(
+                    f"fetch('{own}{path}', {{mode: '{mode}'}})"
+                    ".then((answer) => answer.text()).catch(() => 'refused')"
+                )
+                assert got in ("refused", "")
+
+        foreign.evaluate(
+            f"(() => {{ const frame = document.createElement('iframe'); frame.src = '{own}/';"
+            " document.body.append(frame); })()"
+        )
+        eventually(lambda: any("frame" in text for text in foreign.complaints()))
+        # A link leads there all the same.
+        foreign.go(f"{own}/")
+        foreign.wait_for("document.title === 'pocketcoder'")
+        foreign.close()
+        server.shutdown()
+        serving.result()
+
+
+@pytest.mark.browser
+def test_several_agents_are_side_by_side_or_one_at_a_time(warm: StartServer, tab: OpenTab) -> None:
+    proxy = warm()
+    # Names that JavaScript has things for.
+    for name in ("constructor", "toString"):
+        proxy.exec(f"echo I am {name}", agent_name=name)
+    page = tab(proxy)
+    page.wait_for("document.querySelectorAll('#terminals .card').length === 3")
+    page.wait_for_text("#terminals", "I am toString")
+    places = page.evaluate(
+        "[...document.querySelectorAll('#terminals .card')].map((each) => each.offsetTop)"
+    )
+    assert places[0] == places[1] < places[2]
+
+    # With the keys that tabs have.
+    page.evaluate("document.querySelector('#tabs [aria-selected=true]').focus()")
+    page.press("ArrowRight", 39)
+    page.wait_for("terminals.size === 1 && terminals.has('constructor')")
+    page.wait_for("document.activeElement.dataset.agent === 'constructor'")
+    page.wait_for_text("#terminals", "I am constructor")
+    page.wait_for("byId('runs').innerText.includes('constructor')")
+    assert "toString" not in page.text("#runs")
+    page.press("End", 35)
+    page.wait_for("terminals.has('toString')")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_usable_on_a_phone(proxy: Proxy, agent: str, tab: OpenTab, scheme: str) -> None:
+    proxy.exec("seq 100; printf '%0200d\\n' 5", agent_name=agent)
+    page = tab(proxy, agent, width=360, height=740, scheme=scheme)
+    page.click("#keys")
+
+    def fits() -> None:
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        small = page.evaluate(
+            "[...document.querySelectorAll('button, input')].filter((each) => {"
+            " const box = each.getBoundingClientRect();"
+            " return box.width && (box.width < 28 || box.height < 28); })"
+            ".map((each) => each.outerHTML)"
+        )
+        assert small == []
+
+    fits()
+    page.wait_for_text(".row", "\n100")
+    page.click("#drawer")
+    page.click("#runs li:first-child button")
+    page.wait_for("output.isComplete")
+    fits()
+    assert page.evaluate("byId('left').offsetWidth") == 0
+    page.click("#close")
+    page.wait_for("byId('runs').offsetWidth > 300")
+    fits()
+    page.click("#drawer")
+    page.wait_for("byId('left').offsetWidth > 300")
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert colour == {"light": "rgb(244, 245, 246)", "dark": "rgb(21, 23, 27)"}[scheme]
+
+
+@pytest.mark.browser
+def test_texts_can_be_read_on_light_and_dark(proxy: Proxy, agent: str, tab: OpenTab) -> None:
+    sequences = [f"\\033[{number}mxx\\033[0m " for number in (*range(30, 38), *range(90, 98))]
+    sequences += [f"\\033[38;5;{number}mxx\\033[0m " for number in range(16, 256, 7)]
+    proxy.exec(f"printf '{''.join(sequences)}\\n'", agent_name=agent)
+    page = tab(proxy, agent)
+    page.wait_for("document.querySelectorAll('.row span').length > 40")
+    contrast = """(() => {
+        const light = (text) => {
+            const parts = text.match(/[\\d.]+/g).slice(0, 3).map((each) => {
+                const part = each / 255;
+                return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+            });
+            return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+        };
+        const ratio = (one, two) => {
+            const [low, high] = [light(one), light(two)].sort((a, b) => a - b);
+            return (high + 0.05) / (low + 0.05);
+        };
+        const back = (node) => {
+            for (; node; node = node.parentElement) {
+                const colour = getComputedStyle(node).backgroundColor;
+                if (colour !== "rgba(0, 0, 0, 0)") return colour;
+            }
+        };
+        const worst = (selector) => Math.min(...[...document.querySelectorAll(selector)]
+            .filter((each) => each.offsetWidth && each.innerText.trim())
+            .map((each) => ratio(getComputedStyle(each).color, back(each))));
+        return [worst("h1, h2, p, button, .muted, .facts, .time"), worst(".row span")];
+    })()"""
+    for scheme in ("light", "dark"):
+        page.prefer(scheme)
+        texts, colours = page.evaluate(contrast)
+        # What WCAG asks of text; colours of programs are theirs, but can be seen.
+        assert texts >= 4.5
+        assert colours >= 2.2
+
+
+@pytest.mark.browser
+def test_a_screen_reader_finds_its_way(warm: StartServer, tab: OpenTab) -> None:
+    proxy = warm()
+    proxy.exec("exit 2", agent_name="alice")
+    proxy.exec("true")
+    page = tab(proxy, "poco")
+    page.wait_for_text("#runs", "true")
+    page.wait_for_text(".row", "$ true")
+    page.click("#runs li:first-child button")
+    page.click("#keys")
+    page.wait_for("output.isComplete")
+    found = {
+        (node["role"]["value"], node.get("name", {}).get("value", ""))
+        for node in page.call("Accessibility.getFullAXTree")["nodes"]
+        if not node["ignored"]
+    }
+    for role, name in (
+        ("tablist", "Agents"),
+        ("tab", "poco"),
+        ("tab", "All"),
+        ("tabpanel", "Terminals"),
+        ("region", "Screen of poco"),
+        ("toolbar", "Typing"),
+        ("switch", "Keys"),
+        ("button", "Escape"),
+        ("button", "Control C"),
+        ("complementary", "Runs"),
+        ("list", "Runs"),
+        ("region", "Output of the run"),
+        ("button", "Close the output"),
+        ("button", "Fit the columns of poco"),
+        ("textbox", "Keys for the terminal"),
+    ):
+        assert (role, name) in found, sorted(found)
+    # A run says how it is before what it is.
+    assert any(role == "button" and name.startswith("ended well: true") for role, name in found)
+    # Nothing that can be pressed is without a name.
+    assert [role for role, name in found if role in ("button", "tab", "textbox") and not name] == []
+
+
+@pytest.mark.browser
+def test_a_server_that_is_away_is_found_again(warm: StartServer, tab: OpenTab) -> None:
+    proxy = warm()
+    proxy.exec("echo before")
+    page = tab(proxy)
+    page.wait_for_text(".row", "\nbefore")
+    port = proxy.port
+    proxy.stop()
+    page.wait_for_text("#banner", "The server is away")
+    assert "before" in page.text(".row")
+
+    proxy.words[proxy.words.index("-p") + 1] = str(port)
+    proxy.start()
+    page.wait_for("byId('banner').hidden")
+    proxy.exec("echo after")
+    page.wait_for_text(".row", "\nafter")
+    page.wait_for_text("#runs", "echo after")
+
+
+@pytest.mark.browser
+def test_a_terminal_that_is_killed_comes_back_on_the_page(warm: StartServer, tab: OpenTab) -> None:
+    proxy = warm()
+    page = tab(proxy)
+    page.wait_for_text(".row", "$ true")
+    proxy.tmux("kill-server")
+    page.wait_for("document.querySelectorAll('.row').length === 0")
+    page.wait_for_text("#terminals", "opens")
+    proxy.exec("echo back")
+    page.wait_for_text(".row", "\nback")
+
+
+@pytest.mark.browser
+def test_the_token_is_asked_for_kept_for_the_tab_and_sent_in_headers_only(
+    own: StartServer, tab: OpenTab
+) -> None:
+    proxy = own(POCKETCODER_TOKEN="t0k+n/%")
+    proxy.exec("echo hello")
+    page = tab(proxy)
+    page.wait_for("!byId('login').hidden && document.activeElement.id === 'token'")
+    assert page.text("#login h2") == "This server wants a token"
+    assert "hello" not in page.text("body")
+
+    page.type("wrong")
+    page.press("Enter", 13, "\r")
+    page.wait_for_text("#why", "This token is wrong")
+    assert page.evaluate("sessionStorage.getItem('token')") is None
+    page.type("t0k+n/%")
+    page.press("Enter", 13, "\r")
+    page.wait_for_text(".row", "\nhello")
+    page.call("Page.reload")
+    page.wait_for("document.readyState === 'complete'")
+    page.wait_for_text(".row", "\nhello")
+    assert page.evaluate("document.cookie + JSON.stringify(localStorage)") == "{}"
+
+    linked = tab(proxy, fragment="#token=t0k%2Bn%2F%25")
+    linked.wait_for_text(".row", "\nhello")
+    assert linked.evaluate("location.href") == f"http://127.0.0.1:{proxy.port}/"
+    assert linked.evaluate("history.length") <= 2
+    wrong = tab(proxy, fragment="#token=old")
+    wrong.wait_for_text("#why", "This token is wrong")
+    for each in (page, linked, wrong):
+        assert [url for url in each.requests() if "t0k" in url or "token" in url] == []
+    assert "t0k" not in proxy.logged()
+
+
+@pytest.mark.browser
+def test_a_tab_that_is_not_seen_watches_nothing(warm: StartServer, tab: OpenTab) -> None:
+    proxy = warm()
+    page = tab(proxy)
+    page.wait_for_text(".row", "$ true")
+    assert proxy.tmux("list-clients", "-F", "#{client_pid}").count("\n") == 1
+    page.minimize(True)
+    page.wait_for("document.hidden")
+    eventually(lambda: "\n" not in proxy.tmux("list-clients", "-F", "#{client_pid}"))
+    page.minimize(False)
+    proxy.exec("echo seen")
+    page.wait_for_text(".row", "\nseen")
 
 
 # ==========================================================================
@@ -12750,6 +13922,68 @@ def test_other_callers_are_answered_while_a_large_answer_leaves(warm: StartServe
     assert max(waits) < 2
 
 
+def test_terminals_are_listed_as_the_tool_lists_them(proxy: Proxy, agent: str) -> None:
+    proxy.exec("true", agent_name=agent)
+    status, headers, answer = proxy.request("GET", "/terminals")
+    assert status == 200
+    assert headers["content-type"] == "application/json"
+    listed = {each["agent_name"]: each for each in json.loads(answer)["terminals"]}
+    told = call(proxy, "list_terminals")["structuredContent"]["terminals"]
+    assert listed[agent] == next(each for each in told if each["agent_name"] == agent)
+
+
+def test_keys_from_the_page_are_typed_and_audited(
+    audited: tuple[Proxy, pathlib.Path], stream: OpenStream
+) -> None:
+    proxy, path = audited
+    proxy.exec("true")
+    watched = watch(proxy, stream, "poco")
+    body: dict[str, Any] = {"text": "echo a$((1+1))b", "keys": ["Enter"], "odd": 1}
+    status, answer = proxy.post(body, "/terminals/poco/keys")
+    assert status == 200
+    assert "\na2b" in answer["screen"]
+    assert answer["ignored"] == ["odd"]
+
+    status, answer = proxy.post({"text": "echo c\r", "show": False}, "/terminals/poco/keys")
+    assert (status, answer) == (200, {})
+    screen_when(watched, lambda screen: "\nc\n" in screen_text(screen))
+
+    lines = [line for line in noted(path) if line["door"] == "page"]
+    assert [line["event"] for line in lines] == ["start", "end"] * 2
+    assert [line["agent_name"] for line in lines] == ["poco"] * 4
+    assert (lines[0]["text"], lines[0]["keys"]) == ("echo a$((1+1))b", ["Enter"])
+    assert [lines[at]["exit_code"] for at in (1, 3)] == [0, 0]
+
+
+BAD_KEYS = [
+    pytest.param("poco", b"", "body", id="nothing"),
+    pytest.param("poco", b"[]", "body", id="a-list"),
+    pytest.param("poco", b'{"text": "\\ud800"}', "text", id="half-a-character"),
+    pytest.param("poco", b"{}", "text", id="neither-text-nor-keys"),
+    pytest.param("poco", b'{"text": 5}', "text", id="text-a-number"),
+    pytest.param("poco", b'{"text": "a\\u0000b"}', "text", id="text-with-nul"),
+    pytest.param("poco", b'{"text": "%s"}' % (b"x" * 5000), "text", id="text-too-long"),
+    pytest.param("poco", b'{"keys": "Enter"}', "keys", id="keys-a-string"),
+    pytest.param("poco", b'{"keys": ["rm -rf /"]}', "keys", id="keys-no-name"),
+    pytest.param("poco", b'{"keys": ["-X"]}', "keys", id="keys-an-option"),
+    pytest.param("poco", b'{"keys": ["Up"], "run_id": "x"}', "run_id", id="run-no-id"),
+    pytest.param(
+        "poco", b'{"keys": ["Up"], "run_id": "0123456789abcdef"}', "run_id", id="run-unknown"
+    ),
+    pytest.param("poco", b'{"keys": ["Up"], "show": 1}', "show", id="show-a-number"),
+    pytest.param("po%0Aco", b'{"keys": ["Up"]}', "agent", id="agent-with-a-line-break"),
+]
+
+
+@pytest.mark.parametrize(("name", "body", "field"), BAD_KEYS)
+def test_keys_that_are_wrong_are_refused_by_name(
+    proxy: Proxy, name: str, body: bytes, field: str
+) -> None:
+    status, answer = proxy.post(body, f"/terminals/{name}/keys")
+    assert (status, answer["exit_code"]) == (400, 2)
+    assert field in answer["error"]
+
+
 # ==========================================================================
 # Install
 # ==========================================================================
@@ -12879,6 +14113,176 @@ def test_the_console_script_has_the_other_subcommands_too(console_script: str) -
     )
     assert done.returncode == 0
     assert done.stdout == f"pocketcoder-proxy {pp.VERSION}\n"
+
+
+# ==========================================================================
+# Attach
+# ==========================================================================
+class View:
+    """`pocketcoder attach` at a terminal of its own, of 80 columns and 24 lines."""
+
+    def __init__(self, proxy: Proxy, *words: str, **variables: str) -> None:
+        self.proxy = proxy
+        self.main, worker = pty.openpty()
+        fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.process = subprocess.Popen(
+            [sys.executable, str(MODULE), "attach", *words],
+            stdin=worker,
+            stdout=worker,
+            stderr=worker,
+            env={**proxy.env, "TERM": "xterm", **variables},
+            cwd=proxy.workspace,
+            start_new_session=True,
+        )
+        os.close(worker)
+        self.seen = b""
+
+    def read(self) -> None:
+        while select.select([self.main], [], [], 0)[0]:
+            try:
+                self.seen += os.read(self.main, 65536)
+            except OSError:
+                # The other side is closed.
+                return
+
+    def shows(self, text: str) -> bool:
+        self.read()
+        return text.encode() in self.seen
+
+    def type(self, text: str) -> None:
+        os.write(self.main, text.encode())
+
+    def leave(self) -> int:
+        self.type("\x02d")
+        eventually(self.is_over)
+        return self.process.wait()
+
+    def is_over(self) -> bool:
+        # What it says last must not keep it waiting.
+        self.read()
+        return self.process.poll() is not None
+
+    def close(self) -> None:
+        """Leave nothing behind.  Never raises: it would hide a failure."""
+        with contextlib.suppress(Exception):
+            if self.process.poll() is None:
+                self.process.kill()
+            self.process.wait(10)
+        with contextlib.suppress(OSError):
+            os.close(self.main)
+
+
+OpenView = Callable[..., View]
+
+
+@pytest.fixture
+def view() -> Iterator[OpenView]:
+    made: list[View] = []
+
+    def make(proxy: Proxy, *words: str, **variables: str) -> View:
+        made.append(View(proxy, *words, **variables))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def sessions(proxy: Proxy) -> list[str]:
+    return proxy.tmux("list-sessions", "-F", "#{session_name}").split("\n")
+
+
+def test_a_view_shows_an_agent_and_goes_when_its_person_leaves(
+    warm: StartServer, view: OpenView
+) -> None:
+    proxy = warm()
+    proxy.exec("true", agent_name="other")
+    opened = view(proxy, "other")
+    eventually(lambda: opened.shows("$ true"))
+    assert len(sessions(proxy)) == 2
+
+    opened.type("echo typ''ed\r")
+    eventually(lambda: "\ntyped" in proxy.screen("other"))
+    assert "typed" not in proxy.screen("poco")
+    assert opened.leave() == 0
+    assert sessions(proxy) == ["pocketcoder"]
+    assert proxy.exec("echo $((6 * 7))", agent_name="other")["stdout"] == "42\n"
+
+
+def test_views_go_their_own_ways_and_have_no_say_in_the_size(
+    warm: StartServer, view: OpenView
+) -> None:
+    proxy = warm()
+    proxy.exec("true", agent_name="other")
+    first = view(proxy, "poco")
+    second = view(proxy, "other")
+    eventually(lambda: first.shows("$ true"))
+    eventually(lambda: second.shows("$ true"))
+    current = proxy.tmux("list-clients", "-F", "#{client_flags} #{window_name}").split("\n")
+    assert sorted(line.split()[-1] for line in current if "control-mode" not in line) == [
+        "other:terminal",
+        "poco:terminal",
+    ]
+    assert proxy.exec("tput cols < /dev/tty")["stdout"] == "200\n"
+    sizes = proxy.tmux(
+        "list-windows", "-t", "pocketcoder", "-F", "#{window_width}x#{window_height}"
+    )
+    assert sizes == "200x50\n200x50"
+    assert first.leave() == 0
+    assert second.leave() == 0
+
+
+def test_a_view_that_only_watches_types_nothing(warm: StartServer, view: OpenView) -> None:
+    proxy = warm()
+    opened = view(proxy, "-r")
+    eventually(lambda: opened.shows("$ true"))
+    opened.type("touch typed\r")
+    proxy.exec("echo shown")
+    eventually(lambda: opened.shows("shown"))
+    assert opened.leave() == 0
+    assert not os.path.exists(f"{proxy.workspace}/typed")
+
+
+def test_a_view_makes_what_is_missing(own: StartServer, view: OpenView) -> None:
+    proxy = own()
+    opened = view(proxy, "new", POCKETCODER_WORKSPACE=proxy.workspace)
+    eventually(lambda: opened.shows("$ "))
+    assert proxy.panes("new")
+    opened.type("pwd\r")
+    eventually(lambda: f"\n{proxy.workspace}" in proxy.screen("new"))
+    assert proxy.exec("echo same", agent_name="new")["stdout"] == "same\n"
+    assert len(proxy.panes("new")) == 1
+    assert opened.leave() == 0
+    assert sessions(proxy) == ["pocketcoder"]
+
+
+def test_a_view_whose_person_is_gone_leaves_nothing(warm: StartServer, view: OpenView) -> None:
+    proxy = warm()
+    opened = view(proxy)
+    eventually(lambda: opened.shows("$ true"))
+    opened.process.kill()
+    opened.process.wait()
+    os.close(opened.main)
+    eventually(lambda: sessions(proxy) == ["pocketcoder"])
+    eventually(lambda: "\n" not in proxy.tmux("list-clients", "-F", "#{client_pid}"))
+
+
+def test_attach_says_what_it_lacks(proxy: Proxy, view: OpenView, tmp_path: pathlib.Path) -> None:
+    done = run("attach", TMUX_SOCKET=proxy.socket)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "must be a terminal" in done.stderr
+
+    done = run("attach", PATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "needs tmux" in done.stderr
+
+    done = run("attach", "no such agent")
+    assert done.returncode == 2
+    assert "AGENT: got" in done.stderr
+
+    inside = view(proxy, TMUX=f"{proxy.socket},1,0")
+    eventually(lambda: inside.shows("inside of this tmux already"))
+    assert inside.process.wait(10) == 1
 
 
 # ==========================================================================
