@@ -4,12 +4,14 @@ Everything is real: servers, bash, and a tmux on a socket of its own for each se
 
     python -m pytest                everything but the following
     python -m pytest -m slow        tests that wait for real time-outs, and the rarer cases
+    python -m pytest -m browser     the page, in a Chromium
     python -m pytest -m bench -s    medians and ratios of hot paths
     python -m pytest -m soak -s     mixed load with faults
 
     python test_pocketcoder_proxy.py mcp-fixture legacy|modern|both    the relay's MCP server alone
 
 POCKETCODER_FUZZ   how many times as many random inputs as usual (1)
+POCKETCODER_PICTURE  where the README's picture goes, as .github/page.png
 POCKETCODER_SOAK   how many seconds the soak test lasts (3600)
 PYENV_ROOT         where older interpreters are looked for (~/.pyenv)
 """
@@ -12771,6 +12773,73 @@ def test_tools_take_what_their_schema_allows_and_nothing_else(
         assert "expected" in text_of(result)
 
 
+def project() -> Iterator[tuple[str, str]]:
+    """The files of a small program, whose tests fail."""
+    yield "prices.py", "def total(items):\n    return sum(price for _, price in items)\n"
+    yield "prices.old", "def total(items):\n    return sum([item[1] for item in items])\n"
+    yield (
+        "test_prices.py",
+        "import unittest\n\nfrom prices import total\n\n\n"
+        "class Prices(unittest.TestCase):\n"
+        "    def test_nothing_costs_nothing(self):\n        self.assertEqual(total([]), 0)\n\n"
+        "    def test_prices_add_up(self):\n"
+        '        self.assertEqual(total([("tea", 3), ("cake", 4)]), 7)\n\n'
+        "    def test_a_discount_is_taken_off(self):\n"
+        '        self.assertEqual(total([("tea", 3), ("cake", 4)], discount=2), 5)\n',
+    )
+    yield (
+        "check",
+        "#!/bin/bash\nfor name in basket checkout customer delivery invoice; do\n"
+        "  printf '\\033[32m✓\\033[0m tests/%-12s \\033[2m%2d passed\\033[0m\\n'"
+        " $name $((${#name} + 3))\ndone\n"
+        "printf '\\033[31m✗\\033[0m tests/prices       \\033[31m 1 failed\\033[0m\\n'\n"
+        "printf '\\033[33m●\\033[0m tests/search       \\033[2mrunning\\033[0m\\n'\ncat go\n",
+    )
+
+
+@pytest.fixture
+def shop() -> Iterator[str]:
+    """A workspace with a short name: people see it."""
+    with tempfile.TemporaryDirectory(prefix="shop-") as folder:
+        yield folder
+
+
+@pytest.mark.browser
+def test_the_picture_of_the_readme_shows_two_agents_at_work(
+    own: StartServer, tab: OpenTab, shop: str, tmp_path: pathlib.Path
+) -> None:
+    proxy = own("--workspace", shop)
+    for name, text in project():
+        pathlib.Path(shop, name).write_text(text)
+    os.chmod(f"{shop}/check", 0o755)
+    os.mkfifo(f"{shop}/go")
+    proxy.exec("grep --color=always -n total *.py", agent_name="alice")
+    proxy.exec("ls")
+    proxy.exec("wc -l *.py")
+    proxy.exec("python3 -m unittest -v test_prices.py", agent_name="alice")
+    proxy.exec("diff -u --color=always prices.old prices.py", agent_name="alice")
+    running = proxy.start_exec("./check --all")
+
+    page = tab(proxy, width=1280, height=720)
+    page.wait_for_text("#terminals", "tests/search")
+    page.wait_for_text("#runs li:first-child", "./check --all")
+    item = page.evaluate(
+        "1 + [...byId('runs').children].findIndex((each) => each.innerText.includes('unittest'))"
+    )
+    page.click(f"#runs li:nth-child({item}) button")
+    page.wait_for("output.isComplete")
+    page.wait_for_text("#out", "FAILED")
+    page.evaluate("document.activeElement.blur()")
+    path = os.environ.get("POCKETCODER_PICTURE") or str(tmp_path / "page.png")
+    page.picture(path)
+    data = pathlib.Path(path).read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", data[16:24]) == (1280, 720)
+
+    pathlib.Path(shop, "go").write_text("")
+    running.result()
+
+
 # ==========================================================================
 # Endpoints
 # ==========================================================================
@@ -16930,6 +16999,44 @@ def test_bench_twenty_thousand_mixed_commands(own: StartServer) -> None:
     )
     for call in calls:
         call.close()
+
+
+@pytest.mark.bench
+def test_bench_an_idle_terminal_that_is_watched(warm: StartServer, stream: OpenStream) -> None:
+    proxy = warm()
+    watch(proxy, stream, "poco")
+    time.sleep(1)
+    pids = (proxy.process.pid, proxy.tmux_pid())
+    before = sum(map(cpu_seconds, pids))
+    seconds = 20
+    time.sleep(seconds)
+    share = (sum(map(cpu_seconds, pids)) - before) / seconds
+    print(f"\nan idle terminal, watched: {share:.2%} of a core (bound 1 %)")
+
+
+@pytest.mark.bench
+def test_bench_a_flood_that_is_watched(warm: StartServer, stream: OpenStream) -> None:
+    proxy = warm()
+    flood = "yes 0123456789abcdef | head -c 20000000 >/dev/tty"
+    alone = list[float]()
+    seen = list[float]()
+    rates = list[float]()
+    for _ in range(5):
+        alone.append(timed(lambda: proxy.exec(flood)))
+        watched = watch(proxy, stream, "poco")
+        running = Background(lambda: timed(lambda: proxy.exec(flood)))
+        started = time.perf_counter()
+        pictures = 0
+        while not running.future.done():
+            screen_when(watched, lambda _: True)
+            pictures += 1
+        seen.append(running.result())
+        rates.append(pictures / (time.perf_counter() - started))
+        watched.break_off()
+        watched.close()
+    ratio = statistics.median(seen) / statistics.median(alone)
+    print(f"\n20 MB on the terminal: {statistics.median(alone):.2f} s, watched ratio {ratio:.2f}")
+    print(f"pictures: {max(rates):.1f} a second at most (bound 10)")
 
 
 # ==========================================================================
