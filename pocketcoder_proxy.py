@@ -2013,6 +2013,14 @@ def schemas(fields: Mapping[str, Field]) -> Message:
     return {name: each.schema() for name, each in fields.items()}
 
 
+def without_examples(properties: Message) -> Message:
+    """The same schemas in fewer words, for models."""
+    return {
+        name: {word: value for word, value in schema.items() if word != "examples"}
+        for name, schema in properties.items()
+    }
+
+
 def object_schema(properties: Message, required: Sequence[str] = ()) -> Message:
     """The JSON Schema of an object."""
     return {"type": "object", "properties": properties, "required": [*required]}
@@ -2169,12 +2177,11 @@ class ExecRequest:
             raise BadMessage("`cmd`: got nothing, expected a bash command, or `argv`")
 
         got["cwd"] = inside(workspace, EXEC_FIELDS["cwd"].check(got.get("cwd", "")))
-        known = cls.__dataclass_fields__.keys() - {"ignored"}
-        given = {name: got[name] for name in known if name in got}
+        given = {name: got[name] for name in EXEC_FIELDS if name in got}
         if given.get("wait") is not None:
             # Nobody need wait for it: it may take its time.
             given.setdefault("timeout", MAX_TIMEOUT)
-        return cls(**given, ignored=ignored_names(got, known))
+        return cls(**given, ignored=ignored_names(got, EXEC_FIELDS.keys()))
 
 
 @dataclass(frozen=True)
@@ -5321,6 +5328,7 @@ class Sandbox:
         wanted = base if self.folder is None else self.folder.path
         if os.path.lexists(os.path.dirname(base)):
             check_owners(base)
+            check_owners(self.socket_path)
         if os.path.lexists(base):
             check_own(base)
 
@@ -5814,6 +5822,9 @@ class Run:
             max_output=saved["max_output"],
             wait=0,
         )
+        if saved["door"] not in DOORS:
+            raise complain("door", saved["door"], f"one of {', '.join(DOORS)}")
+
         run = cls(saved["run_id"], request, saved["door"], record)
         run._restore(saved)
         return run
@@ -11117,7 +11128,7 @@ def tool(
             "title": title,
             "description": " ".join((run.__doc__ or "").split()),
             "annotations": {"title": title, **flags},
-            "inputSchema": object_schema(schemas(takes), needs),
+            "inputSchema": object_schema(without_examples(schemas(takes)), needs),
         }
         if gives:
             fields = {**gives, **(may_give or {})}
@@ -12079,6 +12090,7 @@ REFUSED = {
     401: "The token is missing or wrong.",
     403: "`Host` or `Origin` is not one of ours.",
     404: "There is none of this name.",
+    405: "There is no such method here, or not without `Mcp-Session-Id`.",
     413: f"The body has more than {MAX_BODY} bytes.",
     415: "The body is not `application/json`.",
     503: "Nothing was run: tmux or the audit log refuses, or too many wait.",
@@ -12168,8 +12180,8 @@ def openapi(described: Sequence[Described], has_token: bool) -> Message:
             "title": "pocketcoder-proxy",
             "version": VERSION,
             "description": "Commands in terminals of a sandbox. Fields of a request that mean"
-            " nothing are ignored. Paths of MCP may end with a slash. With `Origin`, every path"
-            " answers OPTIONS as CORS asks.",
+            " nothing are ignored. Paths of runs, servers and MCP may end with a slash. With"
+            " `Origin`, every path answers OPTIONS as CORS asks.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": "/"}],
@@ -12484,13 +12496,13 @@ MCP_STREAM = Operation(
     "Hear what an MCP server says, over Streamable HTTP",
     {200: Answer("A stream of messages.", {EVENTS: TEXT})},
     about="It needs the header `Mcp-Session-Id`; without it the method is not allowed.",
-    refuses=(404,),
+    refuses=(404, 405),
 )
 MCP_END = Operation(
     "End a session of MCP",
     {204: Answer("It has ended.")},
     about="It needs the header `Mcp-Session-Id`; without it the method is not allowed.",
-    refuses=(404,),
+    refuses=(404, 405),
 )
 MCP_SOCKET = Operation(
     "MCP over a WebSocket",
@@ -14708,8 +14720,8 @@ class Endpoint(tornado.web.RequestHandler):
         return found
 
     def query(self) -> McpQuery:
-        given = self.get_query_argument
-        return McpQuery(given("session_id", None) or given("sessionId", None))
+        given = self.given()
+        return McpQuery(given["session_id"] or given["sessionId"])
 
     @classmethod
     def methods(cls) -> list[str]:

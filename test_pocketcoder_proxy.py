@@ -12628,9 +12628,9 @@ def test_exec_takes_bodies_that_the_document_allows_and_no_others(
 
 
 @pytest.fixture(scope="module")
-def ended_run(proxy: Proxy) -> str:
+def ended_run(relay: Proxy) -> str:
     """The id of a run that has printed something."""
-    return str(proxy.exec("echo documented", agent_name="documented")["run_id"])
+    return str(relay.exec("echo documented", agent_name="documented")["run_id"])
 
 
 QUERIES = [
@@ -12641,7 +12641,8 @@ QUERIES = [
     # In a query all is text.
     if each["in"] == "query"
     and method == "get"
-    and path.startswith("/runs")
+    # The others answer with a stream.
+    and (path.startswith("/runs") or not right)
     and isinstance(value, (int, float, str))
     and not isinstance(value, bool)
     and not (types_of(each["schema"]) == ["string"] and not isinstance(value, str))
@@ -12650,15 +12651,15 @@ QUERIES = [
 
 @pytest.mark.parametrize(("path", "name", "value", "right"), QUERIES)
 def test_queries_take_what_the_document_allows_and_nothing_else(
-    proxy: Proxy, ended_run: str, path: str, name: str, value: Any, right: bool
+    relay: Proxy, ended_run: str, path: str, name: str, value: Any, right: bool
 ) -> None:
     given = urllib.parse.urlencode({name: value})
-    concrete = path.replace("{run_id}", ended_run)
-    answer = proxy.request("GET", f"{concrete}?{given}")
+    concrete = path.replace("{run_id}", ended_run).replace("{name}", "legacy")
+    answer = relay.request("GET", f"{concrete}?{given}")
     check_answer(path, "get", answer)
     assert answer[0] == (200 if right else 400), answer
     if not right:
-        assert name in json.loads(answer[2])["error"]
+        assert name in str(json.loads(answer[2])["error"])
 
 
 @pytest.mark.parametrize(
@@ -12673,18 +12674,18 @@ def test_queries_take_what_the_document_allows_and_nothing_else(
     ],
 )
 def test_signals_are_those_of_the_document(
-    proxy: Proxy, agent: str, ended_run: str, value: Any, right: bool
+    relay: Proxy, agent: str, ended_run: str, value: Any, right: bool
 ) -> None:
     run_id = ended_run
     if right:
-        run_id = proxy.post({"cmd": "sleep 60", "wait": 0.2, "agent_name": agent})[1]["run_id"]
+        run_id = relay.post({"cmd": "sleep 60", "wait": 0.2, "agent_name": agent})[1]["run_id"]
 
     path = f"/runs/{run_id}"
-    answer = proxy.request("POST", f"{path}/signal", json.dumps({"signal": value}), JSON_TYPE)
+    answer = relay.request("POST", f"{path}/signal", json.dumps({"signal": value}), JSON_TYPE)
     check_answer("/runs/{run_id}/signal", "post", answer)
     assert answer[0] == (200 if right else 400)
     if right:
-        check_answer("/runs/{run_id}", "delete", proxy.request("DELETE", path))
+        check_answer("/runs/{run_id}", "delete", relay.request("DELETE", path))
 
 
 PLAIN = [
@@ -12727,30 +12728,72 @@ def test_the_documents_message_of_mcp_is_answered(relay: Proxy, path: str) -> No
         assert answer[0] == 400
 
 
+@pytest.mark.parametrize(
+    "path", [path for path, _, each in operations_of(DOCUMENT) if "101" in each["responses"]]
+)
+def test_a_socket_without_a_handshake_is_refused_as_documented(relay: Proxy, path: str) -> None:
+    answer = relay.request("GET", path.replace("{name}", "legacy"))
+    check_answer(path, "get", answer)
+    assert answer[0] == 400
+
+
+@pytest.mark.parametrize("prefix", ["", "/servers/{name}"])
+def test_sessions_are_answered_as_documented(relay: Proxy, stream: OpenStream, prefix: str) -> None:
+    server = prefix.replace("{name}", "legacy")
+    content = DOCUMENT["paths"]["/mcp"]["post"]["requestBody"]["content"]["application/json"]
+    message = content["schema"]["examples"][0]
+    events = stream(relay, f"{server}/sse")
+    posts = events.next()
+    answer = relay.request("POST", posts, json.dumps(message), JSON_TYPE)
+    check_answer(f"{prefix}/messages", "post", answer)
+    assert answer[0] == 202
+    answer = relay.request(
+        "POST", f"{server}/messages?session_id=x", json.dumps(message), JSON_TYPE
+    )
+    check_answer(f"{prefix}/messages", "post", answer)
+    assert answer[0] == 404
+
+    for method in ("get", "delete"):
+        for headers, status in (({}, 405), ({"Mcp-Session-Id": "x"}, 404)):
+            answer = relay.request(method.upper(), f"{server}/mcp", headers=headers)
+            check_answer(f"{prefix}/mcp", method, answer)
+            assert answer[0] == status
+
+
 def test_documented_ways_to_end_a_command_are_those_that_there_are() -> None:
     assert [*pp.ENDINGS] == [*pp.ENDED]
 
 
 TOOL_CASES = [
     pytest.param(
-        tool["name"],
+        tool.shown["name"],
         argument,
         value,
         right,
-        id=f"{tool['name']}-{argument}-{name}",
+        id=f"{tool.shown['name']}-{argument}-{name}",
         # Keys wait until the screen shows what they did.
-        marks=[pytest.mark.slow] if right and tool["name"] == "send_keys" else [],
+        marks=[pytest.mark.slow] if right and tool.shown["name"] == "send_keys" else [],
     )
-    for tool in (each.shown for each in pp.TOOLS.values())
-    for argument, schema in tool["inputSchema"]["properties"].items()
-    for name, value, right in values_of(schema)
+    for tool in pp.TOOLS.values()
+    for argument, field in tool.takes.items()
+    for name, value, right in values_of(field.schema())
     if (argument, name) not in IN_WORDS
 ]
 
 
+def test_tools_and_routes_describe_a_field_in_the_same_way() -> None:
+    for tool in pp.TOOLS.values():
+        shown = tool.shown["inputSchema"]["properties"]
+        assert shown.keys() == tool.takes.keys()
+        for name, schema in shown.items():
+            same = pp.FIELDS[name].schema()
+            for word in ("pattern", "minimum", "maximum", "maxLength", "enum", "description"):
+                assert schema.get(word) == same.get(word), (name, word)
+
+
 @pytest.mark.parametrize(("name", "argument", "value", "right"), TOOL_CASES)
 def test_tools_take_what_their_schema_allows_and_nothing_else(
-    proxy: Proxy, ended_run: str, name: str, argument: str, value: Any, right: bool
+    relay: Proxy, ended_run: str, name: str, argument: str, value: Any, right: bool
 ) -> None:
     needed = {"cmd": "true", "run_id": ended_run}
     required = pp.TOOLS[name].shown["inputSchema"]["required"]
@@ -12763,7 +12806,7 @@ def test_tools_take_what_their_schema_allows_and_nothing_else(
 
     # Facts of the sandbox, which no schema knows: no such run, no such terminal, no such offset.
     unknown = r"no run|has no terminal yet|runs in this agent's terminal now|bytes of output so far"
-    result = call(proxy, name, **arguments)
+    result = call(relay, name, **arguments)
     if right:
         refused = re.search(r"got .*, expected", text_of(result))
         assert not refused or re.search(unknown, text_of(result)), text_of(result)
