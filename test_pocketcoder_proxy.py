@@ -17292,11 +17292,35 @@ class Soak:
         )
         return Answer(out, err, {"exit_code": process.returncode, "ended": ended})
 
-    def told(self, result: dict[str, Any]) -> Answer:
+    def told(self, order: Order, result: dict[str, Any]) -> Answer:
         facts = result.get("result", {}).get("structuredContent")
         if not facts:
             raise Refused(str(result))
-        return Answer(facts["output"], None, facts)
+
+        out = facts["output"]
+        # A server that stops leaves the command running, and the next one finds it.
+        while facts["running"]:
+            facts = self.wait_for(order, facts)
+            out += facts["output"]
+        return Answer(out, None, facts)
+
+    def wait_for(self, order: Order, facts: dict[str, Any]) -> Any:
+        """What `wait_run` tells of a command, once there is a server to ask."""
+        arguments = {
+            "run_id": facts["run_id"],
+            "offset": facts["next_offset"],
+            "max_output": order.fields.get("max_output", pp.DEFAULT_OUTPUT),
+        }
+        message = modern("tools/call", {"name": "wait_run", "arguments": arguments})
+
+        def ask() -> Any:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return mcp_result(self.server, message)
+            return None
+
+        result = eventually(ask, 20)
+        assert "structuredContent" in result, result
+        return result["structuredContent"]
 
     def tool(self, worker: int, order: Order) -> Answer:
         params = {"name": "exec", "arguments": order.fields}
@@ -17316,10 +17340,10 @@ class Soak:
 
         answer = got[-1] if isinstance(got, list) else got
         assert answer["id"] == id_, answer
-        return self.told(answer)
+        return self.told(order, answer)
 
     def socket(self, worker: int, order: Order) -> Answer:
-        async def talk() -> Answer:
+        async def talk() -> dict[str, Any]:
             url = f"ws://127.0.0.1:{self.server.port}/mcp/ws?token={SECRET}"
             socket = await tornado.websocket.websocket_connect(
                 url, subprotocols=["mcp"], max_message_size=64 << 20
@@ -17338,9 +17362,9 @@ class Soak:
                 assert got["id"] == message["id"], got
 
             await close(socket)
-            return self.told(got)
+            return cast("dict[str, Any]", got)
 
-        return asyncio.run(talk())
+        return self.told(order, asyncio.run(talk()))
 
     def events(self, worker: int, order: Order) -> Answer:
         """A session that was away meanwhile gets the answer."""
@@ -17358,7 +17382,7 @@ class Soak:
             got = stream.next()
             got = stream.next() if got == path else got
             assert got["id"] == order.fields["usage_id"], got
-            return self.told(got)
+            return self.told(order, got)
 
     def keys(self, worker: int, order: Order) -> Answer:
         """A question at the terminal, answered there."""
