@@ -4326,10 +4326,12 @@ END_WITH_SERVER = r"""\[ -d /proc/{server} ] || ({drains})
 \printf '%s\n' "${{_pc:-1}}" >>{run}.pid
 \printf '%s\n' "{token} exit ${{_pc:-1}}" >&9"""
 # Of a run that outlives its server: the outputs stay open until the server has read and recorded
-# what is in them.  If it has gone, or is slow, a shell in the background waits for the next one.
+# what is in them.  If it has gone, or is slow, a shell in the background waits for the next one,
+# unless the files were wiped: no server would find them.
 END_FOR_NEXT = r"""\printf '%s\n' "${{_pc:-1}}" >>{run}.pid
 \printf '%s\n' "{token} exit ${{_pc:-1}}" >&9
-\[ -d /proc/{server} ] && \read -r -t {patience} _pc <&8 2>/dev/null || (\read -r _pc <&8 &)
+\[ -d /proc/{server} ] && \read -r -t {patience} _pc <&8 2>/dev/null ||
+\[ ! -p {run}.done ] || (\read -r _pc <&8 &)
 }} {held}"""
 
 
