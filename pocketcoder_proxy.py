@@ -3499,6 +3499,13 @@ class Record:
         self._drop(spare[len(spare) // 2])
         return True
 
+    def give_up_middle(self) -> bool:
+        """Drop the piece in the middle; False: there are but two ends."""
+        if len(self.pieces) < 3:
+            return False
+        self._drop(self.pieces[len(self.pieces) // 2])
+        return True
+
     def _drop(self, piece: Piece) -> None:
         self.pieces.remove(piece)
         self.shelf.used -= piece.size
@@ -3515,6 +3522,7 @@ class Record:
         """Keep nothing of it, also of what is still to come."""
         self.is_forgotten = True
         self.drop()
+        self.stir()
 
     def size(self) -> int:
         """Bytes that are kept."""
@@ -3694,6 +3702,10 @@ class Shelf:
         """Drop the oldest output, or a piece of new output; False: all that is left is needed."""
         while self.ended:
             oldest = next(iter(self.ended))
+            # Of the newest one as much as has room is kept.
+            if len(self.ended) == 1 and oldest.give_up_middle():
+                return True
+
             del self.ended[oldest]
             had_size = oldest.size()
             oldest.drop()
@@ -5627,9 +5639,14 @@ class Terminal:
         return None
 
     def _may_split(self) -> bool:
-        """Whether there may be one more pane."""
+        """Whether there may be one more pane.
+
+        Commands for which nobody waits, and programs of a person, do not count to MAX_PANES; shells
+        that do not answer do.
+        """
+        silent = [shell for shell in self.shells if shell.missed >= MAX_MISSED]
+        attended = len(self.used) - len(self.unattended) + len(silent)
         one_returns = any(self.used.values())
-        attended = len(self.shells) - len(self.unattended)
         return not one_returns and attended < MAX_PANES and len(self.shells) < MAX_ALL_PANES
 
     async def _split(self, tmux: Tmux) -> bool:
@@ -6686,7 +6703,7 @@ def never_started(run: Run, failure: BaseException) -> CommandResult:
         output="",
         exit_code=ProxyError.exit_code,
         ended="cancelled",
-        error=f"never started: {failure or 'cancelled'}",
+        error=f"never started: {str(failure) or 'cancelled'}",
         run_id=run.run_id,
     )
 
@@ -7060,13 +7077,14 @@ class PocketCoderDriver:
             return
 
         self.terminal(default_agent_name())
-        folders = dict[str, FoundFolder | None]()
+        # All are locked before the first of them is used: to connect to tmux makes a directory for
+        # new runs, and that drains all others.
+        paths = {os.path.dirname(str(run.place.get("path", ""))): None for run in found}
+        folders = {path: FoundFolder.at(path, f"{self.socket_path}.d") for path in paths}
         for run in found:
-            path = os.path.dirname(str(run.place.get("path", "")))
-            if path not in folders:
-                folders[path] = FoundFolder.at(path, f"{self.socket_path}.d")
+            folder = folders[os.path.dirname(str(run.place.get("path", "")))]
             try:
-                await self._adopt_one(run, folders[path], watch_of(run))
+                await self._adopt_one(run, folder, watch_of(run))
             except (NoTerminal, OSError, ValueError, LookupError, TypeError) as failure:
                 log.warning("run=%s cannot be taken over: %s", run.run_id, failure)
                 self._lose(run, watch_of(run), f"its files cannot be read ({failure})")
@@ -11764,7 +11782,7 @@ async def exec_tool(state: AppState, arguments: Message, report: Report | None) 
     request = ExecRequest.from_fields(arguments, state.workspace)
     run = state.driver.launch(request, Notes(state, request, "mcp"))
     try:
-        return await answer_of_run(state, run, wait, 0, request.max_output, report)
+        return await answer_of_run(state, run, wait, request.max_output, report)
     except asyncio.CancelledError:
         state.driver.end_run(run)
         raise
@@ -11773,27 +11791,40 @@ async def exec_tool(state: AppState, arguments: Message, report: Report | None) 
 
 
 async def answer_of_run(
-    state: AppState, run: Run, wait: float, offset: int, limit: int, report: Report | None
+    state: AppState,
+    run: Run,
+    wait: float,
+    limit: int,
+    report: Report | None,
+    offset: int | None = None,
 ) -> Message:
-    """Wait for the end of a run, `wait` seconds at most; its output from `offset` on."""
-    progress = Progress(report, run) if report else None
-    try:
-        await set_within(run.news, wait)
-    finally:
-        if progress:
-            progress.stop()
+    """Wait for the end of a run, `wait` seconds at most; what it has printed.
+
+    limit   bytes of output
+    offset  None: the first and the last half of all output; otherwise the next bytes from there,
+            without a wait if there are as many as that already
+    """
+    if offset is None or run.printed() - offset < limit:
+        await wait_with_progress(run, wait, report)
 
     if run.failure is not None:
         raise run.failure
 
-    end = run.printed()
-    if run.result is None:
-        end = run.record.boundary(end)
-    else:
+    if run.result is not None:
         await check_recorded(state, run)
     state.driver.promise(run)
 
-    answer = run.answer("".join(run.record.text(limit, end, offset)))
+    start = offset or 0
+    end = run.printed()
+    has_more = offset is not None and offset + limit < end
+    if has_more:
+        end = start + limit
+    if has_more or run.result is None:
+        # At least one byte, so that whoever asks again gets on.
+        end = max(run.record.boundary(end), min(start + 1, end))
+
+    answer = run.answer("".join(run.record.text(limit, end, start)))
+    is_whole = run.record.is_whole(limit, end, start)
     facts = {
         "output": answer.stdout,
         "exit_code": answer.exit_code,
@@ -11801,50 +11832,71 @@ async def answer_of_run(
         "run_id": run.run_id,
         "next_offset": end,
         "ended": answer.ended,
-        "truncated": not run.record.is_whole(limit, end, offset),
+        "truncated": not is_whole,
         "output_bytes": answer.output_bytes,
     }
     if answer.terminal is not None:
         facts["terminal"] = answer.terminal
 
-    failed = run.result is not None and run.result.ended != "exit"
-    return content(text_of(answer, end), facts, failed=failed)
-
-
-def text_of(answer: ExecResponse, next_offset: int) -> str:
-    """A command's output for a model, and below it what it has to know of its end."""
     remarks = []
-    if answer.running:
+    if offset is None and not is_whole:
+        middle = run.record.boundary(limit // 2)
+        remarks.append(f"[What was left out: {next_call(run, middle)}.]")
+    if has_more:
+        remarks.append(f"[There is more output: {next_call(run, end)}.]")
+    elif run.result is None:
         remarks.append(
-            f"[still running: run {answer.run_id}. Call wait_run with run_id {answer.run_id!r} and"
-            f" offset {next_offset} to wait for the rest, end_run to end it.]"
+            f"[still running: run {run.run_id}. {next_call(run, end)} to wait for the rest,"
+            " end_run to end it.]"
         )
 
+    failed = run.result is not None and run.result.ended != "exit"
+    return content(text_of(answer, remarks), facts, failed=failed)
+
+
+def next_call(run: Run, offset: int) -> str:
+    """For a model: what to call for the output from `offset` on."""
+    return f"Call wait_run with run_id {run.run_id!r} and offset {offset}"
+
+
+async def wait_with_progress(run: Run, wait: float, report: Report | None) -> None:
+    """Wait for the end of a run, `wait` seconds at most."""
+    progress = Progress(report, run) if report else None
+    try:
+        await set_within(run.news, wait)
+    finally:
+        if progress:
+            progress.stop()
+
+
+def text_of(answer: ExecResponse, remarks: list[str]) -> str:
+    """A command's output for a model, and below it what it has to know of its end."""
+    below = [*remarks]
     if answer.exit_code:
-        remarks.append(f"[exit code {answer.exit_code}]")
+        below.append(f"[exit code {answer.exit_code}]")
 
     if answer.error:
-        remarks.append(f"[{answer.error}]")
+        below.append(f"[{answer.error}]")
 
     if answer.terminal is not None:
-        remarks.append(f"[its terminal shows: {answer.terminal}]")
+        below.append(f"[its terminal shows: {answer.terminal}]")
 
     text = answer.stdout or ""
-    if remarks and text and not text.endswith("\n"):
+    if below and text and not text.endswith("\n"):
         text += "\n"
 
-    return text + "\n".join(remarks)
+    return text + "\n".join(below)
 
 
 @tool("Wait for a command", "readOnly idempotent", WAIT_ARGUMENTS, ["run_id"], RESULT, AT_A_TIMEOUT)
 async def wait_run_tool(state: AppState, arguments: Message, report: Report | None) -> Message:
-    """Wait for the end of a command that exec has left running, and get what it has printed since.
-    Give the `run_id` and the `offset` that the last answer named. It can be called again and again,
-    also for a command that has ended."""
+    """Wait for the end of a command that exec has left running, and get what it has printed since:
+    the next `max_output` bytes. Give the `run_id` and the `offset` that the last answer named. It
+    can be called again and again, also for a command that has ended."""
     run = state.driver.runs.find(arguments["run_id"])
     offset = check_offset("offset", arguments["offset"], run.printed())
     limit = arguments["max_output"]
-    return await answer_of_run(state, run, arguments["wait"], offset, limit, report)
+    return await answer_of_run(state, run, arguments["wait"], limit, report, offset)
 
 
 @tool("End a command", "destructive", fields_of("run_id signal"), ["run_id"], END_RESULT)
@@ -11867,7 +11919,8 @@ async def end_run_tool(state: AppState, arguments: Message, report: Report | Non
         "ended": answer.ended,
         "output_bytes": answer.output_bytes,
     }
-    return content(text_of(answer, run.printed()) or "[exit code 0]", facts)
+    remarks = [f"[still running: run {run.run_id}]"] if answer.running else []
+    return content(text_of(answer, remarks) or "[exit code 0]", facts)
 
 
 @tool(
@@ -14432,7 +14485,7 @@ async def launched_stream_handler(
     assert request.wait is not None
     deadline = time.monotonic() + request.wait
     run = state.driver.launch(request, Notes(state, request, "stream"))
-    sending = asyncio.ensure_future(send_output(run, 0, send))
+    sending = asyncio.ensure_future(send_output(run, 0, send, run.news.is_set))
     try:
         await send(": started\n\n")
         await set_within(run.news, deadline - time.monotonic())
@@ -14455,21 +14508,22 @@ def output_event(text: str, offset: int | None = None) -> str:
 
 
 async def send_output(
-    run: Run, offset: int, send: Callable[[str], Awaitable[None]], is_numbered: bool = False
-) -> None:
-    """Send what a run prints from `offset` on, as it comes, until it has ended.
+    run: Run,
+    offset: int,
+    send: Callable[[str], Awaitable[None]],
+    until: Callable[[], bool],
+    is_numbered: bool = False,
+) -> int:
+    """Send what a run prints from `offset` on, as it comes; the offset behind the last byte.
 
+    until        whether to stop where nothing more is there
     is_numbered  each event has the offset behind it, never inside a character
     What is no longer kept is left out.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     at = offset
     while True:
-        if run.result is None and run.record.total <= at:
-            await run.record.change()
-        end = run.printed()
         start, chunk = run.record.read(at, TEXT_PIECE)
-        chunk = chunk[: max(0, end - start)]
         if chunk:
             if start != at:
                 decoder.reset()
@@ -14478,12 +14532,33 @@ async def send_output(
             if text:
                 behind = at - len(decoder.getstate()[0])
                 await send(output_event(text, behind if is_numbered else None))
-        elif run.result is not None or run.failure is not None:
+        elif until():
             break
+        else:
+            await run.record.change()
 
     rest = decoder.decode(b"", True)
     if rest:
         await send(output_event(rest, at if is_numbered else None))
+    return at
+
+
+async def follow_handler(run: Run, offset: int, send: Callable[[str], Awaitable[None]]) -> None:
+    """Send what a run prints as numbered events, and how it ended, then what still comes.
+
+    Background processes may print after the end.  If the run is forgotten, the end is missing.
+    """
+
+    def has_ended() -> bool:
+        return run.result is not None or run.failure is not None or run.record.is_forgotten
+
+    def is_complete() -> bool:
+        return run.record.is_complete or run.record.is_forgotten
+
+    at = await send_output(run, offset, send, has_ended, is_numbered=True)
+    if not run.record.is_forgotten:
+        await send(f"event: exit\ndata: {run.answer(None).to_wire()}\n\n")
+        await send_output(run, at, send, is_complete, is_numbered=True)
 
 
 async def channel_handler(
@@ -15129,16 +15204,21 @@ class RunOutputEndpoint(EventsEndpoint):
     async def get(self, run_id: str) -> None:
         run = self.state.driver.runs.find(run_id)
         if self.accepts("text/event-stream", in_general=False):
-            name = "Last-Event-ID"
-            last = RUN_OUTPUT.headers[name].read(self.request.headers.get(name, "0"))
-            offset = check_offset(name, last, run.record.total)
-            await self.perform(self.follow(run, offset))
+            await self.perform(self.follow(run, self.followed_from(run)))
             return
 
         given = self.given()
         offset = check_offset("offset", given["offset"], run.record.total)
         limit = sys.maxsize if given["limit"] is None else given["limit"]
         await self.perform(self.answer(run, offset, limit))
+
+    def followed_from(self, run: Run) -> int:
+        """Where a stream starts: behind what the caller has.  Raises BadMessage."""
+        name = "Last-Event-ID"
+        last = self.request.headers.get(name)
+        if last is None:
+            return check_offset("offset", self.given()["offset"], run.record.total)
+        return check_offset(name, RUN_OUTPUT.headers[name].read(last), run.record.total)
 
     async def answer(self, run: Run, offset: int, limit: int) -> None:
         """Send one stretch of bytes: up to a gap, or to the end by now."""
@@ -15162,7 +15242,7 @@ class RunOutputEndpoint(EventsEndpoint):
 
     async def follow(self, run: Run, offset: int) -> None:
         await self.send_event(": following\n\n")
-        work = asyncio.ensure_future(send_output(run, offset, self.send_event, is_numbered=True))
+        work = asyncio.ensure_future(follow_handler(run, offset, self.send_event))
         try:
             while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
                 if not self.sending.locked():
@@ -15170,8 +15250,6 @@ class RunOutputEndpoint(EventsEndpoint):
             await work
         finally:
             work.cancel()
-
-        await self.send_event(f"event: exit\ndata: {run.answer(None).to_wire()}\n\n")
 
 
 class SocketEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
@@ -16634,10 +16712,11 @@ async def serve(options: Commands, token: str) -> None:
         listening = listen_at_port(options.host, int(options.port))
 
     try:
+        # Callers wait until the runs that they may ask for are known.
+        await state.driver.adopt(partial(Notes.of_run, state))
         for each in listening.sockets:
             server.listen_on(each)
 
-        await state.driver.adopt(partial(Notes.of_run, state))
         say_where(listening.address, state)
         log.info("stopping %s", key_values(signal=(await stop).name))
     finally:

@@ -7306,6 +7306,19 @@ def test_a_run_that_outlives_its_caller_has_a_day_unless_told_otherwise(
     assert timeout_of(wait=1, timeout=5) == 5
 
 
+def test_programs_of_a_person_in_every_pane_block_no_agent(own: StartServer) -> None:
+    server = own()
+    first = [server.start_exec("read x </dev/tty") for _ in range(pp.MAX_PANES)]
+    eventually(lambda: len(server.runs(state="running")) == pp.MAX_PANES)
+    for pane in server.panes("poco"):
+        server.tmux("send-keys", "-t", pane.split()[0], "Enter")
+    assert {each.result()["exit_code"] for each in first} == {0}
+    for pane in server.panes("poco"):
+        server.tmux("send-keys", "-t", pane.split()[0], "sleep 77.35", "Enter")
+    eventually(lambda: len(processes_with("77.35")) >= pp.MAX_PANES)
+    assert server.exec("echo at once", timeout=20)["stdout"] == "at once\n"
+
+
 def test_runs_for_which_nobody_waits_block_no_agent(own: StartServer) -> None:
     server = own()
     ids = [server.launch("read x </dev/tty") for _ in range(pp.MAX_PANES + 2)]
@@ -7443,6 +7456,30 @@ def test_a_run_of_another_server_can_be_ended_signalled_and_typed_to(own: StartS
     call(server, "send_keys", text="me", keys=["Enter"], run_id=asked)
     assert server.run(asked, wait=10)["exit_code"] == 0
     assert server.output(asked) == b"got me\n"
+
+
+def test_runs_of_several_servers_before_are_all_known(own: StartServer) -> None:
+    server = own()
+    ids = []
+    for number in range(3):
+        ids.append(server.launch(f"echo {number}; read x </dev/tty; echo $x"))
+        eventually(lambda: len(server.runs(state="running")) == len(ids))
+        server.kill_and_start()
+
+    assert {run["run_id"] for run in server.runs(state="running")} == set(ids)
+    for number, run_id in enumerate(ids):
+        call(server, "send_keys", text="on", keys=["Enter"], run_id=run_id)
+        assert server.run(run_id, wait=10)["exit_code"] == 0
+        assert server.output(run_id) == b"%d\non\n" % number
+
+
+def test_runs_of_another_server_block_no_agent(own: StartServer) -> None:
+    server = own()
+    for _ in range(pp.MAX_PANES + 2):
+        server.launch("read x </dev/tty")
+    eventually(lambda: len(server.runs(state="running")) == pp.MAX_PANES + 2)
+    server.kill_and_start()
+    assert server.exec("echo at once", timeout=20)["stdout"] == "at once\n"
 
 
 def test_a_run_of_another_server_keeps_its_time_limit(own: StartServer) -> None:
@@ -11526,6 +11563,27 @@ def test_a_model_reads_what_to_call_next_and_gets_the_whole_output(
     assert whole["structuredContent"]["output"] == "first é\nsecond\n"
 
 
+def test_a_model_that_does_what_it_reads_gets_every_byte(proxy: Proxy, agent: str) -> None:
+    expected = "".join(f"{number} é\n" for number in range(1, 20001))
+    cmd = "for i in $(seq 20000); do echo $i é; done"
+    answer = call(proxy, "exec", cmd=cmd, agent_name=agent, wait=0, max_output=10_000)
+    facts = answer["structuredContent"]
+    text = facts["output"] if facts["running"] else ""
+    named = re.search(r"Call wait_run with run_id '(\w+)' and offset (\d+)", text_of(answer))
+    assert named, text_of(answer)
+    if not facts["running"]:
+        text = expected.encode()[: int(named[2])].decode()
+
+    while named:
+        answer = call(
+            proxy, "wait_run", run_id=named[1], offset=int(named[2]), max_output=10_000, wait=5
+        )
+        text += answer["structuredContent"]["output"]
+        named = re.search(r"Call wait_run with run_id '(\w+)' and offset (\d+)", text_of(answer))
+
+    assert text == expected
+
+
 def test_end_run_ends_a_command_and_says_how_it_ended(proxy: Proxy, agent: str) -> None:
     run_id = proxy.launch("sleep 79.25", agent_name=agent)
     eventually(lambda: proxy.run(run_id)["state"] == "running")
@@ -13937,6 +13995,27 @@ def test_a_follower_that_reads_nothing_slows_nobody(own: StartServer) -> None:
         assert server.memory() < 150e6
     finally:
         silent.close()
+
+
+def test_a_follower_gets_what_background_processes_print_after_the_end(
+    proxy: Proxy, agent: str
+) -> None:
+    go_on = f"{proxy.folder}/go-on-{agent}"
+    cmd = f"(until [ -e {go_on} ]; do sleep 0.01; done; echo LATE) & echo now"
+    run_id = proxy.exec(cmd, agent_name=agent)["run_id"]
+    events = proxy.follow(run_id)
+    assert next(events)[2] == {"stdout": "now\n"}
+    assert next(events)[0] == "exit"
+    pathlib.Path(go_on).touch()
+    assert next(events) == ("output", 9, {"stdout": "LATE\n"})
+    assert list(events) == []
+
+
+def test_a_stream_starts_at_an_offset_as_well(proxy: Proxy, agent: str) -> None:
+    run_id = proxy.exec("echo abc", agent_name=agent)["run_id"]
+    headers = {"Accept": "text/event-stream"}
+    _, _, stream = proxy.request("GET", f"/runs/{run_id}/output?offset=2", headers=headers)
+    assert b'data: {"stdout":"c\\n"}' in stream
 
 
 def test_deleting_a_run_ends_it_first_and_forgets_it_then(proxy: Proxy, agent: str) -> None:
