@@ -3234,6 +3234,10 @@ class Piece:
         with open(os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
             return os.pread(file.fileno(), limit, at)
 
+    def is_there(self) -> bool:
+        """Whether nobody has removed its file."""
+        return self.path is None or os.path.exists(self.path)
+
     def add_to_memory(self, chunk: bytes) -> None:
         self.data += chunk
         self.size += len(chunk)
@@ -3379,7 +3383,7 @@ class Record:
     def _has_room(self, start: int) -> bool:
         """Have a file to write to; a new one has what comes from the offset `start` on."""
         if self.fd is not None and self.pieces[-1].size < PIECE_SIZE:
-            # Somebody may have removed it.
+            self._restore()
             if os.fstat(self.fd).st_nlink:
                 return True
 
@@ -3463,6 +3467,32 @@ class Record:
 
         self.shelf.used += self.size() - before
 
+    def _restore(self) -> None:
+        """Make the last file again if somebody has removed it: while it is open, it can be read."""
+        if self.fd is None or os.fstat(self.fd).st_nlink:
+            return
+
+        piece = self.pieces[-1]
+        assert piece.path is not None
+        try:
+            fd = self.shelf.create(piece.path)
+        except OSError as refused:
+            self.shelf.complain(refused)
+            return
+
+        at = 0
+        try:
+            while at < piece.size:
+                at += os.sendfile(fd, self.fd, at, piece.size - at)
+        except OSError as full:
+            self.shelf.complain(full)
+            os.close(fd)
+            remove_file(piece.path)
+            return
+
+        self._close_file()
+        self.fd = fd
+
     def _close_file(self) -> None:
         if self.fd is not None:
             os.close(self.fd)
@@ -3477,6 +3507,7 @@ class Record:
         if self.is_complete:
             return
         self.is_complete = True
+        self._restore()
         self._close_file()
         self.stir()
 
@@ -3535,6 +3566,7 @@ class Record:
 
         No bytes: there are none behind that yet.
         """
+        self._restore()
         for piece in self.pieces:
             if piece.end <= offset:
                 continue
@@ -3622,7 +3654,7 @@ class Record:
         """Whether `text` leaves out nothing."""
         at = start
         for piece in self.pieces:
-            if piece.start <= at:
+            if piece.start <= at and piece.is_there():
                 at = max(at, piece.end)
         return end - start <= limit and at >= end
 

@@ -5231,6 +5231,28 @@ def test_a_wiped_directory_is_made_again(shelf: pp.Shelf) -> None:
     assert os.stat(shelf.folder).st_mode & 0o777 == 0o700
 
 
+@pytest.mark.parametrize("more", [b"", b"two\n"], ids=["before-the-end", "before-more"])
+def test_what_is_printed_survives_a_wipe_while_it_grows(shelf: pp.Shelf, more: bytes) -> None:
+    record = shelf.record("0" * 16, pp.MIB, True)
+    record.add(b"one\n")
+    shutil.rmtree(shelf.folder)
+    if more:
+        record.add(more)
+    record.finish()
+    assert record.read(0, 100) == (0, b"one\n" + more)
+    assert record.is_whole(100, record.total)
+
+
+def test_what_is_wiped_later_is_missed(shelf: pp.Shelf) -> None:
+    record = shelf.record("0" * 16, pp.MIB, True)
+    record.add(b"one\n")
+    record.finish()
+    assert record.is_whole(100, record.total)
+    shutil.rmtree(shelf.folder)
+    assert record.read(0, 100) == (4, b"")
+    assert not record.is_whole(100, record.total)
+
+
 def test_a_lasting_record_moves_bytes_from_the_fifo_to_its_file(shelf: pp.Shelf) -> None:
     record = shelf.record("0" * 16, pp.MIB, True)
     reader, writer = os.pipe()
