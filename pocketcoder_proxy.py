@@ -1555,8 +1555,8 @@ class Refusals:
 # document are made of this.
 #
 # V1  A complaint names the field, what was got and what was expected.
-# V2  What is accepted fits the schema; the reverse holds but for NUL, halves of characters, and
-#     what a description says in words.
+# V2  What is accepted fits the schema; the reverse holds but for NUL, halves of characters, 1.0 as
+#     an integer, and what a description says in words.
 Message = dict[str, Any]
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 SESSION_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")

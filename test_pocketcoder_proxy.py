@@ -12722,6 +12722,52 @@ def test_exec_takes_bodies_that_the_document_allows_and_no_others(
     assert (answer[0] == 200) == right
 
 
+TYPED = DOCUMENT["paths"]["/terminals/{agent}/keys"]["post"]["requestBody"]["content"][
+    "application/json"
+]["schema"]["properties"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "right"),
+    [
+        pytest.param(field, value, right, id=f"{field}-{name}")
+        for field, schema in TYPED.items()
+        for name, value, right in values_of(schema)
+        # No such run is there, and no terminal takes these keys at once.
+        if (field, name) not in {("run_id", "example-0"), ("keys", "max-items")}
+    ],
+)
+def test_keys_are_taken_as_the_document_allows_and_not_otherwise(
+    relay: Proxy, ended_run: str, field: str, value: Any, right: bool
+) -> None:
+    body = {"text": " ", "keys": ["C-u"], "show": False, field: value}
+    path = "/terminals/{agent}/keys"
+    concrete = path.replace("{agent}", "documented")
+    answer = relay.request("POST", concrete, json.dumps(body).encode(), JSON_TYPE)
+    check_answer(path, "post", answer)
+    assert answer[0] == (200 if right else 400), answer
+    if not right:
+        assert field in json.loads(answer[2])["error"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        pytest.param({}, 415, id="no-content-type"),
+        pytest.param({**JSON_TYPE, "Content-Length": "99999999"}, 413, id="large"),
+        pytest.param({**JSON_TYPE, "Host": "evil.example"}, 403, id="host"),
+        pytest.param({**JSON_TYPE, "Origin": "http://evil.example"}, 403, id="origin"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/exec", "/mcp", "/messages", "/terminals/{agent}/keys"])
+def test_refused_requests_are_answered_as_documented(
+    relay: Proxy, path: str, headers: dict[str, str], status: int
+) -> None:
+    answer = relay.request("POST", path.replace("{agent}", "x"), None, headers)
+    check_answer(path, "post", answer)
+    assert answer[0] == status
+
+
 @pytest.fixture(scope="module")
 def ended_run(relay: Proxy) -> str:
     """The id of a run that has printed something."""
