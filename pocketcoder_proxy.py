@@ -16507,7 +16507,7 @@ def no_subcommand(words: list[str]) -> str:
     guess = suggestion(words[0], HELP)
     if not guess:
         guess = f"; to run it in the sandbox: pocketcoder shell {plain_command(words)}"
-    return f"no such subcommand: {words[0]}{guess}"
+    return f"no such subcommand: {words[0] or quote('')}{guess}"
 
 
 def add_attach_arguments(parser: Parser) -> None:
