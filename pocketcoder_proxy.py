@@ -11855,7 +11855,7 @@ async def answer_of_run(
         # At least one byte, so that whoever asks again gets on.
         end = max(run.record.boundary(end), min(start + 1, end))
 
-    answer = run.answer("".join(run.record.text(limit, end, start)))
+    answer = run.answer(await gathered(run.record.text(limit, end, start)))
     is_whole = run.record.is_whole(limit, end, start)
     facts = {
         "output": answer.stdout,
@@ -11884,6 +11884,16 @@ async def answer_of_run(
 
     failed = run.result is not None and run.result.ended != "exit"
     return content(text_of(answer, remarks), facts, failed=failed)
+
+
+async def gathered(pieces: Iterator[str]) -> str:
+    """One text of many pieces; while a long one is put together, other callers are served."""
+    text = list[str]()
+    for number, piece in enumerate(pieces):
+        text.append(piece)
+        if number % 16 == 15:
+            await asyncio.sleep(0)
+    return "".join(text)
 
 
 def next_call(run: Run, offset: int) -> str:
@@ -14699,18 +14709,55 @@ async def sse_handler(
         path = f"/servers/{percent_encoded(name, safe='')}/messages" if name else "/messages"
         yield f"event: endpoint\ndata: {path}?session_id={session.session_id}{suffix}\n\n"
         async for message in messages:
-            yield sse_event(message)
+            yield await sse_event(message)
 
 
-def to_json(message: Message) -> str:
+def to_json(message: Message | str) -> str:
     """Short where that is safe."""
     text = json.dumps(message, ensure_ascii=False, separators=(",", ":"))
     return text if NOT_RAW.search(text) is None else json.dumps(message)
 
 
-def sse_event(message: Message | None) -> str:
+class LongStrings:
+    """Takes the long strings out of a message, so that they can be written in pieces."""
+
+    def __init__(self) -> None:
+        # Stands for one of them, with its number.
+        self.mark = secrets.token_hex(8)
+        self.taken = list[str]()
+
+    def shorten(self, value: Any) -> Any:
+        """The same value, with marks in the place of long strings."""
+        if isinstance(value, dict):
+            return {name: self.shorten(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [self.shorten(each) for each in value]
+        if isinstance(value, str) and len(value) > MAX_WRITTEN:
+            self.taken.append(value)
+            return self.mark
+
+        return value
+
+
+async def to_json_in_turns(message: Message) -> str:
+    """The same as `to_json`; while a long string is written, other callers are served."""
+    strings = LongStrings()
+    around = to_json(strings.shorten(message)).split(strings.mark)
+    written = [around[0]]
+    for string, behind in zip(strings.taken, around[1:], strict=True):
+        for at in range(0, len(string), TEXT_PIECE):
+            written.append(to_json(string[at : at + TEXT_PIECE])[1:-1])
+            await asyncio.sleep(0)
+        written.append(behind)
+
+    return "".join(written)
+
+
+async def sse_event(message: Message | None) -> str:
     """As Server-Sent Events have it; None: a comment, which keeps the connection."""
-    return ":\n\n" if message is None else f"event: message\ndata: {to_json(message)}\n\n"
+    if message is None:
+        return ":\n\n"
+    return f"event: message\ndata: {await to_json_in_turns(message)}\n\n"
 
 
 def unforeseen(status: int, text: str) -> ProxyError:
@@ -14891,9 +14938,23 @@ class Endpoint(tornado.web.RequestHandler):
             self.task = None
 
     def finish_json(self, answer: Message, status: int = 200) -> None:
+        self.finish_text(to_json(answer), status)
+
+    def finish_text(self, json_text: str, status: int) -> None:
         self.set_status(status)
         self.set_header("Content-Type", "application/json")
-        self.finish(to_json(answer))
+        self.finish(json_text)
+
+    async def finish_in_turns(self, json_text: str, status: int) -> None:
+        """The same; while a long text leaves, other callers are served."""
+        self.set_status(status)
+        self.set_header("Content-Type", "application/json")
+        for at in range(0, len(json_text) - MAX_WRITTEN, MAX_WRITTEN):
+            self.write(json_text[at : at + MAX_WRITTEN])
+            await self.flush()
+
+        rest = len(json_text) % MAX_WRITTEN or MAX_WRITTEN
+        self.finish(json_text[-rest:])
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None))[1]
@@ -15495,10 +15556,11 @@ class McpEndpoint(EventsEndpoint):
                         # Nothing has started.
                         self.clear_header("Mcp-Session-Id")
 
-                    self.finish_json(message, status_of(message) if modern else 200)
+                    status = status_of(message) if modern else 200
+                    await self.finish_in_turns(await to_json_in_turns(message), status)
                     return
 
-                await self.send_event(sse_event(message))
+                await self.send_event(await sse_event(message))
 
         if not self._headers_written:
             # The client cancelled: there is no answer to send, so end an empty stream.
@@ -15517,9 +15579,9 @@ class McpEndpoint(EventsEndpoint):
 
     async def listen(self, session: Session) -> None:
         async with session.stream() as messages:
-            await self.send_event(sse_event(None))
+            await self.send_event(await sse_event(None))
             async for message in messages:
-                await self.send_event(sse_event(message))
+                await self.send_event(await sse_event(message))
 
     async def delete(self, name: str = "") -> None:
         self.session().end()
@@ -15593,7 +15655,7 @@ class McpSocket(SocketEndpoint):
             with contextlib.suppress(tornado.websocket.WebSocketClosedError):
                 async for message in messages:
                     if message is not None:
-                        await self.write_message(to_json(message))
+                        await self.write_message(await to_json_in_turns(message))
         self.close()
 
     async def on_message(self, message: str | bytes) -> None:

@@ -9259,7 +9259,7 @@ def test_an_event_carries_any_message_unchanged() -> None:
     dice = random.Random(10)
     for _ in range(1000 * FUZZ):
         message = {"jsonrpc": "2.0", "result": [junk(dice) for _ in range(3)]}
-        kind, data, *end = pp.sse_event(message).encode().decode().splitlines()
+        kind, data, *end = asyncio.run(pp.sse_event(message)).encode().decode().splitlines()
         assert kind == "event: message"
         assert data[:6] == "data: "
         assert end == [""]
