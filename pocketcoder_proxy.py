@@ -11767,7 +11767,6 @@ TERMINAL = {
 }
 LISTED = {"terminals": {"type": "array", "items": object_schema(TERMINAL, list(TERMINAL))}}
 
-# Null means nothing here.
 EXEC_ARGUMENTS = fields_of(
     "cmd cwd agent_name timeout stdin max_output wait",
     timeout=MAX_TIMEOUT,

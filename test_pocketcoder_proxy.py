@@ -8570,16 +8570,21 @@ def test_a_tmux_that_hangs_makes_the_server_unready_within_seconds(
     os.kill(tmux, signal.SIGSTOP)
     try:
         eventually(server.unready)
+        time.sleep(pp.READY_KEPT)
         begun = time.monotonic()
         calls = [Background(server.ready) for _ in range(20)]
+        asking = f"{server.socket}\0{pp.NO_COMMAND}"
+        if not connected:
+            wait_until_running(asking)
+        assert len(processes_with(asking)) == (0 if connected else 1)
         assert server.status("GET", "/health") == 200
         for call in calls:
             status, answer = call.result()
             assert status == 503
             assert answer["error"] == "tmux does not answer within 2 s"
 
-        # All waited for one check.
-        assert time.monotonic() - begun < 2 * pp.READY_TIMEOUT
+        # Seconds, although the machine may be busy.
+        assert time.monotonic() - begun < 10
     finally:
         os.kill(tmux, signal.SIGCONT)
 
@@ -8691,9 +8696,13 @@ def test_a_person_sees_nothing_of_a_check(warm: StartServer) -> None:
     def seen() -> tuple[Any, ...]:
         return server.screen("poco"), server.tmux(*described), messages(), times_in(server.folder)
 
-    # The prompt after the command is looked at once more.
-    time.sleep(pp.PROMPT_TIMEOUT)
+    # The prompt after the command is looked at a few times more.
     before = seen()
+    time.sleep(pp.PROMPT_TIMEOUT)
+    while seen() != before:
+        before = seen()
+        time.sleep(pp.PROMPT_TIMEOUT)
+
     for _ in range(3):
         assert server.ready()[0] == 200
         time.sleep(pp.READY_KEPT)
@@ -8709,7 +8718,6 @@ def test_many_who_ask_cost_no_more_than_a_few(own: StartServer, tmp_path: pathli
         assert server.ready()[0] == 200
     checks = len(starts.read_text().splitlines()) - before
     assert checks <= 1 + (time.monotonic() - begun) / pp.READY_KEPT
-    assert checks < 20
 
 
 # ==========================================================================
