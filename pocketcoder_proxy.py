@@ -7354,9 +7354,11 @@ class PocketCoderDriver:
         for terminal in self.terminals.values():
             terminal.stop()
 
-        # Those that outlive us are left to the next server, and their callers are told so.
+        # Those that outlive us are left to the next server, and their callers are told so.  Of one
+        # that is being ended only we know why.
         for job in self.jobs():
-            if job.record.is_lasting and job.phase >= Phase.TYPED and not job.over.is_set():
+            is_underway = job.phase >= Phase.TYPED and not job.over.is_set()
+            if job.record.is_lasting and is_underway and job.ending is None:
                 job.abandon()
                 self.runs.save(job.run)
         for run in self.runs.alive():

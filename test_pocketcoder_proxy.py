@@ -7438,6 +7438,18 @@ def test_a_run_that_ends_while_no_server_is_there_is_known_to_the_next(own: Star
     eventually(lambda: not list(server.run_folder.glob("[0-9a-f]*/[0-9]*.out")))
 
 
+@pytest.mark.slow
+def test_a_run_that_is_being_ended_is_not_left_to_the_next_server(own: StartServer) -> None:
+    server = own()
+    slow = "trap 'sleep 1.0625; exit 3' TERM; while :; do sleep 0.1; done"
+    run_id = server.post({"cmd": slow, "wait": 0.1, "timeout": 0.5})[1]["run_id"]
+    wait_until_running("sleep\x001.0625")
+    server.stop()
+    wait_until_gone("sleep\x001.0625")
+    server.start()
+    assert server.run(run_id)["ended"] == "timeout"
+
+
 def test_ended_runs_are_remembered_over_a_restart(own: StartServer) -> None:
     server = own()
     ended = server.post({"cmd": "seq 100000; exit 3", "wait": 20})[1]["run_id"]
