@@ -7482,6 +7482,8 @@ def screen_of(agent_name: str, panes: list[Message], pictures: list[Picture]) ->
                 "top": picture.top,
                 "columns": picture.width,
                 "lines": picture.height,
+                "cursor_column": picture.cursor_x,
+                "cursor_line": picture.cursor_y,
                 **pane,
                 "text": plain_text(picture.rows),
             }
@@ -12512,9 +12514,10 @@ WATCH_TERMINALS = Operation(
     {200: Answer("A stream of pictures.", {EVENTS: TEXT})},
     about="Events `screen`, ten a second at most and only when something has changed, with"
     " `agent_name`, `columns`, `lines`, `cursor` (null, or its `pane_id`, `column` and `line`) and"
-    " `panes`, of each `pane_id`, `left`, `top`, `columns`, `lines`, `command`, `run_id`, `text`,"
-    " where the only escape sequences are those for colours (SGR). A reader that is slow misses"
-    f" pictures. A terminal that is closed has no panes. {MAX_WATCHERS} streams at most.",
+    " `panes`. Each pane has `pane_id`, `left`, `top`, `columns`, `lines`, `cursor_column`,"
+    " `cursor_line`, `command`, `run_id` and `text`, where the only escape sequences are those for"
+    " colours (SGR). A reader that is slow misses pictures. A terminal that is closed has no panes."
+    f" {MAX_WATCHERS} streams at most.",
     refuses=(400, 503),
 )
 TYPE_KEYS = Operation(
@@ -12717,7 +12720,7 @@ button.main { background: var(--accent); border-color: var(--accent); color: var
 /* The bar on top: what goes on, and whose terminal is shown. */
 .bar {
   display: flex; align-items: center; gap: 4px 14px; padding: 6px 12px; flex: none;
-  background: var(--panel); border-bottom: 1px solid var(--line);
+  min-height: 43px; background: var(--panel); border-bottom: 1px solid var(--line);
 }
 .bar h1 { font-weight: 600; letter-spacing: -.01em; }
 #running { min-width: 6.2em; color: var(--muted); white-space: nowrap; }
@@ -12737,8 +12740,11 @@ button.main { background: var(--accent); border-color: var(--accent); color: var
 .dot.busy { background: var(--busy); border-color: var(--busy); }
 .dot.used { border-color: var(--busy); }
 #drawer { display: none; }
+/* Over what it is about, so that nothing moves. */
 #banner {
-  flex: none; padding: 6px 12px; background: var(--away); border-bottom: 1px solid var(--line);
+  position: fixed; top: 50px; left: 50%; transform: translateX(-50%); z-index: 1;
+  max-width: calc(100% - 32px); padding: 8px 16px; background: var(--away); border-radius: 8px;
+  border: 1px solid var(--edge); box-shadow: 0 4px 16px rgb(0 0 0 / .2); overflow-wrap: anywhere;
 }
 
 /* Below it: terminals, and beside them the runs. */
@@ -12763,7 +12769,9 @@ main.wide #left { display: none; }
   display: flex; align-items: center; gap: 8px; padding: 3px 4px 3px 12px; min-height: 38px;
   border-bottom: 1px solid var(--line); flex: none;
 }
-.head h2 { font-weight: 600; white-space: nowrap; }
+.head h2 {
+  font-weight: 600; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; min-width: 2em;
+}
 .head .grow { flex: 1; min-width: 0; }
 .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .empty { margin: auto; padding: 24px; max-width: 34em; text-align: center; color: var(--muted); }
@@ -12824,8 +12832,8 @@ main.wide #left { display: none; }
 .on.f15 { color: #fff; }
 
 /* Typing. */
-#typing { display: flex; flex-wrap: wrap; align-items: center; gap: 4px; flex: none; }
-#typing button { min-width: 36px; }
+#typing { display: flex; align-items: center; gap: 4px; flex: none; }
+#typing button { min-width: 36px; flex: none; }
 #keys { display: flex; align-items: center; gap: 8px; }
 #keys::before {
   content: ""; width: 26px; height: 14px; border-radius: 7px; background: var(--edge);
@@ -12835,8 +12843,9 @@ main.wide #left { display: none; }
   background-color: var(--accent);
   background-image: radial-gradient(circle at 19px 7px, var(--panel) 5px, transparent 5.5px);
 }
-#row { display: flex; flex-wrap: wrap; gap: 4px; }
-#hint { padding: 0 6px; font-size: 12px; color: var(--muted); }
+#row { display: contents; }
+#hint { padding: 0 6px; font-size: 12px; min-width: 0; color: var(--muted); }
+#hint.error { color: var(--bad); }
 #typed {
   position: fixed; left: 0; bottom: 0; width: 1px; height: 1px; padding: 0; border: 0; opacity: 0;
   resize: none; font-size: 16px;
@@ -12918,9 +12927,9 @@ dialog textarea {
   #shown { flex: 1; }
   #wide { display: none; }
   #terminals > .card { flex-basis: 100%; contain-intrinsic-size: 160px; }
-  #row { display: contents; }
   .view { --size: 12px; --row: 15px; padding: 6px 8px; }
-  #hint { display: none; }
+  #typing { flex-wrap: wrap; }
+  #hint:not(.error) { display: none; }
   #typing button { min-height: 36px; min-width: 36px; padding: 3px 8px; }
 }
 </style>
@@ -12960,7 +12969,7 @@ dialog textarea {
         <button data-key="Enter" aria-label="Enter">⏎</button>
         <button id="paste">Paste…</button>
       </span>
-      <span id="hint" role="status"></span>
+      <span id="hint" class="cut" role="status"></span>
     </div>
   </div>
   <aside id="side" aria-label="Runs">
@@ -13020,6 +13029,13 @@ const PRESSED_AT_ONCE = 100; // keys
 
 const byId = (id) => document.getElementById(id);
 const pause = (time) => new Promise((done) => setTimeout(done, time));
+
+function untilSeen() {
+  if (!document.hidden) return null;
+  return new Promise((done) => {
+    document.addEventListener("visibilitychange", done, {once: true});
+  });
+}
 
 // ---- Text.  It is only ever put into text nodes.
 const UNSEEN = new RegExp("[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f"
@@ -13403,7 +13419,7 @@ class PaneView {
     this.command = pane.command;
     this.columns = pane.columns;
     const texts = pane.text.split("\n");
-    const height = Math.max(texts.length, cursor ? cursor.line + 1 : 1);
+    const height = Math.max(texts.length, pane.cursor_line + 1);
     let style = PLAIN;
 
     for (let at = 0; at < height; at++) {
@@ -13428,7 +13444,7 @@ class PaneView {
       this.cursor.style.left = `${cursor.column}ch`;
       this.cursor.style.top = `calc(${cursor.line} * var(--row))`;
     }
-    this.line = cursor ? cursor.line : height - 1;
+    this.line = pane.cursor_line;
     this.place();
   }
 
@@ -13551,7 +13567,7 @@ class TerminalCard {
         text = run ? firstLine(run.cmd) : view.command;
         time = run ? timeOf(run) : "";
       }
-      setText(view.title, `${text}${time && "   "}${time}`);
+      setText(view.title, [text, time].filter(Boolean).join(" · "));
       if (text !== "idle") shown = [text, time];
     }
     setText(this.what, shown[0]);
@@ -13641,7 +13657,7 @@ function showTabs() {
   const names = (state.agents ?? []).map((each) => each.agent_name);
   // One that has gone stays until another is chosen.
   if (state.chosen !== ALL && !names.includes(state.chosen)) names.push(state.chosen);
-  const wanted = names.length === 1 && state.chosen === ALL ? [ALL] : [ALL, ...names];
+  const wanted = names.length === 1 && state.chosen === ALL ? [] : [ALL, ...names];
   const tabs = new Map([...box.children].map((tab) => [tab.dataset.agent, tab]));
   for (const [name, tab] of tabs) if (!wanted.includes(name)) tab.remove();
   wanted.forEach((name, at) => {
@@ -13821,6 +13837,8 @@ function list(newest) {
 // ---- The output of a run.
 const output = {
   abort: null,
+  // Grows with each run that is opened: what was begun for another one is over.
+  turn: 0,
   // Of the bytes that are shown.
   start: 0,
   end: 0,
@@ -13841,6 +13859,7 @@ const output = {
     this.lines = 0;
     this.isCut = this.start > 0;
     this.isComplete = false;
+    this.isLost = false;
     this.follows = start === undefined;
     byId("out").replaceChildren();
     byId("shown").hidden = false;
@@ -13856,6 +13875,7 @@ const output = {
   close() {
     this.abort?.abort();
     this.abort = null;
+    this.turn++;
     const id = state.run;
     state.run = null;
     byId("shown").hidden = true;
@@ -13871,14 +13891,17 @@ const output = {
   },
 
   async follow(id) {
-    for (let wait = 500; state.run === id && !this.isComplete; wait = Math.min(wait * 2, 8000)) {
+    const turn = ++this.turn;
+    for (let wait = 500; !this.isComplete; wait = Math.min(wait * 2, LONGEST_WAIT)) {
+      await untilSeen();
+      if (turn !== this.turn) return;
       const abort = new AbortController();
       this.abort = abort;
       let taken = 0;
       try {
         const headers = this.end ? {"Last-Event-ID": String(this.end)} : {};
         await readEvents(`/runs/${id}/output`, headers, abort, async (kind, data, eventId) => {
-          if (abort !== this.abort) return;
+          if (turn !== this.turn) return;
           if (kind === "output") {
             this.add(data.stdout, Number(eventId));
             wait = 500;
@@ -13893,13 +13916,13 @@ const output = {
           }
         });
       } catch (failure) {
-        if (abort !== this.abort) return;
+        if (turn !== this.turn) return;
         if (failure.status === 404) {
           this.isComplete = true;
           this.isLost = true;
         } else failed(failure, abort);
       }
-      if (abort !== this.abort) return;
+      if (turn !== this.turn) return;
       this.show();
       if (!this.isComplete) await pause(wait);
     }
@@ -14116,12 +14139,13 @@ const typing = {
     this.queue = [];
     setAttribute(byId("keys"), "aria-checked", String(isOn));
     byId("row").hidden = !isOn;
-    this.tell(isOn ? "Click the terminal to type. Ctrl+Alt+Enter leaves it." : "");
+    this.tell(isOn ? "Click the terminal to type; Ctrl+Alt+Enter leaves." : "", false);
     if (isOn) this.focus();
   },
 
-  tell(text) {
+  tell(text, isError) {
     setText(byId("hint"), text);
+    byId("hint").classList.toggle("error", isError);
   },
 
   focus() {
@@ -14169,7 +14193,7 @@ const typing = {
       }
     } catch (failure) {
       this.queue = [];
-      this.tell(`Not typed: ${failure.message}`);
+      this.tell(`Not typed: ${failure.message}`, true);
     } finally {
       this.isSending = false;
     }
@@ -14398,6 +14422,8 @@ function pollSoon(time = SOONEST_POLL) {
 
 document.addEventListener("visibilitychange", () => {
   watch();
+  // A browser has few connections for all its tabs.
+  if (document.hidden) output.abort?.abort();
   if (!document.hidden) pollSoon(0);
 });
 

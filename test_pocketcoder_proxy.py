@@ -7744,6 +7744,7 @@ def test_a_watcher_sees_a_terminal_in_its_colours_and_size(
     assert "\x1b[31mred\x1b[39m plain" in pane["text"]
     last = pane["text"].count("\n")
     assert screen["cursor"] == {"pane_id": pane["pane_id"], "column": 2, "line": last}
+    assert (pane["cursor_column"], pane["cursor_line"]) == (2, last)
 
 
 def test_output_reaches_a_watcher_while_the_command_runs(
