@@ -7861,6 +7861,17 @@ def test_a_watched_terminal_that_is_idle_is_left_alone(
     assert (tmp_path / "count").read_text() == before
 
 
+def test_of_each_terminal_only_the_newest_picture_waits_for_a_reader() -> None:
+    async def read() -> tuple[list[str], list[str]]:
+        reader = pp.ScreenReader()
+        for number in range(100):
+            for name in ("a", "b"):
+                reader.show(name, f"{name}{number}")
+        return await reader.next(5), await reader.next(0.01)
+
+    assert asyncio.run(read()) == (["a99", "b99"], [])
+
+
 def test_a_reader_that_does_not_read_costs_nothing_and_misses_pictures(
     warm: StartServer, stream: OpenStream
 ) -> None:
@@ -7909,9 +7920,9 @@ def test_there_is_a_bound_to_watchers(warm: StartServer, stream: OpenStream) -> 
     proxy = warm()
     watchers = [stream(proxy, "/terminals/poco") for _ in range(pp.MAX_WATCHERS)]
     assert {watched.status for watched in watchers} == {200}
-    status, _, answer = proxy.request("GET", "/terminals/poco")
-    assert status == 503
-    assert "close another page" in json.loads(answer)["error"]
+    refused = stream(proxy, "/terminals/poco")
+    assert refused.status == 503
+    assert b"close another page" in refused.answer.read()
 
     watchers[0].close()
     eventually(lambda: stream(proxy, "/terminals/poco").status == 200)
