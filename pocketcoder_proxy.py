@@ -83,7 +83,7 @@ tmux:       new-session -A      the one long-lived control connection
             has-session         `session_exists`
             capture-pane        `read_terminal`, pictures, in a process of its own
             attach-session refresh-client   learn that a watched pane has printed something
-            new-session -t select-window    a person's view, by `attach`
+            new-session -t select-window wait-for   a person's view, by `attach`
             pocketcoder-ready   `/ready`: no command of tmux, but it answers
 Files of a run, SOCKET.d/DRIVER/RUN.*:
             go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
@@ -2928,19 +2928,6 @@ class Tmux(asyncio.SubprocessProtocol):
         ]
         return await cls._spawn(path, words, lambda: cls(session, on_notice))
 
-    @classmethod
-    async def join(cls, path: str, session: str, flags: str, make: Callable[[], TmuxT]) -> TmuxT:
-        """Attach the connection that `make` makes to a session that is there."""
-        self = await cls._spawn(path, ["attach-session", "-t", f"={session}", "-f", flags], make)
-
-        try:
-            await self.reply(self.attached)
-        except BaseException:
-            self.close()
-            raise
-
-        return self
-
     @staticmethod
     async def _spawn(path: str, words: list[str], make: Callable[[], TmuxT]) -> TmuxT:
         """Start a process of tmux for one that `make` makes."""
@@ -3167,9 +3154,16 @@ class OutputWatch(Tmux):
         on_notice: Callable[[], object],
     ) -> OutputWatch:
         """Attach to a session that is there.  Raises NoTerminal."""
-        return await cls.join(
-            path, session, "ignore-size", lambda: cls(session, on_output, on_notice)
-        )
+        words = ["attach-session", "-t", f"={session}", "-f", "ignore-size"]
+        self = await cls._spawn(path, words, lambda: cls(session, on_output, on_notice))
+
+        try:
+            await self.reply(self.attached)
+        except BaseException:
+            self.close()
+            raise
+
+        return self
 
     def _take_line(self, fd: int, line: str) -> None:
         word, _, rest = line.partition(" ")
@@ -15958,32 +15952,60 @@ def attach(driver: PocketCoderDriver, agent_name: str, only_watches: bool) -> in
     if around and os.path.realpath(around) == os.path.realpath(driver.socket_path):
         raise ProxyError("attach: you are inside of this tmux already: C-b w lists its windows")
 
-    return asyncio.run(show_view(driver, agent_name, only_watches))
+    window_id = asyncio.run(make_window(driver, agent_name)).window_id
+    with companion(driver):
+        view = view_command(driver, window_id, only_watches)
+        return subprocess.run(view, env=tmux_environment()).returncode
 
 
-async def show_view(driver: PocketCoderDriver, agent_name: str, only_watches: bool) -> int:
-    """The same, whether or not the terminal is there yet."""
+async def make_window(driver: PocketCoderDriver, agent_name: str) -> Pane:
+    """The first pane of an agent's window, which is made if it is missing.  Raises NoTerminal."""
     try:
         await driver.terminal(agent_name).make()
-        window_id = (await driver.window(agent_name))[0].window_id
+        return (await driver.window(agent_name))[0]
     finally:
         await driver.close()
 
-    # Tmux heeds a client's wish to have no say only while there is one without such a wish.  This
-    # one has no size.
-    session = driver.session_name
-    beside = await Tmux.join(
-        driver.socket_path, session, "no-output", lambda: Tmux(session, ignore)
+
+@contextlib.contextmanager
+def companion(driver: PocketCoderDriver) -> Iterator[None]:
+    """Have a client without a size and without wishes beside the view.  Raises NoTerminal.
+
+    Tmux heeds a client's wish to have no say in the size only while there is one without it.  The
+    companion ends when its stdin does, so with us, whatever happens.
+    """
+    tmux = ["tmux", "-S", driver.socket_path]
+    words = [*tmux, "-C", "attach-session", "-t", f"={driver.session_name}", "-f", "no-output"]
+    beside = subprocess.Popen(
+        words,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=tmux_environment(),
     )
+    assert beside.stdin is not None
 
     try:
-        view = await asyncio.create_subprocess_exec(
-            *view_command(driver, window_id, only_watches), env=tmux_environment()
-        )
-        return await view.wait()
+        # It is attached once it takes commands.
+        signal_name = f"attached-{secrets.token_hex(4)}"
+        with contextlib.suppress(OSError):
+            beside.stdin.write(f"wait-for -S {signal_name}\n".encode())
+            beside.stdin.flush()
+
+        try:
+            subprocess.run([*tmux, "wait-for", signal_name], check=True, timeout=TMUX_TIMEOUT)
+        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as wrong:
+            raise NoTerminal(f"tmux lets nobody attach: {wrong}") from None
+
+        yield
     finally:
-        beside.close()
-        await beside.ended.wait()
+        with contextlib.suppress(OSError):
+            beside.stdin.close()
+        try:
+            beside.wait(TMUX_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            beside.kill()
+            beside.wait()
 
 
 def view_command(driver: PocketCoderDriver, window_id: str, only_watches: bool) -> list[str]:
