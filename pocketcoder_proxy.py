@@ -6641,6 +6641,10 @@ class Job:
         if self.phase is Phase.RELEASED:
             return
 
+        # Of a line that is typed only the next server learns whether it has started.
+        if not self.started.done():
+            self.started.set_result(True)
+
         self._enter(Phase.RELEASED)
         self._stop_timer()
         if self.view:
@@ -7350,17 +7354,20 @@ class PocketCoderDriver:
 
         # Those that outlive us are left to the next server, and their callers are told so.  Of one
         # that is being ended only we know why.
+        left = set[str]()
         for job in self.jobs():
             is_underway = job.phase >= Phase.TYPED and not job.over.is_set()
             if job.record.is_lasting and is_underway and job.ending is None:
                 job.abandon()
                 self.runs.save(job.run)
+                left.add(job.run.run_id)
         for run in self.runs.alive():
             run.let_callers_go()
 
         await asyncio.gather(*(over_within(job, grace) for job in self.jobs()))
-        for starting in [*self.launched.values()]:
-            starting.cancel()
+        for run_id, starting in [*self.launched.items()]:
+            if run_id not in left:
+                starting.cancel()
 
         jobs = self.jobs()
         for job in jobs:

@@ -7439,6 +7439,23 @@ def test_a_run_that_ends_while_no_server_is_there_is_known_to_the_next(own: Star
 
 
 @pytest.mark.slow
+def test_a_run_whose_line_is_just_typed_is_left_to_the_next_server(own: StartServer) -> None:
+    server = own()
+    server.exec("true")
+    # The shell takes so long to start what is typed.
+    server.type("poco", "trap 'sleep 0.8125' DEBUG", "Enter")
+    asked = Background(partial(server.post, {"cmd": "echo ran; touch mark", "wait": 20}))
+    wait_until_running("sleep\x000.8125")
+    server.stop()
+    answer = asked.result()[1]
+    assert answer["running"]
+    eventually(lambda: os.path.exists(f"{server.workspace}/mark"))
+    server.start()
+    assert server.run(answer["run_id"], 10)["ended"] == "exit"
+    assert server.output(answer["run_id"]) == b"ran\n"
+
+
+@pytest.mark.slow
 def test_a_run_that_is_being_ended_is_not_left_to_the_next_server(own: StartServer) -> None:
     server = own()
     slow = "trap 'sleep 1.0625; exit 3' TERM; while :; do sleep 0.1; done"
