@@ -13597,6 +13597,8 @@ function watchedNames() {
 }
 
 let watching = {names: "", abort: null};
+// Why terminals cannot be watched now, although the server answers.
+let refused = "";
 
 // Keeps one stream open for the terminals that are shown, while the page can be seen.
 function watch() {
@@ -13610,10 +13612,14 @@ function watch() {
   const path = `/terminals/${names}`;
   readEvents(path, {}, abort, (kind, screen) => {
     if (kind === "screen") terminals.get(screen.agent_name)?.show(screen);
+    if (refused) banner(refused = "");
   })
-    .catch((failure) => failure.status === 404 || failed(failure, abort))
+    .catch((failure) => {
+      if (failure.status === 503) banner(refused = `The server says: ${failure.message}`);
+      else if (failure.status !== 404) failed(failure, abort);
+    })
     .finally(async () => {
-      await pause(1000);
+      await pause(refused ? LONGEST_WAIT / 2 : 1000);
       if (watching.abort === abort) watching = {names: "", abort: null};
       watch();
     });
@@ -14078,16 +14084,21 @@ function confirmed({head, why = "", cited = "", text, yes}) {
   field.value = text ?? "";
   setText(byId("ask-yes"), yes);
   byId("ask-yes").className = text === undefined ? "danger" : "main";
-  dialog.returnValue = "";
   dialog.showModal();
   (text === undefined ? byId("ask-no") : field).focus();
   return new Promise((answer) => {
-    const onClose = () => answer(dialog.returnValue === "yes" ? field.value : null);
-    dialog.addEventListener("close", onClose, {once: true});
+    const finish = (content) => {
+      dialog.close();
+      answer(content);
+    };
+    byId("ask-yes").onclick = () => finish(field.value);
+    byId("ask-no").onclick = () => finish(null);
+    // By Escape.  This event may come late, when the next question is open already.
+    dialog.onclose = () => {
+      if (!dialog.open) answer(null);
+    };
   });
 }
-byId("ask-yes").addEventListener("click", () => byId("ask").close("yes"));
-byId("ask-no").addEventListener("click", () => byId("ask").close());
 
 // ---- Typing.
 const NAMED = {
@@ -14376,7 +14387,7 @@ async function poll() {
     enter();
     state.isAway = false;
     wait = 500;
-    banner("");
+    banner(refused);
     showAll();
     watch();
   } catch (failure) {

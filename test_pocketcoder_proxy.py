@@ -12260,6 +12260,10 @@ def test_a_run_is_ended_only_after_it_was_asked_once_more(warm: StartServer, tab
     assert not running.future.done()
 
     page.click("#end")
+    page.press("Escape", 27)
+    page.wait_for("!byId('ask').open")
+    # The event of the question that was closed comes when the next one is open.
+    page.evaluate("byId('end').click(); byId('ask-no').click(); byId('end').click()")
     page.click("#ask-yes")
     assert running.result()["ended"] == "cancelled"
     page.wait_for_text("#state", "cancelled")
@@ -12577,6 +12581,24 @@ def test_a_server_that_is_away_is_found_again(warm: StartServer, tab: OpenTab) -
     proxy.exec("echo after")
     page.wait_for_text(".row", "\nafter")
     page.wait_for_text("#runs", "echo after")
+
+
+@pytest.mark.browser
+def test_a_page_too_many_says_so_and_waits_for_its_turn(
+    warm: StartServer, tab: OpenTab, stream: OpenStream
+) -> None:
+    proxy = warm()
+    others = [stream(proxy, "/terminals/poco") for _ in range(pp.MAX_WATCHERS)]
+    page = tab(proxy)
+    page.wait_for_text("#banner", "close another page")
+    # The runs are there, and go on.
+    proxy.exec("echo more")
+    page.wait_for_text("#runs", "echo more")
+    assert "close another page" in page.text("#banner")
+
+    others[0].close()
+    page.wait_for_text(".row", "echo more")
+    assert page.evaluate("byId('banner').hidden") is True
 
 
 @pytest.mark.browser
