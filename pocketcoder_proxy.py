@@ -126,7 +126,7 @@ import sys
 # Settings
 # ==========================================================================
 # S1  Limits, times and defaults that one may want to change: seconds, where nothing else is said.
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 KIB = 1024
 MIB = 1024 * KIB
 
