@@ -13895,6 +13895,7 @@ const output = {
   widen(isWide) {
     byId("main").classList.toggle("wide", isWide);
     setAttribute(byId("wide"), "aria-pressed", String(isWide));
+    this.place();
   },
 
   async follow(id) {
@@ -13959,6 +13960,15 @@ const output = {
     }
     if (this.unfinished) this.put(this.unfinished, false);
     this.show();
+    this.place();
+  },
+
+  // Shows the end, where nobody has scrolled away from it.
+  place() {
+    if (!this.follows) return;
+    const box = byId("out");
+    box.scrollTop = box.scrollHeight;
+    this.placed = box.scrollTop;
   },
 
   finish() {
@@ -14034,10 +14044,6 @@ const output = {
       if (this.isLost) text = "This output is no longer kept.";
       else if (this.isComplete) text = "No output.";
       setText(empty, text);
-    }
-    if (this.follows) {
-      box.scrollTop = box.scrollHeight;
-      this.placed = box.scrollTop;
     }
   },
 };
