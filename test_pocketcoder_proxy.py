@@ -14268,13 +14268,18 @@ def test_other_callers_are_answered_while_a_large_answer_leaves(warm: StartServe
 
 
 def test_terminals_are_listed_as_the_tool_lists_them(proxy: Proxy, agent: str) -> None:
+    def listed() -> Any:
+        status, headers, answer = proxy.request("GET", "/terminals")
+        assert status == 200
+        assert headers["content-type"] == "application/json"
+        terminals = json.loads(answer)["terminals"]
+        return next(each for each in terminals if each["agent_name"] == agent)
+
     proxy.exec("true", agent_name=agent)
-    status, headers, answer = proxy.request("GET", "/terminals")
-    assert status == 200
-    assert headers["content-type"] == "application/json"
-    listed = {each["agent_name"]: each for each in json.loads(answer)["terminals"]}
+    # Its prompt comes a moment after the answer.
+    eventually(lambda: not listed()["busy"])
     told = call(proxy, "list_terminals")["structuredContent"]["terminals"]
-    assert listed[agent] == next(each for each in told if each["agent_name"] == agent)
+    assert listed() == next(each for each in told if each["agent_name"] == agent)
 
 
 def test_keys_from_the_page_are_typed_and_audited(
