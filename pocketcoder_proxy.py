@@ -234,6 +234,7 @@ MAX_VIEW_COMMAND = 4 * KIB  # characters of the command
 # A full terminal is written to again after a pause, so often: the prompt waits for it.
 VIEW_PAUSE = 0.01
 VIEW_TRIES = 20
+ADOPT_TIMEOUT = 2.0  # for another server that takes over runs at the same time
 ADOPT_PAUSE = 0.2  # for the exit code of a run whose server was killed
 # Descriptors that no further run takes: those that run need some to be watched and ended.
 DESCRIPTORS_KEPT = 10
@@ -246,6 +247,7 @@ KEPT_END = 8 * MIB  # bytes that are kept of each end, where there is room
 PIECE_SIZE = MIB  # bytes of a file
 SMALL_OUTPUT = 4 * KIB  # bytes that stay in memory
 TEXT_PIECE = 64 * KIB  # bytes that are decoded at once: 0.1 ms
+MAX_SAVED = 64 * KIB  # bytes of what is saved of a run
 MAX_LISTED_COMMAND = 4 * KIB  # bytes of a command that are remembered
 COMPLAINT_PAUSE = 60.0  # between lines in the log that output cannot be kept
 DEFAULT_LISTED = 100  # runs in an answer
@@ -3192,11 +3194,13 @@ class OutputWatch(Tmux):
 #
 # K1  The offset of a byte never changes.  What is no longer kept is a gap.
 # K2  A full disk costs old output, then the middle of new output; never a command.
-# K3  What a lasting record has read from a FIFO is in its files, even if the server is killed.
+# K3  What a lasting record has read from a FIFO is in its files, even if the server is killed; if
+#     they take it.
 
 
-# Of a run that ends with its server, behind the name of that: RUN.OFFSET.
-OWNED_FILE = re.compile(r"[0-9a-f]{16}\.\d+")
+# Behind the name of a server, what ends with that: RUN.OFFSET, RUN.new.
+SERVERS_FILE = re.compile(r"[0-9a-f]{16}\.(\d+|new)")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # A link in its place does not lead us anywhere.
 NEW_TEXT = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
 
@@ -3311,7 +3315,7 @@ class Record:
             pass
         elif not self.is_lasting and self.total + len(chunk) <= SMALL_OUTPUT:
             if not self.pieces:
-                self.pieces.append(Piece(0, None))
+                self.pieces.append(Piece(self.total, None))
             self.pieces[-1].add_to_memory(chunk)
             self.shelf.used += len(chunk)
         else:
@@ -3361,7 +3365,7 @@ class Record:
             try:
                 count = os.pwrite(self.fd, left[: PIECE_SIZE - piece.size], piece.size)
             except OSError as full:
-                if self.shelf.free_space():
+                if full.errno in DISK_FULL and self.shelf.free_space():
                     continue
                 self.shelf.complain(full)
                 self._close_file()
@@ -3389,7 +3393,7 @@ class Record:
                 self.shelf.make_room(PIECE_SIZE)
                 self.fd = self.shelf.create(path)
             except OSError as full:
-                if self.shelf.free_space():
+                if full.errno in DISK_FULL and self.shelf.free_space():
                     continue
                 self.shelf.complain(full)
                 return False
@@ -3566,7 +3570,7 @@ class Record:
                 continue
             start = max(offset, piece.start)
             # Its file is gone: a gap.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 return start, piece.read(start, limit)
 
         return self.total, b""
@@ -3674,29 +3678,30 @@ class Shelf:
 
     folder  made when it is needed, of mode 0700
     limit   bytes, of what is in memory too
-    place   what its runs belong to, the path of the socket: others' are left alone
-    Files: OWNER.lock, locked while its server lives; OWNER.RUN.OFFSET of runs that end with it;
-    RUN.OFFSET and RUN.json of lasting ones.
+    socket  the path of the socket that its runs belong to: those of others are left alone
+    Files: SERVER.lock, locked while its server lives; SERVER.RUN.OFFSET of runs that end with it;
+    RUN.OFFSET and RUN.json of lasting ones, SERVER.RUN.new while that is written.
     """
 
-    def __init__(self, folder: str, limit: int, place: str) -> None:
+    def __init__(self, folder: str, limit: int, socket: str) -> None:
         self.folder = folder
         self.limit = limit
-        self.place = place
+        self.socket = socket
         # Bytes that all records keep.
         self.used = 0
         # Of runs that have ended, the oldest first: these go when there is no room.
         self.ended: dict[Record, None] = {}
         # Those that still grow.
         self.growing: dict[Record, None] = {}
-        self.owner = secrets.token_hex(8)
+        # The name of this server among those that share the directory.
+        self.server_id = secrets.token_hex(8)
         # None: the directory is not open yet.
         self.lock: int | None = None
         self.complained_at = -math.inf
 
     def record(self, run_id: str, answer_size: int, is_lasting: bool) -> Record:
         """A record for a run that starts."""
-        name = run_id if is_lasting else f"{self.owner}.{run_id}"
+        name = run_id if is_lasting else f"{self.server_id}.{run_id}"
         record = Record(self, f"{self.folder}/{name}", answer_size, is_lasting)
         self.growing[record] = None
         return record
@@ -3751,7 +3756,7 @@ class Shelf:
     # --- The directory.
 
     def open(self) -> None:
-        """Make the directory, and lock it as one of its owners.  Raises OSError."""
+        """Make the directory, and our lock in it.  Raises OSError."""
         if self.lock is not None:
             if os.fstat(self.lock).st_nlink:
                 return
@@ -3764,11 +3769,11 @@ class Shelf:
             os.chmod(self.folder, 0o700)
 
         lock = os.open(
-            f"{self.folder}/{self.owner}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600
+            f"{self.folder}/{self.server_id}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600
         )
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.pwrite(lock, os.fsencode(self.place), 0)
+            os.pwrite(lock, os.fsencode(self.socket), 0)
         except OSError:
             os.close(lock)
             raise
@@ -3803,11 +3808,11 @@ class Shelf:
     def save(self, run_id: str, facts: Message) -> None:
         """Write what is known of a lasting run.  Raises OSError."""
         self.open()
-        path = f"{self.folder}/{run_id}.json"
-        text = json.dumps({**facts, "owner": self.owner})
-        with open(os.open(f"{path}.new", NEW_TEXT, 0o600), "w") as file:
+        text = json.dumps({**facts, "server": self.server_id})
+        new = f"{self.folder}/{self.server_id}.{run_id}.new"
+        with open(os.open(new, NEW_TEXT, 0o600), "w") as file:
             file.write(text)
-        os.rename(f"{path}.new", path)
+        os.rename(new, f"{self.folder}/{run_id}.json")
 
     def remove(self, run_id: str) -> None:
         """Forget what `save` wrote."""
@@ -3821,22 +3826,20 @@ class Shelf:
         if not os.path.isdir(self.folder):
             return []
 
-        self.open()
         folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        # Another server may be starting as well.
-        fcntl.flock(folder, fcntl.LOCK_EX)
         try:
+            self._wait_for_others(folder)
+            self.open()
             names = os.listdir(self.folder)
             alive = self._sweep(names)
             pieces = self._pieces(names)
             found = list[tuple[Message, Record]]()
             for name in names:
                 run_id, _, suffix = name.partition(".")
-                if suffix != "json":
-                    continue
-                facts = self._load(name)
-                if facts and facts["place"] == self.place and facts["owner"] not in alive:
-                    found.append((facts, self._record_of(run_id, facts, pieces.get(run_id, []))))
+                facts = self._load(name) if suffix == "json" else None
+                if facts and facts["socket"] == self.socket and facts["server"] not in alive:
+                    record = self._record_of(run_id, facts, pieces.get(run_id, []))
+                    found.append((facts, record))
                     with contextlib.suppress(OSError):
                         self.save(run_id, facts)
 
@@ -3844,27 +3847,40 @@ class Shelf:
         finally:
             os.close(folder)
 
+    @staticmethod
+    def _wait_for_others(folder: int) -> None:
+        """Lock the directory: another server may be starting as well.  Raises BlockingIOError."""
+        deadline = time.monotonic() + ADOPT_TIMEOUT
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(LOOK_PAUSE)
+
     def _sweep(self, names: list[str]) -> set[str]:
-        """Remove what ended with its server; the owners that are alive, or not of our place."""
-        alive = {self.owner}
+        """Remove what ended with its server; the servers that live, or have another socket."""
+        alive = {self.server_id}
         with contextlib.ExitStack() as opened:
             for name in names:
-                owner, _, suffix = name.partition(".")
-                if suffix != "lock" or owner == self.owner:
+                server_id, _, suffix = name.partition(".")
+                if suffix != "lock" or server_id == self.server_id:
                     continue
-                alive.add(owner)
+                alive.add(server_id)
                 # It has just gone, or is another user's.
                 with contextlib.suppress(OSError):
                     lock = os.open(f"{self.folder}/{name}", os.O_RDWR | os.O_NOFOLLOW)
                     opened.callback(os.close, lock)
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if os.pread(lock, MAX_PATH, 0) == os.fsencode(self.place):
-                        alive.remove(owner)
+                    if os.pread(lock, MAX_PATH, 0) == os.fsencode(self.socket):
+                        alive.remove(server_id)
                         remove_file(f"{self.folder}/{name}")
 
             for name in names:
-                owner, _, rest = name.partition(".")
-                if OWNED_FILE.fullmatch(rest) and owner not in alive:
+                server_id, _, rest = name.partition(".")
+                if SERVERS_FILE.fullmatch(rest) and server_id not in alive:
                     remove_file(f"{self.folder}/{name}")
 
         return alive
@@ -3889,9 +3905,12 @@ class Shelf:
         path = f"{self.folder}/{name}"
         try:
             with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
-                facts = json.loads(file.read(4 * MAX_BODY))
-            if not isinstance(facts, dict) or not {"owner", "place", "run_id"} <= facts.keys():
-                raise ValueError("expected an object with owner, place, run_id")
+                facts = json.loads(file.read(MAX_SAVED))
+            if not isinstance(facts, dict):
+                raise ValueError("expected an object")
+            for key in ("server", "socket", "run_id"):
+                if not isinstance(facts.get(key), str):
+                    raise ValueError(f"expected a text as {key}")
             if f"{facts['run_id']}.json" != name:
                 raise ValueError(f"expected the run of its name, got {facts['run_id']!r}")
         except (OSError, ValueError, RecursionError) as damage:
@@ -3902,7 +3921,10 @@ class Shelf:
 
     def _record_of(self, run_id: str, facts: Message, pieces: list[Piece]) -> Record:
         """The record whose files another server has written."""
-        record = self.record(run_id, DEFAULT_OUTPUT, True)
+        answer_size = facts.get("max_output")
+        if type(answer_size) is not int or not 1 <= answer_size <= MAX_OUTPUT:
+            answer_size = DEFAULT_OUTPUT
+        record = self.record(run_id, answer_size, True)
         pieces.sort(key=lambda piece: piece.start)
         record.take_over(pieces)
         return record
@@ -4285,7 +4307,8 @@ class View(Pipe):
 # The script that a pane's shell sources, the FIFOs through which it speaks, and their directory.
 #
 # F1  A line that was given up never starts: RUN.pid is made once, by go or by us.
-# F2  Go waits a few seconds at most for a server that has gone.
+# F2  Go waits a few seconds at most for a server that has gone.  A shell in the background holds
+#     the output of a lasting run until a server has read it.
 # F3  What a run that ended still has open is used by no later run.
 #
 # Exclusive to a run; kept for the next run of that name.
@@ -4491,7 +4514,7 @@ class RunFiles:
             output.keep()
 
     def finish(self) -> None:
-        """The run is over: discard what others still write."""
+        """The run is over: what others still write is only recorded."""
         for output in self.outputs:
             output.finish()
 
@@ -4715,10 +4738,13 @@ class FoundFolder(RunFolder):
         self.base = base
         self.path = path
         self.status_path = f"{path}/status"
+        self.count = 0
         self.free = []
         self.runs = {}
         self.unread = b""
         self.adoptions = []
+        # Nothing but its runs that outlive it is written there.
+        self.is_drained = False
         self.lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4735,7 +4761,7 @@ class FoundFolder(RunFolder):
     @classmethod
     def at(cls, path: str, base: str) -> FoundFolder | None:
         """The directory at `path`, if it is one of those below `base` and has lost its driver."""
-        if os.path.dirname(path) != base:
+        if os.path.dirname(path) != base or not FOLDER_NAME.fullmatch(os.path.basename(path)):
             return None
         try:
             return cls(path, base)
@@ -4751,7 +4777,7 @@ class FoundFolder(RunFolder):
         except OSError:
             return False
 
-    def reports(self, path: str) -> tuple[int | None, int | None, float]:
+    def noted(self, path: str) -> tuple[int | None, int | None, float]:
         """What go has noted in RUN.pid: the process, the exit code, and when it did so last.
 
         None: it has not, so it never started, or has not ended.
@@ -4780,12 +4806,18 @@ class FoundFolder(RunFolder):
         self.runs[token] = files
         return files
 
+    def let_go(self, files: RunFiles | None) -> None:
+        """A run cannot be gone on with: its outputs are drained with the others."""
+        if files is not None:
+            files.abandon()
+            self.runs.pop(files.token, None)
+
     def drop(self, path: str) -> None:
         """A run that never started needs no files."""
         remove_files(path, ALL_FILES)
 
     def add(self, work: asyncio.Task[None]) -> None:
-        """It ends before the directory is closed."""
+        """Keep a reference to a task that works here."""
         self.adoptions.append(work)
 
     def start(self) -> None:
@@ -4800,9 +4832,6 @@ class FoundFolder(RunFolder):
         await read_all(self.path, names)
         self.is_drained = True
         self._remove_if_done()
-
-    # Nothing else is written there.
-    is_drained = False
 
     def give_back(self, files: RunFiles) -> None:
         """No process has them open any more."""
@@ -4848,10 +4877,24 @@ def void_all(folder: str, names: list[str]) -> None:
                 os.close(os.open(f"{folder}/{path}.pid", os.O_CREAT | os.O_EXCL))
 
 
+def let_holders_go(folder: str, names: list[str]) -> None:
+    """End the shells in the background that hold outputs for a server which records them."""
+    for name in names:
+        if name.endswith(".done"):
+            # None waits there.
+            with contextlib.suppress(OSError):
+                done = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+                try:
+                    os.write(done, b"\n" * HOLDERS)
+                finally:
+                    os.close(done)
+
+
 async def read_all(folder: str, names: list[str]) -> None:
     """Discard what its runs write, until no writer is left."""
     closed = asyncio.Event()
     outputs = list[Output]()
+    let_holders_go(folder, names)
 
     for name in names:
         if name.endswith((".out", ".err")):
@@ -5064,10 +5107,15 @@ class PaneShell:
         return self.held >= 0
 
     def hold_as_it_is(self) -> None:
-        """Lock the tty of a pane where a command of ours runs already."""
-        if self.held < 0:
-            self.held = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        """Lock the tty of a pane where a command of ours runs already.  Raises OSError."""
+        if self.held >= 0:
+            return
+        self.held = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        try:
             fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.let_go()
+            raise
 
     def let_go(self) -> None:
         os.close(self.held)
@@ -5694,7 +5742,27 @@ class Terminal:
 # The newest runs, whatever their door: what was asked, how it ended, what it printed.
 #
 # Q1  A run is in the list from its request on, until newer ones push it out or it is forgotten.
-# Q2  What is known of a lasting run is on disk before its command can start.
+# Q2  What is known of a lasting run is on disk before its command can start, if there is space.
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a run is: for a server that starts later."""
+
+    # Of its files, without the suffix.
+    path: str
+    # Marks its reports.
+    token: str
+    pane_id: str
+    # The shell in the pane.
+    pane_pid: int
+
+    def __post_init__(self) -> None:
+        """Raises BadMessage."""
+        for name in ("path", "token", "pane_id"):
+            check_text(f"location.{name}", getattr(self, name), "a text", MAX_PATH)
+        if type(self.pane_pid) is not int or self.pane_pid < 1:
+            raise complain("location.pane_pid", self.pane_pid, "a process")
 
 
 class Run:
@@ -5713,9 +5781,10 @@ class Run:
         "ignored",
         "is_answered",
         "is_lasting",
+        "is_left",
+        "location",
         "max_output",
         "news",
-        "place",
         "record",
         "result",
         "run_id",
@@ -5749,10 +5818,12 @@ class Run:
         self.failure: ProxyError | None = None
         # It has ended, or failed, or the server stops: nobody need wait for it any more.
         self.news = asyncio.Event()
-        # Where its processes and its files are: for a server that starts later.
-        self.place: Message = {}
+        # None: it has none yet.
+        self.location: Location | None = None
         # Its caller has the answer, or has gone.
         self.is_answered = False
+        # Its server stops; it goes on.
+        self.is_left = False
 
     def start(self) -> None:
         """It runs."""
@@ -5780,11 +5851,13 @@ class Run:
 
     def let_callers_go(self) -> None:
         """The server stops: answer with what is known."""
+        self.is_left = True
         self.news.set()
+        self.record.stir()
 
-    def put_at(self, place: Message) -> None:
-        """Note where its processes and its files are."""
-        self.place = place
+    def put_at(self, location: Location) -> None:
+        """It has its files and a pane."""
+        self.location = location
 
     def text(self, limit: int | None = None) -> Iterator[str]:
         """What it has printed by its end, or so far, see `Record.text`."""
@@ -5797,11 +5870,11 @@ class Run:
     def waited_ms(self) -> int:
         """Milliseconds that it waited for a pane, by now."""
         until = time.time() if self.started_at is None else self.started_at
-        return round((until - self.asked_at) * 1000)
+        return max(0, round((until - self.asked_at) * 1000))
 
     def duration(self) -> float:
         """Seconds, so far."""
-        return 0.0 if self.started_at is None else time.time() - self.started_at
+        return 0.0 if self.started_at is None else max(0.0, time.time() - self.started_at)
 
     def answer(self, stdout: str | None) -> ExecResponse:
         """The answer to its caller, by now; `stdout` is None where that is not wanted."""
@@ -5838,7 +5911,7 @@ class Run:
         """What a server that starts later needs to know."""
         return {
             "run_id": self.run_id,
-            "place": self.record.shelf.place,
+            "socket": self.record.shelf.socket,
             "door": self.door,
             "agent_name": self.agent_name,
             "session_id": self.session_id,
@@ -5851,14 +5924,32 @@ class Run:
             "started_at": self.started_at,
             "result": vars(self.result) if self.result else None,
             "is_complete": self.record.is_complete,
-            "files": self.place,
+            "location": vars(self.location) if self.location else None,
         }
+
+    def request(self) -> ExecRequest:
+        """What was asked, as far as that is remembered."""
+        return ExecRequest(
+            # `bash -c ""` has no text.
+            cmd=self.cmd or " ",
+            cwd=self.cwd,
+            agent_name=self.agent_name,
+            session_id=self.session_id,
+            usage_id=self.usage_id,
+            timeout=self.timeout,
+            max_output=self.max_output,
+            # Not None: it is lasting.
+            wait=0 if self.is_lasting else None,
+        )
 
     @classmethod
     def load(cls, saved: Message, record: Record) -> Run:
-        """From what another server has saved.  Raises BadMessage, KeyError, TypeError."""
+        """From what another server has saved.
+
+        Raises BadMessage, LookupError, TypeError, ValueError, ArithmeticError.
+        """
         request = ExecRequest(
-            cmd=saved["cmd"],
+            cmd=check_text("cmd", saved["cmd"], "a command", MAX_COMMAND) or " ",
             cwd=saved["cwd"],
             agent_name=saved["agent_name"],
             session_id=saved["session_id"],
@@ -5877,7 +5968,8 @@ class Run:
     def _restore(self, saved: Message) -> None:
         """Be as far as it was when it was saved."""
         self.asked_at = float(saved["asked_at"])
-        self.place = saved["files"]
+        if saved["location"] is not None:
+            self.location = Location(**saved["location"])
         self.is_answered = True
         if saved["started_at"] is not None:
             self.state = RunState.RUNNING
@@ -5900,7 +5992,7 @@ def rfc3339(seconds: float) -> str:
 
 
 class RunList:
-    """The newest MAX_RUNS runs, the oldest first."""
+    """The newest MAX_RUNS runs, and those that are not over, the oldest first."""
 
     def __init__(self, shelf: Shelf) -> None:
         self.shelf = shelf
@@ -5971,12 +6063,15 @@ class RunList:
             return
         run.record.finish()
         self.shelf.stopped_growing(run.record)
-        if run.is_lasting and run.state is RunState.ENDED:
-            self.save(run)
+        if run.state is RunState.ENDED:
+            if run.is_lasting:
+                self.save(run)
+            if run.is_answered:
+                self.answered(run)
 
-    def placed(self, run: Run, place: Message) -> None:
+    def located(self, run: Run, location: Location) -> None:
         """It has files and a pane, and is about to start."""
-        run.put_at(place)
+        run.put_at(location)
         if run.is_lasting:
             self.save(run)
 
@@ -5986,9 +6081,9 @@ class RunList:
         if run.is_lasting:
             self.save(run)
 
-    def alive(self) -> list[Run]:
-        """Those that have not ended."""
-        return [run for run in self.runs.values() if run.state is not RunState.ENDED]
+    def unfinished(self) -> list[Run]:
+        """Those that go on, or of which something may still write."""
+        return [run for run in self.runs.values() if not run.record.is_complete]
 
     def close(self) -> None:
         """The server stops: what lasts is for the next one."""
@@ -6028,7 +6123,7 @@ class RunList:
         for facts, record in saved:
             try:
                 runs.append(Run.load(facts, record))
-            except (ProxyError, LookupError, TypeError, ValueError) as damage:
+            except (ProxyError, LookupError, TypeError, ValueError, ArithmeticError) as damage:
                 log.warning("runs skipped=%s: %s", facts["run_id"], damage)
                 self.shelf.forget(record)
                 continue
@@ -6058,7 +6153,8 @@ class RunList:
 # ==========================================================================
 # One command from its files to the prompt after it.
 #
-# D1  A run ends exactly once (by itself, timed out, cancelled, lost), or it never starts.
+# D1  A run ends exactly once (by itself, timed out, cancelled, lost), or it never starts, or it is
+#     left to the next server.
 # D2  The exit code of a command that ended by itself is what its shell reported.
 # D3  Whatever happens, the pane is given back.
 #
@@ -6115,11 +6211,9 @@ class Job:
     run         what callers see of it, with the record of its output
     takes       who else gets the output: {"out"} for both streams, or {"out", "err"}
     fed         its stdin comes through `feed`
-    on_place    called with what finds it, before its command can start
-    on_start    called when it runs
-    on_end      called with the result, without the output, once the command is over
+    runs        learn how far it is
+    watch       follows it
     on_release  called when the pane is free
-    on_complete called when nothing of it can write any more
 
     | event              | HELD     | TYPED             | RUNNING  | SETTLING | OVER     |
     |--------------------|----------|-------------------|----------|----------|----------|
@@ -6132,8 +6226,10 @@ class Job:
     | its time is over   |          |                   | ladder   |          |          |
     | its shell died     | RELEASED | void, or lost     | lost     |          |          |
     | no report in time  |          | void, or lost     |          |          | RELEASED |
+    | server stops       |          | RELEASED          | RELEASED | RELEASED |          |
 
     void: it never starts, RELEASED.  lost: OVER, then RELEASED.  ladder: see `climb`.
+    server stops: only of a lasting run, which goes on; others are cancelled.
     """
 
     # From start() on.
@@ -6155,11 +6251,9 @@ class Job:
         takes: Takes,
         fed: bool,
         asked_at: float,
-        on_place: Callable[[Message], object],
-        on_start: Callable[[], object],
-        on_end: Callable[[CommandResult], object],
+        runs: RunList,
+        watch: Watch,
         on_release: Callable[[Job], object],
-        on_complete: Callable[[], object],
     ) -> None:
         self.terminal = terminal
         self.sandbox = terminal.sandbox
@@ -6172,11 +6266,9 @@ class Job:
         self.record = run.record
         self.takes = takes
         self.fed = fed
-        self.on_end = on_end
-        self.on_place = on_place
-        self.on_start = on_start
+        self.runs = runs
+        self.watch = watch
         self.on_release = on_release
-        self.on_complete = on_complete
         self.loop = asyncio.get_running_loop()
 
         self.phase = Phase.HELD
@@ -6225,7 +6317,7 @@ class Job:
         state = await self.shell.clear(self.tmux)
         if self.phase is Phase.HELD:
             line = self._prepare(self.sandbox.open_folder())
-            self._note_place()
+            self._locate()
             self._type(line, state)
 
         return await self.started
@@ -6257,27 +6349,27 @@ class Job:
 
         return files.line()
 
-    def _note_place(self) -> None:
+    def _locate(self) -> None:
         """Let a server that starts later find it."""
         assert self.files is not None
-        pane = self.shell.pane
-        place = {
-            "path": self.files.path,
-            "token": self.files.token,
-            "pane_id": pane.pane_id,
-            "pane_pid": pane.pid,
-            "shell_is_ours": self.shell.is_ours,
-        }
-        self.on_place(place)
+        location = Location(
+            path=self.files.path,
+            token=self.files.token,
+            pane_id=self.shell.pane.pane_id,
+            pane_pid=self.shell.pane.pid,
+        )
+        self.runs.located(self.run, location)
 
     def resume(self, folder: FoundFolder, pid: int, passed: float) -> None:
         """Go on with a run that another server has started, `passed` seconds ago.
 
         Raises OSError.
         """
-        path = self.run.place["path"]
-        token = self.run.place["token"]
-        self.files = folder.files_of(path, token, self._on_report, self._on_all_read)
+        location = self.run.location
+        assert location is not None
+        self.files = folder.files_of(
+            location.path, location.token, self._on_report, self._on_all_read
+        )
         takes = {name: partial(self._take, take) for name, take in self.takes.items()}
         self.files.open(self.record, takes, fed=False)
         self._enter(Phase.TYPED)
@@ -6291,7 +6383,7 @@ class Job:
         self.started_at -= passed
 
         # It may have ended since we looked.
-        _, exit_code, _ = folder.reports(path)
+        _, exit_code, _ = folder.noted(location.path)
         if exit_code is not None:
             self._on_report("exit", exit_code)
 
@@ -6364,7 +6456,8 @@ class Job:
         if self.ending is not None:
             signal_group(self, signal.SIGTERM)
 
-        self.on_start()
+        if self.run.started_at is None:
+            self.runs.started(self.run)
         if not self.started.done():
             self.started.set_result(True)
 
@@ -6484,13 +6577,7 @@ class Job:
             self._finish()
         # One that never started is tried again in other files.
         if self.over.is_set():
-            self._complete()
-
-    def _complete(self) -> None:
-        """Nothing of it can write any more."""
-        on_complete = self.on_complete
-        self.on_complete = ignore
-        on_complete()
+            self.runs.complete(self.run)
 
     def _wait_for_quiet(self, seconds: float) -> None:
         left = self.settled_by - time.monotonic()
@@ -6516,7 +6603,8 @@ class Job:
 
         self.terminal.will_return(self.shell)
         self.how_it_ended = self.outcome()
-        self.on_end(self.how_it_ended)
+        self.watch.end(self.how_it_ended)
+        self.runs.end(self.run, self.how_it_ended)
         self.over.set()
 
         # A task: whoever waits for the answer comes first.
@@ -6607,7 +6695,7 @@ class Job:
 
         # Let go of the callers that took output, or wait for the end.
         self.takes = {}
-        self.on_end = ignore
+        self.watch = NOBODY
         if not self.started.done():
             self.started.set_result(was_over)
 
@@ -6747,9 +6835,29 @@ def lost_result(run: Run, why: str) -> CommandResult:
         error=LOST.format(why=why),
         truncated=not run.record.is_whole(run.max_output, run.record.total),
         output_bytes=run.record.total,
+        duration_ms=round(run.duration() * 1000),
         waited_ms=run.waited_ms(),
         run_id=run.run_id,
     )
+
+
+async def end_left_over(run_id: str, path: str) -> None:
+    """End the processes of a run that nobody follows any more.
+
+    path  of its files
+    """
+    traits = RunTraits(run_id=run_id, group=None, path=path, born=0)
+    for number, patience in TERM_THEN_KILL:
+        # No descriptor to look with: there may be some.
+        with contextlib.suppress(OSError):
+            found = await processes_of(traits)
+            if not found:
+                return
+            for pid in found:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, number)
+
+        await asyncio.sleep(patience)
 
 
 class Collector:
@@ -6758,10 +6866,10 @@ class Collector:
     def __init__(
         self,
         run: Run,
+        location: Location,
         folder: FoundFolder,
         runs: RunList,
         watch: Watch,
-        pid: int,
         exit_code: int | None,
         ended_at: float,
     ) -> None:
@@ -6769,17 +6877,15 @@ class Collector:
         self.runs = runs
         self.watch = watch
         self.folder = folder
-        # The process group of its command.
-        self.pid = pid
         # None: its pane has died.
         self.exit_code = exit_code
         # Seconds of time.time().
         self.ended_at = ended_at
-        self.files = folder.files_of(run.place["path"], run.place["token"], ignore, self._on_closed)
+        self.files = folder.files_of(location.path, location.token, ignore, self._on_closed)
         self.closed = asyncio.Event()
 
     def start(self) -> None:
-        """Do it apart from this task."""
+        """Do it apart from this task.  Raises OSError."""
         self.files.open(self.run.record, {"out": ignore}, fed=False)
         self.folder.add(asyncio.ensure_future(self._run()))
 
@@ -6798,7 +6904,7 @@ class Collector:
             self.watch.end(result)
             self.runs.end(self.run, result)
             if self.exit_code is None:
-                await self._end_rest()
+                await end_left_over(self.run.run_id, self.files.path)
 
         self.files.release(has_run=True, was_typed=True, reusable=False)
         if self.closed.is_set():
@@ -6820,16 +6926,6 @@ class Collector:
             run_id=run.run_id,
         )
 
-    async def _end_rest(self) -> None:
-        """End what is left of a command whose terminal has died."""
-        traits = RunTraits(run_id=self.run.run_id, group=None, path=self.files.path, born=0)
-        for number, patience in TERM_THEN_KILL:
-            for pid in await processes_of(traits):
-                with contextlib.suppress(OSError):
-                    os.kill(pid, number)
-            if await set_within(self.closed, patience):
-                break
-
 
 class PocketCoderDriver:
     """Runs commands in the tmux session `session_name` at the socket `socket_path`.
@@ -6840,8 +6936,8 @@ class PocketCoderDriver:
     keep       bytes of output that are kept, all runs together
     """
 
-    # Closes with the event loop.
-    keeper: asyncio.Task[None] | None = None
+    # Closes it with the event loop.
+    closer: asyncio.Task[None] | None = None
 
     def __init__(
         self,
@@ -6870,8 +6966,12 @@ class PocketCoderDriver:
         self.terminals: dict[str, Terminal] = {}
         # Those that hold a pane, by run_id; the newest is the last.
         self.running: dict[str, Job] = {}
-        # Runs that outlive their callers, by run_id.
+        # Tasks that start runs which outlive their callers, by run_id, until these run.
         self.launched: dict[str, asyncio.Task[None]] = {}
+        # Of servers that have gone, by path.
+        self.found_folders: dict[str, FoundFolder] = {}
+        # Tasks that end what is left of lost runs.
+        self.ending = set[asyncio.Task[None]]()
 
     def session_exists(self, session: str) -> bool:
         """Whether tmux has a session of exactly this name.  Raises NoTerminal."""
@@ -6879,18 +6979,22 @@ class PocketCoderDriver:
 
     def terminal(self, agent_name: str) -> Terminal:
         """This agent's, which need not exist yet."""
-        self.keeper = self.keeper or asyncio.ensure_future(self._keep())
+        self._close_with_loop()
         if agent_name not in self.terminals:
             self.terminals[agent_name] = Terminal(self.sandbox, f"{agent_name}:terminal")
         return self.terminals[agent_name]
 
-    async def _keep(self) -> None:
-        """Close with the event loop: the next one begins anew."""
+    def _close_with_loop(self) -> None:
+        """Close when the event loop does: with the next one it starts anew."""
+        if self.closer is None:
+            self.closer = asyncio.ensure_future(self._wait_and_close())
+
+    async def _wait_and_close(self) -> None:
         try:
             await asyncio.Event().wait()
         finally:
             await self.close()
-            self.keeper = None
+            self.closer = None
             self._reset()
 
     async def exec(self, cmd: str, cwd: str | None, agent_name: str) -> CommandResult:
@@ -6958,11 +7062,9 @@ class PocketCoderDriver:
                     takes=takes,
                     fed=fed,
                     asked_at=asked_at,
-                    on_place=partial(self.runs.placed, run),
-                    on_start=partial(self.runs.started, run),
-                    on_end=partial(self._on_end, run, watch),
-                    on_release=self._forget,
-                    on_complete=partial(self.runs.complete, run),
+                    runs=self.runs,
+                    watch=watch,
+                    on_release=self._on_release,
                 )
                 self.running[run.run_id] = job
                 if run.is_lasting and run.is_answered:
@@ -7013,7 +7115,10 @@ class PocketCoderDriver:
             self.runs.forget(run)
 
     def launch(self, request: ExecRequest, watch: Watch) -> Run:
-        """Start a command that goes on without its caller; see `Run.over`, `failure`, `leave`."""
+        """Start a command that goes on without its caller; see `Run.news`, `Run.failure`.
+
+        The caller calls `leave` when it has its answer, or goes.
+        """
         run = self.runs.open(request, watch.door)
         task = asyncio.ensure_future(self._see_through(run, request, watch))
         self.launched[run.run_id] = task
@@ -7021,14 +7126,23 @@ class PocketCoderDriver:
         return run
 
     async def _see_through(self, run: Run, request: ExecRequest, watch: Watch) -> None:
-        """Start a run; its failure is noted for its caller."""
+        """Start a run; why it could not be started is noted for its caller."""
         try:
             await self.start(request, {"out": ignore}, watch=watch, run=run)
         except ProxyError as failure:
-            run.fail(failure)
+            self._could_not_start(run, failure)
         except asyncio.CancelledError:
-            run.fail(NoTerminal("cancelled before its start"))
+            self._could_not_start(run, NoTerminal("ended before its start"))
             raise
+        except Exception as fault:
+            log.exception("run=%s could not be started", run.run_id)
+            self._could_not_start(run, ProxyError(f"a fault of the proxy: {fault}"))
+
+    def _could_not_start(self, run: Run, failure: ProxyError) -> None:
+        job = self.running.get(run.run_id)
+        # Otherwise it has started after all, and its end is what counts.
+        if run.result is None and job is None:
+            run.fail(failure)
 
     def promise(self, run: Run) -> None:
         """Its caller is told to come back: save it, so that the next server knows it as well."""
@@ -7043,13 +7157,18 @@ class PocketCoderDriver:
             job.leave()
 
     def end_run(self, run: Run, why: str = "") -> None:
-        """End a run, with TERM and then KILL, whether it has started or not."""
+        """End a run, with TERM and then KILL, whether it has started or not.  Raises BadMessage.
+
+        why  for its caller
+        """
         job = self.running.get(run.run_id)
         starting = self.launched.get(run.run_id)
         if job is not None and job.phase >= Phase.RUNNING:
-            job.end("cancelled", why)
+            job.end("cancelled", f": {why}" if why else "")
         elif starting is not None:
             starting.cancel()
+        elif job is None and run.state is RunState.WAITING:
+            raise complain("run_id", run.run_id, "not one that waits: its caller can leave")
 
     def signal_run(self, run: Run, number: int) -> None:
         """Send a signal to the process group of a command that runs.  Raises BadMessage."""
@@ -7085,7 +7204,7 @@ class PocketCoderDriver:
 
         return ""
 
-    def _forget(self, job: Job) -> None:
+    def _on_release(self, job: Job) -> None:
         """It holds no pane any more."""
         del self.running[job.run_id]
         for listener in self.release_listeners:
@@ -7106,70 +7225,76 @@ class PocketCoderDriver:
         if not found:
             return
 
-        self.terminal(default_agent_name())
+        self._close_with_loop()
         # All are locked before the first of them is used: to connect to tmux makes a directory for
         # new runs, and that drains all others.
-        paths = {os.path.dirname(str(run.place.get("path", ""))): None for run in found}
-        folders = {path: FoundFolder.at(path, f"{self.socket_path}.d") for path in paths}
-        for run in found:
-            folder = folders[os.path.dirname(str(run.place.get("path", "")))]
-            try:
-                await self._adopt_one(run, folder, watch_of(run))
-            except (NoTerminal, OSError, ValueError, LookupError, TypeError) as failure:
-                log.warning("run=%s cannot be taken over: %s", run.run_id, failure)
-                self._lose(run, watch_of(run), f"its files cannot be read ({failure})")
-
-        for folder in folders.values():
+        for path in {os.path.dirname(run.location.path): None for run in found if run.location}:
+            folder = FoundFolder.at(path, f"{self.socket_path}.d")
             if folder is not None:
-                folder.start()
+                self.found_folders[path] = folder
 
-    async def _adopt_one(self, run: Run, folder: FoundFolder | None, watch: Watch) -> None:
-        """Go on with one run.  Raises NoTerminal, OSError, ValueError, LookupError."""
-        if not run.place:
-            self._was_never_started(run, watch)
+        for run in found:
+            watch = watch_of(run)
+            try:
+                await self._adopt_one(run, watch)
+            except (NoTerminal, OSError, RuntimeError, ValueError) as failure:
+                log.warning("run=%s cannot be taken over: %s", run.run_id, failure)
+                self._lose(run, watch, f"it cannot be taken over ({failure})")
+
+        for folder in self.found_folders.values():
+            folder.start()
+
+    async def _adopt_one(self, run: Run, watch: Watch) -> None:
+        """Go on with one run.  Raises NoTerminal, OSError, RuntimeError, ValueError."""
+        location = run.location
+        if location is None:
+            self._end_unstarted(run, watch)
             return
 
+        folder = self.found_folders.get(os.path.dirname(location.path))
         if folder is None:
             self._lose(run, watch, "its files are gone")
             return
-
-        path = str(run.place["path"])
-        token = str(run.place["token"])
-        if not folder.has_files(path, token):
-            if run.result is None:
-                self._lose(run, watch, "its files belong to a later run")
-            self.runs.complete(run)
+        if not folder.has_files(location.path, location.token):
+            self._lose(run, watch, "its files belong to a later run")
             return
 
-        pid, exit_code, ended_at = folder.reports(path)
+        pid, exit_code, ended_at = folder.noted(location.path)
         if pid is None:
-            folder.drop(path)
-            self._was_never_started(run, watch)
+            folder.drop(location.path)
+            self._end_unstarted(run, watch)
             return
 
         log.info("run=%s taken over state=%s", run.run_id, run.state.value)
         if run.result is None and exit_code is None:
-            place = await self._place_of(run)
-            if place is not None:
-                self._resume(run, folder, watch, pid, *place)
+            pane = await self._pane_of(run, location)
+            if pane is not None:
+                self._resume(run, folder, watch, pid, *pane)
                 return
 
-        Collector(run, folder, self.runs, watch, pid, exit_code, ended_at).start()
+        collector = Collector(
+            run, location, folder, self.runs, watch, exit_code=exit_code, ended_at=ended_at
+        )
+        collector.start()
 
-    def _was_never_started(self, run: Run, watch: Watch) -> None:
+    def _end_unstarted(self, run: Run, watch: Watch) -> None:
+        """Its server has gone before it could start."""
         if run.result is None:
-            failure = NoTerminal("its server ended before it could start")
-            self._on_end(run, watch, never_started(run, failure))
+            result = never_started(run, NoTerminal("its server ended before it could start"))
+            watch.end(result)
+            self.runs.end(run, result)
         self.runs.complete(run)
 
-    async def _place_of(self, run: Run) -> tuple[Terminal, PaneShell, Tmux] | None:
+    async def _pane_of(
+        self, run: Run, location: Location
+    ) -> tuple[Terminal, PaneShell, Tmux] | None:
         """Where a run goes on; None: its pane has died.  Raises NoTerminal, OSError."""
-        if has_ended(int(run.place["pane_pid"])):
+        if has_ended(location.pane_pid):
             return None
         if not await asyncio.to_thread(self.sandbox.has_session, self.session_name):
             return None
         terminal = self.terminal(run.agent_name)
-        found = await terminal.find(str(run.place["pane_id"]), int(run.place["pane_pid"]))
+        found = await terminal.find(location.pane_id, location.pane_pid)
         return None if found is None else (terminal, *found)
 
     def _resume(
@@ -7182,42 +7307,37 @@ class PocketCoderDriver:
         shell: PaneShell,
         tmux: Tmux,
     ) -> None:
-        """Follow a run that goes on to its end."""
-        if run.started_at is None:
-            run.start()
-        request = ExecRequest(
-            cmd=run.cmd,
-            cwd=run.cwd,
-            agent_name=run.agent_name,
-            session_id=run.session_id,
-            usage_id=run.usage_id,
-            timeout=run.timeout,
-            max_output=run.max_output,
-            wait=0,
-        )
+        """Follow a run that goes on to its end.  Raises OSError."""
         job = Job(
             terminal=terminal,
             shell=shell,
             tmux=tmux,
-            request=request,
+            request=run.request(),
             run=run,
             takes={"out": ignore},
             fed=False,
             asked_at=time.monotonic() - run.waited_ms() / 1000,
-            on_place=ignore,
-            on_start=ignore,
-            on_end=partial(self._on_end, run, watch),
-            on_release=self._forget,
-            on_complete=partial(self.runs.complete, run),
+            runs=self.runs,
+            watch=watch,
+            on_release=self._on_release,
         )
         self.running[run.run_id] = job
-        # Of its time, some is over.
-        job.resume(folder, pid, run.duration())
+        try:
+            # Of its time, some is over.
+            job.resume(folder, pid, run.duration())
+        except BaseException:
+            job.abandon()
+            folder.let_go(job.files)
+            raise
 
     def _lose(self, run: Run, watch: Watch, why: str) -> None:
-        """Nothing more can be known of it."""
+        """Nothing more can be known of it; what is left of it is ended."""
         if run.result is None:
-            self._on_end(run, watch, lost_result(run, why))
+            result = lost_result(run, why)
+            watch.end(result)
+            self.runs.end(run, result)
+            path = run.location.path if run.location else ""
+            self.ending.add(asyncio.ensure_future(end_left_over(run.run_id, path)))
         self.runs.complete(run)
 
     async def windows(self) -> dict[str, list[Pane]]:
@@ -7361,7 +7481,7 @@ class PocketCoderDriver:
                 job.abandon()
                 self.runs.save(job.run)
                 left.add(job.run.run_id)
-        for run in self.runs.alive():
+        for run in self.runs.unfinished():
             run.let_callers_go()
 
         await asyncio.gather(*(over_within(job, grace) for job in self.jobs()))
@@ -7378,6 +7498,10 @@ class PocketCoderDriver:
         for job in jobs:
             await job.close()
 
+        for task in self.ending:
+            task.cancel()
+        for folder in self.found_folders.values():
+            folder.close()
         await self.sandbox.close()
         self.runs.close()
         self._reset()
@@ -11657,10 +11781,10 @@ async def launched(
     run = state.driver.launch(request, Notes(state, request, door))
     try:
         await set_within(run.news, wait)
-        if run.failure is not None:
-            raise run.failure
         if run.result is not None:
             await check_recorded(state, run)
+        elif run.failure is not None:
+            raise run.failure
         state.driver.promise(run)
         yield run
     finally:
@@ -11843,28 +11967,29 @@ async def answer_of_run(
     if offset is None or run.printed() - offset < limit:
         await wait_with_progress(run, wait, report)
 
-    if run.failure is not None:
-        raise run.failure
-
     if run.result is not None:
         await check_recorded(state, run)
+    elif run.failure is not None:
+        raise run.failure
     state.driver.promise(run)
 
+    # What is known now: more may come while the text is put together.
+    answer = run.answer(None)
     start = offset or 0
     end = run.printed()
     has_more = offset is not None and offset + limit < end
     if has_more:
         end = start + limit
-    if has_more or run.result is None:
+    if has_more or answer.running:
         # At least one byte, so that whoever asks again gets on.
         end = max(run.record.boundary(end), min(start + 1, end))
 
-    answer = run.answer(await gathered(run.record.text(limit, end, start)))
     is_whole = run.record.is_whole(limit, end, start)
+    output = await gathered(run.record.text(limit, end, start))
     facts = {
-        "output": answer.stdout,
+        "output": output,
         "exit_code": answer.exit_code,
-        "running": run.result is None,
+        "running": answer.running is True,
         "run_id": run.run_id,
         "next_offset": end,
         "ended": answer.ended,
@@ -11880,14 +12005,14 @@ async def answer_of_run(
         remarks.append(f"[What was left out: {next_call(run, middle)}.]")
     if has_more:
         remarks.append(f"[There is more output: {next_call(run, end)}.]")
-    elif run.result is None:
+    elif answer.running:
         remarks.append(
             f"[still running: run {run.run_id}. {next_call(run, end)} to wait for the rest,"
             " end_run to end it.]"
         )
 
-    failed = run.result is not None and run.result.ended != "exit"
-    return content(text_of(answer, remarks), facts, failed=failed)
+    failed = answer.ended not in (None, "exit")
+    return content(text_of(output, answer, remarks), facts, failed=failed)
 
 
 async def gathered(pieces: Iterator[str]) -> str:
@@ -11915,7 +12040,7 @@ async def wait_with_progress(run: Run, wait: float, report: Report | None) -> No
             progress.stop()
 
 
-def text_of(answer: ExecResponse, remarks: list[str]) -> str:
+def text_of(text: str, answer: ExecResponse, remarks: list[str]) -> str:
     """A command's output for a model, and below it what it has to know of its end."""
     below = [*remarks]
     if answer.exit_code:
@@ -11927,7 +12052,6 @@ def text_of(answer: ExecResponse, remarks: list[str]) -> str:
     if answer.terminal is not None:
         below.append(f"[its terminal shows: {answer.terminal}]")
 
-    text = answer.stdout or ""
     if below and text and not text.endswith("\n"):
         text += "\n"
 
@@ -11952,11 +12076,14 @@ async def end_run_tool(state: AppState, arguments: Message, report: Report | Non
     run = state.driver.runs.find(arguments["run_id"])
     name = arguments["signal"]
     if run.result is None and name == "TERM":
-        state.driver.end_run(run, ": end_run was called")
+        state.driver.end_run(run, "end_run was called")
     elif run.result is None:
         state.driver.signal_run(run, SIGNAL_NUMBERS[name])
 
     await set_within(run.news, END_PATIENCE)
+    if run.result is None and run.failure is not None:
+        raise run.failure
+
     answer = run.answer(None)
     facts = {
         "run_id": run.run_id,
@@ -11966,7 +12093,7 @@ async def end_run_tool(state: AppState, arguments: Message, report: Report | Non
         "output_bytes": answer.output_bytes,
     }
     remarks = [f"[still running: run {run.run_id}]"] if answer.running else []
-    return content(text_of(answer, remarks) or "[exit code 0]", facts)
+    return content(text_of("", answer, remarks) or "[exit code 0]", facts)
 
 
 @tool(
@@ -14485,7 +14612,8 @@ poll();
 # Endpoints
 # ==========================================================================
 # H1  Handlers of commands and of SSE know nothing of Tornado.
-# H2  When a caller leaves, the command that runs for it is cancelled; a session's call goes on.
+# H2  When a caller leaves, its command is cancelled, unless it was given `wait` or belongs to a
+#     session.
 # H3  A stream keeps its status: an error after its first byte is its last event.
 
 
@@ -14572,15 +14700,15 @@ async def launched_stream_handler(
     assert request.wait is not None
     deadline = time.monotonic() + request.wait
     run = state.driver.launch(request, Notes(state, request, "stream"))
-    sending = asyncio.ensure_future(send_output(run, 0, send, run.news.is_set))
+    sending = asyncio.ensure_future(send_output(run, 0, send, run.news.is_set, is_numbered=True))
     try:
         await send(": started\n\n")
         await set_within(run.news, deadline - time.monotonic())
-        if run.failure is not None:
-            raise run.failure
         if run.result is not None:
-            await asyncio.wait({sending}, timeout=SLOW_READER_TIMEOUT)
+            await asyncio.wait_for(sending, SLOW_READER_TIMEOUT)
             await check_recorded(state, run)
+        elif run.failure is not None:
+            raise run.failure
         state.driver.promise(run)
         return run.answer(None)
     finally:
@@ -14636,14 +14764,17 @@ async def follow_handler(run: Run, offset: int, send: Callable[[str], Awaitable[
     Background processes may print after the end.  If the run is forgotten, the end is missing.
     """
 
+    def is_gone() -> bool:
+        return run.is_left or run.record.is_forgotten
+
     def has_ended() -> bool:
-        return run.result is not None or run.failure is not None or run.record.is_forgotten
+        return run.result is not None or run.failure is not None or is_gone()
 
     def is_complete() -> bool:
-        return run.record.is_complete or run.record.is_forgotten
+        return run.record.is_complete or is_gone()
 
     at = await send_output(run, offset, send, has_ended, is_numbered=True)
-    if not run.record.is_forgotten:
+    if not is_gone():
         await send(f"event: exit\ndata: {run.answer(None).to_wire()}\n\n")
         await send_output(run, at, send, is_complete, is_numbered=True)
 
@@ -15309,6 +15440,8 @@ class RunEndpoint(Endpoint):
 
     async def answer(self, run: Run, wait: float) -> None:
         await set_within(run.news, wait)
+        if run.result is not None:
+            await check_recorded(self.state, run)
         self.finish_json(run.facts())
 
     async def delete(self, run_id: str) -> None:
@@ -15317,7 +15450,7 @@ class RunEndpoint(Endpoint):
             self.state.driver.runs.forget(run)
             self.set_status(204)
         else:
-            self.state.driver.end_run(run, ": ended over DELETE /runs")
+            self.state.driver.end_run(run, "DELETE /runs")
             await self.perform(self.answer(run, END_PATIENCE))
 
 

@@ -1386,6 +1386,8 @@ class Proxy:
             yield ":", {}, time.monotonic()
         else:
             data = answer.readline().decode()
+            if data.startswith("id: "):
+                data = answer.readline().decode()
             answer.readline()
             yield (
                 line.removeprefix("event: "),
@@ -5165,7 +5167,7 @@ def test_floods_share_the_room_and_keep_their_ends(tmp_path: pathlib.Path) -> No
 
     assert shelf.used <= shelf.limit
     on_disk = sum(os.stat(f"{shelf.folder}/{name}").st_size for name in os.listdir(shelf.folder))
-    assert on_disk <= shelf.limit + len(shelf.place)
+    assert on_disk <= shelf.limit + len(shelf.socket)
     for number, record in enumerate(records):
         text = b"".join(chunk for _, chunk in kept_of(record))
         assert text.startswith(bytes([number, 0]) * (pp.MIB // 2))
@@ -5219,6 +5221,26 @@ def test_what_somebody_removes_is_a_gap(shelf: pp.Shelf) -> None:
     assert record.read(pp.MIB, 1) == (2 * pp.MIB, b"\2")
     text = "".join(record.text(10 * pp.MIB, record.total))
     assert f"[pocketcoder: {pp.MIB} bytes left out]" in text
+
+
+def test_only_a_full_disk_costs_old_output(shelf: pp.Shelf) -> None:
+    old = shelf.record("0" * 16, pp.MIB, False)
+    old.add(bytes(pp.MIB))
+    old.finish()
+    shelf.retire(old)
+    new = shelf.record("1" * 16, pp.MIB, False)
+    os.mkdir(f"{new.path}.0")
+    new.add(b"x" * pp.MIB)
+    assert old.size() == pp.MIB
+    assert new.read(0, 3) == (0, b"xxx")
+
+
+def test_a_record_that_was_dropped_goes_on_at_its_offset(shelf: pp.Shelf) -> None:
+    record = shelf.record("0" * 16, pp.MIB, False)
+    record.add(b"gone")
+    record.drop()
+    record.add(b"kept")
+    assert record.read(0, 10) == (4, b"kept")
 
 
 def test_a_wiped_directory_is_made_again(shelf: pp.Shelf) -> None:
@@ -7604,7 +7626,7 @@ def test_servers_of_different_sockets_can_share_a_directory(
 
 @pytest.mark.parametrize(
     "damage",
-    [b"", b"{", b"[]", b"{}", b"\xff", None, b'{"run_id": "0", "owner": "x", "place": "y"}'],
+    [b"", b"{", b"[]", b"{}", b"\xff", None, b'{"run_id": "0", "server": "x", "socket": "y"}'],
     ids=["empty", "half", "list", "no-fields", "no-text", "link", "another-run"],
 )
 def test_a_damaged_record_is_skipped_with_a_line_in_the_log(
@@ -7628,16 +7650,64 @@ def test_a_damaged_record_is_skipped_with_a_line_in_the_log(
 
 def test_fields_of_a_record_that_make_no_sense_are_skipped_too(own: StartServer) -> None:
     server = own()
-    ids = [server.post({"cmd": f"echo {number}", "wait": 20})[1]["run_id"] for number in range(4)]
+    changes: list[dict[str, Any]] = [
+        {"cmd": 7},
+        {"asked_at": "x"},
+        {"asked_at": 10**400},
+        {"result": {"a": 1}},
+        {"location": [1]},
+        {"location": {"path": 1}},
+        {"door": "window"},
+    ]
+    ids = [
+        server.post({"cmd": f"echo {number}", "wait": 20})[1]["run_id"]
+        for number in range(len(changes) + 1)
+    ]
     server.stop(signal.SIGKILL)
-    changes: list[dict[str, Any]] = [{"cmd": 7}, {"asked_at": "x"}, {"result": {"a": 1}}]
     for run_id, change in zip(ids, changes, strict=False):
         file = server.run_folder / "runs" / f"{run_id}.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
 
     server.start()
-    assert [run["run_id"] for run in server.runs()] == [ids[3]]
-    assert server.logged().count("runs skipped=") == 3
+    assert [run["run_id"] for run in server.runs()] == [ids[-1]]
+    assert server.logged().count("runs skipped=") == len(changes)
+
+
+def test_a_run_without_a_text_is_known_to_the_next_server(own: StartServer) -> None:
+    server = own()
+    status, answer = server.post({"argv": ["-c", ""], "wait": 20})
+    assert status == 200
+    server.kill_and_start()
+    assert server.run(answer["run_id"])["exit_code"] == 0
+
+
+def test_a_server_that_stops_waits_for_no_follower(own: StartServer) -> None:
+    server = own()
+    run_id = server.launch("echo on; sleep 77.45")
+    events = server.follow(run_id)
+    assert next(events)[0] == "output"
+    seconds = timed(server.stop)
+    assert list(events) == []
+    assert seconds < pp.STOP_GRACE
+    server.start()
+    assert server.run(run_id)["state"] == "running"
+    server.request("DELETE", f"/runs/{run_id}")
+
+
+def test_what_cannot_be_taken_over_leaves_no_shell_behind(own: StartServer) -> None:
+    server = own()
+    go_on = f"{server.folder}/go-on"
+    run_id = server.launch(f"until [ -e {go_on} ]; do sleep 0.01; done")
+    eventually(lambda: server.runs(state="running"))
+    server.stop(signal.SIGKILL)
+    (server.run_folder / "runs" / f"{run_id}.json").write_text("{")
+    pathlib.Path(go_on).touch()
+    (_, shell), *_ = (pane.split() for pane in server.panes("poco"))
+    eventually(lambda: len(pathlib.Path(f"/proc/{shell}/task/{shell}/children").read_text()) == 0)
+    server.start()
+    assert server.exec("echo next")["stdout"] == "next\n"
+    eventually(lambda: not list(server.run_folder.glob("[0-9a-f]*/2.out")))
+    eventually(lambda: len(list(server.run_folder.glob("[0-9a-f]*/status"))) == 1)
 
 
 def test_a_directory_for_runs_that_goes_away_costs_no_command(
@@ -14171,6 +14241,18 @@ def test_deleting_a_run_ends_it_first_and_forgets_it_then(proxy: Proxy, agent: s
     assert proxy.status("DELETE", f"/runs/{run_id}") == 204
     assert proxy.status("DELETE", f"/runs/{run_id}") == 404
     assert proxy.status("GET", f"/runs/{run_id}/output") == 404
+
+
+def test_a_run_whose_caller_waits_is_not_taken_out_of_the_queue(proxy: Proxy, agent: str) -> None:
+    blockers = [proxy.start_exec("read x </dev/tty", agent_name=agent) for _ in range(4)]
+    eventually(lambda: len(proxy.runs(agent_name=agent, state="running")) == 4)
+    last = proxy.start_exec("echo last", agent_name=agent)
+    (waiting,) = eventually(lambda: proxy.runs(agent_name=agent, state="waiting"))
+    assert proxy.status("DELETE", f"/runs/{waiting['run_id']}") == 400
+    for run in proxy.runs(agent_name=agent, state="running"):
+        proxy.request("DELETE", f"/runs/{run['run_id']}")
+    assert {each.result()["ended"] for each in blockers} == {"cancelled"}
+    assert last.result()["stdout"] == "last\n"
 
 
 def test_deleting_a_run_that_waits_takes_it_out_of_the_queue(proxy: Proxy, agent: str) -> None:
