@@ -1061,6 +1061,13 @@ def eventually(fact: Callable[[], T], seconds: float = 15.0) -> T:
     return got
 
 
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
 def processes_with(text: str) -> list[int]:
     """Processes that have `text` in their environment or command line."""
     found = []
@@ -16901,12 +16908,6 @@ def local(cmd: str = "true") -> float:
     """Seconds that bash -c takes from here: the floor."""
     started = time.perf_counter()
     subprocess.run(["bash", "-c", cmd], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
-
-
-def timed(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
     return time.perf_counter() - started
 
 
