@@ -10,7 +10,7 @@ r"""pocketcoder-proxy: run an agent's commands in a tmux window of its sandbox.
               POST /exec ──┴▶ Endpoint ─▶ PocketCoderDriver ─▶ Tmux (tmux -C) ─▶ pane's shell
                                  ▲               │  ▲                                │
                                  │               │  └── status   "start" "exit"  ◀───┤ \. RUN.go
-                              answer ◀─ Output ◀─┼───── RUN.out  its output      ◀───┘
+                              answer ◀─ Record ◀─┼───── RUN.out  its output      ◀───┘
                                                  └────▶ the pane's tty: a person watches
 
 Sections, top to bottom; each uses only what stands above it:
@@ -104,12 +104,17 @@ Verbs:
   start     ask something to run; it runs when it reports so
   end       ask something to stop, with a ladder of signals if need be
   settle    wait until what is already on its way has arrived
-  finish    an output or input takes no more; a run is over
+  finish    an output or input hands on no more; a run is over
+  complete  a run has ended, and nothing that it started can write any more
   release   a run gives its pane back, and then its files
   void      make sure that a line which was typed never starts
   hold      lock a pane for one command; `let go` frees it
-  keep      have a process read on for writers that outlive the server
-  adopt     read to its end what a killed server left
+  unattend  a run's caller has its answer, or has gone; the run goes on
+  hand over leave a run that outlives its server to the next one
+  adopt     take over what a server has left: go on with such runs, drain the others
+  keep      have a process read on, or hold, what writers that outlive the server write
+  retire    the output of a run may be dropped when there is no room
+  forget    drop a run and its output
   take      a callback gets a piece of output; a command gets a pane
 
 To add a route: a coroutine `…_handler`, an Operation, an `Endpoint`, a row in ROUTES, a line here.
@@ -3496,8 +3501,8 @@ class Record:
             os.close(self.fd)
             self.fd = None
 
-    def leave(self) -> None:
-        """Open no file: the server stops."""
+    def hand_over(self) -> None:
+        """Open no file: the server stops, and what lasts is for the next one."""
         self._close_file()
 
     def finish(self) -> None:
@@ -3932,7 +3937,7 @@ class Shelf:
     def close(self) -> None:
         """Give up the lock: what lasts is for the next server."""
         for record in [*self.growing]:
-            record.leave()
+            record.hand_over()
         self._unlock()
 
     def _unlock(self) -> None:
@@ -4037,7 +4042,7 @@ class Output(Pipe):
         """Whether its reader is slower than the command."""
         return self.taken is not None and not self.taken.done()
 
-    def leave(self) -> None:
+    def hand_over(self) -> None:
         """Close without calling `on_close`: its files stay, and its keeper takes over."""
         self.on_close = ignore
         self._drop_lifeline()
@@ -4557,7 +4562,7 @@ class RunFiles:
     def abandon(self) -> None:
         """Leave what is still written to: the next driver here reads it."""
         for output in self.outputs:
-            output.leave()
+            output.hand_over()
 
 
 def check_own(folder: str) -> None:
@@ -5540,7 +5545,7 @@ class Terminal:
         """Its command has ended, and the prompt comes soon."""
         self.used[shell.pane.pane_id] = True
 
-    def leave(self, shell: PaneShell) -> None:
+    def unattend(self, shell: PaneShell) -> None:
         """Nobody waits for its command: another command may have one pane more."""
         if shell.pane.pane_id in self.used:
             self.unattended.add(shell.pane.pane_id)
@@ -5591,10 +5596,10 @@ class Terminal:
             state = await shell.empty_state(tmux)
             if state and len(self.shells) > MAX_PANES:
                 tmux.close_pane(shell.pane, state)
-                self.forget()
+                self.look_again()
                 return
 
-    def forget(self) -> None:
+    def look_again(self) -> None:
         """Look at its panes again before the next command."""
         self.looked_at = None
 
@@ -5692,7 +5697,7 @@ class Terminal:
 
         if any(has_ended(shell.pane.pid) for shell in free):
             # Look again, at once.
-            self.forget()
+            self.look_again()
             self.freed.set()
             return None
 
@@ -5773,7 +5778,7 @@ class Run:
 
     __slots__ = (
         "agent_name",
-        "asked_at",
+        "asked_time",
         "cmd",
         "cwd",
         "door",
@@ -5789,7 +5794,7 @@ class Run:
         "result",
         "run_id",
         "session_id",
-        "started_at",
+        "started_time",
         "state",
         "timeout",
         "usage_id",
@@ -5810,8 +5815,8 @@ class Run:
         self.record = record
         self.state = RunState.WAITING
         # Seconds of time.time(); None: not yet.
-        self.asked_at = time.time()
-        self.started_at: float | None = None
+        self.asked_time = time.time()
+        self.started_time: float | None = None
         # None: it has not ended.
         self.result: CommandResult | None = None
         # Why it could not be run.
@@ -5828,7 +5833,7 @@ class Run:
     def start(self) -> None:
         """It runs."""
         self.state = RunState.RUNNING
-        self.started_at = time.time()
+        self.started_time = time.time()
 
     def end(self, result: CommandResult) -> None:
         """It has ended, or will never start."""
@@ -5869,12 +5874,12 @@ class Run:
 
     def waited_ms(self) -> int:
         """Milliseconds that it waited for a pane, by now."""
-        until = time.time() if self.started_at is None else self.started_at
-        return max(0, round((until - self.asked_at) * 1000))
+        until = time.time() if self.started_time is None else self.started_time
+        return max(0, round((until - self.asked_time) * 1000))
 
     def duration(self) -> float:
         """Seconds, so far."""
-        return 0.0 if self.started_at is None else max(0.0, time.time() - self.started_at)
+        return 0.0 if self.started_time is None else max(0.0, time.time() - self.started_time)
 
     def answer(self, stdout: str | None) -> ExecResponse:
         """The answer to its caller, by now; `stdout` is None where that is not wanted."""
@@ -5903,7 +5908,7 @@ class Run:
             "cmd": self.cmd,
             "cwd": self.cwd,
             "state": self.state.value,
-            "started": rfc3339(self.started_at) if self.started_at else None,
+            "started": rfc3339(self.started_time) if self.started_time else None,
         }
         return {**shown, **self.answer(None).facts()}
 
@@ -5920,8 +5925,8 @@ class Run:
             "cwd": self.cwd,
             "timeout": self.timeout,
             "max_output": self.max_output,
-            "asked_at": self.asked_at,
-            "started_at": self.started_at,
+            "asked_time": self.asked_time,
+            "started_time": self.started_time,
             "result": vars(self.result) if self.result else None,
             "is_complete": self.record.is_complete,
             "location": vars(self.location) if self.location else None,
@@ -5967,13 +5972,13 @@ class Run:
 
     def _restore(self, saved: Message) -> None:
         """Be as far as it was when it was saved."""
-        self.asked_at = float(saved["asked_at"])
+        self.asked_time = float(saved["asked_time"])
         if saved["location"] is not None:
             self.location = Location(**saved["location"])
         self.is_answered = True
-        if saved["started_at"] is not None:
+        if saved["started_time"] is not None:
             self.state = RunState.RUNNING
-            self.started_at = float(saved["started_at"])
+            self.started_time = float(saved["started_time"])
         if saved["result"] is not None:
             self.end(CommandResult(**saved["result"]))
 
@@ -6128,7 +6133,7 @@ class RunList:
                 self.shelf.forget(record)
                 continue
 
-        runs.sort(key=lambda run: run.asked_at)
+        runs.sort(key=lambda run: run.asked_time)
         complete = {facts["run_id"] for facts, _ in saved if facts.get("is_complete") is True}
         for run in runs:
             if run.run_id in complete and run.result is not None:
@@ -6191,7 +6196,7 @@ class Watch:
         """`result` is without the output."""
 
 
-NOBODY = Watch()
+UNWATCHED = Watch()
 
 
 class Phase(enum.IntEnum):
@@ -6235,7 +6240,7 @@ class Job:
     # From start() on.
     files: RunFiles | None = None
     # Shows the end and lets the prompt come, from OVER on.
-    leaving: asyncio.Task[None] | None = None
+    showing_end: asyncio.Task[None] | None = None
     # Ends it: see `climb`.
     ending: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
@@ -6456,7 +6461,7 @@ class Job:
         if self.ending is not None:
             signal_group(self, signal.SIGTERM)
 
-        if self.run.started_at is None:
+        if self.run.started_time is None:
             self.runs.started(self.run)
         if not self.started.done():
             self.started.set_result(True)
@@ -6608,7 +6613,7 @@ class Job:
         self.over.set()
 
         # A task: whoever waits for the answer comes first.
-        self.leaving = asyncio.ensure_future(self._leave())
+        self.showing_end = asyncio.ensure_future(self._show_end())
 
         if self.ending is None:
             # A command that only stopped would never be continued.
@@ -6644,7 +6649,7 @@ class Job:
             if self.view and not self.view.has_shown(line):
                 self.terminal_line = line[:MAX_LINE]
 
-    async def _leave(self) -> None:
+    async def _show_end(self) -> None:
         """Show the end, and let the prompt come."""
         self._later(RETURN_TIMEOUT, self.release)
 
@@ -6695,7 +6700,7 @@ class Job:
 
         # Let go of the callers that took output, or wait for the end.
         self.takes = {}
-        self.watch = NOBODY
+        self.watch = UNWATCHED
         if not self.started.done():
             self.started.set_result(was_over)
 
@@ -6720,9 +6725,9 @@ class Job:
 
         return self.how_it_ended or self.outcome()
 
-    def leave(self) -> None:
+    def unattend(self) -> None:
         """Nobody waits for its end any more."""
-        self.terminal.leave(self.shell)
+        self.terminal.unattend(self.shell)
 
     def abandon(self) -> None:
         """Leave it to run for the next server."""
@@ -6743,8 +6748,8 @@ class Job:
     async def close(self) -> None:
         """It has ended, or is given up: leave nothing open."""
         self.release()
-        if self.leaving is not None:
-            await asyncio.wait({self.leaving})
+        if self.showing_end is not None:
+            await asyncio.wait({self.showing_end})
         if self.view:
             self.view.close()
 
@@ -6915,7 +6920,7 @@ class Collector:
         if self.exit_code is None:
             return lost_result(run, "its terminal died while no server was there")
 
-        started_at = self.ended_at if run.started_at is None else run.started_at
+        started_at = self.ended_at if run.started_time is None else run.started_time
         return CommandResult(
             output="",
             exit_code=self.exit_code,
@@ -7007,7 +7012,7 @@ class PocketCoderDriver:
 
     async def run(self, request: ExecRequest) -> CommandResult:
         """The same for a request.  Cancelling this cancels the command."""
-        run = self.runs.open(request, NOBODY.door)
+        run = self.runs.open(request, UNWATCHED.door)
         try:
             job = await self.start(request, {"out": ignore}, run=run)
             result = await job.result()
@@ -7020,7 +7025,7 @@ class PocketCoderDriver:
         request: ExecRequest,
         takes: Takes,
         fed: bool = False,
-        watch: Watch = NOBODY,
+        watch: Watch = UNWATCHED,
         run: Run | None = None,
     ) -> Job:
         """Start a command; return when it runs.
@@ -7068,7 +7073,7 @@ class PocketCoderDriver:
                 )
                 self.running[run.run_id] = job
                 if run.is_lasting and run.is_answered:
-                    job.leave()
+                    job.unattend()
 
                 try:
                     if not is_told:
@@ -7117,7 +7122,7 @@ class PocketCoderDriver:
     def launch(self, request: ExecRequest, watch: Watch) -> Run:
         """Start a command that goes on without its caller; see `Run.news`, `Run.failure`.
 
-        The caller calls `leave` when it has its answer, or goes.
+        The caller calls `unattend` when it has its answer, or goes.
         """
         run = self.runs.open(request, watch.door)
         task = asyncio.ensure_future(self._see_through(run, request, watch))
@@ -7144,17 +7149,17 @@ class PocketCoderDriver:
         if run.result is None and job is None:
             run.fail(failure)
 
-    def promise(self, run: Run) -> None:
+    def save_waiting(self, run: Run) -> None:
         """Its caller is told to come back: save it, so that the next server knows it as well."""
         if run.state is RunState.WAITING and run.failure is None:
             self.runs.save(run)
 
-    def leave(self, run: Run) -> None:
+    def unattend(self, run: Run) -> None:
         """The caller of a run that goes on has its answer, or has gone."""
         self.runs.answered(run)
         job = self.running.get(run.run_id)
         if job is not None:
-            job.leave()
+            job.unattend()
 
     def end_run(self, run: Run, why: str = "") -> None:
         """End a run, with TERM and then KILL, whether it has started or not.  Raises BadMessage.
@@ -7187,7 +7192,7 @@ class PocketCoderDriver:
                 return None
         except (NoTerminal, OSError) as failure:
             # No space, no descriptors; or the terminal has just died.
-            job.terminal.forget()
+            job.terminal.look_again()
             why = f"cannot prepare a run in {self.socket_path}.d: {failure}"
             job.end("lost", why)
             if job.over.is_set():
@@ -7216,7 +7221,7 @@ class PocketCoderDriver:
 
     # --- Runs of servers that have gone.
 
-    async def adopt(self, watch_of: Callable[[Run], Watch] = lambda run: NOBODY) -> None:
+    async def adopt(self, watch_of: Callable[[Run], Watch] = lambda run: UNWATCHED) -> None:
         """Go on with the lasting runs of servers of this socket that have gone.
 
         watch_of  who follows a run from now on
@@ -11785,10 +11790,10 @@ async def launched(
             await check_recorded(state, run)
         elif run.failure is not None:
             raise run.failure
-        state.driver.promise(run)
+        state.driver.save_waiting(run)
         yield run
     finally:
-        state.driver.leave(run)
+        state.driver.unattend(run)
 
 
 async def check_recorded(state: AppState, run: Run) -> None:
@@ -11947,7 +11952,7 @@ async def exec_tool(state: AppState, arguments: Message, report: Report | None) 
         state.driver.end_run(run)
         raise
     finally:
-        state.driver.leave(run)
+        state.driver.unattend(run)
 
 
 async def answer_of_run(
@@ -11971,7 +11976,7 @@ async def answer_of_run(
         await check_recorded(state, run)
     elif run.failure is not None:
         raise run.failure
-    state.driver.promise(run)
+    state.driver.save_waiting(run)
 
     # What is known now: more may come while the text is put together.
     answer = run.answer(None)
@@ -14709,11 +14714,11 @@ async def launched_stream_handler(
             await check_recorded(state, run)
         elif run.failure is not None:
             raise run.failure
-        state.driver.promise(run)
+        state.driver.save_waiting(run)
         return run.answer(None)
     finally:
         sending.cancel()
-        state.driver.leave(run)
+        state.driver.unattend(run)
 
 
 def output_event(text: str, offset: int | None = None) -> str:

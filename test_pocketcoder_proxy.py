@@ -7659,8 +7659,8 @@ def test_fields_of_a_record_that_make_no_sense_are_skipped_too(own: StartServer)
     server = own()
     changes: list[dict[str, Any]] = [
         {"cmd": 7},
-        {"asked_at": "x"},
-        {"asked_at": 10**400},
+        {"asked_time": "x"},
+        {"asked_time": 10**400},
         {"result": {"a": 1}},
         {"location": [1]},
         {"location": {"path": 1}},
