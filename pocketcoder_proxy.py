@@ -3507,12 +3507,14 @@ class Record:
 
     def finish(self) -> None:
         """Nothing more comes."""
-        if self.is_complete:
-            return
         self.is_complete = True
-        self._restore()
-        self._close_file()
         self.stir()
+
+    def close_file(self) -> None:
+        """Its caller is answered: until then nobody can remove the end of its output."""
+        if self.is_complete:
+            self._restore()
+            self._close_file()
 
     # --- Dropping.
 
@@ -3713,6 +3715,7 @@ class Shelf:
 
     def retire(self, record: Record) -> None:
         """Its run has ended, and its caller is answered."""
+        record.close_file()
         self.ended[record] = None
         self.make_room(0)
 

@@ -5230,6 +5230,16 @@ def test_what_somebody_removes_is_a_gap(shelf: pp.Shelf) -> None:
     assert f"[pocketcoder: {pp.MIB} bytes left out]" in text
 
 
+def test_nobody_can_remove_the_end_of_output_before_the_answer(shelf: pp.Shelf) -> None:
+    record = shelf.record("0" * 16, pp.MIB, False)
+    record.add(b"x" * 100_000)
+    record.finish()
+    shutil.rmtree(shelf.folder)
+    assert len("".join(record.text(pp.MIB, record.total))) == 100_000
+    shelf.retire(record)
+    assert record.fd is None
+
+
 def test_only_a_full_disk_costs_old_output(shelf: pp.Shelf) -> None:
     old = shelf.record("0" * 16, pp.MIB, False)
     old.add(bytes(pp.MIB))
