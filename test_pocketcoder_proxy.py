@@ -2732,6 +2732,106 @@ def test_the_map_lists_every_section_route_and_variable() -> None:
     ] == []
 
 
+README = (MODULE.parent / "README.md").read_text(encoding="utf-8")
+# What it shows as code: between two backquotes, and what a call of curl asks for.
+CODE = re.findall(r"`([^`\n]+)`", README)
+ADDRESSES = re.findall(r"http://127\.0\.0\.1:3001(/[^\s\"'`?)>]*)", README)
+# Variables of the tests, and two that a command does not see.
+OTHER_VARIABLES = {"POCKETCODER_FUZZ", "POCKETCODER_SOAK", "TMUX_PANE"}
+
+
+def section_of_readme(title: str) -> str:
+    """The text below a heading, up to the next one."""
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def first_cells(table: str, heading: str) -> list[str]:
+    """What the first column of a table shows as code; `heading` starts its first line."""
+    rows = table.partition(f"\n| {heading} |")[2].partition("\n\n")[0].splitlines()[2:]
+    return [name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+
+
+def options_in_help(level: str) -> list[tuple[str, ...]]:
+    """The names of each option that its help lists, without those of all levels."""
+    lines = re.findall(r"^  (-.*?)(?:  |$)", run(level, "--help").stdout, re.MULTILINE)
+    options = [tuple(re.findall(r"(?:^|, )(--?[\w-]+)", line)) for line in lines]
+    return [names for names in options if not {"--help", "--version"} & {*names}]
+
+
+def test_readme_and_help_name_the_same_options() -> None:
+    listed = [names for level in pp.HELP for names in options_in_help(level)]
+    missing = [names for names in listed if not re.search(f"(?:{'|'.join(names)})[ `]", README)]
+    assert missing == []
+
+    known = {name for names in listed for name in names} | {"--help", "--version"}
+    named = {word for code in CODE for word in re.findall(r"^--[\w-]+", code)}
+    assert named - known == set()
+
+
+def test_readme_and_help_name_the_same_variables() -> None:
+    named = {*re.findall(r"(?:POCKETCODER|OPENCODE|TMUX|PROXY)_[A-Z_]+", README)}
+    assert pp.VARIABLES.keys() - named == set()
+
+    set_for_commands = (pp.__doc__ or "").partition("Set for a command:")[2].partition("\n\n")[0]
+    others = {*re.findall(r"POCKETCODER_[A-Z_]+", set_for_commands)} | OTHER_VARIABLES
+    assert named - pp.VARIABLES.keys() - others == set()
+
+
+def test_readme_and_document_name_the_same_routes() -> None:
+    served = {
+        (method.upper(), re.sub(r"{(?:run_)?(id|agent|name)s?}", lambda at: at[1].upper(), path))
+        for path, methods in pp.openapi(pp.described_routes(), has_token=False)["paths"].items()
+        for method in methods
+    }
+    with_method = {tuple(code.split()[:2]) for code in CODE if re.match("[A-Z]+ /", code)}
+    assert with_method - served == set()
+
+    # All routes of MCP are at each relayed server too, which the README says in words.
+    paths = {path for _, path in served if not path.startswith("/servers/NAME/")}
+    addresses = [path.replace("$ID", "ID") for path in ADDRESSES]
+    named = {path for _, path in with_method} | {*CODE, *addresses}
+    assert paths - named == set()
+
+
+def test_readme_and_document_name_the_same_fields() -> None:
+    text = section_of_readme("HTTP by example")
+    document = pp.openapi(pp.described_routes(), has_token=False)
+    command = document["paths"]["/exec"]["post"]
+    schema = command["requestBody"]["content"]["application/json"]["schema"]
+    request = first_cells(text, "field")
+    # This one is of the channel only.
+    assert {*request, "combined"} == {*schema["properties"]}
+    assert "`combined`" in text
+    answer = command["responses"]["200"]["content"]["application/json"]["schema"]
+    assert {*first_cells(text, "answer")} == {*answer["properties"]}
+
+    listing = document["paths"]["/runs"]["get"]["parameters"]
+    about_runs = section_of_readme("Long jobs")
+    for each in listing:
+        assert re.search(rf"`{each['name']}[`=]", about_runs), each["name"]
+
+
+def test_the_readme_names_every_status_that_a_command_may_be_answered_with() -> None:
+    statuses = section_of_readme("HTTP by example").partition("**Status codes.**")[2]
+    named = {*re.findall(r"\b[2-5]\d\d\b", statuses.partition("\n")[0])}
+    document = pp.openapi(pp.described_routes(), has_token=False)
+    assert {*document["paths"]["/exec"]["post"]["responses"]} - named == set()
+
+
+def test_the_readme_names_the_tools_in_the_order_in_which_clients_see_them() -> None:
+    named = first_cells(section_of_readme("MCP: the terminals as tools"), "tool")
+    assert [name for name in named if name in pp.TOOLS] == [*pp.TOOLS]
+
+
+def test_the_readme_names_every_metric_with_its_labels() -> None:
+    ours = {
+        f"{each.name}{{{', '.join(each.labels)}}}" if getattr(each, "labels", None) else each.name
+        for each in vars(pp.Metrics()).values()
+        if each.name.startswith("pocketcoder_")
+    }
+    assert {code for code in CODE if re.match("pocketcoder_[a-z_]+({|$)", code)} == ours
+
+
 def test_a_copy_of_the_file_carries_its_licence_and_can_be_run() -> None:
     assert SOURCE.startswith(
         "#!/usr/bin/env python3\n# SPDX-License-Identifier: MIT\n# /// script\n"
