@@ -12416,8 +12416,8 @@ def openapi(described: Sequence[Described], has_token: bool) -> Message:
             "title": "pocketcoder-proxy",
             "version": VERSION,
             "description": "Commands in terminals of a sandbox. Fields of a request that mean"
-            " nothing are ignored. Paths of runs, servers and MCP may end with a slash. With"
-            " `Origin`, every path answers OPTIONS as CORS asks.",
+            " nothing are ignored. Paths of runs, terminals, servers and MCP may end with a slash."
+            " With `Origin`, every path answers OPTIONS as CORS asks.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": "/"}],
@@ -16536,6 +16536,8 @@ class Level(NamedTuple):
     examples: dict[str, str]
     # None: what argparse makes of the options.
     usage: str | None = None
+    # By exit status, where a caller has to know more than 0 and failure.
+    statuses: dict[str, str] | None = None
 
 
 SERVER_HELP = Level(
@@ -16571,6 +16573,15 @@ SHELL_HELP = Level(
     },
     usage="pocketcoder shell {-c CMD [ARG0 ARG...], --command CMD, WORD..., -s [ARG...],"
     " FILE [ARG...]}",
+    statuses={
+        "0-255": "that of the command; 128+n after signal n",
+        "1": "there is no command, and stdin is a terminal, /dev/null or closed",
+        "2": "wrong usage, as bash has it",
+        "124": f"the command took more than {MAX_TIMEOUT} s",
+        "125": "the server cannot be reached, refuses or fails; nothing was run here",
+        "137": "the terminal died",
+        "141": "nobody reads the output any more",
+    },
 )
 ATTACH_HELP = Level(
     summary="watch an agent's terminal and type there, in the sandbox; C-b d leaves",
@@ -16754,12 +16765,17 @@ def main_parser() -> Parser:
 
 
 def help_below(level: Level) -> str:
-    """What stands below the options: variables and examples."""
+    """What stands below the options: variables, exit statuses and examples."""
     lines = list[str]()
     if level.variables:
         width = max(map(len, level.variables))
         lines.append("variables:")
         lines += (f"  {name:{width}}  {VARIABLES[name]}" for name in level.variables)
+        lines.append("")
+
+    if level.statuses:
+        lines.append("exit status:")
+        lines += (f"  {status:5}  {meaning}" for status, meaning in level.statuses.items())
         lines.append("")
 
     lines.append("examples:")
@@ -16836,7 +16852,7 @@ def add_server_options(server: Parser) -> None:
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="a browser origin that may call (repeatable)",
+        help="a browser origin that may call (repeatable); none by default",
     )
     server.add_argument(
         "--audit-log",
@@ -16865,7 +16881,8 @@ def add_server_options(server: Parser) -> None:
     server.add_argument(
         "--mcp-config",
         metavar="FILE",
-        help="the same from a file with `mcpServers`, as clients have it",
+        help="the same from a file with `mcpServers`, as clients have it; ${VAR} is filled in,"
+        " disabled and remote servers are left out",
     )
     server.add_argument(
         "--mcp-idle",
@@ -16877,7 +16894,7 @@ def add_server_options(server: Parser) -> None:
         "--log-level",
         default="info",
         metavar="LEVEL",
-        help=f"{', '.join(LOG_LEVELS)}; default %(default)s",
+        help=f"of what is logged on stderr: {', '.join(LOG_LEVELS)}; default %(default)s",
     )
 
 
