@@ -1570,6 +1570,18 @@ def cuts(dice: random.Random, data: bytes) -> Iterator[list[bytes]]:
     yield [data[begin:end] for begin, end in pairwise([0, *ends, len(data)])]
 
 
+def with_slow(cases: list[Any], *telling: str) -> list[Any]:
+    """The same cases; all but those with these ids are slow ones."""
+    ids = [case.id for case in cases]
+    assert [name for name in telling if name not in ids] == []
+    return [
+        case
+        if case.id in telling
+        else pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.slow])
+        for case in cases
+    ]
+
+
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[Proxy]:
     """A server for tests that leave it as it was; each takes an agent of its own."""
@@ -2906,10 +2918,23 @@ FORMS: list[list[str | bytes]] = [
 ON_STDIN = b'echo "script $1 $2"; read -r line; echo "$line"; false; echo end >&2\nnext\nexit 5\n'
 
 
-@pytest.fixture(scope="module")
-def expected(engine: Caller) -> list[tuple[int, bytes, bytes]]:
-    """What bash itself makes of FORMS."""
-    return [engine.local(*form, input=ON_STDIN) for form in FORMS]
+# One of each kind; the others are slow ones.
+TELLING_FORMS: list[list[str | bytes]] = [
+    ["-c", "echo 'a  b' \"c$HOME\" `echo d` $(echo e) \\f"],
+    ["-c", ""],
+    ["-c", "kill -9 $$"],
+    ["-c", SHOW, "zero", "one two", "new\nline", "quote'\"$x`", "", "*"],
+    ["-c", SHOW, b"\xff\xfe", b"a\x80'\\b"],
+    ["-l", "-c", "echo $1", "opencode", "/tmp"],
+    ["-eu", "-o", "pipefail", "-c", "echo $-; false | true; echo no"],
+    ["-c"],
+    ["-Z", "-c", "echo"],
+    ["-s", "one", "two"],
+    ["-e", "script.sh"],
+    ["long.sh", "a b"],
+    ["nosuchscript"],
+    [],
+]
 
 
 @pytest.mark.slow
@@ -3041,10 +3066,14 @@ def test_the_shell_reports_errors_with_its_own_files(engine: Caller) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
+    ("name", "forms"),
+    [
+        pytest.param(NAMES[0], TELLING_FORMS, id="some"),
+        *(pytest.param(name, FORMS, id=name, marks=pytest.mark.slow) for name in NAMES),
+    ],
 )
 def test_every_form_of_arguments_works_as_with_bash(
-    engine: Caller, name: str, expected: list[tuple[int, bytes, bytes]]
+    engine: Caller, name: str, forms: list[list[str | bytes]]
 ) -> None:
     def through_the_bridge(form: list[str | bytes]) -> tuple[int, bytes, bytes]:
         # Under this name plain words are one command.
@@ -3060,8 +3089,9 @@ def test_every_form_of_arguments_works_as_with_bash(
         return code, out, engine.local(*form)[2] if missing else err
 
     with ThreadPoolExecutor(4) as pool:
-        got = list(pool.map(through_the_bridge, FORMS))
-    assert [case for case in zip(FORMS, got, expected, strict=True) if case[1] != case[2]] == []
+        got = list(pool.map(through_the_bridge, forms))
+    expected = [engine.local(*form, input=ON_STDIN) for form in forms]
+    assert [case for case in zip(forms, got, expected, strict=True) if case[1] != case[2]] == []
 
 
 def test_under_the_subcommand_plain_words_are_one_command(engine: Caller) -> None:
@@ -3287,16 +3317,20 @@ def test_every_line_has_the_grammar_of_python_3_8() -> None:
     ast.parse(SOURCE, feature_version=(3, 8))
 
 
-@pytest.mark.parametrize("version", ["3.8", "3.9"])
+@pytest.mark.parametrize("version", ["3.8", pytest.param("3.9", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "form",
-    [
-        pytest.param(["-c", "echo $1; cat; exit 3", "zero", "one"], id="command"),
-        pytest.param(["-e", "script.sh", "x"], id="script-file"),
-        pytest.param(["-s", "argument"], id="script-on-stdin"),
-        pytest.param(["-c", b"echo \xff\xfe'q'"], id="bytes"),
-        pytest.param(["nosuchscript"], id="no-such-script"),
-    ],
+    with_slow(
+        [
+            pytest.param(["-c", "echo $1; cat; exit 3", "zero", "one"], id="command"),
+            pytest.param(["-e", "script.sh", "x"], id="script-file"),
+            pytest.param(["-s", "argument"], id="script-on-stdin"),
+            pytest.param(["-c", b"echo \xff\xfe'q'"], id="bytes"),
+            pytest.param(["nosuchscript"], id="no-such-script"),
+        ],
+        "command",
+        "script-file",
+    ),
 )
 def test_the_shell_runs_on_old_pythons(
     engine: Caller, tmp_path: pathlib.Path, version: str, form: list[str | bytes]
@@ -3503,13 +3537,17 @@ def test_a_directory_keeps_the_name_its_caller_uses(engine: Caller, linked: str)
 
 @pytest.mark.parametrize(
     "pwd",
-    [
-        pytest.param("/", id="elsewhere"),
-        pytest.param("/no/such", id="nowhere"),
-        pytest.param("", id="empty"),
-        pytest.param("turned", id="relative"),
-        pytest.param("{link}/../deep/er", id="back-through-a-link"),
-    ],
+    with_slow(
+        [
+            pytest.param("/", id="elsewhere"),
+            pytest.param("/no/such", id="nowhere"),
+            pytest.param("", id="empty"),
+            pytest.param("turned", id="relative"),
+            pytest.param("{link}/../deep/er", id="back-through-a-link"),
+        ],
+        "elsewhere",
+        "back-through-a-link",
+    ),
 )
 def test_a_wrong_name_of_the_directory_is_not_used(engine: Caller, linked: str, pwd: str) -> None:
     got = engine.run("-c", "pwd", cwd=linked, env={"PWD": pwd.format(link=linked)})
@@ -3794,7 +3832,7 @@ GARBAGE_SERVERS = [
 ]
 
 
-@pytest.mark.parametrize(("said", "told"), GARBAGE_SERVERS)
+@pytest.mark.parametrize(("said", "told"), with_slow(GARBAGE_SERVERS, "ssh", "broken-frame"))
 def test_a_server_that_answers_garbage_is_reported_in_one_line(
     names: str, tmp_path: pathlib.Path, said: bytes, told: str
 ) -> None:
@@ -3863,15 +3901,19 @@ def test_a_wrong_address_is_reported_in_one_line(names: str, url: str, said: str
 
 @pytest.mark.parametrize(
     "url",
-    [
-        pytest.param("http://me:s3cret@127.0.0.1:1", id="user-and-password"),
-        pytest.param("http://s3cret@127.0.0.1", id="user"),
-        pytest.param("http://me:s3cret/x@127.0.0.1:1", id="password-with-a-slash"),
-        pytest.param("https://me:s3cret@127.0.0.1:1/path", id="https"),
-        pytest.param("me:s3cret@127.0.0.1", id="no-scheme"),
-        pytest.param("http://127.0.0.1:1/?token=s3cret", id="query"),
-        pytest.param("http://127.0.0.1:1/#s3cret", id="fragment"),
-    ],
+    with_slow(
+        [
+            pytest.param("http://me:s3cret@127.0.0.1:1", id="user-and-password"),
+            pytest.param("http://s3cret@127.0.0.1", id="user"),
+            pytest.param("http://me:s3cret/x@127.0.0.1:1", id="password-with-a-slash"),
+            pytest.param("https://me:s3cret@127.0.0.1:1/path", id="https"),
+            pytest.param("me:s3cret@127.0.0.1", id="no-scheme"),
+            pytest.param("http://127.0.0.1:1/?token=s3cret", id="query"),
+            pytest.param("http://127.0.0.1:1/#s3cret", id="fragment"),
+        ],
+        "user-and-password",
+        "fragment",
+    ),
 )
 def test_a_password_in_the_address_is_never_shown(names: str, url: str) -> None:
     words = [sys.executable, f"{names}/sh", "-c", "echo no"]
@@ -4291,7 +4333,9 @@ ANSWERS_OF_OTHERS = [
 ]
 
 
-@pytest.mark.parametrize(("said", "told"), ANSWERS_OF_OTHERS)
+@pytest.mark.parametrize(
+    ("said", "told"), with_slow(ANSWERS_OF_OTHERS, "a-page", "control-characters")
+)
 def test_check_reports_what_is_no_ready_proxy_in_one_line(said: bytes, told: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -4427,7 +4471,10 @@ REFUSED_REASONS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "headers", "body", "line"), REFUSED_REASONS)
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "body", "line"),
+    with_slow(REFUSED_REASONS, "path", "field-wrong", "session"),
+)
 def test_a_refused_request_has_a_line_with_the_reason(
     own: StartServer, method: str, path: str, headers: dict[str, str], body: bytes, line: str
 ) -> None:
@@ -4485,12 +4532,15 @@ def test_refusals_without_a_line_are_counted_when_the_server_stops(own: StartSer
 
 @pytest.mark.parametrize(
     ("level", "levels"),
-    [
-        pytest.param("debug", {"DEBUG", "INFO", "WARNING"}, id="debug"),
-        pytest.param("info", {"INFO", "WARNING"}, id="info"),
-        pytest.param("warning", {"WARNING"}, id="warning"),
-        pytest.param("error", set(), id="error"),
-    ],
+    with_slow(
+        [
+            pytest.param("debug", {"DEBUG", "INFO", "WARNING"}, id="debug"),
+            pytest.param("info", {"INFO", "WARNING"}, id="info"),
+            pytest.param("warning", {"WARNING"}, id="warning"),
+            pytest.param("error", set(), id="error"),
+        ],
+        "warning",
+    ),
 )
 def test_the_log_has_its_level_and_what_is_above_it(
     own: StartServer, level: str, levels: set[str]
@@ -5527,7 +5577,9 @@ LATE_CHILDREN = [
 ]
 
 
-@pytest.mark.parametrize(("cmd", "output"), LATE_CHILDREN)
+@pytest.mark.parametrize(
+    ("cmd", "output"), with_slow(LATE_CHILDREN, "process-substitution", "once-later")
+)
 def test_output_of_late_children_is_in_the_answer(
     proxy: Proxy, agent: str, cmd: str, output: str
 ) -> None:
@@ -5662,7 +5714,13 @@ def test_recorded_output_is_the_same_however_it_is_cut(tmp_path: pathlib.Path) -
 # ==========================================================================
 # Run files
 # ==========================================================================
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, id="killed"),
+        pytest.param(signal.SIGTERM, id="stopped", marks=pytest.mark.slow),
+    ],
+)
 def test_a_background_process_outlives_the_server(own: StartServer, number: int) -> None:
     server = own()
     count = f"{server.folder}/count"
@@ -6556,6 +6614,7 @@ def test_a_slow_start_up_file_delays_the_first_command(warm: StartServer) -> Non
     assert ".go" not in server.screen("slow")
 
 
+@pytest.mark.slow
 def test_a_new_shell_that_takes_single_keys_is_not_interrupted_before_it_waits_for_one(
     own: StartServer,
 ) -> None:
@@ -6642,7 +6701,7 @@ UNFINISHED = [
 ]
 
 
-@pytest.mark.parametrize("typed", UNFINISHED)
+@pytest.mark.parametrize("typed", with_slow(UNFINISHED, "and", "here-document"))
 def test_an_unfinished_command_typed_while_a_new_shell_starts_is_never_run(
     own: StartServer, typed: str
 ) -> None:
@@ -6717,7 +6776,10 @@ def test_a_person_can_answer_a_question_and_interrupt(proxy: Proxy, agent: str) 
     assert proxy.exec("echo next", agent_name=agent)["stdout"] == "next\n"
 
 
-@pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.parametrize(
+    "death",
+    with_slow([pytest.param(death, id=death) for death in DEATHS], "shell", "server killed"),
+)
 def test_a_terminal_that_dies_loses_its_command_and_is_replaced(
     warm: StartServer, death: str
 ) -> None:
@@ -7530,7 +7592,13 @@ def test_what_background_processes_print_later_belongs_to_their_run(
     assert proxy.run(answer["run_id"])["output_bytes"] == 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, id="killed"),
+        pytest.param(signal.SIGTERM, id="stopped", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_with_wait_outlives_the_server(own: StartServer, number: int) -> None:
     server = own()
     go_on = f"{server.folder}/go-on"
@@ -7648,6 +7716,7 @@ def test_a_run_of_another_server_can_be_ended_signalled_and_typed_to(own: StartS
     assert server.output(asked) == b"got me\n"
 
 
+@pytest.mark.slow
 def test_runs_of_several_servers_before_are_all_known(own: StartServer) -> None:
     server = own()
     ids = []
@@ -7672,6 +7741,7 @@ def test_runs_of_another_server_block_no_agent(own: StartServer) -> None:
     assert server.exec("echo at once", timeout=20)["stdout"] == "at once\n"
 
 
+@pytest.mark.slow
 def test_a_run_of_another_server_keeps_its_time_limit(own: StartServer) -> None:
     server = own()
     run_id = server.launch("sleep 77.75", timeout=2)
@@ -7698,6 +7768,7 @@ def test_a_run_whose_terminal_died_without_a_server_is_lost(own: StartServer) ->
     assert server.exec("echo next")["stdout"] == "next\n"
 
 
+@pytest.mark.slow
 def test_background_processes_of_a_run_go_on_over_a_restart(own: StartServer) -> None:
     server = own()
     go_on = f"{server.folder}/go-on"
@@ -7727,6 +7798,7 @@ def test_two_servers_at_one_socket_leave_each_others_runs_alone(own: StartServer
     assert first.output(run_id) == b"mine\n"
 
 
+@pytest.mark.slow
 def test_servers_of_different_sockets_can_share_a_directory(
     own: StartServer, tmp_path: pathlib.Path
 ) -> None:
@@ -7743,8 +7815,19 @@ def test_servers_of_different_sockets_can_share_a_directory(
 
 @pytest.mark.parametrize(
     "damage",
-    [b"", b"{", b"[]", b"{}", b"\xff", None, b'{"run_id": "0", "server": "x", "socket": "y"}'],
-    ids=["empty", "half", "list", "no-fields", "no-text", "link", "another-run"],
+    with_slow(
+        [
+            pytest.param(b"", id="empty"),
+            pytest.param(b"{", id="half"),
+            pytest.param(b"[]", id="list"),
+            pytest.param(b"{}", id="no-fields"),
+            pytest.param(b"\xff", id="no-text"),
+            pytest.param(None, id="link"),
+            pytest.param(b'{"run_id": "0", "server": "x", "socket": "y"}', id="another-run"),
+        ],
+        "half",
+        "link",
+    ),
 )
 def test_a_damaged_record_is_skipped_with_a_line_in_the_log(
     own: StartServer, damage: bytes | None
@@ -8021,6 +8104,7 @@ def test_twenty_watchers_share_one_picture(
     assert proxy.tmux("list-clients", "-F", "#{client_pid}").count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_flood_is_ten_pictures_a_second_at_most(
     warm: StartServer, stream: OpenStream, tmp_path: pathlib.Path
 ) -> None:
@@ -8052,6 +8136,7 @@ def test_nothing_runs_while_nobody_watches(
     assert (tmp_path / "count").read_text() == ""
 
 
+@pytest.mark.slow
 def test_a_watched_terminal_that_is_idle_is_left_alone(
     warm: StartServer, stream: OpenStream, tmp_path: pathlib.Path
 ) -> None:
@@ -8076,6 +8161,7 @@ def test_of_each_terminal_only_the_newest_picture_waits_for_a_reader() -> None:
     assert asyncio.run(read()) == (["a99", "b99"], [])
 
 
+@pytest.mark.slow
 def test_a_reader_that_does_not_read_costs_nothing_and_misses_pictures(
     warm: StartServer, stream: OpenStream
 ) -> None:
@@ -8605,13 +8691,11 @@ TROUBLES = [
         lambda proxy: replaced(proxy.run_folder, open_to_all),
         "the directory of the socket: expected one that only this user may write to",
         id="files-open-to-all",
-        marks=pytest.mark.slow,
     ),
     pytest.param(
         lambda proxy: replaced(proxy.run_folder.parent, pathlib.Path.touch),
         "the directory of the socket: Not a directory",
         id="files-without-a-place",
-        marks=pytest.mark.slow,
     ),
     pytest.param(
         lambda proxy: limited(proxy.process, resource.RLIMIT_FSIZE, 0),
@@ -8635,7 +8719,9 @@ def troubled() -> Iterator[Proxy]:
     server.remove()
 
 
-@pytest.mark.parametrize(("trouble", "reason"), TROUBLES)
+@pytest.mark.parametrize(
+    ("trouble", "reason"), with_slow(TROUBLES, "workspace-gone", "audit-log-renamed")
+)
 def test_a_trouble_makes_the_server_unready_while_it_lasts(
     troubled: Proxy, trouble: Trouble, reason: str
 ) -> None:
@@ -8654,15 +8740,19 @@ def test_a_trouble_makes_the_server_unready_while_it_lasts(
 
 @pytest.mark.parametrize(
     ("make", "reason"),
-    [
-        pytest.param(pathlib.Path.touch, "expected a directory of our own", id="a-file"),
-        pytest.param(
-            lambda path: path.symlink_to(path.parent),
-            "expected a directory of our own",
-            id="a-link",
-        ),
-        pytest.param(pathlib.Path.mkdir, "", id="empty"),
-    ],
+    with_slow(
+        [
+            pytest.param(pathlib.Path.touch, "expected a directory of our own", id="a-file"),
+            pytest.param(
+                lambda path: path.symlink_to(path.parent),
+                "expected a directory of our own",
+                id="a-link",
+            ),
+            pytest.param(pathlib.Path.mkdir, "", id="empty"),
+        ],
+        "a-file",
+        "empty",
+    ),
 )
 def test_a_directory_for_runs_that_cannot_be_used_makes_the_server_unready(
     troubled: Proxy, make: Callable[[pathlib.Path], object], reason: str
@@ -8705,7 +8795,9 @@ def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path | None]:
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-@pytest.mark.parametrize("place", ["tmux", "audit", "runs"])
+@pytest.mark.parametrize(
+    "place", ["audit", *(pytest.param(place, marks=pytest.mark.slow) for place in ("tmux", "runs"))]
+)
 def test_a_full_disk_makes_the_server_unready_until_there_is_space(
     own: StartServer, tmp_path: pathlib.Path, small_disk: pathlib.Path | None, place: str
 ) -> None:
@@ -8735,6 +8827,7 @@ def test_a_full_disk_makes_the_server_unready_until_there_is_space(
     assert server.exec("true")["exit_code"] == 0
 
 
+@pytest.mark.slow
 def test_an_audit_log_that_nobody_reads_makes_the_server_unready(
     own: StartServer, tmp_path: pathlib.Path
 ) -> None:
@@ -8787,6 +8880,7 @@ def test_without_tmux_the_server_is_unready_until_it_is_back(
 
 
 @pytest.mark.parametrize("connected", [True, False], ids=["connected", "not-connected"])
+@pytest.mark.slow
 def test_a_tmux_that_hangs_makes_the_server_unready_within_seconds(
     warm: StartServer, connected: bool
 ) -> None:
@@ -8910,6 +9004,7 @@ def test_a_check_makes_nothing_before_the_first_command(own: StartServer) -> Non
     assert not os.path.exists(server.socket)
 
 
+@pytest.mark.slow
 def test_a_person_sees_nothing_of_a_check(warm: StartServer) -> None:
     server = warm("--audit-log", "audit")
     server.pane("poco")
@@ -13170,8 +13265,10 @@ TOOL_CASES = [
         value,
         right,
         id=f"{tool.shown['name']}-{argument}-{name}",
-        # Keys wait until the screen shows what they did.
-        marks=[pytest.mark.slow] if right and tool.shown["name"] == "send_keys" else [],
+        # Those of /exec have them all, and keys wait until the screen shows what they did.
+        marks=[pytest.mark.slow]
+        if argument in BODY_FIELDS or (right and tool.shown["name"] == "send_keys")
+        else [],
     )
     for tool in pp.TOOLS.values()
     for argument, field in tool.takes.items()
@@ -14920,11 +15017,14 @@ def test_wrong_servers_end_the_start_with_a_sentence(words: list[str], text: str
 
 @pytest.mark.parametrize(
     ("config", "text"),
-    [
-        pytest.param("{}", "--mcp-config:", id="no-servers"),
-        pytest.param("{'mcpServers': {}}", "--mcp-config:", id="other-quotes"),
-        pytest.param('{"mcpServers": []}', "--mcp-config:", id="a-list"),
-    ],
+    with_slow(
+        [
+            pytest.param("{}", "--mcp-config:", id="no-servers"),
+            pytest.param("{'mcpServers': {}}", "--mcp-config:", id="other-quotes"),
+            pytest.param('{"mcpServers": []}', "--mcp-config:", id="a-list"),
+        ],
+        "other-quotes",
+    ),
 )
 def test_a_wrong_file_of_servers_ends_the_start_with_a_sentence(
     tmp_path: pathlib.Path, config: str, text: str
@@ -14936,23 +15036,36 @@ def test_a_wrong_file_of_servers_ends_the_start_with_a_sentence(
 
 @pytest.mark.parametrize(
     ("entry", "key"),
-    [
-        pytest.param("s3cret", "", id="a-string"),
-        pytest.param({"args": ["s3cret"]}, "command", id="no-command"),
-        pytest.param({"command": ["cat", "s3cret"]}, "command", id="a-command-as-list"),
-        pytest.param({"command": "/no/s3cret"}, "command", id="no-such-program"),
-        pytest.param({"command": "cat", "args": "s3cret"}, "args", id="args-as-string"),
-        pytest.param({"command": "cat", "args": ["-", ["s3cret"]]}, "args[1]", id="nested-args"),
-        pytest.param({"command": "cat", "env": ["s3cret"]}, "env", id="env-as-list"),
-        pytest.param({"command": "cat", "env": {"A": {"s3cret": 1}}}, "env.A", id="nested-env"),
-        pytest.param({"command": "cat", "env": {"A": None}}, "env.A", id="null-in-env"),
-        pytest.param({"command": "cat", "env": {"A": "s3cret\0"}}, "env.A", id="nul-in-env"),
-        pytest.param({"command": "cat", "cwd": "/no/s3cret"}, "cwd", id="no-such-directory"),
-        pytest.param({"command": "cat", "cwd": ["s3cret"]}, "cwd", id="cwd-as-list"),
-        pytest.param({"command": "cat", "disabled": "s3cret"}, "disabled", id="disabled-as-text"),
-        pytest.param({"command": "cat", "args": ["s3cret${UNSET_X}"]}, "args[0]", id="no-variable"),
-        pytest.param({"command": "cat", "env": {"A": "${input:s3cret}"}}, "env.A", id="an-input"),
-    ],
+    with_slow(
+        [
+            pytest.param("s3cret", "", id="a-string"),
+            pytest.param({"args": ["s3cret"]}, "command", id="no-command"),
+            pytest.param({"command": ["cat", "s3cret"]}, "command", id="a-command-as-list"),
+            pytest.param({"command": "/no/s3cret"}, "command", id="no-such-program"),
+            pytest.param({"command": "cat", "args": "s3cret"}, "args", id="args-as-string"),
+            pytest.param(
+                {"command": "cat", "args": ["-", ["s3cret"]]}, "args[1]", id="nested-args"
+            ),
+            pytest.param({"command": "cat", "env": ["s3cret"]}, "env", id="env-as-list"),
+            pytest.param({"command": "cat", "env": {"A": {"s3cret": 1}}}, "env.A", id="nested-env"),
+            pytest.param({"command": "cat", "env": {"A": None}}, "env.A", id="null-in-env"),
+            pytest.param({"command": "cat", "env": {"A": "s3cret\0"}}, "env.A", id="nul-in-env"),
+            pytest.param({"command": "cat", "cwd": "/no/s3cret"}, "cwd", id="no-such-directory"),
+            pytest.param({"command": "cat", "cwd": ["s3cret"]}, "cwd", id="cwd-as-list"),
+            pytest.param(
+                {"command": "cat", "disabled": "s3cret"}, "disabled", id="disabled-as-text"
+            ),
+            pytest.param(
+                {"command": "cat", "args": ["s3cret${UNSET_X}"]}, "args[0]", id="no-variable"
+            ),
+            pytest.param(
+                {"command": "cat", "env": {"A": "${input:s3cret}"}}, "env.A", id="an-input"
+            ),
+        ],
+        "no-command",
+        "nested-env",
+        "no-variable",
+    ),
 )
 def test_a_bad_entry_is_reported_by_its_key_and_never_shown(
     tmp_path: pathlib.Path, entry: Any, key: str
@@ -15110,7 +15223,13 @@ def test_streams_and_mcp_work_at_a_unix_socket(nearby: Proxy) -> None:
     assert text_of(call(nearby, "exec", cmd="echo tool")) == "tool\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, id="killed"),
+        pytest.param(signal.SIGTERM, id="stopped", marks=pytest.mark.slow),
+    ],
+)
 def test_a_shell_at_a_unix_socket_that_ends_takes_its_command_along(
     nearby: Proxy, names: str, number: int
 ) -> None:
@@ -15160,6 +15279,7 @@ def test_a_socket_of_a_stopped_server_with_a_full_backlog_is_left_alone(place: s
     assert is_there(place)
 
 
+@pytest.mark.slow
 def test_of_servers_that_start_at_once_at_a_stale_socket_one_listens(place: str) -> None:
     stale = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     stale.bind(place)
@@ -15184,7 +15304,17 @@ def test_of_servers_that_start_at_once_at_a_stale_socket_one_listens(place: str)
     assert not is_there(place)
 
 
-@pytest.mark.parametrize("kind", ["file", "directory", "link", "link-to-nowhere", "fifo"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "file",
+        "link",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("directory", "link-to-nowhere", "fifo")
+        ),
+    ],
+)
 def test_what_is_no_socket_is_left_alone(place: str, kind: str) -> None:
     if kind == "file":
         pathlib.Path(place).write_text("mine")
@@ -15321,14 +15451,21 @@ def level_words(words: list[str]) -> list[str]:
     return words[:1] if words and words[0] in pp.HELP else []
 
 
-@pytest.mark.parametrize("level", ["", *pp.HELP])
+@pytest.mark.parametrize(
+    "level",
+    [
+        "",
+        "server",
+        *(pytest.param(level, marks=pytest.mark.slow) for level in pp.HELP if level != "server"),
+    ],
+)
 def test_the_version_is_printed_on_every_level(level: str) -> None:
     done = run(*level.split(), "--version")
     assert done.returncode == 0
     assert done.stdout == f"pocketcoder-proxy {pp.VERSION}\n"
 
 
-@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("option", [pytest.param("-h", marks=pytest.mark.slow), "--help"])
 @pytest.mark.parametrize("level", ["", *pp.HELP])
 def test_help_is_printed_on_every_level_with_variables_and_two_examples(
     level: str, option: str
@@ -15748,7 +15885,25 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("words", "variables", "status", "text"), MISTAKES)
+@pytest.mark.parametrize(
+    ("words", "variables", "status", "text"),
+    with_slow(
+        MISTAKES,
+        "subcommand-typo",
+        "subcommand-forgotten",
+        "option-typo",
+        "value-missing",
+        "port-no-number",
+        "open-without-a-token",
+        "unix-and-a-port",
+        "workspace-missing",
+        "mcp-server-missing",
+        "no-tmux",
+        "install-no-shell",
+        "url-with-a-path",
+        "nobody-listens",
+    ),
+)
 def test_a_mistake_is_answered_with_what_is_wrong_and_what_is_right(
     words: list[str], variables: dict[str, str], status: int, text: str
 ) -> None:
@@ -15875,13 +16030,19 @@ def test_a_server_is_found_by_its_command_line(own: StartServer) -> None:
 
 @pytest.mark.parametrize(
     "start",
-    [
-        pytest.param("exec {python} {script}", id="by-python"),
-        pytest.param("exec {python} -u {script}", id="by-python-with-an-option"),
-        pytest.param("cd {folder}; exec {python} pocketcoder_proxy.py", id="by-a-relative-path"),
-        pytest.param("ln -s {script} pocketcoder; exec {python} pocketcoder", id="by-a-link"),
-        pytest.param("ulimit -v 100000; exec {python} {script}", id="with-little-memory"),
-    ],
+    with_slow(
+        [
+            pytest.param("exec {python} {script}", id="by-python"),
+            pytest.param("exec {python} -u {script}", id="by-python-with-an-option"),
+            pytest.param(
+                "cd {folder}; exec {python} pocketcoder_proxy.py", id="by-a-relative-path"
+            ),
+            pytest.param("ln -s {script} pocketcoder; exec {python} pocketcoder", id="by-a-link"),
+            pytest.param("ulimit -v 100000; exec {python} {script}", id="with-little-memory"),
+        ],
+        "by-a-link",
+        "with-little-memory",
+    ),
 )
 def test_a_server_starts_from_a_file_that_cannot_be_written(
     own: StartServer, tmp_path: pathlib.Path, start: str
@@ -16877,16 +17038,16 @@ def through(lines: list[Any], *doors: str) -> list[Any]:
 
 
 CASES = [
-    *through(SAYING, "exec", "stream"),
+    *through(SAYING, "exec"),
     *through(ENDING, "exec"),
     *through(STRICT),
     *through(EXPANDING),
-    *through(REDIRECTED, "exec", "shell"),
-    *through(PIPED, "exec", "stream", "shell"),
-    *through(SIGNALLED, "exec", "shell"),
+    *through(REDIRECTED, "exec"),
+    *through(PIPED, "stream", "shell"),
+    *through(SIGNALLED, "shell"),
     *through(AROUND, "exec"),
     *through(PROGRAMS),
-    *through(FED, "exec", "stream", "shell"),
+    *through(FED, "exec", "shell"),
     *(case for case in through(LONG, "exec") if case.values[1] != "shell"),
 ]
 
