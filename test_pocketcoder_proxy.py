@@ -3435,6 +3435,7 @@ def test_a_program_that_imports_the_module_is_not_mistaken_for_the_shell(
     assert done.stdout == "mine\n"
 
 
+@pytest.mark.slow
 def test_busybox_runs_it_as_its_shell(engine: Caller, tmp_path: pathlib.Path) -> None:
     busybox = shutil.which("busybox")
     if busybox is None:
@@ -7624,6 +7625,7 @@ def test_a_run_with_wait_outlives_the_server(own: StartServer, number: int) -> N
     assert len(server.panes("poco")) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_while_no_server_is_there_is_known_to_the_next(own: StartServer) -> None:
     server = own()
     go_on = f"{server.folder}/go-on"
@@ -7848,6 +7850,7 @@ def test_a_damaged_record_is_skipped_with_a_line_in_the_log(
     assert f"{bad}.json" in server.logged()
 
 
+@pytest.mark.slow
 def test_fields_of_a_record_that_make_no_sense_are_skipped_too(own: StartServer) -> None:
     server = own()
     changes: list[dict[str, Any]] = [
@@ -8089,6 +8092,7 @@ def test_one_stream_shows_several_agents(proxy: Proxy, agent: str, stream: OpenS
     assert screen["agent_name"] == names[1]
 
 
+@pytest.mark.slow
 def test_twenty_watchers_share_one_picture(
     warm: StartServer, stream: OpenStream, tmp_path: pathlib.Path
 ) -> None:
@@ -8866,6 +8870,7 @@ def tmux_apart(folder: pathlib.Path) -> dict[str, str]:
     return {"PATH": f"{folder}:{tools}"}
 
 
+@pytest.mark.slow
 def test_without_tmux_the_server_is_unready_until_it_is_back(
     own: StartServer, tmp_path: pathlib.Path
 ) -> None:
@@ -8993,6 +8998,7 @@ def times_in(folder: str) -> dict[str, tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_check_makes_nothing_before_the_first_command(own: StartServer) -> None:
     server = own("--audit-log", "audit")
     os.unlink(f"{server.folder}/audit")
@@ -11517,6 +11523,7 @@ def test_relayed_servers_are_measured_by_state(own: StartServer, fixtures: pathl
     assert states() == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_readiness_is_a_metric(own: StartServer) -> None:
     proxy = own()
     assert proxy.metrics()["pocketcoder_ready"] == 1
@@ -14550,6 +14557,7 @@ def test_runs_belong_to_whoever_has_the_token(guarded: Proxy) -> None:
     assert guarded.status("DELETE", "/runs/0000000000000000") == 401
 
 
+@pytest.mark.slow
 def test_other_callers_are_answered_while_a_large_answer_leaves(warm: StartServer) -> None:
     server = warm()
     cmd = "head -c 67108864 /dev/zero | tr '\\0' x"
@@ -15341,6 +15349,7 @@ def test_a_stopping_server_leaves_a_file_that_another_has_put_there(nearby: Prox
     assert pathlib.Path(nearby.unix).read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_relative_path_and_linked_directories_are_fine(own: StartServer, place: str) -> None:
     folder = os.path.dirname(place)
     os.mkdir(f"{folder}/real")
@@ -15350,6 +15359,7 @@ def test_a_relative_path_and_linked_directories_are_fine(own: StartServer, place
     assert check(server.url).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_longest_path_works(own: StartServer, names: str) -> None:
     folder = tempfile.mkdtemp(prefix="pc")
     server = own(unix=f"{folder}/{'x' * (pp.MAX_SOCKET_PATH - len(folder) - 1)}")
@@ -15434,6 +15444,7 @@ def test_a_reader_at_a_unix_socket_that_takes_nothing_is_given_up() -> None:
     assert not asyncio.run(written_to(lambda peer: time.sleep(1)))
 
 
+@pytest.mark.slow
 def test_a_slow_reader_at_a_unix_socket_is_waited_for() -> None:
     def reads(peer: socket.socket) -> None:
         for _ in range(10):
@@ -15892,14 +15903,11 @@ MISTAKES = [
         "subcommand-typo",
         "subcommand-forgotten",
         "option-typo",
-        "value-missing",
         "port-no-number",
         "open-without-a-token",
-        "unix-and-a-port",
         "workspace-missing",
         "mcp-server-missing",
         "no-tmux",
-        "install-no-shell",
         "url-with-a-path",
         "nobody-listens",
     ),
