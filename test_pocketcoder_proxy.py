@@ -2844,6 +2844,32 @@ def test_the_readme_names_every_metric_with_its_labels() -> None:
     assert {code for code in CODE if re.match("pocketcoder_[a-z_]+({|$)", code)} == ours
 
 
+def test_the_readme_names_the_limits_and_defaults_of_the_settings() -> None:
+    said = [
+        f"command {pp.MAX_COMMAND // pp.MIB} MiB, body {pp.MAX_BODY // pp.MIB} MiB",
+        f"answer {pp.MAX_OUTPUT // pp.MIB} MiB, `env` {pp.MAX_ENVIRONMENT // pp.KIB} KiB",
+        f"({pp.MAX_VARIABLE // pp.KIB} KiB a variable), headers {pp.MAX_HEADERS // pp.KIB} KiB",
+        f"per agent {pp.MAX_PANES} panes, {pp.MAX_ALL_PANES} with commands that nobody waits for",
+        f"a queue of {pp.MAX_QUEUE:,}; {pp.MAX_RUNS:,} remembered commands",
+        f"{pp.MAX_SESSIONS:,} MCP sessions; {pp.MAX_WATCHERS} streams",
+        f"| `timeout` | {pp.DEFAULT_TIMEOUT} |",
+        f"at most {pp.MAX_TIMEOUT} |",
+        f"| `max_output` | {pp.DEFAULT_OUTPUT // pp.MIB} MiB |",
+        f"after `wait` seconds ({pp.TOOL_WAIT})",
+        f"list the newest {pp.TOOL_LISTED}",
+        f"come back within {pp.SESSION_KEPT:g} s",
+        f"the first and the last {pp.KEPT_END // pp.MIB} MiB of output",
+        f"`--keep-mib` ({pp.DEFAULT_KEEP})",
+        f"ended after {pp.CHILD_IDLE:g} s (`--mcp-idle SECONDS`)",
+        f"first answer may take {pp.CHILD_START:g} s",
+        f"or the next progress, {pp.CHILD_TIMEOUT:g} s",
+        f"An answer may have {pp.MAX_ANSWER // pp.MIB} MiB",
+        f"has {pp.MAX_CHILDREN} processes at most",
+        f"running commands get {pp.STOP_GRACE:g} s",
+    ]
+    assert [words for words in said if words not in README] == []
+
+
 def test_a_copy_of_the_file_carries_its_licence_and_can_be_run() -> None:
     assert SOURCE.startswith(
         "#!/usr/bin/env python3\n# SPDX-License-Identifier: MIT\n# /// script\n"
