@@ -5459,10 +5459,11 @@ def test_what_is_printed_survives_a_wipe_while_it_grows(shelf: pp.Shelf, more: b
     assert record.is_whole(100, record.total)
 
 
-def test_what_is_wiped_later_is_missed(shelf: pp.Shelf) -> None:
+def test_what_is_wiped_after_the_answer_is_missed(shelf: pp.Shelf) -> None:
     record = shelf.record("0" * 16, pp.MIB, True)
     record.add(b"one\n")
     record.finish()
+    shelf.retire(record)
     assert record.is_whole(100, record.total)
     shutil.rmtree(shelf.folder)
     assert record.read(0, 100) == (4, b"")
