@@ -5801,6 +5801,7 @@ class Run:
         "state",
         "timeout",
         "usage_id",
+        "waited",
     )
 
     def __init__(self, run_id: str, request: ExecRequest, door: str, record: Record) -> None:
@@ -5822,6 +5823,8 @@ class Run:
         self.started_time: float | None = None
         # None: it has not ended.
         self.result: CommandResult | None = None
+        # Seconds for a pane; None: it has none yet.
+        self.waited: float | None = None
         # Why it could not be run.
         self.failure: ProxyError | None = None
         # It has ended, or failed, or the server stops: nobody need wait for it any more.
@@ -5863,6 +5866,10 @@ class Run:
         self.news.set()
         self.record.stir()
 
+    def got_pane(self, waited: float) -> None:
+        """It has a pane, after so many seconds."""
+        self.waited = waited
+
     def put_at(self, location: Location) -> None:
         """It has its files and a pane."""
         self.location = location
@@ -5877,6 +5884,8 @@ class Run:
 
     def waited_ms(self) -> int:
         """Milliseconds that it waited for a pane, by now."""
+        if self.waited is not None:
+            return round(self.waited * 1000)
         until = time.time() if self.started_time is None else self.started_time
         return max(0, round((until - self.asked_time) * 1000))
 
@@ -5930,6 +5939,7 @@ class Run:
             "max_output": self.max_output,
             "asked_time": self.asked_time,
             "started_time": self.started_time,
+            "waited": self.waited,
             "result": vars(self.result) if self.result else None,
             "is_complete": self.record.is_complete,
             "location": vars(self.location) if self.location else None,
@@ -5979,6 +5989,8 @@ class Run:
         if saved["location"] is not None:
             self.location = Location(**saved["location"])
         self.is_answered = True
+        if saved["waited"] is not None:
+            self.waited = float(saved["waited"])
         if saved["started_time"] is not None:
             self.state = RunState.RUNNING
             self.started_time = float(saved["started_time"])
@@ -6020,7 +6032,7 @@ class RunList:
         """Raises NoSuchRun."""
         run = self.runs.get(run_id)
         if run is None:
-            got = ascii(run_id[:80])
+            got = json.dumps(run_id[:80])
             raise NoSuchRun(f"`run_id`: got {got}, which was never started, or is forgotten")
         return run
 
@@ -7061,6 +7073,7 @@ class PocketCoderDriver:
         try:
             for attempt in range(START_TRIES):
                 shell, tmux = await terminal.take()
+                run.got_pane(time.monotonic() - asked_at)
                 job = Job(
                     terminal=terminal,
                     shell=shell,
@@ -12035,7 +12048,7 @@ async def gathered(pieces: Iterator[str]) -> str:
 
 def next_call(run: Run, offset: int) -> str:
     """For a model: what to call for the output from `offset` on."""
-    return f"Call wait_run with run_id {run.run_id!r} and offset {offset}"
+    return f'Call wait_run with run_id "{run.run_id}" and offset {offset}'
 
 
 async def wait_with_progress(run: Run, wait: float, report: Report | None) -> None:

@@ -11934,7 +11934,7 @@ def test_a_model_reads_what_to_call_next_and_gets_the_whole_output(
     assert facts["output"] == "first é\n"
     run_id = facts["run_id"]
     assert text_of(answer) == (
-        f"first é\n[still running: run {run_id}. Call wait_run with run_id '{run_id}' and offset 9"
+        f'first é\n[still running: run {run_id}. Call wait_run with run_id "{run_id}" and offset 9'
         " to wait for the rest, end_run to end it.]"
     )
 
@@ -11956,7 +11956,7 @@ def test_a_model_that_does_what_it_reads_gets_every_byte(proxy: Proxy, agent: st
     answer = call(proxy, "exec", cmd=cmd, agent_name=agent, wait=0, max_output=10_000)
     facts = answer["structuredContent"]
     text = facts["output"] if facts["running"] else ""
-    named = re.search(r"Call wait_run with run_id '(\w+)' and offset (\d+)", text_of(answer))
+    named = re.search(r'Call wait_run with run_id "(\w+)" and offset (\d+)', text_of(answer))
     assert named, text_of(answer)
     if not facts["running"]:
         text = expected.encode()[: int(named[2])].decode()
@@ -11966,7 +11966,7 @@ def test_a_model_that_does_what_it_reads_gets_every_byte(proxy: Proxy, agent: st
             proxy, "wait_run", run_id=named[1], offset=int(named[2]), max_output=10_000, wait=5
         )
         text += answer["structuredContent"]["output"]
-        named = re.search(r"Call wait_run with run_id '(\w+)' and offset (\d+)", text_of(answer))
+        named = re.search(r'Call wait_run with run_id "(\w+)" and offset (\d+)', text_of(answer))
 
     assert text == expected
 
