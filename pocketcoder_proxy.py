@@ -6079,12 +6079,11 @@ class RunList:
 
     def complete(self, run: Run) -> None:
         """Nothing of it can write any more."""
-        if run.record.is_complete:
-            return
+        was_complete = run.record.is_complete
         run.record.finish()
         self.shelf.stopped_growing(run.record)
         if run.state is RunState.ENDED:
-            if run.is_lasting:
+            if run.is_lasting and not was_complete:
                 self.save(run)
             if run.is_answered:
                 self.answered(run)
@@ -6594,6 +6593,8 @@ class Job:
     def _on_all_read(self) -> None:
         """No writer is left."""
         if self.phase is Phase.SETTLING:
+            # Before the end is saved: so it need not be saved twice.
+            self.record.finish()
             self._finish()
         # One that never started is tried again in other files.
         if self.over.is_set():

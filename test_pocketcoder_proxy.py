@@ -7983,29 +7983,33 @@ def test_without_room_for_output_answers_are_whole_all_the_same(own: StartServer
 def test_whenever_the_server_is_killed_nothing_is_lost_and_nothing_comes_twice(
     own: StartServer,
 ) -> None:
-    server = own()
-    dice = random.Random(16)
-    for number in range(200):
-        lines = dice.choice((1, 50, 3000, 40_000))
-        cmd = f"seq {lines}; sleep {dice.choice((0, 0.02, 0.2))}; seq {lines}; exit {number % 100}"
-        try:
-            run_id = server.launch(cmd)
-        except http.client.HTTPException:
-            pytest.fail("the server went away by itself")
-        time.sleep(dice.choice((0, 0.001, 0.01, 0.03, 0.1, 0.3)) * dice.random())
-        server.kill_and_start()
-        if dice.random() < 0.3:
-            time.sleep(0.1 * dice.random())
-            server.kill_and_start()
+    """200 times, at four servers at once."""
 
-        run = server.run(run_id, wait=20)
-        assert run["state"] == "ended", number
-        if run["ended"] == "cancelled":
-            # It was killed before the command could start.
-            assert "never started" in run["error"], number
-            continue
-        assert run["exit_code"] == number % 100, (number, run)
-        assert server.output(run_id) == b"".join(b"%d\n" % each for each in range(1, lines + 1)) * 2
+    def kill_at_random(server: Proxy, seed: int) -> None:
+        dice = random.Random(seed)
+        for number in range(50):
+            lines = dice.choice((1, 50, 3000, 40_000))
+            pause = dice.choice((0, 0.02, 0.2))
+            run_id = server.launch(f"seq {lines}; sleep {pause}; seq {lines}; exit {number}")
+            time.sleep(dice.choice((0, 0.001, 0.01, 0.03, 0.1, 0.3)) * dice.random())
+            server.kill_and_start()
+            if dice.random() < 0.3:
+                time.sleep(0.1 * dice.random())
+                server.kill_and_start()
+
+            run = server.run(run_id, wait=20)
+            assert run["state"] == "ended", (seed, number)
+            if run["ended"] == "cancelled":
+                # It was killed before the command could start.
+                assert "never started" in run["error"], (seed, number)
+                continue
+            assert run["exit_code"] == number, (seed, number, run)
+            expected = b"".join(b"%d\n" % each for each in range(1, lines + 1)) * 2
+            assert server.output(run_id) == expected, (seed, number)
+
+    servers = [own() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(kill_at_random, servers, range(16, 20)))
 
 
 # ==========================================================================
