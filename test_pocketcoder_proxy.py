@@ -14832,7 +14832,9 @@ class View:
 
     def shows(self, text: str) -> bool:
         self.read()
-        return text.encode() in self.seen
+        # Tmux may move its cursor within a line.
+        shown = re.sub(rb"\x1b(\[[0-9;?]*[A-Za-z]|[()][A-Z0-9])", b"", self.seen)
+        return text.encode() in shown or text.encode() in self.seen
 
     def type(self, text: str) -> None:
         os.write(self.main, text.encode())
