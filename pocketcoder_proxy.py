@@ -272,7 +272,7 @@ MAX_LOGGED = 300  # characters of a value in such a line
 
 # --- Readiness.
 READY_TIMEOUT = 2.0  # for tmux to answer
-# What was found out serves everybody who asks so soon after it.
+# A result is shared by all requests that come so soon after it.
 READY_KEPT = 0.5
 # Bytes written to try a file system, to a file without a name.
 SAMPLE_SIZE = 4 * KIB
@@ -990,7 +990,7 @@ class Bridge:
 
 
 def say(fd: int, text: str) -> bool:
-    """Write a line of ours; whether that was possible."""
+    """Write one of our own lines; return whether that worked."""
     try:
         os.write(fd, f"pocketcoder: {text}\n".encode(errors="replace"))
     except OSError:  # nobody listens
@@ -1435,7 +1435,7 @@ class NoAudit(ProxyError):
 #
 # L1  An event is one line, whatever it shows; lines of a traceback follow it, and are indented.
 # L2  Writing a line never blocks.
-# L3  No line of ours holds a token, a command, a value of a body, or the id of a living session.
+# L3  None of our own lines holds a token, a command, a value of a body, or a living session's id.
 #     What relayed servers write on stderr is logged as it is.
 UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -3789,7 +3789,7 @@ class Shelf:
         self.lock = lock
 
     def _found_folder(self) -> os.stat_result:
-        """The directory.  Raises OSError if it is none of ours."""
+        """The directory.  Raises OSError if it belongs to another user, or is no directory."""
         found = os.lstat(self.folder)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             raise PermissionError(errno.EPERM, "expected a directory of our own", self.folder)
@@ -5115,7 +5115,7 @@ class PaneShell:
         return self.held >= 0
 
     def hold_as_it_is(self) -> None:
-        """Lock the tty of a pane where a command of ours runs already.  Raises OSError."""
+        """Lock the tty of a pane where one of our commands runs already.  Raises OSError."""
         if self.held >= 0:
             return
         self.held = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
@@ -5579,7 +5579,7 @@ class Terminal:
             self.closing = asyncio.ensure_future(self._close_idle())
 
     async def _close_idle(self) -> None:
-        """Close panes of ours beyond MAX_PANES, once nothing runs and nothing is typed there."""
+        """Close panes that we made beyond MAX_PANES, once nothing runs or is typed there."""
         try:
             for _ in range(CLOSE_TRIES):
                 await asyncio.sleep(CLOSE_PAUSE)
@@ -6053,7 +6053,7 @@ class RunList:
 
     @staticmethod
     def _matches(run: Run, query: RunQuery) -> bool:
-        """Whether a caller who asks like that wants to see it."""
+        """Whether the run fits the query."""
         wanted = {
             "agent_name": query.agent_name,
             "session_id": query.session_id,
@@ -7167,7 +7167,7 @@ class PocketCoderDriver:
             run.fail(failure)
 
     def save_waiting(self, run: Run) -> None:
-        """Its caller is told to come back: save it, so that the next server knows it as well."""
+        """Save a run that still waits: its caller will come back, perhaps to the next server."""
         if run.state is RunState.WAITING and run.failure is None:
             self.runs.save(run)
 
