@@ -83,7 +83,7 @@ tmux:       new-session -A      the one long-lived control connection
             has-session         `session_exists`
             capture-pane        `read_terminal`, pictures, in a process of its own
             attach-session refresh-client   learn that a watched pane has printed something
-            new-session -t select-window wait-for   a person's view, by `attach`
+            new-session -t select-window kill-session   a person's view, by `attach`
             pocketcoder-ready   `/ready`: no command of tmux, but it answers
 Files of a run, SOCKET.d/DRIVER/RUN.*:
             go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
@@ -220,6 +220,9 @@ SCREENS_AT_ONCE = 2  # processes of tmux that take pictures
 # Between looks, although tmux told of no change: at a terminal, and for one that is not there.
 SCREEN_CHECK = 10.0
 ABSENT_CHECK = 1.0
+# So long the connection waits for the next who watches: a page is often opened anew at once, and
+# tmux 3.3a crashes if one client in control mode leaves just as another arrives.
+WATCH_LINGER = 3.0
 
 # --- Streams of a command.
 CHUNK = MIB  # bytes read at once; also the wanted size of a pipe
@@ -2930,7 +2933,7 @@ class Tmux(asyncio.SubprocessProtocol):
     ) -> Tmux:
         words = [
             *("new-session", "-A", "-s", session, "-x", "200", "-y", "50"),
-            *("-P", "-F", PANE_FORMAT, "-f", "no-output,ignore-size"),
+            *("-P", "-F", PANE_FORMAT, "-f", "no-output"),
             *window,
         ]
         return await cls._spawn(path, words, lambda: cls(session, on_notice))
@@ -3161,7 +3164,7 @@ class OutputWatch(Tmux):
         on_notice: Callable[[], object],
     ) -> OutputWatch:
         """Attach to a session that is there.  Raises NoTerminal."""
-        words = ["attach-session", "-t", f"={session}", "-f", "ignore-size"]
+        words = ["attach-session", "-t", f"={session}"]
         self = await cls._spawn(path, words, lambda: cls(session, on_output, on_notice))
 
         try:
@@ -7568,7 +7571,8 @@ class PocketCoderDriver:
 # ==========================================================================
 # What terminals show, for people who watch them from elsewhere.
 #
-# X1  While nobody watches, nothing runs for it.  One picture serves all who watch a terminal.
+# X1  Soon after the last watcher has left, nothing runs for it.  One picture serves all who watch a
+#     terminal.
 # X2  A picture is taken only after something changed, and ten times a second at most.
 # X3  A slow reader misses pictures; of each terminal only the newest waits for it.
 # X4  Of the escape sequences in a picture only those for colours are left.
@@ -7799,6 +7803,14 @@ class Screens:
                 screen.stop()
                 del self.screens[agent_name]
 
+        if reader.ended:
+            # The server stops.
+            self._close_unused()
+        else:
+            asyncio.get_running_loop().call_later(WATCH_LINGER, self._close_unused)
+
+    def _close_unused(self) -> None:
+        """Close the connection if nobody watches any more."""
         if not self.screens and self.output is not None:
             self.output.close()
             self.output = None
@@ -16119,8 +16131,25 @@ def install(folder: str, names: list[str]) -> str:
 #
 # I1  The view is a session of its own, which ends when its person leaves.
 # I2  It has no say in the size of the agent's terminal.
-def attach(driver: PocketCoderDriver, agent_name: str, only_watches: bool) -> int:
-    """Show an agent's terminal until the person leaves; the exit status.  Raises ProxyError."""
+# I3  It takes no other terminal with it: tmux 3.3a crashes if a session that has
+#     `destroy-unattached` ends while a client leaves, or if a client leaves just as one in control
+#     mode arrives.
+
+# Runs the view, which is $3 and the words after it, then ends its session $2 at the socket $1.  It
+# does so even if somebody has killed us.
+VIEW_SCRIPT = """
+trap '' HUP INT TERM
+socket=$1 name=$2
+shift 2
+"$@"
+status=$?
+tmux -S "$socket" kill-session -t "=$name" 2>/dev/null
+exit $status
+"""
+
+
+def check_attachable(driver: PocketCoderDriver) -> None:
+    """That a person is here, and not in the very tmux that they ask for.  Raises ProxyError."""
     if not (os.isatty(0) and os.isatty(1)):
         raise ProxyError(
             "attach: stdin and stdout must be a terminal, as with `docker exec -it`; to read one"
@@ -16131,69 +16160,33 @@ def attach(driver: PocketCoderDriver, agent_name: str, only_watches: bool) -> in
     if around and os.path.realpath(around) == os.path.realpath(driver.socket_path):
         raise ProxyError("attach: you are inside of this tmux already: C-b w lists its windows")
 
-    window_id = asyncio.run(make_window(driver, agent_name)).window_id
-    with companion(driver):
-        view = view_command(driver, window_id, only_watches)
-        return subprocess.run(view, env=tmux_environment()).returncode
 
+async def attach(driver: PocketCoderDriver, agent_name: str, only_watches: bool) -> int:
+    """Show an agent's terminal until the person leaves; the exit status.  Raises ProxyError."""
+    check_attachable(driver)
+    # When the terminal goes, so does the view, and we have to clean up.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-async def make_window(driver: PocketCoderDriver, agent_name: str) -> Pane:
-    """The first pane of an agent's window, which is made if it is missing.  Raises NoTerminal."""
     try:
         await driver.terminal(agent_name).make()
-        return (await driver.window(agent_name))[0]
+        window_id = (await driver.window(agent_name))[0].window_id
+        words = view_command(driver, window_id, only_watches)
+
+        # The driver stays connected meanwhile: tmux heeds a client's wish to have no say in the
+        # size only while there is another client.
+        view = await asyncio.create_subprocess_exec(*words, env=tmux_environment())
+        return await view.wait()
     finally:
         await driver.close()
-
-
-@contextlib.contextmanager
-def companion(driver: PocketCoderDriver) -> Iterator[None]:
-    """Have a client without a size and without wishes beside the view.  Raises NoTerminal.
-
-    Tmux heeds a client's wish to have no say in the size only while there is one without it.  The
-    companion ends when its stdin does, so with us, whatever happens.
-    """
-    tmux = ["tmux", "-S", driver.socket_path]
-    words = [*tmux, "-C", "attach-session", "-t", f"={driver.session_name}", "-f", "no-output"]
-    beside = subprocess.Popen(
-        words,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=tmux_environment(),
-    )
-    assert beside.stdin is not None
-
-    try:
-        # It is attached once it takes commands.
-        signal_name = f"attached-{secrets.token_hex(4)}"
-        with contextlib.suppress(OSError):
-            beside.stdin.write(f"wait-for -S {signal_name}\n".encode())
-            beside.stdin.flush()
-
-        try:
-            subprocess.run([*tmux, "wait-for", signal_name], check=True, timeout=TMUX_TIMEOUT)
-        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as wrong:
-            raise NoTerminal(f"tmux lets nobody attach: {wrong}") from None
-
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            beside.stdin.close()
-        try:
-            beside.wait(TMUX_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            beside.kill()
-            beside.wait()
 
 
 def view_command(driver: PocketCoderDriver, window_id: str, only_watches: bool) -> list[str]:
     """What shows a person one window in a session of its own."""
     name = f"{driver.session_name}-view-{secrets.token_hex(4)}"
     return [
+        *("sh", "-c", VIEW_SCRIPT, "view", driver.socket_path, name),
         *("tmux", "-S", driver.socket_path, "new-session", "-t", f"={driver.session_name}"),
         *("-s", name, "-f", "ignore-size,read-only" if only_watches else "ignore-size"),
-        *(";", "set-option", "-t", f"={name}:", "destroy-unattached", "on"),
         *(";", "select-window", "-t", f"={name}:{window_id}"),
     ]
 
@@ -17274,7 +17267,9 @@ def run_attach(options: Commands) -> int:
     wrong = what_tmux_lacks()
     if wrong is None:
         try:
-            return attach(make_driver(options), options.arguments[0], options.only_watches)
+            return asyncio.run(
+                attach(make_driver(options), options.arguments[0], options.only_watches)
+            )
         except (ProxyError, OSError) as failure:
             wrong = str(failure)
         except KeyboardInterrupt:

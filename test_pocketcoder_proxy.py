@@ -8171,6 +8171,19 @@ def test_nothing_runs_while_nobody_watches(
     assert (tmp_path / "count").read_text() == ""
 
 
+def test_who_watches_again_at_once_finds_the_same_connection(
+    warm: StartServer, stream: OpenStream
+) -> None:
+    proxy = warm()
+    watched = watch(proxy, stream, "poco")
+    before = proxy.tmux("list-clients", "-F", "#{client_pid}")
+
+    for _ in range(5):
+        watched.close()
+        watched = watch(proxy, stream, "poco")
+    assert proxy.tmux("list-clients", "-F", "#{client_pid}") == before
+
+
 @pytest.mark.slow
 def test_a_watched_terminal_that_is_idle_is_left_alone(
     warm: StartServer, stream: OpenStream, tmp_path: pathlib.Path
@@ -14947,11 +14960,44 @@ def test_a_view_whose_person_is_gone_leaves_nothing(warm: StartServer, view: Ope
     proxy = warm()
     opened = view(proxy)
     eventually(lambda: opened.shows("$ true"))
-    opened.process.kill()
-    opened.process.wait()
+    opened.process.send_signal(signal.SIGHUP)
     os.close(opened.main)
+    opened.process.wait(15)
     eventually(lambda: sessions(proxy) == ["pocketcoder"])
     eventually(lambda: "\n" not in proxy.tmux("list-clients", "-F", "#{client_pid}"))
+
+
+def test_a_view_that_is_killed_ends_with_its_terminal(warm: StartServer, view: OpenView) -> None:
+    proxy = warm()
+    opened = view(proxy)
+    eventually(lambda: opened.shows("$ true"))
+    opened.process.kill()
+    opened.process.wait()
+    assert len(sessions(proxy)) == 2
+    os.close(opened.main)
+    eventually(lambda: sessions(proxy) == ["pocketcoder"])
+
+
+def test_views_that_end_at_the_same_time_harm_no_terminal(
+    warm: StartServer, view: OpenView
+) -> None:
+    proxy = warm()
+    server_pid = proxy.tmux("display-message", "-p", "#{pid}")
+
+    def open_one() -> View:
+        opened = view(proxy)
+        eventually(lambda: opened.shows("$ true"))
+        return opened
+
+    for _ in range(4):
+        views = [open_one() for _ in range(3)]
+        for each in views:
+            each.type("\x02d")
+        for each in views:
+            eventually(each.is_over)
+        assert [each.process.wait() for each in views] == [0, 0, 0]
+    assert proxy.tmux("display-message", "-p", "#{pid}") == server_pid
+    assert sessions(proxy) == ["pocketcoder"]
 
 
 def test_attach_says_what_it_lacks(proxy: Proxy, view: OpenView, tmp_path: pathlib.Path) -> None:
