@@ -990,12 +990,14 @@ if __name__ == "__main__":
 
 import ast
 import asyncio
+import atexit
 import contextlib
 import fcntl
 import http.client
 import http.server
 import inspect
 import logging
+import marshal
 import pathlib
 import pty
 import random
@@ -1017,7 +1019,7 @@ import traceback
 import urllib.parse
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import ClassVar, NamedTuple, TypeVar, cast
 
@@ -1050,6 +1052,34 @@ if shutil.which("tmux") is None:
 # ==========================================================================
 # Tools of the tests
 # ==========================================================================
+# What Python does with a script, but for compiling it, which takes a tenth of a second.
+RUN_COMPILED = """
+import marshal, os, sys
+compiled, __file__ = sys.argv[1:3]
+del sys.argv[:2]
+sys.path[0] = os.path.dirname(os.path.realpath(__file__))
+with open(compiled, "rb") as file:
+    code = marshal.load(file)
+exec(code)
+"""
+
+
+def program(script: str) -> list[str]:
+    """The words that run the module under the name `script`, compiled once for all."""
+    return [sys.executable, "-c", RUN_COMPILED, compiled(), script]
+
+
+@cache
+def compiled() -> str:
+    folder = tempfile.mkdtemp(prefix="pc")
+    atexit.register(shutil.rmtree, folder)
+    path = pathlib.Path(folder, "compiled")
+    path.write_bytes(marshal.dumps(compile(SOURCE, str(MODULE), "exec")))
+    # Some tests start it as another user.
+    os.chmod(folder, 0o755)
+    return str(path)
+
+
 def eventually(fact: Callable[[], T], seconds: float = 15.0) -> T:
     """Wait for a fact to be true, and return it."""
     deadline = time.monotonic() + seconds
@@ -1201,8 +1231,7 @@ class Proxy:
         self.token = variables.get("POCKETCODER_TOKEN", "")
         self.unix = unix
         self.words = [
-            sys.executable,
-            str(MODULE),
+            *program(str(MODULE)),
             "server",
             *(["--unix", unix] if unix else ["-p", port]),
             "--workspace",
@@ -1635,7 +1664,7 @@ def noted(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(MODULE), *words],
+        [*program(str(MODULE)), *words],
         capture_output=True,
         text=True,
         timeout=20,
@@ -1673,7 +1702,7 @@ class Caller:
             self.env["POCKETCODER_TOKEN"] = proxy.token
 
     def words(self, *arguments: str | bytes, name: str = "bash") -> list[str | bytes]:
-        return [sys.executable, f"{self.names}/{name}", *arguments]
+        return [*program(f"{self.names}/{name}"), *arguments]
 
     def start(
         self, *arguments: str | bytes, name: str = "bash", **options: Any
@@ -1720,7 +1749,7 @@ def wedged(names: str) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, str]
     """A shell whose server accepts and never answers, started early since that takes 10 s."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         env = {**os.environ, "PROXY_URL": f"http://127.0.0.1:{listener.getsockname()[1]}"}
-        words = [sys.executable, f"{names}/sh", "-c", "echo no"]
+        words = [*program(f"{names}/sh"), "-c", "echo no"]
         process = subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
         yield process, env, time.monotonic()
         process.kill()
@@ -3865,7 +3894,7 @@ def test_a_server_that_answers_garbage_is_reported_in_one_line(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         env = {**os.environ, "PROXY_URL": f"http://127.0.0.1:{listener.getsockname()[1]}"}
-        words = [sys.executable, f"{names}/sh", "-c", "echo no"]
+        words = [*program(f"{names}/sh"), "-c", "echo no"]
         process = subprocess.Popen(
             words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -3889,7 +3918,7 @@ def test_the_shell_gives_up_after_ten_seconds_without_an_answer(
 ) -> None:
     process, env, started = wedged
     other = subprocess.Popen(
-        [sys.executable, f"{names}/sh", "-c", "echo no"], env=env, stdin=subprocess.DEVNULL
+        [*program(f"{names}/sh"), "-c", "echo no"], env=env, stdin=subprocess.DEVNULL
     )
     eventually(lambda: "socket:" in "".join(descriptors_of(other.pid)), 20)
     other.send_signal(signal.SIGTERM)
@@ -3916,7 +3945,7 @@ def test_the_shell_gives_up_after_ten_seconds_without_an_answer(
 )
 @pytest.mark.slow
 def test_a_wrong_address_is_reported_in_one_line(names: str, url: str, said: str) -> None:
-    words = [sys.executable, f"{names}/sh", "-c", "echo no"]
+    words = [*program(f"{names}/sh"), "-c", "echo no"]
     done = subprocess.run(
         words, env={**os.environ, "PROXY_URL": url}, capture_output=True, text=True, timeout=20
     )
@@ -3943,7 +3972,7 @@ def test_a_wrong_address_is_reported_in_one_line(names: str, url: str, said: str
     ),
 )
 def test_a_password_in_the_address_is_never_shown(names: str, url: str) -> None:
-    words = [sys.executable, f"{names}/sh", "-c", "echo no"]
+    words = [*program(f"{names}/sh"), "-c", "echo no"]
     done = subprocess.run(
         words, env={**os.environ, "PROXY_URL": url}, capture_output=True, text=True, timeout=20
     )
@@ -4295,7 +4324,7 @@ def test_whatever_a_server_sends_the_shell_exits_with_a_status_and_one_line(
 
 def check(url: str, *python: str) -> subprocess.CompletedProcess[str]:
     """`pocketcoder check` of this server."""
-    words = [*(python or [sys.executable]), str(MODULE), "check"]
+    words = [*python, str(MODULE), "check"] if python else [*program(str(MODULE)), "check"]
     return subprocess.run(
         words,
         env=outer_environment() | {"PROXY_URL": url},
@@ -14126,7 +14155,7 @@ def test_an_unread_answer_is_dropped_after_a_while(own: StartServer) -> None:
         "import sys, pocketcoder_proxy as module; "
         "module.SLOW_READER_TIMEOUT = 1; sys.exit(module.main())"
     )
-    proxy.words[:2] = [sys.executable, "-c", hasty]
+    proxy.words[: proxy.words.index("server")] = [sys.executable, "-c", hasty]
     proxy.env["PYTHONPATH"] = str(MODULE.parent)
     proxy.start()
     proxy.exec("true")
@@ -14824,7 +14853,7 @@ class View:
         self.main, worker = pty.openpty()
         fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.process = subprocess.Popen(
-            [sys.executable, str(MODULE), "attach", *words],
+            [*program(str(MODULE)), "attach", *words],
             stdin=worker,
             stdout=worker,
             stderr=worker,
@@ -15372,7 +15401,7 @@ def test_of_servers_that_start_at_once_at_a_stale_socket_one_listens(place: str)
     stale.bind(place)
     stale.close()
     env = outer_environment() | {"TMUX_SOCKET": f"{place}.tmux/s"}
-    words = [sys.executable, str(MODULE), "server", "--unix", place]
+    words = [*program(str(MODULE)), "server", "--unix", place]
     servers = [
         subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(6)
@@ -15472,7 +15501,7 @@ def test_a_server_looks_at_a_stale_socket_only_when_no_other_starts_there(place:
     folder = os.path.dirname(place)
     lock = os.open(folder, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    words = [sys.executable, str(MODULE), "server", "--unix", place]
+    words = [*program(str(MODULE)), "server", "--unix", place]
     env = outer_environment() | {"TMUX_SOCKET": f"{place}.tmux/s"}
     with (
         subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True) as server,
@@ -15594,7 +15623,7 @@ def test_an_example_of_the_help_is_understood(example: str) -> None:
 def test_without_arguments_that_are_needed_the_help_is_printed(words: list[str]) -> None:
     with stdin_of("terminal") as options:
         done = subprocess.run(
-            [sys.executable, str(MODULE), *words], stdin=options["stdin"], capture_output=True
+            [*program(str(MODULE)), *words], stdin=options["stdin"], capture_output=True
         )
     assert done.returncode == 2
     assert done.stdout == b""
@@ -16101,14 +16130,23 @@ def test_the_server_says_where_it_listens_and_how_to_watch(own: StartServer) -> 
     eventually(lambda: attach in server.logged())
 
 
+def start_as_script(server: Proxy) -> None:
+    """Start it again as people do: Python compiles the file."""
+    server.stop()
+    server.words[: server.words.index("server")] = [sys.executable, str(MODULE)]
+    server.start()
+
+
 def test_a_server_keeps_nothing_in_memory_that_only_compiling_needed(own: StartServer) -> None:
     server = own()
+    start_as_script(server)
     assert server.memory() < 40 * pp.MIB
     assert [path for path in descriptors_of(server.process.pid) if "memfd" in path] == []
 
 
 def test_a_server_is_found_by_its_command_line(own: StartServer) -> None:
     server = own()
+    start_as_script(server)
     command = pathlib.Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
     assert command.replace(b"\0", b" ").endswith(
         b" " + os.fsencode(shlex.join(server.words[1:])) + b" "
