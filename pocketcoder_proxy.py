@@ -222,7 +222,7 @@ SCREEN_CHECK = 10.0
 ABSENT_CHECK = 1.0
 # So long the connection waits for the next who watches: a page is often opened anew at once, and
 # tmux 3.3a crashes if one client in control mode leaves just as another arrives.
-WATCH_LINGER = 3.0
+WATCH_LINGER = 1.0
 
 # --- Streams of a command.
 CHUNK = MIB  # bytes read at once; also the wanted size of a pipe

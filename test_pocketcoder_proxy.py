@@ -3913,6 +3913,7 @@ def test_a_server_that_answers_garbage_is_reported_in_one_line(
     assert told.encode() in err
 
 
+@pytest.mark.slow
 def test_the_shell_gives_up_after_ten_seconds_without_an_answer(
     wedged: tuple[subprocess.Popen[bytes], dict[str, str], float], names: str
 ) -> None:
@@ -4557,6 +4558,7 @@ def test_a_command_that_a_channel_refuses_has_a_line_too(own: StartServer) -> No
     assert "`timeout`: expected seconds" in told[0]
 
 
+@pytest.mark.slow
 def test_of_many_refusals_ten_a_second_are_named_and_the_others_counted(own: StartServer) -> None:
     server = own()
     started = time.monotonic()
@@ -5654,6 +5656,7 @@ def test_a_silent_background_process_delays_the_answer_a_little(proxy: Proxy, ag
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_background_process_that_keeps_writing_delays_the_answer_by_a_second(
     proxy: Proxy, agent: str
 ) -> None:
@@ -5835,6 +5838,7 @@ def test_a_command_whose_server_is_killed_leaves_its_background_processes_alone(
     os.kill(int(pathlib.Path(gate).read_text()), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_line_recalled_from_the_history_runs_nothing(own: StartServer) -> None:
     server = own()
     pathlib.Path(server.folder, "home/.bashrc").write_text("PS1='$ '; HISTCONTROL=ignoredups\n")
@@ -6238,6 +6242,7 @@ def test_background_writers_pass_to_the_next_server_after_a_clean_stop(
     eventually(lambda: len(os.listdir(f"{server.socket}.d")) == 1)
 
 
+@pytest.mark.slow
 def test_a_stray_file_or_a_missing_folder_stops_no_command(warm: StartServer) -> None:
     server = warm()
     server.stop()
@@ -6495,6 +6500,7 @@ def test_copy_mode_is_left_alone(proxy: Proxy, agent: str) -> None:
     proxy.tmux("copy-mode", "-q", "-t", pane)
 
 
+@pytest.mark.slow
 def test_copy_mode_in_every_pane_is_left_rather_than_waited_for(proxy: Proxy, agent: str) -> None:
     calls = [proxy.start_exec("sleep 0.4", agent_name=agent) for _ in range(4)]
     assert [call.result()["exit_code"] for call in calls] == [0] * 4
@@ -7553,6 +7559,7 @@ def test_a_stream_with_wait_ends_with_an_event_that_says_so(proxy: Proxy, agent:
     assert events[-1][1]["exit_code"] == 2
 
 
+@pytest.mark.slow
 def test_a_caller_that_leaves_during_its_wait_cancels_nothing(proxy: Proxy, agent: str) -> None:
     connection = proxy.connect()
     body = json.dumps({"cmd": "sleep 1; echo on", "agent_name": agent, "wait": 30})
@@ -7599,6 +7606,7 @@ def test_programs_of_a_person_in_every_pane_block_no_agent(own: StartServer) -> 
     assert server.exec("echo at once", timeout=20)["stdout"] == "at once\n"
 
 
+@pytest.mark.slow
 def test_runs_for_which_nobody_waits_block_no_agent(own: StartServer) -> None:
     server = own()
     ids = [server.launch("read x </dev/tty") for _ in range(pp.MAX_PANES + 2)]
@@ -7612,6 +7620,7 @@ def test_runs_for_which_nobody_waits_block_no_agent(own: StartServer) -> None:
     assert server.exec("echo on")["stdout"] == "on\n"
 
 
+@pytest.mark.slow
 def test_a_pane_too_many_stays_while_somebody_types_there(own: StartServer) -> None:
     server = own()
     ids = [server.launch("read x </dev/tty") for _ in range(pp.MAX_PANES + 1)]
@@ -7790,6 +7799,7 @@ def test_runs_of_several_servers_before_are_all_known(own: StartServer) -> None:
         assert server.output(run_id) == b"%d\non\n" % number
 
 
+@pytest.mark.slow
 def test_runs_of_another_server_block_no_agent(own: StartServer) -> None:
     server = own()
     for _ in range(pp.MAX_PANES + 2):
@@ -7811,6 +7821,7 @@ def test_a_run_of_another_server_keeps_its_time_limit(own: StartServer) -> None:
     wait_until_gone("77.75")
 
 
+@pytest.mark.slow
 def test_a_run_whose_terminal_died_without_a_server_is_lost(own: StartServer) -> None:
     server = own()
     run_id = server.launch("echo before; trap '' HUP; sleep 78.25")
@@ -7871,6 +7882,7 @@ def test_servers_of_different_sockets_can_share_a_directory(
     first.request("DELETE", f"/runs/{run_id}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     with_slow(
@@ -7953,6 +7965,7 @@ def test_a_server_that_stops_waits_for_no_follower(own: StartServer) -> None:
     server.request("DELETE", f"/runs/{run_id}")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_taken_over_leaves_no_shell_behind(own: StartServer) -> None:
     server = own()
     go_on = f"{server.folder}/go-on"
@@ -8115,6 +8128,7 @@ def test_output_reaches_a_watcher_while_the_command_runs(
     assert running.result()["stdout"] == "one\ntwo\n"
 
 
+@pytest.mark.slow
 def test_panes_are_apart_also_behind_a_zoomed_one(
     proxy: Proxy, agent: str, stream: OpenStream
 ) -> None:
@@ -8844,6 +8858,7 @@ def test_a_directory_for_runs_that_cannot_be_used_makes_the_server_unready(
     eventually(lambda: troubled.ready()[0] == 200)
 
 
+@pytest.mark.slow
 def test_an_unready_answer_has_the_shape_of_an_error_and_no_path(troubled: Proxy) -> None:
     with moved_away(with_workspace(troubled)):
         eventually(troubled.unready)
@@ -8993,6 +9008,7 @@ def test_a_tmux_that_hangs_makes_the_server_unready_within_seconds(
     wait_until_gone(f"{server.socket}\0{pp.NO_COMMAND}")
 
 
+@pytest.mark.slow
 def test_a_caller_that_leaves_ends_no_check_that_others_wait_for(warm: StartServer) -> None:
     server = warm()
     tmux = server.tmux_pid()
@@ -9010,6 +9026,7 @@ def test_a_caller_that_leaves_ends_no_check_that_others_wait_for(warm: StartServ
     eventually(lambda: server.ready()[0] == 200)
 
 
+@pytest.mark.slow
 def test_without_descriptors_the_server_is_unready(warm: StartServer) -> None:
     server = warm()
     kept = server.connect()
@@ -11422,6 +11439,7 @@ def grown(proxy: Proxy, before: dict[str, float]) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_commands_are_counted_by_door_and_end(warm: StartServer) -> None:
     proxy = warm()
     before = proxy.metrics()
@@ -11464,6 +11482,7 @@ def test_commands_are_counted_by_door_and_end(warm: StartServer) -> None:
     assert proxy.metrics()["pocketcoder_command_run_seconds_count"] == 8
 
 
+@pytest.mark.slow
 def test_seconds_waited_and_run_are_in_histograms(own: StartServer) -> None:
     proxy = own()
     took = [proxy.exec(f"sleep {seconds}") for seconds in (0, 0.3, 0.6)]
@@ -11618,6 +11637,7 @@ def test_the_process_is_measured_as_the_system_sees_it(proxy: Proxy) -> None:
     assert 0 < time.time() - found["process_start_time_seconds"] < 3600
 
 
+@pytest.mark.slow
 def test_no_caller_can_add_a_series(warm: StartServer) -> None:
     proxy = warm()
     before = proxy.metrics()
@@ -13966,6 +13986,7 @@ def test_a_burst_of_messages_is_answered_whole(proxy: Proxy) -> None:
     assert [int(number) for number in re.findall(rb'"id":(\d+),', got)] == list(range(300))
 
 
+@pytest.mark.slow
 def test_clients_that_leave_at_once_leave_nothing_behind(warm: StartServer) -> None:
     proxy = warm()
     before = proxy.descriptors()
@@ -14460,6 +14481,7 @@ def test_a_follower_gets_the_rest_as_it_comes_and_then_the_end(proxy: Proxy, age
     assert [event[0] for event in proxy.follow(run_id, last_id=8)] == ["exit"]
 
 
+@pytest.mark.slow
 def test_a_follower_that_comes_back_gets_every_byte_once(proxy: Proxy, agent: str) -> None:
     cmd = "for i in $(seq 300); do echo $i é🙂; sleep 0.005; done"
     run_id = proxy.launch(cmd, agent_name=agent)
@@ -14480,6 +14502,7 @@ def test_a_follower_that_comes_back_gets_every_byte_once(proxy: Proxy, agent: st
     assert text == "".join(f"{number} é🙂\n" for number in range(1, 301))
 
 
+@pytest.mark.slow
 def test_a_follower_that_reads_nothing_slows_nobody(own: StartServer) -> None:
     server = own()
     run_id = server.launch("read x </dev/tty; seq 3000000")
@@ -15018,7 +15041,7 @@ def test_views_that_end_at_the_same_time_harm_no_terminal(
         eventually(lambda: opened.shows("$ true"))
         return opened
 
-    for _ in range(4):
+    for _ in range(3):
         views = [open_one() for _ in range(3)]
         for each in views:
             each.type("\x02d")
@@ -15339,6 +15362,7 @@ def test_streams_and_mcp_work_at_a_unix_socket(nearby: Proxy) -> None:
     assert text_of(call(nearby, "exec", cmd="echo tool")) == "tool\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number",
     [
@@ -15548,6 +15572,7 @@ async def written_to(reads: Callable[[socket.socket], Any]) -> bool:
         return kept
 
 
+@pytest.mark.slow
 def test_a_reader_at_a_unix_socket_that_takes_nothing_is_given_up() -> None:
     assert not asyncio.run(written_to(lambda peer: time.sleep(1)))
 
