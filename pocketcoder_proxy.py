@@ -197,6 +197,9 @@ TMUX_TIMEOUT = 5.0  # a reply of tmux
 START_TIMEOUT = 1.0  # from the typed line to the report that it started
 # The same for a new shell, which may be reading its start-up files.
 NEW_SHELL_TIMEOUT = 15.0
+# So long the files of a run stay that a shell may still be about to read.
+FILES_LINGER = 15.0
+KEEPER_TIMEOUT = 5.0  # the start of a process that keeps a FIFO open
 # From the end of a command to the prompt of its shell.
 PROMPT_TIMEOUT = 0.5
 RETURN_TIMEOUT = 2.0  # from the report of the exit to that of the return
@@ -3261,14 +3264,14 @@ class Record:
 
     A small record is in memory, a larger one in files `PATH.OFFSET` of at most PIECE_SIZE bytes.
     path         of its files, without the offset
-    answer_size  bytes of which the answer to its caller needs the first and the last half
+    answer_size  bytes that the answer to its caller shows: the first half, and the last
     is_lasting   it outlives the server: all is in files, from the first byte on
     """
 
     __slots__ = (
-        "answer_size",
         "end_size",
         "fd",
+        "half_size",
         "is_complete",
         "is_forgotten",
         "is_lasting",
@@ -3282,10 +3285,10 @@ class Record:
     def __init__(self, shelf: Shelf, path: str, answer_size: int, is_lasting: bool) -> None:
         self.shelf = shelf
         self.path = path
-        self.answer_size = answer_size
         self.is_lasting = is_lasting
-        # Bytes that are kept of each end, where there is room.
-        self.end_size = max(KEPT_END, answer_size - answer_size // 2)
+        # Bytes of each end that the answer needs; and those that are kept where there is room.
+        self.half_size = answer_size - answer_size // 2
+        self.end_size = max(KEPT_END, self.half_size)
         # Bytes printed so far.
         self.total = 0
         # By offset; the last one grows.
@@ -3453,13 +3456,12 @@ class Record:
     def _remember(self, start: int, rest: bytes) -> None:
         """Keep in memory what cannot be written, as far as the answer needs it."""
         before = self.size()
-        half = self.answer_size - self.answer_size // 2
         if not self.pieces:
             self.pieces.append(Piece(start, None))
 
         last = self.pieces[-1]
         if last.start == 0 and last.path is None:
-            first_half = rest[: max(0, half - last.size)]
+            first_half = rest[: max(0, self.half_size - last.size)]
             last.add_to_memory(first_half)
             rest = rest[len(first_half) :]
             start += len(first_half)
@@ -3469,7 +3471,7 @@ class Record:
                 last = Piece(start, None)
                 self.pieces.append(last)
             last.add_to_memory(rest)
-            last.keep_end(half)
+            last.keep_end(self.half_size)
 
         self.shelf.used += self.size() - before
 
@@ -3523,7 +3525,7 @@ class Record:
 
     def spare(self) -> list[Piece]:
         """The pieces that its answer does not need, by offset."""
-        half = self.answer_size - self.answer_size // 2
+        half = self.half_size
         return [
             piece
             for piece in self.pieces[:-1]
@@ -4087,8 +4089,11 @@ class Output(Pipe):
             start = record.total
             count = record.fill(self.fd)
             _, chunk = record.read(start, count)
-            # It may be forgotten by now, or its file be gone.
-            return chunk or bytes(count)
+            if count and not chunk:
+                # None of it could be kept.  Zeros stand for it: this is not the end.
+                return bytes(count)
+
+            return chunk
 
         chunk = os.read(self.fd, CHUNK)
         if record is not None and chunk:
@@ -4131,35 +4136,46 @@ class Output(Pipe):
             return
 
         self.has_keeper = True
-        is_lasting = self.record is not None and self.record.is_lasting
-        with contextlib.ExitStack() as opened:
-            try:
-                # O_NONBLOCK: the last writer may just have gone.
-                fifo = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-                opened.callback(os.close, fifo)
-                os.set_blocking(fifo, True)
-                theirs, self.lifeline = os.pipe()
-                opened.callback(os.close, theirs)
-                messages = subprocess.DEVNULL
-                if is_lasting:
-                    done = f"{self.path.rpartition('.')[0]}.done"
-                    messages = os.open(done, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
-                    opened.callback(os.close, messages)
-                    os.set_blocking(messages, True)
-                subprocess.run(
-                    [find_shell(), "-c", HOLDER if is_lasting else KEEPER],
-                    stdin=theirs,
-                    stdout=fifo,
-                    stderr=messages,
-                    cwd="/",
-                    env={"PATH": os.environ.get("PATH", os.defpath)},
-                    start_new_session=True,
-                    timeout=TMUX_TIMEOUT,
-                )
-            except (OSError, ProxyError, subprocess.TimeoutExpired) as failure:
-                log.warning(
-                    "%s: nothing would read it if this process were killed: %s", self.path, failure
-                )
+        try:
+            with contextlib.ExitStack() as opened:
+                self._start_keeper(opened)
+        except (OSError, ProxyError, subprocess.TimeoutExpired) as failure:
+            log.warning(
+                "%s: nothing would read it if this process were killed: %s", self.path, failure
+            )
+
+    def _start_keeper(self, opened: contextlib.ExitStack) -> None:
+        """Start it.  Raises OSError, ProxyError, subprocess.TimeoutExpired.
+
+        opened  closes our copies of what it gets
+        """
+        # O_NONBLOCK: the last writer may just have gone.
+        fifo = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        opened.callback(os.close, fifo)
+        os.set_blocking(fifo, True)
+
+        theirs, self.lifeline = os.pipe()
+        opened.callback(os.close, theirs)
+
+        script = KEEPER
+        messages = subprocess.DEVNULL
+        if self.record is not None and self.record.is_lasting:
+            script = HOLDER
+            done = f"{self.path.rpartition('.')[0]}.done"
+            messages = os.open(done, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+            opened.callback(os.close, messages)
+            os.set_blocking(messages, True)
+
+        subprocess.run(
+            [find_shell(), "-c", script],
+            stdin=theirs,
+            stdout=fifo,
+            stderr=messages,
+            cwd="/",
+            env={"PATH": os.environ.get("PATH", os.defpath)},
+            start_new_session=True,
+            timeout=KEEPER_TIMEOUT,
+        )
 
     def close(self) -> None:
         super().close()
@@ -4439,7 +4455,7 @@ class RunFiles:
 
     def __init__(
         self,
-        folder: RunFolder,
+        folder: LockedFolder,
         path: str,
         token: str,
         on_report: Callable[[str, int], object],
@@ -4581,57 +4597,29 @@ def check_own(folder: str) -> None:
         )
 
 
-class RunFolder:
-    """The directory of a driver's runs, beside the socket: `SOCKET.d/N`, locked while it lives.
+class LockedFolder:
+    """The directory of a driver's runs, beside the socket: `SOCKET.d/N`, while we hold its lock.
 
     `status` is a FIFO for the reports of all runs, lines of token, word, number.  A run has the
-    files `SOCKET.d/N/RUN.*`.  Names are short, since they are typed, and used again by later
-    runs: making files costs more than all the rest.  Raises NoTerminal, OSError.
+    files `SOCKET.d/N/RUN.*`.
     """
 
-    def __init__(self, base: str) -> None:
+    def __init__(self, base: str, path: str, lock: int, pane_user: int) -> None:
+        """Raises OSError: `status` is not there, or no FIFO."""
         self.base = base
-        self._check_base()
-
-        # How many names were made, and which of them are free again.
-        self.count = 0
-        self.free = list[str]()
-        # Those of runs that somebody may still write to, by token.
-        self.runs: dict[str, RunFiles] = {}
+        self.path = path
+        self.lock = lock
         # The user whose the panes are.
-        self.owner = os.geteuid()
+        self.pane_user = pane_user
+        self.status_path = f"{path}/status"
+        self.status = Pipe(self.status_path, os.O_RDWR)
+        self.status.loop.add_reader(self.status.fd, self.on_status)
         # A report that has not ended.
         self.unread = b""
-        self.adoptions = [
-            asyncio.ensure_future(adopt(f"{base}/{name}"))
-            for name in os.listdir(base)
-            if FOLDER_NAME.fullmatch(name)
-        ]
-        # A random name: a line that was typed for a wiped folder must not find a new one.
-        self.path = f"{base}/{secrets.token_hex(2)}"
-        self.status_path = f"{self.path}/status"
-
-        # There may be no space or no descriptor for all of it.
-        with contextlib.ExitStack() as undo:
-            os.mkdir(self.path, 0o700)
-            undo.callback(remove_folder, self.path)
-            self.lock = os.open(self.path, os.O_RDONLY)
-            undo.callback(os.close, self.lock)
-
-            # A driver that starts now may be adopting it.
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.mkfifo(self.status_path, 0o600)
-            self.status = Pipe(self.status_path, os.O_RDWR)
-            undo.pop_all()
-
-        self.found = os.fstat(self.status.fd)
-        self.status.loop.add_reader(self.status.fd, self.on_status)
-
-    def _check_base(self) -> None:
-        check_place(self.base)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(self.base, 0o700)
-        check_own(self.base)
+        # Those of runs that somebody may still write to, by token.
+        self.runs: dict[str, RunFiles] = {}
+        # What works here in the background.
+        self.tasks = list[asyncio.Task[None]]()
 
     def on_status(self) -> None:
         """Take the reports that there are."""
@@ -4645,13 +4633,81 @@ class RunFolder:
         self.unread = self.unread[self.unread.rfind(b"\n") + 1 :][-KIB:]
 
     def is_there(self) -> bool:
+        """Whether a line that is typed for it would run."""
+        raise NotImplementedError
+
+    def give_back(self, files: RunFiles) -> None:
+        """No process has them open any more."""
+        raise NotImplementedError
+
+    def may_signal(self, pid: int) -> bool:
+        """Whether a process belongs to the user whose the panes are.
+
+        Root must not signal another user's process on behalf of that user.
+        """
+        try:
+            return (
+                self.pane_user == os.geteuid() or os.stat(f"/proc/{pid}").st_uid == self.pane_user
+            )
+        except OSError:
+            # It has just ended.
+            return False
+
+    def close(self) -> None:
+        """Leave what is still written to."""
+        if self.status.fd < 0:
+            return
+        self.status.close()
+        if not self.runs:
+            remove_folder(self.path)
+        for files in self.runs.values():
+            files.abandon()
+        os.close(self.lock)
+
+
+class RunFolder(LockedFolder):
+    """Where we put the files of our runs.  Raises NoTerminal, OSError.
+
+    Names are short, since they are typed, and used again by later runs: making files costs more
+    than all the rest.
+    """
+
+    def __init__(self, base: str) -> None:
+        check_place(base)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(base, 0o700)
+        check_own(base)
+        left = [f"{base}/{name}" for name in os.listdir(base) if FOLDER_NAME.fullmatch(name)]
+        # A random name: a line that was typed for a wiped folder must not find a new one.
+        path = f"{base}/{secrets.token_hex(2)}"
+
+        # There may be no space or no descriptor for all of it.
+        with contextlib.ExitStack() as undo:
+            os.mkdir(path, 0o700)
+            undo.callback(remove_folder, path)
+            lock = os.open(path, os.O_RDONLY)
+            undo.callback(os.close, lock)
+
+            # A driver that starts now may be adopting it.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.mkfifo(f"{path}/status", 0o600)
+            super().__init__(base, path, lock, pane_user=os.geteuid())
+            undo.pop_all()
+
+        self.made_status = os.fstat(self.status.fd)
+        # How many names were made, and which of them are free again.
+        self.count = 0
+        self.free = list[str]()
+        self.tasks = [asyncio.ensure_future(adopt(folder)) for folder in left]
+
+    def is_there(self) -> bool:
         """False if somebody wiped or replaced it: no line of it runs any more.
 
         Then it closes after its last run.
         """
         is_there = False
         with contextlib.suppress(OSError):
-            is_there = os.path.samestat(os.stat(self.status_path), self.found)
+            is_there = os.path.samestat(os.stat(self.status_path), self.made_status)
         if not is_there and not self.runs:
             self.close()
 
@@ -4688,85 +4744,54 @@ class RunFolder:
         is_kept = any(output.has_keeper for output in files.outputs)
         if is_kept or not files.reusable:
             # Its line may have been read already, or go may be just noting the exit code.
-            self.status.loop.call_later(NEW_SHELL_TIMEOUT, remove_files, files.path, ALL_FILES)
+            self.status.loop.call_later(FILES_LINGER, remove_files, files.path, ALL_FILES)
         elif remove_files(files.path, OWN_FILES):
             self.free.append(files.path)
 
         self.is_there()
 
     @contextlib.contextmanager
-    def made_by(self, owner: int) -> Iterator[None]:
+    def made_by(self, pane_user: int) -> Iterator[None]:
         """Make files as the user whose the panes are.
 
         Where a worker can move files, root could be led anywhere.
         """
-        user = os.geteuid()
-        if owner != self.owner:
-            log.warning("the terminals belong to user %d: that user can read every command", owner)
+        our_user = os.geteuid()
+        if pane_user != self.pane_user:
+            log.warning(
+                "the terminals belong to user %d: that user can read every command", pane_user
+            )
             os.chmod(self.base, 0o711)
             for name in (*os.listdir(self.path), "."):
-                os.chown(f"{self.path}/{name}", owner, -1, follow_symlinks=False)
+                os.chown(f"{self.path}/{name}", pane_user, -1, follow_symlinks=False)
 
-            self.owner = owner
+            self.pane_user = pane_user
 
         try:
-            if owner != user:
-                os.seteuid(owner)
+            if pane_user != our_user:
+                os.seteuid(pane_user)
 
             yield
         finally:
-            if owner != user:
-                os.seteuid(user)
-
-    def is_owners(self, pid: int) -> bool:
-        """Whether a process belongs to the user of the panes.
-
-        Root must not signal another user's process on behalf of that user.
-        """
-        try:
-            return self.owner == os.geteuid() or os.stat(f"/proc/{pid}").st_uid == self.owner
-        except OSError:
-            # It has just ended.
-            return False
-
-    def close(self) -> None:
-        """Leave what is still written to."""
-        if self.status.fd < 0:
-            return
-        self.status.close()
-        if not self.runs:
-            remove_folder(self.path)
-        for files in self.runs.values():
-            files.abandon()
-        os.close(self.lock)
+            if pane_user != our_user:
+                os.seteuid(our_user)
 
 
-class FoundFolder(RunFolder):
+class FoundFolder(LockedFolder):
     """The directory of a driver that has gone, with runs that outlive it."""
 
     def __init__(self, path: str, base: str) -> None:
         """Raises OSError: its driver lives, or it is not our directory."""
-        self.base = base
-        self.path = path
-        self.status_path = f"{path}/status"
-        self.count = 0
-        self.free = []
-        self.runs = {}
-        self.unread = b""
-        self.adoptions = []
-        # Nothing but its runs that outlive it is written there.
-        self.is_drained = False
-        self.lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.owner = os.fstat(self.lock).st_uid
-            self.status = Pipe(self.status_path, os.O_RDWR)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            super().__init__(base, path, lock, pane_user=os.fstat(lock).st_uid)
         except OSError:
-            os.close(self.lock)
+            os.close(lock)
             raise
 
-        self.found = os.fstat(self.status.fd)
-        self.status.loop.add_reader(self.status.fd, self.on_status)
+        # Nothing but its runs that outlive it is written there.
+        self.is_drained = False
         void_all(path, os.listdir(path))
 
     @classmethod
@@ -4829,11 +4854,11 @@ class FoundFolder(RunFolder):
 
     def add(self, work: asyncio.Task[None]) -> None:
         """Keep a reference to a task that works here."""
-        self.adoptions.append(work)
+        self.tasks.append(work)
 
     def start(self) -> None:
         """Read what other runs there still write; remove it once nothing is left."""
-        self.adoptions.append(asyncio.ensure_future(self._drain()))
+        self.tasks.append(asyncio.ensure_future(self._drain()))
 
     async def _drain(self) -> None:
         ours = tuple(f"{files.path}." for files in self.runs.values())
@@ -4849,14 +4874,14 @@ class FoundFolder(RunFolder):
         if self.runs.pop(files.token, None) is not None:
             self._remove_if_done()
 
+    def is_there(self) -> bool:
+        """Nothing is typed for it, and its runs are watched to their ends."""
+        return True
+
     def _remove_if_done(self) -> None:
         if self.is_drained and not self.runs and self.status.fd >= 0:
             # Go may just be noting the exit code there.
             self.status.loop.call_later(ADOPT_PAUSE, self.close)
-
-    def is_there(self) -> bool:
-        """It is not used for new runs."""
-        return True
 
 
 async def adopt(folder: str) -> None:
@@ -6468,7 +6493,7 @@ class Job:
     def _on_start(self, pid: int) -> None:
         self._enter(Phase.RUNNING)
         self.started_at = time.monotonic()
-        if self.files and self.files.folder.is_owners(pid):
+        if self.files and self.files.folder.may_signal(pid):
             self.group = pid
 
         self.shell.answered()
