@@ -134,6 +134,7 @@ import sys
 VERSION = "0.2.0"
 KIB = 1024
 MIB = 1024 * KIB
+NO_LIMIT = sys.maxsize
 
 DEFAULT_PORT = 3001
 DEFAULT_SOCKET = "/tmp/tmux/pocketcoder"
@@ -1715,7 +1716,7 @@ class Text(Field):
                 raise complain(self.name, got, self.expected)
             return got
 
-        limit = sys.maxsize if self.limit is None else self.limit
+        limit = NO_LIMIT if self.limit is None else self.limit
         text = check_text(self.name, got, self.expected, limit, self.nul, self.raw)
         if not text and not self.may_be_empty:
             raise complain(self.name, got, f"{self.expected}, not an empty string")
@@ -3108,13 +3109,15 @@ class Tmux(asyncio.SubprocessProtocol):
         self.send(alone, ["copy-mode", "-q", "-t", pane.pane_id])
         return await self.state(pane)
 
-    def send_keys(self, pane: Pane, state: str, *keys: str) -> asyncio.Future[list[str]]:
-        """Press keys if the pane is in this state still; "": if only no mode would take them.
+    def send_keys(self, pane: Pane, state: str | None, *keys: str) -> asyncio.Future[list[str]]:
+        """Press keys if the pane is in this PANE_STATE still; None: in any, but for modes.
 
         The reply is empty if they were pressed.
         """
         words = " ".join(map(quote, ["send-keys", "-t", pane.pane_id, *keys]))
-        is_same = f"#{{&&:{NO_MODE},#{{==:{PANE_STATE},{state}}}}}" if state else NO_MODE
+        is_same = (
+            f"#{{&&:{NO_MODE},#{{==:{PANE_STATE},{state}}}}}" if state is not None else NO_MODE
+        )
         target = ["-t", pane.pane_id]
         return self.send(["if-shell", "-F", *target, is_same, words, "display-message -p no"], [])
 
@@ -3966,6 +3969,8 @@ class Shelf:
 Take = Callable[[bytes], "Awaitable[None] | None"]
 # By the name of the stream: `out` for both, or `out` and `err`.
 Takes = Mapping[str, Take]
+# Both outputs in one stream, for the record and nobody else.
+RECORD_ONLY: Takes = {"out": ignore}
 USUAL_PIPE = 64 * KIB  # bytes that a pipe holds unless it is widened, pipe(7)
 # Waits at descriptor 0 for a line, or for our end: then it discards what comes from 1.  In the
 # background, so that its parent ends at once: we need not wait for it.
@@ -5087,7 +5092,7 @@ class Prompt(enum.Enum):
 
     STARTING = enum.auto()  # a new shell: anything may have been typed while it read its files
     SETTLING = enum.auto()  # a run has just ended: a line may have been typed during it
-    KNOWN = enum.auto()  # it is empty, while the pane is in the state `last`
+    KNOWN = enum.auto()  # it is empty, while the pane is in the state `empty_prompt`
     STALE = enum.auto()  # anybody may have typed
 
 
@@ -5105,15 +5110,15 @@ class PaneShell:
         # Lines in a row that it did not run.
         self.missed = 0
         self.prompt = Prompt.STARTING if new else Prompt.STALE
-        # PANE_STATE at the empty prompt when that was last known; "": it never was.
-        self.last = ""
+        # PANE_STATE where its prompt was last known to be empty; "": it never was.
+        self.empty_prompt = ""
         # Lines above the prompt that the next command replaces.
         self.extra_rows = 0
         # Learns that state after a run; until when it may take.
         self.learning: asyncio.Task[None] | None = None
         self.settled_by = 0.0
-        # Its terminal, locked; -1: it is not.
-        self.held = -1
+        # Its terminal, opened and locked; -1: it is not.
+        self.lock = -1
         # The driver closes: do not wait for it.
         self.stopped = False
 
@@ -5128,34 +5133,34 @@ class PaneShell:
 
         Until `let_go`, or the end of our process.
         """
-        if self.held >= 0:
+        if self.lock >= 0:
             return True
         if not await self.at_prompt():
             return False
 
         with contextlib.suppress(OSError):
-            self.held = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            self.lock = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
             try:
-                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.let_go()
 
-        return self.held >= 0
+        return self.lock >= 0
 
     def hold_as_it_is(self) -> None:
         """Lock the tty of a pane where one of our commands runs already.  Raises OSError."""
-        if self.held >= 0:
+        if self.lock >= 0:
             return
-        self.held = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        self.lock = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
         try:
-            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.let_go()
             raise
 
     def let_go(self) -> None:
-        os.close(self.held)
-        self.held = -1
+        os.close(self.lock)
+        self.lock = -1
 
     def answered(self) -> None:
         """It has run our line."""
@@ -5165,7 +5170,7 @@ class PaneShell:
 
     def did_not_answer(self) -> None:
         """A line was typed, into what we do not know."""
-        self.last = ""
+        self.empty_prompt = ""
         self.missed += 1
 
     def forgive(self) -> None:
@@ -5178,7 +5183,7 @@ class PaneShell:
 
     def column(self) -> int:
         """Where its prompt ends, as far as it is known."""
-        return int(self.last.split()[0]) if self.last else 0
+        return int(self.empty_prompt.split()[0]) if self.empty_prompt else 0
 
     def look(self) -> Look:
         """Whether it waits for a command now.  Raises NoTerminal."""
@@ -5250,29 +5255,30 @@ class PaneShell:
             # A shell does not announce its prompt.
             await asyncio.sleep(LOOK_PAUSE)
 
-    async def clear(self, tmux: Tmux) -> str:
-        """Make sure that nothing is typed at the prompt.
+    async def clear(self, tmux: Tmux) -> str | None:
+        """Have nothing stand at the prompt.
 
-        The state in which it is empty: type only in that.  "": type CLEAR first, with the line.
+        The PANE_STATE in which it is empty: type only in that.  None: nobody knows; type CLEAR, and
+        the line right behind it.
         """
         prompt = self.prompt
         self.prompt = Prompt.STALE
         self.extra_rows = 0
         if prompt is Prompt.KNOWN:
-            return self.last
-        if prompt is Prompt.SETTLING and self.last and time.monotonic() < self.settled_by:
-            return ""
+            return self.empty_prompt
+        if prompt is Prompt.SETTLING and self.empty_prompt and time.monotonic() < self.settled_by:
+            return None
 
         now = await tmux.state(self.pane)
         if not now.endswith(" 0 0"):
             now = await tmux.leave_modes(self.pane)
 
-        if now == self.last:
+        if now == self.empty_prompt:
             return now
 
         if self.look() is not Look.BUSY:
             if self._is_behind_prompt(now) or (prompt is Prompt.STARTING and not self._edits()):
-                tmux.send_keys(self.pane, "", *CLEAR)
+                tmux.send_keys(self.pane, None, *CLEAR)
             else:
                 await tmux.reply(tmux.send_keys(self.pane, now, "C-c"))
                 # A new shell shows the first command where `^C` stands now.
@@ -5285,8 +5291,8 @@ class PaneShell:
 
         # In another column somebody may be typing: then the line comes with CLEAR.
         is_empty = self._is_empty(now)
-        self.last = now
-        return now if is_empty else ""
+        self.empty_prompt = now
+        return now if is_empty else None
 
     def _edits(self) -> bool:
         """Whether it waits at a prompt, and edits its line: C-c ends nothing but that line."""
@@ -5295,11 +5301,11 @@ class PaneShell:
 
     def _is_empty(self, now: str) -> bool:
         """Whether the cursor is in the column where the known prompt ends, and in no mode."""
-        return now.split()[0] == self.last.partition(" ")[0] and now.endswith(" 0 0")
+        return now.split()[0] == self.empty_prompt.partition(" ")[0] and now.endswith(" 0 0")
 
     async def empty_state(self, tmux: Tmux) -> str | None:
         """PANE_STATE, if its shell waits for a command and nothing is typed there."""
-        if not self.last or self.look() is not Look.READY:
+        if not self.empty_prompt or self.look() is not Look.READY:
             return None
         now = await tmux.state(self.pane)
         return now if self._is_empty(now) else None
@@ -5309,10 +5315,10 @@ class PaneShell:
 
         There CLEAR clears the line.  Anywhere else it may be a continuation prompt: C-c ends that.
         """
-        if not self.last:
+        if not self.empty_prompt:
             return False
         column, *place = now.split()
-        last_column, *last_place = self.last.split()
+        last_column, *last_place = self.empty_prompt.split()
         return place == last_place and int(column) > int(last_column)
 
     def back(self, tmux: Tmux) -> None:
@@ -5334,7 +5340,7 @@ class PaneShell:
             # In another column something was typed during the run.
             self.prompt = Prompt.STALE
             if self._is_empty(now):
-                self.last = now
+                self.empty_prompt = now
                 self.prompt = Prompt.KNOWN
 
     def _is_learning(self) -> bool:
@@ -5820,7 +5826,6 @@ class Run:
         "is_left",
         "location",
         "max_output",
-        "news",
         "record",
         "result",
         "run_id",
@@ -5829,6 +5834,7 @@ class Run:
         "state",
         "timeout",
         "usage_id",
+        "wait_over",
         "waited",
     )
 
@@ -5856,7 +5862,7 @@ class Run:
         # Why it could not be run.
         self.failure: ProxyError | None = None
         # It has ended, or failed, or the server stops: nobody need wait for it any more.
-        self.news = asyncio.Event()
+        self.wait_over = asyncio.Event()
         # None: it has none yet.
         self.location: Location | None = None
         # Its caller has the answer, or has gone.
@@ -5874,14 +5880,14 @@ class Run:
         assert self.state is not RunState.ENDED
         self.state = RunState.ENDED
         self.result = result
-        self.news.set()
+        self.wait_over.set()
         # Whoever follows the output learns of the end.
         self.record.stir()
 
     def fail(self, failure: ProxyError) -> None:
         """It could not be run."""
         self.failure = failure
-        self.news.set()
+        self.wait_over.set()
         self.record.stir()
 
     def answer_given(self) -> None:
@@ -5891,7 +5897,7 @@ class Run:
     def let_callers_go(self) -> None:
         """The server stops: answer with what is known."""
         self.is_left = True
-        self.news.set()
+        self.wait_over.set()
         self.record.stir()
 
     def got_pane(self, waited: float) -> None:
@@ -6361,11 +6367,11 @@ class Job:
         if self.phase is Phase.RELEASED:
             return False
 
-        state = await self.shell.clear(self.tmux)
+        empty_prompt = await self.shell.clear(self.tmux)
         if self.phase is Phase.HELD:
             line = self._prepare(self.sandbox.open_folder())
             self._locate()
-            self._type(line, state)
+            self._type(line, empty_prompt)
 
         return await self.started
 
@@ -6439,13 +6445,13 @@ class Job:
         """Its stdin, if that comes from the caller."""
         return self.files.feed if self.files else None
 
-    def _type(self, line: str, state: str) -> None:
-        """Have tmux type `line`, unless somebody has typed since the pane was in `state`."""
+    def _type(self, line: str, empty_prompt: str | None) -> None:
+        """Have tmux type `line`, unless somebody has typed since; see `PaneShell.clear`."""
         pane = self.shell.pane
         self._enter(Phase.TYPED)
         self.typed_at = time.monotonic()
-        clearing = () if state else CLEAR
-        reply = self.tmux.send_keys(pane, state, *clearing, line, "Enter")
+        clearing = CLEAR if empty_prompt is None else ()
+        reply = self.tmux.send_keys(pane, empty_prompt, *clearing, line, "Enter")
         reply.add_done_callback(self._on_typed)
 
         # OSError: no descriptor is left, and a person sees nothing of it.
@@ -6864,7 +6870,7 @@ async def climb(job: Job, ladder: tuple[tuple[int, float], ...]) -> None:
 # have gone.
 
 
-def never_started(run: Run, failure: BaseException) -> CommandResult:
+def unstarted_result(run: Run, failure: BaseException) -> CommandResult:
     """How a run ended whose command was never run."""
     return CommandResult(
         output="",
@@ -6935,7 +6941,7 @@ class Collector:
 
     def start(self) -> None:
         """Do it apart from this task.  Raises OSError."""
-        self.files.open(self.run.record, {"out": ignore}, fed=False)
+        self.files.open(self.run.record, RECORD_ONLY, fed=False)
         self.folder.add(asyncio.ensure_future(self._run()))
 
     def _on_closed(self) -> None:
@@ -7058,7 +7064,7 @@ class PocketCoderDriver:
         """The same for a request.  Cancelling this cancels the command."""
         run = self.runs.open(request, UNWATCHED.door)
         try:
-            job = await self.start(request, {"out": ignore}, run=run)
+            job = await self.start(request, RECORD_ONLY, run=run)
             result = await job.result()
             return replace(result, output="".join(run.text()))
         finally:
@@ -7087,7 +7093,7 @@ class PocketCoderDriver:
         try:
             return await self._start(run, request, takes, fed, watch)
         except BaseException as failure:
-            self._never_started(run, failure)
+            self._note_unstarted(run, failure)
             raise
 
     async def _start(
@@ -7143,7 +7149,7 @@ class PocketCoderDriver:
             raise NoTerminal(why)
         except BaseException as failure:
             if is_told and job and not job.over.is_set() and job.ending is None:
-                watch.end(never_started(run, failure))
+                watch.end(unstarted_result(run, failure))
 
             raise
 
@@ -7151,7 +7157,7 @@ class PocketCoderDriver:
         watch.end(result)
         self.runs.end(run, result)
 
-    def _never_started(self, run: Run, failure: BaseException) -> None:
+    def _note_unstarted(self, run: Run, failure: BaseException) -> None:
         """Its request failed, or was cancelled before its start."""
         job = self.running.get(run.run_id)
         if run.state is RunState.ENDED or (job is not None and job.ending is not None):
@@ -7159,13 +7165,13 @@ class PocketCoderDriver:
             return
 
         if run.is_answered and run.is_lasting:
-            self.runs.end(run, never_started(run, failure))
+            self.runs.end(run, unstarted_result(run, failure))
             self.runs.complete(run)
         else:
             self.runs.forget(run)
 
     def launch(self, request: ExecRequest, watch: Watch) -> Run:
-        """Start a command that goes on without its caller; see `Run.news`, `Run.failure`.
+        """Start a command that goes on without its caller; see `Run.wait_over`, `Run.failure`.
 
         The caller calls `unattend` when it has its answer, or goes.
         """
@@ -7178,7 +7184,7 @@ class PocketCoderDriver:
     async def _see_through(self, run: Run, request: ExecRequest, watch: Watch) -> None:
         """Start a run; why it could not be started is noted for its caller."""
         try:
-            await self.start(request, {"out": ignore}, watch=watch, run=run)
+            await self.start(request, RECORD_ONLY, watch=watch, run=run)
         except ProxyError as failure:
             self._could_not_start(run, failure)
         except asyncio.CancelledError:
@@ -7330,7 +7336,7 @@ class PocketCoderDriver:
     def _end_unstarted(self, run: Run, watch: Watch) -> None:
         """Its server has gone before it could start."""
         if run.result is None:
-            result = never_started(run, NoTerminal("its server ended before it could start"))
+            result = unstarted_result(run, NoTerminal("its server ended before it could start"))
             watch.end(result)
             self.runs.end(run, result)
         self.runs.complete(run)
@@ -7364,7 +7370,7 @@ class PocketCoderDriver:
             tmux=tmux,
             request=run.request(),
             run=run,
-            takes={"out": ignore},
+            takes=RECORD_ONLY,
             fed=False,
             asked_at=time.monotonic() - run.waited_ms() / 1000,
             runs=self.runs,
@@ -7904,7 +7910,7 @@ class AuditLog:
         self.sent = 0
 
     async def start(self, fields: Message) -> None:
-        """Record a start.  Raises NoAudit."""
+        """Write the line of a start.  Raises NoAudit."""
         if not self.path:
             return
 
@@ -7923,16 +7929,16 @@ class AuditLog:
         await self.written()
 
     def end(self, fields: Message) -> None:
-        """Record an end; see `written`."""
+        """Write the line of an end; see `written`."""
         if self.path:
             self.unwritten += self._line("end", fields)
-            self._try()
+            self._flush_or_log()
 
     def hurry(self, seconds: float) -> None:
         """Let answers wait so long, at most, from now on: the server stops."""
         self.patience = seconds
 
-    def _try(self) -> None:
+    def _flush_or_log(self) -> None:
         """Write what waits.  A failure is logged; the next line brings another try."""
         try:
             self.flush()
@@ -8042,7 +8048,7 @@ class AuditLog:
         with contextlib.suppress(NoAudit):
             self.flush()
         self._close()
-        self._try()
+        self._flush_or_log()
 
 
 # ==========================================================================
@@ -8758,8 +8764,8 @@ class CallWatch:
     def end(self, answer: Message | None) -> None:
         """The server has answered; None: the request was cancelled."""
 
-    async def recorded(self) -> None:
-        """Wait until the end is on record.  Raises NoAudit: the answer is withheld."""
+    async def audited(self) -> None:
+        """Wait until the end is in the audit log.  Raises NoAudit: the answer is withheld."""
 
 
 NOT_WATCHED = CallWatch()
@@ -8797,9 +8803,9 @@ class Lifetime(enum.Enum):
 class Session:
     """A client of a server: its calls, and what waits for it.
 
-    transport  http, sse, ws or once
-    owner      the credential that opened it
-    address    of the machine that opened it
+    transport   http, sse, ws or once
+    credential  that opened it
+    address     of the machine that opened it
 
     What happens, by its lifetime:
 
@@ -8825,7 +8831,7 @@ class Session:
         transport: str,
         lifetime: Lifetime,
         session_id: str | None = None,
-        owner: str = "",
+        credential: str = "",
         address: str = "",
     ) -> None:
         self.host = host
@@ -8833,7 +8839,7 @@ class Session:
         self.transport = transport
         self.lifetime = lifetime
         self.session_id = session_id or secrets.token_hex(16)
-        self.owner = owner
+        self.credential = credential
         self.address = address
 
         # For what belongs to no call, or to a call on a transport with one stream.
@@ -8949,7 +8955,7 @@ class Session:
             answer = await self._answer_to(message, era, outbox)
         finally:
             watch.end(answer)
-        await watch.recorded()
+        await watch.audited()
         return answer
 
     async def _answer_to(self, message: Message, era: Era, outbox: Outbox) -> Message:
@@ -9069,13 +9075,13 @@ class SessionMap(dict[str, Session]):
         if calls:
             await asyncio.wait(calls, timeout=seconds)
 
-    def find(self, server: str, transport: str, session_id: str | None, owner: str) -> Session:
+    def find(self, server: str, transport: str, session_id: str | None, credential: str) -> Session:
         """Return the session of this server and transport that this credential opened.
 
         Raises UnknownSession.
         """
         session = self.get(session_id or "")
-        if session is None or not self._is_of(session, server, transport, owner):
+        if session is None or not self._is_of(session, server, transport, credential):
             shown = ascii(session_id)[:140]
             raise UnknownSession(
                 f"no session {shown} here: it has ended, or never started; start a new one"
@@ -9084,10 +9090,10 @@ class SessionMap(dict[str, Session]):
         return session
 
     @staticmethod
-    def _is_of(session: Session, server: str, transport: str, owner: str) -> bool:
+    def _is_of(session: Session, server: str, transport: str, credential: str) -> bool:
         if session.server.name != server or session.transport != transport:
             return False
-        return hmac.compare_digest(session.owner.encode(), owner.encode())
+        return hmac.compare_digest(session.credential.encode(), credential.encode())
 
     def report(self, session_id: str | None, **data: object) -> None:
         """Send news of a command to the session that the command names, if it is open."""
@@ -11305,7 +11311,7 @@ class Relay(McpServer):
 def key_of(session: Session, message: Message) -> str:
     """Identify a modern client: requests with one key come from one client."""
     meta = message["params"]["_meta"]
-    identity = [session.owner, session.address, meta.get(CLIENT_INFO), meta[CAPABILITIES]]
+    identity = [session.credential, session.address, meta.get(CLIENT_INFO), meta[CAPABILITIES]]
     return json.dumps(identity, sort_keys=True)
 
 
@@ -11710,11 +11716,11 @@ class RelayedCall(CallWatch):
         }
 
     async def start(self) -> None:
-        """Record the request; without that it is not made.  Raises NoAudit."""
+        """Write that it starts; without that it is not made.  Raises NoAudit."""
         await self.audit.start(self.fields)
 
     def end(self, answer: Message | None) -> None:
-        """Record how it ended; None: it was cancelled."""
+        """Write how it ended; None: it was cancelled."""
         error: str | None = None
         if answer is None:
             error = "cancelled"
@@ -11726,7 +11732,7 @@ class RelayedCall(CallWatch):
         duration = round((time.monotonic() - self.started) * 1000)
         self.audit.end({**self.fields, "duration_ms": duration, "error": error})
 
-    async def recorded(self) -> None:
+    async def audited(self) -> None:
         await self.audit.written()
 
 
@@ -11839,7 +11845,7 @@ async def launched(
     """
     run = state.driver.launch(request, Notes(state, request, door))
     try:
-        await set_within(run.news, wait)
+        await set_within(run.wait_over, wait)
         if run.result is not None:
             await check_recorded(state, run)
         elif run.failure is not None:
@@ -12093,7 +12099,7 @@ async def wait_with_progress(run: Run, wait: float, report: Report | None) -> No
     """Wait for the end of a run, `wait` seconds at most."""
     progress = Progress(report, run) if report else None
     try:
-        await set_within(run.news, wait)
+        await set_within(run.wait_over, wait)
     finally:
         if progress:
             progress.stop()
@@ -12139,7 +12145,7 @@ async def end_run_tool(state: AppState, arguments: Message, report: Report | Non
     elif run.result is None:
         state.driver.signal_run(run, SIGNAL_NUMBERS[name])
 
-    await set_within(run.news, END_PATIENCE)
+    await set_within(run.wait_over, END_PATIENCE)
     if run.result is None and run.failure is not None:
         raise run.failure
 
@@ -14700,7 +14706,7 @@ async def metrics_handler(state: AppState) -> str:
 async def answering(state: AppState, request: ExecRequest) -> AsyncIterator[Run]:
     """Run a command to its end, or for `wait` seconds.  Cancelling this cancels it, see `wait`."""
     if request.wait is None:
-        async with executed(state, request, "exec", {"out": ignore}) as run:
+        async with executed(state, request, "exec", RECORD_ONLY) as run:
             yield run
     else:
         async with launched(state, request, "exec", request.wait) as run:
@@ -14759,10 +14765,12 @@ async def launched_stream_handler(
     assert request.wait is not None
     deadline = time.monotonic() + request.wait
     run = state.driver.launch(request, Notes(state, request, "stream"))
-    sending = asyncio.ensure_future(send_output(run, 0, send, run.news.is_set, is_numbered=True))
+    sending = asyncio.ensure_future(
+        send_output(run, 0, send, run.wait_over.is_set, is_numbered=True)
+    )
     try:
         await send(": started\n\n")
-        await set_within(run.news, deadline - time.monotonic())
+        await set_within(run.wait_over, deadline - time.monotonic())
         if run.result is not None:
             await asyncio.wait_for(sending, SLOW_READER_TIMEOUT)
             await check_recorded(state, run)
@@ -14917,26 +14925,26 @@ async def keys_handler(state: AppState, agent_name: str, body: bytes) -> Message
 async def sse_handler(
     state: AppState,
     query: McpQuery,
-    owner: str = "",
+    credential: str = "",
     suffix: str = "",
     name: str = "",
     address: str = "",
 ) -> AsyncGenerator[str, None]:
     """Yield a session's events until its client leaves, or comes back by another stream.
 
-    owner    the credential that the session belongs to
-    suffix   of the path to post to
-    name     of the server; "" is the built-in one
-    address  of the client's machine
+    credential  that the session belongs to
+    suffix      of the path to post to
+    name        of the server; "" is the built-in one
+    address     of the client's machine
     Raises UnknownSession.
     """
     if query.session_id in state.sessions:
-        session = state.sessions.find(name, "sse", query.session_id, owner)
+        session = state.sessions.find(name, "sse", query.session_id, credential)
     else:
         lifetime = Lifetime.NAMED if query.session_id else Lifetime.STREAM
         server = state.servers[name]
         session = Session(
-            state, server, "sse", lifetime, query.session_id, owner=owner, address=address
+            state, server, "sse", lifetime, query.session_id, credential=credential, address=address
         )
         state.sessions.open(session)
 
@@ -15026,7 +15034,7 @@ class Endpoint(tornado.web.RequestHandler):
         self.state = state
         self.gate: Gate = self.settings["gate"]
         # The credential that the caller showed.
-        self.owner = ""
+        self.credential = ""
         # Of an MCP server, from the path.
         self.name = ""
         # Set once the gate lets the request in; a refused one has no body, and its connection ends.
@@ -15063,7 +15071,7 @@ class Endpoint(tornado.web.RequestHandler):
         is_preflight = method == "OPTIONS" and "Origin" in headers
         needs_token = not (self.open_to_all or is_preflight)
         query_token = self.get_query_argument("token", "") if self.token_in_query else None
-        self.owner = self.gate.admit(headers, needs_token, query_token, self.may_be_linked)
+        self.credential = self.gate.admit(headers, needs_token, query_token, self.may_be_linked)
 
         # Tornado refuses what is no number.
         length = headers.get("Content-Length", "")
@@ -15498,7 +15506,7 @@ class RunEndpoint(Endpoint):
         await self.perform(self.answer(self.run(), self.given()["wait"]))
 
     async def answer(self, run: Run, wait: float) -> None:
-        await set_within(run.news, wait)
+        await set_within(run.wait_over, wait)
         if run.result is not None:
             await check_recorded(self.state, run)
         self.finish_json(run.facts())
@@ -15539,7 +15547,7 @@ class RunOutputEndpoint(EventsEndpoint):
 
         given = self.given()
         offset = check_offset("offset", given["offset"], run.record.total)
-        limit = sys.maxsize if given["limit"] is None else given["limit"]
+        limit = NO_LIMIT if given["limit"] is None else given["limit"]
         await self.perform(self.answer(run, offset, limit))
 
     def followed_from(self, run: Run) -> int:
@@ -15768,13 +15776,23 @@ class McpEndpoint(EventsEndpoint):
         if modern:
             check_envelope(message, self.request.headers.get_list)
             session = Session(
-                self.state, server, "once", Lifetime.ONCE, owner=self.owner, address=self.address
+                self.state,
+                server,
+                "once",
+                Lifetime.ONCE,
+                credential=self.credential,
+                address=self.address,
             )
             session.came_with(self.request.headers.get_list)
             return session, True
         if message.get("method") == "initialize" and is_request(message):
             session = Session(
-                self.state, server, "http", Lifetime.HTTP, owner=self.owner, address=self.address
+                self.state,
+                server,
+                "http",
+                Lifetime.HTTP,
+                credential=self.credential,
+                address=self.address,
             )
             self.state.sessions.open(session)
             session.expire()
@@ -15809,7 +15827,7 @@ class McpEndpoint(EventsEndpoint):
             raise NotAMessage(
                 "`Mcp-Session-Id`: got none, expected the one that `initialize` was answered with"
             )
-        return self.state.sessions.find(self.name, "http", session_id, self.owner)
+        return self.state.sessions.find(self.name, "http", session_id, self.credential)
 
     async def get(self, name: str = "") -> None:
         await self.perform(self.listen(self.session()))
@@ -15836,9 +15854,9 @@ class SseEndpoint(EventsEndpoint):
     async def get(self, name: str = "") -> None:
         suffix = ""
         # A client that cannot set headers on the stream cannot set them on its POSTs.
-        if self.owner and "Authorization" not in self.request.headers:
-            suffix = f"&token={quote_plus(self.owner)}"
-        events = sse_handler(self.state, self.query(), self.owner, suffix, name, self.address)
+        if self.credential and "Authorization" not in self.request.headers:
+            suffix = f"&token={quote_plus(self.credential)}"
+        events = sse_handler(self.state, self.query(), self.credential, suffix, name, self.address)
         async with contextlib.aclosing(events):
             await self.perform(self.pass_on(events))
 
@@ -15855,7 +15873,7 @@ class MessagesEndpoint(Endpoint):
 
     async def post(self, name: str = "") -> None:
         body = self.whole_body()
-        session = self.state.sessions.find(name, "sse", self.query().session_id, self.owner)
+        session = self.state.sessions.find(name, "sse", self.query().session_id, self.credential)
         message = read_message(body)
         self.set_status(202)
         self.finish("Accepted")
@@ -15878,7 +15896,12 @@ class McpSocket(SocketEndpoint):
         try:
             server = self.state.servers[name]
             session = Session(
-                self.state, server, "ws", Lifetime.STREAM, owner=self.owner, address=self.address
+                self.state,
+                server,
+                "ws",
+                Lifetime.STREAM,
+                credential=self.credential,
+                address=self.address,
             )
             self.session = self.state.sessions.open(session)
         except NoTerminal as full:
