@@ -9,7 +9,7 @@ r"""pocketcoder-proxy: run an agent's commands in a tmux window of its sandbox.
     shell ──▶ GET /exec/ws ┐
               POST /exec ──┴▶ Endpoint ─▶ PocketCoderDriver ─▶ Tmux (tmux -C) ─▶ pane's shell
                                  ▲               │  ▲                                │
-                                 │               │  └── status   "start" "exit"  ◀───┤ \. RUN.go
+                                 │               │  └── status   "start" "exit"  ◀───┤ . RUN.go
                               answer ◀─ Record ◀─┼───── RUN.out  its output      ◀───┘
                                                  └────▶ the pane's tty: a person watches
 
@@ -87,7 +87,7 @@ tmux:       new-session -A      the one long-lived control connection
             pocketcoder-ready   `/ready`: no command of tmux, but it answers
 Files of a run, SOCKET.d/DRIVER/RUN.*:
             go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
-            pid (claims the run; then the exit code)
+            pid (claims the run: the process; a second line: the exit code)
             FIFOs: done (from us)  out, err  in (of a channel); one `status` for all runs
 Files of records, in --runs-dir:
             OWNER.lock (of a server)  OWNER.RUN.OFFSET (output of a run that ends with it)
@@ -264,7 +264,8 @@ MAX_LISTED_COMMAND = 4 * KIB  # bytes of a command that are remembered
 COMPLAINT_PAUSE = 60.0  # between lines in the log that output cannot be kept
 DEFAULT_LISTED = 100  # runs in an answer
 END_PATIENCE = 5.0  # for a command to end after end_run
-# Processes that may wait until a run's output is read: go, and one in the background.
+# Lines to RUN.done, one for each process that may wait there until the output of a lasting run is
+# read: go, the shell behind it, and what keeps `out` open.
 HOLDERS = 3
 TOOL_LISTED = 50  # runs that a tool lists
 
@@ -1257,7 +1258,7 @@ def ignore(*_: object) -> None:
     """A callback that does nothing."""
 
 
-async def set_within(event: asyncio.Event, seconds: float) -> bool:
+async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
     """Wait for an event, `seconds` at most; whether it is set."""
     # Before Python 3.12 wait_for() may swallow a cancellation.
     waiting = asyncio.ensure_future(event.wait())
@@ -1588,9 +1589,9 @@ ENDED = ("exit", "timeout", "cancelled", "lost")
 
 
 class RunState(enum.Enum):
-    """How far a run is, for its callers."""
+    """How far a run is, for its callers.  How far its command is: see Phase."""
 
-    WAITING = "waiting"  # for a pane
+    WAITING = "waiting"  # for a pane, or for its start there
     RUNNING = "running"
     ENDED = "ended"
 
@@ -2426,6 +2427,11 @@ def ticks() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
+def unread_bytes(fd: int) -> int:
+    """How much a FIFO or a terminal holds that nobody has read.  Raises OSError."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 def has_ended(pid: int) -> bool:
     """Whether the process has ended; False if we cannot look."""
     try:
@@ -2671,9 +2677,11 @@ PANE_FORMAT = (
     "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_height}"
     " #{pane_tty} #{window_name}"
 )
+# Tmux answers an `if-shell` twice: for itself, then for the command that it has chosen.
+SECOND_REPLY: list[str] = []
 # Changes when somebody types, or anything is shown; not when a person only looks.
 PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
-# No copy mode, no synchronized panes: the state ends with " 0 0".
+# No copy mode, and no synchronized panes.
 NO_MODE = "#{==:#{pane_in_mode}#{pane_synchronized},00}"
 # Tmux answers that there is no such command, and keeps no record of it, as it does of commands: a
 # person reads them with `show-messages`.
@@ -2683,6 +2691,11 @@ PICTURE_FORMAT = (
     "#{pane_id} #{pane_left} #{pane_top} #{pane_width} #{pane_height} #{cursor_x} #{cursor_y}"
     " #{cursor_flag} #{pane_active}"
 )
+
+
+def is_in_no_mode(state: str) -> bool:
+    """Whether NO_MODE is true of a PANE_STATE."""
+    return state.endswith(" 0 0")
 
 
 class Pane(NamedTuple):
@@ -2893,8 +2906,8 @@ class Tmux(asyncio.SubprocessProtocol):
         self.closed = False
         # Its process is gone.
         self.ended = asyncio.Event()
-        # Counts the notices: if it grew, older replies may no longer be true.
-        self.notices = 0
+        # How many came.  If it grew, older replies may no longer be true.
+        self.notice_count = 0
         # Panes that were made with the session, if that was missing.
         self.made = list[Pane]()
         # The reply to the newest question of `check`.
@@ -2967,16 +2980,16 @@ class Tmux(asyncio.SubprocessProtocol):
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         *lines, self.unread = (self.unread + data).split(b"\n")
-        before = self.notices
+        before = self.notice_count
         for line in lines:
             self._take_line(fd, line.decode(errors="replace"))
-        if self.notices > before:
+        if self.notice_count > before:
             self.on_notice()
 
     def _take_line(self, fd: int, line: str) -> None:
         word, _, rest = line.partition(" ")
         if self.block and word in ("%end", "%error") and rest == self.block:
-            # The flags, last: 1 for the commands of this client, 0 for its own start.
+            # Its last field: 1 if it answers a command that we sent, 0 if it answers our start.
             is_reply = rest.endswith(" 1") and bool(self.replies)
             future = self.replies.popleft() if is_reply else self.attached
             self._answer(future, word == "%error", self.lines)
@@ -2989,7 +3002,7 @@ class Tmux(asyncio.SubprocessProtocol):
         elif fd == 2 or word == "%exit":
             self._answer(self.attached, True, [line])
         else:
-            self.notices += 1
+            self.notice_count += 1
 
     @staticmethod
     def _answer(future: asyncio.Future[list[str]], failed: bool, lines: list[str]) -> None:
@@ -3022,10 +3035,7 @@ class Tmux(asyncio.SubprocessProtocol):
             self._answer(future, True, [why])
 
     def send(self, *commands: list[str]) -> asyncio.Future[list[str]]:
-        """Write commands at once, so that nothing comes in between; the last one's reply.
-
-        An empty command stands for the reply of what an `if-shell` before it runs.
-        """
+        """Write commands at once, so that nothing comes in between; the last one's reply."""
         futures = [self.loop.create_future() for _ in commands]
         self.replies.extend(futures)
         if self.closed:
@@ -3110,23 +3120,27 @@ class Tmux(asyncio.SubprocessProtocol):
         return await self.state(pane)
 
     def send_keys(self, pane: Pane, state: str | None, *keys: str) -> asyncio.Future[list[str]]:
-        """Press keys if the pane is in this PANE_STATE still; None: in any, but for modes.
+        """Press keys if the pane is in this PANE_STATE still; None: whatever its state is.
 
-        The reply is empty if they were pressed.
+        No mode gets them.  The reply is empty if they were pressed.
         """
         words = " ".join(map(quote, ["send-keys", "-t", pane.pane_id, *keys]))
         is_same = (
             f"#{{&&:{NO_MODE},#{{==:{PANE_STATE},{state}}}}}" if state is not None else NO_MODE
         )
         target = ["-t", pane.pane_id]
-        return self.send(["if-shell", "-F", *target, is_same, words, "display-message -p no"], [])
+        return self.send(
+            ["if-shell", "-F", *target, is_same, words, "display-message -p no"], SECOND_REPLY
+        )
 
     def close_pane(self, pane: Pane, state: str) -> None:
         """Close a pane that is in this state still."""
         is_same = f"#{{&&:{NO_MODE},#{{==:{PANE_STATE},{state}}}}}"
         target = ["-t", pane.pane_id]
         close = f"kill-pane -t {pane.pane_id}"
-        self.send(["if-shell", "-F", *target, is_same, close, "display-message -p no"], [])
+        self.send(
+            ["if-shell", "-F", *target, is_same, close, "display-message -p no"], SECOND_REPLY
+        )
 
     async def type(self, pane: Pane, text: str, keys: list[str]) -> None:
         """Type `text` as it is, then press `keys`, whatever runs there."""
@@ -3344,8 +3358,7 @@ class Record:
         The kernel moves them: no byte is only in our memory, where it would die with us.
         Raises BlockingIOError.
         """
-        is_empty = fcntl.ioctl(fifo, termios.FIONREAD, bytes(4)) == bytes(4)
-        if not is_empty and not self.is_forgotten and self._has_room(self.total):
+        if unread_bytes(fifo) and not self.is_forgotten and self._has_room(self.total):
             assert self.fd is not None
             piece = self.pieces[-1]
             # Otherwise the file system cannot do that, or is full.
@@ -3972,8 +3985,9 @@ Takes = Mapping[str, Take]
 # Both outputs in one stream, for the record and nobody else.
 RECORD_ONLY: Takes = {"out": ignore}
 USUAL_PIPE = 64 * KIB  # bytes that a pipe holds unless it is widened, pipe(7)
-# Waits at descriptor 0 for a line, or for our end: then it discards what comes from 1.  In the
-# background, so that its parent ends at once: we need not wait for it.
+# Waits for a line at descriptor 0, a pipe that ends with us: then it discards what comes from
+# descriptor 1, which is the FIFO.  In the background, so that its parent ends at once: we need not
+# wait for it.
 KEEPER = "exec 3<&0 4<&1 >/dev/null; (read -r _ <&3 || exec cat <&4) &"
 # The same for a run that outlives us: it holds what is in the FIFO, until the next server, which
 # has read it, writes a line to the FIFO at descriptor 2.
@@ -4061,8 +4075,8 @@ class Output(Pipe):
         self._drop_lifeline()
         self.close()
 
-    def check(self) -> None:
-        """Raise OSError if too few descriptors are left."""
+    def check_descriptors_left(self) -> None:
+        """Raise OSError if too few are: this is the newest."""
         check_descriptor(self.fd)
 
     def read(self) -> None:
@@ -4118,9 +4132,11 @@ class Output(Pipe):
 
     def read_rest(self) -> None:
         """Take what is in the pipe; close at its end.  A pipe holds no more than CHUNK bytes."""
-        for _ in ("what there is", "the end"):
-            if self.fd >= 0:
-                self.read()
+        if self.fd >= 0:
+            self.read()
+        # If that was all, this finds the end.
+        if self.fd >= 0:
+            self.read()
 
     def finish(self) -> None:
         """The run is over: what others still write is only recorded."""
@@ -4378,9 +4394,12 @@ HISTORY = "ignorespace:ignoredups"
 #   outputs, sound  open them, write-only; where a FIFO was wiped, that has made a file: leave
 #   start           report the pid, which is the process group as well
 #   cd, export, exec   become the command
-#   end             see END_WITH_SERVER and END_FOR_NEXT
-#   read            let the server show the end first; a shell that knows no `-t` does not wait
+#   end             END_WITH_SERVER or END_FOR_NEXT; `}}` there ends what `trap` began
+#   read            let the server show the end first; a shell that knows no `-t` does not wait.  A
+#                   lasting run waits once more before that: until its output is recorded
 #   back            report the return: the prompt comes
+#
+# `_pc` is the pid of the command, and its exit code once it has ended.
 #
 # Backslashes keep aliases out.  Functions of the same names matter outside the subshell: no exec
 # and no echo there.  `&&` keeps `set -e` out.
@@ -4452,7 +4471,7 @@ def remove_folder(folder: str) -> None:
 
 
 class RunFiles:
-    """The files of one run: `path` with suffixes, see the Map.  Made by RunFolder.open.
+    """The files of one run: `path` with suffixes, see "Files of a run" at the top.
 
     on_report  called with what go reports: `start`, `exit` or `back`, and a number
     on_closed  called when the last output has closed itself: no writer is left
@@ -4474,19 +4493,20 @@ class RunFiles:
         self.on_closed = on_closed
         self.outputs: list[Output] = []
         self.feed: Input | None = None
-        # No run needs them any more; then, whether the next one can have the names.
+        # No run needs them any more.
         self.released = False
+        # Then the next one can have the names.
         self.reusable = False
 
     def open(self, record: Record, takes: Takes, fed: bool) -> None:
-        """Open our ends.  Before the line is typed: a FIFO that no process has open forgets.
+        """Open our ends, before the line is typed: what nobody has open keeps nothing.
 
         Raises OSError.
         """
         for name, take in takes.items():
             path = f"{self.path}.{name}"
             self.outputs.append(Output(path, record, take, self._on_output_closed))
-        self.outputs[-1].check()
+        self.outputs[-1].check_descriptors_left()
         if fed:
             self.feed = Input(f"{self.path}.in")
 
@@ -4577,6 +4597,7 @@ class RunFiles:
     def _on_output_closed(self) -> None:
         if self.is_open():
             return
+        # `_give_back` lets go of it.
         on_closed = self.on_closed
         self._give_back()
         on_closed()
@@ -4603,10 +4624,10 @@ def check_own(folder: str) -> None:
 
 
 class LockedFolder:
-    """The directory of a driver's runs, beside the socket: `SOCKET.d/N`, while we hold its lock.
+    """The directory of a driver's runs: `SOCKET.d/DRIVER`, while we hold its lock.
 
     `status` is a FIFO for the reports of all runs, lines of token, word, number.  A run has the
-    files `SOCKET.d/N/RUN.*`.
+    files `SOCKET.d/DRIVER/RUN.*`.
     """
 
     def __init__(self, base: str, path: str, lock: int, pane_user: int) -> None:
@@ -4703,7 +4724,7 @@ class RunFolder(LockedFolder):
         # How many names were made, and which of them are free again.
         self.count = 0
         self.free = list[str]()
-        self.tasks = [asyncio.ensure_future(adopt(folder)) for folder in left]
+        self.tasks = [asyncio.ensure_future(drain_folder(folder)) for folder in left]
 
     def is_there(self) -> bool:
         """False if somebody wiped or replaced it: no line of it runs any more.
@@ -4889,7 +4910,7 @@ class FoundFolder(LockedFolder):
             self.status.loop.call_later(ADOPT_PAUSE, self.close)
 
 
-async def adopt(folder: str) -> None:
+async def drain_folder(folder: str) -> None:
     """Read to its end, and remove, what a killed driver left; its commands run to their end."""
     # OSError: its driver lives, or it is not our directory.
     with contextlib.suppress(OSError):
@@ -5086,8 +5107,9 @@ class Prompt(enum.Enum):
     |          | the shell does not show that                |                   |
     | SETTLING | nothing more                                | typed with CLEAR  |
     | KNOWN    | nothing                                     | typed if unchanged|
-    | STALE    | nothing, if the pane is in the state that   | typed if unchanged|
-    |          | was last known; CLEAR at that prompt; C-c   | typed with CLEAR  |
+    | STALE    | nothing, if the pane is in that state again | typed if unchanged|
+    |          | CLEAR, right of where that prompt ends      | typed with CLEAR  |
+    |          | C-c, anywhere else                          | typed with CLEAR  |
     """
 
     STARTING = enum.auto()  # a new shell: anything may have been typed while it read its files
@@ -5162,7 +5184,7 @@ class PaneShell:
         os.close(self.lock)
         self.lock = -1
 
-    def answered(self) -> None:
+    def ran_line(self) -> None:
         """It has run our line."""
         self.ran = True
         self.missed = 0
@@ -5197,7 +5219,8 @@ class PaneShell:
             if not self.ran and not self._reads_tty():
                 return Look.BUSY
 
-            look = self._look_at_tty() if SHELLS[shell.name] else Look.READY
+            edits_line = SHELLS[shell.name]
+            look = self._look_at_tty() if edits_line else Look.READY
 
             # Bash takes single keys before it can take C-c: then the next line would lose its
             # first character.
@@ -5216,9 +5239,8 @@ class PaneShell:
         """READY if its terminal gives single keys, and it has read all of them."""
         tty = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
         try:
-            typed_ahead = any(fcntl.ioctl(tty, termios.FIONREAD, bytes(4)))
             by_line = termios.tcgetattr(tty)[3] & termios.ICANON
-            return Look.SOON if typed_ahead or by_line else Look.READY
+            return Look.SOON if by_line or unread_bytes(tty) else Look.READY
         finally:
             os.close(tty)
 
@@ -5246,7 +5268,7 @@ class PaneShell:
             if look is not Look.SOON or self.stopped:
                 return look is Look.READY
 
-            # A shell that never shows that it is ready is believed to be.
+            # Of a shell that never shows that it is ready, that is assumed.
             if not self.shown and (self.ran or time.monotonic() >= deadline):
                 return True
             if time.monotonic() >= deadline:
@@ -5262,6 +5284,7 @@ class PaneShell:
         the line right behind it.
         """
         prompt = self.prompt
+        # After this a line is typed.
         self.prompt = Prompt.STALE
         self.extra_rows = 0
         if prompt is Prompt.KNOWN:
@@ -5270,7 +5293,7 @@ class PaneShell:
             return None
 
         now = await tmux.state(self.pane)
-        if not now.endswith(" 0 0"):
+        if not is_in_no_mode(now):
             now = await tmux.leave_modes(self.pane)
 
         if now == self.empty_prompt:
@@ -5301,7 +5324,7 @@ class PaneShell:
 
     def _is_empty(self, now: str) -> bool:
         """Whether the cursor is in the column where the known prompt ends, and in no mode."""
-        return now.split()[0] == self.empty_prompt.partition(" ")[0] and now.endswith(" 0 0")
+        return now.split()[0] == self.empty_prompt.partition(" ")[0] and is_in_no_mode(now)
 
     async def empty_state(self, tmux: Tmux) -> str | None:
         """PANE_STATE, if its shell waits for a command and nothing is typed there."""
@@ -5529,10 +5552,11 @@ class Terminal:
         self.names = (name, name.replace(":", "-"))
         # One for each pane.
         self.shells: list[PaneShell] = []
-        # The connection when they were looked at, and its notices by then.
+        # The connection by which they were looked at, and its `notice_count` just before.
         self.looked_at: tuple[Tmux, int] | None = None
-        # Panes in use, by id, the newest last; True: the command has ended, its prompt comes soon.
-        self.used: dict[str, bool] = {}
+        # Panes in use, by id; and those of them whose command has ended: the prompt comes soon.
+        self.used: set[str] = set()
+        self.returning: set[str] = set()
         # Those of them with commands for which nobody waits.
         self.unattended: set[str] = set()
         self.waiting = 0
@@ -5568,7 +5592,7 @@ class Terminal:
                 shell.let_go()
                 break
             if shell:
-                self.used[shell.pane.pane_id] = False
+                self.used.add(shell.pane.pane_id)
                 return shell, tmux
 
             # Tmux does not tell when a person's program ends, so look now and then.
@@ -5580,7 +5604,7 @@ class Terminal:
 
     def will_return(self, shell: PaneShell) -> None:
         """Its command has ended, and the prompt comes soon."""
-        self.used[shell.pane.pane_id] = True
+        self.returning.add(shell.pane.pane_id)
 
     def unattend(self, shell: PaneShell) -> None:
         """Nobody waits for its command: another command may have one pane more."""
@@ -5598,14 +5622,15 @@ class Terminal:
             for shell in self.shells:
                 if shell.pane.pane_id == pane_id and shell.pane.pid == pid:
                     shell.hold_as_it_is()
-                    self.used[pane_id] = False
+                    self.used.add(pane_id)
                     self.unattended.add(pane_id)
                     return shell, tmux
         return None
 
     def let_go(self, shell: PaneShell) -> None:
         """Others may use it."""
-        del self.used[shell.pane.pane_id]
+        self.used.remove(shell.pane.pane_id)
+        self.returning.discard(shell.pane.pane_id)
         self.unattended.discard(shell.pane.pane_id)
         shell.let_go()
         self.freed.set()
@@ -5667,7 +5692,8 @@ class Terminal:
         Raises NoTerminal.
         """
         tmux = self.sandbox.tmux
-        if tmux and not tmux.closed and self.looked_at == (tmux, tmux.notices):
+        has_news = tmux is None or self.looked_at != (tmux, tmux.notice_count)
+        if tmux and not tmux.closed and not has_news:
             return tmux
 
         for attempt in range(LOOK_TRIES):
@@ -5692,7 +5718,7 @@ class Terminal:
 
     async def _look_once(self) -> Tmux:
         tmux = await self.sandbox.connect(self.name)
-        notices = tmux.notices
+        notice_count = tmux.notice_count
         panes = self._own(await tmux.panes())
         new = [pane.pid for pane in tmux.made]
         if not panes:
@@ -5713,7 +5739,7 @@ class Terminal:
             shell.moved(pane)
             self.shells.append(shell)
 
-        self.looked_at = (tmux, notices)
+        self.looked_at = (tmux, notice_count)
         return tmux
 
     def _own(self, panes: list[Pane]) -> list[Pane]:
@@ -5750,9 +5776,12 @@ class Terminal:
             for shell in free:
                 shell.forgive()
 
-            raise NoTerminal(f"no shell in the window {self.name} answers: the terminal shows why")
+            raise NoTerminal(self.no_answer())
 
         return None
+
+    def no_answer(self) -> str:
+        return f"no shell in the window {self.name} answers: the terminal shows why"
 
     def _may_split(self) -> bool:
         """Whether there may be one more pane.
@@ -5762,8 +5791,7 @@ class Terminal:
         """
         silent = [shell for shell in self.shells if shell.missed >= MAX_MISSED]
         attended = len(self.used) - len(self.unattended) + len(silent)
-        one_returns = any(self.used.values())
-        return not one_returns and attended < MAX_PANES and len(self.shells) < MAX_ALL_PANES
+        return not self.returning and attended < MAX_PANES and len(self.shells) < MAX_ALL_PANES
 
     async def _split(self, tmux: Tmux) -> bool:
         """Make one more pane."""
@@ -5808,7 +5836,7 @@ class Location:
 
 
 class Run:
-    """One command: what was asked, how far it is, what it has printed.
+    """What callers see of one command: what was asked, how far it is, what it has printed.
 
     is_lasting  it outlives its caller and the server
     """
@@ -5867,7 +5895,7 @@ class Run:
         self.location: Location | None = None
         # Its caller has the answer, or has gone.
         self.is_answered = False
-        # Its server stops; it goes on.
+        # Its server stops, and follows it no more.
         self.is_left = False
 
     def start(self) -> None:
@@ -6248,10 +6276,13 @@ UNWATCHED = Watch()
 
 
 class Phase(enum.IntEnum):
-    """How far a run is.  Only `Job._enter` changes it."""
+    """How far a job is.  Only `Job._enter` changes it.
+
+    Its run is WAITING before RUNNING, and ENDED from OVER on.
+    """
 
     HELD = 0  # it has a pane; its files are being made
-    TYPED = 1  # tmux was asked to type the line that runs it
+    SENT = 1  # tmux was asked to type the line that runs it
     RUNNING = 2  # go has reported its start
     SETTLING = 3  # its end is reported, and something that it started may still write
     OVER = 4  # exit code, duration and all output are known
@@ -6259,7 +6290,7 @@ class Phase(enum.IntEnum):
 
 
 class Job:
-    """One run of a command, from its files to the prompt after it.
+    """A run at work in a pane, from its files to the prompt after it.
 
     run         what callers see of it, with the record of its output
     takes       who else gets the output: {"out"} for both streams, or {"out", "err"}
@@ -6268,13 +6299,13 @@ class Job:
     watch       follows it
     on_release  called when the pane is free
 
-    | event              | HELD     | TYPED             | RUNNING  | SETTLING | OVER     |
+    | event              | HELD     | SENT              | RUNNING  | SETTLING | OVER     |
     |--------------------|----------|-------------------|----------|----------|----------|
     | tmux did not type  |          | RELEASED          |          |          |          |
     | report start       |          | RUNNING           |          |          |          |
-    | report exit        |          | it cannot start   | SETTLING |          |          |
+    | report exit        |          | it cannot begin   | SETTLING |          |          |
     | all read, or quiet |          |                   |          | OVER     |          |
-    | report back        |          | RELEASED          | lost     | later    | RELEASED |
+    | report back        |          | RELEASED          | lost     | at OVER  | RELEASED |
     | cancelled          | RELEASED | void, or ladder   | ladder   | OVER     |          |
     | its time is over   |          |                   | ladder   |          |          |
     | its shell died     | RELEASED | void, or lost     | lost     |          |          |
@@ -6282,6 +6313,7 @@ class Job:
     | server stops       |          | RELEASED          | RELEASED | RELEASED |          |
 
     void: it never starts, RELEASED.  lost: OVER, then RELEASED.  ladder: see `climb`.
+    it cannot begin: go comes back at once.  at OVER: RELEASED once its end is shown.
     server stops: only of a lasting run, which goes on; others are cancelled.
     """
 
@@ -6325,19 +6357,22 @@ class Job:
         self.loop = asyncio.get_running_loop()
 
         self.phase = Phase.HELD
-        # True: it runs, or it is over and has a result.
+        # False: its pane was given back before it ran.
         self.started: asyncio.Future[bool] = self.loop.create_future()
         self.over = asyncio.Event()
         # From OVER on.
         self.how_it_ended: CommandResult | None = None
-        # Go has read its files to the end, or never will: its line was not typed.
-        self.returned = False
+        # Go needs its files no more: it has reported `back`, or its line was not typed.
+        self.go_is_done = False
         # Whatever is left of it at its end is ended too.
         self.leaves_nothing = False
 
-        # A key of ENDINGS, and the reason.
+        # A key of ENDINGS; "exit": nobody has ended it.
         self.ended = "exit"
+        # Why, for people.
         self.why = ""
+        # Why go cannot begin, for people; "": it can, or has not been tried.
+        self.cannot_begin = ""
         self.exit_code = 0
         # The process group of its command, while that runs; None: unknown, or not to be signalled.
         self.group: int | None = None
@@ -6425,7 +6460,7 @@ class Job:
         )
         takes = {name: partial(self._take, take) for name, take in self.takes.items()}
         self.files.open(self.record, takes, fed=False)
-        self._enter(Phase.TYPED)
+        self._enter(Phase.SENT)
         # OSError: no descriptor is left, and a person sees nothing of it.
         with contextlib.suppress(OSError):
             self.view = View(self.shell.pane, self.request.cmd)
@@ -6448,7 +6483,7 @@ class Job:
     def _type(self, line: str, empty_prompt: str | None) -> None:
         """Have tmux type `line`, unless somebody has typed since; see `PaneShell.clear`."""
         pane = self.shell.pane
-        self._enter(Phase.TYPED)
+        self._enter(Phase.SENT)
         self.typed_at = time.monotonic()
         clearing = CLEAR if empty_prompt is None else ()
         reply = self.tmux.send_keys(pane, empty_prompt, *clearing, line, "Enter")
@@ -6463,14 +6498,16 @@ class Job:
     def _on_typed(self, reply: asyncio.Future[list[str]]) -> None:
         if reply.exception():
             self.void()
-        elif reply.result():
-            # It was not typed.
-            self.returned = True
+            return
+
+        was_refused = bool(reply.result())
+        if was_refused:
+            self.go_is_done = True
             self.release()
 
     def void(self) -> bool:
         """Make sure that it never starts; False: it already has."""
-        if self.phase is Phase.TYPED and self.files and not self.files.void():
+        if self.phase is Phase.SENT and self.files and not self.files.void():
             return False
         self.release()
         return True
@@ -6484,12 +6521,13 @@ class Job:
 
     def _on_report(self, word: str, number: int) -> None:
         """Take what go reports: `start` with its pid, `exit` with the code, `back`."""
-        if word == "start" and self.phase is Phase.TYPED:
+        if word == "start" and self.phase is Phase.SENT:
             self._on_start(number)
         elif word == "exit" and self.phase is Phase.RUNNING:
             self._settle(number & 255)
-        elif word == "exit" and self.phase is Phase.TYPED and self.files:
-            self.why = (
+        elif word == "exit" and self.phase is Phase.SENT and self.files:
+            # It reports `back` next, and is released by that.
+            self.cannot_begin = (
                 "its shell cannot make the file of the process, or the process: see the terminal"
             )
             self.files.let_return()
@@ -6502,7 +6540,7 @@ class Job:
         if self.files and self.files.folder.may_signal(pid):
             self.group = pid
 
-        self.shell.answered()
+        self.shell.ran_line()
         self._later(min(WATCH_PAUSE, self.request.timeout), self.tick)
 
         # It may have been cancelled before we knew whom to signal.
@@ -6516,9 +6554,9 @@ class Job:
 
     def _on_back(self) -> None:
         """Go has returned: the prompt comes."""
-        self.returned = True
+        self.go_is_done = True
         if self.phase is Phase.RUNNING:
-            # Somebody has read its report.
+            # Another process has read the report from `status`.
             self.end("lost", "its shell did not report the end")
         # While it settles, what still writes is read first.
         if self.phase is not Phase.SETTLING:
@@ -6536,8 +6574,8 @@ class Job:
 
     def tick(self) -> None:
         """Look now and then whether its shell lives, and whether its time is over."""
-        # A loop that was stopped for a while runs timers first: what is reported was in time.
-        if self.phase >= Phase.TYPED and self.files:
+        # After a stall of our process timers come first: a report that waits was in time.
+        if self.phase >= Phase.SENT and self.files:
             self.files.folder.on_status()
 
         pause = WATCH_PAUSE
@@ -6556,7 +6594,9 @@ class Job:
         age = time.monotonic() - self.typed_at
         if age < patience and not has_ended(self.shell.pane.pid):
             return
-        if not self.void() and age > patience + START_TIMEOUT:
+
+        may_have_started = not self.void()
+        if may_have_started and age > patience + START_TIMEOUT:
             self.end("lost", "it never reported its start")
 
     def _watch(self) -> float:
@@ -6582,8 +6622,12 @@ class Job:
             # It has ended by itself: the answer waits no longer for what still writes.
             self._finish()
 
-        if self.phase >= Phase.OVER or (self.phase < Phase.RUNNING and self.void()):
+        if self.phase >= Phase.OVER:
             return
+        if self.phase < Phase.RUNNING:
+            never_starts = self.void()
+            if never_starts:
+                return
 
         is_first = self.ended == "exit"
         if is_first:
@@ -6616,9 +6660,10 @@ class Job:
         assert self.files is not None
         is_read = self.files.read_rest()
         if self.record.is_lasting:
-            # Until now its shell, or one in the background, has held the outputs open.
+            # Go waits twice: until the output is recorded, and until the end is shown.
             self.files.let_return()
         if is_read:
+            # It may have been so before this report.
             self._on_all_read()
         else:
             self.files.keep()
@@ -6630,7 +6675,7 @@ class Job:
             # Before the end is saved: so it need not be saved twice.
             self.record.finish()
             self._finish()
-        # One that never started is tried again in other files.
+        # If it is not over, it has never started, and goes on as another job with other files.
         if self.over.is_set():
             self.runs.complete(self.run)
 
@@ -6721,8 +6766,8 @@ class Job:
         if self.files and self.phase is Phase.OVER:
             self.files.let_return()
 
-        # A shell whose `read` knows no limit did not wait for us.
-        if self.returned and self.phase is Phase.OVER:
+        # Go did not wait for us: it came back while output was read, or its `read` knows no -t.
+        if self.go_is_done and self.phase is Phase.OVER:
             self.release()
             self.shell.back(self.tmux)
 
@@ -6744,8 +6789,8 @@ class Job:
             self.files.release(
                 has_run=self.started_at != math.inf,
                 was_typed=was_typed,
-                # Otherwise `processes_of` would find the next run too.
-                reusable=self.returned and self.ending is None,
+                # What ends it knows its processes by these names: the next run must not have them.
+                reusable=self.go_is_done and self.ending is None,
             )
 
         # Let go of the callers that took output, or wait for the end.
@@ -6811,7 +6856,7 @@ class Job:
 
 async def over_within(job: Job, seconds: float) -> bool:
     """Wait for its end, `seconds` at most."""
-    return await set_within(job.over, seconds)
+    return await is_set_within(job.over, seconds)
 
 
 def signal_group(job: Job, number: int) -> None:
@@ -6954,7 +6999,7 @@ class Collector:
         # Its shell, and those in the background that held the output for us.
         self.files.let_return(waiters=HOLDERS)
         if self.run.result is None:
-            await set_within(self.closed, LATE_OUTPUT_TIMEOUT)
+            await is_set_within(self.closed, LATE_OUTPUT_TIMEOUT)
             result = self._result()
             self.watch.end(result)
             self.runs.end(self.run, result)
@@ -7034,12 +7079,12 @@ class PocketCoderDriver:
 
     def terminal(self, agent_name: str) -> Terminal:
         """This agent's, which need not exist yet."""
-        self._close_with_loop()
+        self._arrange_close()
         if agent_name not in self.terminals:
             self.terminals[agent_name] = Terminal(self.sandbox, f"{agent_name}:terminal")
         return self.terminals[agent_name]
 
-    def _close_with_loop(self) -> None:
+    def _arrange_close(self) -> None:
         """Close when the event loop does: with the next one it starts anew."""
         if self.closer is None:
             self.closer = asyncio.ensure_future(self._wait_and_close())
@@ -7093,7 +7138,7 @@ class PocketCoderDriver:
         try:
             return await self._start(run, request, takes, fed, watch)
         except BaseException as failure:
-            self._note_unstarted(run, failure)
+            self._forget_unless_started(run, failure)
             raise
 
     async def _start(
@@ -7103,7 +7148,7 @@ class PocketCoderDriver:
         asked_at = time.monotonic()
         is_told = False
         job = None
-        why = f"no shell in the window {terminal.name} answers: the terminal shows why"
+        why = ""
 
         try:
             for attempt in range(START_TRIES):
@@ -7131,24 +7176,23 @@ class PocketCoderDriver:
                         await watch.start(run.run_id)
                         is_told = True
 
-                    problem = await self._try(job)
+                    why = await self._try(job)
                 except BaseException:
                     # Whatever it is, the pane is given back.
                     job.end("cancelled")
                     raise
 
-                if problem is None:
+                if not why:
                     return job
 
-                why = problem or why
-
-                # The first time somebody may just have wiped its files.
-                if job.why and attempt > 0:
+                # Once its files may just have been wiped.  Twice is a reason to give up.
+                if job.cannot_begin and attempt > 0:
                     break
 
             raise NoTerminal(why)
         except BaseException as failure:
-            if is_told and job and not job.over.is_set() and job.ending is None:
+            reports_its_end = job is not None and (job.over.is_set() or job.ending is not None)
+            if is_told and not reports_its_end:
                 watch.end(unstarted_result(run, failure))
 
             raise
@@ -7157,11 +7201,10 @@ class PocketCoderDriver:
         watch.end(result)
         self.runs.end(run, result)
 
-    def _note_unstarted(self, run: Run, failure: BaseException) -> None:
-        """Its request failed, or was cancelled before its start."""
+    def _forget_unless_started(self, run: Run, failure: BaseException) -> None:
+        """Its request failed, or was cancelled, most likely before its start."""
         job = self.running.get(run.run_id)
         if run.state is RunState.ENDED or (job is not None and job.ending is not None):
-            # It has started after all, and is being ended.
             return
 
         if run.is_answered and run.is_lasting:
@@ -7233,32 +7276,29 @@ class PocketCoderDriver:
             raise complain("run_id", run.run_id, "a command that runs now")
         signal_group(job, number)
 
-    async def _try(self, job: Job) -> str | None:
-        """Start it in its pane; None if it runs, or has ended.
-
-        Otherwise the reason; "": its shell did not run the line.
-        """
+    async def _try(self, job: Job) -> str:
+        """Start it in its pane; why that failed; "": it runs, or has ended."""
         try:
             if await job.start():
-                return None
+                return ""
         except (NoTerminal, OSError) as failure:
             # No space, no descriptors; or the terminal has just died.
             job.terminal.look_again()
             why = f"cannot prepare a run in {self.socket_path}.d: {failure}"
             job.end("lost", why)
             if job.over.is_set():
-                return None
+                return ""
 
             await asyncio.sleep(RETRY_PAUSE)
             return why
 
-        if not job.returned:
+        if not job.go_is_done:
             job.shell.did_not_answer()
 
-        if job.why and job.files:
-            return f"cannot begin a run in {job.files.path}: {job.why}"
+        if job.cannot_begin and job.files:
+            return f"cannot begin a run in {job.files.path}: {job.cannot_begin}"
 
-        return ""
+        return job.terminal.no_answer()
 
     def _on_release(self, job: Job) -> None:
         """It holds no pane any more."""
@@ -7281,9 +7321,9 @@ class PocketCoderDriver:
         if not found:
             return
 
-        self._close_with_loop()
+        self._arrange_close()
         # All are locked before the first of them is used: to connect to tmux makes a directory for
-        # new runs, and that drains all others.
+        # new runs, and that drains all that nobody has locked.
         for path in {os.path.dirname(run.location.path): None for run in found if run.location}:
             folder = FoundFolder.at(path, f"{self.socket_path}.d")
             if folder is not None:
@@ -7532,7 +7572,7 @@ class PocketCoderDriver:
         # that is being ended only we know why.
         left = set[str]()
         for job in self.jobs():
-            is_underway = job.phase >= Phase.TYPED and not job.over.is_set()
+            is_underway = job.phase >= Phase.SENT and not job.over.is_set()
             if job.record.is_lasting and is_underway and job.ending is None:
                 job.abandon()
                 self.runs.save(job.run)
@@ -7570,7 +7610,7 @@ class PocketCoderDriver:
 
     def running_now(self) -> int:
         """How many commands run."""
-        return len([job for job in self.jobs() if Phase.TYPED <= job.phase < Phase.OVER])
+        return len([job for job in self.jobs() if Phase.SENT <= job.phase < Phase.OVER])
 
     def waiting_now(self) -> int:
         """How many commands wait for a pane."""
@@ -7707,7 +7747,7 @@ class ScreenReader:
 
     async def next(self, seconds: float) -> list[str]:
         """The pictures that are new, after `seconds` none."""
-        await set_within(self.came, seconds)
+        await is_set_within(self.came, seconds)
         self.came.clear()
         events = [*self.unread.values()]
         self.unread.clear()
@@ -7736,7 +7776,7 @@ class Screen:
 
     async def _follow(self) -> None:
         while True:
-            await set_within(self.changed, SCREEN_CHECK if self.pane_ids else ABSENT_CHECK)
+            await is_set_within(self.changed, SCREEN_CHECK if self.pane_ids else ABSENT_CHECK)
             await asyncio.sleep(SCREEN_SETTLE)
             self.changed.clear()
 
@@ -8720,7 +8760,7 @@ class Outbox:
                     continue
 
                 self.news.clear()
-                has_news = await set_within(self.news, KEEP_ALIVE)
+                has_news = await is_set_within(self.news, KEEP_ALIVE)
                 if not has_news and self.reader is mine:
                     yield None
         finally:
@@ -11287,7 +11327,7 @@ class Relay(McpServer):
 
     async def _wait_for_room(self, deadline: float) -> None:
         self.room.clear()
-        if not await set_within(self.room, deadline - time.monotonic()):
+        if not await is_set_within(self.room, deadline - time.monotonic()):
             raise RelayError(
                 f"server {self.name}: {len(self.clients)} clients use it, "
                 f"expected fewer than {MAX_CHILDREN}: try later"
@@ -11812,7 +11852,7 @@ async def executed(
     patience: float | None = None,
     fed: bool = False,
 ) -> AsyncIterator[Run]:
-    """Run a command to its end; its run, whose output is kept while this is open.
+    """Run a command to its end; yield its run, whose output is kept while this is open.
 
     See `PocketCoderDriver.start` and `Job.result`.
     door  the way in which the command came, for the audit log
@@ -11827,9 +11867,9 @@ async def executed(
                 await started(job)
             await job.result(patience)
         finally:
-            # If it has not ended yet, its caller has left.
+            # If it has not ended yet, its caller has left; also during `started`.
             job.end("cancelled")
-        await check_recorded(state, run)
+        await check_audited(state, run)
         yield run
     finally:
         state.driver.runs.answered(run)
@@ -11841,13 +11881,13 @@ async def launched(
 ) -> AsyncIterator[Run]:
     """Run a command that goes on after `wait` seconds, or when its caller leaves.
 
-    Its run, ended or not, whose output is kept while this is open.
+    Yields its run, ended or not, whose output is kept while this is open.
     """
     run = state.driver.launch(request, Notes(state, request, door))
     try:
-        await set_within(run.wait_over, wait)
+        await is_set_within(run.wait_over, wait)
         if run.result is not None:
-            await check_recorded(state, run)
+            await check_audited(state, run)
         elif run.failure is not None:
             raise run.failure
         state.driver.save_waiting(run)
@@ -11856,7 +11896,7 @@ async def launched(
         state.driver.unattend(run)
 
 
-async def check_recorded(state: AppState, run: Run) -> None:
+async def check_audited(state: AppState, run: Run) -> None:
     """Wait until the end of a run is in the audit log.  Raises ProxyError if that fails."""
     try:
         await state.audit.written()
@@ -12033,7 +12073,7 @@ async def answer_of_run(
         await wait_with_progress(run, wait, report)
 
     if run.result is not None:
-        await check_recorded(state, run)
+        await check_audited(state, run)
     elif run.failure is not None:
         raise run.failure
     state.driver.save_waiting(run)
@@ -12099,7 +12139,7 @@ async def wait_with_progress(run: Run, wait: float, report: Report | None) -> No
     """Wait for the end of a run, `wait` seconds at most."""
     progress = Progress(report, run) if report else None
     try:
-        await set_within(run.wait_over, wait)
+        await is_set_within(run.wait_over, wait)
     finally:
         if progress:
             progress.stop()
@@ -12145,7 +12185,7 @@ async def end_run_tool(state: AppState, arguments: Message, report: Report | Non
     elif run.result is None:
         state.driver.signal_run(run, SIGNAL_NUMBERS[name])
 
-    await set_within(run.wait_over, END_PATIENCE)
+    await is_set_within(run.wait_over, END_PATIENCE)
     if run.result is None and run.failure is not None:
         raise run.failure
 
@@ -14704,7 +14744,10 @@ async def metrics_handler(state: AppState) -> str:
 
 @contextlib.asynccontextmanager
 async def answering(state: AppState, request: ExecRequest) -> AsyncIterator[Run]:
-    """Run a command to its end, or for `wait` seconds.  Cancelling this cancels it, see `wait`."""
+    """Run a command to its end, or for `wait` seconds.
+
+    Cancelling this cancels it, unless the request has a `wait`.
+    """
     if request.wait is None:
         async with executed(state, request, "exec", RECORD_ONLY) as run:
             yield run
@@ -14714,7 +14757,10 @@ async def answering(state: AppState, request: ExecRequest) -> AsyncIterator[Run]
 
 
 async def exec_handler(state: AppState, request: ExecRequest) -> ExecResponse:
-    """Run a command to its end, or for `wait` seconds.  Cancelling this cancels it, see `wait`."""
+    """Run a command to its end, or for `wait` seconds.
+
+    Cancelling this cancels it, unless the request has a `wait`.
+    """
     async with answering(state, request) as run:
         return run.answer("".join(run.text()))
 
@@ -14770,10 +14816,10 @@ async def launched_stream_handler(
     )
     try:
         await send(": started\n\n")
-        await set_within(run.wait_over, deadline - time.monotonic())
+        await is_set_within(run.wait_over, deadline - time.monotonic())
         if run.result is not None:
             await asyncio.wait_for(sending, SLOW_READER_TIMEOUT)
-            await check_recorded(state, run)
+            await check_audited(state, run)
         elif run.failure is not None:
             raise run.failure
         state.driver.save_waiting(run)
@@ -15080,6 +15126,7 @@ class Endpoint(tornado.web.RequestHandler):
 
         # A preflight has no token, and learns nothing.
         self.name = (self.path_kwargs or {}).get("name", "")
+        # "", of all other paths, is the built-in server.
         if self.name not in self.state.servers and not is_preflight:
             raise NoSuchPath(f"no server {in_quotes(self.name)}: see GET /servers")
         if method not in self._allowed() or (method == "OPTIONS" and not is_preflight):
@@ -15149,6 +15196,7 @@ class Endpoint(tornado.web.RequestHandler):
         try:
             await work
         except asyncio.CancelledError:
+            # None: the caller has left, see `on_connection_close`.
             if self.task is not None:
                 raise
         except tornado.iostream.StreamClosedError:
@@ -15506,9 +15554,9 @@ class RunEndpoint(Endpoint):
         await self.perform(self.answer(self.run(), self.given()["wait"]))
 
     async def answer(self, run: Run, wait: float) -> None:
-        await set_within(run.wait_over, wait)
+        await is_set_within(run.wait_over, wait)
         if run.result is not None:
-            await check_recorded(self.state, run)
+            await check_audited(self.state, run)
         self.finish_json(run.facts())
 
     async def delete(self, run_id: str) -> None:

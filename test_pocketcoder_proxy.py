@@ -5190,16 +5190,20 @@ def test_replies_of_tmux_are_read_the_same_however_they_are_cut() -> None:
 
     async def read(pieces: list[bytes], count: int) -> Any:
         told: list[int] = []
-        tmux = pp.Tmux("s", lambda: told.append(tmux.notices))
+        tmux = pp.Tmux("s", lambda: told.append(tmux.notice_count))
         replies = [tmux.loop.create_future() for _ in range(count)]
         tmux.replies.extend(replies)
         for piece in pieces:
             tmux.pipe_data_received(1, piece)
         if told:
-            assert told[-1] == tmux.notices
+            assert told[-1] == tmux.notice_count
         assert tmux.attached.result() == ["attached"]
 
-        return tmux.notices, tmux.unread, [reply.exception() or reply.result() for reply in replies]
+        return (
+            tmux.notice_count,
+            tmux.unread,
+            [reply.exception() or reply.result() for reply in replies],
+        )
 
     async def check() -> None:
         for _ in range(50 * FUZZ):
@@ -7379,7 +7383,7 @@ def test_a_command_cancelled_before_it_reports_its_start_gets_term(
             driver.start(pp.ExecRequest("sleep 79.25"), {"out": lambda chunk: None})
         )
         # There is no event to wait for.
-        while not [job for job in driver.jobs() if job.phase is pp.Phase.TYPED]:  # noqa: ASYNC110
+        while not [job for job in driver.jobs() if job.phase is pp.Phase.SENT]:  # noqa: ASYNC110
             await asyncio.sleep(0)
         job = driver.jobs()[0]
         assert job.files is not None
