@@ -15130,7 +15130,8 @@ class Endpoint(tornado.web.RequestHandler):
         if self.name not in self.state.servers and not is_preflight:
             raise NoSuchPath(f"no server {in_quotes(self.name)}: see GET /servers")
         if method not in self._allowed() or (method == "OPTIONS" and not is_preflight):
-            raise MethodNotAllowed("405 Method Not Allowed")
+            expected = " or ".join(self.methods())
+            raise MethodNotAllowed(f"method: got {method}, expected {expected}")
 
         kind = media_type(headers.get("Content-Type", ""))
         if method == "POST" and kind != "application/json":
@@ -15311,6 +15312,18 @@ class EventsEndpoint(Endpoint):
                 raise tornado.iostream.StreamClosedError
             self.write(text)
             await self.flush()
+
+    async def kept_alive(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await what sends events; on a silent stream a comment goes out now and then."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=KEEP_ALIVE))[0]:
+                if self._headers_written and not self.sending.locked():
+                    await self.send_event(": keep-alive\n\n")
+
+            return await task
+        finally:
+            task.cancel()
 
     def _start_stream(self) -> None:
         self.set_header("Content-Type", "text/event-stream")
@@ -15506,13 +15519,8 @@ class ExecEndpoint(EventsEndpoint):
 
     async def answer_stream(self, request: ExecRequest) -> None:
         handler = stream_handler if request.wait is None else launched_stream_handler
-        work = asyncio.ensure_future(handler(self.state, request, self.send_event))
         try:
-            while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
-                if self._headers_written and not self.sending.locked():
-                    await self.send_event(": keep-alive\n\n")
-
-            response = await work
+            response = await self.kept_alive(handler(self.state, request, self.send_event))
         except ProxyError as failure:
             if not self._headers_written:
                 raise
@@ -15522,8 +15530,6 @@ class ExecEndpoint(EventsEndpoint):
             log.warning("stream ended: its reader did not read for %g s", SLOW_READER_TIMEOUT)
             self.stream.close()
             return
-        finally:
-            work.cancel()
 
         event = "running" if response.running else "exit"
         await self.send_event(f"event: {event}\ndata: {response.to_wire()}\n\n")
@@ -15628,14 +15634,7 @@ class RunOutputEndpoint(EventsEndpoint):
 
     async def follow(self, run: Run, offset: int) -> None:
         await self.send_event(": following\n\n")
-        work = asyncio.ensure_future(follow_handler(run, offset, self.send_event))
-        try:
-            while not (await asyncio.wait({work}, timeout=KEEP_ALIVE))[0]:
-                if not self.sending.locked():
-                    await self.send_event(": keep-alive\n\n")
-            await work
-        finally:
-            work.cancel()
+        await self.kept_alive(follow_handler(run, offset, self.send_event))
 
 
 class SocketEndpoint(tornado.websocket.WebSocketHandler, Endpoint):
