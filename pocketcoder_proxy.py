@@ -11478,13 +11478,21 @@ class BuiltInServer(McpServer):
 
             outbox.send(notification("notifications/progress", params))
 
+        tool = TOOLS[call.name]
         wants_progress = call.token is not None
         try:
-            tool = TOOLS[call.name]
             arguments = checked(call.arguments, tool.takes, tool.needs)
-            return await tool.run(self.state, arguments, report if wants_progress else None)
+            result = await tool.run(self.state, arguments, report if wants_progress else None)
         except ProxyError as wrong:
-            return content(str(wrong), failed=True)
+            result = content(str(wrong), failed=True)
+
+        # So that a model notices its slip.
+        ignored = ignored_names(call.arguments, tool.takes.keys())
+        if ignored:
+            remark = f"[arguments that mean nothing here: {', '.join(ignored)}]"
+            result["content"].append({"type": "text", "text": remark})
+
+        return result
 
 
 # ==========================================================================

@@ -11747,6 +11747,24 @@ def test_exec_answers_in_text_for_models_and_data_for_programs(proxy: Proxy, age
 
 
 @pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        pytest.param("exec", {"cmd": "echo hi", "time_out": 3, "agent": "x"}, id="exec"),
+        pytest.param("read_terminal", {"time_out": 3, "agent": "x"}, id="read-terminal"),
+        pytest.param("exec", {"time_out": 3, "agent": "x"}, id="also-beside-an-error"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_named_to_the_model(
+    proxy: Proxy, name: str, arguments: dict[str, Any]
+) -> None:
+    proxy.exec("true")
+    shown = call(proxy, name, **arguments)["content"]
+    assert shown[-1]["text"] == "[arguments that mean nothing here: time_out, agent]"
+    assert len(shown) == 2
+    assert len(call(proxy, "exec", cmd="echo hi")["content"]) == 1
+
+
+@pytest.mark.parametrize(
     ("name", "arguments", "field"),
     [
         pytest.param("exec", {}, "cmd", id="exec-no-cmd"),
