@@ -8671,20 +8671,20 @@ def call_tool(id_: str | int, params: Message, facts: Facts) -> CallTool:
 class Outbox:
     """Messages for one client, in order.  It has one reader at a time: a new one takes over.
 
-    on_full  called when MAX_INBOX messages wait and one more comes
-    heard    False: its client may never listen, so only the newest notifications are kept
+    on_full   called when MAX_INBOX messages wait and one more comes
+    is_heard  False: its client may never listen, so only the newest notifications are kept
     """
 
-    def __init__(self, on_full: Callable[[], object], heard: bool = True) -> None:
+    def __init__(self, on_full: Callable[[], object], is_heard: bool = True) -> None:
         self.on_full = on_full
-        self.heard = heard
+        self.is_heard = is_heard
         self.waiting = deque[Message]()
         # Set when a message comes, or a reader has to end.
         self.news = asyncio.Event()
         # Identifies the newest reader.
         self.reader = object()
         self.readers = 0
-        self.closed = False
+        self.is_closed = False
 
     @classmethod
     def nowhere(cls) -> Outbox:
@@ -8696,10 +8696,10 @@ class Outbox:
     def send(self, message: Message) -> None:
         """Add a message, unless it is closed; progress is skipped while its reader is slow."""
         is_progress = message.get("method") == "notifications/progress"
-        if self.closed or (is_progress and self.crowded()):
+        if self.is_closed or (is_progress and self.is_crowded()):
             return
 
-        if not self.heard and len(self.waiting) >= MAX_INBOX:
+        if not self.is_heard and len(self.waiting) >= MAX_INBOX:
             self._drop_oldest_notification()
 
         if len(self.waiting) < MAX_INBOX:
@@ -8714,11 +8714,11 @@ class Outbox:
                 self.waiting.remove(message)
                 return
 
-    def set_heard(self, heard: bool) -> None:
+    def set_heard(self, is_heard: bool) -> None:
         """Its client listens from now on, or may never listen again."""
-        self.heard = heard
+        self.is_heard = is_heard
 
-    def crowded(self) -> bool:
+    def is_crowded(self) -> bool:
         """Whether its reader is slow, or away."""
         return len(self.waiting) >= MAX_INBOX // 2
 
@@ -8726,13 +8726,13 @@ class Outbox:
         """Wait until it is not crowded, for so many seconds at most."""
         for _ in range(round(seconds / OUTBOX_PAUSE)):
             await asyncio.sleep(0)
-            if self.closed or not self.crowded():
+            if self.is_closed or not self.is_crowded():
                 break
             await asyncio.sleep(OUTBOX_PAUSE)
 
     def close(self) -> None:
         """Let its reader end, once it has everything that waits."""
-        self.closed = True
+        self.is_closed = True
         self.news.set()
 
     def leave(self) -> None:
@@ -8752,7 +8752,7 @@ class Outbox:
         self.news.set()
 
         try:
-            while self.reader is mine and (self.waiting or not self.closed):
+            while self.reader is mine and (self.waiting or not self.is_closed):
                 if self.waiting:
                     yield self.waiting[0]
                     if self.reader is mine:
@@ -8835,7 +8835,7 @@ class Lifetime(enum.Enum):
     HTTP = "http"
 
     @property
-    def calls_have_streams(self) -> bool:
+    def has_response_per_call(self) -> bool:
         """Whether its client may hear of a call without a stream of the session."""
         return self is Lifetime.HTTP
 
@@ -8883,7 +8883,7 @@ class Session:
         self.address = address
 
         # For what belongs to no call, or to a call on a transport with one stream.
-        self.outbox = Outbox(self.overflow, heard=not lifetime.calls_have_streams)
+        self.outbox = Outbox(self.overflow, is_heard=not lifetime.has_response_per_call)
         self.streams = 0
         self.calls: dict[str | int, asyncio.Task[None]] = {}
         # Its last stream, message or answer, in seconds of time.monotonic().
@@ -8962,9 +8962,9 @@ class Session:
         call = asyncio.ensure_future(self._call(message, self.era, outbox))
         self.calls[id_] = call
         # A callback, because a task that is cancelled before its first step reaches no `finally`.
-        call.add_done_callback(partial(self._called, id_, outbox))
+        call.add_done_callback(partial(self._on_call_done, id_, outbox))
 
-    def _called(self, id_: str | int, outbox: Outbox, _: asyncio.Task[None]) -> None:
+    def _on_call_done(self, id_: str | int, outbox: Outbox, _: asyncio.Task[None]) -> None:
         """A call has ended: answered, failed or cancelled."""
         del self.calls[id_]
         self.used = time.monotonic()
@@ -9026,16 +9026,16 @@ class Session:
         finally:
             self.streams -= 1
             self.used = time.monotonic()
-            self.outbox.set_heard(self.streams > 0 or not self.lifetime.calls_have_streams)
+            self.outbox.set_heard(self.streams > 0 or not self.lifetime.has_response_per_call)
             self.expire()
 
     def expire(self) -> None:
         """End the session if it was unused for too long; otherwise check again in time."""
         self._stop_timer()
-        if self.streams or self.outbox.closed:
+        if self.streams or self.outbox.is_closed:
             return
-        in_use = bool(self.calls) and self.lifetime.calls_have_streams
-        left = time_left(self.used, self.kept, in_use)
+        is_in_use = bool(self.calls) and self.lifetime.has_response_per_call
+        left = time_left(self.used, self.kept, is_in_use)
         if left > 0:
             self.expiry = asyncio.get_running_loop().call_later(left, self.expire)
         else:
@@ -9074,17 +9074,17 @@ class Session:
         self.host.sessions.forget(self)
 
 
-def time_left(used: float, idle: float, in_use: bool) -> float:
+def time_left(used: float, idle: float, is_in_use: bool) -> float:
     """Return the seconds until something may have been idle for too long; 0: it has been.
 
     used    its last use, in seconds of time.monotonic()
     idle    seconds for which it may be idle
-    in_use  it is in use just now
+    is_in_use  it is in use just now
     """
     left = used + idle - time.monotonic()
     if left > 0:
         return left
-    return idle if in_use else 0.0
+    return idle if is_in_use else 0.0
 
 
 class SessionMap(dict[str, Session]):
@@ -9140,7 +9140,7 @@ class SessionMap(dict[str, Session]):
         session = self.get(session_id or "")
         if session is None or session.era is Era.MODERN:
             return
-        if session.outbox.heard and session.outbox.crowded():
+        if session.outbox.is_heard and session.outbox.is_crowded():
             return
         if session.level in ("debug", "info"):
             params = {"level": "info", "logger": "exec", "data": data}
@@ -9448,9 +9448,9 @@ class Child:
 
         self.state = ChildState.STARTING
         # Whether it has ever answered a request, even while it was ending.
-        self.answered = False
+        self.has_answered = False
         # Its end is no fault: we want it, or allow for it.
-        self.retired = False
+        self.is_end_expected = False
         # How it ended, for people; "": its stdout is open.
         self.reason = ""
         # Set when it can answer nothing more.
@@ -9506,7 +9506,7 @@ class Child:
         self.state = state
 
     @property
-    def usable(self) -> bool:
+    def is_usable(self) -> bool:
         return self.state in (ChildState.STARTING, ChildState.SERVING)
 
     @property
@@ -9519,9 +9519,9 @@ class Child:
         """How it ended, in a sentence; "": its stdout is open."""
         return f"server {self.name} {self.reason}" if self.reason else ""
 
-    def may_end(self) -> None:
+    def expect_end(self) -> None:
         """Until `keep`, its end is no fault."""
-        self.retired = True
+        self.is_end_expected = True
 
     def keep(self, hello: Message, era: Era) -> None:
         """It has answered the first request: from now on its end is a fault.
@@ -9529,7 +9529,7 @@ class Child:
         hello  that answer
         era    what it shows
         """
-        self.retired = False
+        self.is_end_expected = False
         self.hello = hello
         self.era = era
 
@@ -9543,11 +9543,11 @@ class Child:
 
     def end(self) -> None:
         """Let it end, and with it its group."""
-        self.retired = True
-        self._start_to_end()
+        self.is_end_expected = True
+        self._start_ending()
 
-    def _start_to_end(self) -> None:
-        if self.usable:
+    def _start_ending(self) -> None:
+        if self.is_usable:
             self._enter(ChildState.ENDING)
             self.ender = asyncio.ensure_future(self._end())
 
@@ -9585,11 +9585,11 @@ class Child:
         # Process.wait() may wait for the pipes too.
         while self.process.returncode is None:  # noqa: ASYNC110
             await asyncio.sleep(CHILD_WATCH)
-        self._start_to_end()
+        self._start_ending()
 
     async def _lose(self) -> None:
         """Fail the requests in flight: without its stdout it is of no use."""
-        self._start_to_end()
+        self._start_ending()
         # Its exit status and its last words may be on their way.
         ended = asyncio.ensure_future(self.process.wait())
         await asyncio.wait({ended, self.stderr.reading}, timeout=LAST_WORDS)
@@ -9630,10 +9630,10 @@ class Child:
             return
 
         outbox = self._take_line(line)
-        if outbox and outbox.heard and self.usable:
+        if outbox and outbox.is_heard and self.is_usable:
             # A slow reader slows the child down, but only a little if others use it too.
-            alone = len(self.in_flight.exchanges) <= 1
-            await outbox.room(SLOW_READER_TIMEOUT if alone else CROWD_PAUSE)
+            is_alone = len(self.in_flight.exchanges) <= 1
+            await outbox.room(SLOW_READER_TIMEOUT if is_alone else CROWD_PAUSE)
 
         # It may write without end: let others have their turn.
         await asyncio.sleep(0)
@@ -9686,7 +9686,7 @@ class Child:
     def _take_answer(self, message: Message) -> None:
         if self.state is ChildState.STARTING:
             self._enter(ChildState.SERVING)
-        self.answered = True
+        self.has_answered = True
         self.in_flight.finish(message["id"], sound_answer(self.name, message))
 
     def _take_progress(self, message: Message, token: object) -> Outbox | None:
@@ -9718,9 +9718,9 @@ class Child:
         if self.epitaph:
             raise RelayError(self.epitaph)
         if stdin.is_closing():
-            self._start_to_end()
+            self._start_ending()
 
-        if not self.usable:
+        if not self.is_usable:
             # Drop the message: the child is ending, and `_lose` fails what `send` registers next.
             return
         if stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
@@ -10177,7 +10177,7 @@ class Launcher:
         self.idle = idle
         self.make_room = make_room
         self.on_shared = on_shared
-        self.stopping = False
+        self.is_stopping = False
         # What the server speaks, as far as that is known.
         self.era: Era | None = None
         # Held while the era is found out, and while the child for all clients starts.
@@ -10190,7 +10190,7 @@ class Launcher:
         self.header_rules = HeaderRules()
 
     def running(self) -> list[Child]:
-        return [child for child in self.children if child.usable]
+        return [child for child in self.children if child.is_usable]
 
     async def open(self, hello: Message, on_message: OnMessage, outbox: Outbox) -> Child:
         """Return a child for the client that says `hello`; of a modern server, the one for all.
@@ -10202,7 +10202,7 @@ class Launcher:
             return await self._open(hello, on_message, outbox)
         except RelayError:
             # Perhaps the server allows only one instance.
-            if self.stopping:
+            if self.is_stopping:
                 raise
 
             has_room = await self.make_room()
@@ -10220,11 +10220,11 @@ class Launcher:
 
     async def for_all(self) -> Child:
         """Return the child of a modern server, started if need be."""
-        if self.shared and self.shared.usable:
+        if self.shared and self.shared.is_usable:
             return self.shared
 
         async with self.probing:
-            if self.shared and self.shared.usable:
+            if self.shared and self.shared.is_usable:
                 return self.shared
 
             child = await self._launch(self._from_modern)
@@ -10257,7 +10257,7 @@ class Launcher:
         """
         child = await self._launch(on_message)
         # It may end at a request that it does not know; that is no fault.
-        child.may_end()
+        child.expect_end()
         discovered = asyncio.ensure_future(child.ask(discovery(), Outbox.nowhere()))
         greeted: asyncio.Future[Message] | None = None
 
@@ -10275,7 +10275,7 @@ class Launcher:
                 if greeted is None or "result" not in outcome_of(greeted):
                     return self._share(child, outcome_of(discovered))
 
-            elif discovered.done() and greeted is None and child.usable:
+            elif discovered.done() and greeted is None and child.is_usable:
                 greeted = asyncio.ensure_future(child.ask(hello, outbox))
                 await asyncio.wait({greeted}, timeout=CHILD_START)
 
@@ -10294,7 +10294,7 @@ class Launcher:
         self, child: Child, hello: Message, on_message: OnMessage, outbox: Outbox
     ) -> Child:
         """Replace a child that ended at the probe, or refused it, by one that is only greeted."""
-        is_silent = child.usable and not child.answered
+        is_silent = child.is_usable and not child.has_answered
         child.end()
         if is_silent:
             raise self._gave_no_answer(child, hello)
@@ -10327,7 +10327,7 @@ class Launcher:
             child.end()
             raise
 
-        if not child.answered:
+        if not child.has_answered:
             # `answer` is our own refusal: the child has ended, or has sent no valid message.
             child.end()
             reason = child.epitaph or answer["error"]["message"]
@@ -10349,7 +10349,7 @@ class Launcher:
             if enders:
                 await asyncio.wait(enders, timeout=CHILD_PATIENCE)
 
-        if self.stopping:
+        if self.is_stopping:
             raise RelayError(f"server {self.name}: the proxy is stopping")
 
         began = time.monotonic()
@@ -10364,7 +10364,7 @@ class Launcher:
         child.on_lost.append(self._on_lost)
         child.on_gone.append(self.children.discard)
         self.children.add(child)
-        if self.stopping:
+        if self.is_stopping:
             child.end()
 
         return child
@@ -10375,22 +10375,22 @@ class Launcher:
     def _on_lost(self, child: Child) -> None:
         if self.shared is child:
             self.shared = None
-        if child.retired:
+        if child.is_end_expected:
             return
-        if child.answered:
+        if child.has_answered:
             self.back_off.faulted(child.reason)
         else:
             self.back_off.never_answered(child.began, child.reason)
 
     def end_when_idle(
-        self, child: Child, in_use: Callable[[], bool], end: Callable[[], object]
+        self, child: Child, is_in_use: Callable[[], bool], end: Callable[[], object]
     ) -> None:
         """Call `end` when the child has been unused for `idle` seconds."""
-        if not child.usable:
+        if not child.is_usable:
             return
-        left = time_left(child.used, self.idle, in_use())
+        left = time_left(child.used, self.idle, is_in_use())
         if left > 0:
-            asyncio.get_running_loop().call_later(left, self.end_when_idle, child, in_use, end)
+            asyncio.get_running_loop().call_later(left, self.end_when_idle, child, is_in_use, end)
         else:
             end()
 
@@ -10411,7 +10411,7 @@ class Launcher:
 
     async def close(self) -> None:
         """End all children."""
-        self.stopping = True
+        self.is_stopping = True
         for child in [*self.children]:
             child.end()
         await asyncio.gather(*self._enders(), return_exceptions=True)
@@ -10628,7 +10628,7 @@ class LegacyClient:
         return child
 
     def _on_lost(self, child: Child) -> None:
-        if not child.retired:
+        if not child.is_end_expected:
             self.session.lose()
 
     def _take(self, child: Child, message: Message) -> Outbox | None:
@@ -10650,7 +10650,7 @@ class LegacyClient:
         """Choose the stream of a call if the message surely belongs there, or the session's own."""
         own = self.session.outbox
         in_flight = child.in_flight.exchanges.values()
-        calls = [exchange for exchange in in_flight if not exchange.outbox.closed]
+        calls = [exchange for exchange in in_flight if not exchange.outbox.is_closed]
         if not calls:
             return own
 
@@ -10659,7 +10659,7 @@ class LegacyClient:
         if newest.method in HELLOS and not is_question:
             # Some clients take the answer to `initialize` as JSON only.
             return own
-        if not own.heard:
+        if not own.is_heard:
             # No client would hear it elsewhere.
             return newest.outbox
 
@@ -10699,12 +10699,12 @@ class LegacyClient:
 class Question(NamedTuple):
     """What a legacy child asks a modern client.
 
-    outside  it was asked outside of any call, as when the child starts
+    is_outside  it was asked outside of any call, as when the child starts
     """
 
     child: Child
     message: Message
-    outside: bool = False
+    is_outside: bool = False
 
     @property
     def name(self) -> str:
@@ -10737,7 +10737,7 @@ class Call:
         self.all_answered = asyncio.Event()
         self.all_answered.set()
         # Its client got the questions, and is to return with answers.
-        self.parked = False
+        self.is_parked = False
         # From the start of the child, if need be, to the answer.
         self.work: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
 
@@ -10759,15 +10759,15 @@ class Call:
 
     @property
     def may_be_asked(self) -> bool:
-        return self.may_ask and not self.parked
+        return self.may_ask and not self.is_parked
 
     def park(self) -> None:
         """Its client was sent away."""
-        self.parked = True
+        self.is_parked = True
 
     def unpark(self) -> None:
         """Its client has returned, or never will."""
-        self.parked = False
+        self.is_parked = False
 
     def put(self, question: Question) -> None:
         self.questions[question.name] = question
@@ -10858,9 +10858,9 @@ class ModernClient:
         self.used = time.monotonic()
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether nothing is in flight; its person may be about to answer."""
-        return all(call.parked for call in self.calls)
+        return all(call.is_parked for call in self.calls)
 
     # Its calls
 
@@ -10954,10 +10954,10 @@ class ModernClient:
         if call in self.calls:
             self.calls.remove(call)
 
-        others = any(each.may_ask for each in self.calls)
+        others_may_ask = any(each.may_ask for each in self.calls)
         for question in call.remove_all():
             # What a cancelled call made the child ask is of no use to later calls.
-            if question.outside or others or call.work.done():
+            if question.is_outside or others_may_ask or call.work.done():
                 self.questions.append(question)
             else:
                 question.refuse(RelayError("the client did not answer"))
@@ -10969,7 +10969,7 @@ class ModernClient:
         self._report_if_unused()
 
     def _report_if_idle(self) -> None:
-        if self.idle:
+        if self.is_idle:
             self.on_idle()
 
     def _report_if_unused(self) -> None:
@@ -10990,7 +10990,7 @@ class ModernClient:
     def _has_child(self) -> bool:
         """Whether it has a child that can be used, or one that is starting."""
         child = child_of(self.starting)
-        return is_starting(self.starting) or (child is not None and child.usable)
+        return is_starting(self.starting) or (child is not None and child.is_usable)
 
     async def _start(self) -> Child:
         """Start its child, and let that ask its questions."""
@@ -11067,8 +11067,8 @@ class ModernClient:
         """Keep a question for the client, or refuse it if the client cannot be asked."""
         method = message["method"]
         in_flight = child.in_flight.exchanges.values()
-        outside = not any(exchange.method in MAY_ASK for exchange in in_flight)
-        question = Question(child=child, message=message, outside=outside)
+        is_outside = not any(exchange.method in MAY_ASK for exchange in in_flight)
+        question = Question(child=child, message=message, is_outside=is_outside)
 
         if method == "ping":
             child.write(response(message["id"], {}))
@@ -11281,7 +11281,7 @@ class Relay(McpServer):
             return False
 
         for session, client in self.sessions.items():
-            if client.child is running[0] and not session.outbox.heard:
+            if client.child is running[0] and not session.outbox.is_heard:
                 log.warning("server %s: ends an unused session for another client", self.name)
                 session.lose()
                 running[0].end()
@@ -11318,7 +11318,7 @@ class Relay(McpServer):
 
         One that waits for the answer of a person is ended only if there is no other.
         """
-        idle = [client for client in self.clients.values() if client.idle]
+        idle = [client for client in self.clients.values() if client.is_idle]
         if not idle:
             return False
         without_calls = [client for client in idle if not client.calls]
