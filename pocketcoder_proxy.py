@@ -8836,8 +8836,11 @@ class Lifetime(enum.Enum):
 
     @property
     def has_response_per_call(self) -> bool:
-        """Whether its client may hear of a call without a stream of the session."""
-        return self is Lifetime.HTTP
+        """Whether each call is answered in an HTTP response of its own.
+
+        Then its client may never open a stream of the session.
+        """
+        return self in (Lifetime.ONCE, Lifetime.HTTP)
 
 
 class Session:
@@ -8847,21 +8850,22 @@ class Session:
     credential  that opened it
     address     of the machine that opened it
 
-    What happens, by its lifetime:
+    When it ends, by its lifetime.  Of NAMED and HTTP a countdown runs, for `kept_seconds`:
 
-    | event                  | ONCE | STREAM  | NAMED                | HTTP                       |
-    |------------------------|------|---------|----------------------|----------------------------|
-    | its call is answered   | ends |         |                      |                            |
-    | its last stream ends   |      | ends    | ends SESSION_KEPT    | ends `session_idle`        |
-    |                        |      |         | seconds after it     | seconds after it           |
-    | a message comes, or    |      |         | the same, without    | the same, without a stream |
-    | a call ends            |      |         | a stream             | and without calls          |
-    | DELETE                 |      |         |                      | ends                       |
+    | event                     | ONCE | STREAM | NAMED         | HTTP                            |
+    |---------------------------|------|--------|---------------|---------------------------------|
+    | its client sends anything |      |        | starts anew   | starts anew                     |
+    | its call ends             | ends |        | starts anew   | starts anew                     |
+    | its last stream ends      |      | ends   | starts anew   | starts anew                     |
+    | the countdown is over     |      |        | ends, unless  | ends, unless a stream is open   |
+    |                           |      |        | one is open   | or a call runs                  |
+    | DELETE                    |      |        |               | ends                            |
 
-    And whatever its lifetime is:
+    Whatever its lifetime is, it ends
 
-      its child has ended         it is forgotten at once, and ends when its calls are answered
-      its client does not keep up, or a crowd of sessions needs its place: it ends
+      once its calls are answered   when its child has ended; it is forgotten at once
+      at once                       when its client does not keep up, or a crowd of sessions
+                                    needs its place
     """
 
     def __init__(
@@ -8892,19 +8896,20 @@ class Session:
         # Ends it when its last answers have left: its child has ended.
         self.losing: asyncio.Task[None] | None = None
 
-        # What the client has said.  Of its last request:
+        # Of its last request.
         self.era = Era.LEGACY
-        # All values of a header of its request; None: they are not checked.
+        # Returns all values of a header of its request; None: headers are not checked.
         self.headers: Callable[[str], list[str]] | None = None
-        # The params of `initialize`, and the revision in its answer, once there is one.
-        self.hello: Message = {}
+        # The params of its client's `initialize`.
+        self.hello_params: Message = {}
+        # The revision that `initialize` was answered with; None: it has not succeeded.
         self.version: str | None = None
         # Of `logging/setLevel`.
         self.level = "info"
 
     @property
-    def kept(self) -> float:
-        """Seconds for which it outlives its last use."""
+    def kept_seconds(self) -> float:
+        """For so long it outlives its last use."""
         if self.lifetime is Lifetime.HTTP:
             return self.server.session_idle
         return SESSION_KEPT if self.lifetime is Lifetime.NAMED else 0.0
@@ -8922,7 +8927,7 @@ class Session:
     def receive(self, message: Message, era: Era, outbox: Outbox) -> None:
         """Do what a message asks for.  Raises BadMessage, RelayError.
 
-        outbox  gets the answer, and is closed behind it unless it is the session's own
+        outbox  gets the answer, and is closed after that, unless it is the session's own
         """
         self.used = time.monotonic()
         if is_request(message):
@@ -8957,7 +8962,7 @@ class Session:
             )
 
         if message["method"] == "initialize":
-            self.hello = message.get("params", {})
+            self.hello_params = message.get("params", {})
 
         call = asyncio.ensure_future(self._call(message, self.era, outbox))
         self.calls[id_] = call
@@ -9030,14 +9035,15 @@ class Session:
             self.expire()
 
     def expire(self) -> None:
-        """End the session if it was unused for too long; otherwise check again in time."""
+        """End the session if it was unused for too long; otherwise look again later."""
         self._stop_timer()
         if self.streams or self.outbox.is_closed:
             return
+
         is_in_use = bool(self.calls) and self.lifetime.has_response_per_call
-        left = time_left(self.used, self.kept, is_in_use)
-        if left > 0:
-            self.expiry = asyncio.get_running_loop().call_later(left, self.expire)
+        pause = seconds_to_next_look(self.used, self.kept_seconds, is_in_use)
+        if pause > 0:
+            self.expiry = asyncio.get_running_loop().call_later(pause, self.expire)
         else:
             self.end()
 
@@ -9074,17 +9080,21 @@ class Session:
         self.host.sessions.forget(self)
 
 
-def time_left(used: float, idle: float, is_in_use: bool) -> float:
-    """Return the seconds until something may have been idle for too long; 0: it has been.
+def seconds_to_next_look(used: float, idle: float, is_in_use: bool) -> float:
+    """Return the seconds until one has to look again whether something is idle for too long.
 
-    used    its last use, in seconds of time.monotonic()
-    idle    seconds for which it may be idle
-    is_in_use  it is in use just now
+    used       its last use, in seconds of time.monotonic()
+    idle       seconds for which it may be idle
+    is_in_use  whether it is in use just now
+    0: it is idle for too long already.
     """
     left = used + idle - time.monotonic()
     if left > 0:
         return left
-    return idle if is_in_use else 0.0
+    if is_in_use:
+        # It cannot be idle for too long before that.
+        return idle
+    return 0.0
 
 
 class SessionMap(dict[str, Session]):
@@ -9948,18 +9958,18 @@ def envelope(can: Message, client: Message) -> Message:
     return {CLAIM: MODERN, CAPABILITIES: can, CLIENT_INFO: client}
 
 
-def with_envelope(message: Message, hello: Message, level: str, extra: Message) -> Message:
+def with_envelope(message: Message, hello_params: Message, level: str, extra: Message) -> Message:
     """A legacy request, as a modern server wants it.
 
-    hello  the params of the client's `initialize`
-    extra  more params
+    hello_params  those of the client's `initialize`
+    extra         more params
     """
     params = message.get("params", {})
-    client = hello.get("clientInfo") or OURSELVES
+    client = hello_params.get("clientInfo") or OURSELVES
     meta = {
         **as_object(params.get("_meta")),
         LOG_LEVEL: level,
-        **envelope(as_object(hello.get("capabilities")), client),
+        **envelope(as_object(hello_params.get("capabilities")), client),
     }
     return {**message, "params": {**params, **extra, "_meta": meta}}
 
@@ -10388,9 +10398,9 @@ class Launcher:
         """Call `end` when the child has been unused for `idle` seconds."""
         if not child.is_usable:
             return
-        left = time_left(child.used, self.idle, is_in_use())
-        if left > 0:
-            asyncio.get_running_loop().call_later(left, self.end_when_idle, child, is_in_use, end)
+        pause = seconds_to_next_look(child.used, self.idle, is_in_use())
+        if pause > 0:
+            asyncio.get_running_loop().call_later(pause, self.end_when_idle, child, is_in_use, end)
         else:
             end()
 
@@ -10508,7 +10518,7 @@ class Translator:
         raise RelayError(f"server {self.name} asked {MAX_ROUNDS} times, and has no answer yet")
 
     def _with_envelope(self, message: Message, extra: Message) -> Message:
-        return with_envelope(message, self.session.hello, self.session.level, extra)
+        return with_envelope(message, self.session.hello_params, self.session.level, extra)
 
     async def _ask_client(self, questions: Message, outbox: Outbox) -> Message:
         """Put a server's questions to the client, and return its answers."""
@@ -11753,7 +11763,7 @@ class RelayedCall(CallWatch):
         self.started = time.monotonic()
         params = message.get("params", {})
         meta = as_object(params.get("_meta"))
-        client = as_object(meta.get(CLIENT_INFO) or session.hello.get("clientInfo"))
+        client = as_object(meta.get(CLIENT_INFO) or session.hello_params.get("clientInfo"))
         self.fields = {
             "call_id": secrets.token_hex(8),
             "server": session.server.name,
