@@ -8296,6 +8296,12 @@ def as_object(value: object) -> Message:
     return value if isinstance(value, dict) else {}
 
 
+def in_json(value: object, limit: int) -> str:
+    """Show what was got, as JSON and cut to `limit` characters, in a message for a person."""
+    text = json.dumps(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def without(fields: Message, *names: str) -> Message:
     return {name: value for name, value in fields.items() if name not in names}
 
@@ -8398,7 +8404,7 @@ def era_of(message: Message, header: str | None = None) -> Era:
 def check_era(message: Message, header: str | None = None) -> None:
     """Raise BadMessage if a message contradicts its era, see `era_of`."""
     era = era_of(message, header)
-    shown = ascii(header)[:40]
+    shown = in_json(header, 40)
 
     if "method" not in message:
         if era is Era.MODERN:
@@ -8449,7 +8455,7 @@ def check_envelope(message: Message, headers: Callable[[str], list[str]] | None)
 
     if version != MODERN:
         data = {"supported": [MODERN], "requested": version}
-        shown = ascii(version)[:40]
+        shown = in_json(version, 40)
         raise UnsupportedVersion(f"`{CLAIM}`: got {shown}, expected {MODERN}", data=data)
 
     if meta.get(LOG_LEVEL) is not None:
@@ -8499,9 +8505,8 @@ def check_header(name: str, texts: list[str], expected: list[str]) -> None:
     """Raise HeaderMismatch unless this header repeats the body."""
     got = [header_value(name, text) for text in texts]
     if got != expected:
-        shown = ascii(got)[:80]
         raise HeaderMismatch(
-            f"`{name}`: got {shown}, expected {ascii(expected)[:80]} as in the body"
+            f"`{name}`: got {in_json(got, 80)}, expected {in_json(expected, 80)} as in the body"
         )
 
 
@@ -8521,7 +8526,7 @@ def header_value(name: str, text: str) -> str:
     try:
         return base64.b64decode(text[9:-2], validate=True).decode()
     except ValueError:
-        shown = ascii(text)[:80]
+        shown = in_json(text, 80)
         raise HeaderMismatch(f"`{name}`: got {shown}, expected base64 of UTF-8") from None
 
 
@@ -8611,7 +8616,7 @@ def step(message: Message, version: str, facts: Facts) -> list[Decision]:
         level = check_level("params.level", params.get("level"))
         return [SetLevel(level=level), Send(message=answer({}))]
 
-    shown = ascii(method)[:80]
+    shown = in_json(method, 80)
     raise UnknownMethod(
         f"`method`: got {shown}, which revision {version} of this server does not have"
     )
@@ -8852,14 +8857,15 @@ class Session:
 
     When it ends, by its lifetime.  Of NAMED and HTTP a countdown runs, for `kept_seconds`:
 
-    | event                     | ONCE | STREAM | NAMED         | HTTP                            |
-    |---------------------------|------|--------|---------------|---------------------------------|
-    | its client sends anything |      |        | starts anew   | starts anew                     |
-    | its call ends             | ends |        | starts anew   | starts anew                     |
-    | its last stream ends      |      | ends   | starts anew   | starts anew                     |
-    | the countdown is over     |      |        | ends, unless  | ends, unless a stream is open   |
-    |                           |      |        | one is open   | or a call runs                  |
-    | DELETE                    |      |        |               | ends                            |
+    | event                     | ONCE | STREAM | NAMED            | HTTP             |
+    |---------------------------|------|--------|------------------|------------------|
+    | its client sends anything |      |        | starts anew      | starts anew      |
+    | its call ends             | ends |        | starts anew      | starts anew      |
+    | its last stream ends      |      | ends   | starts anew      | starts anew      |
+    | the countdown is over     |      |        | ends, unless     | ends, unless     |
+    |                           |      |        | a stream is open | a stream is open |
+    |                           |      |        |                  | or a call runs   |
+    | DELETE                    |      |        |                  | ends             |
 
     Whatever its lifetime is, it ends
 
@@ -8956,7 +8962,7 @@ class Session:
         """Bring a request to the server.  Raises NotAMessage."""
         id_ = message["id"]
         if id_ in self.calls or len(self.calls) >= MAX_CALLS:
-            shown = ascii(id_)[:40]
+            shown = in_json(id_, 40)
             raise NotAMessage(
                 f"`id`: got {shown}, expected one that is not in use, of {MAX_CALLS} at most"
             )
@@ -9132,7 +9138,7 @@ class SessionMap(dict[str, Session]):
         """
         session = self.get(session_id or "")
         if session is None or not self._is_of(session, server, transport, credential):
-            shown = ascii(session_id)[:140]
+            shown = in_json(session_id, 140)
             raise UnknownSession(
                 f"no session {shown} here: it has ended, or never started; start a new one"
             )
@@ -9814,7 +9820,7 @@ def sound_answer(name: str, answer: Message) -> Message:
         if has_code and isinstance(failure.get("message"), str):
             return answer
 
-    shown = ascii(result or failure)[:80]
+    shown = in_json(result or failure, 80)
     return refusal(None, RelayError(f"server {name} answered with {shown}"))
 
 
@@ -10542,7 +10548,8 @@ class Translator:
 
         for answer in answers:
             if "error" in answer:
-                raise RelayError(f"the client could not answer: {answer['error']}")
+                shown = json.dumps(answer["error"])
+                raise RelayError(f"the client could not answer: {shown}")
 
         return {key: answer["result"] for key, answer in zip(ids, answers, strict=True)}
 
@@ -11083,7 +11090,7 @@ class ModernClient:
         if method == "ping":
             child.write(response(message["id"], {}))
         elif ASKING.get(method) not in self.can or len(self.questions) >= MAX_QUESTIONS:
-            shown = ascii(method)[:80]
+            shown = in_json(method, 80)
             failure = UnknownMethod(f"`method`: the client cannot be asked {shown}")
             child.write(refusal(message["id"], failure))
         else:
