@@ -9259,7 +9259,7 @@ def id_of_long(line: TooLong) -> object:
 # What one relayed server has been asked, and who gets its answers.
 #
 # K1  A request ends by its answer, when its time is over, or when its client cancels it.
-# K2  While a client answers a question of the server, no request expires.
+# K2  While a modern client has questions of the server to answer, no request expires.
 
 
 class Exchange:
@@ -9270,9 +9270,10 @@ class Exchange:
 
     def __init__(self, message: Message, outbox: Outbox) -> None:
         self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        # When the child's time to answer is over; None: it is not the child's turn.
+        # Fires when the child's time to answer is over; progress puts it off.  None: no time runs,
+        # as while a client has questions of the child to answer.
         self.expiry: asyncio.TimerHandle | None = None
-        # The same, whatever progress the child reports.
+        # Seconds of time.monotonic(): then its time is over, whatever progress the child reports.
         self.deadline = time.monotonic() + CHILD_CEILING
         self.take_up(message, outbox)
 
@@ -9290,10 +9291,10 @@ class Exchange:
     def wants_logs(self) -> bool:
         return LOG_LEVEL in self.meta and self.method != "subscriptions/listen"
 
-    def start_timer(self, seconds: float, give_up: Callable[[], object]) -> None:
-        """Call `give_up` after so many seconds, unless the timer is stopped."""
+    def start_timer(self, seconds: float, on_expiry: Callable[[], object]) -> None:
+        """Call `on_expiry` after so many seconds, unless the timer is stopped."""
         self.stop_timer()
-        self.expiry = asyncio.get_running_loop().call_later(seconds, give_up)
+        self.expiry = asyncio.get_running_loop().call_later(seconds, on_expiry)
 
     def stop_timer(self) -> None:
         if self.expiry:
@@ -9304,15 +9305,16 @@ class Exchange:
 class InFlight:
     """The requests in flight to one child, by the ids that we gave them, which are a count.
 
-    give_up  called with an exchange and the seconds for which the child did not answer it
+    on_expiry  called with an exchange and the seconds for which the child did not answer it
     """
 
-    def __init__(self, give_up: Callable[[Exchange, float], object]) -> None:
-        self.give_up = give_up
+    def __init__(self, on_expiry: Callable[[Exchange, float], object]) -> None:
+        self.on_expiry = on_expiry
         self.exchanges = dict[int, Exchange]()
+        # The newest id.
         self.count = 0
-        # How many of them wait for the answer of a client; as long as any does, nothing expires.
-        self.paused = 0
+        # Calls whose client has questions to answer; as long as there are any, nothing expires.
+        self.pauses = 0
 
     def get(self, number: object) -> Exchange | None:
         # True and False would be found as 1 and 0.
@@ -9327,23 +9329,24 @@ class InFlight:
         return self.count
 
     def extend(self, exchange: Exchange) -> None:
-        """Let it expire CHILD_TIMEOUT seconds from now, if it is the child's turn."""
+        """Give the child CHILD_TIMEOUT seconds from now, unless no time runs."""
         exchange.stop_timer()
-        if self.paused or exchange.method == "subscriptions/listen":
+        if self.pauses or exchange.method == "subscriptions/listen":
             return
+
         left = exchange.deadline - time.monotonic()
         seconds = max(0.0, min(CHILD_TIMEOUT, left))
-        exchange.start_timer(seconds, partial(self.give_up, exchange, seconds))
+        exchange.start_timer(seconds, partial(self.on_expiry, exchange, seconds))
 
     def pause(self) -> None:
         """The child waits for the answer of a client, which takes a person's time."""
-        self.paused += 1
+        self.pauses += 1
         for exchange in self.exchanges.values():
             exchange.stop_timer()
 
     def resume(self) -> None:
         """A client has answered, or will not; undoes one `pause`."""
-        self.paused -= 1
+        self.pauses -= 1
         for exchange in self.exchanges.values():
             self.extend(exchange)
 
@@ -9374,8 +9377,8 @@ class InFlight:
 # C2  A child ends as a group: see CHILD_LADDER.
 # C3  What it writes is bounded and timed; a fault in one line costs no other call.
 
-# Requests that cannot be cancelled, and that show what a server is.
-HELLOS = ("initialize", "server/discover")
+# The first request to a child, whose answer shows its era; these cannot be cancelled.
+FIRST_REQUESTS = ("initialize", "server/discover")
 
 # Signals to the group of a child that ends, and seconds until the next one.
 # First its stdin is closed; 0 is no signal.
@@ -9440,16 +9443,17 @@ class Child:
 
     on_message  gets what belongs to no request in flight
     on_lost     called when it has closed its stdout and what was in flight is answered
-    on_gone     called when it has ended
+    on_gone     called when it is ENDED
 
-    | event                          | STARTING | SERVING | ENDING    | ENDED |
-    |--------------------------------|----------|---------|-----------|-------|
-    | it answers a request           | SERVING  |         |           |       |
-    | `end`, or its process ends     | ENDING   | ENDING  |           |       |
-    | it closes its stdin or stdout  | ENDING   | ENDING  |           |       |
-    | its stdout is read to the end  | ENDING   | ENDING  | `on_lost` |       |
-    | after that: its group is gone, |          |         | ENDED     |       |
-    | or CHILD_LADDER is at its end  |          |         |           |       |
+    | event                          | STARTING  | SERVING   | ENDING    | ENDED |
+    |--------------------------------|-----------|-----------|-----------|-------|
+    | it answers a request           | SERVING   |           |           |       |
+    | `end`, its process ends,       | ENDING    | ENDING    |           |       |
+    | or it has closed its stdin     |           |           |           |       |
+    | its stdout is read to the end  | ENDING,   | ENDING,   | `on_lost` |       |
+    |                                | `on_lost` | `on_lost` |           |       |
+    | after that: its group is gone, |           |           | ENDED,    |       |
+    | or CHILD_LADDER is at its end  |           |           | `on_gone` |       |
     """
 
     def __init__(
@@ -9465,23 +9469,25 @@ class Child:
         self.state = ChildState.STARTING
         # Whether it has ever answered a request, even while it was ending.
         self.has_answered = False
-        # Its end is no fault: we want it, or allow for it.
+        # Whether its end is no fault, as after `end` or `expect_end`.
         self.is_end_expected = False
         # How it ended, for people; "": its stdout is open.
         self.reason = ""
         # Set when it can answer nothing more.
         self.lost = asyncio.Event()
 
-        # What it speaks, once that is known, and its answer to `initialize` or `server/discover`.
+        # What it speaks; None: that is not known yet.
         self.era: Era | None = None
-        self.hello: Message = {}
+        # The answer to `initialize` or `server/discover` that shows its era, once it has come.
+        self.hello_answer: Message = {}
         # The level that it was asked to log at; None: it may choose.
         self.level: str | None = None
         # Held while its tools are listed for their headers.
         self.listing = asyncio.Lock()
 
-        # Seconds of time.monotonic(): its start, and the last message to it or from it.
+        # Its start, in seconds of time.monotonic().
         self.began = time.monotonic()
+        # The last message to it or from it, likewise.
         self.used = self.began
         self.in_flight = InFlight(self._expire)
 
@@ -9536,18 +9542,14 @@ class Child:
         return f"server {self.name} {self.reason}" if self.reason else ""
 
     def expect_end(self) -> None:
-        """Until `keep`, its end is no fault."""
+        """Its end is no fault, until `shows_era`."""
         self.is_end_expected = True
 
-    def keep(self, hello: Message, era: Era) -> None:
-        """It has answered the first request: from now on its end is a fault.
-
-        hello  that answer
-        era    what it shows
-        """
+    def shows_era(self, era: Era, hello_answer: Message) -> None:
+        """It speaks this, as its answer shows; from now on its end is a fault."""
         self.is_end_expected = False
-        self.hello = hello
         self.era = era
+        self.hello_answer = hello_answer
 
     def report_to(self, on_message: OnMessage) -> None:
         """What belongs to no request goes there from now on."""
@@ -9737,7 +9739,8 @@ class Child:
             self._start_ending()
 
         if not self.is_usable:
-            # Drop the message: the child is ending, and `_lose` fails what `send` registers next.
+            # The message is dropped.  `send` registers a request all the same, and `_lose` answers
+            # it with an error.
             return
         if stdin.transport.get_write_buffer_size() > CHILD_QUEUE:
             raise RelayError(f"server {self.name} does not read what it is sent")
@@ -9745,7 +9748,7 @@ class Child:
         stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
     def send(self, exchange: Exchange, message: Message) -> None:
-        """Send a request under an id of our own; its progress token is the same."""
+        """Send a request under an id of our own, which is its progress token too."""
         number = self.in_flight.next_number()
         self.used = time.monotonic()
         if "progressToken" in exchange.meta:
@@ -9770,6 +9773,7 @@ class Child:
         try:
             answer = await asyncio.shield(exchange.answer)
         except asyncio.CancelledError:
+            # Nobody waits for this answer any more.
             self.give_up(exchange, {})
             raise
 
@@ -9784,7 +9788,7 @@ class Child:
     def give_up(self, exchange: Exchange, answer: Message) -> None:
         """Cancel a request in the child; whoever still waits gets this answer."""
         for number in self.in_flight.numbers_of(exchange):
-            if exchange.method not in HELLOS:
+            if exchange.method not in FIRST_REQUESTS:
                 with contextlib.suppress(RelayError):
                     self.write(notification("notifications/cancelled", {"requestId": number}))
             self.in_flight.finish(number, answer)
@@ -9795,7 +9799,7 @@ class Child:
 
     def can(self) -> Message:
         """Return its capabilities."""
-        return as_object(as_object(self.hello.get("result")).get("capabilities"))
+        return as_object(as_object(self.hello_answer.get("result")).get("capabilities"))
 
 
 def has_processes(group: int) -> bool:
@@ -10000,30 +10004,30 @@ def with_subscription(message: Message, id_: str | int) -> Message:
 
 def discovered(child: Child, message: Message) -> Message:
     """The answer to `server/discover` that says what a legacy child said in its handshake."""
-    hello = as_object(child.hello.get("result"))
+    handshake_result = as_object(child.hello_answer.get("result"))
     # The tasks of the legacy revisions are others than those of the modern one.
     found = {"capabilities": without(child.can(), "tasks"), "supportedVersions": [MODERN]}
-    if "instructions" in hello:
-        found["instructions"] = hello["instructions"]
+    if "instructions" in handshake_result:
+        found["instructions"] = handshake_result["instructions"]
     return to_modern(response(message["id"], found), "server/discover", child)
 
 
-def hello_of(child: Child, asked: object) -> Message:
+def hello_result_of(child: Child, asked: object) -> Message:
     """The result of `initialize` that says what a modern child answered to `server/discover`.
 
     asked  the revision that the client asks for
     """
-    found = child.hello.get("result") or {}
+    found = child.hello_answer.get("result") or {}
     unnamed = {"name": child.name, "version": "0"}
-    hello = {
+    result = {
         "protocolVersion": agreed_version(asked),
         "serverInfo": as_object(found.get("_meta")).get(SERVER_INFO, unnamed),
         "capabilities": {**child.can(), "logging": {}},
     }
     if "instructions" in found:
-        hello["instructions"] = found["instructions"]
+        result["instructions"] = found["instructions"]
 
-    return hello
+    return result
 
 
 def to_modern(answer: Message, method: str, child: Child) -> Message:
@@ -10033,7 +10037,7 @@ def to_modern(answer: Message, method: str, child: Child) -> Message:
         return with_code(answer, -32602 if code == -32002 else code)
 
     unnamed = {"name": child.name, "version": "0"}
-    server = as_object(child.hello.get("result")).get("serverInfo") or unnamed
+    server = as_object(child.hello_answer.get("result")).get("serverInfo") or unnamed
     cached = {"ttlMs": 0, "cacheScope": "private"} if method in CACHED else {}
     result = {
         "resultType": "complete",
@@ -10254,7 +10258,7 @@ class Launcher:
 
     def _share(self, child: Child, answer: Message) -> Child:
         """It has answered `server/discover` as a modern server does: it is for all clients."""
-        child.keep(answer, Era.MODERN)
+        child.shows_era(Era.MODERN, answer)
         child.report_to(self._from_modern)
         self.back_off.recovered()
         self.era = Era.MODERN
@@ -10326,7 +10330,7 @@ class Launcher:
 
     def _greeted(self, child: Child, answer: Message) -> Child:
         """Record the child's answer to the handshake; return the child."""
-        child.keep(answer, Era.LEGACY)
+        child.shows_era(Era.LEGACY, answer)
         self.back_off.recovered()
         # If it refuses, perhaps we got its era wrong.
         self.era = Era.LEGACY if "result" in answer else None
@@ -10489,7 +10493,7 @@ class Translator:
             return {}
         if method == "initialize":
             self._listen(child)
-            return hello_of(child, params.get("protocolVersion"))
+            return hello_result_of(child, params.get("protocolVersion"))
 
         if method == "logging/setLevel":
             self.session.logs_at(check_level("params.level", params.get("level")))
@@ -10620,7 +10624,7 @@ class LegacyClient:
             return await self.translator.respond(child, message, outbox)
 
         if method == "initialize":
-            return {**child.hello, "id": message["id"]}
+            return {**child.hello_answer, "id": message["id"]}
         return await child.ask(message, outbox)
 
     async def _start(self, message: Message, outbox: Outbox) -> Child:
@@ -10673,7 +10677,7 @@ class LegacyClient:
 
         newest = calls[-1]
         is_question = "id" in message
-        if newest.method in HELLOS and not is_question:
+        if newest.method in FIRST_REQUESTS and not is_question:
             # Some clients take the answer to `initialize` as JSON only.
             return own
         if not own.is_heard:
@@ -11015,9 +11019,9 @@ class ModernClient:
         child = await self.launcher.open(hello, self._take, Outbox.nowhere())
         if child.is_shared:
             return child
-        if "result" not in child.hello:
+        if "result" not in child.hello_answer:
             child.end()
-            reason = child.hello["error"]["message"]
+            reason = child.hello_answer["error"]["message"]
             raise RelayError(f"server {self.launcher.name} refused `initialize`: {reason}")
 
         child.on_lost.append(self._on_lost)
