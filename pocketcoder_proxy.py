@@ -9854,11 +9854,19 @@ def retrieve(work: asyncio.Future[Any]) -> None:
         work.exception()
 
 
-def end_when_started(starting: asyncio.Future[Child]) -> None:
-    """End the child of a client that has left; a done callback."""
+def end_own_child(starting: asyncio.Future[Child]) -> None:
+    """End the child that has started, unless it is for all clients; a done callback."""
     child = child_of(starting)
     if child is not None and not child.is_shared:
         child.end()
+
+
+def abandon(starting: asyncio.Future[Child]) -> None:
+    """End the child of a client that has left, or keep it from starting."""
+    # Called if the child has started already.  Also if this cancel is swallowed, as wait_for() may
+    # do before Python 3.12.
+    starting.add_done_callback(end_own_child)
+    starting.cancel()
 
 
 async def first_result(answers: set[asyncio.Future[Message]], seconds: float) -> None:
@@ -10212,14 +10220,15 @@ class Launcher:
     def running(self) -> list[Child]:
         return [child for child in self.children if child.is_usable]
 
-    async def open(self, hello: Message, on_message: OnMessage, outbox: Outbox) -> Child:
-        """Return a child for the client that says `hello`; of a modern server, the one for all.
+    async def open(self, greeting: Message, on_message: OnMessage, outbox: Outbox) -> Child:
+        """Return a child for a client; of a modern server, the one for all.
 
+        greeting    `initialize`, of the client or on its behalf
         on_message  gets what belongs to no request
-        outbox      gets what comes before the answer to `hello`
+        outbox      gets what comes before the answer to `greeting`
         """
         try:
-            return await self._open(hello, on_message, outbox)
+            return await self._open(greeting, on_message, outbox)
         except RelayError:
             # Perhaps the server allows only one instance.
             if self.is_stopping:
@@ -10228,15 +10237,16 @@ class Launcher:
             has_room = await self.make_room()
             if not has_room:
                 raise
-            return await self._open(hello, on_message, outbox)
+            return await self._open(greeting, on_message, outbox)
 
-    async def _open(self, hello: Message, on_message: OnMessage, outbox: Outbox) -> Child:
+    async def _open(self, greeting: Message, on_message: OnMessage, outbox: Outbox) -> Child:
         async with self.probing:
             if self.era is None:
-                return await self._probe(hello, on_message, outbox)
+                return await self._probe(greeting, on_message, outbox)
+
         if self.era is Era.MODERN:
             return await self.for_all()
-        return await self._start_and_greet(hello, on_message, outbox)
+        return await self._start_and_greet(greeting, on_message, outbox)
 
     async def for_all(self) -> Child:
         """Return the child of a modern server, started if need be."""
@@ -10269,7 +10279,7 @@ class Launcher:
 
     # The first child
 
-    async def _probe(self, hello: Message, on_message: OnMessage, outbox: Outbox) -> Child:
+    async def _probe(self, greeting: Message, on_message: OnMessage, outbox: Outbox) -> Child:
         """Start the first child, and keep it whatever its era is.
 
         It is asked for its era as a modern server.  After an answer that shows none, or
@@ -10278,55 +10288,55 @@ class Launcher:
         child = await self._launch(on_message)
         # It may end at a request that it does not know; that is no fault.
         child.expect_end()
-        discovered = asyncio.ensure_future(child.ask(discovery(), Outbox.nowhere()))
-        greeted: asyncio.Future[Message] | None = None
+        discovering = asyncio.ensure_future(child.ask(discovery(), Outbox.nowhere()))
+        greeting_it: asyncio.Future[Message] | None = None
 
         try:
-            await asyncio.wait({discovered}, timeout=PROBE_TIMEOUT)
-            if not discovered.done():
-                greeted = asyncio.ensure_future(child.ask(hello, outbox))
-                await first_result({discovered, greeted}, CHILD_START - PROBE_TIMEOUT)
+            await asyncio.wait({discovering}, timeout=PROBE_TIMEOUT)
 
-            if speaks_modern(outcome_of(discovered)):
-                if greeted is not None:
-                    await asyncio.wait({greeted}, timeout=PROBE_TIMEOUT)
+            if not discovering.done():
+                # It is slow, or passes over what it does not know.
+                greeting_it = asyncio.ensure_future(child.ask(greeting, outbox))
+                await first_result({discovering, greeting_it}, CHILD_START - PROBE_TIMEOUT)
+                if speaks_modern(outcome_of(discovering)):
+                    # It may be about to accept the greeting too.
+                    await asyncio.wait({greeting_it}, timeout=PROBE_TIMEOUT)
 
-                # A handshake that it has accepted binds a server that knows both eras.
-                if greeted is None or "result" not in outcome_of(greeted):
-                    return self._share(child, outcome_of(discovered))
+            elif child.is_usable and not speaks_modern(outcome_of(discovering)):
+                greeting_it = asyncio.ensure_future(child.ask(greeting, outbox))
+                await asyncio.wait({greeting_it}, timeout=CHILD_START)
 
-            elif discovered.done() and greeted is None and child.is_usable:
-                greeted = asyncio.ensure_future(child.ask(hello, outbox))
-                await asyncio.wait({greeted}, timeout=CHILD_START)
-
-            if greeted is not None and "result" in outcome_of(greeted):
-                return self._greeted(child, outcome_of(greeted))
-            return await self._start_over(child, hello, on_message, outbox)
+            # A server of both eras that has accepted `initialize` is a legacy one from then on.
+            if greeting_it is not None and "result" in outcome_of(greeting_it):
+                return self._greeted(child, outcome_of(greeting_it))
+            if speaks_modern(outcome_of(discovering)):
+                return self._share(child, outcome_of(discovering))
+            return await self._start_over(child, greeting, on_message, outbox)
         except BaseException:
             child.end()
             raise
         finally:
-            discovered.cancel()
-            if greeted is not None:
-                greeted.cancel()
+            discovering.cancel()
+            if greeting_it is not None:
+                greeting_it.cancel()
 
     async def _start_over(
-        self, child: Child, hello: Message, on_message: OnMessage, outbox: Outbox
+        self, child: Child, greeting: Message, on_message: OnMessage, outbox: Outbox
     ) -> Child:
         """Replace a child that ended at the probe, or refused it, by one that is only greeted."""
         is_silent = child.is_usable and not child.has_answered
         child.end()
         if is_silent:
-            raise self._gave_no_answer(child, hello)
-        return await self._start_and_greet(hello, on_message, outbox)
+            raise self._gave_no_answer(child, greeting)
+        return await self._start_and_greet(greeting, on_message, outbox)
 
     # Any child
 
     async def _start_and_greet(
-        self, hello: Message, on_message: OnMessage, outbox: Outbox
+        self, greeting: Message, on_message: OnMessage, outbox: Outbox
     ) -> Child:
         child = await self._launch(on_message)
-        return self._greeted(child, await self._first_answer(child, hello, outbox))
+        return self._greeted(child, await self._first_answer(child, greeting, outbox))
 
     def _greeted(self, child: Child, answer: Message) -> Child:
         """Record the child's answer to the handshake; return the child."""
@@ -10336,13 +10346,13 @@ class Launcher:
         self.era = Era.LEGACY if "result" in answer else None
         return child
 
-    async def _first_answer(self, child: Child, hello: Message, outbox: Outbox) -> Message:
+    async def _first_answer(self, child: Child, first_request: Message, outbox: Outbox) -> Message:
         """Ask a new child; if it does not answer, end it and raise RelayError."""
         try:
-            answer = await asyncio.wait_for(child.ask(hello, outbox), CHILD_START)
+            answer = await asyncio.wait_for(child.ask(first_request, outbox), CHILD_START)
         except asyncio.TimeoutError:
             child.end()
-            raise self._gave_no_answer(child, hello) from None
+            raise self._gave_no_answer(child, first_request) from None
         except BaseException:
             child.end()
             raise
@@ -10355,8 +10365,8 @@ class Launcher:
 
         return answer
 
-    def _gave_no_answer(self, child: Child, hello: Message) -> RelayError:
-        failure = f"did not answer `{hello['method']}` in {CHILD_START:g} s"
+    def _gave_no_answer(self, child: Child, first_request: Message) -> RelayError:
+        failure = f"did not answer `{first_request['method']}` in {CHILD_START:g} s"
         self.back_off.never_answered(child.began, failure)
         return RelayError(f"server {self.name} {failure}")
 
@@ -10595,9 +10605,9 @@ class LegacyClient:
     def __init__(self, launcher: Launcher, session: Session) -> None:
         self.launcher = launcher
         self.session = session
-        # Its own child of a legacy server.
+        # Its own child of a legacy server, started or starting; None: it has none.
         self.starting: asyncio.Future[Child] | None = None
-        # The same from its first question on, which may come before it is ready.
+        # Its child, as soon as that has asked something, even while it starts.
         self.asking: Child | None = None
         self.translator = Translator(launcher.name, session)
 
@@ -10614,7 +10624,7 @@ class LegacyClient:
         method = message["method"]
         has_child = is_starting(self.starting) or self.child is not None
         if method == "initialize" or not has_child:
-            self.leave()
+            self._drop_child()
             self.starting = asyncio.ensure_future(self._start(message, outbox))
         assert self.starting is not None
 
@@ -10629,16 +10639,15 @@ class LegacyClient:
 
     async def _start(self, message: Message, outbox: Outbox) -> Child:
         """Start its own child of a legacy server, for this message."""
-        hello = message
-        if message["method"] != "initialize":
-            # The client returned, or does without a handshake; the server does not.
-            hello = handshake({}, OURSELVES)
+        is_handshake = message["method"] == "initialize"
+        # Without a handshake of the client, which came before or never, the server needs ours.
+        greeting = message if is_handshake else handshake({}, OURSELVES)
 
-        child = await self.launcher.open(hello, self._take, outbox)
+        child = await self.launcher.open(greeting, self._take, outbox)
         if child.is_shared:
             return child
 
-        if hello is not message:
+        if not is_handshake:
             child.write(notification("notifications/initialized", {}))
 
         child.on_lost.append(self._on_lost)
@@ -10699,12 +10708,14 @@ class LegacyClient:
             self.asking.write(message)
 
     def leave(self) -> None:
-        """End what was its own."""
+        """Its session has ended."""
+        self._drop_child()
+
+    def _drop_child(self) -> None:
+        """End its own child, and stop listening to the shared one."""
         self.translator.leave()
         if self.starting:
-            self.starting.add_done_callback(end_when_started)
-            # Before Python 3.12 wait_for(), and so `_start`, may end well all the same.
-            self.starting.cancel()
+            abandon(self.starting)
             self.starting = None
 
 
@@ -11015,8 +11026,8 @@ class ModernClient:
 
     async def _start(self) -> Child:
         """Start its child, and let that ask its questions."""
-        hello = handshake(self.can, self.info)
-        child = await self.launcher.open(hello, self._take, Outbox.nowhere())
+        greeting = handshake(self.can, self.info)
+        child = await self.launcher.open(greeting, self._take, Outbox.nowhere())
         if child.is_shared:
             return child
         if "result" not in child.hello_answer:
@@ -11055,8 +11066,7 @@ class ModernClient:
         for state in [*self.parked]:
             self._expire(state)
         if self.starting:
-            self.starting.add_done_callback(end_when_started)
-            self.starting.cancel()
+            abandon(self.starting)
             self.starting = None
         self._report_if_unused()
 
