@@ -9863,8 +9863,8 @@ def end_own_child(starting: asyncio.Future[Child]) -> None:
 
 def abandon(starting: asyncio.Future[Child]) -> None:
     """End the child of a client that has left, or keep it from starting."""
-    # Called if the child has started already.  Also if this cancel is swallowed, as wait_for() may
-    # do before Python 3.12.
+    # It also runs if the child has started already, and if wait_for() swallows this cancel, as it
+    # may before Python 3.12.
     starting.add_done_callback(end_own_child)
     starting.cancel()
 
@@ -10722,7 +10722,8 @@ class LegacyClient:
 # ==========================================================================
 # Modern clients
 # ==========================================================================
-# Modern clients of a legacy server: each has a child, and brings answers to its questions.
+# Modern clients of a server that is not known to be modern: each has a child of its own, and brings
+# answers to its questions.
 #
 # G1  A client that the child asks gets the questions as its answer, and returns with a retry.
 # G2  A question waits for a call that may be asked, and is answered once or refused.
@@ -10770,10 +10771,12 @@ class Call:
         self.all_answered.set()
         # Its client got the questions, and is to return with answers.
         self.is_parked = False
-        # From the start of the child, if need be, to the answer.
+        # The task that gets the answer, and starts the child before that if need be.  Until `start`
+        # there is a placeholder.
         self.work: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
 
     def start(self, work: Coroutine[Any, Any, Message]) -> None:
+        """Let this work get the answer."""
         self.work = asyncio.ensure_future(work)
         # Its caller may have left, and so not take a failure.
         self.work.add_done_callback(retrieve)
@@ -10851,7 +10854,10 @@ class Parked(NamedTuple):
 class ModernClient:
     """A modern client of a legacy server, and its child.  Raises RelayError, BadMessage.
 
-    All its calls go to that child at once.  What the child asks goes to the newest call in flight
+    It is made while the server's era is not known yet, too.  If the server turns out to be a modern
+    one, the calls that came until then go to the child for all clients.
+
+    All its calls go to its child at once.  What the child asks goes to the newest call in flight
     that may be asked, or waits for the next one.
 
     on_idle    called when nothing is in flight
@@ -10874,7 +10880,9 @@ class ModernClient:
             self.info = OURSELVES
 
         declared = meta[CAPABILITIES]
+        # Its capabilities, of those by which a server may ask it something.
         self.can = {name: declared[name] for name in ASKING.values() if name in declared}
+        # Its child, started or starting; None: it has none.
         self.starting: asyncio.Future[Child] | None = None
         # In flight or parked, the newest last.
         self.calls: list[Call] = []
@@ -10930,6 +10938,7 @@ class ModernClient:
         rules = self.launcher.header_rules
 
         if child.is_shared:
+            # The server has turned out to be a modern one.
             await rules.check(call.session, child, exchange.message)
             child.send(exchange, exchange.message)
             return await child.answer(exchange)
@@ -10982,7 +10991,10 @@ class ModernClient:
         return response(call.id, {"resultType": "complete", "_meta": meta})
 
     def _forget(self, call: Call) -> None:
-        """A call is over, or its client has left: another one asks what it had to ask."""
+        """Drop a call that is over, or whose client has left.
+
+        Its open questions go to another call of this client, or are refused.
+        """
         if call in self.calls:
             self.calls.remove(call)
 
@@ -11228,10 +11240,13 @@ class Relay(McpServer):
 
     idle  seconds after which a child that nobody uses is ended
 
-    | client | legacy server                    | modern server                      |
-    |--------|----------------------------------|------------------------------------|
-    | legacy | LegacyClient, with its own child | LegacyClient, by its Translator    |
-    | modern | ModernClient, with its own child | the child for all, as it is        |
+    | client | legacy server, or era not known yet | modern server                   |
+    |--------|-------------------------------------|---------------------------------|
+    | legacy | LegacyClient, with its own child    | LegacyClient, by its Translator |
+    | modern | ModernClient, with its own child    | the child for all, as it is     |
+
+    If a server whose era was not known turns out to be modern, all these clients go on with the
+    child for all.
     """
 
     def __init__(self, config: ServerConfig, idle: float = CHILD_IDLE) -> None:
@@ -11240,7 +11255,7 @@ class Relay(McpServer):
         self.launcher = Launcher(config, idle, self._end_an_abandoned_session, self._on_shared)
         # The sessions that have sent a request.
         self.sessions: dict[Session, LegacyClient] = {}
-        # The modern clients of a legacy server, by `key_of`.
+        # The modern clients of a server that is not known to be modern, by `key_of`.
         self.clients: dict[str, ModernClient] = {}
         # One of them may need its child no longer.
         self.room = asyncio.Event()
@@ -11320,7 +11335,7 @@ class Relay(McpServer):
 
         return False
 
-    # Modern clients of a legacy server
+    # Modern clients of a server that is not known to be modern
 
     async def _modern_client(self, session: Session, message: Message) -> ModernClient:
         """Return the client that sends this; a new one waits for room."""
@@ -15826,12 +15841,13 @@ class McpEndpoint(EventsEndpoint):
             version = self.request.headers.get("MCP-Protocol-Version")
             check_era(message, version)
             era = era_of(message, version)
-            modern = era is Era.MODERN
-            if modern and not is_request(message):
+            is_modern = era is Era.MODERN
+            if is_modern and not is_request(message):
+                # There is nothing to do: to cancel, a modern client closes its request's stream.
                 self.set_status(202)
                 return
 
-            session, opens = self.session_of(message, modern)
+            session = self.session_for(message, is_modern)
             outbox = Outbox(session.overflow)
             session.receive(message, era, outbox)
         except ProxyError as wrong:
@@ -15847,58 +15863,52 @@ class McpEndpoint(EventsEndpoint):
             return
 
         try:
-            await self.deliver(outbox, modern)
+            await self.deliver(outbox, is_modern)
         finally:
             outbox.leave()
 
-            # A client that disconnects cancels a single request, but not a session's call.
-            was_refused = opens and not session.version
-            if modern or was_refused:
+            # A client that disconnects cancels a single request, but not a session's call.  A new
+            # session that has no version is of no use: `initialize` failed, or its client has left.
+            handshake_failed = message["method"] == "initialize" and session.version is None
+            if is_modern or handshake_failed:
                 session.end()
 
-    def session_of(self, message: Message, modern: bool) -> tuple[Session, bool]:
-        """The session of this message, and whether it starts with it.  Raises ProxyError."""
-        server = self.state.servers[self.name]
-        if modern:
+    def session_for(self, message: Message, is_modern: bool) -> Session:
+        """Return the session of this message; a modern request and `initialize` get a new one.
+
+        Raises ProxyError.
+        """
+        if is_modern:
             check_envelope(message, self.request.headers.get_list)
-            session = Session(
-                self.state,
-                server,
-                "once",
-                Lifetime.ONCE,
-                credential=self.credential,
-                address=self.address,
-            )
+            session = self.new_session("once", Lifetime.ONCE)
             session.came_with(self.request.headers.get_list)
-            return session, True
+            return session
+
         if message.get("method") == "initialize" and is_request(message):
-            session = Session(
-                self.state,
-                server,
-                "http",
-                Lifetime.HTTP,
-                credential=self.credential,
-                address=self.address,
-            )
+            session = self.new_session("http", Lifetime.HTTP)
             self.state.sessions.open(session)
             session.expire()
             self.set_header("Mcp-Session-Id", session.session_id)
-            return session, True
+            return session
 
-        return self.session(), False
+        return self.session()
 
-    async def deliver(self, outbox: Outbox, modern: bool) -> None:
-        """The answer as JSON; as a stream, if anything comes before it."""
+    def new_session(self, transport: str, lifetime: Lifetime) -> Session:
+        return Session(
+            self.state,
+            self.state.servers[self.name],
+            transport,
+            lifetime,
+            credential=self.credential,
+            address=self.address,
+        )
+
+    async def deliver(self, outbox: Outbox, is_modern: bool) -> None:
+        """Send the answer as JSON; as a stream, if anything comes before it."""
         async with contextlib.aclosing(outbox.messages()) as messages:
             async for message in messages:
-                is_answer = message is not None and "method" not in message
-                if message is not None and is_answer and not self._headers_written:
-                    if "error" in message:
-                        # Nothing has started.
-                        self.clear_header("Mcp-Session-Id")
-
-                    status = status_of(message) if modern else 200
-                    await self.finish_in_turns(await to_json_in_turns(message), status)
+                if message is not None and self.is_whole_response(message):
+                    await self.send_as_json(message, is_modern)
                     return
 
                 await self.send_event(await sse_event(message))
@@ -15907,7 +15917,20 @@ class McpEndpoint(EventsEndpoint):
             # The client cancelled: there is no answer to send, so end an empty stream.
             self.set_header("Content-Type", "text/event-stream")
 
+    def is_whole_response(self, message: Message) -> bool:
+        """Whether this is the answer, and nothing was sent before it."""
+        return "method" not in message and not self._headers_written
+
+    async def send_as_json(self, answer: Message, is_modern: bool) -> None:
+        if "error" in answer:
+            # Nothing has started.
+            self.clear_header("Mcp-Session-Id")
+
+        status = status_of(answer) if is_modern else 200
+        await self.finish_in_turns(await to_json_in_turns(answer), status)
+
     def session(self) -> Session:
+        """Return the open session that the request names.  Raises NotAMessage, UnknownSession."""
         session_id = self.request.headers.get("Mcp-Session-Id")
         if not session_id:
             raise NotAMessage(
