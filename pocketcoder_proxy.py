@@ -8688,7 +8688,9 @@ class Outbox:
         self.news = asyncio.Event()
         # Identifies the newest reader.
         self.reader = object()
+        # How many readers there are, with those that have to end.
         self.readers = 0
+        # Whether it takes no more messages.
         self.is_closed = False
 
     @classmethod
@@ -8894,10 +8896,13 @@ class Session:
 
         # For what belongs to no call, or to a call on a transport with one stream.
         self.outbox = Outbox(self.overflow, is_heard=not lifetime.has_response_per_call)
+        # How many streams of it are open.
         self.streams = 0
+        # Its requests that are not answered yet, by the client's ids.
         self.calls: dict[str | int, asyncio.Task[None]] = {}
         # Its last stream, message or answer, in seconds of time.monotonic().
         self.used = time.monotonic()
+        # Calls `expire` when the countdown is over.
         self.expiry: asyncio.TimerHandle | None = None
         # Ends it when its last answers have left: its child has ended.
         self.losing: asyncio.Task[None] | None = None
@@ -8910,7 +8915,7 @@ class Session:
         self.hello_params: Message = {}
         # The revision that `initialize` was answered with; None: it has not succeeded.
         self.version: str | None = None
-        # Of `logging/setLevel`.
+        # From this level up its client wants log messages.
         self.level = "info"
 
     @property
@@ -9311,7 +9316,7 @@ class InFlight:
     def __init__(self, on_expiry: Callable[[Exchange, float], object]) -> None:
         self.on_expiry = on_expiry
         self.exchanges = dict[int, Exchange]()
-        # The newest id.
+        # The newest id that was given.
         self.count = 0
         # Calls whose client has questions to answer; as long as there are any, nothing expires.
         self.pauses = 0
@@ -9491,10 +9496,12 @@ class Child:
         self.used = self.began
         self.in_flight = InFlight(self._expire)
 
-        # The tasks that keep it going, until it has ended.
+        # Climbs CHILD_LADDER; None: it is not ENDING yet.
         self.ender: asyncio.Task[None] | None = None
         self.stderr = ChildLog(name, process.stderr)
+        # Reads its stdout to the end.
         self.reading = asyncio.ensure_future(self._read())
+        # Notices when its process ends.
         self.watching = asyncio.ensure_future(self._watch())
 
     @classmethod
@@ -10094,8 +10101,9 @@ class BackOff:
         self.restarts = 0
         # Faults in a row before any answer.
         self.failures = 0
-        # Seconds of time.monotonic(): the last one of these, and the earliest next start.
+        # The last one of these, in seconds of time.monotonic().
         self.failed_at = 0.0
+        # The earliest next start, likewise.
         self.not_before = 0.0
 
     async def wait(self) -> None:
@@ -10481,8 +10489,9 @@ class Translator:
         self.uris = set[str]()
         # The server's questions that the client has not answered yet, by our ids.
         self.asked: dict[str | int, asyncio.Future[Message]] = {}
-        # Hears of changes on the client's behalf, from this child.
+        # Hears of changes on the client's behalf.
         self.listening: asyncio.Task[None] | None = None
+        # The child that was asked for them last.
         self.listens_to: Child | None = None
 
     async def respond(self, child: Child, message: Message, outbox: Outbox) -> Message:
@@ -10766,7 +10775,9 @@ class Call:
         self.exchange = Exchange(message, outbox)
         # What the client has to answer before it gets its own answer, by name.
         self.questions: dict[str, Question] = {}
+        # Set while there are such questions.
         self.asked = asyncio.Event()
+        # Set while there are none.
         self.all_answered = asyncio.Event()
         self.all_answered.set()
         # Its client got the questions, and is to return with answers.
@@ -10874,6 +10885,7 @@ class ModernClient:
         self.launcher = launcher
         self.on_idle = on_idle
         self.on_unused = on_unused
+        # Its name and version.
         self.info = as_object(meta.get(CLIENT_INFO))
         if not all(isinstance(self.info.get(name), str) for name in OURSELVES):
             # A legacy server may refuse a client that has no name.
@@ -10888,9 +10900,9 @@ class ModernClient:
         self.calls: list[Call] = []
         # The one that the child is started for: it is asked first.
         self.starter: Call | None = None
-        # Those that could not be put to any call yet.
+        # Questions of its child that could not be put to any call yet.
         self.questions: deque[Question] = deque()
-        # By `requestState`.
+        # Calls that wait for the client to return, by its `requestState`.
         self.parked: dict[str, Parked] = {}
         # What each `subscriptions/listen` wants to hear of.
         self.listeners: dict[Call, Message] = {}
