@@ -11732,7 +11732,8 @@ def test_exec_answers_in_text_for_models_and_data_for_programs(proxy: Proxy, age
         timeout=9.5,
         env={"ignored": 1},
     )
-    assert text_of(result) == f"in {os.path.realpath(proxy.workspace)}\n"
+    below = "[arguments that mean nothing here: env]"
+    assert text_of(result) == f"in {os.path.realpath(proxy.workspace)}\n{below}"
 
     result = call(
         proxy, "exec", cmd="head -c 5000 /dev/zero | tr '\\0' x", agent_name=agent, max_output=100
