@@ -16263,15 +16263,24 @@ def test_a_server_makes_no_session_before_it_is_needed(own: StartServer) -> None
 def test_a_token_guards_other_interfaces_and_no_command_finds_it(
     own: StartServer,
 ) -> None:
-    server = own("--host", "0.0.0.0", POCKETCODER_TOKEN="g3heim", POCKETCODER_TOKEN_2="kept")
+    # The search does not find itself: it has the token as a pattern.
+    token = os.urandom(4).hex()
+    pattern = f"g[3]heim{token}"
+    server = own(
+        "--host",
+        "0.0.0.0",
+        POCKETCODER_TOKEN=f"g3heim{token}",
+        POCKETCODER_TOKEN_2="kept",
+    )
     pid = server.process.pid
     search = "; ".join(
         [
             "exec 2>/dev/null",
             f"tr '\\0' '\\n' </proc/{pid}/environ | grep TOKEN",
-            "grep -l g[3]heim /proc/*/environ",
-            f"tmux -S {server.socket} show-environment -g | grep g[3]",
-            f"grep -r g[3]heim {server.folder}",
+            # If it is there, then whose it is.
+            f"for it in $(grep -l {pattern} /proc/*/environ); do cat ${{it%environ}}cmdline; done",
+            f"tmux -S {server.socket} show-environment -g | grep {pattern}",
+            f"grep -r {pattern} {server.folder}",
         ]
     )
     assert server.exec(search)["stdout"] == "POCKETCODER_TOKEN_2=kept\n"
