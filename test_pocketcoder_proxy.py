@@ -6775,7 +6775,7 @@ UNFINISHED = [
 ]
 
 
-@pytest.mark.parametrize("typed", with_slow(UNFINISHED, "and", "here-document"))
+@pytest.mark.parametrize("typed", with_slow(UNFINISHED, "and"))
 def test_an_unfinished_command_typed_while_a_new_shell_starts_is_never_run(
     own: StartServer, typed: str
 ) -> None:
@@ -8010,6 +8010,7 @@ def test_a_directory_for_runs_that_goes_away_costs_no_command(
     assert server.exec("seq 100000")["output_bytes"] == 588895
 
 
+@pytest.mark.slow
 def test_a_full_disk_for_runs_costs_no_command(own: StartServer, full_disk: str) -> None:
     server = own("--runs-dir", f"{full_disk}/runs")
     run_id = server.launch("seq 2000000; exit 4")
@@ -8282,6 +8283,7 @@ def test_a_reader_that_does_not_read_costs_nothing_and_misses_pictures(
         assert proxy.memory() - before < 10_000_000
 
 
+@pytest.mark.slow
 def test_a_terminal_that_dies_is_shown_again_when_it_comes_back(
     warm: StartServer, stream: OpenStream
 ) -> None:
@@ -8821,9 +8823,7 @@ def troubled() -> Iterator[Proxy]:
     server.remove()
 
 
-@pytest.mark.parametrize(
-    ("trouble", "reason"), with_slow(TROUBLES, "workspace-gone", "audit-log-renamed")
-)
+@pytest.mark.parametrize(("trouble", "reason"), with_slow(TROUBLES, "workspace-gone"))
 def test_a_trouble_makes_the_server_unready_while_it_lasts(
     troubled: Proxy, trouble: Trouble, reason: str
 ) -> None:
@@ -11533,7 +11533,13 @@ def test_seconds_waited_and_run_are_in_histograms(own: StartServer) -> None:
             id="body",
         ),
         pytest.param(
-            "POST", "/exec", b'{"cmd": "true"}', JSON_TYPE, "no_terminal", id="no-terminal"
+            "POST",
+            "/exec",
+            b'{"cmd": "true"}',
+            JSON_TYPE,
+            "no_terminal",
+            id="no-terminal",
+            marks=pytest.mark.slow,
         ),
         pytest.param("POST", "/mcp", b"{", JSON_TYPE, "not_json", id="mcp-no-json"),
     ],
