@@ -112,7 +112,7 @@ Verbs:
   unattend  a run's caller has its answer, or has gone; the run goes on
   hand over leave a run that outlives its server to the next one
   adopt     take over what a server has left: go on with such runs, drain the others
-  keep      have a process read on, or hold, what writers that outlive the server write
+  keep      have a process read on, or hold back, the output of writers that outlive the server
   retire    the output of a run may be dropped when there is no room
   forget    drop a run and its output
   take      a callback gets a piece of output; a command gets a pane
@@ -3985,9 +3985,9 @@ Takes = Mapping[str, Take]
 # Both outputs in one stream, for the record and nobody else.
 RECORD_ONLY: Takes = {"out": ignore}
 USUAL_PIPE = 64 * KIB  # bytes that a pipe holds unless it is widened, pipe(7)
-# Waits for a line at descriptor 0, a pipe that ends with us: then it discards what comes from
-# descriptor 1, which is the FIFO.  In the background, so that its parent ends at once: we need not
-# wait for it.
+# Ends at a line from descriptor 0.  If that pipe ends instead, we have gone: then it discards what
+# comes from descriptor 1, which is the FIFO.  In the background, so that its parent ends at once:
+# we need not wait for it.
 KEEPER = "exec 3<&0 4<&1 >/dev/null; (read -r _ <&3 || exec cat <&4) &"
 # The same for a run that outlives us: it holds what is in the FIFO, until the next server, which
 # has read it, writes a line to the FIFO at descriptor 2.
@@ -4201,7 +4201,7 @@ class Output(Pipe):
     def close(self) -> None:
         super().close()
         if self.lifeline >= 0:
-            # Its keeper has gone.
+            # OSError: its keeper has gone.
             with contextlib.suppress(OSError):
                 os.write(self.lifeline, b"\n")
             self._drop_lifeline()
@@ -4394,7 +4394,7 @@ HISTORY = "ignorespace:ignoredups"
 #   outputs, sound  open them, write-only; where a FIFO was wiped, that has made a file: leave
 #   start           report the pid, which is the process group as well
 #   cd, export, exec   become the command
-#   end             END_WITH_SERVER or END_FOR_NEXT; `}}` there ends what `trap` began
+#   end             END_WITH_SERVER or END_FOR_NEXT; `}}` there closes the `{{` behind `trap`
 #   read            let the server show the end first; a shell that knows no `-t` does not wait.  A
 #                   lasting run waits once more before that: until its output is recorded
 #   back            report the return: the prompt comes
@@ -4649,7 +4649,7 @@ class LockedFolder:
 
     def on_status(self) -> None:
         """Take the reports that there are."""
-        # There are none: it is closed, or somebody else has read it.
+        # OSError: there are none, since it is closed, or somebody else has read it.
         with contextlib.suppress(OSError):
             self.unread += os.read(self.status.fd, 64 * KIB)
         for token, word, number in REPORT.findall(self.unread):
@@ -5854,6 +5854,7 @@ class Run:
         "is_left",
         "location",
         "max_output",
+        "needs_no_wait",
         "record",
         "result",
         "run_id",
@@ -5862,7 +5863,6 @@ class Run:
         "state",
         "timeout",
         "usage_id",
-        "wait_over",
         "waited",
     )
 
@@ -5890,7 +5890,7 @@ class Run:
         # Why it could not be run.
         self.failure: ProxyError | None = None
         # It has ended, or failed, or the server stops: nobody need wait for it any more.
-        self.wait_over = asyncio.Event()
+        self.needs_no_wait = asyncio.Event()
         # None: it has none yet.
         self.location: Location | None = None
         # Its caller has the answer, or has gone.
@@ -5908,14 +5908,14 @@ class Run:
         assert self.state is not RunState.ENDED
         self.state = RunState.ENDED
         self.result = result
-        self.wait_over.set()
+        self.needs_no_wait.set()
         # Whoever follows the output learns of the end.
         self.record.stir()
 
     def fail(self, failure: ProxyError) -> None:
         """It could not be run."""
         self.failure = failure
-        self.wait_over.set()
+        self.needs_no_wait.set()
         self.record.stir()
 
     def answer_given(self) -> None:
@@ -5925,7 +5925,7 @@ class Run:
     def let_callers_go(self) -> None:
         """The server stops: answer with what is known."""
         self.is_left = True
-        self.wait_over.set()
+        self.needs_no_wait.set()
         self.record.stir()
 
     def got_pane(self, waited: float) -> None:
@@ -6278,7 +6278,8 @@ UNWATCHED = Watch()
 class Phase(enum.IntEnum):
     """How far a job is.  Only `Job._enter` changes it.
 
-    Its run is WAITING before RUNNING, and ENDED from OVER on.
+    Its run is WAITING before RUNNING, and ENDED from OVER on.  A job that is RELEASED without OVER
+    leaves its run as it was.
     """
 
     HELD = 0  # it has a pane; its files are being made
@@ -6357,7 +6358,7 @@ class Job:
         self.loop = asyncio.get_running_loop()
 
         self.phase = Phase.HELD
-        # False: its pane was given back before it ran.
+        # True: it runs, or was lost before it could tell.  False: its pane was given back unused.
         self.started: asyncio.Future[bool] = self.loop.create_future()
         self.over = asyncio.Event()
         # From OVER on.
@@ -6675,7 +6676,7 @@ class Job:
             # Before the end is saved: so it need not be saved twice.
             self.record.finish()
             self._finish()
-        # If it is not over, it has never started, and goes on as another job with other files.
+        # A job that is not over has never started: its run goes on as another job, in other files.
         if self.over.is_set():
             self.runs.complete(self.run)
 
@@ -7197,10 +7198,6 @@ class PocketCoderDriver:
 
             raise
 
-    def _on_end(self, run: Run, watch: Watch, result: CommandResult) -> None:
-        watch.end(result)
-        self.runs.end(run, result)
-
     def _forget_unless_started(self, run: Run, failure: BaseException) -> None:
         """Its request failed, or was cancelled, most likely before its start."""
         job = self.running.get(run.run_id)
@@ -7214,7 +7211,7 @@ class PocketCoderDriver:
             self.runs.forget(run)
 
     def launch(self, request: ExecRequest, watch: Watch) -> Run:
-        """Start a command that goes on without its caller; see `Run.wait_over`, `Run.failure`.
+        """Start a command that goes on without its caller; see `Run.needs_no_wait`, `Run.failure`.
 
         The caller calls `unattend` when it has its answer, or goes.
         """
@@ -9264,7 +9261,8 @@ def id_of_long(line: TooLong) -> object:
 # What one relayed server has been asked, and who gets its answers.
 #
 # K1  A request ends by its answer, when its time is over, or when its client cancels it.
-# K2  While a modern client has questions of the server to answer, no request expires.
+# K2  While a client has questions of the server to answer, no request expires; for PARK_TIMEOUT
+#     seconds at most.
 
 
 class Exchange:
@@ -10618,6 +10616,8 @@ class LegacyClient:
         self.starting: asyncio.Future[Child] | None = None
         # Its child, as soon as that has asked something, even while it starts.
         self.asking: Child | None = None
+        # What its child waits to hear from it, by the id of the question: until when.
+        self.questions: dict[object, asyncio.TimerHandle] = {}
         self.translator = Translator(launcher.name, session)
 
     @property
@@ -10680,10 +10680,27 @@ class LegacyClient:
 
         if is_question:
             self.asking = child
+            self._wait_for_answer(child, message["id"])
+        elif message["method"] == "notifications/cancelled":
+            self._stop_waiting(child, message["params"].get("requestId"))
 
         outbox = self._stream_for(child, message)
         outbox.send(message)
         return outbox
+
+    def _wait_for_answer(self, child: Child, id_: str | int) -> None:
+        """The child's own time stands still while the client has this question to answer."""
+        if id_ not in self.questions:
+            child.in_flight.pause()
+            loop = asyncio.get_running_loop()
+            self.questions[id_] = loop.call_later(PARK_TIMEOUT, self._stop_waiting, child, id_)
+
+    def _stop_waiting(self, child: Child, id_: object) -> None:
+        """The question is answered, or withdrawn, or old."""
+        timer = self.questions.pop(id_, None)
+        if timer is not None:
+            timer.cancel()
+            child.in_flight.resume()
 
     def _stream_for(self, child: Child, message: Message) -> Outbox:
         """Choose the stream of a call if the message surely belongs there, or the session's own."""
@@ -10710,6 +10727,11 @@ class LegacyClient:
         is_answer = "method" not in message
         if is_answer and self.translator.take_answer(message):
             return
+
+        asked_by = self.child or self.asking
+        if is_answer and asked_by is not None:
+            self._stop_waiting(asked_by, message["id"])
+
         if self.child is not None:
             self.child.write(message)
         elif self.asking and is_answer:
@@ -10723,6 +10745,10 @@ class LegacyClient:
     def _drop_child(self) -> None:
         """End its own child, and stop listening to the shared one."""
         self.translator.leave()
+        for timer in self.questions.values():
+            timer.cancel()
+        self.questions.clear()
+
         if self.starting:
             abandon(self.starting)
             self.starting = None
@@ -11951,7 +11977,7 @@ async def launched(
     """
     run = state.driver.launch(request, Notes(state, request, door))
     try:
-        await is_set_within(run.wait_over, wait)
+        await is_set_within(run.needs_no_wait, wait)
         if run.result is not None:
             await check_audited(state, run)
         elif run.failure is not None:
@@ -12205,7 +12231,7 @@ async def wait_with_progress(run: Run, wait: float, report: Report | None) -> No
     """Wait for the end of a run, `wait` seconds at most."""
     progress = Progress(report, run) if report else None
     try:
-        await is_set_within(run.wait_over, wait)
+        await is_set_within(run.needs_no_wait, wait)
     finally:
         if progress:
             progress.stop()
@@ -12251,7 +12277,7 @@ async def end_run_tool(state: AppState, arguments: Message, report: Report | Non
     elif run.result is None:
         state.driver.signal_run(run, SIGNAL_NUMBERS[name])
 
-    await is_set_within(run.wait_over, END_PATIENCE)
+    await is_set_within(run.needs_no_wait, END_PATIENCE)
     if run.result is None and run.failure is not None:
         raise run.failure
 
@@ -14825,7 +14851,8 @@ async def answering(state: AppState, request: ExecRequest) -> AsyncIterator[Run]
 async def exec_handler(state: AppState, request: ExecRequest) -> ExecResponse:
     """Run a command to its end, or for `wait` seconds.
 
-    Cancelling this cancels it, unless the request has a `wait`.
+    For programs that embed us: `ExecEndpoint.answer` does the same, in pieces.  Cancelling this
+    cancels the command, unless the request has a `wait`.
     """
     async with answering(state, request) as run:
         return run.answer("".join(run.text()))
@@ -14878,11 +14905,11 @@ async def launched_stream_handler(
     deadline = time.monotonic() + request.wait
     run = state.driver.launch(request, Notes(state, request, "stream"))
     sending = asyncio.ensure_future(
-        send_output(run, 0, send, run.wait_over.is_set, is_numbered=True)
+        send_output(run, 0, send, run.needs_no_wait.is_set, is_numbered=True)
     )
     try:
         await send(": started\n\n")
-        await is_set_within(run.wait_over, deadline - time.monotonic())
+        await is_set_within(run.needs_no_wait, deadline - time.monotonic())
         if run.result is not None:
             await asyncio.wait_for(sending, SLOW_READER_TIMEOUT)
             await check_audited(state, run)
@@ -15626,7 +15653,7 @@ class RunEndpoint(Endpoint):
         await self.perform(self.answer(self.run(), self.given()["wait"]))
 
     async def answer(self, run: Run, wait: float) -> None:
-        await is_set_within(run.wait_over, wait)
+        await is_set_within(run.needs_no_wait, wait)
         if run.result is not None:
             await check_audited(self.state, run)
         self.finish_json(run.facts())

@@ -10492,6 +10492,48 @@ def test_an_unused_child_ends_after_the_configured_time(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_person_has_time_of_their_own_to_answer_a_question(
+    fixtures: pathlib.Path, answers: bool
+) -> None:
+    async def call_and_answer() -> dict[str, Any]:
+        words = (sys.executable, "-S", str(fixtures), "mcp-fixture", "legacy")
+        relay = pp.Relay(pp.ServerConfig("x", words))
+        session = pp.Session(pp.SessionHost(), relay, "ws", pp.Lifetime.STREAM)
+        outbox = pp.Outbox(int)
+
+        async def ask(message: dict[str, Any]) -> dict[str, Any]:
+            return dict(await relay.respond(session, message, pp.Era.LEGACY, outbox))
+
+        await ask(request("initialize", INITIALIZE | {"capabilities": {"elicitation": {}}}))
+        arguments = {"message": "Who are you?"}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pp, "CHILD_TIMEOUT", 0.3)
+            patch.setattr(pp, "PARK_TIMEOUT", 1.2)
+            calling = asyncio.ensure_future(
+                ask(request("tools/call", {"name": "test_elicitation", "arguments": arguments}, 7))
+            )
+            question = await anext(outbox.messages())
+            assert question is not None
+            await asyncio.sleep(0.9)
+            assert not calling.done()
+            if answers:
+                result = {"action": "accept", "content": {"username": "u", "email": "e"}}
+                answer = {"jsonrpc": "2.0", "id": question["id"], "result": result}
+                relay.notify(session, answer)
+
+            answered = await asyncio.wait_for(calling, 5)
+            await relay.close()
+            return answered
+
+    got = asyncio.run(call_and_answer())
+    if answers:
+        assert "accept" in text_of(got["result"])
+    else:
+        assert got["error"]["message"] == "server x did not answer within 0.3 s"
+
+
+@pytest.mark.slow
 def test_calls_to_a_child_that_hangs_or_never_reads_time_out(fixtures: pathlib.Path) -> None:
     async def trouble() -> list[str]:
         said = []
