@@ -87,12 +87,12 @@ tmux:       new-session -A      the one long-lived control connection
             pocketcoder-ready   `/ready`: no command of tmux, but it answers
 Files of a run, SOCKET.d/DRIVER/RUN.*:
             go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
-            pid (claims the run: the process; a second line: the exit code)
+            pid (whoever makes it has claimed the run; lines: the process, the exit code)
             FIFOs: done (from us)  out, err  in (of a channel); one `status` for all runs
 Files of records, in --runs-dir:
-            OWNER.lock (of a server)  OWNER.RUN.OFFSET (output of a run that ends with it)
-            RUN.OFFSET, RUN.json (of a run that outlives it)
-Locks:      SOCKET.d/DRIVER and OWNER.lock while it lives; a pane's terminal during a run
+            SERVER.lock (of a server)  SERVER.RUN.OFFSET (output of a run that ends with its server)
+            RUN.OFFSET, RUN.json (of a run that outlives its server)
+Locks:      SOCKET.d/DRIVER and SERVER.lock while their server lives; a pane's tty during a run
             (flock, freed with the process)
 
 Not done on purpose:
@@ -3226,7 +3226,7 @@ class OutputWatch(Tmux):
 #     they take it.
 
 
-# Behind the name of a server, what ends with that: RUN.OFFSET, RUN.new.
+# What follows `SERVER.` in the names of files that end with their server: RUN.OFFSET, RUN.new.
 SERVERS_FILE = re.compile(r"[0-9a-f]{16}\.(\d+|new)")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # A link in its place does not lead us anywhere.
@@ -3847,8 +3847,8 @@ class Shelf:
         """Forget what `save` wrote."""
         remove_file(f"{self.folder}/{run_id}.json")
 
-    def found(self) -> list[tuple[Message, Record]]:
-        """What servers that have gone have left of lasting runs; it is ours now.
+    def take_over(self) -> list[tuple[Message, Record]]:
+        """Make ours, and return, what servers that have gone have left of lasting runs.
 
         Raises OSError.
         """
@@ -3860,13 +3860,13 @@ class Shelf:
             self._wait_for_others(folder)
             self.open()
             names = os.listdir(self.folder)
-            alive = self._sweep(names)
+            left_alone = self._sweep(names)
             pieces = self._pieces(names)
             found = list[tuple[Message, Record]]()
             for name in names:
                 run_id, _, suffix = name.partition(".")
                 facts = self._load(name) if suffix == "json" else None
-                if facts and facts["socket"] == self.socket and facts["server"] not in alive:
+                if facts and facts["socket"] == self.socket and facts["server"] not in left_alone:
                     record = self._record_of(run_id, facts, pieces.get(run_id, []))
                     found.append((facts, record))
                     with contextlib.suppress(OSError):
@@ -3890,29 +3890,32 @@ class Shelf:
                 time.sleep(LOOK_PAUSE)
 
     def _sweep(self, names: list[str]) -> set[str]:
-        """Remove what ended with its server; the servers that live, or have another socket."""
-        alive = {self.server_id}
+        """Remove what ended with its server.
+
+        Return the servers whose files are left alone: they live, or have another socket.
+        """
+        left_alone = {self.server_id}
         with contextlib.ExitStack() as opened:
             for name in names:
                 server_id, _, suffix = name.partition(".")
                 if suffix != "lock" or server_id == self.server_id:
                     continue
-                alive.add(server_id)
+                left_alone.add(server_id)
                 # It has just gone, or is another user's.
                 with contextlib.suppress(OSError):
                     lock = os.open(f"{self.folder}/{name}", os.O_RDWR | os.O_NOFOLLOW)
                     opened.callback(os.close, lock)
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if os.pread(lock, MAX_PATH, 0) == os.fsencode(self.socket):
-                        alive.remove(server_id)
+                        left_alone.remove(server_id)
                         remove_file(f"{self.folder}/{name}")
 
             for name in names:
                 server_id, _, rest = name.partition(".")
-                if SERVERS_FILE.fullmatch(rest) and server_id not in alive:
+                if SERVERS_FILE.fullmatch(rest) and server_id not in left_alone:
                     remove_file(f"{self.folder}/{name}")
 
-        return alive
+        return left_alone
 
     def _pieces(self, names: list[str]) -> dict[str, list[Piece]]:
         """The files of lasting records, by run."""
@@ -4057,8 +4060,8 @@ class Output(Pipe):
         super().__init__(path, os.O_RDONLY, on_close)
         self.record = record
         self.take = take
-        # What `take` still works at.
-        self.taken: asyncio.Future[None] | None = None
+        # Until it is done, `take` works at the newest chunks.
+        self.taking: asyncio.Future[None] | None = None
         self._resume()
 
     def _resume(self) -> None:
@@ -4067,7 +4070,7 @@ class Output(Pipe):
 
     def is_paused(self) -> bool:
         """Whether its reader is slower than the command."""
-        return self.taken is not None and not self.taken.done()
+        return self.taking is not None and not self.taking.done()
 
     def hand_over(self) -> None:
         """Close without calling `on_close`: its files stay, and its keeper takes over."""
@@ -4099,7 +4102,7 @@ class Output(Pipe):
         wait = self.take(chunk)
         if wait is not None:
             self.loop.remove_reader(self.fd)
-            self.taken = asyncio.ensure_future(self._wait(self.taken, wait))
+            self.taking = asyncio.ensure_future(self._wait(self.taking, wait))
 
     def _read_chunk(self) -> bytes:
         """Read and record what there is; nothing at the end.  Raises BlockingIOError."""
@@ -4365,7 +4368,8 @@ FIFOS = ("done", "out", "err")
 ALL_FILES = (*OWN_FILES, *FIFOS, "pid", "go")
 # Of the directory of a driver.
 FOLDER_NAME = re.compile(r"[0-9a-f]{4}")
-# Not truncated, which goes to the disk: see GO.  No link or FIFO in its place may stop us.
+# No O_TRUNC, which would cost a write to the disk: see GO.  No link or FIFO in its place may stop
+# us.
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 # A report of go; others may write anything there.
 REPORT = re.compile(rb"([0-9a-f]{16}) (start|exit|back) ([0-9]{1,9})\n")
@@ -4399,7 +4403,8 @@ HISTORY = "ignorespace:ignoredups"
 #                   lasting run waits once more before that: until its output is recorded
 #   back            report the return: the prompt comes
 #
-# `_pc` is the pid of the command, and its exit code once it has ended.
+# `_pc` is the pid of the command, and its exit code once it has ended.  What `read` puts there
+# means nothing.
 #
 # Backslashes keep aliases out.  Functions of the same names matter outside the subshell: no exec
 # and no echo there.  `&&` keeps `set -e` out.
@@ -4499,7 +4504,7 @@ class RunFiles:
         self.reusable = False
 
     def open(self, record: Record, takes: Takes, fed: bool) -> None:
-        """Open our ends, before the line is typed: what nobody has open keeps nothing.
+        """Open our ends, before the line is typed: a FIFO that nobody has open keeps no data.
 
         Raises OSError.
         """
@@ -4869,7 +4874,7 @@ class FoundFolder(LockedFolder):
         return files
 
     def let_go(self, files: RunFiles | None) -> None:
-        """A run cannot be gone on with: its outputs are drained with the others."""
+        """A run cannot be resumed: its outputs are drained with the others."""
         if files is not None:
             files.abandon()
             self.runs.pop(files.token, None)
@@ -5268,7 +5273,7 @@ class PaneShell:
             if look is not Look.SOON or self.stopped:
                 return look is Look.READY
 
-            # Of a shell that never shows that it is ready, that is assumed.
+            # A shell that never shows whether it is ready is taken to be ready.
             if not self.shown and (self.ran or time.monotonic() >= deadline):
                 return True
             if time.monotonic() >= deadline:
@@ -5312,7 +5317,7 @@ class PaneShell:
             await self.at_prompt()
             now = await tmux.state(self.pane)
 
-        # In another column somebody may be typing: then the line comes with CLEAR.
+        # In another column somebody may be typing: CLEAR comes first, and leaves the prompt empty.
         is_empty = self._is_empty(now)
         self.empty_prompt = now
         return now if is_empty else None
@@ -5586,7 +5591,7 @@ class Terminal:
     async def _wait_for_shell(self) -> tuple[PaneShell, Tmux]:
         while not self.sandbox.stopping:
             self.freed.clear()
-            tmux = await self._look()
+            tmux = await self._ensure_panes()
             shell = await self._choose(tmux)
             if shell and self.sandbox.stopping:
                 shell.let_go()
@@ -5618,7 +5623,7 @@ class Terminal:
         Raises NoTerminal, OSError.
         """
         async with self.lock:
-            tmux = await self._look()
+            tmux = await self._ensure_panes()
             for shell in self.shells:
                 if shell.pane.pane_id == pane_id and shell.pane.pid == pid:
                     shell.hold_as_it_is()
@@ -5645,7 +5650,7 @@ class Terminal:
                 if len(self.shells) <= MAX_PANES or self.sandbox.stopping:
                     break
                 async with self.lock:
-                    await self._close_one(await self._look())
+                    await self._close_one(await self._ensure_panes())
         except NoTerminal as gone:
             log.debug("panes of %s: %s", self.name, gone)
         finally:
@@ -5668,7 +5673,7 @@ class Terminal:
     async def open(self) -> None:
         """Make the window if it is missing, and know its prompt before anybody types."""
         async with self.lock:
-            tmux = await self._look()
+            tmux = await self._ensure_panes()
             shell = self.shells[0]
             if shell.prompt is Prompt.STARTING and await shell.at_prompt():
                 await shell.clear(tmux)
@@ -5676,7 +5681,7 @@ class Terminal:
     async def make(self) -> None:
         """Make the window if it is missing."""
         async with self.lock:
-            await self._look()
+            await self._ensure_panes()
 
     def stop(self) -> None:
         """Wait for nothing any more."""
@@ -5686,7 +5691,7 @@ class Terminal:
         if self.closing is not None:
             self.closing.cancel()
 
-    async def _look(self) -> Tmux:
+    async def _ensure_panes(self) -> Tmux:
         """Know the panes; make the window, with all around it, if it is missing.  Needs the lock.
 
         Raises NoTerminal.
@@ -5699,7 +5704,7 @@ class Terminal:
         for attempt in range(LOOK_TRIES):
             is_last = attempt == LOOK_TRIES - 1
             try:
-                return await self._look_once()
+                return await self._ensure_panes_once()
             except (NoTerminal, ValueError) as failure:
                 # ValueError: what tmux describes is just going.
                 if is_last:
@@ -5716,7 +5721,7 @@ class Terminal:
 
         raise AssertionError("the last try returns or raises")
 
-    async def _look_once(self) -> Tmux:
+    async def _ensure_panes_once(self) -> Tmux:
         tmux = await self.sandbox.connect(self.name)
         notice_count = tmux.notice_count
         panes = self._own(await tmux.panes())
@@ -5796,11 +5801,13 @@ class Terminal:
     async def _split(self, tmux: Tmux) -> bool:
         """Make one more pane."""
         beside = self.shells[-1].pane
-        for _ in ("as it is", "with room made"):
+        for _ in range(2):
             with contextlib.suppress(NoTerminal):
                 pane = await tmux.split(beside, self.sandbox.new_shell)
                 self.shells.append(PaneShell(pane, True))
                 return True
+
+            # There was no room: make some.
             tmux.tile(beside)
 
         return False
@@ -5895,7 +5902,7 @@ class Run:
         self.location: Location | None = None
         # Its caller has the answer, or has gone.
         self.is_answered = False
-        # Its server stops, and follows it no more.
+        # Nobody need follow it: the server stops.
         self.is_left = False
 
     def start(self) -> None:
@@ -6192,10 +6199,10 @@ class RunList:
                 self.forget(run)
                 return
 
-    def found(self) -> list[Run]:
-        """Take over the lasting runs of servers that have gone; those that are not complete."""
+    def take_over(self) -> list[Run]:
+        """List the lasting runs of servers that have gone, and return those not complete yet."""
         try:
-            saved = self.shelf.found()
+            saved = self.shelf.take_over()
         except OSError as refused:
             self.shelf.complain(refused)
             return []
@@ -6383,7 +6390,7 @@ class Job:
         # Seconds of time.monotonic(); inf: not yet.
         self.typed_at = math.inf
         self.started_at = math.inf
-        # When it is no longer waited for what still writes.
+        # Then we stop waiting for what still writes.
         self.settled_by = math.inf
         # Seconds: for a pane, and from its start to its end.
         self.waited = time.monotonic() - asked_at
@@ -6790,7 +6797,7 @@ class Job:
             self.files.release(
                 has_run=self.started_at != math.inf,
                 was_typed=was_typed,
-                # What ends it knows its processes by these names: the next run must not have them.
+                # `climb` finds its processes by the names of its files: no other run may have them.
                 reusable=self.go_is_done and self.ending is None,
             )
 
@@ -6813,8 +6820,8 @@ class Job:
             await self.over.wait()
             outputs = self.files.outputs if self.files else []
             for output in outputs:
-                if output.taken is not None:
-                    await asyncio.wait_for(output.taken, patience)
+                if output.taking is not None:
+                    await asyncio.wait_for(output.taking, patience)
         finally:
             # If it is not over, its caller has left.
             self.end("cancelled")
@@ -6830,7 +6837,7 @@ class Job:
         if self.phase is Phase.RELEASED:
             return
 
-        # Of a line that is typed only the next server learns whether it has started.
+        # Whether a line that is just typed has started, the next server will learn.
         if not self.started.done():
             self.started.set_result(True)
 
@@ -7139,7 +7146,7 @@ class PocketCoderDriver:
         try:
             return await self._start(run, request, takes, fed, watch)
         except BaseException as failure:
-            self._forget_unless_started(run, failure)
+            self._drop_unless_ending(run, failure)
             raise
 
     async def _start(
@@ -7198,8 +7205,11 @@ class PocketCoderDriver:
 
             raise
 
-    def _forget_unless_started(self, run: Run, failure: BaseException) -> None:
-        """Its request failed, or was cancelled, most likely before its start."""
+    def _drop_unless_ending(self, run: Run, failure: BaseException) -> None:
+        """Its request failed, or was cancelled: most likely it never started.
+
+        It goes out of the list, unless its caller has been told of it: then it has ended.
+        """
         job = self.running.get(run.run_id)
         if run.state is RunState.ENDED or (job is not None and job.ending is not None):
             return
@@ -7216,12 +7226,12 @@ class PocketCoderDriver:
         The caller calls `unattend` when it has its answer, or goes.
         """
         run = self.runs.open(request, watch.door)
-        task = asyncio.ensure_future(self._see_through(run, request, watch))
+        task = asyncio.ensure_future(self._start_launched(run, request, watch))
         self.launched[run.run_id] = task
         task.add_done_callback(lambda _: self.launched.pop(run.run_id, None))
         return run
 
-    async def _see_through(self, run: Run, request: ExecRequest, watch: Watch) -> None:
+    async def _start_launched(self, run: Run, request: ExecRequest, watch: Watch) -> None:
         """Start a run; why it could not be started is noted for its caller."""
         try:
             await self.start(request, RECORD_ONLY, watch=watch, run=run)
@@ -7314,7 +7324,7 @@ class PocketCoderDriver:
 
         watch_of  who follows a run from now on
         """
-        found = self.runs.found()
+        found = self.runs.take_over()
         if not found:
             return
 
@@ -7565,8 +7575,8 @@ class PocketCoderDriver:
         for terminal in self.terminals.values():
             terminal.stop()
 
-        # Those that outlive us are left to the next server, and their callers are told so.  Of one
-        # that is being ended only we know why.
+        # Those that outlive us are left to the next server, and their callers are told so.  But not
+        # one that is being ended: only we know why.
         left = set[str]()
         for job in self.jobs():
             is_underway = job.phase >= Phase.SENT and not job.over.is_set()
@@ -8866,11 +8876,9 @@ class Session:
     |                           |      |        |                  | or a call runs   |
     | DELETE                    |      |        |                  | ends             |
 
-    Whatever its lifetime is, it ends
-
-      once its calls are answered   when its child has ended; it is forgotten at once
-      at once                       when its client does not keep up, or a crowd of sessions
-                                    needs its place
+    Whatever its lifetime is, it ends at once when its client does not keep up, or when a crowd of
+    sessions needs its place.  When its child has ended, nobody finds it any more, and it ends once
+    its calls are answered.
     """
 
     def __init__(
@@ -9766,7 +9774,7 @@ class Child:
     async def ask(self, message: Message, outbox: Outbox, sent: Message | None = None) -> Message:
         """Return the response to a client's request, with the client's id.
 
-        sent  what goes to the child instead
+        sent  what goes to the child in place of `message`, with the same id
         Cancelling this cancels the request in the child.
         """
         exchange = Exchange(sent or message, outbox)
@@ -10649,7 +10657,7 @@ class LegacyClient:
     async def _start(self, message: Message, outbox: Outbox) -> Child:
         """Start its own child of a legacy server, for this message."""
         is_handshake = message["method"] == "initialize"
-        # Without a handshake of the client, which came before or never, the server needs ours.
+        # If this is no handshake (it came earlier, or never), the server needs ours.
         greeting = message if is_handshake else handshake({}, OURSELVES)
 
         child = await self.launcher.open(greeting, self._take, outbox)
@@ -10716,7 +10724,7 @@ class LegacyClient:
             # Some clients take the answer to `initialize` as JSON only.
             return own
         if not own.is_heard:
-            # No client would hear it elsewhere.
+            # Nobody hears the session's own stream.
             return newest.outbox
 
         is_change = not is_question and message["method"] != "notifications/message"
@@ -15219,7 +15227,7 @@ class Endpoint(tornado.web.RequestHandler):
 
         # A preflight has no token, and learns nothing.
         self.name = (self.path_kwargs or {}).get("name", "")
-        # "", of all other paths, is the built-in server.
+        # Paths without a name belong to the built-in server, which is called "".
         if self.name not in self.state.servers and not is_preflight:
             raise NoSuchPath(f"no server {in_quotes(self.name)}: see GET /servers")
         if method not in self._allowed() or (method == "OPTIONS" and not is_preflight):
@@ -15906,8 +15914,8 @@ class McpEndpoint(EventsEndpoint):
         finally:
             outbox.leave()
 
-            # A client that disconnects cancels a single request, but not a session's call.  A new
-            # session that has no version is of no use: `initialize` failed, or its client has left.
+            # A modern request ends with its connection; a legacy call goes on in its session.  But
+            # without a version a session is of no use: `initialize` failed, or its client has left.
             handshake_failed = message["method"] == "initialize" and session.version is None
             if is_modern or handshake_failed:
                 session.end()
