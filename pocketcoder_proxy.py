@@ -2677,7 +2677,7 @@ PANE_FORMAT = (
     "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_height}"
     " #{pane_tty} #{window_name}"
 )
-# Tmux answers an `if-shell` twice: for itself, then for the command that it has chosen.
+# No command, but tmux answers an `if-shell` twice: for itself, and for the one that it has chosen.
 SECOND_REPLY: list[str] = []
 # Changes when somebody types, or anything is shown; not when a person only looks.
 PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
@@ -4362,8 +4362,9 @@ class View(Pipe):
 #     the output of a lasting run until a server has read it.
 # F3  What a run that ended still has open is used by no later run.
 #
-# Exclusive to a run; kept for the next run of that name.
+# A run has its own.
 OWN_FILES = ("in", "cmd")
+# They stay for the next run of that name.
 FIFOS = ("done", "out", "err")
 ALL_FILES = (*OWN_FILES, *FIFOS, "pid", "go")
 # Of the directory of a driver.
@@ -4382,8 +4383,8 @@ SURE_OPTIONS = "abcefhiklmnptuvxBCEHPT"
 READ_COMMAND = 'eval "exec 8<&-; $(cat <&8 || echo exit 125)"'
 # By stream: the command's descriptor, and the one that go holds around it.
 DESCRIPTORS = {"out": (1, 7), "err": (2, 6)}
-# Keeps our lines out of the history of a shell that we start; in an order by which go knows it, and
-# does not hand it on to commands.
+# Keeps our lines out of the history of a shell that we start.  By the unusual order go knows that
+# it is ours, and does not hand it on to commands.
 HISTORY = "ignorespace:ignoredups"
 # Sourced by the pane's shell, which reads all of it before the next run may write this file anew,
 # and never what an older run wrote behind it.  Line by line:
@@ -4410,7 +4411,8 @@ HISTORY = "ignorespace:ignoredups"
 # and no echo there.  `&&` keeps `set -e` out.
 # Descriptors 6 and 7 keep a reader and a writer of the outputs open around the command, and only
 # there: so opening never waits for a server that has gone, a command whose server is killed gets no
-# SIGPIPE, and at the exit report the server sees the end of the output if no writer is left.
+# SIGPIPE, and at the exit report the server sees the end of the output if no writer is left.  Of a
+# lasting run they stay open longer: see END_FOR_NEXT.
 GO = r"""{{ \[ -p {status} ] || \return 0
 \[ -e {run}.pid ] && \return 0
 \trap : INT
@@ -4640,7 +4642,7 @@ class LockedFolder:
         self.base = base
         self.path = path
         self.lock = lock
-        # The user whose the panes are.
+        # The user who owns the panes.
         self.pane_user = pane_user
         self.status_path = f"{path}/status"
         self.status = Pipe(self.status_path, os.O_RDWR)
@@ -4672,7 +4674,7 @@ class LockedFolder:
         raise NotImplementedError
 
     def may_signal(self, pid: int) -> bool:
-        """Whether a process belongs to the user whose the panes are.
+        """Whether a process belongs to the user who owns the panes.
 
         Root must not signal another user's process on behalf of that user.
         """
@@ -4732,17 +4734,16 @@ class RunFolder(LockedFolder):
         self.tasks = [asyncio.ensure_future(drain_folder(folder)) for folder in left]
 
     def is_there(self) -> bool:
-        """False if somebody wiped or replaced it: no line of it runs any more.
+        """False if somebody wiped or replaced it: no line of it runs any more."""
+        try:
+            return os.path.samestat(os.stat(self.status_path), self.made_status)
+        except OSError:
+            return False
 
-        Then it closes after its last run.
-        """
-        is_there = False
-        with contextlib.suppress(OSError):
-            is_there = os.path.samestat(os.stat(self.status_path), self.made_status)
-        if not is_there and not self.runs:
+    def close_if_wiped(self) -> None:
+        """After its last run a directory that was wiped is of no use."""
+        if not self.runs and not self.is_there():
             self.close()
-
-        return is_there
 
     def open(
         self, on_report: Callable[[str, int], object], on_closed: Callable[[], object]
@@ -4779,11 +4780,11 @@ class RunFolder(LockedFolder):
         elif remove_files(files.path, OWN_FILES):
             self.free.append(files.path)
 
-        self.is_there()
+        self.close_if_wiped()
 
     @contextlib.contextmanager
     def made_by(self, pane_user: int) -> Iterator[None]:
-        """Make files as the user whose the panes are.
+        """Make files as the user who owns the panes.
 
         Where a worker can move files, root could be led anywhere.
         """
@@ -5110,7 +5111,7 @@ class Prompt(enum.Enum):
     |----------|---------------------------------------------|-------------------|
     | STARTING | C-c, once the prompt is there; CLEAR where  | typed with CLEAR  |
     |          | the shell does not show that                |                   |
-    | SETTLING | nothing more                                | typed with CLEAR  |
+    | SETTLING | nothing, for PROMPT_TIMEOUT; then as STALE  | typed with CLEAR  |
     | KNOWN    | nothing                                     | typed if unchanged|
     | STALE    | nothing, if the pane is in that state again | typed if unchanged|
     |          | CLEAR, right of where that prompt ends      | typed with CLEAR  |
@@ -5317,8 +5318,9 @@ class PaneShell:
             await self.at_prompt()
             now = await tmux.state(self.pane)
 
-        # In another column somebody may be typing: CLEAR comes first, and leaves the prompt empty.
+        # In another column than before somebody may be typing: then CLEAR comes before the line.
         is_empty = self._is_empty(now)
+        # After the line either way.
         self.empty_prompt = now
         return now if is_empty else None
 
@@ -5372,7 +5374,7 @@ class PaneShell:
                 self.prompt = Prompt.KNOWN
 
     def _is_learning(self) -> bool:
-        """No later command uses it."""
+        """Whether no command has taken this shell since `back`."""
         return self.prompt is Prompt.SETTLING and self.learning is asyncio.current_task()
 
 
@@ -5441,8 +5443,12 @@ class Sandbox:
 
     def open_folder(self) -> RunFolder:
         """The directory for runs, a new one if somebody wiped it.  Raises NoTerminal, OSError."""
-        if self.folder is None or not self.folder.is_there():
-            self.folder = RunFolder(f"{self.socket_path}.d")
+        if self.folder is not None:
+            if self.folder.is_there():
+                return self.folder
+            self.folder.close_if_wiped()
+
+        self.folder = RunFolder(f"{self.socket_path}.d")
         return self.folder
 
     async def connect(self, window_name: str) -> Tmux:
@@ -6135,7 +6141,12 @@ class RunList:
     def answered(self, run: Run) -> None:
         """Its caller has the answer, or has gone: its output may be dropped if there is no room."""
         run.answer_given()
-        if run.state is RunState.ENDED and run.run_id in self.runs:
+        self._retire_if_done(run)
+
+    def _retire_if_done(self, run: Run) -> None:
+        """Its output may be dropped once it has ended and its caller has the answer."""
+        is_done = run.is_answered and run.state is RunState.ENDED
+        if is_done and run.run_id in self.runs:
             self.shelf.retire(run.record)
 
     def end(self, run: Run, result: CommandResult) -> None:
@@ -6143,8 +6154,7 @@ class RunList:
         run.end(result)
         if run.is_lasting:
             self.save(run)
-        if run.is_answered:
-            self.answered(run)
+        self._retire_if_done(run)
 
     def complete(self, run: Run) -> None:
         """Nothing of it can write any more."""
@@ -6154,8 +6164,7 @@ class RunList:
         if run.state is RunState.ENDED:
             if run.is_lasting and not was_complete:
                 self.save(run)
-            if run.is_answered:
-                self.answered(run)
+            self._retire_if_done(run)
 
     def located(self, run: Run, location: Location) -> None:
         """It has files and a pane, and is about to start."""
@@ -6514,7 +6523,7 @@ class Job:
             self.release()
 
     def void(self) -> bool:
-        """Make sure that it never starts; False: it already has."""
+        """Before RUNNING: make sure that it never starts; False: it already has."""
         if self.phase is Phase.SENT and self.files and not self.files.void():
             return False
         self.release()
@@ -6582,7 +6591,7 @@ class Job:
 
     def tick(self) -> None:
         """Look now and then whether its shell lives, and whether its time is over."""
-        # After a stall of our process timers come first: a report that waits was in time.
+        # If our process stood still, timers come before FIFOs: a report that waits was in time.
         if self.phase >= Phase.SENT and self.files:
             self.files.folder.on_status()
 
@@ -6671,7 +6680,7 @@ class Job:
             # Go waits twice: until the output is recorded, and until the end is shown.
             self.files.let_return()
         if is_read:
-            # It may have been so before this report.
+            # If it was so before this report, nobody else calls it.
             self._on_all_read()
         else:
             self.files.keep()
@@ -6683,7 +6692,8 @@ class Job:
             # Before the end is saved: so it need not be saved twice.
             self.record.finish()
             self._finish()
-        # A job that is not over has never started: its run goes on as another job, in other files.
+        # Otherwise its exit report is still to come, see `_settle`; or it never started, and its
+        # run goes on as another job.
         if self.over.is_set():
             self.runs.complete(self.run)
 
@@ -6805,6 +6815,7 @@ class Job:
         self.takes = {}
         self.watch = UNWATCHED
         if not self.started.done():
+            # It may have been lost before it could report its start.
             self.started.set_result(was_over)
 
         self.terminal.let_go(self.shell)
@@ -6814,7 +6825,7 @@ class Job:
         """How it ended; its output is in its record, and with whoever took it.
 
         Cancelling this cancels the command.
-        patience  seconds, at most, until what is left of it is taken
+        patience  seconds, at most, until its callers have taken the rest of its output
         """
         try:
             await self.over.wait()
@@ -6909,7 +6920,7 @@ async def climb(job: Job, ladder: tuple[tuple[int, float], ...]) -> None:
         if not await kill(job, 0):
             break
 
-        # The same time for what escaped.
+        # What escaped has the rest of this step's time.
         await asyncio.sleep(next_step - time.monotonic())
 
     if not await over_within(job, RETURN_TIMEOUT):
@@ -7208,7 +7219,7 @@ class PocketCoderDriver:
     def _drop_unless_ending(self, run: Run, failure: BaseException) -> None:
         """Its request failed, or was cancelled: most likely it never started.
 
-        It goes out of the list, unless its caller has been told of it: then it has ended.
+        It goes out of the list; but if its caller knows of it, it stays there as ended.
         """
         job = self.running.get(run.run_id)
         if run.state is RunState.ENDED or (job is not None and job.ending is not None):
@@ -9048,9 +9059,9 @@ class Session:
             self.streams -= 1
             self.used = time.monotonic()
             self.outbox.set_heard(self.streams > 0 or not self.lifetime.has_response_per_call)
-            self.expire()
+            self.end_if_unused()
 
-    def expire(self) -> None:
+    def end_if_unused(self) -> None:
         """End the session if it was unused for too long; otherwise look again later."""
         self._stop_timer()
         if self.streams or self.outbox.is_closed:
@@ -9059,7 +9070,7 @@ class Session:
         is_in_use = bool(self.calls) and self.lifetime.has_response_per_call
         pause = seconds_to_next_look(self.used, self.kept_seconds, is_in_use)
         if pause > 0:
-            self.expiry = asyncio.get_running_loop().call_later(pause, self.expire)
+            self.expiry = asyncio.get_running_loop().call_later(pause, self.end_if_unused)
         else:
             self.end()
 
@@ -9493,7 +9504,7 @@ class Child:
         self.hello_answer: Message = {}
         # The level that it was asked to log at; None: it may choose.
         self.level: str | None = None
-        # Held while its tools are listed for their headers.
+        # Held while HeaderRules asks which arguments of its tools headers must repeat.
         self.listing = asyncio.Lock()
 
         # Its start, in seconds of time.monotonic().
@@ -9774,7 +9785,7 @@ class Child:
     async def ask(self, message: Message, outbox: Outbox, sent: Message | None = None) -> Message:
         """Return the response to a client's request, with the client's id.
 
-        sent  what goes to the child in place of `message`, with the same id
+        sent  used in place of `message`, with that client's id; like all, it gets one of ours
         Cancelling this cancels the request in the child.
         """
         exchange = Exchange(sent or message, outbox)
@@ -10387,7 +10398,7 @@ class Launcher:
     async def _launch(self, on_message: OnMessage) -> Child:
         """Start a process, once the back-off is over and the one before it has ended."""
         await self.back_off.wait()
-        # A server may allow only one instance; if others run already, this one allows more.
+        # A server may allow only one process at a time; if some run already, it allows several.
         if not self.running():
             enders = self._enders()
             if enders:
@@ -11299,10 +11310,10 @@ class Relay(McpServer):
         self.name = config.name
         self.session_idle = idle
         self.launcher = Launcher(config, idle, self._end_an_abandoned_session, self._on_shared)
-        # The sessions that have sent a request.
-        self.sessions: dict[Session, LegacyClient] = {}
-        # The modern clients of a server that is not known to be modern, by `key_of`.
-        self.clients: dict[str, ModernClient] = {}
+        # Legacy clients, by session, from their first request on.
+        self.legacy_clients: dict[Session, LegacyClient] = {}
+        # Modern clients of a server that is not known to be modern, by `key_of`.
+        self.modern_clients: dict[str, ModernClient] = {}
         # One of them may need its child no longer.
         self.room = asyncio.Event()
 
@@ -11331,10 +11342,10 @@ class Relay(McpServer):
         self, session: Session, message: Message, era: Era, outbox: Outbox
     ) -> Message:
         if era is Era.LEGACY:
-            client = self.sessions.get(session)
+            client = self.legacy_clients.get(session)
             if client is None:
                 client = LegacyClient(self.launcher, session)
-                self.sessions[session] = client
+                self.legacy_clients[session] = client
 
             return await client.respond(message, outbox)
 
@@ -11347,12 +11358,12 @@ class Relay(McpServer):
         return await modern_client.respond(session, message, outbox)
 
     def notify(self, session: Session, message: Message) -> None:
-        client = self.sessions.get(session)
+        client = self.legacy_clients.get(session)
         if client is not None:
             client.notify(message)
 
     def leave(self, session: Session) -> None:
-        client = self.sessions.pop(session, None)
+        client = self.legacy_clients.pop(session, None)
         if client is not None:
             client.leave()
 
@@ -11362,7 +11373,7 @@ class Relay(McpServer):
         A client may have left without ending its session: it was killed, for instance, and is
         started again.  So end the only session, if it has neither a call nor a stream.
         """
-        if not any(client.child for client in self.sessions.values()):
+        if not any(client.child for client in self.legacy_clients.values()):
             return False
 
         # Its stream may be about to end.
@@ -11372,7 +11383,7 @@ class Relay(McpServer):
         if len(running) != 1 or running[0].in_flight.exchanges:
             return False
 
-        for session, client in self.sessions.items():
+        for session, client in self.legacy_clients.items():
             if client.child is running[0] and not session.outbox.is_heard:
                 log.warning("server %s: ends an unused session for another client", self.name)
                 session.lose()
@@ -11387,30 +11398,30 @@ class Relay(McpServer):
         """Return the client that sends this; a new one waits for room."""
         key = key_of(session, message)
         is_retry = isinstance(message["params"].get("requestState"), str)
-        if key not in self.clients and is_retry:
+        if key not in self.modern_clients and is_retry:
             raise unknown_state()
 
         deadline = time.monotonic() + CHILD_PATIENCE
-        while key not in self.clients and len(self.clients) >= MAX_CHILDREN:
+        while key not in self.modern_clients and len(self.modern_clients) >= MAX_CHILDREN:
             if not self._end_an_idle_client():
                 await self._wait_for_room(deadline)
 
-        if key not in self.clients:
-            self.clients[key] = ModernClient(
+        if key not in self.modern_clients:
+            self.modern_clients[key] = ModernClient(
                 self.launcher,
                 message["params"]["_meta"],
                 on_idle=self.room.set,
                 on_unused=partial(self._forget_client, key),
             )
 
-        return self.clients[key]
+        return self.modern_clients[key]
 
     def _end_an_idle_client(self) -> bool:
         """End the one that was used longest ago; whether there was one.
 
         One that waits for the answer of a person is ended only if there is no other.
         """
-        idle = [client for client in self.clients.values() if client.is_idle]
+        idle = [client for client in self.modern_clients.values() if client.is_idle]
         if not idle:
             return False
         without_calls = [client for client in idle if not client.calls]
@@ -11421,18 +11432,18 @@ class Relay(McpServer):
         self.room.clear()
         if not await is_set_within(self.room, deadline - time.monotonic()):
             raise RelayError(
-                f"server {self.name}: {len(self.clients)} clients use it, "
+                f"server {self.name}: {len(self.modern_clients)} clients use it, "
                 f"expected fewer than {MAX_CHILDREN}: try later"
             )
 
     def _forget_client(self, key: str, client: ModernClient) -> None:
-        if self.clients.get(key) is client:
-            del self.clients[key]
+        if self.modern_clients.get(key) is client:
+            del self.modern_clients[key]
             self.room.set()
 
     def _on_shared(self) -> None:
         """The server is a modern one: its modern clients need no child of their own."""
-        self.clients.clear()
+        self.modern_clients.clear()
         self.room.set()
 
     async def close(self) -> None:
@@ -15934,7 +15945,7 @@ class McpEndpoint(EventsEndpoint):
         if message.get("method") == "initialize" and is_request(message):
             session = self.new_session("http", Lifetime.HTTP)
             self.state.sessions.open(session)
-            session.expire()
+            session.end_if_unused()
             self.set_header("Mcp-Session-Id", session.session_id)
             return session
 
@@ -15970,7 +15981,7 @@ class McpEndpoint(EventsEndpoint):
 
     async def send_as_json(self, answer: Message, is_modern: bool) -> None:
         if "error" in answer:
-            # Nothing has started.
+            # After a failed `initialize` there is no session to name.
             self.clear_header("Mcp-Session-Id")
 
         status = status_of(answer) if is_modern else 200
