@@ -5396,6 +5396,17 @@ def runs_program(pane: Pane) -> bool:
     return shell is not None and shell.name != "tmux: server" and not is_idle(pane)
 
 
+def runs_command_of_ours(pane: Pane) -> bool:
+    """Whether the program there is a command that a server has started."""
+    front = foreground_of(pane)
+    try:
+        variables = read_proc(front.group, "environ", 4 * MIB) if front else b""
+    except OSError:
+        # It has ended, or is another user's.
+        return False
+    return any(each.startswith(b"POCKETCODER_RUN_ID=") for each in variables.split(b"\0"))
+
+
 def age_rank(pane: Pane) -> int:
     """Larger, the later the program in its foreground was started."""
     front = foreground_of(pane)
@@ -7566,12 +7577,17 @@ class PocketCoderDriver:
             raise complain("run_id", run_id, "a command that runs in this agent's terminal now")
 
         programs = [pane for pane in panes if pane.pane_id not in jobs and runs_program(pane)]
-        if programs:
+        # A server that was killed may have left some.
+        commands = [pane for pane in programs if runs_command_of_ours(pane)]
+        of_people = [pane for pane in programs if pane not in commands]
+        newest = next(reversed(jobs), None)
+        if of_people:
             # The one that was started last.
-            return max(programs, key=age_rank)
+            return max(of_people, key=age_rank)
+        if newest is not None:
+            return next((pane for pane in panes if pane.pane_id == newest), panes[0])
 
-        newest = next(reversed(jobs), "")
-        return next((pane for pane in panes if pane.pane_id == newest), panes[0])
+        return max(commands, key=age_rank, default=panes[0])
 
     def _on_notice(self) -> None:
         """Something may have died."""

@@ -11949,6 +11949,30 @@ def test_keys_go_to_the_program_a_person_started(proxy: Proxy, agent: str) -> No
     assert again.result()["stdout"] == "got newest\n"
 
 
+def test_a_command_that_a_killed_server_left_takes_no_keys_from_the_newest(
+    own: StartServer,
+) -> None:
+    server = own()
+    ask = "read -r x </dev/tty; echo got $x > {}"
+    connection = server.connect()
+    body = json.dumps({"cmd": ask.format("left")})
+    connection.request("POST", "/exec", body, JSON_TYPE)
+    wait_until_running("$x > left")
+    server.kill_and_start()
+    connection.close()
+
+    running = server.start_exec(ask.format("newest"))
+    wait_until_running("$x > newest")
+    call(server, "send_keys", text="first", keys=["Enter"])
+    assert running.result()["exit_code"] == 0
+    assert pathlib.Path(server.workspace, "newest").read_text() == "got first\n"
+
+    # Where nothing else runs, they go there.
+    call(server, "send_keys", text="second", keys=["Enter"])
+    left = pathlib.Path(server.workspace, "left")
+    eventually(lambda: left.exists() and left.read_text() == "got second\n")
+
+
 @pytest.mark.slow
 def test_a_program_is_driven_by_keys_and_read_like_a_person_would(proxy: Proxy, agent: str) -> None:
     ask = "read -p 'Name? ' n; echo \"<$n>\""
