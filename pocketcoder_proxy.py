@@ -85,7 +85,7 @@ tmux:       new-session -A      the one long-lived control connection
             attach-session refresh-client   learn that a watched pane has printed something
             new-session -t select-window kill-session   a person's view, by `attach`
             pocketcoder-ready   `/ready`: no command of tmux, but it answers
-Files of a run, SOCKET.d/DRIVER/RUN.*:
+Files of a run, SOCKET.d/DRIVER/RUN.*; there RUN is a number, which later runs use again:
             go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
             pid (whoever makes it has claimed the run; lines: the process, the exit code)
             FIFOs: done (from us)  out, err  in (of a channel); one `status` for all runs
@@ -4364,7 +4364,7 @@ class View(Pipe):
 #
 # A run has its own.
 OWN_FILES = ("in", "cmd")
-# They stay for the next run of that name.
+# They stay for the next run with that number.
 FIFOS = ("done", "out", "err")
 ALL_FILES = (*OWN_FILES, *FIFOS, "pid", "go")
 # Of the directory of a driver.
@@ -4438,8 +4438,8 @@ _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 """
 
 
-# If the server has gone, `cat` reads what background processes write later.  Then the exit code is
-# noted for a server that starts later, and reported.
+# If the server has gone, `cat` reads what background processes write later.  In any case the exit
+# code is then noted, for a server that starts later, and reported.
 END_WITH_SERVER = r"""\[ -d /proc/{server} ] || ({drains})
 }} {held}
 \printf '%s\n' "${{_pc:-1}}" >>{run}.pid
@@ -5937,7 +5937,7 @@ class Run:
         self.record.stir()
 
     def fail(self, failure: ProxyError) -> None:
-        """It could not be run."""
+        """It could not be run, and goes out of the list: its caller learns why."""
         self.failure = failure
         self.needs_no_wait.set()
         self.record.stir()
@@ -6703,10 +6703,10 @@ class Job:
             # Before the end is saved: so it need not be saved twice.
             self.record.finish()
             self._finish()
-        # Otherwise its exit report is still to come, see `_settle`; or it never started, and its
-        # run goes on as another job.
         if self.over.is_set():
             self.runs.complete(self.run)
+        # If it is not over, its exit report is still to come, see `_settle`; or it never started,
+        # and its run goes on as another job.
 
     def _wait_for_quiet(self, seconds: float) -> None:
         left = self.settled_by - time.monotonic()
@@ -8934,7 +8934,7 @@ class Session:
         self.calls: dict[str | int, asyncio.Task[None]] = {}
         # Its last stream, message or answer, in seconds of time.monotonic().
         self.used = time.monotonic()
-        # Calls `expire` when the countdown is over.
+        # Calls `end_if_unused` when the countdown is over.
         self.expiry: asyncio.TimerHandle | None = None
         # Ends it when its last answers have left: its child has ended.
         self.losing: asyncio.Task[None] | None = None
@@ -9801,7 +9801,7 @@ class Child:
     async def ask(self, message: Message, outbox: Outbox, sent: Message | None = None) -> Message:
         """Return the response to a client's request, with the client's id.
 
-        sent  used in place of `message`, with that client's id; like all, it gets one of ours
+        sent  if given, it takes the place of `message`; it has the client's id as well
         Cancelling this cancels the request in the child.
         """
         exchange = Exchange(sent or message, outbox)
@@ -15319,7 +15319,7 @@ class Endpoint(tornado.web.RequestHandler):
         task = asyncio.current_task()
         assert task is not None
         self.task = task
-        self.settings["server"].has_request(self.request.server_connection)
+        self.settings["server"].request_begins(self.request.server_connection)
         self.state.calls.add(task)
 
         try:
@@ -15567,7 +15567,7 @@ class HttpServer(tornado.httpserver.HTTPServer):
         self.waiting[server_conn] = None
         return super().start_request(server_conn, request_conn)
 
-    def has_request(self, server_conn: Any) -> None:
+    def request_begins(self, server_conn: Any) -> None:
         """This connection has a request at work."""
         self.waiting.pop(server_conn, None)
 
