@@ -112,7 +112,8 @@ Verbs:
   unattend  a run's caller has its answer, or has gone; the run goes on
   hand over leave a run that outlives its server to the next one
   adopt     take over what a server has left: go on with such runs, drain the others
-  keep      have a process read on, or hold back, the output of writers that outlive the server
+  keep      have a process keep a FIFO open in case the server dies: it empties it, or leaves what
+            is in it to the next server
   retire    the output of a run may be dropped when there is no room
   forget    drop a run and its output
   take      a callback gets a piece of output; a command gets a pane
@@ -2677,7 +2678,7 @@ PANE_FORMAT = (
     "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_height}"
     " #{pane_tty} #{window_name}"
 )
-# No command, but tmux answers an `if-shell` twice: for itself, and for the one that it has chosen.
+# Stands in `send` behind an `if-shell`, which tmux answers twice: writes nothing, takes a reply.
 SECOND_REPLY: list[str] = []
 # Changes when somebody types, or anything is shown; not when a person only looks.
 PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
@@ -3122,7 +3123,7 @@ class Tmux(asyncio.SubprocessProtocol):
     def send_keys(self, pane: Pane, state: str | None, *keys: str) -> asyncio.Future[list[str]]:
         """Press keys if the pane is in this PANE_STATE still; None: whatever its state is.
 
-        No mode gets them.  The reply is empty if they were pressed.
+        In a mode none is pressed.  The reply is empty if they were pressed, else "no".
         """
         words = " ".join(map(quote, ["send-keys", "-t", pane.pane_id, *keys]))
         is_same = (
@@ -4386,8 +4387,9 @@ DESCRIPTORS = {"out": (1, 7), "err": (2, 6)}
 # Keeps our lines out of the history of a shell that we start.  By the unusual order go knows that
 # it is ours, and does not hand it on to commands.
 HISTORY = "ignorespace:ignoredups"
-# Sourced by the pane's shell, which reads all of it before the next run may write this file anew,
-# and never what an older run wrote behind it.  Line by line:
+# Sourced by the pane's shell, which has read all of it when the next run writes this file anew.
+# What is left of a longer script of an older run, behind this one, is never read: `return` comes
+# before.  Line by line:
 #
 #   status, pid     leave if the FIFO for reports was wiped, or if this run has started before:
 #                   RUN.pid stays until the next run of that name is prepared, so that a line that a
@@ -5113,14 +5115,14 @@ class Prompt(enum.Enum):
     |          | the shell does not show that                |                   |
     | SETTLING | nothing, for PROMPT_TIMEOUT; then as STALE  | typed with CLEAR  |
     | KNOWN    | nothing                                     | typed if unchanged|
-    | STALE    | nothing, if the pane is in that state again | typed if unchanged|
+    | STALE    | nothing, in the PANE_STATE `empty_state`    | typed if unchanged|
     |          | CLEAR, right of where that prompt ends      | typed with CLEAR  |
     |          | C-c, anywhere else                          | typed with CLEAR  |
     """
 
     STARTING = enum.auto()  # a new shell: anything may have been typed while it read its files
     SETTLING = enum.auto()  # a run has just ended: a line may have been typed during it
-    KNOWN = enum.auto()  # it is empty, while the pane is in the state `empty_prompt`
+    KNOWN = enum.auto()  # it is empty, while the pane is in the state `empty_state`
     STALE = enum.auto()  # anybody may have typed
 
 
@@ -5139,7 +5141,7 @@ class PaneShell:
         self.missed = 0
         self.prompt = Prompt.STARTING if new else Prompt.STALE
         # PANE_STATE where its prompt was last known to be empty; "": it never was.
-        self.empty_prompt = ""
+        self.empty_state = ""
         # Lines above the prompt that the next command replaces.
         self.extra_rows = 0
         # Learns that state after a run; until when it may take.
@@ -5198,7 +5200,7 @@ class PaneShell:
 
     def did_not_answer(self) -> None:
         """A line was typed, into what we do not know."""
-        self.empty_prompt = ""
+        self.empty_state = ""
         self.missed += 1
 
     def forgive(self) -> None:
@@ -5211,7 +5213,7 @@ class PaneShell:
 
     def column(self) -> int:
         """Where its prompt ends, as far as it is known."""
-        return int(self.empty_prompt.split()[0]) if self.empty_prompt else 0
+        return int(self.empty_state.split()[0]) if self.empty_state else 0
 
     def look(self) -> Look:
         """Whether it waits for a command now.  Raises NoTerminal."""
@@ -5294,15 +5296,15 @@ class PaneShell:
         self.prompt = Prompt.STALE
         self.extra_rows = 0
         if prompt is Prompt.KNOWN:
-            return self.empty_prompt
-        if prompt is Prompt.SETTLING and self.empty_prompt and time.monotonic() < self.settled_by:
+            return self.empty_state
+        if prompt is Prompt.SETTLING and self.empty_state and time.monotonic() < self.settled_by:
             return None
 
         now = await tmux.state(self.pane)
         if not is_in_no_mode(now):
             now = await tmux.leave_modes(self.pane)
 
-        if now == self.empty_prompt:
+        if now == self.empty_state:
             return now
 
         if self.look() is not Look.BUSY:
@@ -5320,8 +5322,8 @@ class PaneShell:
 
         # In another column than before somebody may be typing: then CLEAR comes before the line.
         is_empty = self._is_empty(now)
-        # After the line either way.
-        self.empty_prompt = now
+        # Whether it is empty now, or CLEAR makes it so: this is where the prompt ends.
+        self.empty_state = now
         return now if is_empty else None
 
     def _edits(self) -> bool:
@@ -5331,11 +5333,11 @@ class PaneShell:
 
     def _is_empty(self, now: str) -> bool:
         """Whether the cursor is in the column where the known prompt ends, and in no mode."""
-        return now.split()[0] == self.empty_prompt.partition(" ")[0] and is_in_no_mode(now)
+        return now.split()[0] == self.empty_state.partition(" ")[0] and is_in_no_mode(now)
 
-    async def empty_state(self, tmux: Tmux) -> str | None:
+    async def state_if_empty(self, tmux: Tmux) -> str | None:
         """PANE_STATE, if its shell waits for a command and nothing is typed there."""
-        if not self.empty_prompt or self.look() is not Look.READY:
+        if not self.empty_state or self.look() is not Look.READY:
             return None
         now = await tmux.state(self.pane)
         return now if self._is_empty(now) else None
@@ -5345,10 +5347,10 @@ class PaneShell:
 
         There CLEAR clears the line.  Anywhere else it may be a continuation prompt: C-c ends that.
         """
-        if not self.empty_prompt:
+        if not self.empty_state:
             return False
         column, *place = now.split()
-        last_column, *last_place = self.empty_prompt.split()
+        last_column, *last_place = self.empty_state.split()
         return place == last_place and int(column) > int(last_column)
 
     def back(self, tmux: Tmux) -> None:
@@ -5370,7 +5372,7 @@ class PaneShell:
             # In another column something was typed during the run.
             self.prompt = Prompt.STALE
             if self._is_empty(now):
-                self.empty_prompt = now
+                self.empty_state = now
                 self.prompt = Prompt.KNOWN
 
     def _is_learning(self) -> bool:
@@ -5677,7 +5679,7 @@ class Terminal:
         for shell in reversed(self.shells):
             if shell.pane.pane_id in self.used or not shell.is_ours:
                 continue
-            state = await shell.empty_state(tmux)
+            state = await shell.state_if_empty(tmux)
             if state and len(self.shells) > MAX_PANES:
                 tmux.close_pane(shell.pane, state)
                 self.look_again()
@@ -5937,7 +5939,7 @@ class Run:
         self.record.stir()
 
     def fail(self, failure: ProxyError) -> None:
-        """It could not be run, and goes out of the list: its caller learns why."""
+        """It could not be run: tell its caller why.  It leaves the list as it is, WAITING."""
         self.failure = failure
         self.needs_no_wait.set()
         self.record.stir()
@@ -5986,6 +5988,7 @@ class Run:
 
         return ExecResponse(
             stdout=stdout,
+            # Also while it waits for a pane.
             running=True,
             truncated=not self.record.is_whole(self.max_output, self.record.total),
             output_bytes=self.record.total,
@@ -6430,11 +6433,11 @@ class Job:
         if self.phase is Phase.RELEASED:
             return False
 
-        empty_prompt = await self.shell.clear(self.tmux)
+        empty_state = await self.shell.clear(self.tmux)
         if self.phase is Phase.HELD:
             line = self._prepare(self.sandbox.open_folder())
-            self._locate()
-            self._type(line, empty_prompt)
+            self._note_location()
+            self._type(line, empty_state)
 
         return await self.started
 
@@ -6465,7 +6468,7 @@ class Job:
 
         return files.line()
 
-    def _locate(self) -> None:
+    def _note_location(self) -> None:
         """Let a server that starts later find it."""
         assert self.files is not None
         location = Location(
@@ -6508,13 +6511,13 @@ class Job:
         """Its stdin, if that comes from the caller."""
         return self.files.feed if self.files else None
 
-    def _type(self, line: str, empty_prompt: str | None) -> None:
+    def _type(self, line: str, empty_state: str | None) -> None:
         """Have tmux type `line`, unless somebody has typed since; see `PaneShell.clear`."""
         pane = self.shell.pane
         self._enter(Phase.SENT)
         self.typed_at = time.monotonic()
-        clearing = CLEAR if empty_prompt is None else ()
-        reply = self.tmux.send_keys(pane, empty_prompt, *clearing, line, "Enter")
+        clearing = CLEAR if empty_state is None else ()
+        reply = self.tmux.send_keys(pane, empty_state, *clearing, line, "Enter")
         reply.add_done_callback(self._on_typed)
 
         # OSError: no descriptor is left, and a person sees nothing of it.
@@ -6688,10 +6691,11 @@ class Job:
         assert self.files is not None
         is_read = self.files.read_rest()
         if self.record.is_lasting:
-            # Go waits twice: until the output is recorded, and until the end is shown.
+            # Go waits twice.  This ends the first wait: the output is recorded.  `_show_end` ends
+            # the other.
             self.files.let_return()
         if is_read:
-            # If it was so before this report, nobody else calls it.
+            # If the outputs were closed before this report, nobody else calls this.
             self._on_all_read()
         else:
             self.files.keep()
@@ -6826,7 +6830,7 @@ class Job:
         self.takes = {}
         self.watch = UNWATCHED
         if not self.started.done():
-            # It may have been lost before it could report its start.
+            # True if it was lost before it could report its start: it may have run, once is enough.
             self.started.set_result(was_over)
 
         self.terminal.let_go(self.shell)
@@ -7215,7 +7219,7 @@ class PocketCoderDriver:
                 if not why:
                     return job
 
-                # Once its files may just have been wiped.  Twice is a reason to give up.
+                # The first time its files may just have been wiped; after the second, give up.
                 if job.cannot_begin and attempt > 0:
                     break
 
@@ -8934,7 +8938,7 @@ class Session:
         self.calls: dict[str | int, asyncio.Task[None]] = {}
         # Its last stream, message or answer, in seconds of time.monotonic().
         self.used = time.monotonic()
-        # Calls `end_if_unused` when the countdown is over.
+        # Calls `end_or_look_later` when the countdown is over.
         self.expiry: asyncio.TimerHandle | None = None
         # Ends it when its last answers have left: its child has ended.
         self.losing: asyncio.Task[None] | None = None
@@ -9075,9 +9079,9 @@ class Session:
             self.streams -= 1
             self.used = time.monotonic()
             self.outbox.set_heard(self.streams > 0 or not self.lifetime.has_response_per_call)
-            self.end_if_unused()
+            self.end_or_look_later()
 
-    def end_if_unused(self) -> None:
+    def end_or_look_later(self) -> None:
         """End the session if it was unused for too long; otherwise look again later."""
         self._stop_timer()
         if self.streams or self.outbox.is_closed:
@@ -9086,7 +9090,7 @@ class Session:
         is_in_use = bool(self.calls) and self.lifetime.has_response_per_call
         pause = seconds_to_next_look(self.used, self.kept_seconds, is_in_use)
         if pause > 0:
-            self.expiry = asyncio.get_running_loop().call_later(pause, self.end_if_unused)
+            self.expiry = asyncio.get_running_loop().call_later(pause, self.end_or_look_later)
         else:
             self.end()
 
@@ -9798,14 +9802,13 @@ class Child:
         self.write({**message, "id": number})
         self.in_flight.add(exchange, number)
 
-    async def ask(self, message: Message, outbox: Outbox, sent: Message | None = None) -> Message:
+    async def ask(self, message: Message, outbox: Outbox) -> Message:
         """Return the response to a client's request, with the client's id.
 
-        sent  if given, it takes the place of `message`; it has the client's id as well
         Cancelling this cancels the request in the child.
         """
-        exchange = Exchange(sent or message, outbox)
-        self.send(exchange, sent or message)
+        exchange = Exchange(message, outbox)
+        self.send(exchange, message)
         return await self.answer(exchange)
 
     async def answer(self, exchange: Exchange) -> Message:
@@ -10567,7 +10570,7 @@ class Translator:
         """Ask the server, again and again as long as it has questions to the client."""
         extra: Message = {}
         for _ in range(MAX_ROUNDS):
-            answer = await child.ask(message, outbox, self._with_envelope(message, extra))
+            answer = await child.ask(self._with_envelope(message, extra), outbox)
             result = answer.get("result") or {}
             if result.get("resultType") != "input_required":
                 return to_legacy(answer, message["method"])
@@ -10633,7 +10636,7 @@ class Translator:
         listener = Listener(self.session.outbox)
         # The child has ended: the next request finds another one.
         with contextlib.suppress(RelayError):
-            await child.ask(message, listener, self._with_envelope(message, {}))
+            await child.ask(self._with_envelope(message, {}), listener)
 
     def leave(self) -> None:
         if self.listening:
@@ -15961,7 +15964,7 @@ class McpEndpoint(EventsEndpoint):
         if message.get("method") == "initialize" and is_request(message):
             session = self.new_session("http", Lifetime.HTTP)
             self.state.sessions.open(session)
-            session.end_if_unused()
+            session.end_or_look_later()
             self.set_header("Mcp-Session-Id", session.session_id)
             return session
 

@@ -9972,7 +9972,7 @@ def test_named_sessions_and_idle_ones_expire(own: StartServer, stream: OpenStrea
         server = state.servers[""]
         server.session_idle = 0.05
         idle = state.sessions.open(pp.Session(state, server, "http", pp.Lifetime.HTTP))
-        idle.end_if_unused()
+        idle.end_or_look_later()
         named = state.sessions.open(
             pp.Session(state, server, "sse", pp.Lifetime.NAMED, session_id="named")
         )
