@@ -299,6 +299,7 @@ IDLE_TIMEOUT = 300.0  # of a kept connection
 KEEP_ALIVE = 15.0  # between comments on a silent stream
 # For a reader to take the rest of an ended command's output.
 SLOW_READER_TIMEOUT = 60.0
+AS_LONG_AS_TCP = 0.0  # in its place: no limit but TCP's own
 # Characters of output that are written at once; more is written in pieces, between which other
 # callers are answered.
 MAX_WRITTEN = MIB
@@ -2158,7 +2159,7 @@ class ExecRequest:
     max_output: int = EXEC_FIELDS["max_output"].default
     # Seconds until its caller is answered, while it goes on; None: it is waited for.
     wait: float | None = None
-    # Arguments of bash, which are run in place of `cmd`: that is their text for people then.
+    # Arguments of bash, which are run in place of `cmd`; then `cmd` only shows them to people.
     argv: tuple[str, ...] | None = None
     # stdout and stderr are one stream, in the order written; a channel has two otherwise.
     combined: bool = False
@@ -2678,7 +2679,8 @@ PANE_FORMAT = (
     "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_height}"
     " #{pane_tty} #{window_name}"
 )
-# Stands in `send` behind an `if-shell`, which tmux answers twice: writes nothing, takes a reply.
+# A placeholder in `send`: it is not written, but takes the second of the two replies that tmux gives
+# to the `if-shell` before it.
 SECOND_REPLY: list[str] = []
 # Changes when somebody types, or anything is shown; not when a person only looks.
 PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
@@ -4409,8 +4411,8 @@ HISTORY = "ignorespace:ignoredups"
 # `_pc` is the pid of the command, and its exit code once it has ended.  What `read` puts there
 # means nothing.
 #
-# Backslashes keep aliases out.  Functions of the same names matter outside the subshell: no exec
-# and no echo there.  `&&` keeps `set -e` out.
+# Backslashes keep aliases out.  Outside the subshell a person's functions stay in force: no exec and
+# no echo there.  `&&` keeps `set -e` out.
 # Descriptors 6 and 7 keep a reader and a writer of the outputs open around the command, and only
 # there: so opening never waits for a server that has gone, a command whose server is killed gets no
 # SIGPIPE, and at the exit report the server sees the end of the output if no writer is left.  Of a
@@ -5109,15 +5111,15 @@ class Look(enum.Enum):
 class Prompt(enum.Enum):
     """What is known of the line at a shell's prompt.
 
-    | state    | what clears it                              | then              |
-    |----------|---------------------------------------------|-------------------|
-    | STARTING | C-c, once the prompt is there; CLEAR where  | typed with CLEAR  |
-    |          | the shell does not show that                |                   |
-    | SETTLING | nothing, for PROMPT_TIMEOUT; then as STALE  | typed with CLEAR  |
-    | KNOWN    | nothing                                     | typed if unchanged|
-    | STALE    | nothing, in the PANE_STATE `empty_state`    | typed if unchanged|
-    |          | CLEAR, right of where that prompt ends      | typed with CLEAR  |
-    |          | C-c, anywhere else                          | typed with CLEAR  |
+    | state    | keys that are pressed first                  | the line comes    |
+    |----------|----------------------------------------------|-------------------|
+    | STARTING | C-c, once the prompt is there; CLEAR where   | with CLEAR        |
+    |          | the shell does not show that                 |                   |
+    | SETTLING | none, for PROMPT_TIMEOUT; then as STALE      | with CLEAR        |
+    | KNOWN    | none                                         | if unchanged      |
+    | STALE    | if the pane is in `empty_state`: none        | if unchanged      |
+    |          | if the cursor is right of its column: CLEAR  | with CLEAR        |
+    |          | otherwise: C-c                               | with CLEAR        |
     """
 
     STARTING = enum.auto()  # a new shell: anything may have been typed while it read its files
@@ -5320,9 +5322,9 @@ class PaneShell:
             await self.at_prompt()
             now = await tmux.state(self.pane)
 
-        # In another column than before somebody may be typing: then CLEAR comes before the line.
+        # The line is clear, so the prompt ends here.  But if that is not the known column, somebody
+        # may be typing just now: then CLEAR is typed once more, with the line.
         is_empty = self._is_empty(now)
-        # Whether it is empty now, or CLEAR makes it so: this is where the prompt ends.
         self.empty_state = now
         return now if is_empty else None
 
@@ -5939,7 +5941,7 @@ class Run:
         self.record.stir()
 
     def fail(self, failure: ProxyError) -> None:
-        """It could not be run: tell its caller why.  It leaves the list as it is, WAITING."""
+        """It could not be run: tell its caller why.  It stays WAITING, and goes out of the list."""
         self.failure = failure
         self.needs_no_wait.set()
         self.record.stir()
@@ -6326,7 +6328,7 @@ class Job:
     run         what callers see of it, with the record of its output
     takes       who else gets the output: {"out"} for both streams, or {"out", "err"}
     fed         its stdin comes through `feed`
-    runs        learn how far it is
+    runs        the list, which is told how far it is
     watch       follows it
     on_release  called when the pane is free
 
@@ -6336,7 +6338,7 @@ class Job:
     | report start       |          | RUNNING           |          |          |          |
     | report exit        |          | it cannot begin   | SETTLING |          |          |
     | all read, or quiet |          |                   |          | OVER     |          |
-    | report back        |          | RELEASED          | lost     | at OVER  | RELEASED |
+    | report back        |          | RELEASED          | lost     | later    | RELEASED |
     | cancelled          | RELEASED | void, or ladder   | ladder   | OVER     |          |
     | its time is over   |          |                   | ladder   |          |          |
     | its shell died     | RELEASED | void, or lost     | lost     |          |          |
@@ -6344,7 +6346,8 @@ class Job:
     | server stops       |          | RELEASED          | RELEASED | RELEASED |          |
 
     void: it never starts, RELEASED.  lost: OVER, then RELEASED.  ladder: see `climb`.
-    it cannot begin: go comes back at once.  at OVER: RELEASED once its end is shown.
+    it cannot begin: go comes back at once.  later: it is noted, and RELEASED follows once the job is
+    OVER and its end is shown.
     server stops: only of a lasting run, which goes on; others are cancelled.
     """
 
@@ -6695,7 +6698,8 @@ class Job:
             # the other.
             self.files.let_return()
         if is_read:
-            # If the outputs were closed before this report, nobody else calls this.
+            # If the outputs were closed before this report, nobody else calls this.  If `read_rest`
+            # has just closed them, that has called it already, and once more does no harm.
             self._on_all_read()
         else:
             self.files.keep()
@@ -6830,7 +6834,8 @@ class Job:
         self.takes = {}
         self.watch = UNWATCHED
         if not self.started.done():
-            # True if it was lost before it could report its start: it may have run, once is enough.
+            # True if it was lost before it reported its start: it may have run, so nobody may try it
+            # again.
             self.started.set_result(was_over)
 
         self.terminal.let_go(self.shell)
@@ -15425,7 +15430,7 @@ class Endpoint(tornado.web.RequestHandler):
 class EventsEndpoint(Endpoint):
     """An answer that may be a stream of events."""
 
-    # Seconds that a reader may take for what is in TCP's buffers; 0: as long as TCP has it.
+    # Seconds that a reader may take for what is in TCP's buffers.
     patience = SLOW_READER_TIMEOUT
 
     def initialize(self, state: AppState) -> None:
@@ -15619,7 +15624,7 @@ class MetricsEndpoint(Endpoint):
 class ExecEndpoint(EventsEndpoint):
     operations: ClassVar[Operations] = {"post": EXEC}
     # A slow reader slows the command.
-    patience = 0.0
+    patience = AS_LONG_AS_TCP
 
     async def post(self) -> None:
         request = ExecRequest.from_wire(self.whole_body(), self.state.workspace)
