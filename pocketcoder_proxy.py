@@ -2679,8 +2679,8 @@ PANE_FORMAT = (
     "#{pane_id} #{window_id} #{pane_pid} #{pane_in_mode} #{pane_width} #{pane_height}"
     " #{pane_tty} #{window_name}"
 )
-# A placeholder in `send`: it is not written, but takes the second of the two replies that tmux gives
-# to the `if-shell` before it.
+# A placeholder in `send`: it is not written, but takes the second of the two replies that tmux
+# gives to the `if-shell` before it.
 SECOND_REPLY: list[str] = []
 # Changes when somebody types, or anything is shown; not when a person only looks.
 PANE_STATE = "#{cursor_x} #{cursor_y} #{history_size} #{pane_in_mode} #{pane_synchronized}"
@@ -4411,8 +4411,8 @@ HISTORY = "ignorespace:ignoredups"
 # `_pc` is the pid of the command, and its exit code once it has ended.  What `read` puts there
 # means nothing.
 #
-# Backslashes keep aliases out.  Outside the subshell a person's functions stay in force: no exec and
-# no echo there.  `&&` keeps `set -e` out.
+# Backslashes keep aliases out.  Outside the subshell a person's functions stay in force: no exec
+# and no echo there.  `&&` keeps `set -e` out.
 # Descriptors 6 and 7 keep a reader and a writer of the outputs open around the command, and only
 # there: so opening never waits for a server that has gone, a command whose server is killed gets no
 # SIGPIPE, and at the exit report the server sees the end of the output if no writer is left.  Of a
@@ -6346,8 +6346,8 @@ class Job:
     | server stops       |          | RELEASED          | RELEASED | RELEASED |          |
 
     void: it never starts, RELEASED.  lost: OVER, then RELEASED.  ladder: see `climb`.
-    it cannot begin: go comes back at once.  later: it is noted, and RELEASED follows once the job is
-    OVER and its end is shown.
+    it cannot begin: go comes back at once.  later: it is noted, and RELEASED follows once the job
+    is OVER and its end is shown.
     server stops: only of a lasting run, which goes on; others are cancelled.
     """
 
@@ -6834,8 +6834,8 @@ class Job:
         self.takes = {}
         self.watch = UNWATCHED
         if not self.started.done():
-            # True if it was lost before it reported its start: it may have run, so nobody may try it
-            # again.
+            # True if it was lost before it reported its start: it may have run, so nobody may try
+            # it again.
             self.started.set_result(was_over)
 
         self.terminal.let_go(self.shell)
