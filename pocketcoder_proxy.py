@@ -86,9 +86,10 @@ tmux:       new-session -A      the one long-lived control connection
             new-session -t select-window kill-session   a person's view, by `attach`
             pocketcoder-ready   `/ready`: no command of tmux, but it answers
 Files of a run, SOCKET.d/DRIVER/RUN.*; there RUN is a number, which later runs use again:
-            go (sourced by the pane's shell)  in (stdin)  cmd (a long command)
+            go (sourced by the pane's shell)  cmd (a long command)
+            in (stdin: a file, or for a channel a FIFO)
             pid (whoever makes it has claimed the run; lines: the process, the exit code)
-            FIFOs: done (from us)  out, err  in (of a channel); one `status` for all runs
+            FIFOs: done (from us)  out, err; one `status` for all runs
 Files of records, in --runs-dir:
             SERVER.lock (of a server)  SERVER.RUN.OFFSET (output of a run that ends with its server)
             RUN.OFFSET, RUN.json (of a run that outlives its server)
@@ -4044,7 +4045,7 @@ class Output(Pipe):
 
     record  None: it is discarded
     An awaitable that `take` returns stops the reading until it is done: back-pressure.
-    What comes later is read slowly.
+    When the run is over, what still comes is only recorded, and read slowly.
     At the end of the file, when nothing of the run can write any more, it closes itself.
     """
 
@@ -4384,7 +4385,8 @@ QUIET = " ".join(f"{name}={value}" for name, value in QUIET_PROGRAMS.items())
 SURE_OPTIONS = "abcefhiklmnptuvxBCEHPT"
 # A command that is too long for an argument.
 READ_COMMAND = 'eval "exec 8<&-; $(cat <&8 || echo exit 125)"'
-# By stream: the command's descriptor, and the one that go holds around it.
+# By stream: the command's descriptor, and the one that go holds around it.  Of its others 9 is
+# `status`, and 8 is `done`; but 8 is `cmd` in the subshell.
 DESCRIPTORS = {"out": (1, 7), "err": (2, 6)}
 # Keeps our lines out of the history of a shell that we start.  By the unusual order go knows that
 # it is ours, and does not hand it on to commands.
@@ -4400,7 +4402,7 @@ HISTORY = "ignorespace:ignoredups"
 #   unset, HIST…    what is not for commands; functions that would replace what is used below
 #   _pc, set -C     claim the run: only one shell can make RUN.pid
 #   inputs, header  open stdin; show the command to a person, before it can write to its terminal
-#   outputs, sound  open them, write-only; where a FIFO was wiped, that has made a file: leave
+#   outputs, are_fifos  open them, write-only; where a FIFO was wiped, that makes a file: leave then
 #   start           report the pid, which is the process group as well
 #   cd, export, exec   become the command
 #   end             END_WITH_SERVER or END_FOR_NEXT; `}}` there closes the `{{` behind `trap`
@@ -4428,7 +4430,7 @@ _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \set +xv -C; \echo "$_pc" >{run}.pid || \exit
 \set +C; \exec {inputs} || \exit
 \printf %s {header}
-\exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&-; {sound} || \exit
+\exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&-; {are_fifos} || \exit
 \echo "{token} start $_pc" >&9
 \cd -- {cwd} || \exit; \unset OLDPWD
 \export {quiet} {named} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
@@ -5068,7 +5070,7 @@ def go_script(
         inputs=inputs,
         outputs=" ".join(outputs),
         # A FIFO that was wiped is no FIFO now: opening it made a file.
-        sound=" && ".join(f"[ -p {path}.{name} ]" for name in streams),
+        are_fifos=" && ".join(f"[ -p {path}.{name} ]" for name in streams),
         patience=patience,
         history=HISTORY,
         quiet=QUIET,
@@ -5111,15 +5113,15 @@ class Look(enum.Enum):
 class Prompt(enum.Enum):
     """What is known of the line at a shell's prompt.
 
-    | state    | keys that are pressed first                  | the line comes    |
-    |----------|----------------------------------------------|-------------------|
-    | STARTING | C-c, once the prompt is there; CLEAR where   | with CLEAR        |
-    |          | the shell does not show that                 |                   |
-    | SETTLING | none, for PROMPT_TIMEOUT; then as STALE      | with CLEAR        |
-    | KNOWN    | none                                         | if unchanged      |
-    | STALE    | if the pane is in `empty_state`: none        | if unchanged      |
-    |          | if the cursor is right of its column: CLEAR  | with CLEAR        |
-    |          | otherwise: C-c                               | with CLEAR        |
+    | state    | keys that are pressed first                  | what is typed then            |
+    |----------|----------------------------------------------|-------------------------------|
+    | STARTING | C-c, once the prompt is there; CLEAR where   | CLEAR and our line            |
+    |          | the shell does not show that                 |                               |
+    | SETTLING | none, for PROMPT_TIMEOUT; then as STALE      | CLEAR and our line            |
+    | KNOWN    | none                                         | our line, if in `empty_state` |
+    | STALE    | if the pane is in `empty_state`: none        | our line, if in `empty_state` |
+    |          | if the cursor is right of its column: CLEAR  | CLEAR and our line            |
+    |          | otherwise: C-c                               | CLEAR and our line            |
     """
 
     STARTING = enum.auto()  # a new shell: anything may have been typed while it read its files
@@ -5290,8 +5292,8 @@ class PaneShell:
     async def clear(self, tmux: Tmux) -> str | None:
         """Have nothing stand at the prompt.
 
-        The PANE_STATE in which it is empty: type only in that.  None: nobody knows; type CLEAR, and
-        the line right behind it.
+        Return the PANE_STATE in which it is empty, so that the line is typed only in that; or None
+        if nobody knows: then CLEAR is to be typed, and the line right behind it.
         """
         prompt = self.prompt
         # After this a line is typed.
@@ -6608,7 +6610,8 @@ class Job:
 
     def tick(self) -> None:
         """Look now and then whether its shell lives, and whether its time is over."""
-        # If our process stood still, timers come before FIFOs: a report that waits was in time.
+        # After a pause of our process timers come before FIFOs.  A report that waits by then was
+        # in time: so read it first.
         if self.phase >= Phase.SENT and self.files:
             self.files.folder.on_status()
 
@@ -7177,7 +7180,7 @@ class PocketCoderDriver:
         try:
             return await self._start(run, request, takes, fed, watch)
         except BaseException as failure:
-            self._drop_unless_ending(run, failure)
+            self._settle_failed_start(run, failure)
             raise
 
     async def _start(
@@ -7236,10 +7239,11 @@ class PocketCoderDriver:
 
             raise
 
-    def _drop_unless_ending(self, run: Run, failure: BaseException) -> None:
-        """Its request failed, or was cancelled: most likely it never started.
+    def _settle_failed_start(self, run: Run, failure: BaseException) -> None:
+        """Its request failed, or was cancelled.
 
-        It goes out of the list; but if its caller knows of it, it stays there as ended.
+        If it has ended, or is being ended, it has started after all.  If it never started, it goes
+        out of the list; but one that its caller knows of stays there, as ended.
         """
         job = self.running.get(run.run_id)
         if run.state is RunState.ENDED or (job is not None and job.ending is not None):
@@ -7277,7 +7281,7 @@ class PocketCoderDriver:
 
     def _could_not_start(self, run: Run, failure: ProxyError) -> None:
         job = self.running.get(run.run_id)
-        # Otherwise it has started after all, and its end is what counts.
+        # With a result or a job it has started after all: then its end is what counts.
         if run.result is None and job is None:
             run.fail(failure)
 
@@ -8873,7 +8877,7 @@ class SessionHost:
 
 
 class Lifetime(enum.Enum):
-    """What a session outlives; see the table at Session."""
+    """How long a session lasts, by what it belongs to; see the table at Session."""
 
     # A modern request, which stands for itself.
     ONCE = "once"
@@ -10331,8 +10335,8 @@ class Launcher:
     async def _probe(self, greeting: Message, on_message: OnMessage, outbox: Outbox) -> Child:
         """Start the first child, and keep it whatever its era is.
 
-        It is asked for its era as a modern server.  After an answer that shows none, or
-        PROBE_TIMEOUT seconds of silence, it is greeted as a legacy one.
+        First it is asked `server/discover`.  If the answer is not that of a modern server, or does
+        not come within PROBE_TIMEOUT seconds, it is greeted with `initialize`, as a legacy one.
         """
         child = await self._launch(on_message)
         # It may end at a request that it does not know; that is no fault.
