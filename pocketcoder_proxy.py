@@ -6648,7 +6648,8 @@ class Job:
         elif self.view:
             self.view.write()
 
-        return min(WATCH_PAUSE, max(left, 0.0))
+        # Once its time is over, only its shell is watched.
+        return min(WATCH_PAUSE, left) if left > 0 else WATCH_PAUSE
 
     def end(self, ended: str, why: str = "") -> None:
         """End it; the first reason counts.

@@ -5012,6 +5012,18 @@ def test_a_command_may_clean_up_after_its_timeout(proxy: Proxy, agent: str) -> N
     assert answer["ended"] == "timeout"
 
 
+@pytest.mark.slow
+def test_a_command_that_does_not_end_at_its_timeout_costs_nothing(warm: StartServer) -> None:
+    server = warm()
+    server.exec("true")
+    before = server.seconds()
+    answer = server.exec("trap '' TERM; echo $$; while :; do sleep 0.1; done", timeout=0.2)
+    assert answer["ended"] == "timeout"
+    # It takes two seconds until SIGKILL comes.
+    assert answer["duration_ms"] > 1500
+    assert server.seconds() - before < 0.5
+
+
 def test_a_command_that_stops_itself_is_ended(proxy: Proxy, agent: str) -> None:
     answer = proxy.exec("kill -STOP $$; sleep 60", agent_name=agent)
     assert answer["exit_code"] == 128 + signal.SIGSTOP
