@@ -113,8 +113,8 @@ Verbs:
   unattend  a run's caller has its answer, or has gone; the run goes on
   hand over leave a run that outlives its server to the next one
   adopt     take over what a server has left: go on with such runs, drain the others
-  keep      have a process keep a FIFO open in case the server dies: it empties it, or leaves what
-            is in it to the next server
+  keep      have a process hold a FIFO open in case the server dies: then that process empties the
+            FIFO, or holds its content for the next server
   retire    the output of a run may be dropped when there is no room
   forget    drop a run and its output
   take      a callback gets a piece of output; a command gets a pane
@@ -4391,9 +4391,9 @@ DESCRIPTORS = {"out": (1, 7), "err": (2, 6)}
 # Keeps our lines out of the history of a shell that we start.  By the unusual order go knows that
 # it is ours, and does not hand it on to commands.
 HISTORY = "ignorespace:ignoredups"
-# Sourced by the pane's shell, which has read all of it when the next run writes this file anew.
-# What is left of a longer script of an older run, behind this one, is never read: `return` comes
-# before.  Line by line:
+# Sourced by the pane's shell, which is done with it before the next run overwrites this file.  The
+# end of an older, longer script may still stand behind this one: `return` comes before that.  Line
+# by line:
 #
 #   status, pid     leave if the FIFO for reports was wiped, or if this run has started before:
 #                   RUN.pid stays until the next run of that name is prepared, so that a line that a
@@ -4433,7 +4433,7 @@ _pc=${{BASHPID-}}; [ "$_pc" ] || \read -r _pc _pd </proc/self/stat
 \exec {outputs} 3>&- 4>&- 5>&- 6>&- 7>&-; {are_fifos} || \exit
 \echo "{token} start $_pc" >&9
 \cd -- {cwd} || \exit; \unset OLDPWD
-\export {quiet} {named} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
+\export {quiet} {pwd} POCKETCODER_RUN_ID={run_id} POCKETCODER_AGENT={agent}
 \export POCKETCODER_SESSION_ID={session} POCKETCODER_USAGE_ID={usage}
 \exec {command} 9>&-
 ) && _pc=0 || _pc=$?
@@ -5076,7 +5076,7 @@ def go_script(
         quiet=QUIET,
         cwd=shlex.quote(request.cwd or "."),
         # The command's bash takes the name of its directory from there, whatever `cd` makes of it.
-        named=f"PWD={shlex.quote(request.cwd)}" if request.cwd else "",
+        pwd=f"PWD={shlex.quote(request.cwd)}" if request.cwd else "",
         agent=shlex.quote(request.agent_name),
         session=shlex.quote(request.session_id or ""),
         usage=shlex.quote(request.usage_id or ""),
@@ -6521,6 +6521,7 @@ class Job:
         pane = self.shell.pane
         self._enter(Phase.SENT)
         self.typed_at = time.monotonic()
+        # None: something may stand at the prompt.
         clearing = CLEAR if empty_state is None else ()
         reply = self.tmux.send_keys(pane, empty_state, *clearing, line, "Enter")
         reply.add_done_callback(self._on_typed)
@@ -6610,8 +6611,8 @@ class Job:
 
     def tick(self) -> None:
         """Look now and then whether its shell lives, and whether its time is over."""
-        # After a pause of our process timers come before FIFOs.  A report that waits by then was
-        # in time: so read it first.
+        # If our process was stopped for a while, its timers fire before its FIFOs are read.  A
+        # report that waits by then was in time: so read it first.
         if self.phase >= Phase.SENT and self.files:
             self.files.folder.on_status()
 
@@ -6702,8 +6703,8 @@ class Job:
             # the other.
             self.files.let_return()
         if is_read:
-            # If the outputs were closed before this report, nobody else calls this.  If `read_rest`
-            # has just closed them, that has called it already, and once more does no harm.
+            # Nobody else does so if the outputs were closed before this report.  If `read_rest` has
+            # just closed them, `_on_all_read` was called then, and twice does no harm.
             self._on_all_read()
         else:
             self.files.keep()
@@ -6712,13 +6713,13 @@ class Job:
     def _on_all_read(self) -> None:
         """No writer is left."""
         if self.phase is Phase.SETTLING:
-            # Before the end is saved: so it need not be saved twice.
+            # First this: then what `_finish` saves already says that the record is complete.
             self.record.finish()
             self._finish()
         if self.over.is_set():
             self.runs.complete(self.run)
-        # If it is not over, its exit report is still to come, see `_settle`; or it never started,
-        # and its run goes on as another job.
+        # If it is not over, its exit report is still to come, see `_settle`; or this job never
+        # started, and the driver may try its run again with another one.
 
     def _wait_for_quiet(self, seconds: float) -> None:
         left = self.settled_by - time.monotonic()
@@ -7328,6 +7329,7 @@ class PocketCoderDriver:
             # No space, no descriptors; or the terminal has just died.
             job.terminal.look_again()
             why = f"cannot prepare a run in {self.socket_path}.d: {failure}"
+            # Most likely this only gives the pane back; it is lost if its line may have started.
             job.end("lost", why)
             if job.over.is_set():
                 return ""
@@ -8893,7 +8895,7 @@ class Lifetime(enum.Enum):
     def has_response_per_call(self) -> bool:
         """Whether each call is answered in an HTTP response of its own.
 
-        Then its client may never open a stream of the session.
+        Then its client perhaps never opens a stream of the session.
         """
         return self in (Lifetime.ONCE, Lifetime.HTTP)
 
@@ -9330,7 +9332,7 @@ class Exchange:
         self.take_up(message, outbox)
 
     def take_up(self, message: Message, outbox: Outbox) -> None:
-        """Continue it for this message of its client, the first one or a retry."""
+        """From now on it serves this message of its client: the first one, or a retry of it."""
         self.message = message
         self.outbox = outbox
         self.meta = as_object(message.get("params", {}).get("_meta"))
