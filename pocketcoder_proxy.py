@@ -17,7 +17,7 @@ Sections, top to bottom; each uses only what stands above it:
   Settings          limits, timeouts, defaults, variables of the environment
   Shell Bridge      `pocketcoder shell`: arguments in; streams, signals, exit code through; `check`
   Errors            one hierarchy, and what each error answers
-  Log               lines on stderr, and how many of refused requests
+  Log               lines on stderr; of refused requests only some a second
   Fields            what each value from outside may be, and what it means
   Wire types        what callers send and get
   Processes         what /proc tells, and which shell there is
@@ -4131,11 +4131,13 @@ class Output(Pipe):
         self.loop.call_later(DRAIN_PAUSE, self._resume)
 
     async def _wait(self, *steps: Awaitable[None] | None) -> None:
-        # OSError: the reader has left.
-        with contextlib.suppress(OSError):
-            for each in filter(None, steps):
-                await each
-        self._resume()
+        try:
+            # OSError: the reader has left.
+            with contextlib.suppress(OSError):
+                for each in filter(None, steps):
+                    await each
+        finally:
+            self._resume()
 
     def read_rest(self) -> None:
         """Take what is in the pipe; close at its end.  A pipe holds no more than CHUNK bytes."""
@@ -4386,7 +4388,7 @@ SURE_OPTIONS = "abcefhiklmnptuvxBCEHPT"
 # A command that is too long for an argument.
 READ_COMMAND = 'eval "exec 8<&-; $(cat <&8 || echo exit 125)"'
 # By stream: the command's descriptor, and the one that go holds around it.  Of its others 9 is
-# `status`, and 8 is `done`; but 8 is `cmd` in the subshell.
+# `status`, and 8 is `done`; in the subshell 8 is `cmd`, if there is one, or closed.
 DESCRIPTORS = {"out": (1, 7), "err": (2, 6)}
 # Keeps our lines out of the history of a shell that we start.  By the unusual order go knows that
 # it is ours, and does not hand it on to commands.
@@ -5119,9 +5121,9 @@ class Prompt(enum.Enum):
     |          | the shell does not show that                 |                               |
     | SETTLING | none, for PROMPT_TIMEOUT; then as STALE      | CLEAR and our line            |
     | KNOWN    | none                                         | our line, if in `empty_state` |
-    | STALE    | if the pane is in `empty_state`: none        | our line, if in `empty_state` |
-    |          | if the cursor is right of its column: CLEAR  | CLEAR and our line            |
-    |          | otherwise: C-c                               | CLEAR and our line            |
+    | STALE    | none, if the pane is in `empty_state`;       | our line, if in `empty_state`;|
+    |          | CLEAR, if the cursor is right of its column; | CLEAR and our line, where the |
+    |          | otherwise C-c                                | column is not the known one   |
     """
 
     STARTING = enum.auto()  # a new shell: anything may have been typed while it read its files
@@ -5172,12 +5174,9 @@ class PaneShell:
         if not await self.at_prompt():
             return False
 
+        # OSError: another driver holds it, or the pane has just ended.
         with contextlib.suppress(OSError):
-            self.lock = os.open(self.pane.tty, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.let_go()
+            self.hold_as_it_is()
 
         return self.lock >= 0
 
@@ -6312,8 +6311,8 @@ UNWATCHED = Watch()
 class Phase(enum.IntEnum):
     """How far a job is.  Only `Job._enter` changes it.
 
-    Its run is WAITING before RUNNING, and ENDED from OVER on.  A job that is RELEASED without OVER
-    leaves its run as it was.
+    Before RUNNING its run is in RunState.WAITING, and from OVER on in RunState.ENDED.  A job that
+    is RELEASED without OVER leaves its run as it was.
     """
 
     HELD = 0  # it has a pane; its files are being made
@@ -6703,8 +6702,8 @@ class Job:
             # the other.
             self.files.let_return()
         if is_read:
-            # Nobody else does so if the outputs were closed before this report.  If `read_rest` has
-            # just closed them, `_on_all_read` was called then, and twice does no harm.
+            # If the outputs were closed before this report, it was called too early, to no effect.
+            # If `read_rest` has just closed them, it was called then, and twice does no harm.
             self._on_all_read()
         else:
             self.files.keep()
@@ -6713,7 +6712,7 @@ class Job:
     def _on_all_read(self) -> None:
         """No writer is left."""
         if self.phase is Phase.SETTLING:
-            # First this: then what `_finish` saves already says that the record is complete.
+            # Before `_finish`, which saves the run: so the record is saved as complete.
             self.record.finish()
             self._finish()
         if self.over.is_set():
@@ -9311,9 +9310,9 @@ def id_of_long(line: TooLong) -> object:
 # ==========================================================================
 # What one relayed server has been asked, and who gets its answers.
 #
-# K1  A request ends by its answer, when its time is over, or when its client cancels it.
-# K2  While a client has questions of the server to answer, no request expires; for PARK_TIMEOUT
-#     seconds at most.
+# IF1  A request ends by its answer, when its time is over, or when its client cancels it.
+# IF2  While a client has questions of the server to answer, no request expires; for PARK_TIMEOUT
+#      seconds at most.
 
 
 class Exchange:
@@ -9632,12 +9631,18 @@ class Child:
         ended = asyncio.ensure_future(self.process.wait())
 
         for number, patience in CHILD_LADDER:
-            with contextlib.suppress(ProcessLookupError):
+            deadline = time.monotonic() + patience
+            # PermissionError: what is left of its group belongs to another user.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, number)
 
             await asyncio.wait(
                 {ended, self.watching}, timeout=patience, return_when=asyncio.FIRST_COMPLETED
             )
+            # Others of its group may take longer than the process that we have started.
+            while has_processes(self.process.pid) and time.monotonic() < deadline:  # noqa: ASYNC110
+                await asyncio.sleep(LOOK_PAUSE)
+
             if not has_processes(self.process.pid):
                 break
 
@@ -9858,10 +9863,10 @@ class Child:
 
 
 def has_processes(group: int) -> bool:
-    """Whether any process of this group is left."""
+    """Whether any process of this group is left that we may end."""
     try:
         os.killpg(group, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         return False
     return True
 
@@ -10508,8 +10513,8 @@ class Launcher:
 # ==========================================================================
 # A session at a relayed server: with a child of its own, or translated for a modern server.
 #
-# Q1  A child's own messages go to the session that owns it, and to no other.
-# Q2  What a modern server does not have is answered here.
+# LC1  A child's own messages go to the session that owns it, and to no other.
+# LC2  What a modern server does not have is answered here.
 
 
 class Listener(Outbox):
@@ -10667,7 +10672,7 @@ class LegacyClient:
         # Its child, as soon as that has asked something, even while it starts.
         self.asking: Child | None = None
         # What its child waits to hear from it, by the id of the question: until when.
-        self.questions: dict[object, asyncio.TimerHandle] = {}
+        self.questions: dict[str | int, asyncio.TimerHandle] = {}
         self.translator = Translator(launcher.name, session)
 
     @property
@@ -10699,7 +10704,8 @@ class LegacyClient:
     async def _start(self, message: Message, outbox: Outbox) -> Child:
         """Start its own child of a legacy server, for this message."""
         is_handshake = message["method"] == "initialize"
-        # If this is no handshake (it came earlier, or never), the server needs ours.
+        # The client's handshake came when it had no child of its own, or never: then the child gets
+        # one of ours.
         greeting = message if is_handshake else handshake({}, OURSELVES)
 
         child = await self.launcher.open(greeting, self._take, outbox)
@@ -10732,7 +10738,9 @@ class LegacyClient:
             self.asking = child
             self._wait_for_answer(child, message["id"])
         elif message["method"] == "notifications/cancelled":
-            self._stop_waiting(child, message["params"].get("requestId"))
+            cancelled = as_object(message.get("params")).get("requestId")
+            if isinstance(cancelled, (str, int)):
+                self._stop_waiting(child, cancelled)
 
         outbox = self._stream_for(child, message)
         outbox.send(message)
@@ -10745,7 +10753,7 @@ class LegacyClient:
             loop = asyncio.get_running_loop()
             self.questions[id_] = loop.call_later(PARK_TIMEOUT, self._stop_waiting, child, id_)
 
-    def _stop_waiting(self, child: Child, id_: object) -> None:
+    def _stop_waiting(self, child: Child, id_: str | int) -> None:
         """The question is answered, or withdrawn, or old."""
         timer = self.questions.pop(id_, None)
         if timer is not None:

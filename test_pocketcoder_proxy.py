@@ -10455,6 +10455,21 @@ def test_a_server_cannot_control_the_terminal_of_the_log_reader(own: StartServer
 
 
 @pytest.mark.slow
+def test_processes_beside_a_child_have_time_to_end(
+    own: StartServer, fixtures: pathlib.Path, stream: OpenStream, tmp_path: pathlib.Path
+) -> None:
+    done = tmp_path / "done"
+    beside = f"trap 'sleep 0.5; touch {done}; exit' TERM; while :; do sleep 0.05; done"
+    plain = f"{sys.executable} -S {fixtures} mcp-fixture legacy"
+    words = f"sh -c {shlex.quote(beside)} & exec {plain}"
+    client = Client(own(f"--mcp-server=x=sh -c {shlex.quote(words)}"), "legacy", "x", stream)
+    assert client.call("pid")
+    status = mcp_status(client.proxy, b"", "DELETE", path=client.path, **client.headers)
+    assert status == 204
+    eventually(done.exists)
+
+
+@pytest.mark.slow
 def test_children_end_as_a_group_and_are_never_orphaned(
     own: StartServer, fixtures: pathlib.Path, stream: OpenStream
 ) -> None:
