@@ -2146,6 +2146,9 @@ def peculiar_server() -> None:
             time.sleep(0.1)
             for number in range(arguments["count"]):
                 say(method="notifications/message", params={"level": "info", "data": number})
+        elif name == "withdraw":
+            say(method="notifications/cancelled", **arguments)
+            say(id=id_, result=text("done"))
         elif name == "ping later":
             say(id=id_, result=text("soon"))
             time.sleep(0.1)
@@ -11213,6 +11216,26 @@ def test_a_question_reaches_only_the_client_of_its_process(
         roots = [{"uri": f"file:///{client.info['name']}"}]
         got = said(answered(client, question, tool, roots, id_="again"))
         assert got["result"]["roots"] == roots
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "notice",
+    [
+        pytest.param({}, id="no-parameters"),
+        pytest.param({"params": {}}, id="no-id"),
+        pytest.param({"params": {"requestId": "never asked"}}, id="unknown"),
+        pytest.param({"params": {"requestId": [1]}}, id="no-possible-id"),
+    ],
+)
+def test_a_question_that_was_never_asked_may_be_withdrawn(
+    own: StartServer, peculiar: str, stream: OpenStream, notice: dict[str, Any]
+) -> None:
+    proxy = own(f"--mcp-server=x={peculiar} era=legacy")
+    client = Client(proxy, "legacy", "x", stream)
+    *_, answer = client.ask("tools/call", {"name": "withdraw", "arguments": notice}, 7)
+    assert said(answer["result"]) == "done"
+    assert "skipped" not in proxy.logged()
 
 
 @pytest.mark.slow
