@@ -375,6 +375,7 @@ HEADERS_KEPT = 30.0  # what its tools say of headers
 # Before the second start of one that never answers; doubled each time, up to CHILD_BACKOFF.
 CHILD_FIRST_PAUSE = 0.1
 CHILD_WATCH = 0.5  # between looks whether its process has ended
+CHILD_LOOK = 0.05  # between looks whether its group has ended, once that process has
 MAX_LOG_SHOWN = KIB  # characters that are logged of a line of its stderr
 # Lines of its stderr that say in an error how it ended.
 CHILD_LAST_LINES = 5
@@ -4398,8 +4399,8 @@ HISTORY = "ignorespace:ignoredups"
 # by line:
 #
 #   status, pid     leave if the FIFO for reports was wiped, or if this run has started before:
-#                   RUN.pid stays until the next run of that name is prepared, so that a line that a
-#                   person recalls from the history does nothing
+#                   RUN.pid stays until the next run with that number is prepared, so that a line
+#                   that a person recalls from the history does nothing
 #   trap            a command that dies of C-c would take go along
 #   unset, HIST…    what is not for commands; functions that would replace what is used below
 #   _pc, set -C     claim the run: only one shell can make RUN.pid
@@ -6329,7 +6330,7 @@ class Job:
     run         what callers see of it, with the record of its output
     takes       who else gets the output: {"out"} for both streams, or {"out", "err"}
     fed         its stdin comes through `feed`
-    runs        the list, which is told how far it is
+    runs        the list of runs, which keeps track of it
     watch       follows it
     on_release  called when the pane is free
 
@@ -7617,8 +7618,8 @@ class PocketCoderDriver:
         for terminal in self.terminals.values():
             terminal.stop()
 
-        # Those that outlive us are left to the next server, and their callers are told so.  But not
-        # one that is being ended: only we know why.
+        # A run that outlives us is left to the next server, and its caller learns that.  One that
+        # is being ended is not left: only we know why.
         left = set[str]()
         for job in self.jobs():
             is_underway = job.phase >= Phase.SENT and not job.over.is_set()
@@ -9641,7 +9642,7 @@ class Child:
             )
             # Others of its group may take longer than the process that we have started.
             while has_processes(self.process.pid) and time.monotonic() < deadline:  # noqa: ASYNC110
-                await asyncio.sleep(LOOK_PAUSE)
+                await asyncio.sleep(CHILD_LOOK)
 
             if not has_processes(self.process.pid):
                 break
@@ -9863,12 +9864,17 @@ class Child:
 
 
 def has_processes(group: int) -> bool:
-    """Whether any process of this group is left that we may end."""
+    """Whether any process of this group lives that we may end."""
     try:
         os.killpg(group, 0)
+        # Some may only wait to be reaped by their parents.
+        found = [process(int(pid)) for pid in os.listdir("/proc") if pid.isdecimal()]
     except (ProcessLookupError, PermissionError):
         return False
-    return True
+    except OSError:
+        # No descriptor to look with: there may be some.
+        return True
+    return any(each is not None and each.group == group for each in found)
 
 
 def sound_answer(name: str, answer: Message) -> Message:
@@ -10704,8 +10710,8 @@ class LegacyClient:
     async def _start(self, message: Message, outbox: Outbox) -> Child:
         """Start its own child of a legacy server, for this message."""
         is_handshake = message["method"] == "initialize"
-        # The client's handshake came when it had no child of its own, or never: then the child gets
-        # one of ours.
+        # The client may have sent its handshake when it had no child of its own, or never.  Then we
+        # send the child a handshake ourselves.
         greeting = message if is_handshake else handshake({}, OURSELVES)
 
         child = await self.launcher.open(greeting, self._take, outbox)

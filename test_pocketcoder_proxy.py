@@ -10457,6 +10457,21 @@ def test_a_server_cannot_control_the_terminal_of_the_log_reader(own: StartServer
     assert not re.search(r"[\0-\x09\x0b-\x1f\x7f-\x9f]", proxy.logged())
 
 
+def test_a_group_of_which_nobody_lives_is_not_waited_for() -> None:
+    living = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    ended = subprocess.Popen(["true"], start_new_session=True)
+    eventually(lambda: pp.process(ended.pid) is None)
+    # It has not been reaped.
+    os.killpg(ended.pid, 0)
+    assert pp.has_processes(living.pid)
+    assert not pp.has_processes(ended.pid)
+
+    living.kill()
+    living.wait()
+    ended.wait()
+    assert not pp.has_processes(living.pid)
+
+
 @pytest.mark.slow
 def test_processes_beside_a_child_have_time_to_end(
     own: StartServer, fixtures: pathlib.Path, stream: OpenStream, tmp_path: pathlib.Path
